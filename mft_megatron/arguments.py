@@ -1,0 +1,557 @@
+"""The options of ``pretrain_mft.py``: Megatron's names, meanings and defaults, as frozen dataclasses.
+
+::
+
+    command line ─► given values ─┐
+    checkpoint's architecture ────┼─► Arguments ─► check (no device, no process group) ─► training
+    Megatron's defaults ──────────┘
+
+Everything that can be refused without a device is refused here, in one line that names the numbers and the remedy.
+Where an option differs from Megatron's, its help says so.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .errors import InputError
+from .options import build_parser, fill, option, parse, spelling
+from .run_folder import CheckpointInfo, is_checkpoint, latest_checkpoint
+
+LOSSES = ("token", "sample", "task-token", "task-sample")
+
+
+@dataclasses.dataclass(frozen=True)
+class NetworkArguments:
+    """The model's shape. With --load it comes from the checkpoint and need not be given."""
+
+    num_layers: int | None = option(None, "Number of transformer layers.", type=int)
+    hidden_size: int | None = option(None, "Size of the hidden states.", type=int)
+    ffn_hidden_size: int | None = option(
+        None, "Size of the MLP. Not given: 4 × hidden size, or 2/3 of that in steps of 64 with --swiglu.", type=int
+    )
+    num_attention_heads: int | None = option(None, "Number of attention heads.", type=int)
+    group_query_attention: bool = option(False, "Grouped-query attention.")
+    num_query_groups: int = option(1, "Key/value heads of --group-query-attention.")
+    kv_channels: int | None = option(None, "Size of a head. Not given: hidden size / attention heads.", type=int)
+    max_position_embeddings: int | None = option(
+        None, "Longest sequence the model is made for. Not given: --seq-length.", type=int
+    )
+    position_embedding_type: str = option(
+        "learned_absolute",
+        "Position embedding. Megatron's default is not what code LLMs use: they want rope.",
+        choices=("learned_absolute", "rope", "none"),
+    )
+    rotary_base: int = option(10000, "Base of the rotary frequencies.")
+    rotary_percent: float = option(1.0, "Share of each head that is rotated.")
+    normalization: str = option("LayerNorm", "Normalisation layers.", choices=("LayerNorm", "RMSNorm"))
+    norm_epsilon: float = option(1e-5, "Epsilon of the normalisation layers.")
+    swiglu: bool = option(False, "Gated linear units with SiLU in the MLP instead of GELU.")
+    add_bias_linear: bool = option(True, "No bias in the linear layers.", flag="--disable-bias-linear")
+    add_qkv_bias: bool = option(False, "Bias in the query/key/value projection only.")
+    qk_layernorm: bool = option(False, "Normalise queries and keys.")
+    tie_embeddings: bool = option(
+        True,
+        "Output layer with weights of its own; by default it shares the embedding's.",
+        flag="--untie-embeddings-and-output-weights",
+    )
+    make_vocab_size_divisible_by: int = option(
+        128,
+        "The vocabulary is padded to a multiple of this times the tensor-parallel size. Unlike in Megatron, padded "
+        "rows are left out of the softmax, so that the padding does not change the loss.",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class RegularizationArguments:
+    """Megatron's defaults: dropout 0.1 is on unless you turn it off."""
+
+    attention_dropout: float = option(0.1, "Dropout of attention weights.")
+    hidden_dropout: float = option(0.1, "Dropout of hidden states.")
+    weight_decay: float = option(0.01, "Weight decay; biases and norms have none.")
+    clip_grad: float = option(1.0, "Clip gradients to this global norm; 0 turns it off.")
+    adam_beta1: float = option(0.9, "First coefficient of Adam's running averages.")
+    adam_beta2: float = option(0.999, "Second coefficient of Adam's running averages.")
+    adam_eps: float = option(1e-8, "Term that keeps Adam's denominator from zero.")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingArguments:
+    """One pack is one sample of Megatron's batch sizes."""
+
+    micro_batch_size: int | None = option(None, "Packs of one forward pass on one data-parallel rank.", type=int)
+    global_batch_size: int | None = option(
+        None, "Packs of one optimizer step. Not given: micro-batch size × data-parallel size.", type=int
+    )
+    train_iters: int | None = option(
+        None, "Number of optimizer steps in all, steps before a resume counted in.", type=int
+    )
+    exit_interval: int | None = option(
+        None, "Save and stop after an iteration divisible by this; the learning-rate schedule is unaffected.", type=int
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class InitializationArguments:
+    """The same seed gives the same weights on every layout (Megatron: on the same layout only)."""
+
+    seed: int = option(1234, "Seed of weights, dropout and data order.")
+    init_method_std: float = option(0.02, "Standard deviation of the initial weights.")
+
+
+@dataclasses.dataclass(frozen=True)
+class LearningRateArguments:
+    """Schedules count optimizer steps, so they do not depend on batch or world size."""
+
+    lr: float | None = option(None, "Learning rate at its peak.", type=float)
+    lr_decay_style: str = option(
+        "linear", "Decay of the learning rate.", choices=("constant", "linear", "cosine", "inverse-square-root")
+    )
+    lr_decay_iters: int | None = option(None, "Steps to decay over. Not given: --train-iters.", type=int)
+    lr_warmup_iters: int = option(0, "Steps of linear warm-up.")
+    lr_warmup_fraction: float | None = option(None, "Share of the decay steps to warm up in.", type=float)
+    lr_warmup_init: float = option(0.0, "Learning rate the warm-up starts from.")
+    min_lr: float = option(0.0, "Learning rate at the end of the decay.")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointArguments:
+    """Megatron-Core distributed checkpoints: whatever layout wrote one, any other loads it."""
+
+    save: str | None = option(None, "Run folder: checkpoints, metrics, configuration.", type=str, metavar="DIR")
+    save_interval: int | None = option(
+        None,
+        "Save after this many steps; the last step is always saved.",
+        type=int,
+        aliases=("--persistent-save-interval",),
+    )
+    load: str | None = option(
+        None,
+        "Continue from the newest checkpoint of this folder (or from one iter_NNNNNNN folder). Unlike in Megatron a "
+        "folder without a checkpoint is an error, except when it is also the --save folder: then the run starts anew.",
+        type=str,
+        metavar="DIR",
+    )
+    finetune: bool = option(False, "Load the weights alone and start at iteration 0 with a fresh optimizer.")
+    save_optim: bool = option(True, "Leave the optimizer out of checkpoints.", flag="--no-save-optim")
+    load_optim: bool = option(True, "Do not load the optimizer from the checkpoint.", flag="--no-load-optim")
+    save_rng: bool = option(True, "Leave the random-number state out of checkpoints.", flag="--no-save-rng")
+    load_rng: bool = option(True, "Do not load the random-number state.", flag="--no-load-rng")
+    ckpt_format: str = option("torch_dist", "Format of checkpoints.", choices=("torch_dist",))
+
+
+@dataclasses.dataclass(frozen=True)
+class MixedPrecisionArguments:
+    """fp32 where nothing is given."""
+
+    bf16: bool = option(False, "bfloat16 weights and activations, with fp32 main weights.")
+    accumulate_allreduce_grads_in_fp32: bool = option(
+        False, "Accumulate and reduce gradients in fp32; always on with --bf16, as in Megatron."
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class DistributedArguments:
+    """Data-parallel size is what is left: world size / (tensor × pipeline)."""
+
+    tensor_model_parallel_size: int = option(1, "Ranks that share each layer.")
+    pipeline_model_parallel_size: int = option(1, "Ranks that share the stack of layers.")
+    sequence_parallel: bool = option(False, "Split norms and dropout over the tensor-parallel ranks, too.")
+    distributed_backend: str = option(
+        "auto",
+        "Process-group backend. Unlike in Megatron the default is nccl with CUDA and gloo without.",
+        choices=("auto", "nccl", "gloo"),
+    )
+    distributed_timeout_minutes: int = option(10, "How long a collective may take.")
+
+
+@dataclasses.dataclass(frozen=True)
+class ValidationArguments:
+    """Evaluation goes through the validation split in order, every sample once."""
+
+    eval_interval: int = option(1000, "Evaluate after this many steps, and after the last.")
+    eval_iters: int | None = option(
+        None,
+        "Evaluate on this many global batches only; 0 turns evaluation off. Unlike in Megatron the default is the "
+        "whole validation split, exactly once.",
+        type=int,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class DataArguments:
+    """A data set written by tools/preprocess_data.py."""
+
+    data_path: str | None = option(
+        None, "Prefix of the data set: its --output-prefix.", type=str, aliases=("--data_paths",), metavar="PREFIX"
+    )
+    seq_length: int | None = option(
+        None, "Tokens of a row; the data set must be packed for it. Not given: the one it is packed for.", type=int
+    )
+    tokenizer_type: str | None = option(
+        None,
+        "Checked against the data set's; may be left out.",
+        type=str,
+        choices=("HuggingFaceTokenizer", "SentencePieceTokenizer"),
+    )
+    tokenizer_model: str | None = option(
+        None, "Checked against the data set's by content; may be left out.", type=str, metavar="PATH"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class LoggingArguments:
+    """Everything logged also goes to metrics.jsonl in the --save folder, in full precision."""
+
+    log_interval: int = option(100, "Log after this many steps.")
+    tensorboard_dir: str | None = option(
+        None, "TensorBoard folder. Not given: tensorboard/ in the --save folder.", type=str, metavar="DIR"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class MultiTaskArguments:
+    """The objective: docs/LOSSES.md. Normalised over the global batch, whatever the layout."""
+
+    mft_loss: str = option(
+        "task-token",
+        "What counts equally: every token, every sample, or every task (by its tokens or by its samples).",
+        choices=LOSSES,
+        aliases=("--weighted_loss_mode",),
+        values=dict(zip(("case1", "case2", "case3", "case4"), LOSSES, strict=True)),
+    )
+    task_weights: tuple[str, ...] | None = option(
+        None,
+        "Weight of each task for task-token and task-sample: name=number …, 1 where not named; or one list in the data "
+        "set's order of tasks, as in MFTCoder: '[1.0, 2.0]'.",
+        type=str,
+        many=True,
+        aliases=("--task_weights",),
+        metavar="NAME=W",
+    )
+
+
+GROUPS: tuple[tuple[str, type], ...] = (
+    ("network", NetworkArguments),
+    ("regularization", RegularizationArguments),
+    ("training", TrainingArguments),
+    ("initialization", InitializationArguments),
+    ("learning rate", LearningRateArguments),
+    ("checkpointing", CheckpointArguments),
+    ("mixed precision", MixedPrecisionArguments),
+    ("distributed", DistributedArguments),
+    ("validation", ValidationArguments),
+    ("data", DataArguments),
+    ("logging", LoggingArguments),
+    ("multi-task fine-tuning", MultiTaskArguments),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """All options of a run, complete and checked.
+
+    ``resume``: the checkpoint ``--load`` found: its folder and description; ``None`` for a run that starts anew.
+    """
+
+    network: NetworkArguments
+    regularization: RegularizationArguments
+    training: TrainingArguments
+    initialization: InitializationArguments
+    learning_rate: LearningRateArguments
+    checkpoint: CheckpointArguments
+    precision: MixedPrecisionArguments
+    distributed: DistributedArguments
+    validation: ValidationArguments
+    data: DataArguments
+    logging: LoggingArguments
+    multi_task: MultiTaskArguments
+    world_size: int
+    resume: tuple[str, CheckpointInfo] | None = None
+
+    @property
+    def data_parallel_size(self) -> int:
+        layout = self.distributed
+        return self.world_size // (layout.tensor_model_parallel_size * layout.pipeline_model_parallel_size)
+
+    def as_options(self) -> dict[str, Any]:
+        """Every option's effective value by Megatron's name, for ``config.yaml``."""
+        return {
+            field.name: getattr(getattr(self, group.name), field.name)
+            for group in dataclasses.fields(self)
+            if dataclasses.is_dataclass(getattr(self, group.name))
+            for field in dataclasses.fields(getattr(self, group.name))
+        }
+
+
+def parse_arguments(command_line: Sequence[str], world_size: int = 1, packed_lengths: Any = None) -> Arguments:
+    """Read, complete and check the command line of ``pretrain_mft.py``.
+
+    Args:
+        command_line: the words after the program's name.
+        world_size: number of ranks, torchrun's ``WORLD_SIZE``.
+        packed_lengths: function from a data prefix to the sequence lengths it is packed for; used where
+            ``--seq-length`` is not given.
+
+    Raises:
+        InputError: an unknown, misspelt, missing or contradictory option, or a ``--load`` without a checkpoint.
+    """
+    parser = build_parser(
+        GROUPS,
+        prog="pretrain_mft.py",
+        description="Multi-task fine-tuning on Megatron-Core. Start it with torchrun; option names, meanings and "
+        "defaults are Megatron's unless the help says otherwise.",
+    )
+    given = parse(parser, command_line, GROUPS)
+    resume = _find_checkpoint(given)
+    if resume is not None:
+        given = {**_architecture_from(resume, given), **given}
+    _need(given, "data_path", "--data-path PREFIX: the --output-prefix given to tools/preprocess_data.py")
+    if "seq_length" not in given and packed_lengths is not None:
+        given["seq_length"] = _only_packed_length(given["data_path"], packed_lengths(given["data_path"]))
+    for name, hint in _REQUIRED.items():
+        _need(given, name, hint)
+    groups = {
+        field.name: fill(group, given) for field, (_, group) in zip(dataclasses.fields(Arguments), GROUPS, strict=False)
+    }
+    arguments = _complete(Arguments(**groups, world_size=world_size, resume=resume))
+    for check in CHECKS:
+        problem = check(arguments)
+        if problem:
+            raise InputError(problem)
+    return arguments
+
+
+_REQUIRED = {
+    "num_layers": "--num-layers N, or --load a checkpoint that knows it",
+    "hidden_size": "--hidden-size N, or --load a checkpoint that knows it",
+    "num_attention_heads": "--num-attention-heads N, or --load a checkpoint that knows it",
+    "seq_length": "--seq-length N: the length the data set is packed for",
+    "micro_batch_size": "--micro-batch-size N",
+    "train_iters": "--train-iters N",
+    "lr": "--lr X",
+}
+
+
+def _need(given: Mapping[str, Any], name: str, hint: str) -> None:
+    if given.get(name) is None:
+        raise InputError(f"missing option: give {hint}")
+
+
+def _find_checkpoint(given: Mapping[str, Any]) -> tuple[str, CheckpointInfo] | None:
+    load = given.get("load")
+    if load is None:
+        return None
+    # The idiom of a job that is restarted with the same command line: nothing saved yet means "start".
+    if load == given.get("save") and not is_checkpoint(load):
+        return None
+    path, info = latest_checkpoint(load)
+    return str(path), info
+
+
+def _architecture_from(resume: tuple[str, CheckpointInfo], given: Mapping[str, Any]) -> dict[str, Any]:
+    path, info = resume
+    known = {field.name: field for field in dataclasses.fields(NetworkArguments)}
+    architecture = {name: value for name, value in info.architecture.items() if name in known}
+    for name, value in architecture.items():
+        if name != "make_vocab_size_divisible_by" and name in given and given[name] != value:
+            raise InputError(
+                f"{spelling(known[name])} gives {name} = {given[name]}, but the checkpoint {path} has {value}; leave "
+                "the option out, the architecture comes from the checkpoint"
+            )
+    return architecture
+
+
+def _only_packed_length(prefix: str, lengths: Sequence[int]) -> int:
+    if len(lengths) != 1:
+        raise InputError(
+            f"missing option: give --seq-length; {prefix} is packed for {', '.join(map(str, lengths)) or 'no length'}"
+        )
+    return lengths[0]
+
+
+def _complete(arguments: Arguments) -> Arguments:
+    """Fill in what follows from other options."""
+    network, training = arguments.network, arguments.training
+    if network.ffn_hidden_size is None:
+        size = 4 * network.hidden_size
+        size = int(size * 2 / 3) // 64 * 64 if network.swiglu else size
+        network = dataclasses.replace(network, ffn_hidden_size=size)
+    if network.kv_channels is None and network.num_attention_heads > 0:
+        network = dataclasses.replace(network, kv_channels=network.hidden_size // network.num_attention_heads)
+    if not network.group_query_attention:
+        network = dataclasses.replace(network, num_query_groups=network.num_attention_heads)
+    if network.max_position_embeddings is None:
+        network = dataclasses.replace(network, max_position_embeddings=arguments.data.seq_length)
+    if training.global_batch_size is None:
+        size = training.micro_batch_size * arguments.data_parallel_size
+        training = dataclasses.replace(training, global_batch_size=size)
+    schedule = arguments.learning_rate
+    if schedule.lr_decay_iters is None:
+        schedule = dataclasses.replace(schedule, lr_decay_iters=training.train_iters)
+    precision = arguments.precision
+    if precision.bf16:
+        precision = dataclasses.replace(precision, accumulate_allreduce_grads_in_fp32=True)
+    return dataclasses.replace(
+        arguments, network=network, training=training, learning_rate=schedule, precision=precision
+    )
+
+
+# Each check returns None or the one line that refuses the run. ------------------------------------------------------
+
+
+def _check_ranges(a: Arguments) -> str | None:
+    at_least_one = {
+        "num_layers": a.network.num_layers,
+        "hidden_size": a.network.hidden_size,
+        "num_attention_heads": a.network.num_attention_heads,
+        "num_query_groups": a.network.num_query_groups,
+        "ffn_hidden_size": a.network.ffn_hidden_size,
+        "make_vocab_size_divisible_by": a.network.make_vocab_size_divisible_by,
+        "micro_batch_size": a.training.micro_batch_size,
+        "train_iters": a.training.train_iters,
+        "seq_length": a.data.seq_length,
+        "tensor_model_parallel_size": a.distributed.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": a.distributed.pipeline_model_parallel_size,
+        "log_interval": a.logging.log_interval,
+        "eval_interval": a.validation.eval_interval,
+        "distributed_timeout_minutes": a.distributed.distributed_timeout_minutes,
+    }
+    for name, value in {**at_least_one, "save_interval": a.checkpoint.save_interval or 1}.items():
+        if value < 1:
+            return f"--{name.replace('_', '-')} {value}: must be at least 1"
+    shares = {
+        "attention_dropout": a.regularization.attention_dropout,
+        "hidden_dropout": a.regularization.hidden_dropout,
+    }
+    for name, value in shares.items():
+        if not 0 <= value < 1:
+            return f"--{name.replace('_', '-')} {value}: must be at least 0 and below 1"
+    for name, value in {
+        "lr": a.learning_rate.lr,
+        "min_lr": a.learning_rate.min_lr,
+        "clip_grad": a.regularization.clip_grad,
+    }.items():
+        if value < 0:
+            return f"--{name.replace('_', '-')} {value}: must not be negative"
+    return None
+
+
+def _check_heads(a: Arguments) -> str | None:
+    n, tp = a.network, a.distributed.tensor_model_parallel_size
+    if n.num_attention_heads * n.kv_channels != n.hidden_size and n.hidden_size % n.num_attention_heads:
+        return (
+            f"--hidden-size {n.hidden_size} is not divisible by --num-attention-heads {n.num_attention_heads}; change "
+            "one of them or give --kv-channels"
+        )
+    if n.kv_channels % 2 and n.position_embedding_type == "rope":
+        return f"--kv-channels {n.kv_channels}: rope needs an even head size"
+    if n.num_attention_heads % n.num_query_groups:
+        return f"--num-query-groups {n.num_query_groups} does not divide --num-attention-heads {n.num_attention_heads}"
+    if n.num_attention_heads % tp:
+        return (
+            f"--tensor-model-parallel-size {tp} does not divide --num-attention-heads {n.num_attention_heads}; use a "
+            "divisor of the number of heads"
+        )
+    if n.num_query_groups % tp:
+        return (
+            f"--tensor-model-parallel-size {tp} does not divide --num-query-groups {n.num_query_groups}; use a divisor "
+            "of the number of groups"
+        )
+    if n.ffn_hidden_size % tp:
+        return f"--tensor-model-parallel-size {tp} does not divide --ffn-hidden-size {n.ffn_hidden_size}"
+    return None
+
+
+def _check_positions(a: Arguments) -> str | None:
+    if a.data.seq_length > a.network.max_position_embeddings:
+        return (
+            f"--seq-length {a.data.seq_length} is longer than --max-position-embeddings "
+            f"{a.network.max_position_embeddings}; raise the latter or pack the data for a shorter length"
+        )
+    return None
+
+
+def _check_layout(a: Arguments) -> str | None:
+    tp, pp = a.distributed.tensor_model_parallel_size, a.distributed.pipeline_model_parallel_size
+    if a.world_size % (tp * pp):
+        return (
+            f"{a.world_size} ranks cannot be divided into --tensor-model-parallel-size {tp} × "
+            f"--pipeline-model-parallel-size {pp} = {tp * pp}; start a multiple of {tp * pp} with torchrun"
+        )
+    if a.network.num_layers % pp:
+        return f"--pipeline-model-parallel-size {pp} does not divide --num-layers {a.network.num_layers}"
+    if a.distributed.sequence_parallel and tp == 1:
+        return "--sequence-parallel needs --tensor-model-parallel-size of at least 2; leave it out"
+    if a.distributed.sequence_parallel and a.data.seq_length % tp:
+        return (
+            f"--sequence-parallel: --tensor-model-parallel-size {tp} does not divide --seq-length {a.data.seq_length}"
+        )
+    return None
+
+
+def _check_batches(a: Arguments) -> str | None:
+    micro, world = a.training.micro_batch_size, a.data_parallel_size
+    if a.training.global_batch_size < 1 or a.training.global_batch_size % (micro * world):
+        return (
+            f"--global-batch-size {a.training.global_batch_size} is not a multiple of --micro-batch-size {micro} × "
+            f"data-parallel size {world} = {micro * world}"
+        )
+    return None
+
+
+def _check_schedule(a: Arguments) -> str | None:
+    schedule = a.learning_rate
+    if schedule.lr_warmup_fraction is not None and schedule.lr_warmup_iters:
+        return "--lr-warmup-fraction and --lr-warmup-iters both set the warm-up; give one of them"
+    if schedule.lr_warmup_fraction is not None and not 0 <= schedule.lr_warmup_fraction < 1:
+        return f"--lr-warmup-fraction {schedule.lr_warmup_fraction}: must be at least 0 and below 1"
+    if schedule.lr_warmup_iters and schedule.lr_warmup_iters >= schedule.lr_decay_iters:
+        return (
+            f"--lr-warmup-iters {schedule.lr_warmup_iters} leaves nothing of the {schedule.lr_decay_iters} decay "
+            "steps; shorten the warm-up or raise --lr-decay-iters"
+        )
+    if schedule.min_lr > schedule.lr:
+        return f"--min-lr {schedule.min_lr} is above --lr {schedule.lr}"
+    return None
+
+
+def _check_checkpointing(a: Arguments) -> str | None:
+    c = a.checkpoint
+    if c.save is None and c.save_interval is not None:
+        return "--save-interval without --save: give --save DIR"
+    if c.save is None and a.training.exit_interval is not None:
+        return "--exit-interval without --save would lose the run: give --save DIR"
+    if c.finetune and c.load is None:
+        return "--finetune without --load: give the checkpoint to start from"
+    if a.resume is None or c.finetune:
+        return None
+    if a.resume[1].iteration >= a.training.train_iters:
+        return (
+            f"--train-iters {a.training.train_iters}: the checkpoint is at iteration {a.resume[1].iteration} already; "
+            "raise it, or start anew from its weights with --finetune"
+        )
+    if c.load_optim and not a.resume[1].has_optimizer:
+        return f"--load {c.load}: saved with --no-save-optim; continue with --no-load-optim or --finetune"
+    return None
+
+
+def _check_objective(a: Arguments) -> str | None:
+    if a.multi_task.task_weights and a.multi_task.mft_loss in ("token", "sample"):
+        return (
+            f"--task-weights has no meaning with --mft-loss {a.multi_task.mft_loss}, where tasks are not balanced; use "
+            "task-token or task-sample"
+        )
+    return None
+
+
+CHECKS = (
+    _check_ranges,
+    _check_heads,
+    _check_positions,
+    _check_layout,
+    _check_batches,
+    _check_schedule,
+    _check_checkpointing,
+    _check_objective,
+)

@@ -1,0 +1,79 @@
+"""Initial weights that depend on the seed alone, not on the layout.
+
+Megatron draws weights rank by rank, so that another layout is another model (and with gated units even its
+CPU initialisation differs between tensor-parallel sizes). Here each parameter has a random stream of its own, named by
+the seed and the parameter's place in the checkpoint; a rank draws the whole parameter and keeps its part. What "its
+part" is, the sharded state dict knows already.
+"""
+
+import hashlib
+import math
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
+from torch import Tensor
+
+SPLIT_AXIS = {VocabParallelEmbedding: 0, ColumnParallelLinear: 0, RowParallelLinear: 1}
+
+
+@torch.no_grad()
+def initialize_weights(model: torch.nn.Module, seed: int, std: float) -> None:
+    """Draw all weights of this rank's part of the model, in place.
+
+    Matrices are normal with standard deviation ``std``; those that write into the residual stream
+    (``linear_proj``, ``linear_fc2``) are scaled by ``1 / sqrt(2 · layers)``; biases are 0 and norm weights 1:
+    Megatron's defaults.
+
+    Args:
+        model: a ``GPTModel`` before it is wrapped.
+        seed: any integer.
+        std: ``--init-method-std``.
+    """
+    _mark_split_weights(model)
+    residual_std = std / math.sqrt(2 * model.config.num_layers)
+    for entry in model.sharded_state_dict().values():
+        if isinstance(entry, ShardedTensorFactory):
+            # one parameter in several pieces of the checkpoint (gate and up projection), each a view of it
+            parts = entry.build()
+            shards = parts if isinstance(parts, list) else list(parts.values())
+        elif isinstance(entry, ShardedTensor):
+            shards = [entry]
+        else:
+            continue
+        for shard in shards:
+            scale = residual_std if ".linear_proj." in shard.key or ".linear_fc2." in shard.key else std
+            shard.data.copy_(_draw(shard, seed, scale))
+
+
+def _mark_split_weights(model: torch.nn.Module) -> None:
+    """Say which weights are split over tensor-parallel ranks; Megatron does so only when it draws them itself.
+
+    Without the mark the gradient norm counts one rank's part of each weight.
+    """
+    for module in model.modules():
+        axis = SPLIT_AXIS.get(type(module))
+        if axis is not None and module.weight is not None and not hasattr(module.weight, "tensor_model_parallel"):
+            set_tensor_model_parallel_attributes(module.weight, True, axis, 1)
+
+
+def _draw(shard: ShardedTensor, seed: int, std: float) -> Tensor:
+    """This rank's part of a parameter."""
+    if shard.key.endswith("bias"):
+        return torch.zeros_like(shard.data)
+    if "norm" in shard.key:
+        return torch.ones_like(shard.data)
+    stacked = shard.prepend_axis_num  # leading axes of the checkpoint that count layers
+    name = f"{seed}/{shard.key}/{shard.global_offset[:stacked]}"
+    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") >> 1)
+    whole = torch.empty(shard.global_shape[stacked:]).normal_(0.0, std, generator=generator)
+    part = tuple(
+        slice(start, start + length)
+        for start, length in zip(shard.global_offset[stacked:], shard.data.shape, strict=True)
+    )
+    return whole[part].to(shard.data)

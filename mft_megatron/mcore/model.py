@@ -1,0 +1,167 @@
+"""The GPT model of Megatron-Core for one set of arguments: configuration, layer specification, loss per token.
+
+::
+
+    NetworkArguments ─► TransformerConfig ─┐
+    norm, attention  ─► layer spec ────────┴─► GPTModel (this rank's stage) ─► DistributedDataParallel
+
+Called with labels the model yields the negative log-likelihood of every token, fp32 [1, T]; the objective is not its
+business.
+"""
+
+import warnings
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.enums import AttnBackend
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from mft_megatron.arguments import Arguments, NetworkArguments
+from mft_megatron.batch import Batch
+
+from . import platform
+from .attention import PackedAttention, packing
+from .cross_entropy import vocab_parallel_nll
+from .initialize import initialize_weights
+from .norm import NORMS
+
+
+def padded_vocab_size(vocab_size: int, divisible_by: int, tensor_parallel_size: int) -> int:
+    """Rows of the embedding: Megatron pads to a multiple of ``divisible_by · tensor_parallel_size``."""
+    multiple = divisible_by * tensor_parallel_size
+    return -(-vocab_size // multiple) * multiple
+
+
+def transformer_config(arguments: Arguments) -> TransformerConfig:
+    """Megatron-Core's configuration for these arguments and this machine."""
+    with warnings.catch_warnings():
+        # it warns about its own default value of an option for CUDA graphs
+        warnings.filterwarnings("ignore", message="full scope is deprecated")
+        return _transformer_config(arguments)
+
+
+def _transformer_config(arguments: Arguments) -> TransformerConfig:
+    network, layout = arguments.network, arguments.distributed
+    return TransformerConfig(
+        num_layers=network.num_layers,
+        hidden_size=network.hidden_size,
+        ffn_hidden_size=network.ffn_hidden_size,
+        num_attention_heads=network.num_attention_heads,
+        num_query_groups=network.num_query_groups,
+        kv_channels=network.kv_channels,
+        normalization=network.normalization,
+        layernorm_epsilon=network.norm_epsilon,
+        add_bias_linear=network.add_bias_linear,
+        add_qkv_bias=network.add_qkv_bias,
+        qk_layernorm=network.qk_layernorm,
+        gated_linear_unit=network.swiglu,
+        activation_func=F.silu if network.swiglu else F.gelu,
+        attention_dropout=arguments.regularization.attention_dropout,
+        hidden_dropout=arguments.regularization.hidden_dropout,
+        init_method_std=arguments.initialization.init_method_std,
+        tensor_model_parallel_size=layout.tensor_model_parallel_size,
+        pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+        sequence_parallel=layout.sequence_parallel,
+        bf16=arguments.precision.bf16,
+        params_dtype=_dtype(arguments),
+        pipeline_dtype=_dtype(arguments),
+        # Losses carry their whole normalisation in their coefficients; Megatron is to sum and nothing else.
+        calculate_per_token_loss=True,
+        # gloo's batched point-to-point is silently wrong with interleaved pipelines.
+        batch_p2p_comm=platform.backend(layout.distributed_backend) != "gloo",
+        attention_backend=AttnBackend.local,
+        # weights are drawn by initialize_weights, the same for every layout
+        perform_initialization=False,
+        use_cpu_initialization=not platform.HAS_CUDA,
+        # fusions that need CUDA kernels of Transformer Engine or apex
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        bias_activation_fusion=platform.HAS_CUDA,
+        bias_dropout_fusion=platform.HAS_CUDA,
+    )
+
+
+def _dtype(arguments: Arguments) -> torch.dtype:
+    return torch.bfloat16 if arguments.precision.bf16 else torch.float32
+
+
+def _block_spec(config: TransformerConfig, network: NetworkArguments) -> TransformerBlockSubmodules:
+    norm = NORMS[network.normalization]
+    layer = get_gpt_layer_local_spec(qk_layernorm=network.qk_layernorm, normalization=network.normalization)
+    layer.submodules.input_layernorm = norm
+    layer.submodules.pre_mlp_layernorm = norm
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = PackedAttention
+    if network.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = norm
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=norm)
+
+
+class PackedGPTModel(GPTModel):
+    """Megatron-Core's GPT over packed micro-batches, with padded vocabulary rows kept out of the softmax."""
+
+    def __init__(self, arguments: Arguments, vocab_size: int):
+        network = arguments.network
+        config = transformer_config(arguments)
+        super().__init__(
+            config=config,
+            transformer_layer_spec=_block_spec(config, network),
+            vocab_size=padded_vocab_size(
+                vocab_size, network.make_vocab_size_divisible_by, config.tensor_model_parallel_size
+            ),
+            max_sequence_length=network.max_position_embeddings,
+            pre_process=parallel_state.is_pipeline_first_stage(),
+            post_process=parallel_state.is_pipeline_last_stage(),
+            share_embeddings_and_output_weights=network.tie_embeddings,
+            position_embedding_type=network.position_embedding_type,
+            rotary_percent=network.rotary_percent,
+            rotary_base=network.rotary_base,
+        )
+        self.real_vocab_size = vocab_size
+
+    def run(self, batch: Batch, with_loss: bool = True) -> Tensor:
+        """Forward pass of a micro-batch as one stream of T = B·S tokens.
+
+        Returns:
+            on the last pipeline stage token losses fp32 [1, T] (or logits [1, T, vocabulary / TP] without loss),
+            elsewhere hidden states.
+        """
+        return self(
+            input_ids=batch.tokens_BS.view(1, -1),
+            position_ids=batch.position_ids_BS.view(1, -1),
+            attention_mask=None,
+            labels=batch.labels_BS.view(1, -1) if with_loss else None,
+            packed_seq_params=packing(batch),
+        )
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """Negative log-likelihood per token: labels [1, T], logits [T, 1, vocabulary / TP] -> fp32 [1, T]."""
+        return vocab_parallel_nll(logits, labels.transpose(0, 1), self.real_vocab_size).transpose(0, 1)
+
+
+def build_model(arguments: Arguments, vocab_size: int) -> DistributedDataParallel:
+    """This rank's stage of the model, initialised from the seed and wrapped for data parallelism.
+
+    Gradients are summed over data-parallel ranks and micro-batches, never averaged.
+    """
+    model = PackedGPTModel(arguments, vocab_size).to(platform.device())
+    initialize_weights(model, arguments.initialization.seed, arguments.initialization.init_method_std)
+    wrapped = DistributedDataParallel(
+        config=model.config,
+        ddp_config=DistributedDataParallelConfig(
+            grad_reduce_in_fp32=arguments.precision.accumulate_allreduce_grads_in_fp32,
+            overlap_grad_reduce=False,
+            use_distributed_optimizer=False,
+            average_in_collective=False,
+        ),
+        module=model,
+    )
+    return wrapped

@@ -1,0 +1,88 @@
+"""Process groups and Megatron's model-parallel ranks: made, asked and taken down here."""
+
+import contextlib
+import datetime
+import os
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from torch import Tensor
+
+from mft_megatron.arguments import DistributedArguments
+from mft_megatron.batch import Ranks
+
+from . import platform
+
+
+@contextlib.contextmanager
+def process_groups(layout: DistributedArguments, seed: int) -> Iterator[None]:
+    """Start the process groups of ``layout``, seed this rank's random numbers, and take all down at the end.
+
+    Ranks come from torchrun's environment; without it the process is a world of one. Dropout in regions that tensor
+    parallelism splits differs between its ranks; everywhere else it is the same, as in Megatron.
+    """
+    platform.use_device()
+    started = not dist.is_initialized()
+    if started:
+        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+            os.environ.setdefault(name, value)
+        dist.init_process_group(
+            platform.backend(layout.distributed_backend),
+            timeout=datetime.timedelta(minutes=layout.distributed_timeout_minutes),
+        )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor_model_parallel_size,
+        pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+        # a second, gloo copy of each data-parallel group is for an optimizer that is not used here
+        create_gloo_process_groups=False,
+        distributed_timeout_minutes=layout.distributed_timeout_minutes,
+    )
+    stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+    torch.manual_seed(stage_seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(stage_seed, force_reset_rng=True)
+    try:
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        if started:
+            dist.destroy_process_group()
+
+
+def ranks() -> Ranks:
+    """Where this process stands in the data-parallel group."""
+    return Ranks(parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size())
+
+
+def is_main() -> bool:
+    """Whether this process writes the log and the run folder."""
+    return dist.get_rank() == 0
+
+
+def is_last_stage() -> bool:
+    """Whether this process has the output layer."""
+    return parallel_state.is_pipeline_last_stage()
+
+
+def counts_losses() -> bool:
+    """Whether this process adds its losses to the log: one tensor-parallel rank of the last pipeline stage."""
+    return is_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
+
+
+def sum_over_world(value: Tensor) -> Tensor:
+    """Sum of a tensor over all processes, in place."""
+    dist.all_reduce(value)
+    return value
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether ``flag`` is set on any process; the same answer on all of them."""
+    value = torch.tensor([int(flag)], device=platform.device())
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return bool(value.item())
+
+
+def wait() -> None:
+    """Wait for all processes."""
+    dist.barrier()

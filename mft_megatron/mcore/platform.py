@@ -1,0 +1,89 @@
+"""CPU with gloo or CUDA with NCCL: the one place that knows which, and what Megatron-Core needs for it.
+
+Everything else asks :func:`device` and :func:`backend`. Replacements inside Megatron-Core and torch come in two kinds,
+kept apart: those for a machine without CUDA (:mod:`.without_cuda`, never active with CUDA) and those for an environment
+without Transformer Engine and apex, with or without CUDA (in :mod:`.norm`, :mod:`.attention` and :mod:`.optimizer`).
+"""
+
+import importlib.metadata
+import os
+import warnings
+
+import torch
+
+from mft_megatron.errors import InputError
+
+HAS_CUDA = torch.cuda.is_available()
+
+
+def prepare() -> None:
+    """Make ``import megatron.core`` work here; call before the first such import.
+
+    Raises:
+        InputError: Transformer Engine is installed in part, which breaks Megatron-Core's own import.
+    """
+    with warnings.catch_warnings():
+        # Megatron-Core says on import that Transformer Engine and apex are missing; that is a supported state here.
+        warnings.simplefilter("ignore")
+        try:
+            if not HAS_CUDA:
+                from . import without_cuda
+
+                without_cuda.replace()
+            import megatron.core.models.gpt.gpt_layer_specs
+            import megatron.core.optimizer  # noqa: F401
+        except Exception as error:
+            if not _installed("transformer-engine"):
+                raise
+            raise InputError(
+                f"Transformer Engine is installed only in part ({type(error).__name__}: {error}); install it whole "
+                "with pip install --no-build-isolation 'transformer-engine[pytorch]', or uninstall transformer-engine"
+            ) from error
+
+
+def _installed(package: str) -> bool:
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def device() -> torch.device:
+    """Where this process computes: its own GPU (torchrun's ``LOCAL_RANK``), or the CPU."""
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if HAS_CUDA else torch.device("cpu")
+
+
+def backend(choice: str = "auto") -> str:
+    """The process-group backend for ``--distributed-backend``.
+
+    Raises:
+        InputError: nccl is asked for where there is no CUDA.
+    """
+    if choice == "nccl" and not HAS_CUDA:
+        raise InputError("--distributed-backend nccl: no CUDA device here; use gloo or leave the option out")
+    if choice == "auto":
+        return "nccl" if HAS_CUDA else "gloo"
+    return choice
+
+
+def use_device() -> None:
+    """Bind this process to its device."""
+    # Megatron-Core wants collectives and kernels in one hardware queue, and says so at every rank's first step.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if HAS_CUDA:
+        torch.cuda.set_device(device())
+
+
+def synchronize() -> None:
+    """Wait for the device; for clocks only."""
+    if HAS_CUDA:
+        torch.cuda.synchronize()
+
+
+def describe() -> str:
+    """Device, backend and versions in a line, for the log."""
+    import megatron.core
+
+    name = torch.cuda.get_device_name(device()) if HAS_CUDA else f"CPU, {torch.get_num_threads()} thread(s) a rank"
+    return f"{name}; torch {torch.__version__}, Megatron-Core {megatron.core.__version__}"

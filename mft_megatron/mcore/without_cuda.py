@@ -1,0 +1,91 @@
+"""What Megatron-Core 0.16.1 needs replaced to run where there is no CUDA, and why.
+
+Megatron-Core names CUDA in four ways: functions of ``torch.cuda``, the literal ``device="cuda"`` in tensor factories,
+``Tensor.cuda()``, and type names such as ``torch.cuda.FloatTensor``. Each is pointed at the CPU here. Nothing of this
+is active on a machine with CUDA; ``tests/mcore/test_without_cuda.py`` shows that every replacement is still needed.
+"""
+
+import contextlib
+import functools
+import sys
+import types
+
+import torch
+
+CPU = torch.device("cpu")
+FACTORIES = ("empty", "zeros", "ones", "full", "tensor", "arange", "empty_like", "zeros_like")
+
+
+class _NoStream:
+    """A stream or event on a machine that has none: everything has already happened."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __getattr__(self, name):
+        return lambda *args, **kwargs: None
+
+
+def _stub_jit() -> None:
+    """``megatron.core.jit`` compiles small functions with ``torch.compile``: 27 s at the first step on a CPU."""
+    jit = types.ModuleType("megatron.core.jit")
+    jit.jit_fuser = jit.noop_decorator = lambda function: function
+    jit.enable_jit_fuser = jit.disable_jit_fuser = lambda: None
+    sys.modules["megatron.core.jit"] = jit
+
+
+def _replace_cuda_functions() -> None:
+    nothing = lambda *args, **kwargs: None  # noqa: E731
+    torch.cuda.current_device = lambda: CPU
+    torch.cuda.synchronize = nothing
+    torch.cuda.current_stream = torch.cuda.default_stream = lambda *args, **kwargs: _NoStream()
+    torch.cuda.stream = lambda stream: contextlib.nullcontext()
+    torch.cuda.Stream = torch.cuda.Event = _NoStream
+    torch.cuda.nvtx.range_push = torch.cuda.nvtx.range_pop = nothing
+    # Megatron's tracker of random states forks the device's generator; here that is torch's own.
+    torch.cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    torch.cuda.manual_seed = torch.manual_seed
+
+
+def _replace_rng_state() -> None:
+    """The tracker reaches the generator through two functions of its module."""
+    from megatron.core.tensor_parallel import random
+
+    random._get_cuda_rng_state = lambda device=CPU, clone=False, graph_safe=False: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
+
+
+def _on_cpu(factory):
+    @functools.wraps(factory)
+    def make(*args, **kwargs):
+        if "device" in kwargs and torch.device(kwargs["device"] or CPU).type == "cuda":
+            kwargs["device"] = CPU
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
+        return factory(*args, **kwargs)
+
+    return make
+
+
+def _replace_tensor_methods() -> None:
+    original_type = torch.Tensor.type
+
+    def cuda_type(self, dtype=None, *args, **kwargs):
+        """The optimizer sorts parameters by the names of CUDA tensor types."""
+        if dtype is not None:
+            return original_type(self, dtype, *args, **kwargs)
+        return original_type(self).replace("torch.", "torch.cuda.", 1)
+
+    torch.Tensor.type = cuda_type
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+
+
+@functools.cache
+def replace() -> None:
+    """Apply every replacement, once per process."""
+    _stub_jit()
+    _replace_cuda_functions()
+    for name in FACTORIES:
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    _replace_tensor_methods()
+    _replace_rng_state()

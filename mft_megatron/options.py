@@ -1,0 +1,147 @@
+"""From dataclass fields to command-line options and back.
+
+A group of options is a frozen dataclass whose fields are made by :func:`option`; the field's name is the option's name,
+its help stands beside its default. :func:`parse` turns a command line into what was *given*; defaults are filled in
+later, so that an architecture read from a checkpoint can stand between the two.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from .errors import InputError
+
+
+def option(
+    default: Any,
+    text: str,
+    *,
+    type: Any = None,
+    choices: Sequence[Any] | None = None,
+    flag: str | None = None,
+    aliases: Sequence[str] = (),
+    values: Mapping[str, str] | None = None,
+    many: bool = False,
+    metavar: str | None = None,
+) -> Any:
+    """Declare one option as a dataclass field.
+
+    Args:
+        default: value where the option is not given; ``None`` means "not given".
+        text: the help, without the default (it is appended).
+        type: ``int``, ``float``, ``str`` …; taken from ``default`` where that is not ``None``.
+        choices: the values allowed.
+        flag: the option's spelling where it is not the field's name, e.g. ``--disable-bias-linear``; a boolean field
+            given by its flag takes the opposite of its default.
+        aliases: other spellings, accepted and named in the help.
+        values: other spellings of the values, e.g. ``case3`` for ``task-token``.
+        many: the option takes one or more values and yields a tuple.
+    """
+    return dataclasses.field(
+        default=default,
+        metadata={
+            "text": text,
+            "type": type or (str if default is None else default.__class__),
+            "choices": choices,
+            "flag": flag,
+            "aliases": tuple(aliases),
+            "values": dict(values or {}),
+            "many": many,
+            "metavar": metavar,
+        },
+    )
+
+
+def spelling(field: dataclasses.Field) -> str:
+    """The field's option as a user types it."""
+    return field.metadata["flag"] or "--" + field.name.replace("_", "-")
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    """An argument parser that raises :class:`InputError` and suggests the spelling that was probably meant."""
+
+    def error(self, message: str):
+        raise InputError(f"{message}; see --help")
+
+    def refuse_unknown(self, unknown: Sequence[str]) -> None:
+        known = [spelling for action in self._actions for spelling in action.option_strings]
+        for word in unknown:
+            if not word.startswith("-"):
+                raise InputError(f"unexpected argument {word!r}; see --help")
+            name = word.split("=")[0]
+            near = difflib.get_close_matches(name.replace("_", "-"), known, n=1, cutoff=0.6)
+            hint = f"did you mean {near[0]}?" if near else "see --help for the list"
+            raise InputError(f"unknown option {name}; {hint}")
+
+
+def build_parser(groups: Iterable[tuple[str, type]], **parser_options: Any) -> _OneLineParser:
+    """One parser over several ``(title, dataclass)`` groups; options not given leave no trace in its namespace."""
+    parser = _OneLineParser(allow_abbrev=False, argument_default=argparse.SUPPRESS, **parser_options)
+    for title, group in groups:
+        section = parser.add_argument_group(title, (group.__doc__ or "").strip())
+        for field in dataclasses.fields(group):
+            _add(section, field)
+    return parser
+
+
+def _add(section: Any, field: dataclasses.Field) -> None:
+    meta = field.metadata
+    text = meta["text"]
+    if meta["aliases"]:
+        text += f" Also accepted: {', '.join(meta['aliases'])}."
+    if meta["values"]:
+        text += " Values also accepted: " + ", ".join(f"{k} = {v}" for k, v in meta["values"].items()) + "."
+    names = [spelling(field), *meta["aliases"]]
+    if meta["type"] is bool:
+        section.add_argument(*names, dest=field.name, action="store_const", const=not field.default, help=text)
+        return
+    if field.default is not None:
+        text += f" (default: {field.default})"
+    arguments: dict[str, Any] = {"dest": field.name, "type": meta["type"], "help": text.replace("%", "%%")}
+    if meta["choices"]:
+        arguments["choices"] = [*meta["choices"], *meta["values"]]
+        arguments["metavar"] = "{" + ",".join(map(str, meta["choices"])) + "}"
+    if meta["metavar"]:
+        arguments["metavar"] = meta["metavar"]
+    if meta["many"]:
+        arguments["nargs"] = "+"
+    section.add_argument(*names, **arguments)
+
+
+def parse(parser: _OneLineParser, command_line: Sequence[str], groups: Iterable[tuple[str, type]]) -> dict[str, Any]:
+    """What the command line gave, by field name; nothing for what it did not give.
+
+    Raises:
+        InputError: an unknown option (with the nearest known one), a missing or malformed value.
+    """
+    namespace, unknown = parser.parse_known_args(list(command_line))
+    if unknown:
+        parser.refuse_unknown(unknown)
+    given = vars(namespace)
+    for _, group in groups:
+        for field in dataclasses.fields(group):
+            if field.name not in given:
+                continue
+            value = given[field.name]
+            if field.metadata["many"]:
+                value = tuple(value)
+            given[field.name] = field.metadata["values"].get(value, value) if isinstance(value, str) else value
+    return given
+
+
+def fill(group: type, given: Mapping[str, Any]) -> Any:
+    """An instance of ``group`` from the given values, defaults elsewhere."""
+    names = {field.name for field in dataclasses.fields(group)}
+    return group(**{name: value for name, value in given.items() if name in names})
+
+
+def number_list(text: str) -> list[float] | None:
+    """``[1, 2.5]`` (MFTCoder's way to give weights) as numbers; ``None`` for anything else."""
+    try:
+        values = json.loads(text)
+    except ValueError:
+        return None
+    return [float(v) for v in values] if isinstance(values, list) else None

@@ -1,0 +1,120 @@
+"""Where a run keeps its files, and what a checkpoint says about itself before anything is loaded.
+
+::
+
+    DIR/iter_0000010/                        Megatron-Core distributed checkpoint (torch_dist) …
+    DIR/iter_0000010/mft_checkpoint.json     … and this project's description of it: CheckpointInfo
+    DIR/latest_checkpointed_iteration.txt    the newest complete one (Megatron's name and content)
+    DIR/config.yaml                          the effective configuration
+    DIR/metrics.jsonl                        one JSON object per logged step, evaluation or event
+    DIR/tensorboard/                         the same scalars
+    DIR/tokenizer/                           the tokenizer's files, so that an export is complete
+
+The description is written last and renamed into place: a folder without it is an unfinished save and is not loaded.
+"""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from .errors import InputError
+
+TRACKER = "latest_checkpointed_iteration.txt"
+INFO = "mft_checkpoint.json"
+CONFIG = "config.yaml"
+METRICS = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
+TOKENIZER = "tokenizer"
+FORMAT_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointInfo:
+    """What one checkpoint holds.
+
+    ``architecture``: the fields of ``NetworkArguments``. ``vocab_size``: rows of the vocabulary before padding.
+    ``consumed_samples`` counts packs. ``dataset_hash`` and ``seed`` identify the data order that was being followed.
+    """
+
+    iteration: int
+    consumed_samples: int
+    architecture: dict[str, Any]
+    vocab_size: int
+    tokenizer: dict[str, Any]
+    dataset_hash: str
+    seed: int
+    global_batch_size: int
+    skipped_steps: int = 0
+    has_optimizer: bool = True
+    layout: dict[str, int] = dataclasses.field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+
+def iteration_folder(folder: Path, iteration: int) -> Path:
+    return folder / f"iter_{iteration:07d}"
+
+
+def is_checkpoint(folder: Path | str) -> bool:
+    """Whether a save was ever completed in ``folder``, or ``folder`` is itself one ``iter_NNNNNNN``."""
+    folder = Path(folder)
+    return folder.name.startswith("iter_") or (folder / TRACKER).exists()
+
+
+def latest_checkpoint(folder: Path | str, option: str = "--load") -> tuple[Path, CheckpointInfo]:
+    """The newest complete checkpoint below ``folder``; ``folder`` may also be one ``iter_NNNNNNN`` itself.
+
+    Raises:
+        InputError: there is none, or it is unfinished or of another format.
+    """
+    folder = Path(folder)
+    if folder.name.startswith("iter_") and folder.is_dir():
+        return folder, read_info(folder, option)
+    tracker = folder / TRACKER
+    if not tracker.is_file():
+        what = "does not exist" if not folder.exists() else f"has no {TRACKER}, so no checkpoint was completed there"
+        raise InputError(f"{option} {folder}: {what}; give a folder that --save wrote, or leave {option} out")
+    text = tracker.read_text().strip()
+    if not text.isdecimal():
+        raise InputError(
+            f"{tracker}: {text!r} is not an iteration number; write the number of an existing iter_ folder"
+        )
+    path = iteration_folder(folder, int(text))
+    if not path.is_dir():
+        raise InputError(f"{tracker} names iteration {text}, but {path} does not exist; correct the number in it")
+    return path, read_info(path, option)
+
+
+def read_info(path: Path, option: str = "--load") -> CheckpointInfo:
+    """The description of the checkpoint in ``path``.
+
+    Raises:
+        InputError: it is missing (an unfinished save), unreadable, or of another version.
+    """
+    file = path / INFO
+    try:
+        content = json.loads(file.read_text())
+        info = CheckpointInfo(**content)
+    except FileNotFoundError:
+        raise InputError(f"{option} {path}: no {INFO}, so this save was never finished; use another one") from None
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{file}: not a checkpoint description ({error}); the file is damaged") from None
+    if info.format_version != FORMAT_VERSION:
+        raise InputError(f"{file}: format version {info.format_version}, this program reads {FORMAT_VERSION}")
+    return info
+
+
+def write_info(path: Path, info: CheckpointInfo) -> None:
+    """Put ``info`` into the checkpoint folder ``path``, as the last file of a save."""
+    replace_text(path / INFO, json.dumps(dataclasses.asdict(info), indent=2) + "\n")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a small text file so that a reader sees the old content or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
