@@ -306,6 +306,8 @@ def parse_arguments(command_line: Sequence[str], world_size: int = 1, packed_len
     resume = _find_checkpoint(given)
     if resume is not None:
         given = {**_architecture_from(resume, given), **given}
+        if not given.get("finetune"):
+            given["seed"] = _seed_from(resume, given)
     _need(given, "data_path", "--data-path PREFIX: the --output-prefix given to tools/preprocess_data.py")
     if "seq_length" not in given and packed_lengths is not None:
         given["seq_length"] = _only_packed_length(given["data_path"], packed_lengths(given["data_path"]))
@@ -360,6 +362,17 @@ def _architecture_from(resume: tuple[str, CheckpointInfo], given: Mapping[str, A
                 "the option out, the architecture comes from the checkpoint"
             )
     return architecture
+
+
+def _seed_from(resume: tuple[str, CheckpointInfo], given: Mapping[str, Any]) -> int:
+    """The seed fixes the order of the data, which a resumed run goes on following."""
+    path, info = resume
+    if given.get("seed", info.seed) != info.seed:
+        raise InputError(
+            f"--seed {given['seed']}: the checkpoint {path} follows the data order of seed {info.seed}; leave "
+            "the option out, or start a new pass with --finetune"
+        )
+    return info.seed
 
 
 def _only_packed_length(prefix: str, lengths: Sequence[int]) -> int:

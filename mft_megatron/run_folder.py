@@ -35,7 +35,8 @@ class CheckpointInfo:
     """What one checkpoint holds.
 
     ``architecture``: the fields of ``NetworkArguments``. ``vocab_size``: rows of the vocabulary before padding.
-    ``consumed_samples`` counts packs. ``dataset_hash`` and ``seed`` identify the data order that was being followed.
+    ``consumed_samples`` counts packs. ``layout``: sizes by name, for what belongs to one layout.
+    ``dataset_hash`` and ``seed`` identify the data order that was being followed.
     """
 
     iteration: int
@@ -48,8 +49,14 @@ class CheckpointInfo:
     global_batch_size: int
     skipped_steps: int = 0
     has_optimizer: bool = True
+    has_rng: bool = True
     layout: dict[str, int] = dataclasses.field(default_factory=dict)
     format_version: int = FORMAT_VERSION
+
+    @property
+    def optimizer_steps(self) -> int:
+        """How often the optimizer has stepped; one that never has leaves no state behind."""
+        return self.iteration - self.skipped_steps
 
 
 def iteration_folder(folder: Path, iteration: int) -> Path:

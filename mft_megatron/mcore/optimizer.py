@@ -59,18 +59,22 @@ def learning_rate(optimizer: MegatronOptimizer) -> float:
     return next(group["lr"] for group in optimizer.param_groups if group["default_config"])
 
 
-def separate_steps(optimizer: MegatronOptimizer) -> None:
-    """Give every parameter a step count of its own after a load.
+def restore_optimizer(optimizer: MegatronOptimizer, state: dict) -> None:
+    """Load an optimizer state, in place; rates and other settings stay those of the command line.
 
-    Megatron-Core restores one tensor into all of them. torch's Adam, which it uses where neither Transformer Engine nor
-    apex is installed, counts in place, so that each step would count once per parameter and resuming would silently go
-    wrong.
+    Megatron-Core takes the settings of each parameter group from the checkpoint. And where neither Transformer Engine
+    nor apex is installed it may leave one step count shared by all parameters: torch's Adam counts in place, so each
+    step would count once per parameter, and resuming would silently go wrong.
     """
-    for state in optimizer.state.values() if isinstance(optimizer.state, dict) else _inner_states(optimizer):
-        if isinstance(state.get("step"), torch.Tensor):
-            state["step"] = state["step"].clone()
-
-
-def _inner_states(optimizer: MegatronOptimizer):
+    settings = [_settings(group) for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)
     for member in optimizer.chained_optimizers:
-        yield from member.optimizer.state.values()
+        for parameter_state in member.optimizer.state.values():
+            if isinstance(parameter_state.get("step"), torch.Tensor):
+                parameter_state["step"] = parameter_state["step"].clone()
+
+
+def _settings(group: dict) -> dict:
+    return {name: value for name, value in group.items() if name not in ("params", "step")}

@@ -55,6 +55,16 @@ def ranks() -> Ranks:
     return Ranks(parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size())
 
 
+def layout() -> dict[str, int]:
+    """Sizes of this run's layout, by name."""
+    return {
+        "world": dist.get_world_size(),
+        "tensor": parallel_state.get_tensor_model_parallel_world_size(),
+        "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
+        "data": parallel_state.get_data_parallel_world_size(),
+    }
+
+
 def is_main() -> bool:
     """Whether this process writes the log and the run folder."""
     return dist.get_rank() == 0
@@ -68,6 +78,17 @@ def is_last_stage() -> bool:
 def counts_losses() -> bool:
     """Whether this process adds its losses to the log: one tensor-parallel rank of the last pipeline stage."""
     return is_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
+
+
+def count_parameters(model: torch.nn.Module) -> int:
+    """Parameters of the whole model over all ranks, each counted once."""
+    mine = sum(
+        parameter.numel()
+        for parameter in model.parameters()
+        if tensor_parallel.param_is_not_tensor_parallel_duplicate(parameter) and not getattr(parameter, "shared", False)
+    )
+    total = sum_over_world(torch.tensor(mine, device=platform.device(), dtype=torch.int64))
+    return total.item() // parallel_state.get_data_parallel_world_size()
 
 
 def sum_over_world(value: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ the whole global batch, in fp64, from one all-reduce after the schedule has run.
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import numpy as np
@@ -30,6 +30,8 @@ from . import parallel, platform
 from .model import build_model
 from .optimizer import build_optimizer, build_scheduler, learning_rate
 
+SUMS = ("loss_K", "tokens_K", "objective_K", "share_K")
+
 
 @dataclasses.dataclass(frozen=True)
 class StepReport:
@@ -37,12 +39,14 @@ class StepReport:
 
     ``loss_K``: Σ l_t over supervised tokens of each task. ``tokens_K``: how many those are.
     ``objective_K``: Σ c_t·l_t; ``share_K``: Σ c_t, both per task. All fp64 [K].
+    ``weight_K``: the tasks' weights w_i that held. ``grad_norm``: before clipping. ``learning_rate``: of this step.
     """
 
     loss_K: Tensor
     tokens_K: Tensor
     objective_K: Tensor
     share_K: Tensor
+    weight_K: np.ndarray | None = None
     grad_norm: float | None = None
     learning_rate: float | None = None
 
@@ -89,26 +93,33 @@ class Trainer:
         rate = learning_rate(self.optimizer)
         _, grad_norm, _ = self.optimizer.step()
         self.scheduler.step(increment=1)
-        return dataclasses.replace(report, grad_norm=grad_norm, learning_rate=rate)
+        return dataclasses.replace(report, weight_K=self.weight_K, grad_norm=grad_norm, learning_rate=rate)
 
-    def evaluate(self, split: PackedSplit, plans: Iterable[StepPlan]) -> StepReport:
-        """Token losses of every task over the given batches, without changing anything."""
+    def evaluate(self, split: PackedSplit, plans: Sequence[StepPlan]) -> StepReport:
+        """Token losses of every task over the given batches, without changing anything.
+
+        The objective is that of all batches as one: their counts are added up first.
+        """
         self.model.eval()
-        total = None
+        factor_K = self._factors(*plans)
         with torch.no_grad():
-            for plan in plans:
-                report = self._run(split, plan, self._factors(plan), forward_only=True)
-                total = report if total is None else _add(total, report)
-        return total
+            reports = [self._run(split, plan, factor_K, forward_only=True) for plan in plans]
+        return StepReport(*(sum(getattr(report, name) for report in reports) for name in SUMS))
 
-    def _factors(self, plan: StepPlan) -> Tensor:
-        counts = (plan.supervised_tokens_K, plan.samples_K, self.weight_K)
+    def num_parameters(self) -> int:
+        """Parameters of the whole model, padding of the vocabulary counted in and shared weights counted once."""
+        return parallel.count_parameters(self.model)
+
+    def _factors(self, *plans: StepPlan) -> Tensor:
+        tokens_K = sum(plan.supervised_tokens_K for plan in plans)
+        samples_K = sum(plan.samples_K for plan in plans)
+        counts = (tokens_K, samples_K, self.weight_K)
         return task_factors(self.arguments.multi_task.mft_loss, *(torch.from_numpy(count) for count in counts))
 
     def _run(self, split: PackedSplit, plan: StepPlan, factor_K: Tensor, forward_only: bool) -> StepReport:
         micro_batch_size = self.arguments.training.micro_batch_size
         packs = plan.micro_batches(self.ranks, micro_batch_size)
-        sums = torch.zeros(4, len(factor_K), dtype=torch.float64, device=platform.device())
+        sums = torch.zeros(len(SUMS), len(factor_K), dtype=torch.float64, device=platform.device())
         self._schedule(
             forward_step_func=partial(_forward, self.arguments.multi_task.mft_loss, factor_K.to(sums.device), sums),
             data_iterator=_batches(split, packs),
@@ -164,8 +175,3 @@ def _objective(mode: str, factor_K: Tensor, sums: Tensor, batch: Batch, loss_BS:
 def _finalize_without_rescaling(model, num_tokens=None, **groups) -> None:
     """Reduce gradients over ranks as plain sums; Megatron would divide by the number of tokens here."""
     finalize_model_grads(model, None, **groups)
-
-
-def _add(one: StepReport, other: StepReport) -> StepReport:
-    names = ("loss_K", "tokens_K", "objective_K", "share_K")
-    return StepReport(*(getattr(one, name) + getattr(other, name) for name in names))

@@ -1,0 +1,112 @@
+"""The main job on real input, from raw code to a model that completes functions: what ``make demo`` runs.
+
+::
+
+    standard library ─► five JSONL tasks ─► tokenizer ─► packed data set ─► train on 2 × 2 ranks ─► checkpoint
+                                                     ─► resume from it ─► Hugging Face folder ─► completions
+
+Every step prints the command it runs, so that each can be run again by hand.
+"""
+
+import argparse
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+TASKS = ("completion", "docstring_to_function", "function_to_docstring", "function_to_usage", "fim")
+MODEL = [
+    "--num-layers",
+    "4",
+    "--hidden-size",
+    "192",
+    "--num-attention-heads",
+    "6",
+    "--group-query-attention",
+    "--num-query-groups",
+    "2",
+    "--ffn-hidden-size",
+    "512",
+    "--swiglu",
+    "--normalization",
+    "RMSNorm",
+    "--position-embedding-type",
+    "rope",
+    "--disable-bias-linear",
+    "--untie-embeddings-and-output-weights",
+    "--attention-dropout",
+    "0",
+    "--hidden-dropout",
+    "0",
+]
+
+
+def run(title: str, *command: str | Path) -> None:
+    """Run one step in the repository's root and show it; a step that fails ends the demo."""
+    words = [str(word) for word in command]
+    print(f"\n\033[1m── {title}\033[0m\n$ {shlex.join(_readable(word) for word in words)}", flush=True)
+    start = time.perf_counter()
+    result = subprocess.run(words, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    if result.returncode:
+        sys.exit(f"the demo stopped: {title!r} ended with exit code {result.returncode}")
+    print(f"   ({time.perf_counter() - start:.0f} s)", flush=True)
+
+
+def _readable(word: str) -> str:
+    return os.path.relpath(word, ROOT) if word.startswith(str(ROOT)) else word
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--folder", type=Path, default=ROOT / "demo_run", help="where everything is put (emptied first)"
+    )
+    parser.add_argument("--iterations", type=int, default=120, help="optimizer steps in all (default: 120)")
+    options = parser.parse_args()
+    folder: Path = options.folder.resolve()
+    shutil.rmtree(folder, ignore_errors=True)
+    python, start = sys.executable, time.perf_counter()
+    tasks, tokenizer, data, save, hf = (folder / name for name in ("tasks", "tokenizer", "data/mft", "run", "hf"))
+    half = options.iterations // 2
+    run("five code tasks out of the standard library", python, "examples/demo/make_tasks.py", "--output-dir", tasks)
+    run(
+        "a tokenizer for them",
+        *(python, "examples/demo/train_tokenizer.py", "--tasks", tasks, "--output-dir", tokenizer),
+    )
+    run(
+        "packing: one memory-mapped data set",
+        *(python, "tools/preprocess_data.py"),
+        *(word for name in TASKS for word in ("--task", f"{name}={tasks / (name + '.jsonl')}")),
+        *("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tokenizer, "--chat-template", "chatml"),
+        *("--seq-length", "512", "--split", "95,5,0", "--workers", "2", "--output-prefix", data),
+    )
+    train = (
+        *(python, "-m", "torch.distributed.run", "--nproc-per-node", "4", "--master-port", "29513", "pretrain_mft.py"),
+        *("--data-path", data, "--save", save, "--tensor-model-parallel-size", "2"),
+        *("--pipeline-model-parallel-size", "2", "--micro-batch-size", "2", "--global-batch-size", "16"),
+        *("--train-iters", str(options.iterations), "--lr", "3e-3", "--min-lr", "3e-4", "--lr-decay-style", "cosine"),
+        *("--lr-warmup-iters", "10", "--log-interval", "10", "--eval-interval", str(half), "--mft-loss", "task-token"),
+    )
+    run(
+        f"training to step {half}: TP 2 × PP 2, every task counts the same",
+        *(*train, *MODEL, "--exit-interval", str(half)),
+    )
+    run("resuming from the checkpoint (the model's shape comes from it)", *train, "--load", save)
+    run("export to Hugging Face", python, "tools/convert_checkpoint.py", "mcore-to-hf", "--load", save, "--hf", hf)
+    run("completions, by transformers", python, "examples/demo/complete.py", "--hf", hf, "--data-path", data)
+    print(f"\n\033[1m── done in {time.perf_counter() - start:.0f} s\033[0m")
+    for path, what in (
+        (tasks, "the tasks, one JSONL file each"),
+        (Path(f"{data}_dataset.json"), "the data set's ledger; look inside with tools/inspect_data.py"),
+        (save, "checkpoints, metrics.jsonl, config.yaml, tensorboard/"),
+        (hf, "the model as a Hugging Face folder"),
+    ):
+        print(f"   {_readable(str(path)):28s} {what}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""The command line of ``tools/convert_checkpoint.py``."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from mft_megatron.errors import InputError
+from mft_megatron.options import build_parser, fill, option, parse
+from mft_megatron.run_folder import latest_checkpoint
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportOptions:
+    """A checkpoint becomes a Hugging Face folder; the layout that wrote it does not matter. Runs on one process."""
+
+    load: str | None = option(
+        None, "Run folder (its newest checkpoint is taken) or one iter_NNNNNNN folder.", type=str, metavar="CKPT"
+    )
+    hf: str | None = option(None, "Folder to write; must not exist.", type=str, metavar="DIR")
+    tokenizer_model: str | None = option(
+        None, "Folder of tokenizer files to copy. Not given: tokenizer/ of the run folder.", type=str, metavar="DIR"
+    )
+    max_shard_size: str = option("5GB", "Begin a new safetensors file at this size.")
+
+
+def mcore_to_hf(command_line: Sequence[str]) -> None:
+    """Export the model of a checkpoint."""
+    groups = (("mcore-to-hf", ExportOptions),)
+    parser = build_parser(groups, prog="convert_checkpoint.py mcore-to-hf")
+    options = fill(ExportOptions, parse(parser, command_line, groups))
+    for name in ("load", "hf"):
+        if getattr(options, name) is None:
+            raise InputError(f"missing option: give --{name}; see --help")
+    path, info = latest_checkpoint(options.load)
+    # torch and Megatron-Core only now: what can be refused without them has been
+    from mft_megatron.arguments import DistributedArguments
+    from mft_megatron.convert.hf_export import export, parse_size
+    from mft_megatron.mcore import parallel
+
+    shard_bytes = parse_size(options.max_shard_size)
+    tokenizer = Path(options.tokenizer_model) if options.tokenizer_model else None
+    with parallel.process_groups(DistributedArguments(distributed_backend="gloo"), seed=0):
+        family = export(path, info, Path(options.hf), tokenizer, shard_bytes)
+    print(f"{path} -> {options.hf}: {family.name}, iteration {info.iteration}")
+
+
+DIRECTIONS = {"mcore-to-hf": mcore_to_hf}
+
+
+def main(command_line: Sequence[str]) -> None:
+    """Run the direction that the first word names."""
+    word = command_line[0] if command_line else "--help"
+    if word in ("-h", "--help"):
+        print(
+            f"usage: convert_checkpoint.py {{{','.join(DIRECTIONS)}}} [options]\n\nEach direction has its own --help."
+        )
+        return
+    if word not in DIRECTIONS:
+        raise InputError(f"unknown direction {word!r}; give one of: {', '.join(DIRECTIONS)}")
+    DIRECTIONS[word](command_line[1:])

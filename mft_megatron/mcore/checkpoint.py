@@ -1,0 +1,171 @@
+"""Megatron-Core distributed checkpoints: write one, load one into any layout, read single tensors of one.
+
+A save is complete when its description (``mft_checkpoint.json``) and then the tracker file have been renamed into
+place; what was interrupted before is not loaded. Random-number states belong to a layout and are restored only into the
+same.
+"""
+
+import contextlib
+import shutil
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from torch import Tensor
+
+from mft_megatron.arguments import CheckpointArguments
+from mft_megatron.errors import InputError
+from mft_megatron.run_folder import TRACKER, CheckpointInfo, iteration_folder, replace_text, write_info
+
+from . import parallel, platform
+from .optimizer import restore_optimizer
+from .step import Trainer
+
+
+def save(folder: Path, trainer: Trainer, info: CheckpointInfo, options: CheckpointArguments) -> Path:
+    """Write a checkpoint of all ranks and make it the newest of the run.
+
+    Args:
+        folder: the run folder, ``--save``.
+        trainer: what to save.
+        info: description of the checkpoint; its iteration names the folder.
+        options: whether the optimizer and the random-number state are part of it.
+
+    Returns:
+        the checkpoint's folder.
+    """
+    path = iteration_folder(folder, info.iteration)
+    if parallel.is_main():
+        shutil.rmtree(path, ignore_errors=True)  # left by an interrupted save, or by a run that is being repeated
+        path.mkdir(parents=True)
+    parallel.wait()
+    model_state = trainer.model.module.sharded_state_dict()
+    state = {"model": model_state, "scheduler": trainer.scheduler.state_dict()}
+    if options.save_optim and info.optimizer_steps:
+        state["optimizer"] = trainer.optimizer.sharded_state_dict(model_state)
+    if options.save_rng:
+        state["rng"] = _rng_object(_rng_state())
+    with _quiet():
+        dist_checkpointing.save(state, str(path), sharded_strategy=TorchDistSaveShardedStrategy("torch_dist", 1))
+    parallel.wait()
+    if parallel.is_main():
+        write_info(path, info)
+        replace_text(folder / TRACKER, f"{info.iteration}\n")
+    parallel.wait()
+    return path
+
+
+def load(path: Path, trainer: Trainer, info: CheckpointInfo, options: CheckpointArguments) -> None:
+    """Load a checkpoint written at any layout into the trainer, in place.
+
+    With ``--finetune`` only the weights; else also the optimizer, the schedule and, on the same layout, the
+    random-number state, unless the options leave them out.
+
+    Raises:
+        InputError: the checkpoint does not hold what this model needs.
+    """
+    model_state = trainer.model.module.sharded_state_dict()
+    state = {"model": model_state}
+    whole = not options.finetune
+    with_optimizer = whole and options.load_optim and info.has_optimizer and info.optimizer_steps > 0
+    with_rng = whole and options.load_rng and info.has_rng and info.layout == parallel.layout()
+    if with_optimizer:
+        state["optimizer"] = trainer.optimizer.sharded_state_dict(model_state, is_loading=True)
+    if with_rng:
+        state["rng"] = _rng_object(None)
+    try:
+        with _quiet():
+            loaded = dist_checkpointing.load(state, str(path))
+    except Exception as error:
+        raise InputError(f"{path}: cannot be loaded into this model ({_first_line(error)})") from error
+    trainer.model.module.load_state_dict(loaded["model"])
+    if whole and options.load_optim:
+        trainer.scheduler.load_state_dict(loaded["scheduler"])
+    if with_optimizer:
+        restore_optimizer(trainer.optimizer, loaded["optimizer"])
+        trainer.scheduler.step(increment=0)
+    else:
+        trainer.optimizer.reload_model_params()
+    if with_rng:
+        _set_rng_state(loaded["rng"])
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Megatron-Core writes through parts of torch that announce their successors on every call."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:300]
+
+
+def _rng_object(state: dict | None) -> ShardedObject:
+    """One state per pipeline and tensor-parallel rank and data-parallel replica."""
+    shape = (
+        parallel_state.get_pipeline_model_parallel_world_size(),
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_data_parallel_world_size(),
+    )
+    place = (
+        parallel_state.get_pipeline_model_parallel_rank(),
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_data_parallel_rank(),
+    )
+    return ShardedObject("rng", state, shape, place, replica_id=0)
+
+
+def _rng_state() -> dict:
+    return {
+        "cpu": torch.get_rng_state(),
+        "device": torch.cuda.get_rng_state() if platform.HAS_CUDA else None,
+        "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),
+    }
+
+
+def _set_rng_state(state: dict) -> None:
+    torch.set_rng_state(state["cpu"])
+    if platform.HAS_CUDA and state["device"] is not None:
+        torch.cuda.set_rng_state(state["device"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(state["tracker"])
+
+
+class TensorReader:
+    """Single tensors of a checkpoint, whole and in checkpoint layout, for conversion on one process.
+
+    Use within :func:`.parallel.process_groups`. Memory is that of the tensors asked for.
+    """
+
+    def __init__(self, path: Path):
+        self._path = str(path)
+        self._known = dist_checkpointing.load_tensors_metadata(self._path)
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """Shape of a weight as stored, layers stacked along the first axis; ``None`` where there is no such weight."""
+        known = self._known.get(name)
+        return None if known is None else tuple(known.global_shape)
+
+    def names(self) -> list[str]:
+        """Names of all weights of the model (optimizer states are left out)."""
+        return [name for name in self._known if not name.startswith("optimizer.")]
+
+    def read(self, requests: Iterable[tuple[str, int | None]]) -> list[Tensor]:
+        """Weights by ``(name, layer)``; layer ``None`` for a weight outside the stack of layers."""
+        wanted = {str(number): self._request(*request) for number, request in enumerate(requests)}
+        with _quiet():
+            loaded = dist_checkpointing.load(wanted, self._path, validate_access_integrity=False)
+        return [loaded[number] for number in wanted]
+
+    def _request(self, name: str, layer: int | None) -> ShardedTensor:
+        known = self._known[name]
+        if layer is None:
+            return ShardedTensor.from_rank_offsets(name, torch.empty(known.global_shape, dtype=known.dtype))
+        data = torch.empty(known.global_shape[1:], dtype=known.dtype)
+        return ShardedTensor.from_rank_offsets(name, data, (0, layer, known.global_shape[0]), prepend_axis_num=1)

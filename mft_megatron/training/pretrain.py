@@ -1,0 +1,87 @@
+"""A whole run, from checked arguments to the last checkpoint.
+
+::
+
+    data set (refused here if it is not whole) ─► process groups ─► trainer ─► [checkpoint] ─► loop
+"""
+
+from pathlib import Path
+
+import yaml
+
+from mft_megatron.arguments import Arguments
+from mft_megatron.data.dataset import PackedDataset
+from mft_megatron.data.tokenizer import load_tokenizer
+from mft_megatron.errors import InputError
+from mft_megatron.mcore import parallel, platform
+from mft_megatron.mcore.step import Trainer
+from mft_megatron.run_folder import CONFIG, replace_text
+from mft_megatron.training.loop import train
+from mft_megatron.training.run_log import RunLog
+from mft_megatron.training.saving import Saver, keep_tokenizer, refuse_other_data, resume
+from mft_megatron.training.task_weights import task_weights
+
+
+def pretrain(arguments: Arguments, main_rank: bool = True) -> None:
+    """Train as the arguments say.
+
+    Args:
+        arguments: complete and checked.
+        main_rank: whether this process is rank 0, which alone reads every byte of the data set to check it.
+
+    Raises:
+        InputError: the data set, the tokenizer, the weights or the checkpoint cannot be used, or training diverged.
+    """
+    dataset = PackedDataset.open(
+        arguments.data.data_path, arguments.data.seq_length, check="hashes" if main_rank else "sizes"
+    )
+    _check_tokenizer(arguments, dataset)
+    refuse_other_data(arguments, dataset)
+    weight_K = task_weights(arguments.multi_task.task_weights, dataset.tasks)
+    with parallel.process_groups(arguments.distributed, arguments.initialization.seed):
+        options = arguments.checkpoint
+        log = RunLog(parallel.is_main(), options.save, arguments.logging.tensorboard_dir)
+        try:
+            log.say(f"{arguments.world_size} rank(s) on {platform.describe()}")
+            trainer = Trainer(arguments, dataset.vocab_size, weight_K)
+            log.say(_shape(arguments, dataset, trainer))
+            if options.save is not None and parallel.is_main():
+                _describe_run(arguments, dataset)
+            progress = resume(arguments, trainer, log)
+            train(arguments, dataset, trainer, Saver(arguments, dataset), log, progress)
+        finally:
+            log.close()
+
+
+def _check_tokenizer(arguments: Arguments, dataset: PackedDataset) -> None:
+    """Compare ``--tokenizer-model``, where it is given, with the data set's tokenizer by content."""
+    data, made_with = arguments.data, dataset.ledger.tokenizer
+    if data.tokenizer_type is not None and data.tokenizer_type != made_with.type:
+        raise InputError(
+            f"--tokenizer-type {data.tokenizer_type}: {data.data_path} was made with {made_with.type}; leave it out"
+        )
+    if data.tokenizer_model is not None:
+        fingerprint = load_tokenizer(made_with.type, data.tokenizer_model).fingerprint
+        if fingerprint != made_with.fingerprint:
+            raise InputError(
+                f"--tokenizer-model {data.tokenizer_model}: its content differs from the tokenizer {data.data_path} "
+                "was made with; preprocess the data with it, or leave the option out"
+            )
+
+
+def _describe_run(arguments: Arguments, dataset: PackedDataset) -> None:
+    folder = Path(arguments.checkpoint.save)
+    options = {name: list(v) if isinstance(v, tuple) else v for name, v in arguments.as_options().items()}
+    options["world_size"] = arguments.world_size
+    replace_text(folder / CONFIG, yaml.safe_dump(options, sort_keys=False))
+    keep_tokenizer(str(folder), arguments.data.tokenizer_model or dataset.ledger.tokenizer.model)
+
+
+def _shape(arguments: Arguments, dataset: PackedDataset, trainer: Trainer) -> str:
+    layout = arguments.distributed
+    return (
+        f"{trainer.num_parameters():,} parameters; TP {layout.tensor_model_parallel_size} × PP "
+        f"{layout.pipeline_model_parallel_size} × DP {arguments.data_parallel_size}; {len(dataset.tasks)} tasks in "
+        f"{dataset.split('train').num_packs:,} training packs of {arguments.data.seq_length}; objective "
+        f"{arguments.multi_task.mft_loss}"
+    )

@@ -1,0 +1,94 @@
+"""The JSON objects of ``metrics.jsonl``, made from reports and plans (docs/DESIGN.md §4, docs/LOSSES.md §5)."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from mft_megatron.batch import StepPlan
+from mft_megatron.mcore.step import StepReport
+from mft_megatron.training.progress import Progress
+
+
+def train_record(
+    progress: Progress, report: StepReport, plan: StepPlan, tokens: int, step_time: float, task_names: Sequence[str]
+) -> dict[str, Any]:
+    """One logged step.
+
+    Args:
+        progress: after the step.
+        report: of the step.
+        plan: of the step; its counts must be what the step has really seen.
+        tokens: tokens of all samples in the global batch, padding left out.
+        step_time: mean seconds of the steps since the last record.
+        task_names: K names.
+
+    Raises:
+        RuntimeError: the supervised tokens seen differ from those planned; then every coefficient was wrong.
+    """
+    seen_K = report.tokens_K.cpu().numpy().astype(np.int64)
+    if not np.array_equal(seen_K, plan.supervised_tokens_K):
+        raise RuntimeError(
+            f"step {progress.step}: supervised tokens per task are {seen_K.tolist()}, the data set's index says "
+            f"{plan.supervised_tokens_K.tolist()}; the data set does not match its index, preprocess it again"
+        )
+    loss_K, share_K = report.loss_K.cpu().numpy(), report.share_K.cpu().numpy()
+    tasks = {
+        name: {
+            "loss": _ratio(loss_K[i], seen_K[i]),
+            "supervised_tokens": int(seen_K[i]),
+            "samples": int(plan.samples_K[i]),
+            "weight": float(report.weight_K[i]),
+            "share": _ratio(share_K[i], share_K.sum()),
+        }
+        for i, name in enumerate(task_names)
+    }
+    return {
+        "kind": "train",
+        "step": progress.step,
+        "consumed_samples": progress.consumed_samples,
+        "loss": report.loss,
+        "grad_norm": report.grad_norm,
+        "lr": report.learning_rate,
+        "tokens": tokens,
+        "supervised_tokens": int(seen_K.sum()),
+        "step_time": step_time,
+        "tasks": tasks,
+    }
+
+
+def valid_record(progress: Progress, report: StepReport, task_names: Sequence[str]) -> dict[str, Any]:
+    """One evaluation: ``loss`` is the training objective over the whole split, ``token_loss`` the mean over all
+    supervised tokens, ``macro_loss`` the mean of the tasks' means. Tasks without validation samples have ``null``."""
+    loss_K, tokens_K = report.loss_K.cpu().numpy(), report.tokens_K.cpu().numpy()
+    tasks = {}
+    for i, name in enumerate(task_names):
+        loss = _ratio(loss_K[i], tokens_K[i])
+        perplexity = None if loss is None else math.exp(min(loss, 700.0))
+        tasks[name] = {"loss": loss, "perplexity": perplexity, "supervised_tokens": int(tokens_K[i])}
+    present = [task["loss"] for task in tasks.values() if task["loss"] is not None]
+    return {
+        "kind": "valid",
+        "step": progress.step,
+        "consumed_samples": progress.consumed_samples,
+        "loss": report.loss,
+        "token_loss": _ratio(loss_K.sum(), tokens_K.sum()),
+        "macro_loss": sum(present) / len(present) if present else None,
+        "tasks": tasks,
+    }
+
+
+def event_record(progress: Progress, event: str, **details: Any) -> dict[str, Any]:
+    """Something that happened: save, load, skip, exit."""
+    return {
+        "kind": "event",
+        "event": event,
+        "step": progress.step,
+        "consumed_samples": progress.consumed_samples,
+        **details,
+    }
+
+
+def _ratio(part: float, whole: float) -> float | None:
+    return float(part / whole) if whole else None

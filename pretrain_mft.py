@@ -1,0 +1,32 @@
+"""Multi-task fine-tuning on Megatron-Core.
+
+    torchrun --nproc-per-node 4 pretrain_mft.py --data-path PREFIX --save DIR <Megatron arguments> --mft-loss task-token
+
+See ``--help`` for all options, and README.md for a whole run.
+"""
+
+import os
+import sys
+
+from mft_megatron.errors import run_command
+
+
+def main() -> None:
+    """Check every option first; only then load torch and start process groups."""
+    from mft_megatron.data.dataset import packed_lengths
+
+    from mft_megatron.arguments import parse_arguments
+
+    arguments = parse_arguments(sys.argv[1:], int(os.environ.get("WORLD_SIZE", 1)), packed_lengths)
+    from mft_megatron.training.pretrain import pretrain
+
+    pretrain(arguments, main_rank=_is_main_rank())
+
+
+def _is_main_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+# The guard matters: the checkpoint writer starts a process that imports this file again.
+if __name__ == "__main__":
+    sys.exit(run_command(main, quiet=not _is_main_rank()))

@@ -1,0 +1,88 @@
+"""Loss and gradient norm do not depend on the layout: each is compared with one process, in fp32, for five steps."""
+
+import functools
+
+import pytest
+from conftest import run_on_ranks
+from run import train
+
+from mft_megatron.arguments import LOSSES
+
+LAYOUTS = {
+    "micro-batch 1": (1, "--micro-batch-size 1"),
+    "micro-batch 4": (1, "--micro-batch-size 4"),
+    "TP2": (2, "--tensor-model-parallel-size 2"),
+    "PP2": (2, "--pipeline-model-parallel-size 2"),
+    "DP2": (2, "--micro-batch-size 1"),
+    "TP2 PP2": (4, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --micro-batch-size 1"),
+}
+MORE = {
+    "TP2 SP": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
+    "TP2 DP2": (4, "--tensor-model-parallel-size 2"),
+    "PP2 DP2": (4, "--pipeline-model-parallel-size 2 --micro-batch-size 1"),
+    "PP4": (4, "--pipeline-model-parallel-size 4 --micro-batch-size 1"),
+    "TP2 PP2 DP2 SP": (
+        8,
+        "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --sequence-parallel --micro-batch-size 1",
+    ),
+}
+
+
+@functools.cache
+def one_process(prefix, extra):
+    return run_on_ranks(1, train, prefix, f"{extra} --micro-batch-size 8", 1)[0]
+
+
+def compare(prefix, world_size, layout, extra, tolerance=1e-6):
+    expected, expected_sums = one_process(prefix, extra)
+    for curve, sums in run_on_ranks(world_size, train, prefix, f"{extra} {layout}", world_size):
+        for step, (ours, theirs) in enumerate(zip(curve, expected, strict=True)):
+            assert ours == pytest.approx(theirs, rel=tolerance), f"step {step + 1}: (loss, gradient norm)"
+        for name, values in sums.items():
+            assert values == pytest.approx(expected_sums[name], rel=tolerance), name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_equals_one_process(dataset_prefix, layout, loss):
+    compare(dataset_prefix, *LAYOUTS[layout], f"--mft-loss {loss}")
+
+
+@pytest.mark.parametrize("layout", MORE)
+def test_more_layouts(dataset_prefix, layout):
+    compare(dataset_prefix, *MORE[layout], "--mft-loss task-sample")
+
+
+def test_tied_embeddings_over_pipeline_stages(dataset_prefix):
+    """One weight on two stages: its gradients are added up and its norm is counted once."""
+    import run
+
+    tied = run.SHAPE.replace("--untie-embeddings-and-output-weights ", "")
+    curves = [
+        run_on_ranks(world, _train_with_shape, tied, dataset_prefix, extra, world)[0][0]
+        for world, extra in ((1, ""), (2, "--pipeline-model-parallel-size 2"))
+    ]
+    assert curves[0] != one_process(dataset_prefix, "--mft-loss task-token")[0]
+    for ours, theirs in zip(curves[1], curves[0], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-6)
+
+
+def _train_with_shape(shape, prefix, extra, world):
+    import run
+
+    run.SHAPE = shape
+    return train(prefix, extra, world)
+
+
+def test_the_steps_are_not_all_alike(dataset_prefix):
+    """The comparison would be empty if nothing happened, or if the four losses were one."""
+    curves = {loss: one_process(dataset_prefix, f"--mft-loss {loss}")[0] for loss in LOSSES}
+    for curve in curves.values():
+        assert curve[-1][0] < curve[0][0] - 0.5
+    first = [curve[0][0] for curve in curves.values()]
+    assert min(abs(a - b) for i, a in enumerate(first) for b in first[:i]) > 1e-4
+
+
+def test_bf16_stays_close(dataset_prefix):
+    """bf16 rounds; the layouts must agree to what that leaves."""
+    compare(dataset_prefix, 2, "--tensor-model-parallel-size 2", "--mft-loss task-token --bf16", tolerance=1e-2)

@@ -1,0 +1,125 @@
+"""Token losses of packed rows: by the book in numpy, equal to unpacked, and untouched by pack neighbours."""
+
+import numpy as np
+import pytest
+from conftest import run_on_ranks
+from run import arguments_for, open_dataset
+
+from mft_megatron.arguments import LOSSES
+
+
+def _model(prefix):
+    from mft_megatron.mcore.initialize import initialize_weights
+    from mft_megatron.mcore.model import PackedGPTModel
+
+    arguments = arguments_for(prefix, "", 1)
+    dataset = open_dataset(arguments)
+    model = PackedGPTModel(arguments, dataset.vocab_size)
+    initialize_weights(model, seed=1234, std=0.05)
+    return arguments, dataset, model.eval()
+
+
+def _single(tokens):
+    """One sample as a micro-batch of its own, without padding."""
+    from mft_megatron.batch import Batch
+
+    tokens = np.asarray(tokens, np.int64)[None]
+    labels, zeros = np.roll(tokens, -1), np.zeros_like(tokens)
+    positions = np.arange(tokens.shape[1])[None]
+    cu_seqlens = np.array([0, tokens.shape[1]], np.int32)
+    return Batch(tokens, labels, zeros.astype(np.uint8), positions, zeros, zeros, cu_seqlens, tokens.shape[1])
+
+
+def _token_losses(model, batch):
+    import torch
+
+    from mft_megatron.mcore.step import to_device
+
+    with torch.no_grad():
+        return model.run(to_device(batch)).view(batch.tokens_BS.shape).numpy()
+
+
+def _in_process_groups(function, prefix):
+    from mft_megatron.mcore import parallel
+
+    with parallel.process_groups(arguments_for(prefix, "", 1).distributed, seed=1):
+        return function(*_model(prefix))
+
+
+def _packed_and_single(arguments, dataset, model):
+    batch = dataset.split("train").rows(np.arange(6))
+    packed = _token_losses(model, batch).ravel()
+    worst, seen = 0.0, 0
+    for start, end in zip(batch.cu_seqlens, batch.cu_seqlens[1:], strict=False):
+        if batch.loss_mask_BS.ravel()[start:end].any():
+            alone = _token_losses(model, _single(batch.tokens_BS.ravel()[start:end])).ravel()
+            worst = max(worst, float(np.abs(alone[:-1] - packed[start : end - 1]).max()))
+            seen += 1
+    return worst, seen
+
+
+def test_packed_equals_unpacked(dataset_prefix):
+    worst, seen = run_on_ranks(1, _in_process_groups, _packed_and_single, dataset_prefix)[0]
+    assert seen > 10
+    assert worst < 5e-6
+
+
+def _with_other_neighbours(arguments, dataset, model):
+    import dataclasses
+
+    batch = dataset.split("train").rows(np.arange(4))
+    segments = list(zip(batch.cu_seqlens, batch.cu_seqlens[1:], strict=False))
+    supervised = [n for n, (a, b) in enumerate(segments) if batch.loss_mask_BS.ravel()[a:b].any()]
+    before = _token_losses(model, batch).ravel()
+    changes = []
+    for keep in supervised:
+        start, end = segments[keep]
+        tokens = np.random.default_rng(keep).integers(0, dataset.vocab_size, batch.tokens_BS.size)
+        tokens[start:end] = batch.tokens_BS.ravel()[start:end]
+        other = dataclasses.replace(batch, tokens_BS=tokens.reshape(batch.tokens_BS.shape))
+        after = _token_losses(model, other).ravel()
+        changes.append((bool((after[start:end] == before[start:end]).all()), bool((after != before).any())))
+    return changes
+
+
+def test_a_sample_never_sees_its_neighbours(dataset_prefix):
+    changes = run_on_ranks(1, _in_process_groups, _with_other_neighbours, dataset_prefix)[0]
+    assert len(changes) > 8
+    assert all(own_equal for own_equal, _ in changes)
+    assert all(others_changed for _, others_changed in changes)
+
+
+def _book_losses(arguments, dataset, model):
+    """(task, token losses in fp64 from the model's logits) of every sample of the first global batch."""
+    import torch
+    from mft_megatron.data.step_plan import plan_step
+
+    from mft_megatron.mcore.step import to_device
+
+    split = dataset.split("train")
+    plan = plan_step(split, seed=1, global_batch_size=8, consumed_samples=0)
+    samples = []
+    for pack in plan.packs_G:
+        batch = split.rows(np.array([pack]))
+        with torch.no_grad():
+            logits = model.run(to_device(batch), with_loss=False)[0, :, : dataset.vocab_size].double().numpy()
+        log_p = logits - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))
+        log_p -= logits.max(-1, keepdims=True)
+        tokens, mask = batch.tokens_BS[0], batch.loss_mask_BS[0]
+        for start, end in zip(batch.cu_seqlens, batch.cu_seqlens[1:], strict=False):
+            targets = [t for t in range(start, end - 1) if mask[t]]
+            task = int(batch.task_ids_BS[0, start])
+            samples.append((task, [-log_p[t, tokens[t + 1]] for t in targets]))
+    return samples
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_one_process_equals_the_book(dataset_prefix, loss):
+    from run import train
+    from test_coefficients import reference_loss
+
+    samples = run_on_ranks(1, _in_process_groups, _book_losses, dataset_prefix)[0]
+    weights = (1.0, 2.0, 0.5, 3.0)
+    assert {task for task, tokens in samples if tokens} == {0, 1, 2, 3}
+    curve, _ = run_on_ranks(1, train, dataset_prefix, f"--mft-loss {loss}", 1, weights, 1)[0]
+    assert curve[0][0] == pytest.approx(reference_loss(loss, samples, weights), rel=1e-6)

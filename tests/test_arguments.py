@@ -1,0 +1,205 @@
+"""The command line of pretrain_mft.py, without a device: what is accepted, filled in and refused."""
+
+import dataclasses
+import json
+
+import pytest
+
+from mft_megatron.arguments import GROUPS, LOSSES, parse_arguments
+from mft_megatron.errors import InputError
+from mft_megatron.run_folder import INFO, TRACKER, CheckpointInfo, write_info
+
+BASE = (
+    "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --data-path data --seq-length 128 --micro-batch-size 2 "
+    "--train-iters 10 --lr 1e-3"
+)
+
+
+def parse(extra="", world_size=1, base=BASE, lengths=lambda prefix: [128]):
+    return parse_arguments(f"{base} {extra}".split(), world_size, lengths)
+
+
+def test_defaults_are_megatrons():
+    a = parse()
+    assert (a.regularization.attention_dropout, a.regularization.hidden_dropout) == (0.1, 0.1)
+    assert (a.network.position_embedding_type, a.network.normalization) == ("learned_absolute", "LayerNorm")
+    assert a.network.add_bias_linear
+    assert a.network.tie_embeddings
+    assert (a.initialization.seed, a.learning_rate.lr_decay_style, a.regularization.clip_grad) == (1234, "linear", 1.0)
+    assert (a.logging.log_interval, a.validation.eval_interval) == (100, 1000)
+
+
+def test_what_follows_is_filled_in():
+    a = parse("--swiglu --group-query-attention --num-query-groups 2", world_size=4)
+    assert a.network.ffn_hidden_size == 128  # 2/3 of 256, in steps of 64
+    assert (a.network.kv_channels, a.network.num_query_groups) == (16, 2)
+    assert (a.data_parallel_size, a.training.global_batch_size) == (4, 8)
+    assert parse().network.num_query_groups == 4
+    assert parse("--bf16").precision.accumulate_allreduce_grads_in_fp32
+    assert parse().learning_rate.lr_decay_iters == 10
+
+
+@pytest.mark.parametrize(("alias", "loss"), list(zip(("case1", "case2", "case3", "case4"), LOSSES, strict=True)))
+def test_mftcoder_names(alias, loss):
+    assert parse(f"--weighted_loss_mode {alias}").multi_task.mft_loss == loss
+    assert parse(f"--mft-loss {loss}").multi_task.mft_loss == loss
+
+
+def test_the_packed_length_is_the_default():
+    base = BASE.replace("--seq-length 128 ", "")
+    assert parse(base=base, lengths=lambda prefix: [256]).data.seq_length == 256
+    with pytest.raises(InputError, match="give --seq-length; data is packed for 128, 256"):
+        parse(base=base, lengths=lambda prefix: [128, 256])
+
+
+REFUSED = {
+    "--tensor-model-paralel-size 2": "did you mean --tensor-model-parallel-size",
+    "--mft_los token": "did you mean --mft-loss",
+    "--xyzzy": "unknown option --xyzzy; see --help",
+    "stray": "unexpected argument 'stray'",
+    "--lr fast": "invalid float value: 'fast'",
+    "--lr": "expected one argument",
+    "--mft-loss focal": "invalid choice: 'focal'",
+    "--tensor-model-parallel-size 8": "does not divide --num-attention-heads 4",
+    "--group-query-attention --num-query-groups 2 --tensor-model-parallel-size 4": "not divide --num-query-groups 2",
+    "--group-query-attention --num-query-groups 3": "does not divide --num-attention-heads 4",
+    "--ffn-hidden-size 99 --tensor-model-parallel-size 2": "does not divide --ffn-hidden-size 99",
+    "--num-attention-heads 5": "is not divisible by --num-attention-heads 5",
+    "--kv-channels 7 --position-embedding-type rope": "even head size",
+    "--pipeline-model-parallel-size 3": "8 ranks cannot be divided",
+    "--pipeline-model-parallel-size 8": "does not divide --num-layers 4",
+    "--sequence-parallel": "needs --tensor-model-parallel-size of at least 2",
+    "--global-batch-size 24": "is not a multiple of --micro-batch-size 2 × data-parallel size 8 = 16",
+    "--global-batch-size 0": "is not a multiple",
+    "--max-position-embeddings 64": "longer than --max-position-embeddings 64",
+    "--micro-batch-size 0": "must be at least 1",
+    "--hidden-dropout 1": "below 1",
+    "--min-lr -1": "must not be negative",
+    "--min-lr 1": "is above --lr",
+    "--lr-warmup-iters 10": "leaves nothing of the 10 decay steps",
+    "--lr-warmup-iters 2 --lr-warmup-fraction 0.1": "both set the warm-up",
+    "--lr-warmup-fraction 1.5": "below 1",
+    "--save-interval 5": "without --save",
+    "--exit-interval 5": "without --save",
+    "--finetune": "without --load",
+    "--load nowhere": "does not exist",
+    "--load nowhere/iter_0000003": "does not exist",
+    "--mft-loss token --task-weights a=1": "no meaning with --mft-loss token",
+}
+
+
+@pytest.mark.parametrize("extra", REFUSED)
+def test_refused_in_one_line(extra):
+    with pytest.raises(InputError) as refusal:
+        parse(extra, world_size=8)
+    assert REFUSED[extra] in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["--num-layers 4", "--hidden-size 64", "--data-path data", "--micro-batch-size 2", "--train-iters 10", "--lr 1e-3"],
+)
+def test_missing_option_is_named(option):
+    with pytest.raises(InputError, match=option.split()[0]):
+        parse(base=BASE.replace(option, ""))
+
+
+def checkpoint(folder, **changes):
+    network = dataclasses.asdict(parse("--swiglu --position-embedding-type rope").network)
+    info = CheckpointInfo(
+        iteration=5,
+        consumed_samples=10,
+        architecture=network,
+        vocab_size=100,
+        tokenizer={},
+        dataset_hash="abc",
+        seed=7,
+        global_batch_size=2,
+    )
+    path = folder / "iter_0000005"
+    path.mkdir(parents=True)
+    write_info(path, dataclasses.replace(info, **changes))
+    (folder / TRACKER).write_text("5\n")
+    return folder
+
+
+WITHOUT_SHAPE = "--data-path data --seq-length 128 --micro-batch-size 2 --train-iters 10 --lr 1e-3"
+
+
+def test_architecture_and_seed_come_from_the_checkpoint(tmp_path):
+    a = parse(f"--load {checkpoint(tmp_path)}", base=WITHOUT_SHAPE)
+    assert (a.network.num_layers, a.network.swiglu, a.network.position_embedding_type) == (4, True, "rope")
+    assert a.initialization.seed == 7
+    assert a.resume[1].iteration == 5
+    assert parse(f"--load {tmp_path}/iter_0000005", base=WITHOUT_SHAPE).resume[1].iteration == 5
+    assert parse(f"--load {tmp_path} --finetune", base=WITHOUT_SHAPE).initialization.seed == 1234
+
+
+def test_contradicting_the_checkpoint_is_refused(tmp_path):
+    folder = checkpoint(tmp_path)
+    for extra, text in {
+        "--num-layers 8": "the checkpoint .* has 4",
+        "--normalization RMSNorm": "the checkpoint .* has LayerNorm",
+        "--seed 3": "data order of seed 7",
+        "--train-iters 5": "at iteration 5 already",
+    }.items():
+        with pytest.raises(InputError, match=text):
+            parse(f"--load {folder} {extra}", base=WITHOUT_SHAPE)
+
+
+def test_restart_idiom_starts_anew_only_where_nothing_was_saved(tmp_path):
+    assert parse(f"--save {tmp_path}/run --load {tmp_path}/run").resume is None
+    folder = checkpoint(tmp_path / "other")
+    assert parse(f"--save {folder} --load {folder}", base=WITHOUT_SHAPE).resume is not None
+    with pytest.raises(InputError, match="does not exist"):
+        parse(f"--save {tmp_path}/run --load {tmp_path}/mistyped")
+
+
+def test_damaged_checkpoints_are_refused(tmp_path):
+    folder = checkpoint(tmp_path)
+    info = folder / "iter_0000005" / INFO
+    content = json.loads(info.read_text())
+    cases = {
+        "damaged": "{",
+        "format version 99": json.dumps({**content, "format_version": 99}),
+        "not a checkpoint description": json.dumps({**content, "surprise": 1}),
+    }
+    for text, written in cases.items():
+        info.write_text(written)
+        with pytest.raises(InputError, match=text):
+            parse(f"--load {folder}", base=WITHOUT_SHAPE)
+    info.unlink()
+    with pytest.raises(InputError, match="never finished"):
+        parse(f"--load {folder}", base=WITHOUT_SHAPE)
+    (folder / TRACKER).write_text("seven")
+    with pytest.raises(InputError, match="not an iteration number"):
+        parse(f"--load {folder}", base=WITHOUT_SHAPE)
+    (folder / TRACKER).write_text("7")
+    with pytest.raises(InputError, match="names iteration 7"):
+        parse(f"--load {folder}", base=WITHOUT_SHAPE)
+
+
+def test_without_an_optimizer_resuming_is_refused(tmp_path):
+    folder = checkpoint(tmp_path, has_optimizer=False)
+    with pytest.raises(InputError, match="--no-load-optim or --finetune"):
+        parse(f"--load {folder}", base=WITHOUT_SHAPE)
+    assert parse(f"--load {folder} --no-load-optim", base=WITHOUT_SHAPE).resume is not None
+
+
+def test_help_names_every_option(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse("--help")
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for _, group in GROUPS:
+        for field in dataclasses.fields(group):
+            assert (field.metadata["flag"] or "--" + field.name.replace("_", "-")) in text
+            assert field.metadata["text"].rstrip().endswith(".")
+
+
+def test_effective_options_round_trip():
+    a = parse("--mft-loss case4 --task-weights x=2 --hidden-dropout 0")
+    options = a.as_options()
+    assert (options["mft_loss"], options["task_weights"], options["hidden_dropout"]) == ("task-sample", ("x=2",), 0.0)
+    assert len(options) == sum(len(dataclasses.fields(group)) for _, group in GROUPS)
