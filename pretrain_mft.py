@@ -13,9 +13,8 @@ from mft_megatron.errors import run_command
 
 def main() -> None:
     """Check every option first; only then load torch and start process groups."""
-    from mft_megatron.data.dataset import packed_lengths
-
     from mft_megatron.arguments import parse_arguments
+    from mft_megatron.data.dataset import packed_lengths
 
     arguments = parse_arguments(sys.argv[1:], int(os.environ.get("WORLD_SIZE", 1)), packed_lengths)
     from mft_megatron.training.pretrain import pretrain

@@ -4,9 +4,10 @@ import argparse
 
 import numpy as np
 import torch
-from mft_megatron.data.dataset import PackedDataset, packed_lengths
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
+
+from mft_megatron.data.dataset import PackedDataset, packed_lengths
 
 
 def held_out_samples(prefix: str, longest_prompt: int):

@@ -19,30 +19,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TASKS = ("completion", "docstring_to_function", "function_to_docstring", "function_to_usage", "fim")
-MODEL = [
-    "--num-layers",
-    "4",
-    "--hidden-size",
-    "192",
-    "--num-attention-heads",
-    "6",
-    "--group-query-attention",
-    "--num-query-groups",
-    "2",
-    "--ffn-hidden-size",
-    "512",
-    "--swiglu",
-    "--normalization",
-    "RMSNorm",
-    "--position-embedding-type",
-    "rope",
-    "--disable-bias-linear",
-    "--untie-embeddings-and-output-weights",
-    "--attention-dropout",
-    "0",
-    "--hidden-dropout",
-    "0",
-]
+MODEL = (
+    "--num-layers 4 --hidden-size 192 --num-attention-heads 6 --group-query-attention --num-query-groups 2 "
+    "--ffn-hidden-size 512 --swiglu --normalization RMSNorm --position-embedding-type rope --disable-bias-linear "
+    "--untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0"
+).split()
 
 
 def run(title: str, *command: str | Path) -> None:
@@ -62,9 +43,7 @@ def _readable(word: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--folder", type=Path, default=ROOT / "demo_run", help="where everything is put (emptied first)"
-    )
+    parser.add_argument("--folder", type=Path, default=ROOT / "demo_run", help="where everything is put; emptied first")
     parser.add_argument("--iterations", type=int, default=120, help="optimizer steps in all (default: 120)")
     options = parser.parse_args()
     folder: Path = options.folder.resolve()
@@ -75,7 +54,7 @@ def main() -> None:
     run("five code tasks out of the standard library", python, "examples/demo/make_tasks.py", "--output-dir", tasks)
     run(
         "a tokenizer for them",
-        *(python, "examples/demo/train_tokenizer.py", "--tasks", tasks, "--output-dir", tokenizer),
+        *(python, "examples/demo/train_tokenizer.py", "--tasks-dir", tasks, "--output-dir", tokenizer),
     )
     run(
         "packing: one memory-mapped data set",

@@ -27,8 +27,8 @@ def open_dataset(arguments):
 def train(prefix, extra, world_size, weights=(1.0, 2.0, 0.5, 3.0), steps=5):
     """Loss and gradient norm of each step, and the per-task sums of the last."""
     import numpy as np
-    from mft_megatron.data.step_plan import plan_step
 
+    from mft_megatron.data.step_plan import plan_step
     from mft_megatron.mcore import parallel
     from mft_megatron.mcore.step import Trainer
 

@@ -92,8 +92,8 @@ def test_a_sample_never_sees_its_neighbours(dataset_prefix):
 def _book_losses(arguments, dataset, model):
     """(task, token losses in fp64 from the model's logits) of every sample of the first global batch."""
     import torch
-    from mft_megatron.data.step_plan import plan_step
 
+    from mft_megatron.data.step_plan import plan_step
     from mft_megatron.mcore.step import to_device
 
     split = dataset.split("train")

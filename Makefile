@@ -1,0 +1,69 @@
+# `make demo` and `make test` on a fresh machine: Python 3.10-3.12 and a C++ compiler are all it needs to have.
+
+PYTHON ?= python3
+VENV ?= .venv
+
+# Every install goes through the pins, and nothing is built in an environment of its own, so no second torch comes in.
+PIP_INSTALL = $(VENV)/bin/python -m pip install --disable-pip-version-check --no-build-isolation -c constraints.txt
+TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+STAMP := $(VENV)/.mft_megatron_installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all lint clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):[^#]*## /\1	/p' Makefile | expand -t 12
+
+setup: $(STAMP) ## create the virtual environment in VENV, install the pinned packages, build the C++ extension
+
+demo: setup ## the main job on real input: tasks, tokenizer, training on four processes, resume, export, completion
+	$(VENV)/bin/python examples/demo/run.py
+
+test: setup ## the tests of every change
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not slow"
+
+test-all: setup ## all tests, those that take minutes too
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
+
+lint: setup ## ruff's rules and formatting
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+
+clean: ## remove what the build, the tests and the demo left behind; the environment's packages stay
+	rm -rf build dist demo_run *.egg-info .pytest_cache .ruff_cache .hypothesis $(STAMP)
+	find $(wildcard mft_megatron tests tools examples benchmarks) -name __pycache__ -prune -exec rm -rf {} +
+	find mft_megatron -name '*.so' -delete
+
+define CHECK_MACHINE
+import os, shutil, sys, sysconfig
+def need(holds, message):
+    if not holds:
+        sys.exit("error: " + message)
+need((3, 10) <= sys.version_info < (3, 13), "Python 3.10, 3.11 or 3.12 is needed and %s is %d.%d; name another one, as in: make setup PYTHON=python3.11 VENV=.venv-3.11" % ((sys.executable,) + sys.version_info[:2]))
+try:
+    import ensurepip, venv
+except ImportError:
+    need(False, "%s has no venv module; install it (on Debian and Ubuntu: apt install python3-venv)" % sys.executable)
+compilers = [os.environ.get("CXX", "").split(" ")[0], "c++", "g++", "clang++"]
+need(any(map(shutil.which, filter(None, compilers))), "a C++ compiler is needed; install one (on Debian and Ubuntu: apt install g++) or set CXX")
+need(os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")), "Python.h is needed to build the C++ extension; install Python's headers (on Debian and Ubuntu: apt install python3-dev)")
+endef
+export CHECK_MACHINE
+
+# Done once; done again when something it was made of has changed.
+$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+	@if [ -x $(VENV)/bin/python ]; then $(VENV)/bin/python -c "$$CHECK_MACHINE"; else $(PYTHON) -c "$$CHECK_MACHINE"; fi
+	@[ -x $(VENV)/bin/python ] || $(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) setuptools wheel pybind11
+	@if $(VENV)/bin/python -m pip freeze | grep -q '^torch==$(TORCH)\(+\|$$\)'; then \
+		echo "torch $(TORCH) is installed"; \
+	elif nvidia-smi -L >/dev/null 2>&1; then \
+		$(PIP_INSTALL) torch==$(TORCH); \
+	else \
+		echo "no NVIDIA GPU here: trying the CPU build of torch $(TORCH), about 200 MB"; \
+		$(PIP_INSTALL) -q torch==$(TORCH)+cpu 2>/dev/null \
+			|| { echo "pip finds no CPU build; taking the standard one, which brings CUDA packages"; \
+			     $(PIP_INSTALL) torch==$(TORCH); }; \
+	fi
+	$(PIP_INSTALL) -e ".[dev]"
+	@touch $@
