@@ -25,6 +25,7 @@ def option(
     aliases: Sequence[str] = (),
     values: Mapping[str, str] | None = None,
     many: bool = False,
+    repeated: bool = False,
     metavar: str | None = None,
 ) -> Any:
     """Declare one option as a dataclass field.
@@ -39,6 +40,7 @@ def option(
         aliases: other spellings, accepted and named in the help.
         values: other spellings of the values, e.g. ``case3`` for ``task-token``.
         many: the option takes one or more values and yields a tuple.
+        repeated: of an option with many values: it may be given several times, and the values add up.
     """
     return dataclasses.field(
         default=default,
@@ -50,6 +52,7 @@ def option(
             "aliases": tuple(aliases),
             "values": dict(values or {}),
             "many": many,
+            "repeated": repeated,
             "metavar": metavar,
         },
     )
@@ -108,6 +111,8 @@ def _add(section: Any, field: dataclasses.Field) -> None:
         arguments["metavar"] = meta["metavar"]
     if meta["many"]:
         arguments["nargs"] = "+"
+        if meta["repeated"]:
+            arguments["action"] = "extend"
     section.add_argument(*names, **arguments)
 
 

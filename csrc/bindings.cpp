@@ -1,0 +1,87 @@
+// Python bindings of the sample index: numpy arrays in and out, nothing converted on the way, the GIL released.
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "sample_index.hpp"
+
+namespace py = pybind11;
+
+namespace {
+
+template <typename T>
+using Array = py::array_t<T, py::array::c_style>;
+
+template <typename T>
+std::size_t length_of(const Array<T>& array, const char* name) {
+    if (array.ndim() != 1) {
+        throw std::invalid_argument(std::string(name) + " has " + std::to_string(array.ndim()) + " axes, not 1");
+    }
+    return static_cast<std::size_t>(array.shape(0));
+}
+
+// The vector's memory as an array; numpy frees it.
+Array<std::int64_t> to_numpy(std::vector<std::int64_t>&& values) {
+    auto* owned = new std::vector<std::int64_t>(std::move(values));
+    const py::capsule owner(owned, [](void* pointer) { delete static_cast<std::vector<std::int64_t>*>(pointer); });
+    return Array<std::int64_t>(static_cast<py::ssize_t>(owned->size()), owned->data(), owner);
+}
+
+py::tuple best_fit_decreasing(const Array<std::int32_t>& lengths, std::int64_t capacity) {
+    const std::size_t n = length_of(lengths, "lengths");
+    const std::int32_t* data = lengths.data();
+    mft::Packs packs;
+    {
+        const py::gil_scoped_release released;
+        packs = mft::best_fit_decreasing(data, n, capacity);
+    }
+    return py::make_tuple(to_numpy(std::move(packs.sample_numbers)), to_numpy(std::move(packs.offsets)));
+}
+
+Array<std::int64_t> count_packs(const Array<std::int64_t>& sample_numbers, const Array<std::int64_t>& offsets,
+                                const Array<std::uint16_t>& tasks, const Array<std::int64_t>& supervised) {
+    const std::size_t m = length_of(sample_numbers, "sample_numbers"), num_offsets = length_of(offsets, "offsets");
+    const std::size_t n = length_of(tasks, "task_of_sample");
+    if (length_of(supervised, "supervised_of_sample") != n) {
+        throw std::invalid_argument("task_of_sample and supervised_of_sample differ in length");
+    }
+    const auto *m_data = sample_numbers.data(), *o_data = offsets.data(), *s_data = supervised.data();
+    const auto* t_data = tasks.data();
+    mft::PackCounts counts;
+    {
+        const py::gil_scoped_release released;
+        counts = mft::count_packs(m_data, m, o_data, num_offsets, t_data, s_data, n);
+    }
+    const std::size_t rows = counts.pack.size();
+    Array<std::int64_t> table({py::ssize_t{4}, static_cast<py::ssize_t>(rows)});
+    std::int64_t* out = table.mutable_data();
+    for (const auto* column : {&counts.pack, &counts.task, &counts.supervised_tokens, &counts.samples}) {
+        out = std::copy(column->begin(), column->end(), out);
+    }
+    return table;
+}
+
+Array<std::int64_t> epoch_order(std::int64_t n, std::uint64_t seed) {
+    std::vector<std::int64_t> order;
+    {
+        const py::gil_scoped_release released;
+        order = mft::epoch_order(n, seed);
+    }
+    return to_numpy(std::move(order));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_sample_index, module) {
+    module.doc() = "Packing, epoch order and counts; the contracts are in csrc/sample_index.hpp.";
+    module.def("best_fit_decreasing", &best_fit_decreasing, py::arg("lengths").noconvert(), py::arg("capacity"),
+               "int32 lengths [n], capacity -> (sample numbers int64 [n], offsets int64 [packs + 1]).");
+    module.def("count_packs", &count_packs, py::arg("sample_numbers").noconvert(), py::arg("offsets").noconvert(),
+               py::arg("task_of_sample").noconvert(), py::arg("supervised_of_sample").noconvert(),
+               "-> int64 [4, rows]: pack, task, supervised tokens, samples; by pack, then task.");
+    module.def("epoch_order", &epoch_order, py::arg("n"), py::arg("seed"), "A permutation of 0 .. n - 1, int64 [n].");
+}

@@ -1,0 +1,172 @@
+#include "sample_index.hpp"
+
+#include <algorithm>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+namespace mft {
+namespace {
+
+[[noreturn]] void refuse(const std::string& what) { throw std::invalid_argument(what); }
+
+// The set of remaining capacities that some open pack has, with "smallest member >= x" in O(levels): a bitmap of 64-bit
+// words, and above it bitmaps of which words are not empty.
+class CapacitySet {
+public:
+    explicit CapacitySet(std::size_t size) {
+        do {
+            size = (size + 63) / 64;
+            levels_.emplace_back(size, 0);
+        } while (size > 1);
+    }
+
+    void insert(std::size_t value) {
+        for (auto& level : levels_) {
+            level[value / 64] |= std::uint64_t{1} << (value % 64);
+            value /= 64;
+        }
+    }
+
+    void erase(std::size_t value) {
+        for (auto& level : levels_) {
+            level[value / 64] &= ~(std::uint64_t{1} << (value % 64));
+            if (level[value / 64] != 0) return;
+            value /= 64;
+        }
+    }
+
+    // Smallest member >= value, or `none`.
+    std::size_t next(std::size_t value, std::size_t none) const {
+        for (std::size_t depth = 0; depth < levels_.size(); ++depth) {
+            if (value / 64 >= levels_[depth].size()) return none;
+            const std::uint64_t rest = levels_[depth][value / 64] >> (value % 64);
+            if (rest != 0) {
+                value += lowest_bit(rest);
+                while (depth-- > 0) value = value * 64 + lowest_bit(levels_[depth][value]);
+                return value;
+            }
+            value = value / 64 + 1;
+        }
+        return none;
+    }
+
+private:
+    static std::size_t lowest_bit(std::uint64_t word) { return static_cast<std::size_t>(__builtin_ctzll(word)); }
+
+    std::vector<std::vector<std::uint64_t>> levels_;
+};
+
+// Sample numbers by falling length; equal lengths keep their order (a counting sort).
+std::vector<std::int64_t> by_falling_length(const std::int32_t* lengths, std::size_t n, std::int64_t capacity) {
+    std::vector<std::size_t> start(static_cast<std::size_t>(capacity) + 2, 0);
+    for (std::size_t i = 0; i < n; ++i) ++start[static_cast<std::size_t>(capacity - lengths[i]) + 1];
+    for (std::size_t length = 1; length < start.size(); ++length) start[length] += start[length - 1];
+    std::vector<std::int64_t> order(n);
+    for (std::size_t i = 0; i < n; ++i) {
+        order[start[static_cast<std::size_t>(capacity - lengths[i])]++] = static_cast<std::int64_t>(i);
+    }
+    return order;
+}
+
+}  // namespace
+
+Packs best_fit_decreasing(const std::int32_t* lengths, std::size_t n, std::int64_t capacity) {
+    if (capacity < 1) refuse("capacity " + std::to_string(capacity) + ": must be at least 1");
+    for (std::size_t i = 0; i < n; ++i) {
+        if (lengths[i] < 1 || lengths[i] > capacity) {
+            refuse("sample " + std::to_string(i) + " has length " + std::to_string(lengths[i]) + ", not within 1 .. " +
+                   std::to_string(capacity));
+        }
+    }
+    const std::size_t none = static_cast<std::size_t>(capacity) + 1;
+    CapacitySet rooms(none);
+    std::vector<std::vector<std::int64_t>> packs_with_room(none);  // open packs by remaining capacity, latest on top
+    std::vector<std::int64_t> pack_of(n), size_of_pack;
+    const std::vector<std::int64_t> order = by_falling_length(lengths, n, capacity);
+    for (const std::int64_t sample : order) {
+        const auto length = static_cast<std::size_t>(lengths[sample]);
+        std::size_t room = rooms.next(length, none);
+        std::int64_t pack;
+        if (room == none) {
+            room = static_cast<std::size_t>(capacity);
+            pack = static_cast<std::int64_t>(size_of_pack.size());
+            size_of_pack.push_back(0);
+        } else {
+            auto& candidates = packs_with_room[room];
+            pack = candidates.back();
+            candidates.pop_back();
+            if (candidates.empty()) rooms.erase(room);
+        }
+        pack_of[static_cast<std::size_t>(sample)] = pack;
+        ++size_of_pack[static_cast<std::size_t>(pack)];
+        if (const std::size_t left = room - length; left > 0) {
+            if (packs_with_room[left].empty()) rooms.insert(left);
+            packs_with_room[left].push_back(pack);
+        }
+    }
+    Packs packs;
+    packs.offsets.resize(size_of_pack.size() + 1, 0);
+    for (std::size_t p = 0; p < size_of_pack.size(); ++p) packs.offsets[p + 1] = packs.offsets[p] + size_of_pack[p];
+    packs.sample_numbers.resize(n);
+    std::vector<std::int64_t> next(packs.offsets.begin(), packs.offsets.end() - 1);
+    for (const std::int64_t sample : order) {
+        const auto pack = static_cast<std::size_t>(pack_of[static_cast<std::size_t>(sample)]);
+        packs.sample_numbers[static_cast<std::size_t>(next[pack]++)] = sample;
+    }
+    return packs;
+}
+
+PackCounts count_packs(const std::int64_t* sample_numbers, std::size_t m, const std::int64_t* offsets,
+                       std::size_t num_offsets, const std::uint16_t* task_of_sample,
+                       const std::int64_t* supervised_of_sample, std::size_t n) {
+    if (num_offsets < 1 || offsets[0] != 0 || offsets[num_offsets - 1] != static_cast<std::int64_t>(m)) {
+        refuse("offsets must run from 0 to " + std::to_string(m));
+    }
+    PackCounts counts;
+    std::vector<std::pair<std::uint16_t, std::int64_t>> entries;  // (task, supervised tokens) of a pack's samples
+    for (std::size_t pack = 0; pack + 1 < num_offsets; ++pack) {
+        if (offsets[pack + 1] < offsets[pack] || offsets[pack + 1] > static_cast<std::int64_t>(m)) {
+            refuse("offset " + std::to_string(offsets[pack + 1]) + " of pack " + std::to_string(pack + 1) +
+                   " falls behind the one before, or is beyond " + std::to_string(m));
+        }
+        entries.clear();
+        for (std::int64_t at = offsets[pack]; at < offsets[pack + 1]; ++at) {
+            const std::int64_t sample = sample_numbers[at];
+            if (sample < 0 || sample >= static_cast<std::int64_t>(n)) {
+                refuse("sample number " + std::to_string(sample) + " is outside 0 .. " + std::to_string(n) + " - 1");
+            }
+            entries.emplace_back(task_of_sample[sample], supervised_of_sample[sample]);
+        }
+        std::sort(entries.begin(), entries.end());
+        for (std::size_t i = 0; i < entries.size(); ++i) {
+            if (i == 0 || entries[i].first != entries[i - 1].first) {
+                counts.pack.push_back(static_cast<std::int64_t>(pack));
+                counts.task.push_back(entries[i].first);
+                counts.supervised_tokens.push_back(0);
+                counts.samples.push_back(0);
+            }
+            counts.supervised_tokens.back() += entries[i].second;
+            counts.samples.back() += entries[i].second > 0 ? 1 : 0;
+        }
+    }
+    return counts;
+}
+
+std::vector<std::int64_t> epoch_order(std::int64_t n, std::uint64_t seed) {
+    if (n < 0) refuse("n " + std::to_string(n) + ": must not be negative");
+    std::vector<std::int64_t> order(static_cast<std::size_t>(n));
+    for (std::int64_t i = 0; i < n; ++i) order[static_cast<std::size_t>(i)] = i;
+    std::mt19937_64 random(seed);
+    for (std::uint64_t left = static_cast<std::uint64_t>(n); left > 1; --left) {
+        // Draws at or above the largest multiple of `left` would favour small results; draw again.
+        const std::uint64_t limit = left * (UINT64_MAX / left);
+        std::uint64_t draw = random();
+        while (draw >= limit) draw = random();
+        std::swap(order[static_cast<std::size_t>(left - 1)], order[static_cast<std::size_t>(draw % left)]);
+    }
+    return order;
+}
+
+}  // namespace mft

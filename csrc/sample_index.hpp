@@ -1,0 +1,43 @@
+// The sample index: which samples share a pack, in which order packs are used, and what each pack counts.
+//
+// Plain C++17 on vectors; no Python, no torch. All functions are deterministic: the same input gives the same output on
+// every machine and with every library version. Bad input throws std::invalid_argument with the numbers in it.
+
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+namespace mft {
+
+struct Packs {
+    std::vector<std::int64_t> sample_numbers;  // samples, pack after pack
+    std::vector<std::int64_t> offsets;         // offsets[p] .. offsets[p + 1] are the samples of pack p; size packs + 1
+};
+
+// Best-fit decreasing: samples from the longest to the shortest (equal lengths in input order), each into the open pack
+// with the least room that still suffices, or into a new one. O(n) for n samples besides O(capacity) for the tables.
+//
+// lengths: tokens of each of n samples. capacity: tokens of a pack.
+// Throws if capacity < 1, or a length is < 1 or > capacity.
+Packs best_fit_decreasing(const std::int32_t* lengths, std::size_t n, std::int64_t capacity);
+
+struct PackCounts {  // one entry per pack and task that occurs in it, by pack, then task
+    std::vector<std::int64_t> pack, task, supervised_tokens, samples;
+};
+
+// Supervised tokens, and samples that have any, of every task in every pack: the denominators of docs/LOSSES.md.
+//
+// sample_numbers [m], offsets [packs + 1]: as in Packs. task_of_sample, supervised_of_sample [n]: of all samples.
+// Throws if the offsets do not run from 0 to m without falling, or a sample number is outside 0 .. n - 1.
+PackCounts count_packs(const std::int64_t* sample_numbers, std::size_t m, const std::int64_t* offsets,
+                       std::size_t num_offsets, const std::uint16_t* task_of_sample,
+                       const std::int64_t* supervised_of_sample, std::size_t n);
+
+// A permutation of 0 .. n - 1: Fisher-Yates, driven by std::mt19937_64 (whose output the standard fixes) through an
+// unbiased bounded draw of our own (std::uniform_int_distribution differs between standard libraries).
+// Throws if n < 0.
+std::vector<std::int64_t> epoch_order(std::int64_t n, std::uint64_t seed);
+
+}  // namespace mft

@@ -1,0 +1,7 @@
+"""From records to rows of tokens: numpy alone, no torch (docs/DESIGN.md §3).
+
+::
+
+    JSONL ─► conversation ─► chat_format ─► tokenizer ─► indexed_dataset + ledger ─► packing      preprocess
+                                                                      dataset ─► step_plan, rows  training
+"""

@@ -1,0 +1,112 @@
+"""Megatron's IndexedDataset on disk (MMIDIDX, version 1), written as a stream and read through a memory map.
+
+``NAME.bin``: the items of all sequences, one after the other. ``NAME.idx``, little-endian::
+
+    9 bytes     "MMIDIDX\\0\\0"
+    uint64      version, 1
+    uint8       type of an item: 1 uint8, 2 int8, 3 int16, 4 int32, 5 int64, 6 float64, 7 float32, 8 uint16
+    uint64      n, number of sequences
+    uint64      d, number of document marks
+    int32 [n]   items of each sequence
+    int64 [n]   byte offset of each sequence in NAME.bin
+    int64 [d]   sequence at which each document starts, and n
+
+Here a sample is one sequence and one document, so the marks are 0 … n.
+"""
+
+import struct
+from array import array
+from pathlib import Path
+
+import numpy as np
+
+from mft_megatron.errors import InputError
+
+MAGIC = b"MMIDIDX\x00\x00"
+VERSION = 1
+TYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float64, 7: np.float32, 8: np.uint16}
+CODES = {np.dtype(kind): code for code, kind in TYPES.items()}
+_HEADER = struct.Struct("<9sQBQQ")
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The smallest type Megatron uses for ids below ``vocab_size``: uint16 or int32."""
+    return np.dtype(np.uint16 if vocab_size <= 2**16 else np.int32)
+
+
+class IndexedDatasetWriter:
+    """Appends sequences to ``bin_path``; :meth:`finish` writes ``idx_path``."""
+
+    def __init__(self, bin_path: Path, idx_path: Path, dtype: np.dtype):
+        self._bin = open(bin_path, "wb")  # noqa: SIM115  (open until finish)
+        self._idx_path = idx_path
+        self._dtype = np.dtype(dtype)
+        self._lengths = array("i")
+
+    def add(self, items: np.ndarray, lengths: np.ndarray) -> None:
+        """Append sequences that lie one behind the other in ``items``; ``lengths`` int [sequences] adds up to them."""
+        if int(lengths.sum()) != len(items):
+            raise ValueError(f"{len(items)} items for lengths that add up to {int(lengths.sum())}")
+        self._bin.write(np.ascontiguousarray(items, self._dtype).tobytes())
+        self._lengths.extend(lengths.tolist())
+
+    def finish(self) -> None:
+        """Write the index; the data set is complete."""
+        self.close()
+        lengths = np.frombuffer(self._lengths, np.int32) if self._lengths else np.empty(0, np.int32)
+        offsets = np.zeros(len(lengths), np.int64)
+        np.cumsum(lengths[:-1], out=offsets[1:])
+        with open(self._idx_path, "wb") as idx:
+            idx.write(_HEADER.pack(MAGIC, VERSION, CODES[self._dtype], len(lengths), len(lengths) + 1))
+            for part in (lengths, offsets * self._dtype.itemsize, np.arange(len(lengths) + 1, dtype=np.int64)):
+                idx.write(part.tobytes())
+
+    def close(self) -> None:
+        self._bin.close()
+
+
+class IndexedDataset:
+    """A data set read in place. ``items``: memory map of all items; ``starts`` int64 [n] and ``lengths`` int32 [n] say
+    where each sequence lies in it."""
+
+    def __init__(self, prefix: str | Path):
+        """Open ``prefix.bin`` and ``prefix.idx``.
+
+        Raises:
+            InputError: a file is missing, no such index, or shorter or longer than its index says.
+        """
+        idx_path, bin_path = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
+        for path in (idx_path, bin_path):
+            if not path.is_file():
+                raise InputError(f"{path}: missing; preprocess the data again")
+        size = idx_path.stat().st_size
+        with open(idx_path, "rb") as file:
+            header = file.read(_HEADER.size)
+        if len(header) < _HEADER.size or not header.startswith(MAGIC):
+            raise InputError(f"{idx_path}: not an MMIDIDX index")
+        _, version, code, n, marks = _HEADER.unpack(header)
+        if version != VERSION or code not in TYPES:
+            raise InputError(f"{idx_path}: version {version}, item type {code}: not supported (version {VERSION} is)")
+        expected = _HEADER.size + 4 * n + 8 * n + 8 * marks
+        if size != expected:
+            raise InputError(f"{idx_path}: {size} bytes, an index of {n} sequences has {expected}; the file is damaged")
+        dtype = np.dtype(TYPES[code])
+        self.lengths = np.memmap(idx_path, np.int32, "r", _HEADER.size, (n,)) if n else np.empty(0, np.int32)
+        pointers = np.memmap(idx_path, np.uint8, "r", _HEADER.size + 4 * n, (8 * n,)) if n else np.empty(0, np.uint8)
+        # the pointers are not aligned to 8 bytes in the file, which numpy copes with
+        self.starts = pointers.view(np.int64) // dtype.itemsize
+        items = int(self.starts[-1]) + int(self.lengths[-1]) if n else 0
+        if bin_path.stat().st_size != items * dtype.itemsize:
+            raise InputError(
+                f"{bin_path}: {bin_path.stat().st_size} bytes, its index says {items * dtype.itemsize}; preprocess the "
+                "data again"
+            )
+        self.items = np.memmap(bin_path, dtype, "r") if items else np.empty(0, dtype)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        """Items of one sequence, a view."""
+        start = int(self.starts[number])
+        return self.items[start : start + int(self.lengths[number])]

@@ -1,0 +1,210 @@
+"""Tokenizers behind one small interface: Hugging Face folders and SentencePiece models.
+
+Texts arrive in segments. A segment is cut on its own and without any token added; the ids of a sample are the ids of
+its segments, one after the other, and decode to the sample's text.
+"""
+
+import functools
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from mft_megatron.errors import InputError
+
+
+class HuggingFaceTokenizer:
+    """A folder with ``tokenizer.json``, through the ``tokenizers`` library alone: opening takes no transformers."""
+
+    type = "HuggingFaceTokenizer"
+
+    def __init__(self, model: str | Path):
+        """
+        Raises:
+            InputError: no ``tokenizer.json``, or it or the files beside it cannot be read, or no end-of-text token.
+        """
+        import tokenizers
+
+        self.model = str(model)
+        folder = Path(model)
+        file = folder / "tokenizer.json" if folder.is_dir() else folder
+        if not file.is_file():
+            raise InputError(f"--tokenizer-model {model}: no tokenizer.json there; give a Hugging Face folder")
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:
+            raise InputError(f"{file}: not a tokenizer ({error})") from None
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._beside = {}
+        for name in ("special_tokens_map.json", "tokenizer_config.json"):
+            if (file.parent / name).is_file():
+                self._beside.update(_read_json(file.parent / name))
+        self._file = file
+
+    @functools.cached_property
+    def vocab_size(self) -> int:
+        """Number of ids, added tokens counted in: ``len(tokenizer)`` of transformers."""
+        return max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+    @property
+    def bos_token_id(self) -> int | None:
+        return self._special("bos_token")
+
+    @functools.cached_property
+    def eos_token_id(self) -> int:
+        number = self._special("eos_token")
+        if number is None:
+            raise InputError(
+                f"{self._file.parent}/tokenizer_config.json: names no eos_token; add the end-of-text token"
+            )
+        return number
+
+    @property
+    def pad_token_id(self) -> int:
+        """The end-of-text token where there is none."""
+        number = self._special("pad_token")
+        return self.eos_token_id if number is None else number
+
+    @property
+    def end_of_text(self) -> str:
+        return self._tokenizer.id_to_token(self.eos_token_id)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """sha256 of what decides ids: ``tokenizer.json`` and the special tokens; not of paths."""
+        digest = hashlib.sha256(self._file.read_bytes())
+        names = ("bos_token", "eos_token", "pad_token")
+        digest.update(json.dumps([self._special(name) for name in names]).encode())
+        return digest.hexdigest()
+
+    def token_id(self, token: str) -> int | None:
+        """Id of a token of the vocabulary by its name, ``None`` where there is none."""
+        return self._tokenizer.token_to_id(token)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, nothing added."""
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids, special tokens by name."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+
+    def _special(self, name: str) -> int | None:
+        token = self._beside.get(name)
+        if isinstance(token, dict):
+            token = token.get("content")
+        return self._tokenizer.token_to_id(token) if token else None
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece ``.model`` file.
+
+    SentencePiece writes a space before every text it is given. A segment in the middle of a sample must not get one, so
+    it is cut behind a line break, whose ids are then taken away again.
+    """
+
+    type = "SentencePieceTokenizer"
+
+    def __init__(self, model: str | Path):
+        """
+        Raises:
+            InputError: the file is missing, cannot be read, or has no end-of-text id.
+        """
+        import sentencepiece
+
+        self.model = str(model)
+        path = Path(model)
+        file = path / "tokenizer.model" if path.is_dir() else path
+        if not file.is_file():
+            raise InputError(f"--tokenizer-model {model}: no such file; give a SentencePiece .model")
+        self._file = file
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_file=str(file))
+        except Exception as error:
+            raise InputError(f"{file}: not a SentencePiece model ({error})") from None
+        if self._processor.eos_id() < 0:
+            raise InputError(f"{file}: has no end-of-text id; train it with one")
+        self._anchor = self._processor.encode("\n")
+
+    @property
+    def vocab_size(self) -> int:
+        return self._processor.vocab_size()
+
+    @property
+    def bos_token_id(self) -> int | None:
+        number = self._processor.bos_id()
+        return number if number >= 0 else None
+
+    @property
+    def eos_token_id(self) -> int:
+        return self._processor.eos_id()
+
+    @property
+    def pad_token_id(self) -> int:
+        number = self._processor.pad_id()
+        return number if number >= 0 else self.eos_token_id
+
+    @property
+    def end_of_text(self) -> str:
+        return self._processor.id_to_piece(self.eos_token_id)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """sha256 of the model file."""
+        return hashlib.sha256(self._file.read_bytes()).hexdigest()
+
+    def token_id(self, token: str) -> int | None:
+        number = self._processor.piece_to_id(token)
+        known = number != self._processor.unk_id() or token == self._processor.id_to_piece(number)
+        return number if known else None
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        encoded = self._processor.encode(["\n" + text for text in texts])
+        anchor = self._anchor
+        for text, ids in zip(texts, encoded, strict=True):
+            if ids[: len(anchor)] != anchor:
+                raise InputError(
+                    f"{self._file}: joins a line break with what follows ({text[:20]!r}), so segments cannot be cut "
+                    "one by one; train the model with --user_defined_symbols='\\n' or use a Hugging Face tokenizer"
+                )
+        return [ids[len(anchor) :] for ids in encoded]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids, control tokens by name."""
+        text, run = [], []
+        for number in ids:
+            if self._processor.is_control(number):
+                text += [self._decode_run(run), self._processor.id_to_piece(number)]
+                run = []
+            else:
+                run.append(number)
+        return "".join([*text, self._decode_run(run)])
+
+    def _decode_run(self, ids: list[int]) -> str:
+        return self._processor.decode([*self._anchor, *ids])[1:] if ids else ""
+
+
+TOKENIZERS = {kind.type: kind for kind in (HuggingFaceTokenizer, SentencePieceTokenizer)}
+Tokenizer = HuggingFaceTokenizer | SentencePieceTokenizer
+
+
+def load_tokenizer(tokenizer_type: str, tokenizer_model: str | Path) -> Tokenizer:
+    """Open a tokenizer.
+
+    Args:
+        tokenizer_type: a key of :data:`TOKENIZERS`, Megatron's ``--tokenizer-type``.
+        tokenizer_model: a folder or file.
+
+    Raises:
+        InputError: there is no such tokenizer there.
+    """
+    return TOKENIZERS[tokenizer_type](tokenizer_model)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{file}: not JSON ({error})") from None

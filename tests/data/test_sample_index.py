@@ -1,0 +1,194 @@
+"""The C++ sample index against slow, obvious references."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mft_megatron.data._sample_index import best_fit_decreasing, count_packs, epoch_order
+
+
+@st.composite
+def lengths_and_capacity(draw):
+    capacity = draw(st.one_of(st.integers(1, 40), st.sampled_from([63, 64, 65, 4096, 4097, 300_000])))
+    length = st.one_of(st.integers(1, capacity), st.integers(1, min(capacity, 5)), st.just(capacity))
+    return np.array(draw(st.lists(length, max_size=60)), np.int32), capacity
+
+
+def packs_of(sample_numbers, offsets):
+    return [sample_numbers[a:b].tolist() for a, b in itertools.pairwise(offsets)]
+
+
+def reference_best_fit(lengths, capacity):
+    """Look at every open pack for every sample; of equally good ones the one that got its last sample latest."""
+    packs, room, touched = [], [], []
+    for clock, sample in enumerate(sorted(range(len(lengths)), key=lambda i: -lengths[i])):
+        fitting = [p for p in range(len(packs)) if room[p] >= lengths[sample]]
+        if fitting:
+            pack = min(fitting, key=lambda p: (room[p], -touched[p]))
+        else:
+            pack = len(packs)
+            packs.append([])
+            room.append(capacity)
+            touched.append(0)
+        packs[pack].append(sample)
+        room[pack] -= lengths[sample]
+        touched[pack] = clock
+    return packs
+
+
+@given(lengths_and_capacity())
+def test_equals_the_slow_reference(case):
+    lengths, capacity = case
+    assert packs_of(*best_fit_decreasing(lengths, capacity)) == reference_best_fit(lengths.tolist(), capacity)
+
+
+@given(lengths_and_capacity())
+def test_every_sample_once_and_no_pack_too_full(case):
+    lengths, capacity = case
+    sample_numbers, offsets = best_fit_decreasing(lengths, capacity)
+    assert sample_numbers.dtype == offsets.dtype == np.int64
+    assert sorted(sample_numbers) == list(range(len(lengths)))
+    packs = packs_of(sample_numbers, offsets)
+    assert all(0 < lengths[pack].sum() <= capacity for pack in packs)
+    # no two packs of best fit could share a row
+    fills = sorted(int(lengths[pack].sum()) for pack in packs)
+    assert len(fills) < 2 or fills[0] + fills[1] > capacity
+
+
+@given(lengths_and_capacity())
+def test_needs_few_packs(case):
+    """Best-fit decreasing stays within 11/9 of the optimum + 6/9; the optimum is no more than what next fit needs."""
+    lengths, capacity = case
+    next_fit, room = 0, 0
+    for length in lengths.tolist():
+        if room < length:
+            next_fit, room = next_fit + 1, capacity
+        room -= length
+    packs = len(best_fit_decreasing(lengths, capacity)[1]) - 1
+    assert -(-int(lengths.sum()) // capacity) <= packs
+    assert 9 * packs <= 11 * next_fit + 6
+
+
+def test_large_input_is_filled_almost_completely():
+    lengths = np.minimum(np.random.default_rng(0).lognormal(5.5, 1.0, 50_000).astype(np.int32) + 1, 4096)
+    offsets = best_fit_decreasing(lengths, 4096)[1]
+    assert lengths.sum() / ((len(offsets) - 1) * 4096) > 0.999
+
+
+@pytest.mark.parametrize(
+    ("lengths", "capacity", "numbers"),
+    [([3, 0], 8, ("sample 1", "0", "8")), ([3, 9], 8, ("sample 1", "9", "8")), ([-2], 8, ("-2",)), ([1], 0, ("0",))],
+)
+def test_impossible_lengths_are_refused_with_the_numbers(lengths, capacity, numbers):
+    with pytest.raises(ValueError, match=".*".join(numbers)):
+        best_fit_decreasing(np.array(lengths, np.int32), capacity)
+
+
+@pytest.mark.parametrize(
+    "lengths", [np.array([1, 2], np.int64), np.array([1.0]), np.arange(1, 9, dtype=np.int32)[::2], [1, 2]]
+)
+def test_arrays_are_never_converted_silently(lengths):
+    with pytest.raises(TypeError):
+        best_fit_decreasing(lengths, 8)
+
+
+def test_two_axes_are_refused():
+    with pytest.raises(ValueError, match="2 axes"):
+        best_fit_decreasing(np.ones((2, 2), np.int32), 8)
+
+
+@given(lengths_and_capacity(), st.integers(0, 2**32), st.integers(1, 5))
+def test_counts_equal_a_slow_recount(case, seed, num_tasks):
+    lengths, capacity = case
+    random = np.random.default_rng(seed)
+    task = random.integers(0, num_tasks, len(lengths)).astype(np.uint16)
+    supervised = random.integers(0, 3, len(lengths))
+    sample_numbers, offsets = best_fit_decreasing(lengths, capacity)
+    expected = []
+    for number, pack in enumerate(packs_of(sample_numbers, offsets)):
+        for k in sorted({int(task[s]) for s in pack}):
+            own = [int(supervised[s]) for s in pack if task[s] == k]
+            expected.append([number, k, sum(own), sum(tokens > 0 for tokens in own)])
+    counts = count_packs(sample_numbers, offsets, task, supervised)
+    assert counts.dtype == np.int64
+    assert counts.shape == (4, len(expected))
+    assert counts.T.tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("sample_numbers", "offsets", "message"),
+    [
+        ([0, 3], [0, 2], "sample number 3"),
+        ([0, -1], [0, 2], "sample number -1"),
+        ([0, 1], [0, 1], "from 0 to 2"),
+        ([0, 1], [1, 2], "from 0 to 2"),
+        ([0, 1], [], "from 0 to 2"),
+        ([0, 1], [0, 2, 1, 2], "offset 1 of pack 2"),
+        ([0, 1], [0, 9, 2], "offset 9 of pack 1"),
+        ([0, 1], [0, -9, 2], "offset -9 of pack 1"),
+    ],
+)
+def test_counts_refuse_what_points_outside(sample_numbers, offsets, message):
+    task, supervised = np.zeros(3, np.uint16), np.ones(3, np.int64)
+    with pytest.raises(ValueError, match=message):
+        count_packs(np.array(sample_numbers, np.int64), np.array(offsets, np.int64), task, supervised[:3])
+
+
+def test_counts_refuse_arrays_that_do_not_belong_together():
+    with pytest.raises(ValueError, match="differ in length"):
+        count_packs(np.zeros(0, np.int64), np.zeros(1, np.int64), np.zeros(3, np.uint16), np.ones(2, np.int64))
+
+
+@given(st.integers(0, 300), st.integers(0, 2**64 - 1))
+def test_epoch_order_is_a_permutation(n, seed):
+    assert sorted(epoch_order(n, seed)) == list(range(n))
+
+
+def mt19937_64(seed):
+    """The generator as the C++ standard defines it, in words of 64 bits."""
+    bits, n, m, lower = 2**64 - 1, 312, 156, 2**31 - 1
+    state = [seed]
+    for i in range(1, n):
+        state.append((6364136223846793005 * (state[-1] ^ state[-1] >> 62) + i) & bits)
+    while True:
+        for i in range(n):
+            x = state[i] & ~lower & bits | state[(i + 1) % n] & lower
+            state[i] = state[(i + m) % n] ^ x >> 1 ^ (0xB5026F5AA96619E9 if x & 1 else 0)
+        for x in state:
+            x ^= x >> 29 & 0x5555555555555555
+            x ^= x << 17 & 0x71D67FFFEDA60000 & bits
+            x ^= x << 37 & 0xFFF7EEE000000000 & bits
+            yield x ^ x >> 43
+
+
+def test_the_reference_generator_is_the_standard_one():
+    assert next(itertools.islice(mt19937_64(5489), 9999, None)) == 9981545732273789042  # the standard's check value
+
+
+@given(st.integers(0, 300), st.integers(0, 2**64 - 1))
+def test_epoch_order_is_the_same_on_every_machine(n, seed):
+    """A change here would change the data order of every run that is resumed."""
+    order, draws = list(range(n)), mt19937_64(seed)
+    for left in range(n, 1, -1):
+        limit = (2**64 - 1) // left * left
+        draw = next(draw for draw in draws if draw < limit) % left
+        order[left - 1], order[draw] = order[draw], order[left - 1]
+    assert epoch_order(n, seed).tolist() == order
+
+
+def test_epoch_order_is_uniform():
+    """Over many seeds each element stands in each place equally often (chi-square, far above any chance)."""
+    n, draws = 8, 20_000
+    seen = np.zeros((n, n))
+    for seed in range(draws):
+        seen[np.arange(n), epoch_order(n, seed)] += 1
+    expected = draws / n
+    assert ((seen - expected) ** 2 / expected).sum() < 130  # 49 degrees of freedom: the odds are below 1e-8
+
+
+def test_negative_size_is_refused():
+    with pytest.raises(ValueError, match="-1"):
+        epoch_order(-1, 0)
