@@ -3,25 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from reference import reference_loss
 
 from mft_megatron.losses.coefficients import FACTORS, coefficients, task_factors, task_sums
-
-
-def reference_loss(mode, losses, weights):
-    """The objective by the book. ``losses``: one (task, [token losses]) per sample of the whole global batch."""
-    samples = [(task, np.asarray(tokens, np.float64)) for task, tokens in losses if len(tokens)]
-    if mode == "token":
-        return np.concatenate([tokens for _, tokens in samples]).mean()
-    if mode == "sample":
-        return np.mean([tokens.mean() for _, tokens in samples])
-    total = weight_sum = 0.0
-    for task in sorted({task for task, _ in samples}):
-        own = [tokens for other, tokens in samples if other == task]
-        if weights[task] > 0:
-            mean = np.concatenate(own).mean() if mode == "task-token" else np.mean([tokens.mean() for tokens in own])
-            total += weights[task] * mean
-            weight_sum += weights[task]
-    return total / weight_sum
 
 
 def random_batch(seed, tasks=4, rows=6, width=40):

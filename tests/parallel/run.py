@@ -4,7 +4,7 @@ SHAPE = (
     "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --group-query-attention --num-query-groups 2 --swiglu "
     "--normalization RMSNorm --position-embedding-type rope --disable-bias-linear "
     "--untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0 "
-    "--make-vocab-size-divisible-by 128 --init-method-std 0.05 --seq-length 128 --train-iters 5 --lr 3e-3 "
+    "--make-vocab-size-divisible-by 128 --init-method-std 0.02 --seq-length 128 --train-iters 5 --lr 1e-3 "
     "--global-batch-size 8"
 )
 
