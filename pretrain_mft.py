@@ -19,13 +19,9 @@ def main() -> None:
     arguments = parse_arguments(sys.argv[1:], int(os.environ.get("WORLD_SIZE", 1)), packed_lengths)
     from mft_megatron.training.pretrain import pretrain
 
-    pretrain(arguments, main_rank=_is_main_rank())
-
-
-def _is_main_rank() -> bool:
-    return os.environ.get("RANK", "0") == "0"
+    pretrain(arguments, main_rank=os.environ.get("RANK", "0") == "0")
 
 
 # The guard matters: the checkpoint writer starts a process that imports this file again.
 if __name__ == "__main__":
-    sys.exit(run_command(main, quiet=not _is_main_rank()))
+    sys.exit(run_command(main, quiet=os.environ.get("LOCAL_RANK", "0") != "0"))

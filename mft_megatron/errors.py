@@ -5,7 +5,14 @@ from collections.abc import Callable
 
 
 class InputError(Exception):
-    """Bad input or a bad option: one line that says what, where (``file:line`` or argument) and what to do."""
+    """Bad input or a bad option: one line that says what, where (``file:line`` or argument) and what to do.
+
+    ``always``: to be printed by whatever process meets it, since others may not; else one process speaks for all.
+    """
+
+    def __init__(self, message: str, always: bool = False):
+        super().__init__(message)
+        self.always = always
 
 
 def run_command(main: Callable[[], int | None], quiet: bool = False) -> int:
@@ -13,7 +20,7 @@ def run_command(main: Callable[[], int | None], quiet: bool = False) -> int:
 
     Args:
         main: the command's body; returns its exit code (``None`` means 0).
-        quiet: keep silent about the error; set on all ranks but one, so that it is printed once.
+        quiet: keep silent about an error that other processes meet, too; set on all ranks of a machine but one.
 
     Returns:
         the exit code: ``main``'s own, or 2 after an :class:`InputError`.
@@ -21,6 +28,6 @@ def run_command(main: Callable[[], int | None], quiet: bool = False) -> int:
     try:
         return main() or 0
     except InputError as error:
-        if not quiet:
+        if not quiet or error.always:
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return 2

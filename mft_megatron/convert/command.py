@@ -32,15 +32,12 @@ def mcore_to_hf(command_line: Sequence[str]) -> None:
         if getattr(options, name) is None:
             raise InputError(f"missing option: give --{name}; see --help")
     path, info = latest_checkpoint(options.load)
-    # torch and Megatron-Core only now: what can be refused without them has been
-    from mft_megatron.arguments import DistributedArguments
+    # torch only now: what can be refused without it has been
     from mft_megatron.convert.hf_export import export, parse_size
-    from mft_megatron.mcore import parallel
 
     shard_bytes = parse_size(options.max_shard_size)
     tokenizer = Path(options.tokenizer_model) if options.tokenizer_model else None
-    with parallel.process_groups(DistributedArguments(distributed_backend="gloo"), seed=0):
-        family = export(path, info, Path(options.hf), tokenizer, shard_bytes)
+    family = export(path, info, Path(options.hf), tokenizer, shard_bytes)
     print(f"{path} -> {options.hf}: {family.name}, iteration {info.iteration}")
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from mft_megatron.arguments import NetworkArguments
 from mft_megatron.convert.families import Family, Row, all_families
 from mft_megatron.errors import InputError
-from mft_megatron.mcore.checkpoint import TensorReader
+from mft_megatron.mcore.tensor_reader import TensorReader
 from mft_megatron.run_folder import TOKENIZER, CheckpointInfo
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -24,7 +24,7 @@ UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def export(checkpoint: Path, info: CheckpointInfo, target: Path, tokenizer: Path | None, shard_bytes: int) -> Family:
-    """Write the model of a checkpoint into the new folder ``target``. Use within ``parallel.process_groups``.
+    """Write the model of a checkpoint into the new folder ``target``, in this process alone.
 
     Args:
         checkpoint: an ``iter_NNNNNNN`` folder.

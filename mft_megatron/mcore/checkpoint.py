@@ -1,4 +1,4 @@
-"""Megatron-Core distributed checkpoints: write one, load one into any layout, read single tensors of one.
+"""Megatron-Core distributed checkpoints: write one, load one into any layout.
 
 A save is complete when its description (``mft_checkpoint.json``) and then the tracker file have been renamed into
 place; what was interrupted before is not loaded. Random-number states belong to a layout and are restored only into the
@@ -8,14 +8,13 @@ same.
 import contextlib
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
-from torch import Tensor
 
 from mft_megatron.arguments import CheckpointArguments
 from mft_megatron.errors import InputError
@@ -81,7 +80,8 @@ def load(path: Path, trainer: Trainer, info: CheckpointInfo, options: Checkpoint
         with _quiet():
             loaded = dist_checkpointing.load(state, str(path))
     except Exception as error:
-        raise InputError(f"{path}: cannot be loaded into this model ({_first_line(error)})") from error
+        rank = torch.distributed.get_rank()
+        raise InputError(f"{path}: rank {rank} cannot load it ({_first_line(error)})", always=True) from error
     trainer.model.module.load_state_dict(loaded["model"])
     if whole and options.load_optim:
         trainer.scheduler.load_state_dict(loaded["scheduler"])
@@ -135,37 +135,3 @@ def _set_rng_state(state: dict) -> None:
     if platform.HAS_CUDA and state["device"] is not None:
         torch.cuda.set_rng_state(state["device"])
     tensor_parallel.get_cuda_rng_tracker().set_states(state["tracker"])
-
-
-class TensorReader:
-    """Single tensors of a checkpoint, whole and in checkpoint layout, for conversion on one process.
-
-    Use within :func:`.parallel.process_groups`. Memory is that of the tensors asked for.
-    """
-
-    def __init__(self, path: Path):
-        self._path = str(path)
-        self._known = dist_checkpointing.load_tensors_metadata(self._path)
-
-    def shape(self, name: str) -> tuple[int, ...] | None:
-        """Shape of a weight as stored, layers stacked along the first axis; ``None`` where there is no such weight."""
-        known = self._known.get(name)
-        return None if known is None else tuple(known.global_shape)
-
-    def names(self) -> list[str]:
-        """Names of all weights of the model (optimizer states are left out)."""
-        return [name for name in self._known if not name.startswith("optimizer.")]
-
-    def read(self, requests: Iterable[tuple[str, int | None]]) -> list[Tensor]:
-        """Weights by ``(name, layer)``; layer ``None`` for a weight outside the stack of layers."""
-        wanted = {str(number): self._request(*request) for number, request in enumerate(requests)}
-        with _quiet():
-            loaded = dist_checkpointing.load(wanted, self._path, validate_access_integrity=False)
-        return [loaded[number] for number in wanted]
-
-    def _request(self, name: str, layer: int | None) -> ShardedTensor:
-        known = self._known[name]
-        if layer is None:
-            return ShardedTensor.from_rank_offsets(name, torch.empty(known.global_shape, dtype=known.dtype))
-        data = torch.empty(known.global_shape[1:], dtype=known.dtype)
-        return ShardedTensor.from_rank_offsets(name, data, (0, layer, known.global_shape[0]), prepend_axis_num=1)

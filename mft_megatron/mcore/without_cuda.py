@@ -7,13 +7,25 @@ is active on a machine with CUDA; ``tests/mcore/test_without_cuda.py`` shows tha
 
 import contextlib
 import functools
+import importlib
 import sys
 import types
 
 import torch
 
 CPU = torch.device("cpu")
-FACTORIES = ("empty", "zeros", "ones", "full", "tensor", "arange", "empty_like", "zeros_like")
+FACTORIES = ("empty", "zeros", "ones", "full", "tensor", "empty_like")
+# the modules of Megatron-Core that make tensors on the device "cuda"
+FACTORY_USERS = (
+    "dist_checkpointing.exchange_utils",
+    "dist_checkpointing.strategies.state_dict_saver",
+    "models.common.embeddings.rope_utils",
+    "optimizer.clip_grads",
+    "optimizer.grad_scaler",
+    "optimizer.optimizer",
+    "pipeline_parallel.schedules",
+    "utils",
+)
 
 
 class _NoStream:
@@ -55,16 +67,34 @@ def _replace_rng_state() -> None:
     random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
 
 
+class _TorchOnCpu:
+    """``torch`` as a module of Megatron-Core is to see it: tensor factories make CPU tensors, all else is torch's own.
+
+    torch itself stays untouched, since other libraries in the process use its factories, too.
+    """
+
+    def __init__(self):
+        for name in FACTORIES:
+            setattr(self, name, _on_cpu(getattr(torch, name)))
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+
 def _on_cpu(factory):
     @functools.wraps(factory)
     def make(*args, **kwargs):
-        if "device" in kwargs and torch.device(kwargs["device"] or CPU).type == "cuda":
+        if "device" in kwargs:
             kwargs["device"] = CPU
-        if kwargs.get("pin_memory"):
-            kwargs["pin_memory"] = False
+        kwargs.pop("pin_memory", None)
         return factory(*args, **kwargs)
 
     return make
+
+
+def _replace_factories() -> None:
+    for name in FACTORY_USERS:
+        importlib.import_module(f"megatron.core.{name}").torch = _TorchOnCpu()
 
 
 def _replace_tensor_methods() -> None:
@@ -85,7 +115,6 @@ def replace() -> None:
     """Apply every replacement, once per process."""
     _stub_jit()
     _replace_cuda_functions()
-    for name in FACTORIES:
-        setattr(torch, name, _on_cpu(getattr(torch, name)))
     _replace_tensor_methods()
     _replace_rng_state()
+    _replace_factories()

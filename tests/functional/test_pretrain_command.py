@@ -1,0 +1,286 @@
+"""pretrain_mft.py and tools/convert_checkpoint.py through the command line, as a user runs them."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import refusal, run_on_ranks, run_tool, torchrun
+
+MODEL = (
+    "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --group-query-attention --num-query-groups 2 --swiglu "
+    "--normalization RMSNorm --position-embedding-type rope --disable-bias-linear --untie-embeddings-and-output-weights"
+).split()
+RUN = (
+    "--micro-batch-size 1 --global-batch-size 4 --train-iters 5 --lr 1e-3 --log-interval 1 --eval-interval 5 "
+    "--mft-loss task-token --task-weights completion=2"
+).split()
+LAYOUT = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2".split()
+
+
+def records(folder, kind):
+    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [record for record in lines if record["kind"] == kind]
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory, dataset_prefix):
+    """Five steps at TP 2 × PP 2 with dropout, saved after three and five."""
+    folder = tmp_path_factory.mktemp("run")
+    process = torchrun(
+        4,
+        "pretrain_mft.py",
+        *MODEL,
+        *RUN,
+        *LAYOUT,
+        "--data-path",
+        dataset_prefix,
+        "--save",
+        folder,
+        "--save-interval",
+        3,
+    )
+    assert process.returncode == 0, process.stderr
+    assert "step 5 | validation" in process.stdout
+    return folder
+
+
+def test_the_run_folder_holds_everything(run_folder, dataset_prefix):
+    names = {path.name for path in run_folder.iterdir()}
+    assert {"iter_0000003", "iter_0000005", "latest_checkpointed_iteration.txt", "config.yaml"} <= names
+    assert {"metrics.jsonl", "tensorboard", "tokenizer"} <= names
+    assert (run_folder / "latest_checkpointed_iteration.txt").read_text().strip() == "5"
+    config = yaml.safe_load((run_folder / "config.yaml").read_text())
+    assert (config["hidden_dropout"], config["global_batch_size"], config["world_size"]) == (0.1, 4, 4)
+    assert not [path for path in run_folder.rglob("*.tmp")]
+
+
+def test_metrics_say_what_happened(run_folder, dataset_prefix):
+    ledger = json.loads(Path(f"{dataset_prefix}_dataset.json").read_text())
+    names = [task["name"] for task in ledger["tasks"]]
+    train = records(run_folder, "train")
+    assert [record["step"] for record in train] == [1, 2, 3, 4, 5]
+    assert [record["consumed_samples"] for record in train] == [4, 8, 12, 16, 20]
+    for record in train:
+        assert list(record["tasks"]) == names
+        assert sum(task["supervised_tokens"] for task in record["tasks"].values()) == record["supervised_tokens"]
+        assert record["supervised_tokens"] < record["tokens"] <= 4 * 128
+        assert record["tasks"]["completion"]["weight"] == 2.0
+        present = {n: task for n, task in record["tasks"].items() if task["supervised_tokens"]}
+        total = sum(task["weight"] for task in present.values())
+        for task in present.values():
+            assert task["share"] == pytest.approx(task["weight"] / total, rel=1e-6)
+        objective = sum(task["weight"] * task["loss"] for task in present.values()) / total
+        assert record["loss"] == pytest.approx(objective, rel=1e-6)
+    (valid,) = records(run_folder, "valid")
+    supervised = sum(task["supervised_tokens"] for task in valid["tasks"].values())
+    assert supervised == ledger["packs"]["128"]["valid"]["supervised_tokens"]
+    assert valid["macro_loss"] == pytest.approx(sum(task["loss"] for task in valid["tasks"].values()) / 4)
+
+
+def test_resuming_is_bit_equal(run_folder, dataset_prefix, tmp_path):
+    process = torchrun(
+        4,
+        *("pretrain_mft.py", *RUN, *LAYOUT, "--data-path", dataset_prefix),
+        *("--load", run_folder / "iter_0000003", "--save", tmp_path / "again"),
+    )
+    assert process.returncode == 0, process.stderr
+    resumed, whole = records(tmp_path / "again", "train"), records(run_folder, "train")[3:]
+    assert [record.pop("step_time") > 0 for record in resumed + whole] == [True] * 4
+    assert resumed == whole
+    assert records(tmp_path / "again", "valid") == records(run_folder, "valid")
+
+
+def _hf_difference(checkpoint, hf, prefix):
+    """Largest difference of fp32 logits between this layout's model and transformers, on the same tokens."""
+    import numpy as np
+    import torch
+    from megatron.core import parallel_state, tensor_parallel
+
+    from mft_megatron.arguments import parse_arguments
+    from mft_megatron.data.dataset import PackedDataset
+    from mft_megatron.mcore import checkpoint as checkpoints
+    from mft_megatron.mcore import parallel
+    from mft_megatron.mcore.step import Trainer, to_device
+    from mft_megatron.run_folder import latest_checkpoint
+
+    words = [*RUN, *LAYOUT, "--data-path", prefix, "--load", str(checkpoint), "--finetune", "--seed", "99"]
+    arguments = parse_arguments(words, 4, lambda prefix: [128])
+    dataset = PackedDataset.open(prefix, 128)
+    with parallel.process_groups(arguments.distributed, seed=99):
+        trainer = Trainer(arguments, dataset.vocab_size, np.ones(4))
+        path, info = latest_checkpoint(checkpoint)
+        checkpoints.load(path, trainer, info, arguments.checkpoint)
+        trainer.model.eval()
+        tokens = dataset.split("train").rows(np.array([3])).tokens_BS
+        whole = len(tokens[0])
+        batch = to_device(_one_segment(tokens))
+        stages = parallel_state.get_pipeline_model_parallel_world_size()
+        hidden = torch.empty(whole, 1, arguments.network.hidden_size)
+        with torch.no_grad():
+            for stage in range(stages):
+                if parallel_state.get_pipeline_model_parallel_rank() == stage:
+                    trainer.model.module.set_input_tensor(hidden)
+                    output = trainer.model.module.run(batch, with_loss=False)
+                    if stage + 1 < stages:
+                        torch.distributed.send(
+                            output.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank()
+                        )
+                elif parallel_state.get_pipeline_model_parallel_rank() == stage + 1:
+                    torch.distributed.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank())
+        if not parallel.is_last_stage():
+            return None
+        logits = tensor_parallel.gather_from_tensor_model_parallel_region(output)[0, :, : dataset.vocab_size]
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32).eval()
+        with torch.no_grad():
+            expected = model(torch.from_numpy(tokens)).logits[0]
+        assert expected.shape == logits.shape
+        return float((logits - expected).abs().max()), float(expected.std())
+
+
+def _one_segment(tokens):
+    import numpy as np
+
+    from mft_megatron.batch import Batch
+
+    zeros = np.zeros_like(tokens)
+    width = tokens.shape[1]
+    positions = np.arange(width)[None]
+    return Batch(tokens, zeros, zeros.astype(np.uint8), positions, zeros, zeros, np.array([0, width], np.int32), width)
+
+
+@pytest.fixture(scope="module")
+def hf_folder(run_folder, tmp_path_factory):
+    hf = tmp_path_factory.mktemp("export") / "hf"
+    process = run_tool("tools/convert_checkpoint.py", "mcore-to-hf", "--load", run_folder, "--hf", hf)
+    assert process.returncode == 0, process.stderr
+    return hf
+
+
+def test_exported_logits_agree(run_folder, hf_folder, dataset_prefix):
+    results = [r for r in run_on_ranks(4, _hf_difference, str(run_folder), str(hf_folder), dataset_prefix) if r]
+    assert len(results) == 2
+    for difference, spread in results:
+        assert difference < 1e-4
+        assert spread > 0.05  # the comparison is not one of zeros
+
+
+def test_the_export_is_a_whole_hugging_face_folder(hf_folder, tokenizer_folder, dataset_prefix):
+    from transformers import AutoConfig, AutoTokenizer
+
+    config = AutoConfig.from_pretrained(hf_folder)
+    ledger = json.loads(Path(f"{dataset_prefix}_dataset.json").read_text())
+    assert config.vocab_size == ledger["tokenizer"]["vocab_size"]
+    assert (config.num_hidden_layers, config.num_key_value_heads, config.head_dim) == (4, 2, 16)
+    assert (config.eos_token_id, config.tie_word_embeddings) == (ledger["tokenizer"]["eos_token_id"], False)
+    assert len(AutoTokenizer.from_pretrained(hf_folder)) == config.vocab_size
+    assert (hf_folder / "tokenizer.json").read_bytes() == (tokenizer_folder / "tokenizer.json").read_bytes()
+
+
+def test_export_in_shards_is_the_same_model(run_folder, hf_folder, tmp_path):
+    from safetensors.torch import load_file
+
+    process = run_tool(
+        *("tools/convert_checkpoint.py", "mcore-to-hf", "--load", run_folder, "--hf", tmp_path / "hf"),
+        *("--max-shard-size", "100KB"),
+    )
+    assert process.returncode == 0, process.stderr
+    index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
+    shards = sorted(set(index["weight_map"].values()))
+    assert len(shards) > 2
+    weights = {}
+    for shard in shards:
+        weights.update(load_file(tmp_path / "hf" / shard))
+    whole = load_file(hf_folder / "model.safetensors")
+    assert weights.keys() == whole.keys() == index["weight_map"].keys()
+    assert all(weights[name].equal(whole[name]) for name in whole)
+    assert index["metadata"]["total_size"] == sum(weight.nbytes for weight in whole.values())
+
+
+def test_export_refuses_in_one_line(run_folder, hf_folder, tmp_path):
+    tool = ("tools/convert_checkpoint.py", "mcore-to-hf")
+    assert "exists already" in refusal(run_tool(*tool, "--load", run_folder, "--hf", hf_folder))
+    assert "does not exist" in refusal(run_tool(*tool, "--load", tmp_path / "nothing", "--hf", tmp_path / "hf"))
+    assert "did you mean --load" in refusal(run_tool(*tool, "--laod", run_folder, "--hf", tmp_path / "hf"))
+    assert "--max-shard-size" in refusal(
+        run_tool(*tool, "--load", run_folder, "--hf", tmp_path / "hf", "--max-shard-size", "5")
+    )
+    assert "unknown direction" in refusal(run_tool("tools/convert_checkpoint.py", "hf-to-gguf"))
+    other = tmp_path / "gelu"
+    shutil.copytree(run_folder, other)
+    info = other / "iter_0000005" / "mft_checkpoint.json"
+    content = json.loads(info.read_text())
+    info.write_text(json.dumps({**content, "architecture": {**content["architecture"], "swiglu": False}}))
+    line = refusal(run_tool(*tool, "--load", other, "--hf", tmp_path / "hf"))
+    assert "swiglu is False, Llama has True" in line
+    assert not list(tmp_path.glob("*hf*"))
+
+
+def refused(*words):
+    return refusal(run_tool("pretrain_mft.py", *words))
+
+
+def test_bad_input_is_refused_in_one_line(dataset_prefix, tmp_path):
+    good = [*MODEL, *RUN, "--data-path", dataset_prefix]
+    assert "does not divide --num-attention-heads 4" in refused(*good, "--tensor-model-parallel-size", 3)
+    assert "did you mean --pipeline-model-parallel-size" in refused(*good, "--pipline-model-parallel-size", 2)
+    assert "does not exist" in refused(*good, "--load", tmp_path / "nothing")
+    assert "no ledger" in refused(*MODEL, *RUN, "--data-path", tmp_path / "nothing")
+    assert "is packed for 128" in refused(*good, "--seq-length", 64)
+    assert "unexpected" in refused(*good, "stray")
+    assert "no CUDA device" in refused(*good, "--distributed-backend", "nccl")
+    weights = [*MODEL, *RUN[: RUN.index("--task-weights")], "--data-path", dataset_prefix, "--task-weights"]
+    assert "with a task of: completion" in refused(*weights, "unknown=1")
+    assert "not negative" in refused(*weights, "read=-1")
+
+
+def test_the_tokenizer_must_be_the_data_sets(dataset_prefix, tokenizer_folder, tmp_path):
+    good = [*MODEL, *RUN, "--data-path", dataset_prefix]
+    assert "was made with HuggingFaceTokenizer" in refused(*good, "--tokenizer-type", "SentencePieceTokenizer")
+    other = tmp_path / "other"
+    shutil.copytree(tokenizer_folder, other)
+    config = json.loads((other / "tokenizer_config.json").read_text())
+    (other / "tokenizer_config.json").write_text(json.dumps({**config, "pad_token": config["eos_token"]}))
+    assert "its content differs" in refused(*good, "--tokenizer-model", other)
+
+
+@pytest.mark.parametrize("change", ["shorter", "one byte", "missing", "ledger"])
+def test_a_data_set_that_does_not_match_its_ledger_is_refused(dataset_prefix, tmp_path, change):
+    folder = tmp_path / "copy"
+    shutil.copytree(Path(dataset_prefix).parent, folder)
+    damaged = folder / "mixed_input_ids.bin"
+    content = damaged.read_bytes()
+    if change == "shorter":
+        damaged.write_bytes(content[:-2])
+    elif change == "one byte":
+        damaged.write_bytes(content[:100] + bytes([content[100] ^ 1]) + content[101:])
+    elif change == "missing":
+        damaged.unlink()
+    else:
+        damaged = folder / "mixed_dataset.json"
+        damaged.write_text(damaged.read_text()[:-20])
+    line = refused(*MODEL, *RUN, "--data-path", folder / "mixed")
+    assert str(damaged) in line
+    assert "preprocess the data again" in line
+
+
+def test_with_torchrun_one_rank_speaks(dataset_prefix):
+    process = torchrun(2, "pretrain_mft.py", *MODEL, *RUN, "--data-path", dataset_prefix, "--lr-decay-style", "cubic")
+    assert process.returncode != 0
+    assert process.stderr.count("error: ") == 1
+    assert "invalid choice: 'cubic'" in process.stderr
+
+
+def test_resuming_on_other_data_is_refused(run_folder, dataset_prefix, tmp_path):
+    ledger = json.loads(Path(f"{dataset_prefix}_dataset.json").read_text())
+    sources = [word for task in ledger["tasks"] for word in ("--task", f"{task['name']}={task['sources'][0]['path']}")]
+    process = run_tool(
+        *("tools/preprocess_data.py", *sources, "--tokenizer-model", ledger["tokenizer"]["model"]),
+        *("--seq-length", 128, "--split", "80,20,0", "--seed", 5, "--output-prefix", tmp_path / "other"),
+    )
+    assert process.returncode == 0, process.stderr
+    line = refused(*RUN, "--data-path", tmp_path / "other", "--load", run_folder, "--train-iters", 6)
+    assert "saved while training on another data set" in line
