@@ -41,7 +41,7 @@ def main() -> None:
             output = model.generate(
                 ids, attention_mask=torch.ones_like(ids), max_new_tokens=options.max_new_tokens, do_sample=False
             )
-        print(f"\n\033[1m{task}\033[0m")
+        print(f"\n{task}")
         print(f"  prompt     …{_one_line(tokenizer.decode(prompt)[-160:])}")
         print(f"  model      {_one_line(tokenizer.decode(output[0, len(prompt) :]))}")
         print(f"  reference  {_one_line(tokenizer.decode(answer[: options.max_new_tokens]))}")

@@ -18,18 +18,19 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+BOLD, PLAIN = ("\033[1m", "\033[0m") if sys.stdout.isatty() else ("", "")
 TASKS = ("completion", "docstring_to_function", "function_to_docstring", "function_to_usage", "fim")
 MODEL = (
     "--num-layers 4 --hidden-size 192 --num-attention-heads 6 --group-query-attention --num-query-groups 2 "
     "--ffn-hidden-size 512 --swiglu --normalization RMSNorm --position-embedding-type rope --disable-bias-linear "
-    "--untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0"
+    "--untie-embeddings-and-output-weights"
 ).split()
 
 
 def run(title: str, *command: str | Path) -> None:
     """Run one step in the repository's root and show it; a step that fails ends the demo."""
     words = [str(word) for word in command]
-    print(f"\n\033[1m── {title}\033[0m\n$ {shlex.join(_readable(word) for word in words)}", flush=True)
+    print(f"\n{BOLD}── {title}{PLAIN}\n$ {shlex.join(_readable(word) for word in words)}", flush=True)
     start = time.perf_counter()
     result = subprocess.run(words, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
     if result.returncode:
@@ -38,13 +39,13 @@ def run(title: str, *command: str | Path) -> None:
 
 
 def _readable(word: str) -> str:
-    return os.path.relpath(word, ROOT) if word.startswith(str(ROOT)) else word
+    return word.replace(f"{ROOT}{os.sep}", "")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--folder", type=Path, default=ROOT / "demo_run", help="where everything is put; emptied first")
-    parser.add_argument("--iterations", type=int, default=120, help="optimizer steps in all (default: 120)")
+    parser.add_argument("--iterations", type=int, default=240, help="optimizer steps in all (default: 240)")
     options = parser.parse_args()
     folder: Path = options.folder.resolve()
     shutil.rmtree(folder, ignore_errors=True)
@@ -66,9 +67,10 @@ def main() -> None:
     train = (
         *(python, "-m", "torch.distributed.run", "--nproc-per-node", "4", "--master-port", "29513", "pretrain_mft.py"),
         *("--data-path", data, "--save", save, "--tensor-model-parallel-size", "2"),
-        *("--pipeline-model-parallel-size", "2", "--micro-batch-size", "2", "--global-batch-size", "16"),
+        *("--pipeline-model-parallel-size", "2", "--micro-batch-size", "2", "--global-batch-size", "8"),
+        *("--attention-dropout", "0", "--hidden-dropout", "0"),
         *("--train-iters", str(options.iterations), "--lr", "3e-3", "--min-lr", "3e-4", "--lr-decay-style", "cosine"),
-        *("--lr-warmup-iters", "10", "--log-interval", "10", "--eval-interval", str(half), "--mft-loss", "task-token"),
+        *("--lr-warmup-iters", "20", "--log-interval", "20", "--eval-interval", str(half), "--mft-loss", "task-token"),
     )
     run(
         f"training to step {half}: TP 2 × PP 2, every task counts the same",
@@ -77,14 +79,14 @@ def main() -> None:
     run("resuming from the checkpoint (the model's shape comes from it)", *train, "--load", save)
     run("export to Hugging Face", python, "tools/convert_checkpoint.py", "mcore-to-hf", "--load", save, "--hf", hf)
     run("completions, by transformers", python, "examples/demo/complete.py", "--hf", hf, "--data-path", data)
-    print(f"\n\033[1m── done in {time.perf_counter() - start:.0f} s\033[0m")
+    print(f"\n{BOLD}── done in {time.perf_counter() - start:.0f} s{PLAIN}")
     for path, what in (
         (tasks, "the tasks, one JSONL file each"),
         (Path(f"{data}_dataset.json"), "the data set's ledger; look inside with tools/inspect_data.py"),
         (save, "checkpoints, metrics.jsonl, config.yaml, tensorboard/"),
         (hf, "the model as a Hugging Face folder"),
     ):
-        print(f"   {_readable(str(path)):28s} {what}")
+        print(f"   {_readable(str(path)):32s} {what}")
 
 
 if __name__ == "__main__":

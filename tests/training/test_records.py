@@ -1,0 +1,83 @@
+"""Records of metrics.jsonl from sums written down by hand."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from mft_megatron.batch import StepPlan
+from mft_megatron.mcore.step import StepReport
+from mft_megatron.training.progress import Progress
+from mft_megatron.training.records import event_record, train_record, valid_record
+from mft_megatron.training.run_log import RunLog
+
+TASKS = ("write", "explain", "absent")
+
+
+def report():
+    sums = ([6.0, 9.0, 0.0], [2.0, 3.0, 0.0], [1.0, 2.0, 0.0], [0.25, 0.75, 0.0])
+    rows = [torch.tensor(row, dtype=torch.float64) for row in sums]
+    return StepReport(*rows, weight_K=np.array([1.0, 3.0, 5.0]), grad_norm=0.5, learning_rate=1e-3)
+
+
+def plan(tokens=(2, 3, 0)):
+    return StepPlan(np.arange(4), np.array(tokens), np.array([1, 2, 0]))
+
+
+def test_a_step():
+    record = train_record(Progress(7, 28), report(), plan(), tokens=50, step_time=0.5, task_names=TASKS)
+    assert (record["loss"], record["step"], record["consumed_samples"]) == (3.0, 7, 28)
+    assert (record["tokens"], record["supervised_tokens"]) == (50, 5)
+    assert record["tasks"]["write"] == {
+        "loss": 3.0,
+        "supervised_tokens": 2,
+        "samples": 1,
+        "weight": 1.0,
+        "share": 0.25,
+    }
+    assert record["tasks"]["absent"]["loss"] is None
+    assert record["tasks"]["absent"]["share"] == 0.0
+
+
+def test_counts_that_differ_from_the_plan_stop_the_run():
+    with pytest.raises(RuntimeError, match=r"\[2, 3, 0\], the data set's index says \[2, 4, 0\]"):
+        train_record(Progress(1, 4), report(), plan((2, 4, 0)), tokens=50, step_time=0.5, task_names=TASKS)
+
+
+def test_an_evaluation():
+    record = valid_record(Progress(7, 28), report(), TASKS)
+    assert (record["loss"], record["token_loss"], record["macro_loss"]) == (3.0, 3.0, 3.0)
+    assert record["tasks"]["explain"]["perplexity"] == pytest.approx(20.0855369)
+    assert record["tasks"]["absent"] == {"loss": None, "perplexity": None, "supervised_tokens": 0}
+
+
+def test_records_go_to_file_board_and_terminal(tmp_path, capsys):
+    log = RunLog(True, str(tmp_path), None)
+    written = [
+        train_record(Progress(7, 28), report(), plan(), tokens=50, step_time=0.5, task_names=TASKS),
+        valid_record(Progress(7, 28), report(), TASKS),
+        event_record(Progress(7, 28), "skip", reason="why"),
+    ]
+    for record in written:
+        log.write(record)
+    log.close()
+    assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == written
+    assert list((tmp_path / "tensorboard").iterdir())
+    said = capsys.readouterr().out
+    assert "step 7 | loss 3.0000 | grad norm 0.5000 | lr 0.001 | 100 tokens/s | write 3.0000" in said
+    assert "absent –" in said
+    assert "step 7 | skip | reason why" in said
+
+
+def test_other_ranks_write_nothing(tmp_path, capsys):
+    log = RunLog(False, str(tmp_path / "run"), str(tmp_path / "board"))
+    log.write(event_record(Progress(), "skip"))
+    log.close()
+    assert not list(tmp_path.iterdir())
+    assert capsys.readouterr().out == ""
+
+
+def test_progress_counts_packs():
+    progress = Progress().after_step(8, skipped=False).after_step(8, skipped=True)
+    assert progress == Progress(step=2, consumed_samples=16, skipped_steps=1)
