@@ -16,11 +16,16 @@ from mft_megatron.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-    """``special``: the text is the name of one token of the vocabulary, not text to be cut."""
+    """``special``: the text is the name of one token of the vocabulary, not text to be cut.
+
+    ``markup``: names of special tokens in the text stand for those tokens; elsewhere they are text like any other, so
+    that what a turn says can never end the turn.
+    """
 
     text: str
     supervised: bool
     special: bool = False
+    markup: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +51,7 @@ class ChatFormat:
 
 def _raw(conversation: Conversation, style: ChatFormat) -> Iterator[Segment]:
     for turn in conversation.turns:
-        yield Segment(turn.content, turn.role == "completion")
+        yield Segment(turn.content, turn.role == "completion", markup=True)
     yield Segment(style.end_of_text, True, special=True)
 
 

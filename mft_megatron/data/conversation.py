@@ -53,6 +53,10 @@ def read_record(record: Any) -> Conversation:
 def _text(value: Any, name: str) -> str:
     if not isinstance(value, str):
         raise RecordError("wrong_type", f"{name} must be a string, not {type(value).__name__}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise RecordError("invalid_text", f"{name} holds half a surrogate pair (character {error.start})") from None
     return value
 
 
@@ -66,7 +70,7 @@ def _chat(turns: Any, name: str, role_names: Mapping[str, str]) -> Conversation:
         if not isinstance(turn, Mapping) or "role" not in turn or "content" not in turn:
             raise RecordError("wrong_type", f"{place} must be an object with role and content")
         role = turn["role"]
-        if role not in role_names:
+        if not isinstance(role, str) or role not in role_names:
             raise RecordError("unknown_role", f"{place} has the unknown role {role!r}; known: {', '.join(role_names)}")
         role = role_names[role]
         before = read[-1].role if read else None
@@ -98,7 +102,7 @@ def _instruction(record: Mapping[str, Any]) -> Conversation:
     """Alpaca: ``instruction``, an ``input`` that may be empty or absent, ``output``. Instruction and input are both
     kept, with an empty line between them."""
     question = _text(record["instruction"], "instruction")
-    more = _text(record.get("input") or "", "input")
+    more = "" if record.get("input") is None else _text(record["input"], "input")
     answer = _text(record["output"], "output")
     return Conversation((Turn("user", f"{question}\n\n{more}" if more else question), Turn("assistant", answer)))
 

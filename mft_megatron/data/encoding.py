@@ -16,7 +16,7 @@ from mft_megatron.data.tokenizer import Tokenizer
 
 OVERLONG = ("drop", "truncate")
 # drops that a user asks for with options; every other reason is a fault in the data
-INTENDED_DROPS = frozenset({"overlong"})
+INTENDED_DROPS = frozenset({"overlong", "truncated_to_nothing"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,17 +84,20 @@ class Encoder:
             samples.append(segments)
         ids, masks, truncated = [], [], 0
         for number, (tokens, mask) in zip(places, self._tokenize(samples), strict=True):
+            if not mask[1:].any():
+                drops.append(Drop(chunk.path, number, "no_supervised_token", "no supervised token in it"))
+                continue
             if len(tokens) > self._seq_length:
                 if self._overlong == "drop":
                     message = f"{len(tokens)} tokens, more than --seq-length {self._seq_length}"
                     drops.append(Drop(chunk.path, number, "overlong", message))
                     continue
                 tokens, mask = tokens[: self._seq_length], mask[: self._seq_length]
+                if not mask[1:].any():
+                    message = f"no supervised token among its first {self._seq_length}"
+                    drops.append(Drop(chunk.path, number, "truncated_to_nothing", message))
+                    continue
                 truncated += 1
-            if not mask[1:].any():
-                what = "after truncation" if len(tokens) == self._seq_length else "in it"
-                drops.append(Drop(chunk.path, number, "no_supervised_token", f"no supervised token {what}"))
-                continue
             ids.append(tokens)
             masks.append(mask)
         drops.sort(key=lambda drop: drop.line)
@@ -108,20 +111,50 @@ class Encoder:
         )
 
     def _tokenize(self, samples: list[list[Segment]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Ids and mask of each sample; the texts of the whole chunk go to the tokenizer in one batch."""
-        texts = [segment.text for segments in samples for segment in segments if self._special(segment) is None]
-        encoded = iter(self._tokenizer.encode_batch(texts))
-        for segments in samples:
-            ids, supervised = [], []
-            for segment in segments:
-                special = self._special(segment)
-                own = next(encoded) if special is None else [special]
+        """Ids and mask of each sample; the texts of the whole chunk go to the tokenizer in one batch of a kind."""
+        parts_of_samples = [list(self._parts(segments)) for segments in samples]
+        encoded = {
+            markup: iter(
+                self._tokenizer.encode_batch(
+                    [part.text for parts in parts_of_samples for part in parts if _is_text(part, markup)], markup=markup
+                )
+            )
+            for markup in (False, True)
+        }
+        for parts in parts_of_samples:
+            ids, supervised, counts = [], [], []
+            for part in parts:
+                own = [self._tokenizer.token_id(part.text)] if part.special else next(encoded[part.markup])
                 ids += own
-                supervised += [segment.supervised] * len(own)
-            yield np.array(ids, np.int32), np.array(supervised, np.uint8)
+                supervised.append(part.supervised)
+                counts.append(len(own))
+            yield np.array(ids, np.int32), np.repeat(np.array(supervised, np.uint8), counts)
 
-    def _special(self, segment: Segment) -> int | None:
-        return self._tokenizer.token_id(segment.text) if segment.special else None
+    def _parts(self, segments: list[Segment]) -> Iterator[Segment]:
+        """The segments; neighbouring texts of one kind are joined, so that they are cut as in a prompt cut whole.
+
+        A special segment that the vocabulary has no token for is text.
+        """
+        pending: Segment | None = None
+        for segment in segments:
+            if segment.special and self._tokenizer.token_id(segment.text) is None:
+                segment = dataclasses.replace(segment, special=False)
+            if pending is not None:
+                if _same_kind(pending, segment):
+                    pending = dataclasses.replace(pending, text=pending.text + segment.text)
+                    continue
+                yield pending
+            pending = segment
+        if pending is not None:
+            yield pending
+
+
+def _is_text(part: Segment, markup: bool) -> bool:
+    return not part.special and part.markup == markup
+
+
+def _same_kind(one: Segment, other: Segment) -> bool:
+    return not (one.special or other.special) and (one.supervised, one.markup) == (other.supervised, other.markup)
 
 
 def _parse(line: bytes):
@@ -129,5 +162,7 @@ def _parse(line: bytes):
         return json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise RecordError("invalid_utf8", f"not UTF-8 (byte {error.start} of the line)") from None
+    except RecursionError:
+        raise RecordError("invalid_json", "not JSON that can be read (nested too deeply)") from None
     except ValueError as error:
         raise RecordError("invalid_json", f"not JSON ({error})") from None

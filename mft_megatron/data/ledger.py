@@ -46,7 +46,7 @@ class TaskEntry:
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerEntry:
-    """The tokenizer the ids belong to; ``fingerprint`` is of its content."""
+    """The tokenizer the ids belong to; ``model`` is where it lay, ``fingerprint`` is of its content."""
 
     type: str
     model: str

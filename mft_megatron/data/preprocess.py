@@ -10,6 +10,7 @@ on disk do the files take their places, the ledger last. A run that fails leaves
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import multiprocessing
@@ -32,6 +33,7 @@ from mft_megatron.data.ledger import (
     TokenizerEntry,
     file_sha256,
     ledger_path,
+    read_ledger,
 )
 from mft_megatron.data.packing import SPLITS, SplitPacks, pack_split
 from mft_megatron.data.sources import SourceReader
@@ -102,6 +104,7 @@ class _Files:
     def __init__(self, prefix: Path):
         self._prefix = prefix
         self._ends: list[str] = []
+        self._new_folders = [folder for folder in prefix.parents if not folder.exists()]
         prefix.parent.mkdir(parents=True, exist_ok=True)
 
     def temporary(self, end: str) -> Path:
@@ -130,13 +133,30 @@ class _Files:
             file.write(ledger.to_json())
             file.flush()
             os.fsync(file.fileno())
+        stale = self._files_of_the_data_set_before() - set(self._ends)
         target.unlink(missing_ok=True)
         for end in self._ends:
             os.replace(self._named(end), f"{self._prefix}{end}")
+        for end in stale:
+            Path(f"{self._prefix}{end}").unlink(missing_ok=True)
+        folder = os.open(self._prefix.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+    def _files_of_the_data_set_before(self) -> set[str]:
+        try:
+            return set(read_ledger(self._prefix).arrays)
+        except InputError:
+            return set()
 
     def discard(self) -> None:
         for end in self._ends:
             self._named(end).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # not empty: it is in use
+            for folder in self._new_folders:
+                folder.rmdir()
 
     def _named(self, end: str) -> Path:
         return self._prefix.with_name(f".{self._prefix.name}{end}.{os.getpid()}.tmp")
@@ -323,9 +343,17 @@ class _Workers:
             waiting.append((chunk, self._pool.submit(_encode_in_worker, chunk)))
             if len(waiting) >= self.AHEAD * self._workers:
                 chunk, answer = waiting.popleft()
-                yield chunk, answer.result()
-        for chunk, answer in waiting:
-            yield chunk, answer.result()
+                yield chunk, _result(answer)
+        while waiting:
+            chunk, answer = waiting.popleft()
+            yield chunk, _result(answer)
+
+
+def _result(answer: concurrent.futures.Future) -> EncodedChunk:
+    try:
+        return answer.result()
+    except concurrent.futures.BrokenExecutor:
+        raise InputError("--workers: a worker process was killed, most likely for memory; give fewer workers") from None
 
 
 _encoder: Encoder | None = None

@@ -1,17 +1,21 @@
 """Tokenizers behind one small interface: Hugging Face folders and SentencePiece models.
 
 Texts arrive in segments. A segment is cut on its own and without any token added; the ids of a sample are the ids of
-its segments, one after the other, and decode to the sample's text.
+its segments, one after the other, and decode to the sample's text. Many tokenizers write a space before every text they
+are given; between segments that would be a space nobody wrote, so it is switched off when they are opened.
 """
 
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from mft_megatron.errors import InputError
+
+_PROBE = "if x:\n\treturn  1\n"
 
 
 class HuggingFaceTokenizer:
@@ -26,13 +30,13 @@ class HuggingFaceTokenizer:
         """
         import tokenizers
 
-        self.model = str(model)
+        self.model = str(Path(model).resolve())
         folder = Path(model)
         file = folder / "tokenizer.json" if folder.is_dir() else folder
         if not file.is_file():
             raise InputError(f"--tokenizer-model {model}: no tokenizer.json there; give a Hugging Face folder")
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
+            self._tokenizer = tokenizers.Tokenizer.from_str(_without_leading_space(file.read_text(encoding="utf-8")))
         except Exception as error:
             raise InputError(f"{file}: not a tokenizer ({error})") from None
         self._tokenizer.no_truncation()
@@ -83,8 +87,9 @@ class HuggingFaceTokenizer:
         """Id of a token of the vocabulary by its name, ``None`` where there is none."""
         return self._tokenizer.token_to_id(token)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text, nothing added."""
+    def encode_batch(self, texts: Sequence[str], markup: bool = False) -> list[list[int]]:
+        """Ids of each text, nothing added. Names of special tokens stand for those tokens only in ``markup``."""
+        self._tokenizer.encode_special_tokens = not markup
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -99,11 +104,7 @@ class HuggingFaceTokenizer:
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece ``.model`` file.
-
-    SentencePiece writes a space before every text it is given. A segment in the middle of a sample must not get one, so
-    it is cut behind a line break, whose ids are then taken away again.
-    """
+    """A SentencePiece ``.model`` file. Runs of spaces are kept, as code needs them, whatever the model says."""
 
     type = "SentencePieceTokenizer"
 
@@ -113,20 +114,33 @@ class SentencePieceTokenizer:
             InputError: the file is missing, cannot be read, or has no end-of-text id.
         """
         import sentencepiece
+        from sentencepiece import sentencepiece_model_pb2
 
-        self.model = str(model)
+        self.model = str(Path(model).resolve())
         path = Path(model)
         file = path / "tokenizer.model" if path.is_dir() else path
         if not file.is_file():
             raise InputError(f"--tokenizer-model {model}: no such file; give a SentencePiece .model")
         self._file = file
+        content = sentencepiece_model_pb2.ModelProto()
         try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_file=str(file))
+            content.ParseFromString(file.read_bytes())
+            content.normalizer_spec.add_dummy_prefix = False
+            content.normalizer_spec.remove_extra_whitespaces = False
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=content.SerializeToString())
         except Exception as error:
             raise InputError(f"{file}: not a SentencePiece model ({error})") from None
         if self._processor.eos_id() < 0:
             raise InputError(f"{file}: has no end-of-text id; train it with one")
-        self._anchor = self._processor.encode("\n")
+        if self.decode(self._processor.encode(_PROBE)) != _PROBE:
+            raise InputError(
+                f"{file}: loses line breaks, tabs or spaces, which code needs (its normalisation is "
+                f"{content.normalizer_spec.name or 'unnamed'}); train it with normalization_rule_name=identity and "
+                "byte_fallback"
+            )
+        control = [number for number in range(self.vocab_size) if self._processor.is_control(number)]
+        self._control = {self._processor.id_to_piece(number): number for number in control}
+        self._control_names = re.compile("|".join(map(re.escape, sorted(self._control, key=len, reverse=True))))
 
     @property
     def vocab_size(self) -> int:
@@ -160,30 +174,27 @@ class SentencePieceTokenizer:
         known = number != self._processor.unk_id() or token == self._processor.id_to_piece(number)
         return number if known else None
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        encoded = self._processor.encode(["\n" + text for text in texts])
-        anchor = self._anchor
-        for text, ids in zip(texts, encoded, strict=True):
-            if ids[: len(anchor)] != anchor:
-                raise InputError(
-                    f"{self._file}: joins a line break with what follows ({text[:20]!r}), so segments cannot be cut "
-                    "one by one; train the model with --user_defined_symbols='\\n' or use a Hugging Face tokenizer"
-                )
-        return [ids[len(anchor) :] for ids in encoded]
+    def encode_batch(self, texts: Sequence[str], markup: bool = False) -> list[list[int]]:
+        """Ids of each text, nothing added. Names of control tokens stand for those tokens only in ``markup``."""
+        return [self._encode_markup(text) for text in texts] if markup else self._processor.encode(list(texts))
+
+    def _encode_markup(self, text: str) -> list[int]:
+        ids, start = [], 0
+        for name in self._control_names.finditer(text):
+            ids += [*self._processor.encode(text[start : name.start()]), self._control[name.group()]]
+            start = name.end()
+        return ids + self._processor.encode(text[start:])
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids, control tokens by name."""
         text, run = [], []
-        for number in ids:
+        for number in map(int, ids):
             if self._processor.is_control(number):
-                text += [self._decode_run(run), self._processor.id_to_piece(number)]
+                text += [self._processor.decode(run), self._processor.id_to_piece(number)]
                 run = []
             else:
                 run.append(number)
-        return "".join([*text, self._decode_run(run)])
-
-    def _decode_run(self, ids: list[int]) -> str:
-        return self._processor.decode([*self._anchor, *ids])[1:] if ids else ""
+        return "".join([*text, self._processor.decode(run)])
 
 
 TOKENIZERS = {kind.type: kind for kind in (HuggingFaceTokenizer, SentencePieceTokenizer)}
@@ -205,6 +216,33 @@ def load_tokenizer(tokenizer_type: str, tokenizer_model: str | Path) -> Tokenize
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{file}: not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{file}: not a JSON object")
+    return content
+
+
+def _without_leading_space(content: str) -> str:
+    """A ``tokenizer.json`` that writes no space before a text, and takes none away when it decodes."""
+    parts = json.loads(content)
+    changed = {name: _plain(parts.get(name)) for name in ("normalizer", "pre_tokenizer", "decoder")}
+    if all(parts.get(name) == part for name, part in changed.items()):
+        return content
+    return json.dumps({**parts, **changed})
+
+
+def _plain(part: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A normalizer, pre-tokenizer or decoder without its handling of a leading space."""
+    if part is None or part["type"] == "Prepend" or (part["type"] == "Strip" and part.get("content") == " "):
+        return None
+    if part["type"] == "Sequence":
+        (name,) = part.keys() - {"type"}
+        return {**part, name: [plain for inner in part[name] if (plain := _plain(inner)) is not None]}
+    if part["type"] == "Metaspace":
+        kept = {name: value for name, value in part.items() if name != "add_prefix_space"}
+        return {**kept, "prepend_scheme": "never"}
+    if part["type"] == "ByteLevel":
+        return {**part, "add_prefix_space": False}
+    return part

@@ -1,0 +1,140 @@
+"""Tokenizers of each kind, trained on modules of the standard library, and small data sets made with them."""
+
+import argparse
+import ast
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from mft_megatron.data.dataset import PackedDataset
+from mft_megatron.data.preprocess import Recipe, preprocess
+from mft_megatron.data.tokenizer import load_tokenizer
+
+SOURCES = [Path(module.__file__).read_text() for module in (argparse, ast, shutil)]
+
+
+@pytest.fixture(scope="session")
+def llama_like_folder(tmp_path_factory):
+    """A Hugging Face tokenizer in the manner of Llama 2: bytes as fallback, and a space written before every text."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    space = decoders.Replace("▁", " ")
+    tokenizer.decoder = decoders.Sequence([space, decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    special = ["<unk>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=900, special_tokens=special + [f"<0x{byte:02X}>" for byte in range(256)], show_progress=False
+    )
+    tokenizer.train_from_iterator((word for text in SOURCES for word in text.split(" ")), trainer)
+    folder = tmp_path_factory.mktemp("llama_like")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    # the bytes were only put into the vocabulary by way of special tokens
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] in special]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    config = {"bos_token": "<s>", "eos_token": {"content": "</s>", "special": True}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def train_sentencepiece(tmp_path_factory):
+    """A function that trains a SentencePiece model with some options and returns its file."""
+    import sentencepiece
+
+    def train(**options):
+        path = tmp_path_factory.mktemp("sentencepiece") / "tokenizer.model"
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter("".join(SOURCES).splitlines(keepends=True)),
+            model_prefix=str(path.with_suffix("")),
+            vocab_size=700,
+            model_type="bpe",
+            byte_fallback=True,
+            minloglevel=2,
+            **options,
+        )
+        return path
+
+    return train
+
+
+@pytest.fixture(scope="session")
+def sentencepiece_model(train_sentencepiece):
+    """A SentencePiece model with a dummy prefix and whitespace cleaning, which both must be switched off."""
+    return train_sentencepiece(normalization_rule_name="identity")
+
+
+@pytest.fixture(scope="session", params=["byte-level", "llama-like", "sentencepiece"])
+def tokenizer(request, tokenizer_folder, llama_like_folder, sentencepiece_model):
+    """One tokenizer of each kind."""
+    return {
+        "byte-level": lambda: load_tokenizer("HuggingFaceTokenizer", tokenizer_folder),
+        "llama-like": lambda: load_tokenizer("HuggingFaceTokenizer", llama_like_folder),
+        "sentencepiece": lambda: load_tokenizer("SentencePieceTokenizer", sentencepiece_model),
+    }[request.param]()
+
+
+def functions():
+    """Source of the functions of a standard module, short ones first come as they stand."""
+    nodes = [node for text in SOURCES for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
+    return [ast.unparse(node) for node in nodes]
+
+
+def write_task(folder, name, records):
+    path = folder / f"{name}.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+TASKS = {
+    "complete": lambda code: [{"prompt": text[:30], "completion": text[30:]} for text in code],
+    "chat": lambda code: [
+        {
+            "messages": [
+                {"role": "system", "content": "Be brief."},
+                {"role": "user", "content": text},
+                {"role": "assistant", "content": text.split("(")[0]},
+                {"role": "user", "content": "And?"},
+                {"role": "assistant", "content": "That is all."},
+            ]
+        }
+        for text in code[::3]
+    ],
+    "rounds": lambda code: [
+        {"chat_rounds": [{"role": "human", "content": text}, {"role": "bot", "content": text[:20]}]}
+        for text in code[::7]
+    ],
+    "read": lambda code: [{"text": text} for text in code[::5]],
+}
+
+
+@pytest.fixture(scope="session")
+def make_dataset(tmp_path_factory, tokenizer_folder):
+    """A function that preprocesses records, by default those of :data:`TASKS`, and returns prefix and ledger."""
+
+    def make(records=None, **options):
+        folder = tmp_path_factory.mktemp("made")
+        if records is None:
+            records = {name: make_records(functions()) for name, make_records in TASKS.items()}
+        recipe = dict(
+            tasks={name: [write_task(folder, name, own)] for name, own in records.items()},
+            tokenizer_type="HuggingFaceTokenizer",
+            tokenizer_model=str(tokenizer_folder),
+            chat_template="chatml",
+            seq_length=256,
+            output_prefix=folder / "set",
+            split=(80.0, 15.0, 5.0),
+        )
+        ledger = preprocess(Recipe(**{**recipe, **options}))
+        return str(folder / "set"), ledger
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def dataset(make_dataset):
+    """The records of :data:`TASKS`, packed for 256 tokens and opened."""
+    return PackedDataset.open(make_dataset()[0], 256, check="hashes")

@@ -1,0 +1,221 @@
+"""tools/preprocess_data.py and tools/inspect_data.py as a user runs them: the road through, and every bad input."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, refusal, run_tool
+
+from mft_megatron.data.dataset import PackedDataset
+
+GOOD = '{"prompt": "def f(", "completion": "x): return x"}\n'
+RECORDS = {
+    "messages": '{"messages": [{"role": "user", "content": "Say a."}, {"role": "assistant", "content": "a"}]}\n',
+    "rounds": '{"id": 1, "chat_rounds": [{"role": "human", "content": "Say b."}, {"role": "bot", "content": "b"}]}\n',
+    "instruction": '{"instruction": "Say", "input": "c", "output": "c"}\n',
+    "completion": GOOD,
+    "text": '{"text": "d = 1"}\n',
+}
+
+
+@pytest.fixture
+def preprocess(tmp_path, tokenizer_folder):
+    """Runs the command on tasks given by name and content, with more or other options."""
+
+    def run(tasks, *options, **replaced):
+        (tmp_path / "tasks").mkdir(exist_ok=True)
+        words = []
+        for name, content in tasks.items():
+            path = tmp_path / "tasks" / f"{name}.jsonl"
+            path.write_bytes(content if isinstance(content, bytes) else content.encode())
+            words += ["--task", f"{name}={path}"]
+        given = {
+            "--tokenizer-model": tokenizer_folder,
+            "--seq-length": 64,
+            "--output-prefix": tmp_path / "out" / "set",
+            **{f"--{name.replace('_', '-')}": value for name, value in replaced.items()},
+        }
+        words += [word for name, value in given.items() if value is not None for word in (name, value)]
+        return run_tool("tools/preprocess_data.py", *words, *options)
+
+    return run
+
+
+def test_every_record_shape_through_the_command(preprocess, tmp_path):
+    tasks = {name: line * 3 for name, line in RECORDS.items()}
+    process = preprocess(tasks, "--workers", "2", "--split", "2,1,0", "--chat-template", "mftcoder")
+    assert process.returncode == 0, process.stderr
+    assert all(name in process.stdout for name in RECORDS)
+    assert process.stderr == ""
+    opened = PackedDataset.open(tmp_path / "out" / "set", 64, check="hashes")
+    assert opened.tasks == tuple(RECORDS)
+    assert opened.splits == ("train", "valid")
+    assert all(task.kept == 3 and task.splits == {"train": 2, "valid": 1, "test": 0} for task in opened.ledger.tasks)
+
+
+def test_from_another_folder_and_twice_the_same(preprocess, tmp_path, tokenizer_folder):
+    tasks = tmp_path / "tasks"
+    assert preprocess(RECORDS).returncode == 0
+    words = ["--tokenizer-model", tokenizer_folder, "--seq-length", "64", "--output-prefix", "again"]
+    names = [word for name in RECORDS for word in ("--task", f"{name}={tasks / name}.jsonl")]
+    command = [sys.executable, ROOT / "tools/preprocess_data.py", *names, *words]
+    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    hashes = [PackedDataset.open(tmp_path / name, 64).dataset_hash for name in ("again", "out/set")]
+    assert hashes[0] == hashes[1]
+
+
+def test_it_starts_without_torch(preprocess):
+    """Importing torch or transformers would cost seconds at every start."""
+    code = "import sys, mft_megatron.data.command; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    process = run_tool("-c", code)
+    assert process.stdout.strip() == "[]"
+
+
+BAD_TASKS = {
+    "a broken line": (GOOD + '{"text": "a\n', "t.jsonl:2: not JSON"),
+    "a broken line after blank ones": ("\n\n" + GOOD + "\n{]\n", "t.jsonl:5: not JSON"),
+    "bytes that are no UTF-8": (b'{"text": "\xff"}', "t.jsonl:1: not UTF-8"),
+    "half a surrogate pair": (r'{"text": "\ud800"}', "t.jsonl:1: text holds half"),
+    "endless nesting": ("[" * 100_000, "t.jsonl:1: not JSON"),
+    "no object": ("[1]\n", "t.jsonl:1: a record is a JSON object"),
+    "an unknown shape": ('{"question": "q", "reply": "r"}\n', "keys ['question', 'reply']; known: messages"),
+    "a wrong type": ('{"text": 3}\n', "t.jsonl:1: text must be a string, not int"),
+    "an unknown role": ('{"messages": [{"role": "tool", "content": "x"}]}\n', "unknown role 'tool'; known: system"),
+    "no assistant turn": ('{"messages": [{"role": "user", "content": "x"}]}\n', "no assistant turn"),
+    "no supervised token": (GOOD + '{"text": ""}\n', "t.jsonl:2: no supervised token"),
+    "an empty file": ("", "task t "),
+    "blank lines only": ("\n \n\t\n", "no record at all"),
+    "nothing kept": (GOOD.replace("def", "d" * 5000), "overlong 1"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TASKS)
+def test_bad_input_is_one_clear_line_and_leaves_nothing(preprocess, tmp_path, case):
+    content, message = BAD_TASKS[case]
+    process = preprocess({"good": GOOD, "t": content})
+    assert message in refusal(process)
+    assert process.returncode == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"tasks"}
+
+
+def test_skipped_records_are_counted_under_their_reason(preprocess, tmp_path):
+    bad = [line for line, _ in list(BAD_TASKS.values())[:11]]
+    content = b"\n".join(line if isinstance(line, bytes) else line.encode() for line in bad)
+    process = preprocess({"t": content}, "--on-error", "skip")
+    assert process.returncode == 0, process.stderr
+    (task,) = PackedDataset.open(tmp_path / "out" / "set", 64).ledger.tasks
+    assert task.kept == 3
+    assert task.samples_in == 3 + sum(task.dropped.values())
+    assert task.dropped == {
+        "invalid_json": 3,
+        "invalid_text": 1,
+        "invalid_utf8": 1,
+        "no_assistant_turn": 1,
+        "no_supervised_token": 1,
+        "unknown_role": 1,
+        "unknown_shape": 2,
+        "wrong_type": 1,
+    }
+    assert all(reason in process.stdout for reason in task.dropped)
+
+
+BAD_OPTIONS = [
+    (("--seq-lenght", "64"), {}, "unknown option --seq-lenght; did you mean --seq-length?"),
+    (("--overlong", "keep"), {}, "--overlong"),
+    (("--split", "98,2"), {}, "--split 98,2: give three weights"),
+    (("--split", "0,0,0"), {}, "--split 0,0,0"),
+    (("--split", "98,-2,4"), {}, "--split 98,-2,4"),
+    (("--split", "nan,1,1"), {}, "--split nan,1,1"),
+    (("--workers", "0"), {}, "--workers 0"),
+    (("--seq-length", "1"), {}, "--seq-length 1"),
+    (("--role-markers", "{"), {}, "--role-markers"),
+    (("--chat-template", "alpaca"), {}, "--chat-template"),
+    (("stray",), {}, "unexpected argument 'stray'"),
+    ((), {"seq_length": None}, "missing option: give --seq-length"),
+    ((), {"tokenizer_model": None}, "missing option: give --tokenizer-model"),
+    ((), {"output_prefix": None}, "missing option: give --output-prefix"),
+    ((), {"tokenizer_model": "nowhere"}, "--tokenizer-model nowhere: no tokenizer.json"),
+    ((), {"tokenizer_model": "nowhere", "tokenizer_type": "SentencePieceTokenizer"}, "nowhere: no such file"),
+    (("--task", "u=nowhere.jsonl"), {}, "--task u=nowhere.jsonl: no such file"),
+    (("--task", "good=tools"), {}, "given twice"),
+    (("--task", "nothing"), {}, "give NAME=PATH"),
+]
+
+
+@pytest.mark.parametrize(("options", "replaced", "message"), BAD_OPTIONS)
+def test_bad_options_are_one_clear_line_and_leave_nothing(preprocess, tmp_path, options, replaced, message):
+    process = preprocess({"good": GOOD}, *options, **replaced)
+    assert message in refusal(process)
+    assert process.returncode == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"tasks"}
+
+
+@pytest.mark.parametrize("tool", ["preprocess_data.py", "inspect_data.py"])
+def test_help(tool):
+    process = run_tool(f"tools/{tool}", "--help")
+    assert process.returncode == 0
+    assert "usage" in process.stdout
+
+
+# --------------------------------------------------------------------------------------------------------- inspect
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, tokenizer_folder):
+    folder = tmp_path_factory.mktemp("made")
+    words = []
+    for name, line in RECORDS.items():
+        (folder / f"{name}.jsonl").write_text(line * 4)
+        words += ["--task", f"{name}={folder / name}.jsonl"]
+    options = ("--tokenizer-model", tokenizer_folder, "--seq-length", 64, "--output-prefix", folder / "set")
+    assert run_tool("tools/preprocess_data.py", *words, *options).returncode == 0
+    return folder / "set"
+
+
+@pytest.fixture
+def copied(made, tmp_path):
+    for path in made.parent.glob("set_*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    return tmp_path / "set"
+
+
+def test_inspect_shows_the_ledger_and_marked_samples(made):
+    process = run_tool("tools/inspect_data.py", made, "--samples", 1, "--check")
+    assert process.returncode == 0, process.stderr
+    for shown in ("⟦a<|im_end|>⟧", "⟦b<|im_end|>⟧", "Say", "def f(⟦x): return x<|endoftext|>⟧", "⟦d = 1<|endoftext|>⟧"):
+        assert shown in process.stdout
+    assert "\033" not in process.stdout
+
+
+@pytest.mark.parametrize("end", ["_input_ids.bin", "_loss_mask.bin", "_train_packs_64.npy", "_train_counts_64.npy"])
+def test_check_finds_a_changed_byte(copied, end):
+    path = Path(f"{copied}{end}")
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert f"set{end}: its content differs" in refusal(run_tool("tools/inspect_data.py", copied, "--check"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda ledger: ledger["tasks"][0].update(supervised_tokens=1), "task messages: samples, tokens, supervised"),
+        (lambda ledger: ledger["tasks"][1].update(kept=3), "task rounds"),
+        (lambda ledger: ledger["tasks"][2].update(samples_in=99), "task instruction: kept and dropped"),
+    ],
+)
+def test_check_counts_again(copied, change, message):
+    """Also where every hash is right, a wrong sum in the ledger is found."""
+    path = Path(f"{copied}_dataset.json")
+    ledger = json.loads(path.read_text())
+    change(ledger)
+    path.write_text(json.dumps(ledger))
+    assert message in refusal(run_tool("tools/inspect_data.py", copied, "--check"))
+
+
+def test_inspect_refuses_what_is_no_data_set(tmp_path):
+    assert "no ledger nothing_dataset.json" in refusal(run_tool("tools/inspect_data.py", tmp_path / "nothing"))
+    assert "missing argument" in refusal(run_tool("tools/inspect_data.py"))
