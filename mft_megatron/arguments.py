@@ -83,6 +83,7 @@ class TrainingArguments:
     global_batch_size: int | None = option(
         None, "Packs of one optimizer step. Not given: micro-batch size × data-parallel size.", type=int
     )
+    optimizer: str = option("adam", "Optimizer; Adam with decoupled weight decay.", choices=("adam",))
     train_iters: int | None = option(
         None, "Number of optimizer steps in all, steps before a resume counted in.", type=int
     )
@@ -206,6 +207,12 @@ class LoggingArguments:
     log_interval: int = option(100, "Log after this many steps.")
     tensorboard_dir: str | None = option(
         None, "TensorBoard folder. Not given: tensorboard/ in the --save folder.", type=str, metavar="DIR"
+    )
+    wandb_project: str | None = option(
+        None, "Log to this project of Weights & Biases, too; needs pip install wandb.", type=str, metavar="NAME"
+    )
+    wandb_exp_name: str | None = option(
+        None, "Name of the run there. Not given: the --save folder's name.", type=str, metavar="NAME"
     )
 
 

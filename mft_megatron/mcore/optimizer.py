@@ -3,7 +3,6 @@
 Schedules count optimizer steps: one increment a step, whatever the batch or world size.
 """
 
-import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -15,7 +14,7 @@ def build_optimizer(arguments: Arguments, model: DistributedDataParallel) -> Meg
     """Adam with decoupled weight decay; fp32 main weights under ``--bf16``."""
     regularization = arguments.regularization
     config = OptimizerConfig(
-        optimizer="adam",
+        optimizer=arguments.training.optimizer,
         lr=arguments.learning_rate.lr,
         min_lr=arguments.learning_rate.min_lr,
         weight_decay=regularization.weight_decay,
@@ -62,18 +61,12 @@ def learning_rate(optimizer: MegatronOptimizer) -> float:
 def restore_optimizer(optimizer: MegatronOptimizer, state: dict) -> None:
     """Load an optimizer state, in place; rates and other settings stay those of the command line.
 
-    Megatron-Core takes the settings of each parameter group from the checkpoint. And where neither Transformer Engine
-    nor apex is installed it may leave one step count shared by all parameters: torch's Adam counts in place, so each
-    step would count once per parameter, and resuming would silently go wrong.
+    Megatron-Core takes the settings of each parameter group from the checkpoint.
     """
     settings = [_settings(group) for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
     for group, own in zip(optimizer.param_groups, settings, strict=True):
         group.update(own)
-    for member in optimizer.chained_optimizers:
-        for parameter_state in member.optimizer.state.values():
-            if isinstance(parameter_state.get("step"), torch.Tensor):
-                parameter_state["step"] = parameter_state["step"].clone()
 
 
 def _settings(group: dict) -> dict:

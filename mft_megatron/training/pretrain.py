@@ -40,7 +40,10 @@ def pretrain(arguments: Arguments, main_rank: bool = True) -> None:
     weight_K = task_weights(arguments.multi_task.task_weights, dataset.tasks)
     with parallel.process_groups(arguments.distributed, arguments.initialization.seed):
         options = arguments.checkpoint
-        log = RunLog(parallel.is_main(), options.save, arguments.logging.tensorboard_dir)
+        logging = arguments.logging
+        log = RunLog(
+            parallel.is_main(), options.save, logging.tensorboard_dir, logging.wandb_project, logging.wandb_exp_name
+        )
         try:
             log.say(f"{arguments.world_size} rank(s) on {platform.describe()}")
             trainer = Trainer(arguments, dataset.vocab_size, weight_K)

@@ -1,25 +1,38 @@
-"""Where records go: ``metrics.jsonl`` in full precision, TensorBoard, and one readable line on the terminal."""
+"""Where records go: ``metrics.jsonl`` in full precision, TensorBoard, Weights & Biases, and a line on the terminal."""
 
 import json
 import time
 from pathlib import Path
 from typing import Any
 
+from mft_megatron.errors import InputError
 from mft_megatron.run_folder import METRICS, TENSORBOARD
 
 
 class RunLog:
     """Takes every record of a run on the main process; a no-op on the others."""
 
-    def __init__(self, active: bool, folder: str | None, tensorboard_dir: str | None):
+    def __init__(
+        self,
+        active: bool,
+        folder: str | None = None,
+        tensorboard_dir: str | None = None,
+        wandb_project: str | None = None,
+        wandb_exp_name: str | None = None,
+    ):
         """
         Args:
             active: whether this is the main process.
             folder: ``--save``; without it only the terminal is written to.
             tensorboard_dir: ``--tensorboard-dir``; by default in ``folder``.
+            wandb_project: ``--wandb-project``; nothing goes there without it.
+            wandb_exp_name: ``--wandb-exp-name``; by default the name of ``folder``.
+
+        Raises:
+            InputError: a project of Weights & Biases is asked for, and wandb is not installed.
         """
         self._active = active
-        self._file = self._board = None
+        self._file = self._board = self._wandb = None
         if not active:
             return
         if folder is not None:
@@ -30,6 +43,9 @@ class RunLog:
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(tensorboard_dir)
+        if wandb_project is not None:
+            name = wandb_exp_name or (Path(folder).name if folder else None)
+            self._wandb = _start_wandb(wandb_project, name, folder)
 
     def write(self, record: dict[str, Any]) -> None:
         """Append a record everywhere."""
@@ -38,9 +54,12 @@ class RunLog:
         if self._file is not None:
             self._file.write(json.dumps(record, allow_nan=False) + "\n")
             self._file.flush()
-        if self._board is not None and record["kind"] != "event":
-            for name, value in _scalars(record):
+        if record["kind"] != "event":
+            scalars = dict(_scalars(record))
+            for name, value in scalars.items() if self._board is not None else ():
                 self._board.add_scalar(name, value, record["step"])
+            if self._wandb is not None:
+                self._wandb.log(scalars, step=record["step"])
         self.say(_line(record))
 
     def say(self, text: str) -> None:
@@ -52,6 +71,18 @@ class RunLog:
         for target in (self._file, self._board):
             if target is not None:
                 target.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _start_wandb(project: str, name: str | None, folder: str | None):
+    try:
+        import wandb
+    except ImportError:
+        raise InputError(
+            f"--wandb-project {project}: wandb is not installed; pip install wandb, or leave it out"
+        ) from None
+    return wandb.init(project=project, name=name, dir=folder)
 
 
 def _scalars(record: dict[str, Any]):

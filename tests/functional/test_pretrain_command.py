@@ -284,3 +284,21 @@ def test_resuming_on_other_data_is_refused(run_folder, dataset_prefix, tmp_path)
     assert process.returncode == 0, process.stderr
     line = refused(*RUN, "--data-path", tmp_path / "other", "--load", run_folder, "--train-iters", 6)
     assert "saved while training on another data set" in line
+
+
+def test_one_process_without_torchrun_leaves_and_restarts_with_the_same_command(dataset_prefix, tmp_path):
+    folder = tmp_path / "run"
+    command = [*MODEL, *RUN, "--data-path", dataset_prefix, "--save", folder, "--load", folder, "--exit-interval", 3]
+    for expected in ("3", "5"):
+        process = run_tool("pretrain_mft.py", *command)
+        assert process.returncode == 0, process.stderr
+        assert (folder / "latest_checkpointed_iteration.txt").read_text().strip() == expected
+    assert [record["step"] for record in records(folder, "train")] == [1, 2, 3, 4, 5]
+    assert [record["event"] for record in records(folder, "event")] == ["save", "exit", "load", "save"]
+    assert "at iteration 5 already" in refused(*command)
+
+
+def test_divergence_ends_the_run_without_saving(dataset_prefix, tmp_path):
+    words = [*MODEL, *RUN, "--data-path", dataset_prefix, "--save", tmp_path / "run", "--clip-grad", 0, "--lr", "1e30"]
+    assert "training has diverged" in refused(*words)
+    assert not list((tmp_path / "run").glob("iter_*"))

@@ -1,12 +1,15 @@
 """Records of metrics.jsonl from sums written down by hand."""
 
 import json
+import sys
+import types
 
 import numpy as np
 import pytest
 import torch
 
 from mft_megatron.batch import StepPlan
+from mft_megatron.errors import InputError
 from mft_megatron.mcore.step import StepReport
 from mft_megatron.training.progress import Progress
 from mft_megatron.training.records import event_record, train_record, valid_record
@@ -76,6 +79,35 @@ def test_other_ranks_write_nothing(tmp_path, capsys):
     log.close()
     assert not list(tmp_path.iterdir())
     assert capsys.readouterr().out == ""
+
+
+def test_weights_and_biases_get_the_same_scalars(tmp_path, monkeypatch):
+    calls = []
+
+    class Run:
+        def log(self, scalars, step):
+            calls.append((step, scalars))
+
+        def finish(self):
+            calls.append("finished")
+
+    fake = types.ModuleType("wandb")
+    fake.init = lambda **options: calls.append(options) or Run()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    log = RunLog(True, str(tmp_path / "run"), None, "project")
+    log.write(valid_record(Progress(7, 28), report(), TASKS))
+    log.write(event_record(Progress(7, 28), "skip"))
+    log.close()
+    assert calls[0] == {"project": "project", "name": "run", "dir": str(tmp_path / "run")}
+    assert calls[1][0] == 7
+    assert calls[1][1]["valid/loss"] == calls[1][1]["valid-loss/write"] == 3.0
+    assert calls[2:] == ["finished"]
+
+
+def test_wandb_that_is_not_installed_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(InputError, match="wandb is not installed"):
+        RunLog(True, None, None, "project")
 
 
 def test_progress_counts_packs():
