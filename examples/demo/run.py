@@ -45,7 +45,7 @@ def _readable(word: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--folder", type=Path, default=ROOT / "demo_run", help="where everything is put; emptied first")
-    parser.add_argument("--iterations", type=int, default=240, help="optimizer steps in all (default: 240)")
+    parser.add_argument("--iterations", type=int, default=320, help="optimizer steps in all (default: 320)")
     options = parser.parse_args()
     folder: Path = options.folder.resolve()
     shutil.rmtree(folder, ignore_errors=True)
@@ -68,7 +68,7 @@ def main() -> None:
         *(python, "-m", "torch.distributed.run", "--nproc-per-node", "4", "--master-port", "29513", "pretrain_mft.py"),
         *("--data-path", data, "--save", save, "--tensor-model-parallel-size", "2"),
         *("--pipeline-model-parallel-size", "2", "--micro-batch-size", "2", "--global-batch-size", "8"),
-        *("--attention-dropout", "0", "--hidden-dropout", "0"),
+        *("--attention-dropout", "0", "--hidden-dropout", "0", "--adam-beta2", "0.95"),
         *("--train-iters", str(options.iterations), "--lr", "3e-3", "--min-lr", "3e-4", "--lr-decay-style", "cosine"),
         *("--lr-warmup-iters", "20", "--log-interval", "20", "--eval-interval", str(half), "--mft-loss", "task-token"),
     )

@@ -49,7 +49,7 @@ def pretrain(arguments: Arguments, main_rank: bool = True) -> None:
             trainer = Trainer(arguments, dataset.vocab_size, weight_K)
             log.say(_shape(arguments, dataset, trainer))
             if options.save is not None and parallel.is_main():
-                _describe_run(arguments, dataset)
+                _describe_run(arguments, dataset, log)
             progress = resume(arguments, trainer, log)
             train(arguments, dataset, trainer, Saver(arguments, dataset), log, progress)
         finally:
@@ -72,12 +72,12 @@ def _check_tokenizer(arguments: Arguments, dataset: PackedDataset) -> None:
             )
 
 
-def _describe_run(arguments: Arguments, dataset: PackedDataset) -> None:
+def _describe_run(arguments: Arguments, dataset: PackedDataset, log: RunLog) -> None:
     folder = Path(arguments.checkpoint.save)
     options = {name: list(v) if isinstance(v, tuple) else v for name, v in arguments.as_options().items()}
     options["world_size"] = arguments.world_size
     replace_text(folder / CONFIG, yaml.safe_dump(options, sort_keys=False))
-    keep_tokenizer(str(folder), arguments.data.tokenizer_model or dataset.ledger.tokenizer.model)
+    keep_tokenizer(str(folder), arguments.data.tokenizer_model or dataset.ledger.tokenizer.model, log)
 
 
 def _shape(arguments: Arguments, dataset: PackedDataset, trainer: Trainer) -> str:

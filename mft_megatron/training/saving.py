@@ -88,11 +88,13 @@ def resume(arguments: Arguments, trainer: Trainer, log: RunLog) -> Progress:
     return progress
 
 
-def keep_tokenizer(folder: str, model: str) -> None:
-    """Copy the tokenizer's files into the run folder, so that an export is complete; skipped where they are gone."""
+def keep_tokenizer(folder: str, model: str, log: RunLog) -> None:
+    """Copy the tokenizer's files into the run folder, so that an export is complete; where they are gone, say so."""
     source, target = Path(model), Path(folder) / TOKENIZER
     if source.is_dir():
         shutil.copytree(source, target, dirs_exist_ok=True)
     elif source.is_file():
         target.mkdir(parents=True, exist_ok=True)
         shutil.copy2(source, target)
+    else:
+        log.say(f"the tokenizer {source} is gone: an export of this run will need --tokenizer-model")

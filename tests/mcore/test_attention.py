@@ -70,6 +70,33 @@ def test_neighbours_do_not_matter():
     assert not neighbours_same
 
 
+def _with_dropout():
+    from megatron.core.transformer.enums import AttnMaskType
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from mft_megatron.arguments import DistributedArguments
+    from mft_megatron.batch import Batch
+    from mft_megatron.mcore import parallel
+    from mft_megatron.mcore.attention import PackedAttention, packing
+
+    with parallel.process_groups(DistributedArguments(tensor_model_parallel_size=2), seed=1):
+        config = TransformerConfig(num_layers=1, hidden_size=32, num_attention_heads=4, attention_dropout=0.5)
+        batch = Batch(None, None, None, None, None, None, torch.tensor([0, *LENGTHS]).cumsum(0).int(), max(LENGTHS))
+        attention = PackedAttention(config, 1, AttnMaskType.causal, "self")
+        dropped = attention(*make(torch.float32), None, packed_seq_params=packing(batch))
+        around = torch.rand(3)
+        return dropped, attention.eval()(*make(torch.float32), None, packed_seq_params=packing(batch)), around
+
+
+def test_tensor_parallel_ranks_drop_different_weights_and_leave_other_random_numbers_alone():
+    """Their heads are different heads; elsewhere the ranks must draw alike."""
+    (one, one_whole, one_around), (two, two_whole, two_around) = run_on_ranks(2, _with_dropout)
+    assert one_whole.equal(two_whole)
+    assert not one.equal(one_whole)
+    assert not one.equal(two)
+    assert one_around.equal(two_around)
+
+
 def _wrong_use():
     from megatron.core.transformer.enums import AttnMaskType
     from megatron.core.transformer.transformer_config import TransformerConfig
