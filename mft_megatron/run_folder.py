@@ -34,7 +34,8 @@ FORMAT_VERSION = 1
 class CheckpointInfo:
     """What one checkpoint holds.
 
-    ``architecture``: the fields of ``NetworkArguments``. ``vocab_size``: rows of the vocabulary before padding.
+    ``architecture``: the fields of ``NetworkArguments``. ``tokenizer``: the ledger's entry, and
+    ``stop_token_ids``. ``vocab_size``: rows of the vocabulary before padding.
     ``consumed_samples`` counts packs. ``layout``: sizes by name, for what belongs to one layout.
     ``dataset_hash`` and ``seed`` identify the data order that was being followed.
     """

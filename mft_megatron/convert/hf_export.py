@@ -150,7 +150,9 @@ def _write_config(
     }
     config = {**family.config(architecture, info.vocab_size, DTYPES[dtype]), **tokens}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (folder / "generation_config.json").write_text(json.dumps(tokens, indent=2) + "\n")
+    # a chat model stops where a turn ends, not only where the text does
+    stops = {"eos_token_id": info.tokenizer["stop_token_ids"]} if info.tokenizer.get("stop_token_ids") else {}
+    (folder / "generation_config.json").write_text(json.dumps({**tokens, **stops}, indent=2) + "\n")
 
 
 def _copy_tokenizer(source: Path, target: Path, required: bool) -> None:

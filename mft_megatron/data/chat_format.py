@@ -30,11 +30,16 @@ class Segment:
 
 @dataclasses.dataclass(frozen=True)
 class ChatFormat:
-    """How turns are written down. ``markers``: what opens the turn of each role."""
+    """How turns are written down. ``markers``: what opens the turn of each role. ``end_of_text``: the tokenizer's."""
 
     name: str
     markers: Mapping[str, str]
     end_of_text: str
+
+    @property
+    def stop_token(self) -> str:
+        """The token that ends an assistant's turn."""
+        return STOP_TOKENS.get(self.name, self.end_of_text)
 
     def segments(self, conversation: Conversation) -> list[Segment]:
         """The whole sample in order."""
@@ -62,7 +67,7 @@ def _chatml(conversation: Conversation, style: ChatFormat) -> Iterator[Segment]:
         yield Segment("<|im_start|>", False, special=True)
         yield Segment(f"{style.markers[turn.role]}\n", False)
         yield Segment(turn.content, learn)
-        yield Segment("<|im_end|>", learn, special=True)
+        yield Segment(style.stop_token, learn, special=True)
         yield Segment("\n", False)
 
 
@@ -73,7 +78,7 @@ def _mftcoder(conversation: Conversation, style: ChatFormat) -> Iterator[Segment
         yield from _marker(style.markers[turn.role])
         yield Segment(turn.content, learn)
         if learn:
-            yield Segment(style.end_of_text, True, special=True)
+            yield Segment(style.stop_token, True, special=True)
         yield Segment("\n", False)
 
 
@@ -90,6 +95,7 @@ FORMATS: dict[str, Callable[[Conversation, ChatFormat], Iterator[Segment]]] = {
     "chatml": _chatml,
     "mftcoder": _mftcoder,
 }
+STOP_TOKENS = {"chatml": "<|im_end|>"}  # where it is not the end-of-text token
 MARKERS = {
     "chatml": {"system": "system", "user": "user", "assistant": "assistant"},
     "mftcoder": {"system": "<s>system\n", "user": "<s>human\n", "assistant": "<s>bot\n"},

@@ -257,12 +257,23 @@ def _pack(
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         ),
-        chat_template={"name": style.name, "markers": dict(style.markers), "fingerprint": style.fingerprint},
+        chat_template={
+            "name": style.name,
+            "markers": dict(style.markers),
+            "fingerprint": style.fingerprint,
+            "stop_token_ids": stop_token_ids(tokenizer, style),
+        },
         split={"weights": list(recipe.split), "seed": recipe.seed},
         overlong=recipe.overlong,
         packs={str(recipe.seq_length): packs},
         arrays=files.entries(),
     )
+
+
+def stop_token_ids(tokenizer: Tokenizer, style: ChatFormat) -> list[int]:
+    """Ids at which generation is to stop: end of text, and what ends a turn where the vocabulary has a token for it."""
+    stop = tokenizer.token_id(style.stop_token)
+    return [tokenizer.eos_token_id, *({stop} - {None, tokenizer.eos_token_id})]
 
 
 def assign_splits(samples: int, weights: tuple[float, float, float], seed: int, task: str) -> np.ndarray:

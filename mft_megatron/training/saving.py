@@ -44,7 +44,10 @@ class Saver:
             skipped_steps=progress.skipped_steps,
             architecture=dataclasses.asdict(a.network),
             vocab_size=self._dataset.vocab_size,
-            tokenizer=dataclasses.asdict(ledger.tokenizer),
+            tokenizer={
+                **dataclasses.asdict(ledger.tokenizer),
+                "stop_token_ids": ledger.chat_template["stop_token_ids"],
+            },
             dataset_hash=self._dataset.dataset_hash,
             seed=a.initialization.seed,
             global_batch_size=a.training.global_batch_size,

@@ -6,6 +6,7 @@ import pytest
 
 from mft_megatron.data.chat_format import chat_format
 from mft_megatron.data.conversation import read_record
+from mft_megatron.data.preprocess import stop_token_ids
 from mft_megatron.errors import InputError
 
 MESSAGES = {
@@ -80,3 +81,20 @@ def test_the_fingerprint_tells_formats_apart():
     formats = [("chatml", "</s>"), ("mftcoder", "</s>"), ("mftcoder", "<eos>"), ("mftcoder", "</s>", '{"bot": "A: "}')]
     assert len({chat_format(*arguments).fingerprint for arguments in formats}) == 4
     assert chat_format("mftcoder", "</s>").fingerprint == chat_format("mftcoder", "</s>", "{}").fingerprint
+
+
+class _Vocabulary:
+    """The part of a tokenizer that names tokens."""
+
+    eos_token_id = 7
+
+    def __init__(self, **tokens):
+        self.token_id = {"<|end|>": 7, **tokens}.get
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens", "expected"),
+    [("chatml", {"<|im_end|>": 3}, [7, 3]), ("chatml", {}, [7]), ("mftcoder", {"<|im_end|>": 3}, [7])],
+)
+def test_generation_stops_where_a_turn_ends(name, tokens, expected):
+    assert stop_token_ids(_Vocabulary(**tokens), chat_format(name, "<|end|>")) == expected

@@ -169,14 +169,17 @@ def test_exported_logits_agree(run_folder, hf_folder, dataset_prefix):
 
 
 def test_the_export_is_a_whole_hugging_face_folder(hf_folder, tokenizer_folder, dataset_prefix):
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     config = AutoConfig.from_pretrained(hf_folder)
     ledger = json.loads(Path(f"{dataset_prefix}_dataset.json").read_text())
     assert config.vocab_size == ledger["tokenizer"]["vocab_size"]
     assert (config.num_hidden_layers, config.num_key_value_heads, config.head_dim) == (4, 2, 16)
     assert (config.eos_token_id, config.tie_word_embeddings) == (ledger["tokenizer"]["eos_token_id"], False)
-    assert len(AutoTokenizer.from_pretrained(hf_folder)) == config.vocab_size
+    tokenizer = AutoTokenizer.from_pretrained(hf_folder)
+    assert len(tokenizer) == config.vocab_size
+    stops = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+    assert GenerationConfig.from_pretrained(hf_folder).eos_token_id == stops
     assert (hf_folder / "tokenizer.json").read_bytes() == (tokenizer_folder / "tokenizer.json").read_bytes()
 
 
