@@ -132,6 +132,6 @@ def inspect_main(command_line: Sequence[str]) -> None:
 
 
 def _options(group: type, command_line: Sequence[str], program: str, **parser_options):
-    groups = (("options", group),)
+    groups = ((program.removesuffix(".py"), group),)
     parser = build_parser(groups, prog=program, **parser_options)
     return fill(group, parse(parser, command_line, groups))

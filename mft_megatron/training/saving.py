@@ -98,6 +98,7 @@ def keep_tokenizer(folder: str, model: str, log: RunLog) -> None:
         shutil.copytree(source, target, dirs_exist_ok=True)
     elif source.is_file():
         target.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(source, target)
+        # transformers knows a SentencePiece model by this name only
+        shutil.copy2(source, target / ("tokenizer.model" if source.suffix == ".model" else source.name))
     else:
         log.say(f"the tokenizer {source} is gone: an export of this run will need --tokenizer-model")
