@@ -35,7 +35,6 @@ def initialize_weights(model: torch.nn.Module, seed: int, std: float) -> None:
         seed: any integer.
         std: ``--init-method-std``.
     """
-    _mark_split_weights(model)
     residual_std = std / math.sqrt(2 * model.config.num_layers)
     for entry in model.sharded_state_dict().values():
         if isinstance(entry, ShardedTensorFactory):
@@ -51,7 +50,7 @@ def initialize_weights(model: torch.nn.Module, seed: int, std: float) -> None:
             shard.data.copy_(_draw(shard, seed, scale))
 
 
-def _mark_split_weights(model: torch.nn.Module) -> None:
+def mark_split_weights(model: torch.nn.Module) -> None:
     """Say which weights are split over tensor-parallel ranks; Megatron does so only when it draws them itself.
 
     Without the mark the gradient norm counts one rank's part of each weight.

@@ -28,7 +28,7 @@ from mft_megatron.batch import Batch
 from . import platform
 from .attention import PackedAttention, packing
 from .cross_entropy import vocab_parallel_nll
-from .initialize import initialize_weights
+from .initialize import initialize_weights, mark_split_weights
 from .norm import NORMS
 
 
@@ -148,13 +148,16 @@ class PackedGPTModel(GPTModel):
 
 
 def build_model(arguments: Arguments, vocab_size: int) -> DistributedDataParallel:
-    """This rank's stage of the model, initialised from the seed and wrapped for data parallelism.
+    """This rank's stage of the model, wrapped for data parallelism; its weights come from the seed, or hold nothing yet
+    where ``--load`` is about to fill them all.
 
     Gradients are summed over data-parallel ranks and micro-batches, never averaged.
     """
     model = PackedGPTModel(arguments, vocab_size).to(platform.device())
-    initialize_weights(model, arguments.initialization.seed, arguments.initialization.init_method_std)
-    wrapped = DistributedDataParallel(
+    mark_split_weights(model)
+    if arguments.resume is None:
+        initialize_weights(model, arguments.initialization.seed, arguments.initialization.init_method_std)
+    return DistributedDataParallel(
         config=model.config,
         ddp_config=DistributedDataParallelConfig(
             grad_reduce_in_fp32=arguments.precision.accumulate_allreduce_grads_in_fp32,
@@ -164,4 +167,3 @@ def build_model(arguments: Arguments, vocab_size: int) -> DistributedDataParalle
         ),
         module=model,
     )
-    return wrapped

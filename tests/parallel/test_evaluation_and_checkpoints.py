@@ -135,3 +135,12 @@ def _skip(prefix):
 
 def test_a_batch_with_nothing_to_learn_changes_nothing(dataset_prefix):
     assert run_on_ranks(2, _skip, dataset_prefix) == [(None, True, 0)] * 2
+
+
+def test_a_checkpoint_fills_a_model_with_more_padding(dataset_prefix, tmp_path):
+    """Through --load, so that the weights hold anything before; rows that the checkpoint lacks must become numbers."""
+    whole = run_on_ranks(1, _steps, dataset_prefix, "", 1, str(tmp_path), 3, 5, 1)[0]
+    options = f"--load {tmp_path} --make-vocab-size-divisible-by 1024 --tensor-model-parallel-size 2"
+    resumed = run_on_ranks(2, _steps, dataset_prefix, options, 2, str(tmp_path), None, 5, 1)[0]
+    for ours, theirs in zip(resumed, whole[3:], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-6)
