@@ -11,6 +11,7 @@ import yaml
 
 from mft_megatron.arguments import Arguments
 from mft_megatron.data.dataset import PackedDataset
+from mft_megatron.data.ledger import read_ledger
 from mft_megatron.data.tokenizer import load_tokenizer
 from mft_megatron.errors import InputError
 from mft_megatron.mcore import parallel, platform
@@ -21,20 +22,20 @@ from mft_megatron.training.run_log import RunLog
 from mft_megatron.training.saving import Saver, keep_tokenizer, refuse_other_data, resume
 from mft_megatron.training.task_weights import task_weights
 
+HASHED_BYTES = 16 * 2**30
+
 
 def pretrain(arguments: Arguments, main_rank: bool = True) -> None:
     """Train as the arguments say.
 
     Args:
         arguments: complete and checked.
-        main_rank: whether this process is rank 0, which alone reads every byte of the data set to check it.
+        main_rank: whether this process is rank 0, which alone checks the content of the data set.
 
     Raises:
         InputError: the data set, the tokenizer, the weights or the checkpoint cannot be used, or training diverged.
     """
-    dataset = PackedDataset.open(
-        arguments.data.data_path, arguments.data.seq_length, check="hashes" if main_rank else "sizes"
-    )
+    dataset, checked = open_dataset(arguments, main_rank)
     _check_tokenizer(arguments, dataset)
     refuse_other_data(arguments, dataset)
     weight_K = task_weights(arguments.multi_task.task_weights, dataset.tasks)
@@ -46,6 +47,8 @@ def pretrain(arguments: Arguments, main_rank: bool = True) -> None:
         )
         try:
             log.say(f"{arguments.world_size} rank(s) on {platform.describe()}")
+            if not checked:
+                log.say("large data set: sizes of its files are checked, contents by tools/inspect_data.py --check")
             trainer = Trainer(arguments, dataset.vocab_size, weight_K)
             log.say(_shape(arguments, dataset, trainer))
             if options.save is not None and parallel.is_main():
@@ -54,6 +57,15 @@ def pretrain(arguments: Arguments, main_rank: bool = True) -> None:
             train(arguments, dataset, trainer, Saver(arguments, dataset), log, progress)
         finally:
             log.close()
+
+
+def open_dataset(arguments: Arguments, main_rank: bool) -> tuple[PackedDataset, bool]:
+    """The data set, and whether its content, not only the sizes of its files, agrees with its ledger as far as this
+    process is to say: rank 0 reads every byte, unless that would keep the others waiting for minutes."""
+    prefix = arguments.data.data_path
+    small = sum(entry.size for entry in read_ledger(prefix).arrays.values()) <= HASHED_BYTES
+    check = "hashes" if main_rank and small else "sizes"
+    return PackedDataset.open(prefix, arguments.data.seq_length, check), small
 
 
 def _check_tokenizer(arguments: Arguments, dataset: PackedDataset) -> None:

@@ -1,0 +1,35 @@
+"""Opening the data set: who reads how much of it."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from mft_megatron.arguments import parse_arguments
+from mft_megatron.errors import InputError
+from mft_megatron.training import pretrain
+
+MODEL = "--num-layers 2 --hidden-size 32 --num-attention-heads 2 --micro-batch-size 1 --train-iters 1 --lr 1"
+
+
+@pytest.fixture
+def damaged(dataset_prefix, tmp_path):
+    """Arguments for a copy of the data set with one byte changed."""
+    shutil.copytree(Path(dataset_prefix).parent, tmp_path / "copy")
+    prefix = tmp_path / "copy" / "mixed"
+    file = Path(f"{prefix}_loss_mask.bin")
+    content = bytearray(file.read_bytes())
+    content[10] ^= 1
+    file.write_bytes(content)
+    return parse_arguments(f"{MODEL} --data-path {prefix} --seq-length 128".split())
+
+
+def test_the_main_rank_reads_every_byte(damaged):
+    with pytest.raises(InputError, match="content differs"):
+        pretrain.open_dataset(damaged, main_rank=True)
+    assert pretrain.open_dataset(damaged, main_rank=False)[1]
+
+
+def test_of_a_large_data_set_it_reads_sizes_only_and_knows_it(damaged, monkeypatch):
+    monkeypatch.setattr(pretrain, "HASHED_BYTES", 1000)
+    assert pretrain.open_dataset(damaged, main_rank=True)[1] is False
