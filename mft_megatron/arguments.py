@@ -11,6 +11,8 @@ Where an option differs from Megatron's, its help says so.
 """
 
 import dataclasses
+import math
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,27 +27,32 @@ LOSSES = ("token", "sample", "task-token", "task-sample")
 class NetworkArguments:
     """The model's shape. With --load it comes from the checkpoint and need not be given."""
 
-    num_layers: int | None = option(None, "Number of transformer layers.", type=int)
-    hidden_size: int | None = option(None, "Size of the hidden states.", type=int)
+    num_layers: int | None = option(None, "Number of transformer layers.", type=int, at_least=1)
+    hidden_size: int | None = option(None, "Size of the hidden states.", type=int, at_least=1)
     ffn_hidden_size: int | None = option(
-        None, "Size of the MLP. Not given: 4 × hidden size, or 2/3 of that in steps of 64 with --swiglu.", type=int
+        None,
+        "Size of the MLP. Not given: 4 × hidden size, or 2/3 of that in steps of 64 with --swiglu.",
+        type=int,
+        at_least=1,
     )
-    num_attention_heads: int | None = option(None, "Number of attention heads.", type=int)
+    num_attention_heads: int | None = option(None, "Number of attention heads.", type=int, at_least=1)
     group_query_attention: bool = option(False, "Grouped-query attention.")
-    num_query_groups: int = option(1, "Key/value heads of --group-query-attention.")
-    kv_channels: int | None = option(None, "Size of a head. Not given: hidden size / attention heads.", type=int)
+    num_query_groups: int = option(1, "Key/value heads of --group-query-attention.", at_least=1)
+    kv_channels: int | None = option(
+        None, "Size of a head. Not given: hidden size / attention heads.", type=int, at_least=1
+    )
     max_position_embeddings: int | None = option(
-        None, "Longest sequence the model is made for. Not given: --seq-length.", type=int
+        None, "Longest sequence the model is made for. Not given: --seq-length.", type=int, at_least=1
     )
     position_embedding_type: str = option(
         "learned_absolute",
         "Position embedding. Megatron's default is not what code LLMs use: they want rope.",
         choices=("learned_absolute", "rope", "none"),
     )
-    rotary_base: int = option(10000, "Base of the rotary frequencies.")
-    rotary_percent: float = option(1.0, "Share of each head that is rotated.")
+    rotary_base: int = option(10000, "Base of the rotary frequencies.", at_least=2)
+    rotary_percent: float = option(1.0, "Share of each head that is rotated.", above=0, below=1.0000001)
     normalization: str = option("LayerNorm", "Normalisation layers.", choices=("LayerNorm", "RMSNorm"))
-    norm_epsilon: float = option(1e-5, "Epsilon of the normalisation layers.")
+    norm_epsilon: float = option(1e-5, "Epsilon of the normalisation layers.", above=0)
     swiglu: bool = option(False, "Gated linear units with SiLU in the MLP instead of GELU.")
     add_bias_linear: bool = option(True, "No bias in the linear layers.", flag="--disable-bias-linear")
     add_qkv_bias: bool = option(False, "Bias in the query/key/value projection only.")
@@ -59,6 +66,7 @@ class NetworkArguments:
         128,
         "The vocabulary is padded to a multiple of this times the tensor-parallel size. Unlike in Megatron, padded "
         "rows are left out of the softmax, so that the padding does not change the loss.",
+        at_least=1,
     )
 
 
@@ -66,29 +74,34 @@ class NetworkArguments:
 class RegularizationArguments:
     """Megatron's defaults: dropout 0.1 is on unless you turn it off."""
 
-    attention_dropout: float = option(0.1, "Dropout of attention weights.")
-    hidden_dropout: float = option(0.1, "Dropout of hidden states.")
-    weight_decay: float = option(0.01, "Weight decay; biases and norms have none.")
-    clip_grad: float = option(1.0, "Clip gradients to this global norm; 0 turns it off.")
-    adam_beta1: float = option(0.9, "First coefficient of Adam's running averages.")
-    adam_beta2: float = option(0.999, "Second coefficient of Adam's running averages.")
-    adam_eps: float = option(1e-8, "Term that keeps Adam's denominator from zero.")
+    attention_dropout: float = option(0.1, "Dropout of attention weights.", at_least=0, below=1)
+    hidden_dropout: float = option(0.1, "Dropout of hidden states.", at_least=0, below=1)
+    weight_decay: float = option(0.01, "Weight decay; biases and norms have none.", at_least=0)
+    clip_grad: float = option(1.0, "Clip gradients to this global norm; 0 turns it off.", at_least=0)
+    adam_beta1: float = option(0.9, "First coefficient of Adam's running averages.", at_least=0, below=1)
+    adam_beta2: float = option(0.999, "Second coefficient of Adam's running averages.", at_least=0, below=1)
+    adam_eps: float = option(1e-8, "Term that keeps Adam's denominator from zero.", above=0)
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingArguments:
     """One pack is one sample of Megatron's batch sizes."""
 
-    micro_batch_size: int | None = option(None, "Packs of one forward pass on one data-parallel rank.", type=int)
+    micro_batch_size: int | None = option(
+        None, "Packs of one forward pass on one data-parallel rank.", type=int, at_least=1
+    )
     global_batch_size: int | None = option(
-        None, "Packs of one optimizer step. Not given: micro-batch size × data-parallel size.", type=int
+        None, "Packs of one optimizer step. Not given: micro-batch size × data-parallel size.", type=int, at_least=1
     )
     optimizer: str = option("adam", "Optimizer; Adam with decoupled weight decay.", choices=("adam",))
     train_iters: int | None = option(
-        None, "Number of optimizer steps in all, steps before a resume counted in.", type=int
+        None, "Number of optimizer steps in all, steps before a resume counted in.", type=int, at_least=1
     )
     exit_interval: int | None = option(
-        None, "Save and stop after an iteration divisible by this; the learning-rate schedule is unaffected.", type=int
+        None,
+        "Save and stop after an iteration divisible by this; the learning-rate schedule is unaffected.",
+        type=int,
+        at_least=1,
     )
 
 
@@ -96,23 +109,25 @@ class TrainingArguments:
 class InitializationArguments:
     """The same seed gives the same weights on every layout (Megatron: on the same layout only)."""
 
-    seed: int = option(1234, "Seed of weights, dropout and data order.")
-    init_method_std: float = option(0.02, "Standard deviation of the initial weights.")
+    seed: int = option(1234, "Seed of weights, dropout and data order.", at_least=0, below=2**63)
+    init_method_std: float = option(0.02, "Standard deviation of the initial weights.", at_least=0)
 
 
 @dataclasses.dataclass(frozen=True)
 class LearningRateArguments:
     """Schedules count optimizer steps, so they do not depend on batch or world size."""
 
-    lr: float | None = option(None, "Learning rate at its peak.", type=float)
+    lr: float | None = option(None, "Learning rate at its peak.", type=float, at_least=0)
     lr_decay_style: str = option(
         "linear", "Decay of the learning rate.", choices=("constant", "linear", "cosine", "inverse-square-root")
     )
-    lr_decay_iters: int | None = option(None, "Steps to decay over. Not given: --train-iters.", type=int)
-    lr_warmup_iters: int = option(0, "Steps of linear warm-up.")
-    lr_warmup_fraction: float | None = option(None, "Share of the decay steps to warm up in.", type=float)
-    lr_warmup_init: float = option(0.0, "Learning rate the warm-up starts from.")
-    min_lr: float = option(0.0, "Learning rate at the end of the decay.")
+    lr_decay_iters: int | None = option(None, "Steps to decay over. Not given: --train-iters.", type=int, at_least=1)
+    lr_warmup_iters: int = option(0, "Steps of linear warm-up.", at_least=0)
+    lr_warmup_fraction: float | None = option(
+        None, "Share of the decay steps to warm up in.", type=float, at_least=0, below=1
+    )
+    lr_warmup_init: float = option(0.0, "Learning rate the warm-up starts from.", at_least=0)
+    min_lr: float = option(0.0, "Learning rate at the end of the decay.", at_least=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +140,7 @@ class CheckpointArguments:
         "Save after this many steps; the last step is always saved.",
         type=int,
         aliases=("--persistent-save-interval",),
+        at_least=1,
     )
     load: str | None = option(
         None,
@@ -150,32 +166,38 @@ class MixedPrecisionArguments:
         False, "Accumulate and reduce gradients in fp32; always on with --bf16, as in Megatron."
     )
 
+    @property
+    def name(self) -> str:
+        """fp32 or bf16."""
+        return "bf16" if self.bf16 else "fp32"
+
 
 @dataclasses.dataclass(frozen=True)
 class DistributedArguments:
     """Data-parallel size is what is left: world size / (tensor × pipeline)."""
 
-    tensor_model_parallel_size: int = option(1, "Ranks that share each layer.")
-    pipeline_model_parallel_size: int = option(1, "Ranks that share the stack of layers.")
+    tensor_model_parallel_size: int = option(1, "Ranks that share each layer.", at_least=1)
+    pipeline_model_parallel_size: int = option(1, "Ranks that share the stack of layers.", at_least=1)
     sequence_parallel: bool = option(False, "Split norms and dropout over the tensor-parallel ranks, too.")
     distributed_backend: str = option(
         "auto",
         "Process-group backend. Unlike in Megatron the default is nccl with CUDA and gloo without.",
         choices=("auto", "nccl", "gloo"),
     )
-    distributed_timeout_minutes: int = option(10, "How long a collective may take.")
+    distributed_timeout_minutes: int = option(10, "How long a collective may take.", at_least=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class ValidationArguments:
     """Evaluation goes through the validation split in order, every sample once."""
 
-    eval_interval: int = option(1000, "Evaluate after this many steps, and after the last.")
+    eval_interval: int = option(1000, "Evaluate after this many steps, and after the last.", at_least=1)
     eval_iters: int | None = option(
         None,
         "Evaluate on this many global batches only; 0 turns evaluation off. Unlike in Megatron the default is the "
         "whole validation split, exactly once.",
         type=int,
+        at_least=0,
     )
 
 
@@ -187,7 +209,10 @@ class DataArguments:
         None, "Prefix of the data set: its --output-prefix.", type=str, aliases=("--data_paths",), metavar="PREFIX"
     )
     seq_length: int | None = option(
-        None, "Tokens of a row; the data set must be packed for it. Not given: the one it is packed for.", type=int
+        None,
+        "Tokens of a row; the data set must be packed for it. Not given: the one it is packed for.",
+        type=int,
+        at_least=1,
     )
     tokenizer_type: str | None = option(
         None,
@@ -204,7 +229,7 @@ class DataArguments:
 class LoggingArguments:
     """Everything logged also goes to metrics.jsonl in the --save folder, in full precision."""
 
-    log_interval: int = option(100, "Log after this many steps.")
+    log_interval: int = option(100, "Log after this many steps.", at_least=1)
     tensorboard_dir: str | None = option(
         None, "TensorBoard folder. Not given: tensorboard/ in the --save folder.", type=str, metavar="DIR"
     )
@@ -320,15 +345,22 @@ def parse_arguments(command_line: Sequence[str], world_size: int = 1, packed_len
         given["seq_length"] = _only_packed_length(given["data_path"], packed_lengths(given["data_path"]))
     for name, hint in _REQUIRED.items():
         _need(given, name, hint)
+    if "num_query_groups" in given and not given.get("group_query_attention") and resume is None:
+        raise InputError("--num-query-groups has no effect without --group-query-attention; give both or neither")
     groups = {
         field.name: fill(group, given) for field, (_, group) in zip(dataclasses.fields(Arguments), GROUPS, strict=False)
     }
-    arguments = _complete(Arguments(**groups, world_size=world_size, resume=resume))
+    arguments = Arguments(**groups, world_size=world_size, resume=resume)
+    _refuse(_check_ranges(arguments))
+    arguments = _complete(arguments)
     for check in CHECKS:
-        problem = check(arguments)
-        if problem:
-            raise InputError(problem)
+        _refuse(check(arguments))
     return arguments
+
+
+def _refuse(problem: str | None) -> None:
+    if problem:
+        raise InputError(problem)
 
 
 _REQUIRED = {
@@ -352,7 +384,8 @@ def _find_checkpoint(given: Mapping[str, Any]) -> tuple[str, CheckpointInfo] | N
     if load is None:
         return None
     # The idiom of a job that is restarted with the same command line: nothing saved yet means "start".
-    if load == given.get("save") and not is_checkpoint(load):
+    same = given.get("save") is not None and os.path.abspath(load) == os.path.abspath(given["save"])
+    if same and not is_checkpoint(load):
         return None
     path, info = latest_checkpoint(load)
     return str(path), info
@@ -362,8 +395,14 @@ def _architecture_from(resume: tuple[str, CheckpointInfo], given: Mapping[str, A
     path, info = resume
     known = {field.name: field for field in dataclasses.fields(NetworkArguments)}
     architecture = {name: value for name, value in info.architecture.items() if name in known}
+    # these shape no weight: the length, where positions are not learned, follows --seq-length when it is not given
+    free = {"make_vocab_size_divisible_by"}
+    if architecture.get("position_embedding_type") != "learned_absolute":
+        free.add("max_position_embeddings")
+        longest = max(architecture.pop("max_position_embeddings", 0), given.get("seq_length", 0))
+        architecture["max_position_embeddings"] = longest or None
     for name, value in architecture.items():
-        if name != "make_vocab_size_divisible_by" and name in given and given[name] != value:
+        if name not in free and name in given and given[name] != value:
             raise InputError(
                 f"{spelling(known[name])} gives {name} = {given[name]}, but the checkpoint {path} has {value}; leave "
                 "the option out, the architecture comes from the checkpoint"
@@ -421,39 +460,20 @@ def _complete(arguments: Arguments) -> Arguments:
 
 
 def _check_ranges(a: Arguments) -> str | None:
-    at_least_one = {
-        "num_layers": a.network.num_layers,
-        "hidden_size": a.network.hidden_size,
-        "num_attention_heads": a.network.num_attention_heads,
-        "num_query_groups": a.network.num_query_groups,
-        "ffn_hidden_size": a.network.ffn_hidden_size,
-        "make_vocab_size_divisible_by": a.network.make_vocab_size_divisible_by,
-        "micro_batch_size": a.training.micro_batch_size,
-        "train_iters": a.training.train_iters,
-        "seq_length": a.data.seq_length,
-        "tensor_model_parallel_size": a.distributed.tensor_model_parallel_size,
-        "pipeline_model_parallel_size": a.distributed.pipeline_model_parallel_size,
-        "log_interval": a.logging.log_interval,
-        "eval_interval": a.validation.eval_interval,
-        "distributed_timeout_minutes": a.distributed.distributed_timeout_minutes,
-    }
-    for name, value in {**at_least_one, "save_interval": a.checkpoint.save_interval or 1}.items():
-        if value < 1:
-            return f"--{name.replace('_', '-')} {value}: must be at least 1"
-    shares = {
-        "attention_dropout": a.regularization.attention_dropout,
-        "hidden_dropout": a.regularization.hidden_dropout,
-    }
-    for name, value in shares.items():
-        if not 0 <= value < 1:
-            return f"--{name.replace('_', '-')} {value}: must be at least 0 and below 1"
-    for name, value in {
-        "lr": a.learning_rate.lr,
-        "min_lr": a.learning_rate.min_lr,
-        "clip_grad": a.regularization.clip_grad,
-    }.items():
-        if value < 0:
-            return f"--{name.replace('_', '-')} {value}: must not be negative"
+    for _, group in GROUPS:
+        values = next(value for value in vars(a).values() if isinstance(value, group))
+        for field in dataclasses.fields(group):
+            value, at_least, above, below = getattr(values, field.name), *field.metadata["bounds"]
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                continue
+            wanted = [
+                *(["finite"] if not math.isfinite(value) else []),
+                *([f"at least {at_least}"] if at_least is not None and not value >= at_least else []),
+                *([f"above {above}"] if above is not None and not value > above else []),
+                *([f"below {below}"] if below is not None and not value < below else []),
+            ]
+            if wanted:
+                return f"{spelling(field)} {value}: must be {' and '.join(wanted)}"
     return None
 
 
@@ -542,6 +562,11 @@ def _check_checkpointing(a: Arguments) -> str | None:
         return "--save-interval without --save: give --save DIR"
     if c.save is None and a.training.exit_interval is not None:
         return "--exit-interval without --save would lose the run: give --save DIR"
+    if c.save is not None and c.load is None and is_checkpoint(c.save):
+        return (
+            f"--save {c.save} holds the checkpoints of another run: add --load {c.save} to go on with it, or name "
+            "another folder"
+        )
     if c.finetune and c.load is None:
         return "--finetune without --load: give the checkpoint to start from"
     if a.resume is None or c.finetune:
@@ -553,6 +578,11 @@ def _check_checkpointing(a: Arguments) -> str | None:
         )
     if c.load_optim and not a.resume[1].has_optimizer:
         return f"--load {c.load}: saved with --no-save-optim; continue with --no-load-optim or --finetune"
+    if c.load_optim and a.resume[1].precision != a.precision.name:
+        return (
+            f"--load {c.load}: its optimizer is of a {a.resume[1].precision} run, this one is {a.precision.name}; use "
+            "the same precision, or continue with --no-load-optim or --finetune"
+        )
     return None
 
 

@@ -23,11 +23,16 @@ def run_command(main: Callable[[], int | None], quiet: bool = False) -> int:
         quiet: keep silent about an error that other processes meet, too; set on all ranks of a machine but one.
 
     Returns:
-        the exit code: ``main``'s own, or 2 after an :class:`InputError`.
+        the exit code: ``main``'s own, or 2 after an :class:`InputError` or a file that cannot be read or written.
     """
     try:
         return main() or 0
     except InputError as error:
         if not quiet or error.always:
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        return 2
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}; nothing was completed there", file=sys.stderr, flush=True)
         return 2

@@ -16,6 +16,7 @@ The description is written last and renamed into place: a folder without it is a
 import dataclasses
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,18 @@ CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 TOKENIZER = "tokenizer"
+# What makes a Hugging Face tokenizer; a folder that has it may hold a whole model besides.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 FORMAT_VERSION = 1
 
 
@@ -36,7 +49,8 @@ class CheckpointInfo:
 
     ``architecture``: the fields of ``NetworkArguments``. ``tokenizer``: the ledger's entry, and
     ``stop_token_ids``. ``vocab_size``: rows of the vocabulary before padding.
-    ``consumed_samples`` counts packs. ``layout``: sizes by name, for what belongs to one layout.
+    ``consumed_samples`` counts packs. ``precision``: fp32 or bf16. ``layout``: sizes by name,
+    and the kind of device, for what belongs to one layout.
     ``dataset_hash`` and ``seed`` identify the data order that was being followed.
     """
 
@@ -51,7 +65,8 @@ class CheckpointInfo:
     skipped_steps: int = 0
     has_optimizer: bool = True
     has_rng: bool = True
-    layout: dict[str, int] = dataclasses.field(default_factory=dict)
+    precision: str = "fp32"
+    layout: dict[str, int | str] = dataclasses.field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
     @property
@@ -116,6 +131,23 @@ def read_info(path: Path, option: str = "--load") -> CheckpointInfo:
 def write_info(path: Path, info: CheckpointInfo) -> None:
     """Put ``info`` into the checkpoint folder ``path``, as the last file of a save."""
     replace_text(path / INFO, json.dumps(dataclasses.asdict(info), indent=2) + "\n")
+
+
+def copy_tokenizer(model: Path, target: Path) -> bool:
+    """Copy the files of a tokenizer, and nothing else, into the folder ``target``; whether there were any.
+
+    ``model`` is the tokenizer's folder, or a file in it. A SentencePiece model gets the name that transformers knows.
+    """
+    folder = model if model.is_dir() else model.parent
+    found = {name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()}
+    if model.is_file() and model.suffix == ".model":
+        found["tokenizer.model"] = model
+    if not model.exists() or not found:
+        return False
+    target.mkdir(parents=True, exist_ok=True)
+    for name, file in found.items():
+        shutil.copyfile(file, target / name)
+    return True
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -70,11 +70,24 @@ REFUSED = {
     "--pipeline-model-parallel-size 8": "does not divide --num-layers 4",
     "--sequence-parallel": "needs --tensor-model-parallel-size of at least 2",
     "--global-batch-size 24": "is not a multiple of --micro-batch-size 2 × data-parallel size 8 = 16",
-    "--global-batch-size 0": "is not a multiple",
+    "--global-batch-size 0": "at least 1",
+    "--tensor-model-parallel-size 0": "at least 1",
+    "--num-query-groups 2": "no effect without --group-query-attention",
+    "--exit-interval 0 --save x": "at least 1",
+    "--lr-decay-iters 0": "at least 1",
+    "--eval-iters -1": "at least 0",
+    "--lr-warmup-iters -3": "at least 0",
+    "--adam-beta1 1.5": "below 1",
+    "--lr nan": "finite",
+    "--kv-channels 0": "at least 1",
+    "--rotary-percent 2": "below",
+    "--rotary-base 0": "at least 2",
+    "--norm-epsilon 0": "above 0",
+    "--seed 99999999999999999999": "below",
     "--max-position-embeddings 64": "longer than --max-position-embeddings 64",
     "--micro-batch-size 0": "must be at least 1",
     "--hidden-dropout 1": "below 1",
-    "--min-lr -1": "must not be negative",
+    "--min-lr -1": "at least 0",
     "--min-lr 1": "is above --lr",
     "--lr-warmup-iters 10": "leaves nothing of the 10 decay steps",
     "--lr-warmup-iters 2 --lr-warmup-fraction 0.1": "both set the warm-up",
@@ -203,3 +216,35 @@ def test_effective_options_round_trip():
     options = a.as_options()
     assert (options["mft_loss"], options["task_weights"], options["hidden_dropout"]) == ("task-sample", ("x=2",), 0.0)
     assert len(options) == sum(len(dataclasses.fields(group)) for _, group in GROUPS)
+
+
+def test_the_length_of_a_model_without_learned_positions_may_change(tmp_path):
+    folder = checkpoint(tmp_path)
+    longer = WITHOUT_SHAPE.replace("128", "256")
+    assert parse(f"--load {folder} --finetune", base=longer).network.max_position_embeddings == 256
+    assert parse(f"--load {folder} --max-position-embeddings 512", base=longer).network.max_position_embeddings == 512
+
+
+def test_learned_positions_keep_their_length(tmp_path):
+    network = dataclasses.asdict(parse().network)
+    folder = checkpoint(tmp_path, architecture=network)
+    with pytest.raises(InputError, match=r"the checkpoint .* has 128"):
+        parse(f"--load {folder} --max-position-embeddings 256", base=WITHOUT_SHAPE)
+
+
+def test_another_precision_needs_another_optimizer(tmp_path):
+    folder = checkpoint(tmp_path)
+    with pytest.raises(InputError, match="its optimizer is of a fp32 run, this one is bf16"):
+        parse(f"--load {folder} --bf16", base=WITHOUT_SHAPE)
+    assert parse(f"--load {folder} --bf16 --no-load-optim", base=WITHOUT_SHAPE).precision.bf16
+
+
+def test_a_used_folder_is_not_written_over(tmp_path):
+    folder = checkpoint(tmp_path)
+    with pytest.raises(InputError, match="holds the checkpoints of another run: add --load"):
+        parse(f"--save {folder}")
+    assert parse(f"--save {folder}/ --load {folder}", base=WITHOUT_SHAPE).resume is not None
+
+
+def test_restart_knows_its_folder_by_any_name(tmp_path):
+    assert parse(f"--save {tmp_path}/run --load {tmp_path}/run/").resume is None

@@ -48,6 +48,8 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=320, help="optimizer steps in all (default: 320)")
     options = parser.parse_args()
     folder: Path = options.folder.resolve()
+    if folder.exists() and any(folder.iterdir()) and not (folder / "tasks").is_dir():
+        sys.exit(f"error: --folder {folder}: has content that is not of a demo; name another folder")
     shutil.rmtree(folder, ignore_errors=True)
     python, start = sys.executable, time.perf_counter()
     tasks, tokenizer, data, save, hf = (folder / name for name in ("tasks", "tokenizer", "data/mft", "run", "hf"))
@@ -65,7 +67,7 @@ def main() -> None:
         *("--seq-length", "512", "--split", "95,5,0", "--workers", "2", "--output-prefix", data),
     )
     train = (
-        *(python, "-m", "torch.distributed.run", "--nproc-per-node", "4", "--master-port", "29513", "pretrain_mft.py"),
+        *(python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", "pretrain_mft.py"),
         *("--data-path", data, "--save", save, "--tensor-model-parallel-size", "2"),
         *("--pipeline-model-parallel-size", "2", "--micro-batch-size", "2", "--global-batch-size", "8"),
         *("--attention-dropout", "0", "--hidden-dropout", "0", "--adam-beta2", "0.95"),

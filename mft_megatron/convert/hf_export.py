@@ -17,7 +17,7 @@ from mft_megatron.arguments import NetworkArguments
 from mft_megatron.convert.families import Family, Row, all_families
 from mft_megatron.errors import InputError
 from mft_megatron.mcore.tensor_reader import TensorReader
-from mft_megatron.run_folder import TOKENIZER, CheckpointInfo
+from mft_megatron.run_folder import TOKENIZER, CheckpointInfo, copy_tokenizer
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -50,7 +50,8 @@ def export(checkpoint: Path, info: CheckpointInfo, target: Path, tokenizer: Path
     try:
         dtype = _write_weights(reader, family, architecture, info.vocab_size, partial, shard_bytes)
         _write_config(family, architecture, info, dtype, partial)
-        _copy_tokenizer(tokenizer or checkpoint.parent / TOKENIZER, partial, required=tokenizer is not None)
+        if not copy_tokenizer(tokenizer or checkpoint.parent / TOKENIZER, partial) and tokenizer is not None:
+            raise InputError(f"--tokenizer-model {tokenizer}: no tokenizer files there; give the tokenizer's folder")
         if target.exists():
             target.rmdir()
         os.replace(partial, target)
@@ -153,15 +154,6 @@ def _write_config(
     # a chat model stops where a turn ends, not only where the text does
     stops = {"eos_token_id": info.tokenizer["stop_token_ids"]} if info.tokenizer.get("stop_token_ids") else {}
     (folder / "generation_config.json").write_text(json.dumps({**tokens, **stops}, indent=2) + "\n")
-
-
-def _copy_tokenizer(source: Path, target: Path, required: bool) -> None:
-    if source.is_dir():
-        for file in sorted(source.iterdir()):
-            if file.is_file() and file.suffix in (".json", ".model", ".txt", ".jinja"):
-                shutil.copy2(file, target)
-    elif required:
-        raise InputError(f"--tokenizer-model {source}: not a folder; give the folder with the tokenizer's files")
 
 
 def parse_size(text: str) -> int:

@@ -66,6 +66,10 @@ def preprocess_main(command_line: Sequence[str]) -> None:
     for name in ("task", "tokenizer_model", "seq_length", "output_prefix"):
         if getattr(options, name) is None:
             raise InputError(f"missing option: give --{name.replace('_', '-')}; see --help")
+    if options.output_prefix.endswith("/") or Path(options.output_prefix).is_dir():
+        raise InputError(
+            f"--output-prefix {options.output_prefix}: is a folder; add the first part of the files' names"
+        )
     if options.seq_length < 2:
         raise InputError(f"--seq-length {options.seq_length}: must be at least 2")
     if options.workers < 1:

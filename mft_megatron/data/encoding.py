@@ -13,6 +13,7 @@ import numpy as np
 from mft_megatron.data.chat_format import ChatFormat, Segment
 from mft_megatron.data.conversation import RecordError, read_record
 from mft_megatron.data.tokenizer import Tokenizer
+from mft_megatron.errors import InputError
 
 OVERLONG = ("drop", "truncate")
 # drops that a user asks for with options; every other reason is a fault in the data
@@ -68,7 +69,11 @@ class Encoder:
         self._overlong = overlong
 
     def encode(self, chunk: Chunk) -> EncodedChunk:
-        """Encode one chunk; what cannot be used is in ``drops``, nothing is raised for it."""
+        """Encode one chunk; a record that cannot be used is in ``drops``.
+
+        Raises:
+            InputError: a chat record, and a tokenizer without the token that ends a turn.
+        """
         places, samples, drops = [], [], []
         records = 0
         for number, line in enumerate(chunk.lines, chunk.first_line):
@@ -76,10 +81,16 @@ class Encoder:
                 continue
             records += 1
             try:
-                segments = self._style.segments(read_record(_parse(line)))
+                conversation = read_record(_parse(line))
+                segments = self._style.segments(conversation)
             except RecordError as error:
                 drops.append(Drop(chunk.path, number, error.reason, str(error)))
                 continue
+            if not conversation.raw and self._tokenizer.token_id(self._style.stop_token) is None:
+                raise InputError(
+                    f"{chunk.path}:{number}: a chat record, but the tokenizer has no token {self._style.stop_token} to "
+                    f"end a turn of --chat-template {self._style.name} with; use mftcoder, or add the token"
+                )
             places.append(number)
             samples.append(segments)
         ids, masks, truncated = [], [], 0

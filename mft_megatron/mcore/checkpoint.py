@@ -15,6 +15,7 @@ import torch
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from torch.distributed.checkpoint.api import CheckpointException
 
 from mft_megatron.arguments import CheckpointArguments
 from mft_megatron.errors import InputError
@@ -79,7 +80,7 @@ def load(path: Path, trainer: Trainer, info: CheckpointInfo, options: Checkpoint
     try:
         with _quiet():
             loaded = dist_checkpointing.load(state, str(path))
-    except Exception as error:
+    except (Exception, CheckpointException) as error:  # torch's is no Exception
         rank = torch.distributed.get_rank()
         raise InputError(f"{path}: rank {rank} cannot load it ({_first_line(error)})", always=True) from error
     trainer.model.module.load_state_dict(loaded["model"])

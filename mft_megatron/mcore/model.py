@@ -84,7 +84,8 @@ def _transformer_config(arguments: Arguments) -> TransformerConfig:
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
         persist_layer_norm=False,
-        bias_activation_fusion=platform.HAS_CUDA,
+        # the fused GELU is the tanh approximation: another function than the CPU computes
+        bias_activation_fusion=platform.HAS_CUDA and network.swiglu,
         bias_dropout_fusion=platform.HAS_CUDA,
     )
 
@@ -153,7 +154,7 @@ def build_model(arguments: Arguments, vocab_size: int) -> DistributedDataParalle
 
     Gradients are summed over data-parallel ranks and micro-batches, never averaged.
     """
-    model = PackedGPTModel(arguments, vocab_size).to(platform.device())
+    model = PackedGPTModel(arguments, vocab_size).to(platform.device(), _dtype(arguments))
     mark_split_weights(model)
     if arguments.resume is None:
         initialize_weights(model, arguments.initialization.seed, arguments.initialization.init_method_std)

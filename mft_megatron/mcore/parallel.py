@@ -55,9 +55,10 @@ def ranks() -> Ranks:
     return Ranks(parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size())
 
 
-def layout() -> dict[str, int]:
-    """Sizes of this run's layout, by name."""
+def layout() -> dict[str, int | str]:
+    """Sizes of this run's layout by name, and its kind of device: what a random-number state belongs to."""
     return {
+        "device": platform.device().type,
         "world": dist.get_world_size(),
         "tensor": parallel_state.get_tensor_model_parallel_world_size(),
         "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
@@ -95,13 +96,6 @@ def sum_over_world(value: Tensor) -> Tensor:
     """Sum of a tensor over all processes, in place."""
     dist.all_reduce(value)
     return value
-
-
-def any_rank(flag: bool) -> bool:
-    """Whether ``flag`` is set on any process; the same answer on all of them."""
-    value = torch.tensor([int(flag)], device=platform.device())
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return bool(value.item())
 
 
 def wait() -> None:

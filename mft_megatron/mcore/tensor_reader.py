@@ -14,6 +14,8 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorSt
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from mft_megatron.errors import InputError
+
 Request = tuple[str, int | None]
 
 
@@ -21,8 +23,18 @@ class TensorReader:
     """Reads weights of the checkpoint in one ``iter_NNNNNNN`` folder."""
 
     def __init__(self, path: Path):
+        """
+        Raises:
+            InputError: the checkpoint's index is missing or damaged.
+        """
+        self._path = path
         self._reader = FileSystemReader(path)
-        self._metadata = self._reader.read_metadata()
+        try:
+            self._metadata = self._reader.read_metadata()
+        except Exception as error:
+            raise InputError(
+                f"{path}: its index .metadata cannot be read ({error}); the checkpoint is damaged"
+            ) from None
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
 
     def names(self) -> list[str]:
@@ -34,10 +46,17 @@ class TensorReader:
         ]
 
     def read(self, requests: Iterable[Request]) -> list[Tensor]:
-        """Weights by ``(name, layer)``, on the CPU; layer ``None`` for a weight that is not part of a stack."""
+        """Weights by ``(name, layer)``, on the CPU; layer ``None`` for a weight that is not part of a stack.
+
+        Raises:
+            InputError: a file of the checkpoint is missing or damaged.
+        """
         planner = _WeightPlanner([(name, layer, self._metadata.state_dict_metadata[name]) for name, layer in requests])
         plan = self._reader.prepare_local_plan(planner.create_local_plan())
-        self._reader.read_data(plan, planner).wait()
+        try:
+            self._reader.read_data(plan, planner).wait()
+        except Exception as error:
+            raise InputError(f"{self._path}: cannot be read ({error}); the checkpoint is damaged") from None
         return planner.weights()
 
 

@@ -1,7 +1,6 @@
 """When and where checkpoints are written, and going on from one."""
 
 import dataclasses
-import shutil
 import time
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from mft_megatron.data.dataset import PackedDataset
 from mft_megatron.errors import InputError
 from mft_megatron.mcore import checkpoint, parallel
 from mft_megatron.mcore.step import Trainer
-from mft_megatron.run_folder import TOKENIZER, CheckpointInfo
+from mft_megatron.run_folder import TOKENIZER, CheckpointInfo, copy_tokenizer
 from mft_megatron.training.progress import Progress
 from mft_megatron.training.records import event_record
 from mft_megatron.training.run_log import RunLog
@@ -53,6 +52,7 @@ class Saver:
             global_batch_size=a.training.global_batch_size,
             has_optimizer=a.checkpoint.save_optim,
             has_rng=a.checkpoint.save_rng,
+            precision=a.precision.name,
             layout=parallel.layout(),
         )
 
@@ -93,12 +93,5 @@ def resume(arguments: Arguments, trainer: Trainer, log: RunLog) -> Progress:
 
 def keep_tokenizer(folder: str, model: str, log: RunLog) -> None:
     """Copy the tokenizer's files into the run folder, so that an export is complete; where they are gone, say so."""
-    source, target = Path(model), Path(folder) / TOKENIZER
-    if source.is_dir():
-        shutil.copytree(source, target, dirs_exist_ok=True)
-    elif source.is_file():
-        target.mkdir(parents=True, exist_ok=True)
-        # transformers knows a SentencePiece model by this name only
-        shutil.copy2(source, target / ("tokenizer.model" if source.suffix == ".model" else source.name))
-    else:
-        log.say(f"the tokenizer {source} is gone: an export of this run will need --tokenizer-model")
+    if not copy_tokenizer(Path(model), Path(folder) / TOKENIZER):
+        log.say(f"the tokenizer {model} is gone: an export of this run will need --tokenizer-model")

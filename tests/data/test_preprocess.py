@@ -43,6 +43,10 @@ def test_the_mask_marks_the_answers_and_their_stop_tokens_and_nothing_else(token
     messages = []
     for question, answer in rounds:
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    if template == "chatml" and tokenizer.token_id("<|im_end|>") is None:
+        with pytest.raises(InputError, match=r"file:1: a chat record, but the tokenizer has no token <\|im_end\|>"):
+            encode(tokenizer, [json.dumps({"messages": messages})], template)
+        return
     encoded = encode(tokenizer, [json.dumps({"messages": messages})], template)
     stop = "<|im_end|>" if template == "chatml" else tokenizer.end_of_text
     assert supervised_text(tokenizer, encoded) == [answer + stop for _, answer in rounds]

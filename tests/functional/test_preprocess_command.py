@@ -219,3 +219,10 @@ def test_check_counts_again(copied, change, message):
 def test_inspect_refuses_what_is_no_data_set(tmp_path):
     assert "no ledger nothing_dataset.json" in refusal(run_tool("tools/inspect_data.py", tmp_path / "nothing"))
     assert "missing argument" in refusal(run_tool("tools/inspect_data.py"))
+
+
+def test_a_prefix_that_is_a_folder_or_lies_behind_a_file_is_refused(preprocess, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "is a folder" in refusal(preprocess({"t": GOOD * 3}, output_prefix=tmp_path))
+    assert "is a folder" in refusal(preprocess({"t": GOOD * 3}, output_prefix=f"{tmp_path}/new/"))
+    assert str(tmp_path / "file") in refusal(preprocess({"t": GOOD * 3}, output_prefix=tmp_path / "file" / "x"))

@@ -305,3 +305,49 @@ def test_divergence_ends_the_run_without_saving(dataset_prefix, tmp_path):
     words = [*MODEL, *RUN, "--data-path", dataset_prefix, "--save", tmp_path / "run", "--clip-grad", 0, "--lr", "1e30"]
     assert "training has diverged" in refused(*words)
     assert not list((tmp_path / "run").glob("iter_*"))
+
+
+def damaged(run_folder, target, change):
+    """A copy of the run's last checkpoint with one file changed."""
+    shutil.copytree(run_folder / "iter_0000005", target / "iter_0000005")
+    path = target / "iter_0000005"
+    if change == "no index":
+        (path / ".metadata").unlink()
+    else:
+        # the file of the last rank holds weights, not only random-number states
+        shard = max(path.glob("*.distcp"), key=lambda file: file.stat().st_size)
+        shard.unlink() if change == "missing" else shard.write_bytes(shard.read_bytes()[:2000])
+    return path
+
+
+@pytest.mark.parametrize("change", ["missing", "truncated", "no index"])
+def test_a_damaged_checkpoint_is_refused_in_one_line(run_folder, dataset_prefix, tmp_path, change):
+    path = damaged(run_folder, tmp_path, change)
+    words = [*RUN, "--data-path", dataset_prefix, "--load", path, "--train-iters", 6]
+    assert f"{path}: rank 0 cannot load it" in refused(*words)
+    line = refusal(run_tool("tools/convert_checkpoint.py", "mcore-to-hf", "--load", path, "--hf", tmp_path / "hf"))
+    assert str(path) in line
+    assert "damaged" in line
+    assert not (tmp_path / "hf").exists()
+
+
+def test_an_export_with_the_tokenizer_of_another_model_keeps_its_own_configuration(
+    run_folder, tokenizer_folder, tmp_path
+):
+    other = tmp_path / "other"
+    shutil.copytree(tokenizer_folder, other)
+    for name in ("config.json", "generation_config.json", "model.safetensors.index.json"):
+        (other / name).write_text("{}")
+    process = run_tool(
+        *("tools/convert_checkpoint.py", "mcore-to-hf", "--load", run_folder, "--hf", tmp_path / "hf"),
+        *("--tokenizer-model", other),
+    )
+    assert process.returncode == 0, process.stderr
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["hidden_size"] == 64
+    assert json.loads((tmp_path / "hf" / "generation_config.json").read_text())["eos_token_id"]
+    assert not (tmp_path / "hf" / "model.safetensors.index.json").exists()
+
+
+def test_a_file_in_the_way_is_named(dataset_prefix, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "file" in refused(*MODEL, *RUN, "--data-path", dataset_prefix, "--save", tmp_path / "file")

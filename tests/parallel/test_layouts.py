@@ -74,6 +74,31 @@ def _train_with_shape(shape, prefix, extra, world):
     return train(prefix, extra, world)
 
 
+RUN_SHAPE = (
+    "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --attention-dropout 0 --hidden-dropout 0 --seq-length 128 "
+    "--make-vocab-size-divisible-by 128 --train-iters 5 --lr 1e-3 --global-batch-size 8 "
+)
+OTHER_SHAPES = {
+    "Megatron's defaults": "",
+    "rope, qkv bias, q/k norm, half rotated": (
+        "--position-embedding-type rope --rotary-percent 0.5 --add-qkv-bias --qk-layernorm --normalization RMSNorm "
+        "--disable-bias-linear --swiglu --group-query-attention --num-query-groups 2"
+    ),
+}
+
+
+@pytest.mark.parametrize("shape", OTHER_SHAPES)
+def test_other_shapes_of_the_model(dataset_prefix, shape):
+    words = RUN_SHAPE + OTHER_SHAPES[shape]
+    layout = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --sequence-parallel --micro-batch-size 1"
+    expected = run_on_ranks(1, _train_with_shape, words, dataset_prefix, "", 1)[0][0]
+    for curve, _ in run_on_ranks(4, _train_with_shape, words, dataset_prefix, layout, 4):
+        for ours, theirs in zip(curve, expected, strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-5 if "norm" in shape else 1e-6)
+    half = run_on_ranks(1, _train_with_shape, words, dataset_prefix, "--bf16", 1)[0][0]
+    assert half[-1][0] == pytest.approx(expected[-1][0], rel=1e-2)
+
+
 def test_the_steps_are_not_all_alike(dataset_prefix):
     """The comparison would be empty if nothing happened, or if the four losses were one."""
     curves = {loss: one_process(dataset_prefix, f"--mft-loss {loss}")[0] for loss in LOSSES}

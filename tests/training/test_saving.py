@@ -21,8 +21,27 @@ def test_a_folder_is_copied_again_and_again(kept, tmp_path):
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "tokenizer.json").write_text("{}")
     assert kept(tmp_path / "hf") == (["tokenizer.json"], "")
-    (tmp_path / "hf" / "vocab.txt").write_text("")
-    assert kept(tmp_path / "hf") == (["tokenizer.json", "vocab.txt"], "")
+    (tmp_path / "hf" / "merges.txt").write_text("")
+    assert kept(tmp_path / "hf") == (["merges.txt", "tokenizer.json"], "")
+
+
+def test_of_a_model_folder_only_the_tokenizer_is_copied(kept, tmp_path):
+    (tmp_path / "hf").mkdir()
+    for name in (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "config.json",
+        "model.safetensors",
+        "generation_config.json",
+    ):
+        (tmp_path / "hf" / name).write_text("{}")
+    assert kept(tmp_path / "hf")[0] == ["tokenizer.json", "tokenizer_config.json"]
+
+
+def test_a_file_brings_its_neighbours(kept, tmp_path):
+    for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
+        (tmp_path / name).write_text("{}")
+    assert kept(tmp_path / "tokenizer.json")[0] == ["tokenizer.json", "tokenizer_config.json"]
 
 
 def test_a_sentencepiece_model_gets_the_name_transformers_looks_for(kept, tmp_path):
