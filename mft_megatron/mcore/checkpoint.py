@@ -24,6 +24,7 @@ from mft_megatron.run_folder import TRACKER, CheckpointInfo, iteration_folder, r
 from . import parallel, platform
 from .optimizer import restore_optimizer
 from .step import Trainer
+from .tensor_reader import TensorReader
 
 
 def save(folder: Path, trainer: Trainer, info: CheckpointInfo, options: CheckpointArguments) -> Path:
@@ -70,6 +71,7 @@ def load(path: Path, trainer: Trainer, info: CheckpointInfo, options: Checkpoint
     """
     model_state = trainer.model.module.sharded_state_dict()
     state = {"model": model_state}
+    TensorReader(path)  # says in one line if the index is damaged; Megatron-Core would go on without it for a while
     whole = not options.finetune
     with_optimizer = whole and options.load_optim and info.has_optimizer and info.optimizer_steps > 0
     with_rng = whole and options.load_rng and info.has_rng and info.layout == parallel.layout()
@@ -82,7 +84,7 @@ def load(path: Path, trainer: Trainer, info: CheckpointInfo, options: Checkpoint
             loaded = dist_checkpointing.load(state, str(path))
     except (Exception, CheckpointException) as error:  # torch's is no Exception
         rank = torch.distributed.get_rank()
-        raise InputError(f"{path}: rank {rank} cannot load it ({_first_line(error)})", always=True) from error
+        raise InputError(f"{path}: rank {rank} cannot load it ({_reason(error)})", always=True) from error
     trainer.model.module.load_state_dict(loaded["model"])
     if whole and options.load_optim:
         trainer.scheduler.load_state_dict(loaded["scheduler"])
@@ -103,9 +105,12 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _first_line(error: Exception) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:300]
+def _reason(error: BaseException) -> str:
+    """What went wrong, in a line; of torch's collection of every rank's failures the first."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    text = str(error).strip() or "no further word"
+    return f"{type(error).__name__}: {text.splitlines()[0][:300]}"
 
 
 def _rng_object(state: dict | None) -> ShardedObject:
