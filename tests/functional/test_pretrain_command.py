@@ -324,16 +324,16 @@ def damaged(run_folder, target, change):
 def test_a_damaged_checkpoint_is_refused_in_one_line(run_folder, dataset_prefix, tmp_path, change):
     path = damaged(run_folder, tmp_path, change)
     words = [*RUN, "--data-path", dataset_prefix, "--load", path, "--train-iters", 6]
-    assert f"{path}: rank 0 cannot load it" in refused(*words)
+    line = refused(*words)
+    assert str(path) in line
+    assert ("cannot load it" if change != "no index" else "its index .metadata cannot be read") in line
     line = refusal(run_tool("tools/convert_checkpoint.py", "mcore-to-hf", "--load", path, "--hf", tmp_path / "hf"))
     assert str(path) in line
     assert "damaged" in line
     assert not (tmp_path / "hf").exists()
 
 
-def test_an_export_with_the_tokenizer_of_another_model_keeps_its_own_configuration(
-    run_folder, tokenizer_folder, tmp_path
-):
+def test_an_export_with_another_models_tokenizer_keeps_its_own_configuration(run_folder, tokenizer_folder, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(tokenizer_folder, other)
     for name in ("config.json", "generation_config.json", "model.safetensors.index.json"):
