@@ -50,7 +50,7 @@ class NetworkArguments:
         choices=("learned_absolute", "rope", "none"),
     )
     rotary_base: int = option(10000, "Base of the rotary frequencies.", at_least=2)
-    rotary_percent: float = option(1.0, "Share of each head that is rotated.", above=0, below=1.0000001)
+    rotary_percent: float = option(1.0, "Share of each head that is rotated.", above=0, at_most=1)
     normalization: str = option("LayerNorm", "Normalisation layers.", choices=("LayerNorm", "RMSNorm"))
     norm_epsilon: float = option(1e-5, "Epsilon of the normalisation layers.", above=0)
     swiglu: bool = option(False, "Gated linear units with SiLU in the MLP instead of GELU.")
@@ -336,13 +336,13 @@ def parse_arguments(command_line: Sequence[str], world_size: int = 1, packed_len
     )
     given = parse(parser, command_line, GROUPS)
     resume = _find_checkpoint(given)
+    _need(given, "data_path", "--data-path PREFIX: the --output-prefix given to tools/preprocess_data.py")
+    if "seq_length" not in given and packed_lengths is not None:
+        given["seq_length"] = _only_packed_length(given["data_path"], packed_lengths(given["data_path"]))
     if resume is not None:
         given = {**_architecture_from(resume, given), **given}
         if not given.get("finetune"):
             given["seed"] = _seed_from(resume, given)
-    _need(given, "data_path", "--data-path PREFIX: the --output-prefix given to tools/preprocess_data.py")
-    if "seq_length" not in given and packed_lengths is not None:
-        given["seq_length"] = _only_packed_length(given["data_path"], packed_lengths(given["data_path"]))
     for name, hint in _REQUIRED.items():
         _need(given, name, hint)
     if "num_query_groups" in given and not given.get("group_query_attention") and resume is None:
@@ -463,13 +463,14 @@ def _check_ranges(a: Arguments) -> str | None:
     for _, group in GROUPS:
         values = next(value for value in vars(a).values() if isinstance(value, group))
         for field in dataclasses.fields(group):
-            value, at_least, above, below = getattr(values, field.name), *field.metadata["bounds"]
+            value, at_least, above, at_most, below = getattr(values, field.name), *field.metadata["bounds"]
             if isinstance(value, bool) or not isinstance(value, int | float):
                 continue
             wanted = [
                 *(["finite"] if not math.isfinite(value) else []),
                 *([f"at least {at_least}"] if at_least is not None and not value >= at_least else []),
                 *([f"above {above}"] if above is not None and not value > above else []),
+                *([f"at most {at_most}"] if at_most is not None and not value <= at_most else []),
                 *([f"below {below}"] if below is not None and not value < below else []),
             ]
             if wanted:

@@ -29,6 +29,7 @@ def option(
     metavar: str | None = None,
     at_least: float | None = None,
     above: float | None = None,
+    at_most: float | None = None,
     below: float | None = None,
 ) -> Any:
     """Declare one option as a dataclass field.
@@ -43,7 +44,7 @@ def option(
         aliases: other spellings, accepted and named in the help.
         values: other spellings of the values, e.g. ``case3`` for ``task-token``.
         many: the option takes one or more values and yields a tuple.
-        at_least, above, below: where a number must lie; checked by the command, not by the parser.
+        at_least, above, at_most, below: where a number must lie; checked by the command, not by the parser.
         repeated: of an option with many values: it may be given several times, and the values add up.
     """
     return dataclasses.field(
@@ -58,7 +59,7 @@ def option(
             "many": many,
             "repeated": repeated,
             "metavar": metavar,
-            "bounds": (at_least, above, below),
+            "bounds": (at_least, above, at_most, below),
         },
     )
 

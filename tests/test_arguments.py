@@ -80,7 +80,7 @@ REFUSED = {
     "--adam-beta1 1.5": "below 1",
     "--lr nan": "finite",
     "--kv-channels 0": "at least 1",
-    "--rotary-percent 2": "below",
+    "--rotary-percent 2": "at most 1",
     "--rotary-base 0": "at least 2",
     "--norm-epsilon 0": "above 0",
     "--seed 99999999999999999999": "below",
@@ -223,6 +223,8 @@ def test_the_length_of_a_model_without_learned_positions_may_change(tmp_path):
     longer = WITHOUT_SHAPE.replace("128", "256")
     assert parse(f"--load {folder} --finetune", base=longer).network.max_position_embeddings == 256
     assert parse(f"--load {folder} --max-position-embeddings 512", base=longer).network.max_position_embeddings == 512
+    found = parse(f"--load {folder}", base=longer.replace("--seq-length 256", ""), lengths=lambda prefix: [256])
+    assert found.network.max_position_embeddings == 256
 
 
 def test_learned_positions_keep_their_length(tmp_path):
