@@ -11,13 +11,12 @@ Where an option differs from Megatron's, its help says so.
 """
 
 import dataclasses
-import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .errors import InputError
-from .options import build_parser, fill, option, parse, spelling
+from .options import build_parser, fill, option, out_of_range, parse, spelling
 from .run_folder import CheckpointInfo, is_checkpoint, latest_checkpoint
 
 LOSSES = ("token", "sample", "task-token", "task-sample")
@@ -351,7 +350,7 @@ def parse_arguments(command_line: Sequence[str], world_size: int = 1, packed_len
         field.name: fill(group, given) for field, (_, group) in zip(dataclasses.fields(Arguments), GROUPS, strict=False)
     }
     arguments = Arguments(**groups, world_size=world_size, resume=resume)
-    _refuse(_check_ranges(arguments))
+    _refuse(_check_ranges(arguments))  # before anything is derived from these numbers; again below for the derived ones
     arguments = _complete(arguments)
     for check in CHECKS:
         _refuse(check(arguments))
@@ -436,7 +435,7 @@ def _complete(arguments: Arguments) -> Arguments:
         size = 4 * network.hidden_size
         size = int(size * 2 / 3) // 64 * 64 if network.swiglu else size
         network = dataclasses.replace(network, ffn_hidden_size=size)
-    if network.kv_channels is None and network.num_attention_heads > 0:
+    if network.kv_channels is None:
         network = dataclasses.replace(network, kv_channels=network.hidden_size // network.num_attention_heads)
     if not network.group_query_attention:
         network = dataclasses.replace(network, num_query_groups=network.num_attention_heads)
@@ -460,22 +459,8 @@ def _complete(arguments: Arguments) -> Arguments:
 
 
 def _check_ranges(a: Arguments) -> str | None:
-    for _, group in GROUPS:
-        values = next(value for value in vars(a).values() if isinstance(value, group))
-        for field in dataclasses.fields(group):
-            value, at_least, above, at_most, below = getattr(values, field.name), *field.metadata["bounds"]
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                continue
-            wanted = [
-                *(["finite"] if not math.isfinite(value) else []),
-                *([f"at least {at_least}"] if at_least is not None and not value >= at_least else []),
-                *([f"above {above}"] if above is not None and not value > above else []),
-                *([f"at most {at_most}"] if at_most is not None and not value <= at_most else []),
-                *([f"below {below}"] if below is not None and not value < below else []),
-            ]
-            if wanted:
-                return f"{spelling(field)} {value}: must be {' and '.join(wanted)}"
-    return None
+    groups = (value for value in vars(a).values() if isinstance(value, tuple(group for _, group in GROUPS)))
+    return next(filter(None, map(out_of_range, groups)), None)
 
 
 def _check_heads(a: Arguments) -> str | None:
@@ -533,7 +518,7 @@ def _check_layout(a: Arguments) -> str | None:
 
 def _check_batches(a: Arguments) -> str | None:
     micro, world = a.training.micro_batch_size, a.data_parallel_size
-    if a.training.global_batch_size < 1 or a.training.global_batch_size % (micro * world):
+    if a.training.global_batch_size % (micro * world):
         return (
             f"--global-batch-size {a.training.global_batch_size} is not a multiple of --micro-batch-size {micro} × "
             f"data-parallel size {world} = {micro * world}"
@@ -545,8 +530,6 @@ def _check_schedule(a: Arguments) -> str | None:
     schedule = a.learning_rate
     if schedule.lr_warmup_fraction is not None and schedule.lr_warmup_iters:
         return "--lr-warmup-fraction and --lr-warmup-iters both set the warm-up; give one of them"
-    if schedule.lr_warmup_fraction is not None and not 0 <= schedule.lr_warmup_fraction < 1:
-        return f"--lr-warmup-fraction {schedule.lr_warmup_fraction}: must be at least 0 and below 1"
     if schedule.lr_warmup_iters and schedule.lr_warmup_iters >= schedule.lr_decay_iters:
         return (
             f"--lr-warmup-iters {schedule.lr_warmup_iters} leaves nothing of the {schedule.lr_decay_iters} decay "

@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -147,6 +148,46 @@ def fill(group: type, given: Mapping[str, Any]) -> Any:
     """An instance of ``group`` from the given values, defaults elsewhere."""
     names = {field.name for field in dataclasses.fields(group)}
     return group(**{name: value for name, value in given.items() if name in names})
+
+
+def out_of_range(values: Any) -> str | None:
+    """The first number of a group's instance that lies outside its bounds, in a line; ``None`` where all are within.
+
+    Numbers that were not given are passed over.
+    """
+    for field in dataclasses.fields(values):
+        value, at_least, above, at_most, below = getattr(values, field.name), *field.metadata["bounds"]
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        wanted = [
+            *(["finite"] if not math.isfinite(value) else []),
+            *([f"at least {at_least}"] if at_least is not None and not value >= at_least else []),
+            *([f"above {above}"] if above is not None and not value > above else []),
+            *([f"at most {at_most}"] if at_most is not None and not value <= at_most else []),
+            *([f"below {below}"] if below is not None and not value < below else []),
+        ]
+        if wanted:
+            return f"{spelling(field)} {value}: must be {' and '.join(wanted)}"
+    return None
+
+
+def read_options(
+    group: type, command_line: Sequence[str], program: str, required: Sequence[str] = (), **parser_options: Any
+) -> Any:
+    """The options of a command with one group: an instance of ``group``, complete and within bounds.
+
+    Raises:
+        InputError: as :func:`parse`; one of the fields ``required`` is not given; a number lies outside its bounds.
+    """
+    groups = ((program.split()[-1].removesuffix(".py"), group),)
+    options = fill(group, parse(build_parser(groups, prog=program, **parser_options), command_line, groups))
+    for field in dataclasses.fields(group):
+        if field.name in required and getattr(options, field.name) is None:
+            raise InputError(f"missing option: give {spelling(field)}; see --help")
+    problem = out_of_range(options)
+    if problem:
+        raise InputError(problem)
+    return options
 
 
 def number_list(text: str) -> list[float] | None:

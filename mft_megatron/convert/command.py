@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mft_megatron.errors import InputError
-from mft_megatron.options import build_parser, fill, option, parse
+from mft_megatron.options import option, read_options
 from mft_megatron.run_folder import latest_checkpoint
 
 
@@ -25,12 +25,7 @@ class ExportOptions:
 
 def mcore_to_hf(command_line: Sequence[str]) -> None:
     """Export the model of a checkpoint."""
-    groups = (("mcore-to-hf", ExportOptions),)
-    parser = build_parser(groups, prog="convert_checkpoint.py mcore-to-hf")
-    options = fill(ExportOptions, parse(parser, command_line, groups))
-    for name in ("load", "hf"):
-        if getattr(options, name) is None:
-            raise InputError(f"missing option: give --{name}; see --help")
+    options = read_options(ExportOptions, command_line, "convert_checkpoint.py mcore-to-hf", required=("load", "hf"))
     path, info = latest_checkpoint(options.load)
     # torch only now: what can be refused without it has been
     from mft_megatron.convert.hf_export import export, parse_size

@@ -14,7 +14,7 @@ from mft_megatron.data.preprocess import Recipe, preprocess
 from mft_megatron.data.sources import parse_tasks
 from mft_megatron.data.tokenizer import TOKENIZERS
 from mft_megatron.errors import InputError
-from mft_megatron.options import build_parser, fill, option, parse
+from mft_megatron.options import option, read_options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,7 @@ class PreprocessOptions:
         aliases=("--role_markers",),
         metavar="JSON",
     )
-    seq_length: int | None = option(None, "Tokens of a pack.", type=int)
+    seq_length: int | None = option(None, "Tokens of a pack.", type=int, at_least=2)
     split: str = option("98,2,0", "Weights of train, valid and test; each task is split so.", metavar="T,V,T")
     seed: int = option(1234, "Seed of the split.")
     overlong: str = option("drop", "What becomes of samples longer than a pack; counted either way.", choices=OVERLONG)
@@ -54,7 +54,7 @@ class PreprocessOptions:
         "What becomes of a record that cannot be used: stop there, or skip and count it.",
         choices=("stop", "skip"),
     )
-    workers: int = option(1, "Processes that tokenise; the result does not depend on it.")
+    workers: int = option(1, "Processes that tokenise; the result does not depend on it.", at_least=1)
     output_prefix: str | None = option(
         None, "Where to write: files PREFIX_… and the ledger PREFIX_dataset.json.", type=str, metavar="PREFIX"
     )
@@ -62,18 +62,12 @@ class PreprocessOptions:
 
 def preprocess_main(command_line: Sequence[str]) -> None:
     """Run ``tools/preprocess_data.py``."""
-    options = _options(PreprocessOptions, command_line, "preprocess_data.py")
-    for name in ("task", "tokenizer_model", "seq_length", "output_prefix"):
-        if getattr(options, name) is None:
-            raise InputError(f"missing option: give --{name.replace('_', '-')}; see --help")
+    required = ("task", "tokenizer_model", "seq_length", "output_prefix")
+    options = read_options(PreprocessOptions, command_line, "preprocess_data.py", required)
     if options.output_prefix.endswith("/") or Path(options.output_prefix).is_dir():
         raise InputError(
             f"--output-prefix {options.output_prefix}: is a folder; add the first part of the files' names"
         )
-    if options.seq_length < 2:
-        raise InputError(f"--seq-length {options.seq_length}: must be at least 2")
-    if options.workers < 1:
-        raise InputError(f"--workers {options.workers}: must be at least 1")
     ledger = preprocess(
         Recipe(
             tasks=parse_tasks(options.task),
@@ -122,7 +116,7 @@ def inspect_main(command_line: Sequence[str]) -> None:
     """Run ``tools/inspect_data.py PREFIX``."""
     words = list(command_line)
     prefix = words.pop(0) if words and not words[0].startswith("-") else None
-    options = _options(InspectOptions, words, "inspect_data.py", usage="inspect_data.py PREFIX [options]")
+    options = read_options(InspectOptions, words, "inspect_data.py", usage="inspect_data.py PREFIX [options]")
     if prefix is None:
         raise InputError("missing argument: give the data set's prefix first; see --help")
     ledger = read_ledger(prefix)
@@ -133,9 +127,3 @@ def inspect_main(command_line: Sequence[str]) -> None:
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     for text in show_samples(prefix, ledger, options.samples, colour):
         print(text)
-
-
-def _options(group: type, command_line: Sequence[str], program: str, **parser_options):
-    groups = ((program.removesuffix(".py"), group),)
-    parser = build_parser(groups, prog=program, **parser_options)
-    return fill(group, parse(parser, command_line, groups))

@@ -12,7 +12,6 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
-import hashlib
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator
@@ -20,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 
-from mft_megatron.data import _sample_index
 from mft_megatron.data.chat_format import ChatFormat, chat_format
 from mft_megatron.data.encoding import INTENDED_DROPS, Chunk, EncodedChunk, Encoder
 from mft_megatron.data.indexed_dataset import IndexedDatasetWriter, token_dtype
@@ -35,6 +33,7 @@ from mft_megatron.data.ledger import (
     ledger_path,
     read_ledger,
 )
+from mft_megatron.data.order import named_order
 from mft_megatron.data.packing import SPLITS, SplitPacks, pack_split
 from mft_megatron.data.sources import SourceReader
 from mft_megatron.data.tokenizer import Tokenizer, load_tokenizer
@@ -291,10 +290,8 @@ def assign_splits(samples: int, weights: tuple[float, float, float], seed: int, 
         if wanted[number] and sizes[number] == 0 and sizes.max() > 1:
             sizes[sizes.argmax()] -= 1
             sizes[number] += 1
-    digest = hashlib.sha256(f"{seed}/{task}".encode()).digest()
-    order = _sample_index.epoch_order(samples, int.from_bytes(digest[:8], "little"))
     split = np.empty(samples, np.uint8)
-    split[order] = np.repeat(np.arange(len(SPLITS), dtype=np.uint8), sizes)
+    split[named_order(f"{seed}/{task}", samples)] = np.repeat(np.arange(len(SPLITS), dtype=np.uint8), sizes)
     return split
 
 

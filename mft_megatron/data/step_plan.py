@@ -6,14 +6,13 @@ of an epoch is filled from the next. Every rank computes the same plan; resuming
 """
 
 import functools
-import hashlib
 from collections.abc import Iterator
 
 import numpy as np
 
 from mft_megatron.batch import StepPlan
-from mft_megatron.data import _sample_index
 from mft_megatron.data.dataset import PackedSplit
+from mft_megatron.data.order import named_order
 
 
 def plan_step(split: PackedSplit, *, seed: int, global_batch_size: int, consumed_samples: int) -> StepPlan:
@@ -44,8 +43,6 @@ def plan_evaluation(split: PackedSplit, global_batch_size: int) -> Iterator[Step
 @functools.lru_cache(maxsize=4)
 def epoch_order(dataset_hash: str, split: str, seed: int, epoch: int, num_packs: int) -> np.ndarray:
     """Order of the packs in one epoch, int64 [packs], not to be written to."""
-    name = f"{dataset_hash}/{split}/{seed}/{epoch}"
-    number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
-    order = _sample_index.epoch_order(num_packs, number)
+    order = named_order(f"{dataset_hash}/{split}/{seed}/{epoch}", num_packs)
     order.setflags(write=False)
     return order

@@ -2,7 +2,7 @@
 
 Everything else asks :func:`device` and :func:`backend`. Replacements inside Megatron-Core and torch come in two kinds,
 kept apart: those for a machine without CUDA (:mod:`.without_cuda`, never active with CUDA) and those for an environment
-without Transformer Engine and apex, with or without CUDA (in :mod:`.norm`, :mod:`.attention` and :mod:`.optimizer`).
+without Transformer Engine and apex, with or without CUDA (in :mod:`.norm` and :mod:`.attention`).
 """
 
 import importlib.metadata

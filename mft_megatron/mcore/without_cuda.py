@@ -2,7 +2,8 @@
 
 Megatron-Core names CUDA in four ways: functions of ``torch.cuda``, the literal ``device="cuda"`` in tensor factories,
 ``Tensor.cuda()``, and type names such as ``torch.cuda.FloatTensor``. Each is pointed at the CPU here. Nothing of this
-is active on a machine with CUDA; ``tests/mcore/test_without_cuda.py`` shows that every replacement is still needed.
+is active on a machine with CUDA; ``tests/mcore/test_without_cuda.py`` shows that every replacement is still
+needed, but for the first, which saves time only.
 """
 
 import contextlib

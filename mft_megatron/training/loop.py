@@ -62,10 +62,8 @@ def evaluate(arguments: Arguments, dataset: PackedDataset, trainer: Trainer, log
     if "valid" not in dataset.splits or arguments.validation.eval_iters == 0:
         return
     split = dataset.split("valid")
-    plans = list(_evaluation_plans(arguments, split))
-    if plans:
-        report = trainer.evaluate(split, plans)
-        log.write(valid_record(progress, report, dataset.tasks))
+    report = trainer.evaluate(split, list(_evaluation_plans(arguments, split)))
+    log.write(valid_record(progress, report, dataset.tasks))
 
 
 def _evaluation_plans(arguments: Arguments, split: PackedSplit) -> Iterator[StepPlan]:

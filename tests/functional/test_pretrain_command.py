@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from batches import one_segment
 from conftest import refusal, run_on_ranks, run_tool, torchrun
 
 MODEL = (
@@ -115,7 +116,7 @@ def _hf_difference(checkpoint, hf, prefix):
         trainer.model.eval()
         tokens = dataset.split("train").rows(np.array([3])).tokens_BS
         whole = len(tokens[0])
-        batch = to_device(_one_segment(tokens))
+        batch = to_device(one_segment(tokens))
         stages = parallel_state.get_pipeline_model_parallel_world_size()
         hidden = torch.empty(whole, 1, arguments.network.hidden_size)
         with torch.no_grad():
@@ -139,17 +140,6 @@ def _hf_difference(checkpoint, hf, prefix):
             expected = model(torch.from_numpy(tokens)).logits[0]
         assert expected.shape == logits.shape
         return float((logits - expected).abs().max()), float(expected.std())
-
-
-def _one_segment(tokens):
-    import numpy as np
-
-    from mft_megatron.batch import Batch
-
-    zeros = np.zeros_like(tokens)
-    width = tokens.shape[1]
-    positions = np.arange(width)[None]
-    return Batch(tokens, zeros, zeros.astype(np.uint8), positions, zeros, zeros, np.array([0, width], np.int32), width)
 
 
 @pytest.fixture(scope="module")

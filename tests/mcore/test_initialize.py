@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from batches import one_segment
 from conftest import run_on_ranks
 
 BASE = (
@@ -88,12 +89,9 @@ def _padding_is_left_out(divisible_by):
     arguments = parse_arguments((BASE.replace("--make-vocab-size-divisible-by 64 ", "") + extra).split(), 1)
     with parallel.process_groups(arguments.distributed, arguments.initialization.seed):
         model = Trainer(arguments, 100, np.ones(1)).model.module.eval()
-        tokens = np.arange(32)[None] * 3
-        from mft_megatron.batch import Batch
         from mft_megatron.mcore.step import to_device
 
-        zeros = np.zeros_like(tokens)
-        batch = Batch(tokens, tokens, zeros, np.arange(32)[None], zeros, zeros, np.array([0, 32], np.int32), 32)
+        batch = one_segment(np.arange(32) * 3)
         with torch.no_grad():
             return model.embedding.word_embeddings.weight.shape[0], model.run(to_device(batch))
 

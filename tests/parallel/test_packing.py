@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from batches import one_segment
 from conftest import run_on_ranks
 from run import arguments_for, open_dataset
 
@@ -17,17 +18,6 @@ def _model(prefix):
     model = PackedGPTModel(arguments, dataset.vocab_size)
     initialize_weights(model, arguments.initialization.seed, arguments.initialization.init_method_std)
     return arguments, dataset, model.eval()
-
-
-def _single(tokens):
-    """One sample as a micro-batch of its own, without padding."""
-    from mft_megatron.batch import Batch
-
-    tokens = np.asarray(tokens, np.int64)[None]
-    labels, zeros = np.roll(tokens, -1), np.zeros_like(tokens)
-    positions = np.arange(tokens.shape[1])[None]
-    cu_seqlens = np.array([0, tokens.shape[1]], np.int32)
-    return Batch(tokens, labels, zeros.astype(np.uint8), positions, zeros, zeros, cu_seqlens, tokens.shape[1])
 
 
 def _token_losses(model, batch):
@@ -58,7 +48,7 @@ def _packed_and_single(arguments, dataset, model):
     worst, seen = 0.0, 0
     for start, end in zip(batch.cu_seqlens, batch.cu_seqlens[1:], strict=False):
         if batch.loss_mask_BS.ravel()[start:end].any():
-            alone = _token_losses(model, _single(batch.tokens_BS.ravel()[start:end])).ravel()
+            alone = _token_losses(model, one_segment(batch.tokens_BS.ravel()[start:end])).ravel()
             worst = max(worst, float(np.abs(alone[:-1] - packed[start : end - 1]).max()))
             seen += 1
     return worst, seen
