@@ -19,7 +19,16 @@ from .errors import InputError
 from .options import build_parser, fill, option, out_of_range, parse, spelling
 from .run_folder import CheckpointInfo, is_checkpoint, latest_checkpoint
 
-LOSSES = ("token", "sample", "task-token", "task-sample")
+LOSSES = ("token", "sample", "task-token", "task-sample", "focal-sample", "focal-task")
+WEIGHTED = ("task-token", "task-sample")
+FOCAL = ("focal-sample", "focal-task")
+
+
+# values of MFTCoder's --weighted_loss_mode that name a balancer
+MFTCODER_BALANCERS = {"coba": "coba", "selfpaced": "self-paced"}
+_DRAW_HELP = (
+    "Validation packs of a draw; more if a pack cannot hold every task. In MFTCoder: micro-batches of each rank."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +162,11 @@ class CheckpointArguments:
     load_optim: bool = option(True, "Do not load the optimizer from the checkpoint.", flag="--no-load-optim")
     save_rng: bool = option(True, "Leave the random-number state out of checkpoints.", flag="--no-save-rng")
     load_rng: bool = option(True, "Do not load the random-number state.", flag="--no-load-rng")
+    save_best: bool = option(
+        False,
+        "Also save at the evaluation that is best by --early-stopping-metric so far, and keep that checkpoint: "
+        "best_checkpointed_iteration.txt in the --save folder names it.",
+    )
     ckpt_format: str = option("torch_dist", "Format of checkpoints.", choices=("torch_dist",))
 
 
@@ -198,6 +212,28 @@ class ValidationArguments:
         type=int,
         at_least=0,
     )
+    early_stopping_patience: int | None = option(
+        None,
+        "Stop after this many evaluations in a row without a better result; implies --save-best.",
+        type=int,
+        at_least=1,
+        aliases=("--early_stopping_stall_num",),
+    )
+    early_stopping_metric: str = option(
+        "macro",
+        "What is to get better: the mean of the tasks' validation losses (macro), the training objective over the "
+        "validation split (objective; not comparable from one evaluation to the next where weights change), or the "
+        "validation loss of a task, by its name.",
+        metavar="macro|objective|TASK",
+    )
+    early_stopping_min_delta: float = option(0.0, "By how much it must get better to count.", at_least=0)
+    task_early_stopping_patience: int | None = option(
+        None,
+        "Give a task weight 0 for good after this many evaluations in a row in which its own validation loss was not "
+        "better than before.",
+        type=int,
+        at_least=1,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,14 +278,24 @@ class LoggingArguments:
 
 @dataclasses.dataclass(frozen=True)
 class MultiTaskArguments:
-    """The objective: docs/LOSSES.md. Normalised over the global batch, whatever the layout."""
+    """The objective and its balancers: docs/LOSSES.md."""
 
     mft_loss: str = option(
         "task-token",
-        "What counts equally: every token, every sample, or every task (by its tokens or by its samples).",
+        "What counts equally: every token, every sample, or every task (by its tokens or by its samples); or a focal "
+        "loss, by samples or by tasks. MFTCoder's values coba and selfpaced mean task-token with that --task-balance.",
         choices=LOSSES,
         aliases=("--weighted_loss_mode",),
-        values=dict(zip(("case1", "case2", "case3", "case4"), LOSSES, strict=True)),
+        values={
+            **dict(zip(("case1", "case2", "case3", "case4"), LOSSES, strict=False)),
+            **{name: name for name in MFTCODER_BALANCERS},
+        },
+    )
+    mft_normalization: str = option(
+        "global",
+        "Over what a task is normalised: the global batch, whatever the layout, or each micro-batch as in MFTCoder, "
+        "for comparison; task weights then count for little when micro-batches are small.",
+        choices=("global", "micro-batch"),
     )
     task_weights: tuple[str, ...] | None = option(
         None,
@@ -260,6 +306,55 @@ class MultiTaskArguments:
         aliases=("--task_weights",),
         metavar="NAME=W",
     )
+    task_balance: str = option(
+        "static",
+        "Where the weights of task-token and task-sample come from: --task-weights, or the validation losses.",
+        choices=("static", "self-paced", "famo", "coba"),
+    )
+    focal_gamma: float = option(2.0, "Exponent of the focal losses; 0 turns them into task-sample.", at_least=0)
+    focal_alpha: tuple[str, ...] | None = option(
+        None,
+        "Weight of each task in the focal losses, given as in --task-weights; above 0.",
+        type=str,
+        many=True,
+        metavar="NAME=A",
+    )
+    focal_detach: bool = option(False, "Take the modulating factor of the focal losses as a constant.")
+    self_paced_history_length: int = option(
+        100, "Draws in the window of slopes.", at_least=2, aliases=("--selfpaced_history_length",)
+    )
+    self_paced_update_interval: int = option(
+        1, "Steps from one draw to the next.", at_least=1, aliases=("--selfpaced_interval",)
+    )
+    self_paced_sample_valid_num: int = option(1, _DRAW_HELP, at_least=1, aliases=("--selfpaced_sample_valid_num",))
+    self_paced_scale_factor: float = option(
+        50.0, "Gain before the last softmax.", above=0, aliases=("--selfpaced_scale_factor",)
+    )
+    famo_lr: float = option(0.025, "Learning rate of FAMO's logits.", at_least=0)
+    famo_weight_decay: float = option(0.01, "L2 weight decay of FAMO's logits.", at_least=0)
+    famo_beta1: float = option(0.9, "First coefficient of FAMO's Adam.", at_least=0, below=1)
+    famo_beta2: float = option(0.999, "Second coefficient of FAMO's Adam.", at_least=0, below=1)
+    famo_min_losses: tuple[str, ...] | None = option(
+        None,
+        "Lowest loss that each task can reach, given as in --task-weights; 0 where not named.",
+        type=str,
+        many=True,
+        metavar="NAME=B",
+    )
+    famo_update_interval: int = option(1, "Steps from one draw to the next.", at_least=1)
+    famo_sample_valid_num: int = option(1, f"{_DRAW_HELP} FAMO draws the same samples every time.", at_least=1)
+    coba_variant: str = option(
+        "paper", "CoBa's arithmetic: as published, or as released in MFTCoder v0.5.", choices=("paper", "release")
+    )
+    coba_warmup_steps: int = option(100, "Steps with uniform weights.", at_least=0, aliases=("--coba_warmup_steps",))
+    coba_history_length: int = option(
+        200, "Draws in the window of slopes.", at_least=2, aliases=("--coba_history_length",)
+    )
+    coba_tau: float = option(5.0, "Temperature of the divergence factor.", above=0, aliases=("--coba_tau",))
+    coba_update_interval: int = option(
+        1, "Steps from one draw to the next.", at_least=1, aliases=("--coba_update_interval",)
+    )
+    coba_sample_valid_num: int = option(1, _DRAW_HELP, at_least=1, aliases=("--coba_sample_valid_num",))
 
 
 GROUPS: tuple[tuple[str, type], ...] = (
@@ -346,6 +441,8 @@ def parse_arguments(command_line: Sequence[str], world_size: int = 1, packed_len
         _need(given, name, hint)
     if "num_query_groups" in given and not given.get("group_query_attention") and resume is None:
         raise InputError("--num-query-groups has no effect without --group-query-attention; give both or neither")
+    _expand_mftcoder_balancer(given)
+    _refuse(_options_without_effect(given))
     groups = {
         field.name: fill(group, given) for field, (_, group) in zip(dataclasses.fields(Arguments), GROUPS, strict=False)
     }
@@ -360,6 +457,41 @@ def parse_arguments(command_line: Sequence[str], world_size: int = 1, packed_len
 def _refuse(problem: str | None) -> None:
     if problem:
         raise InputError(problem)
+
+
+def _expand_mftcoder_balancer(given: dict[str, Any]) -> None:
+    """``--weighted_loss_mode coba``: a loss and a balancer in one value."""
+    balancer = MFTCODER_BALANCERS.get(given.get("mft_loss"))
+    if balancer is None:
+        return
+    if given.get("task_balance", balancer) != balancer:
+        raise InputError(
+            f"--weighted_loss_mode {given['mft_loss']} means --task-balance {balancer}, not {given['task_balance']}; "
+            "give one of them"
+        )
+    given.update(mft_loss="task-token", task_balance=balancer)
+
+
+def _options_without_effect(given: Mapping[str, Any]) -> str | None:
+    """Options of a loss, a balancer or a criterion that is not in use."""
+    loss, balance = given.get("mft_loss", "task-token"), given.get("task_balance", "static")
+    stopping = {"early_stopping_patience", "task_early_stopping_patience", "save_best"} & given.keys()
+    owners = (
+        ("focal_", loss in FOCAL, f"--mft-loss {loss}; use focal-sample or focal-task"),
+        ("self_paced_", balance == "self-paced", f"--task-balance {balance}; use self-paced"),
+        ("famo_", balance == "famo", f"--task-balance {balance}; use famo"),
+        ("coba_", balance == "coba", f"--task-balance {balance}; use coba"),
+        (
+            "early_stopping_",
+            stopping,
+            "nothing that compares evaluations; give --early-stopping-patience or --save-best",
+        ),
+    )
+    for field in (field for _, group in GROUPS for field in dataclasses.fields(group)):
+        for prefix, in_use, why in owners:
+            if field.name.startswith(prefix) and field.name in given and not in_use:
+                return f"{spelling(field)} has no effect with {why}, or leave it out"
+    return None
 
 
 _REQUIRED = {
@@ -571,10 +703,44 @@ def _check_checkpointing(a: Arguments) -> str | None:
 
 
 def _check_objective(a: Arguments) -> str | None:
-    if a.multi_task.task_weights and a.multi_task.mft_loss in ("token", "sample"):
+    m = a.multi_task
+    if m.task_balance != "static" and m.mft_loss not in WEIGHTED:
         return (
-            f"--task-weights has no meaning with --mft-loss {a.multi_task.mft_loss}, where tasks are not balanced; use "
+            f"--task-balance {m.task_balance} gives weights to tasks, which --mft-loss {m.mft_loss} does not take; use "
+            "task-token or task-sample, or leave it out"
+        )
+    if m.task_weights and m.mft_loss in FOCAL:
+        return f"--task-weights has no meaning with --mft-loss {m.mft_loss}; its weights are --focal-alpha"
+    if m.task_weights and m.mft_loss not in WEIGHTED:
+        return (
+            f"--task-weights has no meaning with --mft-loss {m.mft_loss}, where tasks are not balanced; use "
             "task-token or task-sample"
+        )
+    if m.task_weights and m.task_balance != "static":
+        return f"--task-weights and --task-balance {m.task_balance} both set the weights; leave one of them out"
+    if m.mft_normalization == "micro-batch" and m.mft_loss in FOCAL:
+        return (
+            f"--mft-normalization micro-batch is for comparison with MFTCoder's releases, which have no {m.mft_loss}; "
+            "leave it out"
+        )
+    return None
+
+
+def _check_stopping(a: Arguments) -> str | None:
+    v, c = a.validation, a.checkpoint
+    for name, wanted in (
+        ("--early-stopping-patience", v.early_stopping_patience),
+        ("--task-early-stopping-patience", v.task_early_stopping_patience),
+        ("--save-best", c.save_best),
+    ):
+        if wanted and v.eval_iters == 0:
+            return f"{name} needs evaluations, and --eval-iters 0 turns them off; leave one of them out"
+    if c.save_best and c.save is None:
+        return "--save-best without --save: give --save DIR"
+    if v.task_early_stopping_patience and a.multi_task.mft_loss in ("token", "sample"):
+        return (
+            "--task-early-stopping-patience sets the weights of tasks, which --mft-loss "
+            f"{a.multi_task.mft_loss} does not have; use another loss, or leave it out"
         )
     return None
 
@@ -588,4 +754,5 @@ CHECKS = (
     _check_schedule,
     _check_checkpointing,
     _check_objective,
+    _check_stopping,
 )

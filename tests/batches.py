@@ -1,6 +1,7 @@
 """Micro-batches made by hand."""
 
 import numpy as np
+import torch
 
 from mft_megatron.batch import Batch
 
@@ -12,3 +13,47 @@ def one_segment(tokens):
     cu_seqlens = np.array([0, tokens.size], np.int32)
     labels = np.roll(tokens, -1)
     return Batch(tokens, labels, zeros.astype(np.uint8), positions, zeros, zeros, cu_seqlens, tokens.size)
+
+
+def random_batch(seed, tasks=4, rows=6, width=40):
+    """Rows of samples with uneven masks; one task absent, one sample without supervision, padding at row ends."""
+    rng = np.random.default_rng(seed)
+    sample_ids = np.zeros((rows, width), np.int64)
+    task_ids = np.zeros((rows, width), np.int64)
+    mask = np.zeros((rows, width), np.uint8)
+    number = 0
+    for row in range(rows):
+        position = 0
+        while position < width:
+            length = min(int(rng.integers(2, 15)), width - position)
+            span = slice(position, position + length)
+            sample_ids[row, span] = number
+            task_ids[row, span] = rng.integers(0, tasks - 1)  # the last task never appears
+            if number % 5 != 4:
+                mask[row, span] = rng.random(length) < 0.7
+            position += length
+            number += 1
+    return sample_ids, task_ids, mask, rng.uniform(0.1, 6.0, (rows, width)).astype(np.float32)
+
+
+def by_sample(sample_ids, task_ids, mask, loss):
+    return [
+        (int(task_ids[sample_ids == s][0]), loss[(sample_ids == s) & (mask == 1)]) for s in range(sample_ids.max() + 1)
+    ]
+
+
+def counted(samples, tasks):
+    tokens_K = np.zeros(tasks, np.int64)
+    samples_K = np.zeros(tasks, np.int64)
+    for task, tokens in samples:
+        tokens_K[task] += len(tokens)
+        samples_K[task] += len(tokens) > 0
+    return torch.from_numpy(tokens_K), torch.from_numpy(samples_K)
+
+
+def as_batch(sample_ids, task_ids, mask):
+    """What the objective looks at, as a micro-batch of tensors; the rest is left out."""
+    ids = (torch.from_numpy(array) for array in (mask, sample_ids, task_ids))
+    mask_BS, sample_ids_BS, task_ids_BS = ids
+    cu_seqlens = torch.zeros(int(sample_ids.max()) + 2)
+    return Batch(None, None, mask_BS, None, sample_ids_BS, task_ids_BS, cu_seqlens, 0)

@@ -39,10 +39,35 @@ def test_what_follows_is_filled_in():
     assert parse().learning_rate.lr_decay_iters == 10
 
 
-@pytest.mark.parametrize(("alias", "loss"), list(zip(("case1", "case2", "case3", "case4"), LOSSES, strict=True)))
+@pytest.mark.parametrize(("alias", "loss"), list(zip(("case1", "case2", "case3", "case4"), LOSSES[:4], strict=True)))
 def test_mftcoder_names(alias, loss):
     assert parse(f"--weighted_loss_mode {alias}").multi_task.mft_loss == loss
     assert parse(f"--mft-loss {loss}").multi_task.mft_loss == loss
+
+
+def test_mftcoder_names_of_the_balancers():
+    names = (
+        "--coba_warmup_steps 7 --coba_history_length 9 --coba_tau 3 --coba_update_interval 2 --coba_sample_valid_num 4"
+    )
+    m = parse(f"--weighted_loss_mode coba {names}").multi_task
+    assert (m.mft_loss, m.task_balance, m.coba_variant) == ("task-token", "coba", "paper")
+    assert (m.coba_warmup_steps, m.coba_history_length, m.coba_tau) == (7, 9, 3.0)
+    assert (m.coba_update_interval, m.coba_sample_valid_num) == (2, 4)
+    names = "--selfpaced_history_length 9 --selfpaced_interval 2 --selfpaced_sample_valid_num 4"
+    m = parse(f"--weighted_loss_mode selfpaced {names} --selfpaced_scale_factor 10").multi_task
+    assert (m.mft_loss, m.task_balance) == ("task-token", "self-paced")
+    assert (m.self_paced_history_length, m.self_paced_update_interval) == (9, 2)
+    assert (m.self_paced_sample_valid_num, m.self_paced_scale_factor) == (4, 10.0)
+    assert parse("--weighted_loss_mode coba --task-balance coba").multi_task.task_balance == "coba"
+    assert parse("--early_stopping_stall_num 3").validation.early_stopping_patience == 3
+
+
+def test_defaults_of_the_balancers_are_the_releases():
+    m = parse().multi_task
+    assert (m.coba_warmup_steps, m.coba_history_length, m.coba_tau) == (100, 200, 5)
+    assert (m.self_paced_history_length, m.self_paced_scale_factor) == (100, 50)
+    assert (m.famo_lr, m.famo_weight_decay, m.famo_beta1, m.famo_beta2) == (0.025, 0.01, 0.9, 0.999)
+    assert (m.task_balance, m.mft_normalization, m.focal_gamma, m.focal_detach) == ("static", "global", 2, False)
 
 
 def test_the_packed_length_is_the_default():
@@ -98,6 +123,28 @@ REFUSED = {
     "--load nowhere": "does not exist",
     "--load nowhere/iter_0000003": "does not exist",
     "--mft-loss token --task-weights a=1": "no meaning with --mft-loss token",
+    "--mft-loss focal-task --task-weights a=1": "its weights are --focal-alpha",
+    "--mft-loss token --task-balance coba": "gives weights to tasks, which --mft-loss token does not take",
+    "--mft-loss focal-sample --task-balance famo": "use task-token or task-sample",
+    "--weighted_loss_mode coba --task-balance famo": "--weighted_loss_mode coba means --task-balance coba, not famo",
+    "--task-balance coba --task-weights a=1": "both set the weights",
+    "--mft-loss focal-sample --mft-normalization micro-batch": "have no focal-sample",
+    "--focal-gamma 1": "--focal-gamma has no effect with --mft-loss task-token; use focal-sample or focal-task",
+    "--focal-detach": "--focal-detach has no effect",
+    "--mft-loss focal-sample --focal-gamma -1": "at least 0",
+    "--coba-tau 3": "--coba-tau has no effect with --task-balance static; use coba",
+    "--task-balance coba --famo-lr 1": "--famo-lr has no effect with --task-balance coba; use famo",
+    "--task-balance famo --selfpaced_interval 2": "--self-paced-update-interval has no effect",
+    "--task-balance coba --coba-history-length 1": "at least 2",
+    "--task-balance coba --coba-update-interval 0": "at least 1",
+    "--task-balance self-paced --self-paced-scale-factor 0": "above 0",
+    "--early-stopping-min-delta 0.1": "give --early-stopping-patience or --save-best",
+    "--early-stopping-patience 0": "at least 1",
+    "--early-stopping-patience 2 --early-stopping-min-delta -1": "at least 0",
+    "--early-stopping-patience 2 --eval-iters 0": "needs evaluations",
+    "--task-early-stopping-patience 2 --eval-iters 0": "needs evaluations",
+    "--task-early-stopping-patience 2 --mft-loss sample": "which --mft-loss sample does not have",
+    "--save-best": "without --save",
 }
 
 

@@ -5,6 +5,7 @@ the files of :mod:`.packing` say which samples share a row. Everything is memory
 is asked for, without a loop over tokens.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -130,53 +131,61 @@ class PackedSplit:
         return sum(int(self.dataset.tokens.lengths[self.samples_of(pack)].sum()) for pack in packs_G)
 
     def rows(self, packs_B: np.ndarray) -> Batch:
-        """One row for each pack, as numpy arrays: the samples one behind the other, then padding.
+        """One row for each pack: see :func:`rows_of`."""
+        return rows_of(self.dataset, [self.samples_of(pack) for pack in packs_B])
 
-        Labels are shifted here and nowhere else: the label of a position is the next token of the same sample, and it
-        counts where that token is supervised. The last position of a sample has no label.
-        """
-        tokens, width = self.dataset.tokens, self.seq_length
-        samples_of_rows = [self.samples_of(pack) for pack in packs_B]
-        samples = np.concatenate(samples_of_rows)
-        lengths = tokens.lengths[samples].astype(np.int64)
-        row = np.repeat(np.arange(len(packs_B)), [len(own) for own in samples_of_rows])
-        used = np.bincount(row, weights=lengths, minlength=len(packs_B)).astype(np.int64)
 
-        # where each sample starts: in the stream of rows, in the data set, and among the samples' own tokens
-        before = np.cumsum(lengths) - lengths
-        stream_start = before + row * width - (np.cumsum(used) - used)[row]
-        source = _ranges(tokens.starts[samples], lengths)
-        target = _ranges(stream_start, lengths)
-        last = before + lengths - 1
+def rows_of(dataset: PackedDataset, samples_of_rows: Sequence[np.ndarray]) -> Batch:
+    """Rows of whole samples as numpy arrays: the samples one behind the other, then padding.
 
-        own_tokens = tokens.items[source].astype(np.int64)
-        own_labels = np.append(own_tokens[1:], 0)
-        own_labels[last] = 0
-        own_mask = np.append(self.dataset.mask.items[source][1:], np.uint8(0))
-        own_mask[last] = 0
-        streams = {
-            "tokens_BS": _placed(own_tokens, target, np.full(len(packs_B) * width, self.dataset.pad_token_id)),
-            "labels_BS": _placed(own_labels, target, np.zeros(len(packs_B) * width, np.int64)),
-            "loss_mask_BS": _placed(own_mask, target, np.zeros(len(packs_B) * width, np.uint8)),
-            "task_ids_BS": _placed(
-                np.repeat(self.dataset.task_ids[samples].astype(np.int64), lengths),
-                target,
-                np.zeros(len(packs_B) * width, np.int64),
-            ),
-        }
+    Labels are shifted here and nowhere else: the label of a position is the next token of the same sample, and it
+    counts where that token is supervised. The last position of a sample has no label.
 
-        # segments: the samples, and what is left of each row
-        padding = np.flatnonzero(used < width)
-        starts = np.sort(np.concatenate([stream_start, padding * width + used[padding]]))
-        cu_seqlens = np.append(starts, len(packs_B) * width)
-        segment_lengths = np.diff(cu_seqlens)
-        streams["sample_ids_BS"] = np.repeat(np.arange(len(starts)), segment_lengths)
-        streams["position_ids_BS"] = np.arange(len(packs_B) * width) - np.repeat(starts, segment_lengths)
-        return Batch(
-            **{name: stream.reshape(len(packs_B), width) for name, stream in streams.items()},
-            cu_seqlens=cu_seqlens.astype(np.int32),
-            max_seqlen=int(segment_lengths.max()),
-        )
+    Args:
+        dataset: where the samples are.
+        samples_of_rows: B arrays of sample numbers; those of one row have no more than ``seq_length`` tokens together.
+    """
+    tokens, width, num_rows = dataset.tokens, dataset.seq_length, len(samples_of_rows)
+    samples = np.concatenate(samples_of_rows)
+    lengths = tokens.lengths[samples].astype(np.int64)
+    row = np.repeat(np.arange(num_rows), [len(own) for own in samples_of_rows])
+    used = np.bincount(row, weights=lengths, minlength=num_rows).astype(np.int64)
+
+    # where each sample starts: in the stream of rows, in the data set, and among the samples' own tokens
+    before = np.cumsum(lengths) - lengths
+    stream_start = before + row * width - (np.cumsum(used) - used)[row]
+    source = _ranges(tokens.starts[samples], lengths)
+    target = _ranges(stream_start, lengths)
+    last = before + lengths - 1
+
+    own_tokens = tokens.items[source].astype(np.int64)
+    own_labels = np.append(own_tokens[1:], 0)
+    own_labels[last] = 0
+    own_mask = np.append(dataset.mask.items[source][1:], np.uint8(0))
+    own_mask[last] = 0
+    streams = {
+        "tokens_BS": _placed(own_tokens, target, np.full(num_rows * width, dataset.pad_token_id)),
+        "labels_BS": _placed(own_labels, target, np.zeros(num_rows * width, np.int64)),
+        "loss_mask_BS": _placed(own_mask, target, np.zeros(num_rows * width, np.uint8)),
+        "task_ids_BS": _placed(
+            np.repeat(dataset.task_ids[samples].astype(np.int64), lengths),
+            target,
+            np.zeros(num_rows * width, np.int64),
+        ),
+    }
+
+    # segments: the samples, and what is left of each row
+    padding = np.flatnonzero(used < width)
+    starts = np.sort(np.concatenate([stream_start, padding * width + used[padding]]))
+    cu_seqlens = np.append(starts, num_rows * width)
+    segment_lengths = np.diff(cu_seqlens)
+    streams["sample_ids_BS"] = np.repeat(np.arange(len(starts)), segment_lengths)
+    streams["position_ids_BS"] = np.arange(num_rows * width) - np.repeat(starts, segment_lengths)
+    return Batch(
+        **{name: stream.reshape(num_rows, width) for name, stream in streams.items()},
+        cu_seqlens=cu_seqlens.astype(np.int32),
+        max_seqlen=int(segment_lengths.max()),
+    )
 
 
 def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:

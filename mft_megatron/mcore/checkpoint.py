@@ -10,6 +10,7 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
@@ -19,6 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from mft_megatron.arguments import CheckpointArguments
 from mft_megatron.errors import InputError
+from mft_megatron.losses.focal import TaskStatistics
 from mft_megatron.run_folder import TRACKER, CheckpointInfo, iteration_folder, replace_text, write_info
 
 from . import parallel, platform
@@ -27,7 +29,13 @@ from .step import Trainer
 from .tensor_reader import TensorReader
 
 
-def save(folder: Path, trainer: Trainer, info: CheckpointInfo, options: CheckpointArguments) -> Path:
+def save(
+    folder: Path,
+    trainer: Trainer,
+    info: CheckpointInfo,
+    options: CheckpointArguments,
+    training_state: dict[str, Any] | None = None,
+) -> Path:
     """Write a checkpoint of all ranks and make it the newest of the run.
 
     Args:
@@ -35,6 +43,8 @@ def save(folder: Path, trainer: Trainer, info: CheckpointInfo, options: Checkpoi
         trainer: what to save.
         info: description of the checkpoint; its iteration names the folder.
         options: whether the optimizer and the random-number state are part of it.
+        training_state: what the run remembers besides; CPU tensors, numbers, strings, lists and dicts, the same on
+            every rank.
 
     Returns:
         the checkpoint's folder.
@@ -45,7 +55,12 @@ def save(folder: Path, trainer: Trainer, info: CheckpointInfo, options: Checkpoi
         path.mkdir(parents=True)
     parallel.wait()
     model_state = trainer.model.module.sharded_state_dict()
-    state = {"model": model_state, "scheduler": trainer.scheduler.state_dict()}
+    state = {
+        "model": model_state,
+        "scheduler": trainer.scheduler.state_dict(),
+        "statistics": {name: value.cpu() for name, value in vars(trainer.statistics).items()},
+        "training": training_state or {},
+    }
     if options.save_optim and info.optimizer_steps:
         state["optimizer"] = trainer.optimizer.sharded_state_dict(model_state)
     if options.save_rng:
@@ -60,11 +75,14 @@ def save(folder: Path, trainer: Trainer, info: CheckpointInfo, options: Checkpoi
     return path
 
 
-def load(path: Path, trainer: Trainer, info: CheckpointInfo, options: CheckpointArguments) -> None:
+def load(path: Path, trainer: Trainer, info: CheckpointInfo, options: CheckpointArguments) -> dict[str, Any]:
     """Load a checkpoint written at any layout into the trainer, in place.
 
-    With ``--finetune`` only the weights; else also the optimizer, the schedule and, on the same layout, the
-    random-number state, unless the options leave them out.
+    With ``--finetune`` only the weights; else also the optimizer, the schedule, the statistics of the focal loss and,
+    on the same layout, the random-number state, unless the options leave them out.
+
+    Returns:
+        the ``training_state`` that :func:`save` was given; empty with ``--finetune``.
 
     Raises:
         InputError: the checkpoint does not hold what this model needs.
@@ -95,6 +113,10 @@ def load(path: Path, trainer: Trainer, info: CheckpointInfo, options: Checkpoint
         trainer.optimizer.reload_model_params()
     if with_rng:
         _set_rng_state(loaded["rng"])
+    if whole and "statistics" in loaded:
+        there = {name: value.to(platform.device()) for name, value in loaded["statistics"].items()}
+        trainer.statistics = TaskStatistics(**there)
+    return loaded.get("training", {}) if whole else {}
 
 
 @contextlib.contextmanager

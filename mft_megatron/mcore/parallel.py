@@ -98,6 +98,13 @@ def sum_over_world(value: Tensor) -> Tensor:
     return value
 
 
+def from_main(value: Tensor) -> Tensor:
+    """The main process's value of a CPU tensor, on every process."""
+    there = value.to(platform.device())
+    dist.broadcast(there, src=0)
+    return there.cpu()
+
+
 def wait() -> None:
     """Wait for all processes."""
     dist.barrier()

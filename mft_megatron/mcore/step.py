@@ -3,7 +3,7 @@
 ::
 
     StepPlan ─► packs of this rank ─► Batch ─► token losses l_t ─┐
-    T_i, M_i of the whole global batch, w_i ─► coefficients c_t ─┴─► Σ c_t·l_t ─► backward, summed over ranks ─► Adam
+    T_i, M_i of the whole global batch, w_i ─► factors [K] ──────┴─► objective ─► backward, summed over ranks ─► Adam
 
 Every rank builds its micro-batches from the plan itself; nothing about the batch is ever sent. Reports are sums over
 the whole global batch, in fp64, from one all-reduce after the schedule has run.
@@ -23,14 +23,17 @@ from torch import Tensor
 
 from mft_megatron.arguments import Arguments
 from mft_megatron.batch import Batch, StepPlan
-from mft_megatron.data.dataset import PackedSplit
-from mft_megatron.losses.coefficients import coefficients, task_factors, task_sums
+from mft_megatron.data.dataset import PackedDataset, PackedSplit, rows_of
+from mft_megatron.data.validation_draw import deal
+from mft_megatron.losses.focal import TaskStatistics
+from mft_megatron.losses.objective import SUMS, Objective, StepFactors
 
 from . import parallel, platform
 from .model import build_model
 from .optimizer import build_optimizer, build_scheduler, learning_rate
 
-SUMS = ("loss_K", "tokens_K", "objective_K", "share_K")
+# sample numbers of each row of each micro-batch
+MicroBatches = Sequence[Sequence[np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +41,7 @@ class StepReport:
     """What a step (or an evaluation) did, summed over all ranks; tensors stay on the device until they are read.
 
     ``loss_K``: Σ l_t over supervised tokens of each task. ``tokens_K``: how many those are.
-    ``objective_K``: Σ c_t·l_t; ``share_K``: Σ c_t, both per task. All fp64 [K].
+    ``objective_K``: each task's part of the objective; ``share_K``: Σ c_t of each task. All fp64 [K].
     ``weight_K``: the tasks' weights w_i that held. ``grad_norm``: before clipping. ``learning_rate``: of this step.
     """
 
@@ -52,22 +55,28 @@ class StepReport:
 
     @property
     def loss(self) -> float:
-        """The objective: Σ c_t·l_t."""
+        """The objective."""
         return self.objective_K.sum().item()
 
 
 class Trainer:
-    """A model, its optimizer and its schedule on this rank, and the two things one does with them."""
+    """A model, its optimizer and its schedule on this rank, and the things one does with them."""
 
     def __init__(self, arguments: Arguments, vocab_size: int, weight_K: np.ndarray):
         """
         Args:
             arguments: of the whole run.
             vocab_size: real size of the vocabulary.
-            weight_K: fp64 [K], weight of each task; may be replaced between steps.
+            weight_K: fp64 [K], weight ``w_i`` of each task, ``alpha_i`` of the focal losses; may be replaced between
+                steps.
         """
         self.arguments = arguments
         self.weight_K = weight_K
+        options = arguments.multi_task
+        self.objective = Objective(
+            options.mft_loss, options.focal_gamma, options.focal_detach, options.mft_normalization == "micro-batch"
+        )
+        self.statistics = TaskStatistics.none(len(weight_K), platform.device())
         self.model: DistributedDataParallel = build_model(arguments, vocab_size)
         self.optimizer: MegatronOptimizer = build_optimizer(arguments, self.model)
         self.scheduler: OptimizerParamScheduler = build_scheduler(arguments, self.optimizer)
@@ -83,59 +92,97 @@ class Trainer:
             the report, or ``None`` where the batch has nothing to learn from (no supervised token of a task with a
             weight): then nothing is changed, on every rank alike.
         """
-        factor_K = self._factors(plan)
-        if not factor_K.any():
+        factors = self._factors(self.objective, [plan])
+        if not factors.base_K.any():
             return None
         self.model.train()
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        report = self._run(split, plan, factor_K, forward_only=False)
+        sums = self._run(self.objective, factors, split.dataset, self._micro_batches(split, plan), forward_only=False)
         rate = learning_rate(self.optimizer)
         _, grad_norm, _ = self.optimizer.step()
         self.scheduler.step(increment=1)
+        samples_K = torch.from_numpy(plan.samples_K)
+        self.statistics = self.objective.statistics_after(self.statistics, sums, samples_K)
+        report = _report(self.objective, factors, sums, samples_K)
         return dataclasses.replace(report, weight_K=self.weight_K, grad_norm=grad_norm, learning_rate=rate)
 
     def evaluate(self, split: PackedSplit, plans: Sequence[StepPlan]) -> StepReport:
         """Token losses of every task over the given batches, without changing anything.
 
-        The objective is that of all batches as one: their counts are added up first.
+        The objective is that of all batches as one, whatever ``--mft-normalization`` says: their counts are added up
+        first.
         """
-        self.model.eval()
-        factor_K = self._factors(*plans)
-        with torch.no_grad():
-            reports = [self._run(split, plan, factor_K, forward_only=True) for plan in plans]
-        return StepReport(*(sum(getattr(report, name) for report in reports) for name in SUMS))
+        objective = dataclasses.replace(self.objective, per_micro_batch=False)
+        factors = self._factors(objective, plans)
+        sums = sum(self._forward_only(objective, factors, split.dataset, self._micro_batches(split, p)) for p in plans)
+        return _report(objective, factors, sums, torch.from_numpy(sum(plan.samples_K for plan in plans)))
+
+    def task_losses(self, dataset: PackedDataset, rows: list[np.ndarray]) -> np.ndarray:
+        """Mean token loss of each task over some rows of samples, without changing anything.
+
+        Returns:
+            fp64 [K], the same on every rank; NaN for a task without a supervised token in these rows.
+        """
+        nothing = torch.zeros(len(self.weight_K), dtype=torch.float64)
+        micro_batches = deal(rows, self.ranks, self.arguments.training.micro_batch_size)
+        sums = self._forward_only(Objective("token"), StepFactors(nothing, nothing, nothing), dataset, micro_batches)
+        loss_K, tokens_K = sums[SUMS.index("loss_K")], sums[SUMS.index("tokens_K")]
+        return (loss_K / tokens_K).cpu().numpy()
 
     def num_parameters(self) -> int:
         """Parameters of the whole model, padding of the vocabulary counted in and shared weights counted once."""
         return parallel.count_parameters(self.model)
 
-    def _factors(self, *plans: StepPlan) -> Tensor:
-        tokens_K = sum(plan.supervised_tokens_K for plan in plans)
-        samples_K = sum(plan.samples_K for plan in plans)
-        counts = (tokens_K, samples_K, self.weight_K)
-        return task_factors(self.arguments.multi_task.mft_loss, *(torch.from_numpy(count) for count in counts))
+    def _factors(self, objective: Objective, plans: Sequence[StepPlan]) -> StepFactors:
+        counts = (sum(plan.supervised_tokens_K for plan in plans), sum(plan.samples_K for plan in plans))
+        num_micro_batches = sum(len(plan.packs_G) for plan in plans) // self.arguments.training.micro_batch_size
+        numbers = (torch.from_numpy(values) for values in (*counts, self.weight_K))
+        return objective.before_step(*numbers, self.statistics, num_micro_batches)
 
-    def _run(self, split: PackedSplit, plan: StepPlan, factor_K: Tensor, forward_only: bool) -> StepReport:
-        micro_batch_size = self.arguments.training.micro_batch_size
-        packs = plan.micro_batches(self.ranks, micro_batch_size)
-        sums = torch.zeros(len(SUMS), len(factor_K), dtype=torch.float64, device=platform.device())
+    def _micro_batches(self, split: PackedSplit, plan: StepPlan) -> MicroBatches:
+        packs = plan.micro_batches(self.ranks, self.arguments.training.micro_batch_size)
+        return [[split.samples_of(pack) for pack in packs_B] for packs_B in packs]
+
+    def _forward_only(
+        self, objective: Objective, factors: StepFactors, dataset: PackedDataset, micro_batches: MicroBatches
+    ) -> Tensor:
+        self.model.eval()
+        with torch.no_grad():
+            return self._run(objective, factors, dataset, micro_batches, forward_only=True)
+
+    def _run(
+        self,
+        objective: Objective,
+        factors: StepFactors,
+        dataset: PackedDataset,
+        micro_batches: MicroBatches,
+        forward_only: bool,
+    ) -> Tensor:
+        """Take this rank's micro-batches through the pipeline; the sums over all ranks, fp64 [len(SUMS), K]."""
+        sums = torch.zeros(len(SUMS), len(self.weight_K), dtype=torch.float64, device=platform.device())
         self._schedule(
-            forward_step_func=partial(_forward, self.arguments.multi_task.mft_loss, factor_K.to(sums.device), sums),
-            data_iterator=_batches(split, packs),
+            forward_step_func=partial(_forward, partial(_objective, objective, factors.to(sums.device), sums)),
+            data_iterator=_batches(dataset, micro_batches),
             model=self.model,
-            num_microbatches=len(packs),
+            num_microbatches=len(micro_batches),
             # a micro-batch travels through the pipeline as one stream of tokens
-            seq_length=micro_batch_size * self.arguments.data.seq_length,
+            seq_length=self.arguments.training.micro_batch_size * self.arguments.data.seq_length,
             micro_batch_size=1,
             forward_only=forward_only,
         )
-        return StepReport(*parallel.sum_over_world(sums))
+        return parallel.sum_over_world(sums)
 
 
-def _batches(split: PackedSplit, packs: np.ndarray) -> Iterator[Batch]:
-    for packs_B in packs:
-        yield to_device(split.rows(packs_B))
+def _report(objective: Objective, factors: StepFactors, sums: Tensor, samples_K: Tensor) -> StepReport:
+    named = dict(zip(SUMS, sums, strict=True))
+    by_task_K = objective.by_task(factors, sums, samples_K)
+    return StepReport(named["loss_K"], named["tokens_K"], by_task_K, named["share_K"])
+
+
+def _batches(dataset: PackedDataset, micro_batches: MicroBatches) -> Iterator[Batch]:
+    for rows in micro_batches:
+        yield to_device(rows_of(dataset, rows))
 
 
 def to_device(batch: Batch) -> Batch:
@@ -148,28 +195,22 @@ def to_device(batch: Batch) -> Batch:
     return Batch(**arrays, max_seqlen=batch.max_seqlen)
 
 
-def _forward(mode: str, factor_K: Tensor, sums: Tensor, batches: Iterator[Batch], model: DistributedDataParallel):
+def _forward(loss_function, batches: Iterator[Batch], model: DistributedDataParallel):
     """Megatron's forward step: the stage's output, and how the last stage makes a loss of it."""
     batch = next(batches)
-    return model.module.run(batch), partial(_objective, mode, factor_K, sums, batch)
+    return model.module.run(batch), partial(loss_function, batch)
 
 
-def _objective(mode: str, factor_K: Tensor, sums: Tensor, batch: Batch, loss_BS: Tensor):
-    """Σ c_t·l_t of one micro-batch; adds the micro-batch's sums per task to ``sums`` [4, K].
+def _objective(objective: Objective, factors: StepFactors, sums: Tensor, batch: Batch, loss_BS: Tensor):
+    """The objective of one micro-batch; adds the micro-batch's sums per task to ``sums`` [len(SUMS), K].
 
     The 3-tuple tells Megatron to add micro-batches and ranks up and to leave the result alone.
     """
     loss_BS = loss_BS.view(batch.labels_BS.shape)
-    coefficient_BS = coefficients(
-        mode, factor_K, batch.task_ids_BS, batch.sample_ids_BS, batch.loss_mask_BS, batch.num_segments
-    )
-    objective = (coefficient_BS * loss_BS).sum(dtype=torch.float32)
+    value, coefficient_BS = objective.of(factors, batch, loss_BS)
     if parallel.counts_losses():
-        mask_BS = batch.loss_mask_BS
-        per_token = (loss_BS * mask_BS, mask_BS, coefficient_BS.double() * loss_BS, coefficient_BS)
-        for row, value_BS in zip(sums, per_token, strict=True):
-            row += task_sums(batch.task_ids_BS, value_BS, len(factor_K))
-    return objective, torch.zeros([], dtype=torch.int, device=objective.device), {}
+        sums += objective.sums(batch, loss_BS, coefficient_BS, sums.shape[1])
+    return value, torch.zeros([], dtype=torch.int, device=value.device), {}
 
 
 def _finalize_without_rescaling(model, num_tokens=None, **groups) -> None:

@@ -1,31 +1,40 @@
-"""The training loop and the evaluation pass."""
+"""The training loop: plan a step, take it, log it; now and then draw, evaluate, save and stop."""
 
 import math
 import time
-from collections.abc import Iterator
 
-from mft_megatron.arguments import Arguments
-from mft_megatron.batch import StepPlan
-from mft_megatron.data.dataset import PackedDataset, PackedSplit
-from mft_megatron.data.step_plan import plan_evaluation, plan_step
+from mft_megatron.arguments import WEIGHTED, Arguments
+from mft_megatron.data.dataset import PackedDataset
+from mft_megatron.data.step_plan import plan_step
 from mft_megatron.errors import InputError
 from mft_megatron.mcore import platform
 from mft_megatron.mcore.step import Trainer
+from mft_megatron.training.evaluation import Evaluation
 from mft_megatron.training.progress import Progress
-from mft_megatron.training.records import event_record, train_record, valid_record
+from mft_megatron.training.records import event_record, share_warning, train_record
 from mft_megatron.training.run_log import RunLog
 from mft_megatron.training.saving import Saver
 
 
 def train(
-    arguments: Arguments, dataset: PackedDataset, trainer: Trainer, saver: Saver, log: RunLog, progress: Progress
+    arguments: Arguments,
+    dataset: PackedDataset,
+    trainer: Trainer,
+    evaluation: Evaluation,
+    saver: Saver,
+    log: RunLog,
+    progress: Progress,
 ) -> Progress:
-    """Train from ``progress`` to ``--train-iters``; evaluate, save and log on the way.
+    """Train from ``progress`` to ``--train-iters``, or to where evaluations say that it is enough.
 
     Raises:
-        InputError: training diverged: the gradient norm is not finite.
+        InputError: training diverged: the gradient norm or a validation loss is not finite.
     """
-    split, training = dataset.split("train"), arguments.training
+    split, training, balance = dataset.split("train"), arguments.training, evaluation.balance
+    evaluation.begin(trainer, log, progress)
+    if evaluation.finished:
+        log.write(event_record(progress, "early stop", reason=evaluation.finished))
+        return progress
     clock = _Clock()
     while progress.step < training.train_iters:
         plan = plan_step(
@@ -37,6 +46,8 @@ def train(
         report = trainer.train_step(split, plan)
         progress = progress.after_step(training.global_batch_size, skipped=report is None)
         clock.count_step()
+        balance.after_step(trainer, log, progress)
+        clock.count_balance()
         last = progress.step == training.train_iters
         leaving = training.exit_interval is not None and progress.step % training.exit_interval == 0
         if report is None:
@@ -44,38 +55,25 @@ def train(
         else:
             _refuse_divergence(progress, report.grad_norm)
             if progress.step % arguments.logging.log_interval == 0 or last:
-                tokens = split.num_tokens(plan.packs_G)
-                log.write(train_record(progress, report, plan, tokens, clock.step_time(), dataset.tasks))
+                tokens, weighted = split.num_tokens(plan.packs_G), arguments.multi_task.mft_loss in WEIGHTED
+                record = train_record(progress, report, plan, tokens, *clock.read(), dataset.tasks, weighted)
+                log.write(record)
+                warning = share_warning(record, arguments.multi_task.mft_normalization)
+                if warning:
+                    log.write(event_record(progress, "warning", reason=warning))
         if progress.step % arguments.validation.eval_interval == 0 or last:
-            evaluate(arguments, dataset, trainer, log, progress)
-        if saver.due(progress.step, last or leaving):
-            saver.save(trainer, progress, log)
+            evaluation.run(trainer, log, progress)
+        ending = last or leaving or evaluation.finished is not None
+        if saver.due(progress.step, ending, evaluation.to_keep(progress)):
+            saver.save(trainer, progress, log, ending, evaluation.to_keep(progress), evaluation.state())
         clock.leave_out()
+        if evaluation.finished:
+            log.write(event_record(progress, "early stop", reason=evaluation.finished))
+            break
         if leaving and not last:
             log.write(event_record(progress, "exit", reason=f"--exit-interval {training.exit_interval}"))
             break
     return progress
-
-
-def evaluate(arguments: Arguments, dataset: PackedDataset, trainer: Trainer, log: RunLog, progress: Progress) -> None:
-    """Evaluate on the validation split, every sample once, and log the result; nothing where there is none."""
-    if "valid" not in dataset.splits or arguments.validation.eval_iters == 0:
-        return
-    split = dataset.split("valid")
-    report = trainer.evaluate(split, list(_evaluation_plans(arguments, split)))
-    log.write(valid_record(progress, report, dataset.tasks))
-
-
-def _evaluation_plans(arguments: Arguments, split: PackedSplit) -> Iterator[StepPlan]:
-    """The split in batches no larger than a global batch, and not larger than the split needs."""
-    smallest = arguments.training.micro_batch_size * arguments.data_parallel_size
-    needed = -(-split.num_packs // smallest) * smallest
-    plans = plan_evaluation(split, min(arguments.training.global_batch_size, needed))
-    limit = arguments.validation.eval_iters
-    for number, plan in enumerate(plans):
-        if limit is not None and number >= limit:
-            return
-        yield plan
 
 
 def _refuse_divergence(progress: Progress, grad_norm: float) -> None:
@@ -87,20 +85,29 @@ def _refuse_divergence(progress: Progress, grad_norm: float) -> None:
 
 
 class _Clock:
-    """Mean wall time of the steps since it was last read; time spent on anything else is left out."""
+    """Mean wall time of the steps, and of the balancer's draws, since it was last read; all else is left out."""
 
     def __init__(self):
-        self._steps, self._seconds, self._since = 0, 0.0, time.perf_counter()
+        self._steps, self._seconds, self._balance, self._since = 0, 0.0, 0.0, time.perf_counter()
 
     def count_step(self) -> None:
         platform.synchronize()
-        self._seconds += time.perf_counter() - self._since
+        self._seconds += self._lap()
         self._steps += 1
 
-    def leave_out(self) -> None:
-        self._since = time.perf_counter()
+    def count_balance(self) -> None:
+        self._balance += self._lap()
 
-    def step_time(self) -> float:
-        mean = self._seconds / self._steps
-        self._steps, self._seconds = 0, 0.0
-        return mean
+    def leave_out(self) -> None:
+        self._lap()
+
+    def read(self) -> tuple[float, float]:
+        """Seconds of a step, and of draws by step."""
+        means = self._seconds / self._steps, self._balance / self._steps
+        self._steps, self._seconds, self._balance = 0, 0.0, 0.0
+        return means
+
+    def _lap(self) -> float:
+        now = time.perf_counter()
+        seconds, self._since = now - self._since, now
+        return seconds

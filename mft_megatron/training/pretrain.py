@@ -17,10 +17,10 @@ from mft_megatron.errors import InputError
 from mft_megatron.mcore import parallel, platform
 from mft_megatron.mcore.step import Trainer
 from mft_megatron.run_folder import CONFIG, replace_text
+from mft_megatron.training.evaluation import Evaluation
 from mft_megatron.training.loop import train
 from mft_megatron.training.run_log import RunLog
 from mft_megatron.training.saving import Saver, keep_tokenizer, refuse_other_data, resume
-from mft_megatron.training.task_weights import task_weights
 
 HASHED_BYTES = 16 * 2**30
 
@@ -38,7 +38,7 @@ def pretrain(arguments: Arguments, main_rank: bool = True) -> None:
     dataset, checked = open_dataset(arguments, main_rank)
     _check_tokenizer(arguments, dataset)
     refuse_other_data(arguments, dataset)
-    weight_K = task_weights(arguments.multi_task.task_weights, dataset.tasks)
+    evaluation = Evaluation(arguments, dataset)
     with parallel.process_groups(arguments.distributed, arguments.initialization.seed):
         options = arguments.checkpoint
         logging = arguments.logging
@@ -49,12 +49,13 @@ def pretrain(arguments: Arguments, main_rank: bool = True) -> None:
             log.say(f"{arguments.world_size} rank(s) on {platform.describe()}")
             if not checked:
                 log.say("large data set: sizes of its files are checked, contents by tools/inspect_data.py --check")
-            trainer = Trainer(arguments, dataset.vocab_size, weight_K)
+            trainer = Trainer(arguments, dataset.vocab_size, evaluation.balance.weight_K)
             log.say(_shape(arguments, dataset, trainer))
             if options.save is not None and parallel.is_main():
                 _describe_run(arguments, dataset, log)
-            progress = resume(arguments, trainer, log)
-            train(arguments, dataset, trainer, Saver(arguments, dataset), log, progress)
+            progress, state = resume(arguments, trainer, log)
+            evaluation.load(state, log, progress)
+            train(arguments, dataset, trainer, evaluation, Saver(arguments, dataset), log, progress)
         finally:
             log.close()
 
@@ -98,5 +99,5 @@ def _shape(arguments: Arguments, dataset: PackedDataset, trainer: Trainer) -> st
         f"{trainer.num_parameters():,} parameters; TP {layout.tensor_model_parallel_size} × PP "
         f"{layout.pipeline_model_parallel_size} × DP {arguments.data_parallel_size}; {len(dataset.tasks)} tasks in "
         f"{dataset.split('train').num_packs:,} training packs of {arguments.data.seq_length}; objective "
-        f"{arguments.multi_task.mft_loss}"
+        f"{arguments.multi_task.mft_loss}, weights {arguments.multi_task.task_balance}"
     )

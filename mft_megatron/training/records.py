@@ -10,9 +10,19 @@ from mft_megatron.batch import StepPlan
 from mft_megatron.mcore.step import StepReport
 from mft_megatron.training.progress import Progress
 
+# a realised share of the objective that is further from its target, as a part of it, is worth a warning
+SHARE_TOLERANCE = 0.05
+
 
 def train_record(
-    progress: Progress, report: StepReport, plan: StepPlan, tokens: int, step_time: float, task_names: Sequence[str]
+    progress: Progress,
+    report: StepReport,
+    plan: StepPlan,
+    tokens: int,
+    step_time: float,
+    balance_time: float,
+    task_names: Sequence[str],
+    weighted: bool,
 ) -> dict[str, Any]:
     """One logged step.
 
@@ -21,8 +31,10 @@ def train_record(
         report: of the step.
         plan: of the step; its counts must be what the step has really seen.
         tokens: tokens of all samples in the global batch, padding left out.
-        step_time: mean seconds of the steps since the last record.
+        step_time: mean seconds of the steps since the last record, without what the balancer took.
+        balance_time: mean seconds a step that the balancer's validation draws took, on top of ``step_time``.
         task_names: K names.
+        weighted: whether weights are target shares, so that ``target_share`` is ``w_i / W`` over the tasks present.
 
     Raises:
         RuntimeError: the supervised tokens seen differ from those planned; then every coefficient was wrong.
@@ -34,12 +46,14 @@ def train_record(
             f"{plan.supervised_tokens_K.tolist()}; the data set does not match its index, preprocess it again"
         )
     loss_K, share_K = report.loss_K.cpu().numpy(), report.share_K.cpu().numpy()
+    target_K = np.where(seen_K > 0, report.weight_K, 0.0)
     tasks = {
         name: {
             "loss": _ratio(loss_K[i], seen_K[i]),
             "supervised_tokens": int(seen_K[i]),
             "samples": int(plan.samples_K[i]),
             "weight": float(report.weight_K[i]),
+            "target_share": _ratio(target_K[i], target_K.sum()) if weighted else None,
             "share": _ratio(share_K[i], share_K.sum()),
         }
         for i, name in enumerate(task_names)
@@ -54,8 +68,34 @@ def train_record(
         "tokens": tokens,
         "supervised_tokens": int(seen_K.sum()),
         "step_time": step_time,
+        "balance_time": balance_time,
+        "balance_share": balance_time / (step_time + balance_time),
         "tasks": tasks,
     }
+
+
+def share_warning(record: dict[str, Any], normalization: str) -> str | None:
+    """What to say where a task's realised share of the objective is not what its weight asks for, or ``None``.
+
+    Args:
+        record: from :func:`train_record`.
+        normalization: ``--mft-normalization``.
+    """
+    off = [
+        f"{name} has {task['share']:.1%} for {task['target_share']:.1%}"
+        for name, task in record["tasks"].items()
+        if task["target_share"] and abs(task["share"] / task["target_share"] - 1) > SHARE_TOLERANCE
+    ]
+    if not off:
+        return None
+    if normalization == "micro-batch":
+        why = (
+            "--mft-normalization micro-batch divides by the weights of the tasks that happen to share a micro-batch, "
+            "so that a weight counts for less the fewer they are; the default, global, gives every task its share"
+        )
+    else:
+        why = "under global normalisation only rounding can do this: the weights are too far apart for fp32"
+    return f"realised shares of the objective: {', '.join(off)}; {why}"
 
 
 def valid_record(progress: Progress, report: StepReport, task_names: Sequence[str]) -> dict[str, Any]:

@@ -3,13 +3,21 @@
 import dataclasses
 import time
 from pathlib import Path
+from typing import Any
 
 from mft_megatron.arguments import Arguments
 from mft_megatron.data.dataset import PackedDataset
 from mft_megatron.errors import InputError
 from mft_megatron.mcore import checkpoint, parallel
 from mft_megatron.mcore.step import Trainer
-from mft_megatron.run_folder import TOKENIZER, CheckpointInfo, copy_tokenizer
+from mft_megatron.run_folder import (
+    TOKENIZER,
+    CheckpointInfo,
+    copy_tokenizer,
+    record_best,
+    remove_checkpoint,
+    superseded,
+)
 from mft_megatron.training.progress import Progress
 from mft_megatron.training.records import event_record
 from mft_megatron.training.run_log import RunLog
@@ -22,20 +30,35 @@ class Saver:
         self._arguments = arguments
         self._dataset = dataset
 
-    def due(self, step: int, always: bool) -> bool:
-        """Whether to save after ``step``: at ``--save-interval``, and ``always`` at the end."""
-        options = self._arguments.checkpoint
-        return options.save is not None and (
-            always or (options.save_interval is not None and step % options.save_interval == 0)
-        )
+    def due(self, step: int, always: bool, best: bool = False) -> bool:
+        """Whether to save after ``step``: at ``--save-interval``, ``always`` at an end of the run, and where its
+        evaluation is the ``best`` so far and that is to be kept."""
+        return self._arguments.checkpoint.save is not None and (best or self._asked_for(step, always))
 
-    def save(self, trainer: Trainer, progress: Progress, log: RunLog) -> None:
+    def save(
+        self, trainer: Trainer, progress: Progress, log: RunLog, always: bool, best: bool, state: dict[str, Any]
+    ) -> None:
+        """Save what is :meth:`due`, with the ``state`` of what validation losses decide.
+
+        The best checkpoint is recorded when it is complete, and only then those that were saved for having been the
+        best are removed; one that was asked for never is.
+        """
         start = time.perf_counter()
         options = self._arguments.checkpoint
-        path = checkpoint.save(Path(options.save), trainer, self._info(progress), options)
-        log.write(event_record(progress, "save", path=str(path), seconds=round(time.perf_counter() - start, 3)))
+        folder = Path(options.save)
+        path = checkpoint.save(folder, trainer, self._info(progress, always, best), options, state)
+        details = {"path": str(path), "seconds": round(time.perf_counter() - start, 3)}
+        if best and parallel.is_main():
+            record_best(folder, progress.step)
+        log.write(event_record(progress, "save", **details, **({"best": True} if best else {})))
+        if best and parallel.is_main():
+            _remove_superseded(folder, progress, log)
 
-    def _info(self, progress: Progress) -> CheckpointInfo:
+    def _asked_for(self, step: int, always: bool) -> bool:
+        interval = self._arguments.checkpoint.save_interval
+        return always or (interval is not None and step % interval == 0)
+
+    def _info(self, progress: Progress, always: bool, best: bool) -> CheckpointInfo:
         a, ledger = self._arguments, self._dataset.ledger
         return CheckpointInfo(
             iteration=progress.step,
@@ -54,7 +77,19 @@ class Saver:
             has_rng=a.checkpoint.save_rng,
             precision=a.precision.name,
             layout=parallel.layout(),
+            best=best,
+            asked_for=self._asked_for(progress.step, always),
         )
+
+
+def _remove_superseded(folder: Path, progress: Progress, log: RunLog) -> None:
+    for path in superseded(folder):
+        try:
+            remove_checkpoint(path)
+        except OSError as error:  # a full disk is worse than an ended run, but not now
+            log.say(f"{path} is no longer the best checkpoint and cannot be removed ({error}); remove it")
+        else:
+            log.write(event_record(progress, "remove", path=str(path), reason="no longer the best checkpoint"))
 
 
 def refuse_other_data(arguments: Arguments, dataset: PackedDataset) -> None:
@@ -78,17 +113,25 @@ def refuse_other_data(arguments: Arguments, dataset: PackedDataset) -> None:
         )
 
 
-def resume(arguments: Arguments, trainer: Trainer, log: RunLog) -> Progress:
-    """Load the checkpoint of ``--load``, if there is one; where the run stands then."""
+def resume(arguments: Arguments, trainer: Trainer, log: RunLog) -> tuple[Progress, dict[str, Any]]:
+    """Load the checkpoint of ``--load``, if there is one; where the run stands then, and the state it was saved with.
+
+    A run that goes on in its own folder from a checkpoint that was the best has it recorded again: the job may have
+    been ended between the save and the record.
+    """
     if arguments.resume is None:
-        return Progress()
+        return Progress(), {}
     path, info = arguments.resume
-    checkpoint.load(Path(path), trainer, info, arguments.checkpoint)
+    options = arguments.checkpoint
+    state = checkpoint.load(Path(path), trainer, info, options)
     progress = Progress()
-    if not arguments.checkpoint.finetune:
+    if not options.finetune:
         progress = Progress(info.iteration, info.consumed_samples, info.skipped_steps)
-    log.write(event_record(progress, "load", path=path, finetune=arguments.checkpoint.finetune))
-    return progress
+        own = options.save is not None and Path(path).resolve().parent == Path(options.save).resolve()
+        if own and info.best and parallel.is_main():
+            record_best(Path(options.save), info.iteration)
+    log.write(event_record(progress, "load", path=path, finetune=options.finetune))
+    return progress, state
 
 
 def keep_tokenizer(folder: str, model: str, log: RunLog) -> None:

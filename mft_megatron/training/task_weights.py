@@ -1,53 +1,69 @@
-"""``--task-weights`` for the tasks of a data set."""
+"""Numbers per task from the command line: ``--task-weights``, ``--focal-alpha``, ``--famo-min-losses``."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
+from mft_megatron.arguments import FOCAL, MultiTaskArguments
 from mft_megatron.errors import InputError
 from mft_megatron.options import number_list
 
 
-def task_weights(options: Sequence[str] | None, task_names: Sequence[str]) -> np.ndarray:
-    """Weight of each task, fp64 [K].
-
-    Args:
-        options: ``name=number`` each (1 where a task is not named), or a single ``[1.0, 2.0, …]`` in the data set's
-            order of tasks; ``None`` for 1 everywhere.
-        task_names: K names.
+def initial_weights(options: MultiTaskArguments, task_names: Sequence[str]) -> np.ndarray:
+    """``w_i`` before any balancer has spoken, or ``alpha_i`` of the focal losses: fp64 [K].
 
     Raises:
-        InputError: an unknown or repeated task, a malformed or negative number, a list of the wrong length, no weight
-            above 0.
+        InputError: as :func:`task_numbers`; a negative weight, no weight above 0, an alpha that is not above 0.
     """
-    weight_K = np.ones(len(task_names))
-    options = options or ()
-    listed = number_list(options[0]) if len(options) == 1 else None
-    if listed is not None:
-        if len(listed) != len(task_names):
-            raise InputError(
-                f"--task-weights: {len(listed)} numbers for {len(task_names)} tasks ({', '.join(task_names)})"
-            )
-        weight_K[:] = listed
-    else:
-        seen = set()
-        for option in options:
-            name, equals, text = option.rpartition("=")
-            if not equals or name not in task_names:
-                raise InputError(f"--task-weights {option}: give NAME=NUMBER with a task of: {', '.join(task_names)}")
-            if name in seen:
-                raise InputError(f"--task-weights: task {name} is given twice")
-            seen.add(name)
-            weight_K[task_names.index(name)] = _number(option, text)
-    if not np.isfinite(weight_K).all() or (weight_K < 0).any():
-        raise InputError(f"--task-weights: weights must be finite and not negative, not {weight_K.tolist()}")
+    if options.mft_loss in FOCAL:
+        alpha_K = task_numbers("--focal-alpha", options.focal_alpha, task_names, default=1.0)
+        if (alpha_K <= 0).any():
+            raise InputError(f"--focal-alpha: numbers must be above 0, not {alpha_K.tolist()}")
+        return alpha_K
+    weight_K = task_numbers("--task-weights", options.task_weights, task_names, default=1.0)
+    if (weight_K < 0).any():
+        raise InputError(f"--task-weights: weights must not be negative, not {weight_K.tolist()}")
     if not weight_K.any():
         raise InputError("--task-weights: at least one task needs a weight above 0")
     return weight_K
 
 
-def _number(option: str, text: str) -> float:
+def task_numbers(option: str, given: Sequence[str] | None, task_names: Sequence[str], default: float) -> np.ndarray:
+    """One finite number for each task, fp64 [K].
+
+    Args:
+        option: its name, for messages.
+        given: ``name=number`` each, or a single ``[1.0, 2.0, …]`` in the data set's order of tasks; ``None`` for none.
+        task_names: K names.
+        default: of tasks that are not named.
+
+    Raises:
+        InputError: an unknown or repeated task, a malformed or infinite number, a list of the wrong length.
+    """
+    number_K = np.full(len(task_names), float(default))
+    given = given or ()
+    listed = number_list(given[0]) if len(given) == 1 else None
+    if listed is not None:
+        if len(listed) != len(task_names):
+            raise InputError(f"{option}: {len(listed)} numbers for {len(task_names)} tasks ({', '.join(task_names)})")
+        number_K[:] = listed
+    else:
+        seen = set()
+        for word in given:
+            name, equals, text = word.rpartition("=")
+            if not equals or name not in task_names:
+                raise InputError(f"{option} {word}: give NAME=NUMBER with a task of: {', '.join(task_names)}")
+            if name in seen:
+                raise InputError(f"{option}: task {name} is given twice")
+            seen.add(name)
+            number_K[task_names.index(name)] = _number(option, word, text)
+    if not np.isfinite(number_K).all():
+        raise InputError(f"{option}: numbers must be finite, not {number_K.tolist()}")
+    return number_K
+
+
+def _number(option: str, word: str, text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise InputError(f"--task-weights {option}: {text!r} is not a number") from None
+        raise InputError(f"{option} {word}: {text!r} is not a number") from None

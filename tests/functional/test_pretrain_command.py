@@ -227,7 +227,7 @@ def test_bad_input_is_refused_in_one_line(dataset_prefix, tmp_path):
     assert "no CUDA device" in refused(*good, "--distributed-backend", "nccl")
     weights = [*MODEL, *RUN[: RUN.index("--task-weights")], "--data-path", dataset_prefix, "--task-weights"]
     assert "with a task of: completion" in refused(*weights, "unknown=1")
-    assert "not negative" in refused(*weights, "read=-1")
+    assert "not be negative" in refused(*weights, "read=-1")
 
 
 def test_the_tokenizer_must_be_the_data_sets(dataset_prefix, tokenizer_folder, tmp_path):

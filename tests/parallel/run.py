@@ -7,6 +7,9 @@ SHAPE = (
     "--make-vocab-size-divisible-by 128 --init-method-std 0.02 --seq-length 128 --train-iters 5 --lr 1e-3 "
     "--global-batch-size 8"
 )
+# clipping scales gradients in place, after the norm is taken
+UNCLIPPED = "--clip-grad 1e9 --adam-eps 1e-4"
+BY_TASK = ("loss_K", "tokens_K", "objective_K", "share_K")
 
 
 def arguments_for(prefix, extra, world_size):
@@ -43,6 +46,86 @@ def train(prefix, extra, world_size, weights=(1.0, 2.0, 0.5, 3.0), steps=5):
             report = trainer.train_step(split, plan)
             curve.append((report.loss, report.grad_norm))
         return curve, {name: getattr(report, name).tolist() for name in ("loss_K", "tokens_K", "share_K")}
+
+
+def train_in_modes(prefix, layout, world_size, modes, steps):
+    """Some steps in one mode after another, in one set of process groups.
+
+    Args:
+        modes: options by name of the mode.
+        steps: how many of each mode.
+
+    Returns:
+        by mode a list of steps, each a dict of loss, gradient norm and sums by task, the first and the last with
+        :func:`chosen_gradients`.
+    """
+    from mft_megatron.data.step_plan import plan_step
+    from mft_megatron.mcore import parallel
+    from mft_megatron.mcore.step import Trainer
+    from mft_megatron.training.task_weights import initial_weights
+
+    arguments = arguments_for(prefix, layout, world_size)
+    dataset = open_dataset(arguments)
+    split, size, curves = dataset.split("train"), arguments.training.global_batch_size, {}
+    with parallel.process_groups(arguments.distributed, arguments.initialization.seed):
+        for mode, extra in modes.items():
+            arguments = arguments_for(prefix, f"{layout} {extra} {UNCLIPPED}", world_size)
+            trainer = Trainer(arguments, dataset.vocab_size, initial_weights(arguments.multi_task, dataset.tasks))
+            curves[mode] = []
+            for step in range(steps[mode]):
+                plan = plan_step(split, seed=1, global_batch_size=size, consumed_samples=size * step)
+                report = trainer.train_step(split, plan)
+                record = {"loss": report.loss, "grad_norm": report.grad_norm}
+                record |= {name: getattr(report, name).numpy() for name in BY_TASK}
+                if step in (0, steps[mode] - 1):
+                    record["gradients"] = chosen_gradients(trainer)
+                curves[mode].append(record)
+    return curves
+
+
+def chosen_gradients(trainer):
+    """Gradients of a matrix and a norm of each layer and of both vocabulary matrices, as far as this rank has them.
+
+    By name: the axis that tensor parallelism splits, the number of this rank's part, and the part.
+    """
+    from megatron.core import parallel_state
+
+    weights = {}
+    for chunk in chunks_of(trainer):
+        model = chunk.module
+        if model.pre_process:
+            weights["embedding"] = 0, model.embedding.word_embeddings.weight
+        for layer in model.decoder.layers:
+            weights[f"layer {layer.layer_number} input_layernorm"] = None, layer.input_layernorm.weight
+            weights[f"layer {layer.layer_number} linear_fc2"] = 1, layer.mlp.linear_fc2.weight
+        if model.post_process:
+            weights["output_layer"] = 0, model.output_layer.weight
+    part = parallel_state.get_tensor_model_parallel_rank()
+    return {
+        name: (axis, 0 if axis is None else part, weight.main_grad.numpy().copy())
+        for name, (axis, weight) in weights.items()
+    }
+
+
+def chunks_of(trainer):
+    """This rank's parts of the model."""
+    return trainer.chunks if hasattr(trainer, "chunks") else [trainer.model]
+
+
+def whole_gradients(of_ranks):
+    """Gradients by name out of what the ranks have of them; what several ranks have must be the same, bit for bit."""
+    import numpy as np
+
+    axes, parts = {}, {}
+    for gradients in of_ranks:
+        for name, (axis, part, own) in gradients.items():
+            axes[name] = axis
+            known = parts.setdefault(name, {}).setdefault(part, own)
+            assert np.array_equal(known, own), f"{name}: ranks differ"
+    return {
+        name: own[0] if axes[name] is None else np.concatenate([own[part] for part in sorted(own)], axes[name])
+        for name, own in parts.items()
+    }
 
 
 def train_save_load(prefix, folder):

@@ -15,14 +15,14 @@ def _evaluate(prefix, extra, world_size):
 
     from mft_megatron.mcore import parallel
     from mft_megatron.mcore.step import Trainer
-    from mft_megatron.training.loop import _evaluation_plans
+    from mft_megatron.training.evaluation import evaluation_plans
 
     arguments = arguments_for(prefix, extra, world_size)
     dataset = open_dataset(arguments)
     split = dataset.split("valid")
     with parallel.process_groups(arguments.distributed, arguments.initialization.seed):
         trainer = Trainer(arguments, dataset.vocab_size, np.array([1.0, 2.0, 0.5, 3.0]))
-        plans = list(_evaluation_plans(arguments, split))
+        plans = list(evaluation_plans(arguments, split, limit=None))
         report = trainer.evaluate(split, plans)
         used = np.concatenate([plan.packs_G for plan in plans])
         return report.loss, report.loss_K.tolist(), report.tokens_K.tolist(), sorted(used[used >= 0].tolist())

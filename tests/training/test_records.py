@@ -1,5 +1,6 @@
 """Records of metrics.jsonl from sums written down by hand."""
 
+import dataclasses
 import json
 import sys
 import types
@@ -12,7 +13,7 @@ from mft_megatron.batch import StepPlan
 from mft_megatron.errors import InputError
 from mft_megatron.mcore.step import StepReport
 from mft_megatron.training.progress import Progress
-from mft_megatron.training.records import event_record, train_record, valid_record
+from mft_megatron.training.records import event_record, share_warning, train_record, valid_record
 from mft_megatron.training.run_log import RunLog
 
 TASKS = ("write", "explain", "absent")
@@ -24,12 +25,18 @@ def report():
     return StepReport(*rows, weight_K=np.array([1.0, 3.0, 5.0]), grad_norm=0.5, learning_rate=1e-3)
 
 
+def logged(report, plan, weighted=True):
+    return train_record(
+        Progress(7, 28), report, plan, 50, step_time=0.5, balance_time=0.125, task_names=TASKS, weighted=weighted
+    )
+
+
 def plan(tokens=(2, 3, 0)):
     return StepPlan(np.arange(4), np.array(tokens), np.array([1, 2, 0]))
 
 
 def test_a_step():
-    record = train_record(Progress(7, 28), report(), plan(), tokens=50, step_time=0.5, task_names=TASKS)
+    record = logged(report(), plan())
     assert (record["loss"], record["step"], record["consumed_samples"]) == (3.0, 7, 28)
     assert (record["tokens"], record["supervised_tokens"]) == (50, 5)
     assert record["tasks"]["write"] == {
@@ -37,15 +44,32 @@ def test_a_step():
         "supervised_tokens": 2,
         "samples": 1,
         "weight": 1.0,
+        "target_share": 0.25,
         "share": 0.25,
     }
+    assert (record["balance_time"], record["balance_share"]) == (0.125, 0.2)
+    assert record["tasks"]["explain"]["target_share"] == 0.75
+    assert logged(report(), plan(), weighted=False)["tasks"]["explain"]["target_share"] is None
     assert record["tasks"]["absent"]["loss"] is None
     assert record["tasks"]["absent"]["share"] == 0.0
 
 
+def shares(*share):
+    return dataclasses.replace(report(), share_K=torch.tensor(share, dtype=torch.float64))
+
+
+def test_a_share_that_leaves_its_target_is_explained():
+    assert share_warning(logged(report(), plan()), "global") is None
+    assert share_warning(logged(shares(0.26, 0.74, 0.0), plan()), "micro-batch") is None  # within 5 %
+    assert share_warning(logged(shares(0.5, 0.5, 0.0), plan(), weighted=False), "global") is None
+    text = share_warning(logged(shares(0.3, 0.7, 0.0), plan()), "micro-batch")
+    assert "write has 30.0% for 25.0%, explain has 70.0% for 75.0%; --mft-normalization micro-batch divides" in text
+    assert "only rounding can do this" in share_warning(logged(shares(0.5, 0.5, 0.0), plan()), "global")
+
+
 def test_counts_that_differ_from_the_plan_stop_the_run():
     with pytest.raises(RuntimeError, match=r"\[2, 3, 0\], the data set's index says \[2, 4, 0\]"):
-        train_record(Progress(1, 4), report(), plan((2, 4, 0)), tokens=50, step_time=0.5, task_names=TASKS)
+        logged(report(), plan((2, 4, 0)))
 
 
 def test_an_evaluation():
@@ -58,7 +82,7 @@ def test_an_evaluation():
 def test_records_go_to_file_board_and_terminal(tmp_path, capsys):
     log = RunLog(True, str(tmp_path), None)
     written = [
-        train_record(Progress(7, 28), report(), plan(), tokens=50, step_time=0.5, task_names=TASKS),
+        logged(report(), plan()),
         valid_record(Progress(7, 28), report(), TASKS),
         event_record(Progress(7, 28), "skip", reason="why"),
     ]

@@ -1,9 +1,10 @@
-"""--task-weights: what is read and what is refused."""
+"""Numbers per task: what is read and what is refused."""
 
 import pytest
 
+from mft_megatron.arguments import MultiTaskArguments
 from mft_megatron.errors import InputError
-from mft_megatron.training.task_weights import task_weights
+from mft_megatron.training.task_weights import initial_weights, task_numbers
 
 TASKS = ("write", "explain", "a=b")
 
@@ -18,7 +19,21 @@ TASKS = ("write", "explain", "a=b")
     ],
 )
 def test_weights_by_name_or_in_order(options, expected):
-    assert task_weights(options, TASKS).tolist() == expected
+    assert initial_weights(MultiTaskArguments(task_weights=options), TASKS).tolist() == expected
+
+
+@pytest.mark.parametrize("loss", ["focal-sample", "focal-task"])
+def test_of_the_focal_losses_they_are_the_alphas(loss):
+    options = MultiTaskArguments(mft_loss=loss, focal_alpha=("explain=2.5",))
+    assert initial_weights(options, TASKS).tolist() == [1, 2.5, 1]
+    with pytest.raises(InputError, match="--focal-alpha: numbers must be above 0"):
+        initial_weights(MultiTaskArguments(mft_loss=loss, focal_alpha=("write=0",)), TASKS)
+
+
+def test_other_options_say_their_own_name():
+    assert task_numbers("--famo-min-losses", ("explain=0.5",), TASKS, default=0.0).tolist() == [0, 0.5, 0]
+    with pytest.raises(InputError, match="--famo-min-losses none=1: give NAME=NUMBER"):
+        task_numbers("--famo-min-losses", ("none=1",), TASKS, default=0.0)
 
 
 @pytest.mark.parametrize(
@@ -28,7 +43,7 @@ def test_weights_by_name_or_in_order(options, expected):
         (("write",), "give NAME=NUMBER"),
         (("write=1", "write=2"), "write is given twice"),
         (("write=much",), "'much' is not a number"),
-        (("write=-1",), "not negative"),
+        (("write=-1",), "not be negative"),
         (("write=nan",), "finite"),
         (("[1, 2]",), "2 numbers for 3 tasks"),
         (("[0, 0, 0]",), "at least one task needs a weight"),
@@ -36,4 +51,4 @@ def test_weights_by_name_or_in_order(options, expected):
 )
 def test_refused(options, text):
     with pytest.raises(InputError, match=text):
-        task_weights(options, TASKS)
+        initial_weights(MultiTaskArguments(task_weights=options), TASKS)

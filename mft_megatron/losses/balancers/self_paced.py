@@ -1,0 +1,35 @@
+"""Self-paced weights by the slopes of validation losses (MFTCoder release v0.3)."""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from .participation import State, append, is_flat, mean_for_others, slopes, uniform
+
+
+@dataclasses.dataclass(frozen=True)
+class SelfPaced:
+    """``n = N a / Σ|a|``, ``score = softmax(n)·(-n)``, ``w = softmax(scale·score)`` with the slopes ``a``.
+
+    Weights are uniform until there are ``history_length`` draws.
+    """
+
+    update_interval: int = 1
+    sample_valid_num: int = 1
+    history_length: int = 100
+    scale_factor: float = 50.0
+
+    def begin(self, num_tasks: int, first_loss_K: Tensor | None = None) -> State:
+        return {"history_HK": torch.zeros(0, num_tasks, dtype=torch.float64)}
+
+    def update(self, state: State, loss_K: Tensor, step: int) -> tuple[State, Tensor, Tensor]:
+        history_HK = append(state["history_HK"], loss_K, self.history_length)
+        state = {"history_HK": history_HK}
+        if len(history_HK) < self.history_length:
+            return state, uniform(len(loss_K)), torch.ones(len(loss_K), dtype=torch.bool)
+        took_part_K = ~is_flat(history_HK)
+        slope = slopes(history_HK)[took_part_K]
+        normalised = len(slope) * slope / slope.abs().sum()
+        score = normalised.softmax(0) * -normalised
+        return state, mean_for_others((self.scale_factor * score).softmax(0), took_part_K), took_part_K

@@ -1,0 +1,95 @@
+"""The focal losses: Eq. 2 by samples, Eq. 3 by tasks (docs/LOSSES.md §3).
+
+``p_t = exp(-l_t)`` is the probability of a target. What the model *misses* of a sample, ``1 - P_j``, is the mean of
+``1 - p_t`` over its supervised tokens, computed without the cancellation of 1 and ``P_j``. A modulating factor is a
+miss to the power gamma.
+"""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from .segments import inverse, sample_sums
+
+
+def token_miss(loss_BS: Tensor) -> Tensor:
+    """``1 - exp(-l_t)`` in fp64; differentiable."""
+    return -torch.expm1(-loss_BS.double())
+
+
+def power(miss: Tensor, gamma: float) -> Tensor:
+    """``miss ** gamma`` whose derivative stays finite where nothing is missed and gamma is below 1."""
+    return miss.clamp(min=torch.finfo(torch.float32).tiny) ** gamma
+
+
+def sample_modulation(
+    loss_BS: Tensor, sample_ids_BS: Tensor, loss_mask_BS: Tensor, num_segments: int, gamma: float
+) -> Tensor:
+    """``(1 - P_j)^gamma`` of the sample that a token belongs to.
+
+    Args:
+        loss_BS: token losses, floating point.
+        sample_ids_BS: int64, number of the sample within the micro-batch.
+        loss_mask_BS: 1 where the target is supervised.
+        num_segments: how many sample numbers there are.
+        gamma: at least 0.
+
+    Returns:
+        fp64 [B, S], differentiable in ``loss_BS``; at unsupervised tokens the value of their sample, without meaning.
+    """
+    mask_BS = loss_mask_BS.double()
+    missed = sample_sums(sample_ids_BS, mask_BS * token_miss(loss_BS), num_segments)
+    miss = missed * inverse(sample_sums(sample_ids_BS, mask_BS, num_segments))
+    return power(miss, gamma)[sample_ids_BS]
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskStatistics:
+    """``1 - P_i`` and ``Q_i`` of each task in the last global batch in which it appeared; fp64 [K].
+
+    ``seen_K``: whether it has appeared at all, as 0 or 1.
+    """
+
+    miss_K: Tensor
+    loss_K: Tensor
+    seen_K: Tensor
+
+    @classmethod
+    def none(cls, num_tasks: int, device: torch.device | str = "cpu") -> "TaskStatistics":
+        """Before the first step."""
+        return cls(*torch.zeros(3, num_tasks, dtype=torch.float64, device=device))
+
+    def after(self, miss_sum_K: Tensor, loss_sum_K: Tensor, samples_K: Tensor) -> "TaskStatistics":
+        """With the sums over the samples of one more global batch; tasks that it lacks keep what they had."""
+        present_K, per_sample_K = samples_K > 0, inverse(samples_K.double())
+        return TaskStatistics(
+            torch.where(present_K, miss_sum_K * per_sample_K, self.miss_K),
+            torch.where(present_K, loss_sum_K * per_sample_K, self.loss_K),
+            torch.where(present_K, 1.0, self.seen_K),
+        )
+
+
+def task_modulation(before: TaskStatistics, gamma: float, detach: bool) -> tuple[Tensor, Tensor]:
+    """What Eq. 3, differentiated at the last known statistics, puts on ``Q_i`` and on ``P_i``: fp64 [K] twice.
+
+    By the product rule, ``d[(1-P)^gamma Q] = (1-P)^gamma dQ - gamma (1-P)^(gamma-1) Q dP``. A task that appears for
+    the first time has factor 1 and no second term; ``detach`` drops that term for all.
+    """
+    on_loss_K = torch.where(before.seen_K > 0, power(before.miss_K, gamma), 1.0)
+    on_probability_K = -gamma * power(before.miss_K, gamma - 1) * before.loss_K * before.seen_K
+    if detach or gamma == 0:
+        on_probability_K = torch.zeros_like(on_probability_K)
+    return on_loss_K, on_probability_K
+
+
+def task_loss(factor_K: Tensor, now: TaskStatistics, samples_K: Tensor, gamma: float) -> Tensor:
+    """Eq. 3 of each task on the statistics ``now``: fp64 [K]; their sum is the loss.
+
+    Args:
+        factor_K: from :func:`.coefficients.task_factors`; ``alpha_i / (|P| M_i)``.
+        now: of the same global batch.
+        samples_K: ``M_i``.
+        gamma: at least 0.
+    """
+    return factor_K * samples_K * power(now.miss_K, gamma) * now.loss_K

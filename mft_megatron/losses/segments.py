@@ -1,0 +1,37 @@
+"""Sums over the tokens of each sample and of each task, by token-level ids: no loop, no wait for the device."""
+
+import torch
+from torch import Tensor
+
+
+def inverse(numbers: Tensor) -> Tensor:
+    """1/x, and 0 where x is 0: what is absent has no coefficient."""
+    return torch.where(numbers > 0, 1.0 / numbers.clamp(min=torch.finfo(numbers.dtype).tiny), 0.0)
+
+
+def sample_sums(sample_ids_BS: Tensor, value_BS: Tensor, num_segments: int) -> Tensor:
+    """Sum of a per-token value over the tokens of each sample, in fp64: [``num_segments``]; differentiable."""
+    total = torch.zeros(num_segments, dtype=torch.float64, device=value_BS.device)
+    return total.index_add(0, sample_ids_BS.flatten(), value_BS.double().flatten())
+
+
+def task_sums(task_ids_BS: Tensor, value_BS: Tensor, num_tasks: int) -> Tensor:
+    """Sum of a per-token value over the tokens of each task, in fp64: [K]; a constant."""
+    total_K = torch.zeros(num_tasks, dtype=torch.float64, device=value_BS.device)
+    return total_K.index_add_(0, task_ids_BS.flatten(), value_BS.detach().double().flatten())
+
+
+def counts(
+    task_ids_BS: Tensor, sample_ids_BS: Tensor, loss_mask_BS: Tensor, num_segments: int, num_tasks: int
+) -> tuple[Tensor, Tensor]:
+    """Supervised tokens and samples that have any, of each task in these rows: fp64 [K] twice.
+
+    Args:
+        task_ids_BS, sample_ids_BS: int64; a sample lies in these rows as a whole.
+        loss_mask_BS: 1 where the target is supervised.
+        num_segments, num_tasks: how many sample numbers and tasks there are; known on the host.
+    """
+    mask_BS = loss_mask_BS.double()
+    # a sample counts once, spread over its supervised tokens
+    once_BS = mask_BS * inverse(sample_sums(sample_ids_BS, mask_BS, num_segments))[sample_ids_BS]
+    return task_sums(task_ids_BS, mask_BS, num_tasks), task_sums(task_ids_BS, once_BS, num_tasks)

@@ -1,0 +1,181 @@
+"""Where task weights come from while a run goes on: the options, or a balancer fed with validation draws.
+
+::
+
+    draw d of the validation split ─► losses [K'] of the K' tasks it has ─► balancer ─► weights [K] ─► Trainer.weight_K
+
+New weights hold from the next step on. Everything here is the same on every rank: the losses are sums over all ranks,
+and the weights are those of the main rank.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+import torch
+
+from mft_megatron.arguments import Arguments, MultiTaskArguments
+from mft_megatron.data.dataset import PackedDataset
+from mft_megatron.data.validation_draw import ValidationDraws
+from mft_megatron.errors import InputError
+from mft_megatron.losses.balancers import BALANCERS
+from mft_megatron.losses.balancers.participation import mean_for_others
+from mft_megatron.mcore import parallel
+from mft_megatron.mcore.step import Trainer
+from mft_megatron.training.progress import Progress
+from mft_megatron.training.records import event_record
+from mft_megatron.training.run_log import RunLog
+from mft_megatron.training.task_weights import initial_weights, task_numbers
+
+# forward passes are about a third of a training step
+FORWARD_SHARE = 1 / 3
+DEAR = 0.2
+
+
+class TaskBalance:
+    """The weights of a run: made before the first step, changed by draws, set to 0 for tasks that are stopped."""
+
+    def __init__(self, arguments: Arguments, dataset: PackedDataset):
+        """
+        Raises:
+            InputError: weights that do not fit the tasks, or a balancer without validation data.
+        """
+        options = arguments.multi_task
+        self.weight_K = initial_weights(options, dataset.tasks)
+        self._active_K = np.ones(len(dataset.tasks), bool)
+        self._dataset = dataset
+        self._kind = options.task_balance
+        self._balancer = self._state = self._left_out = None
+        if self._kind == "static":
+            return
+        if "valid" not in dataset.splits:
+            raise InputError(
+                f"--task-balance {self._kind} follows validation losses, and {dataset.prefix} has no validation split; "
+                "preprocess it with --split 98,2,0, or use --task-balance static"
+            )
+        given = _options_of(self._kind, options)
+        self._draws = ValidationDraws(dataset.split("valid"), arguments.initialization.seed, given["sample_valid_num"])
+        self._known_K = self._draws.known_K
+        if not self._known_K.any():
+            raise InputError(
+                f"--task-balance {self._kind}: no validation sample of {dataset.prefix} supervises a token"
+            )
+        if self._kind == "famo":
+            lowest_K = task_numbers("--famo-min-losses", options.famo_min_losses, dataset.tasks, default=0.0)
+            given["min_losses"] = tuple(lowest_K[self._known_K])
+        self._balancer = BALANCERS[self._kind](**given)
+        self.weight_K = np.full(len(dataset.tasks), 1 / len(dataset.tasks))
+        self._cost = _Cost(len(self._draws.rows(0)), self._balancer, arguments.training.global_batch_size)
+
+    @property
+    def wants_first_losses(self) -> bool:
+        """Whether the balancer needs the losses of the whole validation split before the first step."""
+        return self._kind == "coba" and self._state is None
+
+    def begin(self, trainer: Trainer, log: RunLog, progress: Progress, first_loss_K: np.ndarray | None) -> None:
+        """Start the balancer with draw 0, unless it goes on from a checkpoint; the trainer has its weights then.
+
+        Args:
+            first_loss_K: fp64 [K], NaN where unknown; where :attr:`wants_first_losses`.
+        """
+        if self._balancer is not None:
+            log.say(self._cost.describe(self._kind))
+            missing = [name for name, known in zip(self._dataset.tasks, self._known_K, strict=True) if not known]
+            if missing:
+                log.write(
+                    event_record(
+                        progress,
+                        "warning",
+                        reason=f"--task-balance {self._kind}: no validation data; these tasks get the mean weight",
+                        tasks=missing,
+                    )
+                )
+            if self._state is None:
+                known = int(self._known_K.sum())
+                first = None if first_loss_K is None else torch.from_numpy(first_loss_K[self._known_K])
+                self._state = self._balancer.begin(known, first)
+                self._draw(trainer, log, progress)
+        self.apply(trainer)
+
+    def after_step(self, trainer: Trainer, log: RunLog, progress: Progress) -> None:
+        """Draw where a draw is due, and give the trainer its weights for the next step."""
+        if self._balancer is not None and progress.step % self._balancer.update_interval == 0:
+            self._draw(trainer, log, progress)
+        self.apply(trainer)
+
+    def stop_tasks(self, active_K: np.ndarray) -> None:
+        """From the next step on, tasks that are not active have weight 0."""
+        self._active_K = active_K
+
+    def apply(self, trainer: Trainer) -> None:
+        """Give the trainer its weights for the next step."""
+        trainer.weight_K = np.where(self._active_K, self.weight_K, 0.0)
+
+    def _draw(self, trainer: Trainer, log: RunLog, progress: Progress) -> None:
+        number = 0 if self._kind == "famo" else progress.step // self._balancer.update_interval
+        loss_K = trainer.task_losses(self._dataset, self._draws.rows(number))
+        loss = torch.from_numpy(loss_K[self._known_K])
+        if not loss.isfinite().all():
+            raise InputError(
+                f"step {progress.step}: a validation loss is not finite ({loss_K.tolist()}); training has diverged. "
+                "Lower --lr, and continue from the last checkpoint with --load"
+            )
+        self._state, weight, took_part = self._balancer.update(self._state, loss, progress.step)
+        known_K = torch.from_numpy(self._known_K)
+        weight_K = mean_for_others(weight, known_K)
+        self.weight_K = parallel.from_main(weight_K).numpy()
+        self._name_those_left_out(took_part, log, progress)
+
+    def _name_those_left_out(self, took_part: torch.Tensor, log: RunLog, progress: Progress) -> None:
+        known = np.flatnonzero(self._known_K)
+        left_out = tuple(self._dataset.tasks[task] for task in known[~took_part.numpy()])
+        if left_out and left_out != self._left_out:
+            reason = "flat validation curve or one point only; these tasks get the mean weight"
+            log.write(event_record(progress, "warning", reason=reason, tasks=list(left_out)))
+        self._left_out = left_out
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {"kind": self._kind, "weight_K": torch.from_numpy(self.weight_K), "balancer": self._state}
+
+    def load(self, state: dict[str, Any], log: RunLog, progress: Progress) -> None:
+        """Go on from a checkpoint's state; another balancer than the checkpoint's starts anew, and the log says so."""
+        if self._balancer is None:
+            return
+        if state["kind"] != self._kind:
+            reason = f"--task-balance {self._kind} starts anew: the checkpoint was balanced by {state['kind']}"
+            log.write(event_record(progress, "warning", reason=reason))
+            return
+        self._state = state["balancer"]
+        self.weight_K = state["weight_K"].numpy()
+
+
+def _options_of(kind: str, options: MultiTaskArguments) -> dict[str, Any]:
+    """The options of one balancer, by the names of its fields."""
+    prefix = kind.replace("-", "_") + "_"
+    return {
+        field.name.removeprefix(prefix): getattr(options, field.name)
+        for field in dataclasses.fields(options)
+        if field.name.startswith(prefix) and field.name != "famo_min_losses"
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cost:
+    """What draws cost beside training, before anything is measured."""
+
+    rows: int
+    balancer: Any
+    global_batch_size: int
+
+    def describe(self, kind: str) -> str:
+        every, rows = self.balancer.update_interval, self.rows
+        share = FORWARD_SHARE * rows / (every * self.global_batch_size)
+        text = (
+            f"--task-balance {kind}: a draw of {rows} pack(s) every {every} step(s) of {self.global_batch_size}, about "
+            f"{math.ceil(100 * share)} % of the training's computation"
+        )
+        if share <= DEAR:
+            return text
+        return f"{text}; --{kind}-update-interval {math.ceil(every * share / DEAR)} would bring it below {DEAR:.0%}"

@@ -1,0 +1,192 @@
+"""Losses, balancers, early stopping and the best checkpoint through pretrain_mft.py, as a user runs them."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import refusal, run_tool, torchrun
+from test_pretrain_command import LAYOUT, MODEL, records
+
+RUN = "--global-batch-size 8 --lr 1e-3 --log-interval 1 --attention-dropout 0 --hidden-dropout 0".split()
+BALANCERS = {
+    "self-paced": "--task-balance self-paced --self-paced-history-length 3",
+    "famo": "--task-balance famo",
+    "coba": "--task-balance coba --coba-warmup-steps 2 --coba-history-length 3 --coba-update-interval 2",
+}
+
+
+def command(prefix, folder, extra, iterations=6):
+    words = [*MODEL, *RUN, "--data-path", prefix, "--save", folder, "--train-iters", iterations]
+    micro = [] if "--micro-batch-size" in extra else ["--micro-batch-size", 2]
+    return ["pretrain_mft.py", *words, *micro, *extra.split()]
+
+
+def trained(prefix, folder, extra, iterations=6):
+    process = run_tool(*command(prefix, folder, extra, iterations))
+    assert process.returncode == 0, process.stderr
+    return folder
+
+
+def weights(record):
+    return [task["weight"] for task in record["tasks"].values()]
+
+
+@pytest.mark.parametrize("balancer", BALANCERS)
+def test_balanced_runs_resume_bit_equal(dataset_prefix, tmp_path, balancer):
+    """Through torchrun at TP 2 × PP 2; with half of the weights and the whole state of the balancer out of the save."""
+    extra = f"{BALANCERS[balancer]} {' '.join(LAYOUT)} --save-interval 3 --eval-interval 3 --micro-batch-size 4"
+    whole = tmp_path / "whole"
+    process = torchrun(4, *command(dataset_prefix, whole, extra))
+    assert process.returncode == 0, process.stderr
+    shutil.copytree(whole / "iter_0000003", tmp_path / "saved" / "iter_0000003")
+    again = tmp_path / "again"
+    process = torchrun(4, *command(dataset_prefix, again, f"{extra} --load {tmp_path / 'saved' / 'iter_0000003'}"))
+    assert process.returncode == 0, process.stderr
+    expected, resumed = records(whole, "train")[3:], records(again, "train")
+    timed = ("step_time", "balance_time", "balance_share")
+    assert all(record.pop(name) > 0 for record in expected + resumed for name in timed if name == "step_time")
+    for record in expected + resumed:
+        for name in timed[1:]:
+            record.pop(name)
+    assert resumed == expected
+    assert records(again, "valid") == records(whole, "valid")[-1:]
+    assert len({tuple(weights(record)) for record in expected}) > 1  # the weights move
+    for record in expected:
+        assert sum(weights(record)) == pytest.approx(1.0)
+
+
+def test_draws_are_timed_and_the_first_losses_are_logged(dataset_prefix, tmp_path):
+    folder = trained(dataset_prefix, tmp_path / "run", BALANCERS["coba"] + " --eval-interval 6", iterations=4)
+    assert [record["step"] for record in records(folder, "valid")] == [0, 4]
+    shares = [record["balance_share"] for record in records(folder, "train")]
+    assert shares[0] < 0.01 < shares[1] < 0.9  # a draw after every second step
+    config = (folder / "config.yaml").read_text()
+    assert "task_balance: coba" in config
+    assert "coba_history_length: 3" in config
+
+
+@pytest.mark.parametrize("loss", ["focal-sample", "focal-task"])
+def test_focal_runs(dataset_prefix, tmp_path, loss):
+    folder = trained(dataset_prefix, tmp_path / loss, f"--mft-loss {loss} --focal-gamma 1 --focal-alpha write=2")
+    train = records(folder, "train")
+    assert [weights(record) for record in train] == [[1.0, 1.0, 2.0, 1.0]] * 6
+    assert all(task["target_share"] is None for record in train for task in record["tasks"].values())
+    assert train[-1]["loss"] < train[0]["loss"]
+
+
+def test_micro_batch_normalisation_warns_that_shares_are_off(dataset_prefix, tmp_path):
+    """MFTCoder's normalisation: a task that comes alone in its micro-batch counts by its frequency."""
+    extra = "--mft-normalization micro-batch --micro-batch-size 1"
+    process = run_tool(*command(dataset_prefix, tmp_path / "run", extra, iterations=2))
+    assert process.returncode == 0, process.stderr
+    warnings = [record for record in records(tmp_path / "run", "event") if record["event"] == "warning"]
+    assert [warning["step"] for warning in warnings] == [1, 2]
+    assert "--mft-normalization micro-batch divides by the weights" in warnings[0]["reason"]
+    assert "step 1 | warning | reason realised shares" in process.stdout
+    exact = trained(dataset_prefix, tmp_path / "global", "--micro-batch-size 1", iterations=2)
+    assert not [record for record in records(exact, "event") if record["event"] == "warning"]
+    for task in records(exact, "train")[0]["tasks"].values():
+        assert task["share"] == pytest.approx(task["target_share"], rel=1e-9)
+
+
+def events(folder, name):
+    return [record for record in records(folder, "event") if record["event"] == name]
+
+
+def test_early_stopping_keeps_the_best_and_ends(dataset_prefix, tmp_path):
+    """A learning rate that makes things worse after a while: the run ends, and its best checkpoint is there."""
+    folder = tmp_path / "run"
+    extra = "--early-stopping-patience 2 --eval-interval 1 --lr 0.2 --clip-grad 100"
+    trained(dataset_prefix, folder, extra, iterations=40)
+    valid = records(folder, "valid")
+    macro = [record["macro_loss"] for record in valid]
+    best = valid[macro.index(min(macro))]["step"]
+    assert len(valid) < 40
+    assert valid[-1]["step"] == best + 2
+    (stop,) = events(folder, "early stop")
+    assert f"best {min(macro):.6g} at step {best}" in stop["reason"]
+    assert (folder / "best_checkpointed_iteration.txt").read_text().strip() == str(best)
+    assert (folder / "latest_checkpointed_iteration.txt").read_text().strip() == str(best + 2)
+    assert {path.name for path in folder.glob("iter_*")} == {f"iter_{best:07d}", f"iter_{best + 2:07d}"}
+
+    # a job that is restarted with the same command does not train on
+    again = run_tool(*command(dataset_prefix, folder, f"{extra} --load {folder}", iterations=40))
+    assert again.returncode == 0, again.stderr
+    assert len(records(folder, "valid")) == len(valid)
+    assert "early stop" in again.stdout
+    for flag, iteration in (("--best", best), (None, best + 2)):
+        hf = tmp_path / f"hf{iteration}"
+        flags = [flag] if flag else []
+        process = run_tool("tools/convert_checkpoint.py", "mcore-to-hf", "--load", folder, "--hf", hf, *flags)
+        assert process.returncode == 0, process.stderr
+        assert f"iteration {iteration}" in process.stdout
+
+
+def test_a_task_that_has_converged_is_stopped_alone(dataset_prefix, tmp_path):
+    """An improvement that is never large enough: each task is stopped at its second evaluation."""
+    extra = "--task-early-stopping-patience 1 --early-stopping-patience 99 --early-stopping-min-delta 100"
+    folder = trained(dataset_prefix, tmp_path / "run", f"{extra} --eval-interval 2", iterations=9)
+    stopped = events(folder, "task early stop")
+    assert [event["step"] for event in stopped] == [4, 4, 4, 4]
+    assert {event["task"] for event in stopped} == {"completion", "explain", "write", "read"}
+    assert all(math.isfinite(event["best_loss"]) and event["best_step"] == 2 for event in stopped)
+    (stop,) = events(folder, "early stop")
+    assert (stop["step"], stop["reason"]) == (4, "every task has stopped (--task-early-stopping-patience 1)")
+
+
+def test_early_stopping_on_one_task(dataset_prefix, tmp_path):
+    extra = "--early-stopping-patience 1 --early-stopping-metric write --early-stopping-min-delta 100 --eval-interval 1"
+    folder = trained(dataset_prefix, tmp_path / "run", extra)
+    (stop,) = events(folder, "early stop")
+    assert stop["step"] == 2
+    assert "validation loss of write" in stop["reason"]
+
+
+def refused(prefix, *words):
+    return refusal(
+        run_tool(
+            "pretrain_mft.py", *MODEL, *RUN, "--micro-batch-size", 2, "--train-iters", 2, "--data-path", prefix, *words
+        )
+    )
+
+
+def test_refused_before_the_start(dataset_prefix):
+    assert "with a task of: completion" in refused(
+        dataset_prefix, "--mft-loss", "focal-task", "--focal-alpha", "none=2"
+    )
+    assert "--famo-min-losses none=2" in refused(
+        dataset_prefix, "--task-balance", "famo", "--famo-min-losses", "none=2"
+    )
+    words = ("--early-stopping-patience", 2, "--early-stopping-metric", "none")
+    assert "--early-stopping-metric none: give macro" in refused(dataset_prefix, *words)
+
+
+@pytest.fixture(scope="module")
+def without_validation(dataset_prefix, tmp_path_factory):
+    """The same tasks without a validation split."""
+    folder = tmp_path_factory.mktemp("without")
+    ledger = json.loads(Path(f"{dataset_prefix}_dataset.json").read_text())
+    sources = [word for task in ledger["tasks"] for word in ("--task", f"{task['name']}={task['sources'][0]['path']}")]
+    process = run_tool(
+        *("tools/preprocess_data.py", *sources, "--tokenizer-model", ledger["tokenizer"]["model"]),
+        *("--seq-length", 128, "--split", "100,0,0", "--output-prefix", folder / "mixed"),
+    )
+    assert process.returncode == 0, process.stderr
+    return str(folder / "mixed")
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        ("--task-balance coba", "has no validation split"),
+        ("--early-stopping-patience 2", "no task has validation samples"),
+        ("--task-early-stopping-patience 2", "no task has validation samples"),
+        ("--save-best --save {tmp}", "--save-best compares evaluations"),
+    ],
+)
+def test_nothing_to_validate_on_is_refused(without_validation, tmp_path, words, text):
+    line = refused(without_validation, *words.format(tmp=tmp_path / "run").split())
+    assert text in line
+    assert not (tmp_path / "run").exists()
