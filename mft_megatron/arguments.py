@@ -222,8 +222,8 @@ class ValidationArguments:
     early_stopping_metric: str = option(
         "macro",
         "What is to get better: the mean of the tasks' validation losses (macro), the training objective over the "
-        "validation split (objective; not comparable from one evaluation to the next where weights change), or the "
-        "validation loss of a task, by its name.",
+        "validation split (objective; only where weights do not change), or the validation loss of a task, by its "
+        "name.",
         metavar="macro|objective|TASK",
     )
     early_stopping_min_delta: float = option(0.0, "By how much it must get better to count.", at_least=0)
@@ -735,6 +735,13 @@ def _check_stopping(a: Arguments) -> str | None:
     ):
         if wanted and v.eval_iters == 0:
             return f"{name} needs evaluations, and --eval-iters 0 turns them off; leave one of them out"
+    if v.early_stopping_metric == "objective" and (
+        a.multi_task.task_balance != "static" or v.task_early_stopping_patience
+    ):
+        return (
+            "--early-stopping-metric objective: its weights change during the run, so that evaluations do not compare; "
+            "use macro or a task"
+        )
     if c.save_best and c.save is None:
         return "--save-best without --save: give --save DIR"
     if v.task_early_stopping_patience and a.multi_task.mft_loss in ("token", "sample"):

@@ -5,12 +5,14 @@
     DIR/iter_0000010/                        Megatron-Core distributed checkpoint (torch_dist) …
     DIR/iter_0000010/mft_checkpoint.json     … and this project's description of it: CheckpointInfo
     DIR/latest_checkpointed_iteration.txt    the newest complete one (Megatron's name and content)
+    DIR/best_checkpointed_iteration.txt      the one with the best evaluation, likewise
     DIR/config.yaml                          the effective configuration
     DIR/metrics.jsonl                        one JSON object per logged step, evaluation or event
     DIR/tensorboard/                         the same scalars
     DIR/tokenizer/                           the tokenizer's files, so that an export is complete
 
 The description is written last and renamed into place: a folder without it is an unfinished save and is not loaded.
+The files that name a checkpoint are written after it, and clearing up spares what they name.
 """
 
 import dataclasses
@@ -23,6 +25,7 @@ from typing import Any
 from .errors import InputError
 
 TRACKER = "latest_checkpointed_iteration.txt"
+BEST = "best_checkpointed_iteration.txt"
 INFO = "mft_checkpoint.json"
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
@@ -52,6 +55,9 @@ class CheckpointInfo:
     ``consumed_samples`` counts packs. ``precision``: fp32 or bf16. ``layout``: sizes by name,
     and the kind of device, for what belongs to one layout.
     ``dataset_hash`` and ``seed`` identify the data order that was being followed.
+    ``best``: its evaluation was the best of the run until then. ``asked_for``: it was due, at
+    ``--save-interval`` or at an end of the run; one that was saved for being the best alone goes
+    when a better one comes.
     """
 
     iteration: int
@@ -67,6 +73,8 @@ class CheckpointInfo:
     has_rng: bool = True
     precision: str = "fp32"
     layout: dict[str, int | str] = dataclasses.field(default_factory=dict)
+    best: bool = False
+    asked_for: bool = True
     format_version: int = FORMAT_VERSION
 
     @property
@@ -94,19 +102,66 @@ def latest_checkpoint(folder: Path | str, option: str = "--load") -> tuple[Path,
     folder = Path(folder)
     if folder.name.startswith("iter_") and folder.is_dir():
         return folder, read_info(folder, option)
-    tracker = folder / TRACKER
-    if not tracker.is_file():
-        what = "does not exist" if not folder.exists() else f"has no {TRACKER}, so no checkpoint was completed there"
-        raise InputError(f"{option} {folder}: {what}; give a folder that --save wrote, or leave {option} out")
-    text = tracker.read_text().strip()
+    absent, remedy = "no checkpoint was completed there", f"give a folder that --save wrote, or leave {option} out"
+    return _named_checkpoint(folder, TRACKER, option, absent, remedy)
+
+
+def best_checkpoint(folder: Path | str, option: str = "--load") -> tuple[Path, CheckpointInfo]:
+    """The checkpoint of the run in ``folder`` that has the best evaluation.
+
+    Raises:
+        InputError: none was kept for that, or it is unfinished or of another format.
+    """
+    absent, remedy = "no best checkpoint was kept there", "give the folder of a run that kept one, or take its newest"
+    return _named_checkpoint(Path(folder), BEST, option, absent, remedy)
+
+
+def _named_checkpoint(
+    folder: Path, file_name: str, option: str, absent: str, remedy: str
+) -> tuple[Path, CheckpointInfo]:
+    """The checkpoint whose iteration stands in a file of ``folder``; ``absent`` says what it means to lack the file."""
+    file = folder / file_name
+    if not file.is_file():
+        what = "does not exist" if not folder.exists() else f"has no {file_name}, so {absent}"
+        raise InputError(f"{option} {folder}: {what}; {remedy}")
+    text = file.read_text().strip()
     if not text.isdecimal():
-        raise InputError(
-            f"{tracker}: {text!r} is not an iteration number; write the number of an existing iter_ folder"
-        )
+        raise InputError(f"{file}: {text!r} is not an iteration number; write the number of an existing iter_ folder")
     path = iteration_folder(folder, int(text))
     if not path.is_dir():
-        raise InputError(f"{tracker} names iteration {text}, but {path} does not exist; correct the number in it")
+        raise InputError(f"{file} names iteration {text}, but {path} does not exist; correct the number in it")
     return path, read_info(path, option)
+
+
+def record_best(folder: Path, iteration: int) -> None:
+    """Name the complete checkpoint of ``iteration`` the best of the run in ``folder``."""
+    replace_text(folder / BEST, f"{iteration}\n")
+
+
+def superseded(folder: Path) -> list[Path]:
+    """Checkpoints that were saved for being the best alone and are neither that any more nor the newest; oldest first.
+
+    Every one in ``folder``: where a job was ended before it removed one, that goes with the next.
+    """
+    named = (latest_checkpoint(folder)[0], best_checkpoint(folder)[0])
+    found = []
+    for path in sorted(folder.glob("iter_*")):
+        if path in named or path.is_symlink() or not path.is_dir():
+            continue
+        try:
+            info = read_info(path)
+        except InputError:  # unfinished, or not ours
+            continue
+        # a copy that the user made under another name still has the iteration of its original
+        if not info.asked_for and path == iteration_folder(folder, info.iteration):
+            found.append(path)
+    return found
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Remove a checkpoint, its description first: what is left after an interruption counts as an unfinished save."""
+    (path / INFO).unlink()
+    shutil.rmtree(path)
 
 
 def read_info(path: Path, option: str = "--load") -> CheckpointInfo:

@@ -145,6 +145,8 @@ REFUSED = {
     "--task-early-stopping-patience 2 --eval-iters 0": "needs evaluations",
     "--task-early-stopping-patience 2 --mft-loss sample": "which --mft-loss sample does not have",
     "--save-best": "without --save",
+    "--task-balance famo --early-stopping-patience 2 --early-stopping-metric objective": "use macro or a task",
+    "--task-early-stopping-patience 2 --save-best --save x --early-stopping-metric objective": "use macro or a task",
 }
 
 

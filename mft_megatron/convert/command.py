@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mft_megatron.errors import InputError
 from mft_megatron.options import option, read_options
-from mft_megatron.run_folder import latest_checkpoint
+from mft_megatron.run_folder import best_checkpoint, latest_checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,6 +16,7 @@ class ExportOptions:
     load: str | None = option(
         None, "Run folder (its newest checkpoint is taken) or one iter_NNNNNNN folder.", type=str, metavar="CKPT"
     )
+    best: bool = option(False, "Take the best checkpoint of the run folder instead of the newest.")
     hf: str | None = option(None, "Folder to write; must not exist.", type=str, metavar="DIR")
     tokenizer_model: str | None = option(
         None, "Folder of tokenizer files to copy. Not given: tokenizer/ of the run folder.", type=str, metavar="DIR"
@@ -26,7 +27,7 @@ class ExportOptions:
 def mcore_to_hf(command_line: Sequence[str]) -> None:
     """Export the model of a checkpoint."""
     options = read_options(ExportOptions, command_line, "convert_checkpoint.py mcore-to-hf", required=("load", "hf"))
-    path, info = latest_checkpoint(options.load)
+    path, info = (best_checkpoint if options.best else latest_checkpoint)(options.load)
     # torch only now: what can be refused without it has been
     from mft_megatron.convert.hf_export import export, parse_size
 

@@ -141,14 +141,12 @@ class TaskBalance:
 
     def load(self, state: dict[str, Any], log: RunLog, progress: Progress) -> None:
         """Go on from a checkpoint's state; another balancer than the checkpoint's starts anew, and the log says so."""
-        if self._balancer is None:
-            return
         if state["kind"] != self._kind:
-            reason = f"--task-balance {self._kind} starts anew: the checkpoint was balanced by {state['kind']}"
+            reason = f"--task-balance {self._kind} starts anew: until here the weights were {state['kind']}"
             log.write(event_record(progress, "warning", reason=reason))
-            return
-        self._state = state["balancer"]
-        self.weight_K = state["weight_K"].numpy()
+        elif self._balancer is not None:
+            self._state = state["balancer"]
+            self.weight_K = state["weight_K"].numpy()
 
 
 def _options_of(kind: str, options: MultiTaskArguments) -> dict[str, Any]:

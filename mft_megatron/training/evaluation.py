@@ -43,8 +43,8 @@ class Evaluation:
             options.early_stopping_metric,
             options.early_stopping_min_delta,
             options.task_early_stopping_patience,
-            validated=_tasks_of(dataset, "valid"),
-            trained=_tasks_of(dataset, "train") & _weighted(dataset, self.balance.weight_K),
+            validated=self._evaluated_tasks(),
+            trained=_named(dataset, self.balance.weight_K) & _named(dataset, _counts(dataset.split("train"))),
         )
         self._state = self._stopping.begin()
         self._keeps_best = arguments.checkpoint.save_best or options.early_stopping_patience is not None
@@ -103,6 +103,14 @@ class Evaluation:
         if "balance" in state:
             self.balance.load(state["balance"], log, progress)
 
+    def _evaluated_tasks(self) -> set[str]:
+        """Names of the tasks of which evaluations see a supervised token; --eval-iters may leave some out."""
+        limit = self._arguments.validation.eval_iters
+        if "valid" not in self._dataset.splits or limit == 0:
+            return set()
+        plans = evaluation_plans(self._arguments, self._dataset.split("valid"), limit)
+        return _named(self._dataset, sum(plan.supervised_tokens_K for plan in plans))
+
     def _record(self, trainer: Trainer, progress: Progress, limit: int | None) -> dict[str, Any]:
         split = self._dataset.split("valid")
         report = trainer.evaluate(split, list(evaluation_plans(self._arguments, split, limit)))
@@ -128,13 +136,11 @@ def evaluation_plans(arguments: Arguments, split: PackedSplit, limit: int | None
         yield plan
 
 
-def _tasks_of(dataset: PackedDataset, split: str) -> set[str]:
-    """Names of the tasks that have a supervised token in a split."""
-    if split not in dataset.splits:
-        return set()
-    tokens_K, _ = dataset.split(split).counts(np.arange(dataset.split(split).num_packs))
-    return {name for name, tokens in zip(dataset.tasks, tokens_K, strict=True) if tokens}
+def _counts(split: PackedSplit) -> np.ndarray:
+    """Supervised tokens of each task in a whole split, int64 [K]."""
+    return split.counts(np.arange(split.num_packs))[0]
 
 
-def _weighted(dataset: PackedDataset, weight_K: np.ndarray) -> set[str]:
-    return {name for name, weight in zip(dataset.tasks, weight_K, strict=True) if weight > 0}
+def _named(dataset: PackedDataset, number_K: np.ndarray) -> set[str]:
+    """Names of the tasks with a number above 0."""
+    return {name for name, number in zip(dataset.tasks, number_K, strict=True) if number > 0}

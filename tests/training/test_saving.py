@@ -1,9 +1,29 @@
-"""The tokenizer's files follow the run."""
+"""Which checkpoints a run keeps, also when it is interrupted; the tokenizer's files follow the run."""
+
+import json
+import random
+from pathlib import Path
 
 import pytest
 
+from mft_megatron.arguments import parse_arguments
+from mft_megatron.data.dataset import PackedDataset
+from mft_megatron.mcore import checkpoint, parallel
+from mft_megatron.run_folder import (
+    INFO,
+    TRACKER,
+    best_checkpoint,
+    iteration_folder,
+    latest_checkpoint,
+    read_info,
+    record_best,
+    replace_text,
+    write_info,
+)
+from mft_megatron.training import saving
+from mft_megatron.training.progress import Progress
 from mft_megatron.training.run_log import RunLog
-from mft_megatron.training.saving import keep_tokenizer
+from mft_megatron.training.saving import Saver, keep_tokenizer, resume
 
 
 @pytest.fixture
@@ -53,3 +73,228 @@ def test_one_that_is_gone_is_named(kept, tmp_path):
     names, said = kept(tmp_path / "gone")
     assert names == []
     assert "gone is gone: an export of this run will need --tokenizer-model" in said
+
+
+class Killed(BaseException):
+    """The job is ended from outside."""
+
+
+def fake_save(folder, trainer, info, options, state):
+    """What :func:`mft_megatron.mcore.checkpoint.save` does with the run folder."""
+    path = iteration_folder(folder, info.iteration)
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "weights").write_text(json.dumps(state))
+    write_info(path, info)
+    replace_text(folder / TRACKER, f"{info.iteration}\n")
+    return path
+
+
+class Job:
+    """A run in ``folder`` without a model: it only saves."""
+
+    def __init__(self, prefix, folder, words=""):
+        self.folder = folder
+        words = f"--num-layers 2 --hidden-size 32 --num-attention-heads 2 --train-iters 1000 --lr 1 {words}"
+        words += f" --micro-batch-size 1 --seq-length 128 --data-path {prefix} --save {folder} --load {folder}"
+        self.arguments = parse_arguments(words.split())
+        self.saver = Saver(self.arguments, PackedDataset.open(prefix, 128))
+        self.log = RunLog(True)
+
+    def step(self, step, best=False, always=False):
+        if self.saver.due(step, always, best):
+            self.saver.save(None, Progress(step, step), self.log, always, best, {"step": step})
+        return self.kept()
+
+    def kept(self):
+        """Iterations of the complete checkpoints."""
+        return [read_info(path.parent).iteration for path in sorted(self.folder.glob(f"iter_*/{INFO}"))]
+
+    def best(self):
+        return best_checkpoint(self.folder)[1].iteration
+
+
+@pytest.fixture
+def job(dataset_prefix, tmp_path, monkeypatch):
+    """Start a job, or start it again; all have the same run folder."""
+    monkeypatch.setattr(checkpoint, "save", fake_save)
+    monkeypatch.setattr(checkpoint, "load", lambda path, *_: json.loads((path / "weights").read_text()))
+    monkeypatch.setattr(parallel, "layout", dict)
+    monkeypatch.setattr(parallel, "is_main", lambda: True)
+    return lambda words="": Job(dataset_prefix, tmp_path / "run", words)
+
+
+def test_the_best_checkpoint_stays_until_a_better_one_is_there(job, capsys):
+    run = job()
+    assert run.step(10, best=True) == [10]
+    assert run.step(20) == [10]
+    assert run.step(30, best=True) == [30]
+    assert run.step(40, always=True) == [30, 40]
+    assert (run.best(), latest_checkpoint(run.folder)[1].iteration) == (30, 40)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[1] for line in lines] == ["save", "save", "remove", "save"]
+    assert "step 30 | remove | path" in lines[2]
+    assert "iter_0000010 | reason no longer the best checkpoint" in lines[2]
+    assert lines[1].endswith("best True")
+    assert "best True" not in lines[3]
+
+
+def test_what_was_asked_for_is_never_removed(job):
+    run = job("--save-interval 20")
+    for step, expected in ((10, [10]), (20, [20]), (30, [20, 30]), (40, [20, 30, 40]), (50, [20, 40, 50])):
+        assert run.step(step, best=step != 40) == expected
+    assert run.best() == 50
+    run.step(60, best=True, always=True)
+    assert run.step(70, best=True) == [20, 40, 60, 70]
+
+
+def test_without_the_option_nothing_changes(job, tmp_path):
+    run = job("--save-interval 20")
+    assert [run.saver.due(step, always) for step in (10, 20) for always in (False, True)] == [False, True, True, True]
+    for step in range(10, 60, 10):
+        run.step(step)
+    assert run.kept() == [20, 40]
+    assert run.step(50, best=True) == [20, 40, 50]
+    assert {path.name for path in (tmp_path / "run").glob("*.txt")} == {TRACKER, "best_checkpointed_iteration.txt"}
+
+
+def test_a_run_without_a_folder_saves_nothing(dataset_prefix):
+    words = "--num-layers 2 --hidden-size 32 --num-attention-heads 2 --train-iters 9 --lr 1 --micro-batch-size 1"
+    arguments = parse_arguments(f"{words} --seq-length 128 --data-path {dataset_prefix}".split())
+    assert not Saver(arguments, None).due(9, always=True, best=True)
+
+
+def test_other_ranks_touch_nothing(job, monkeypatch):
+    run = job()
+    run.step(10, best=True)
+    monkeypatch.setattr(parallel, "is_main", lambda: False)
+    assert run.step(20, best=True) == [10, 20]
+    assert run.best() == 10
+    again = job()
+    assert resume(again.arguments, None, again.log)[0].step == 20
+    assert run.best() == 10
+    record_best(run.folder, 30)  # as the main rank does
+    assert run.step(30, best=True) == [10, 20, 30]
+
+
+def test_a_restarted_job_removes_what_the_first_one_saved(job):
+    job().step(10, best=True)
+    run = job("--save-interval 25")
+    run.step(25)
+    assert run.step(30, best=True) == [25, 30]
+    assert job().step(40, best=True) == [25, 40]
+
+
+def interrupt(monkeypatch, where):
+    """End the job at one point of its next save."""
+
+    def killed(*arguments):
+        raise Killed
+
+    if where == "before the checkpoint is complete":
+        monkeypatch.setattr(f"{__name__}.write_info", killed)
+    elif where == "before the best is recorded":
+        monkeypatch.setattr(saving, "record_best", killed)
+    elif where == "before the removal":
+        monkeypatch.setattr(saving, "superseded", killed)
+    else:
+        monkeypatch.setattr("shutil.rmtree", killed)
+
+
+POINTS = (
+    "before the checkpoint is complete",
+    "before the best is recorded",
+    "before the removal",
+    "in the middle of the removal",
+)
+
+
+@pytest.mark.parametrize(
+    ("where", "kept", "best"), list(zip(POINTS, ([10], [10, 20], [10, 20], [20]), (10, 10, 20, 20), strict=True))
+)
+def test_an_interrupted_save_loses_nothing(job, monkeypatch, where, kept, best):
+    job().step(10, best=True)
+    with monkeypatch.context() as patch:
+        interrupt(patch, where)
+        with pytest.raises(Killed):
+            job().step(20, best=True)
+    again = job()
+    assert again.kept() == kept
+    assert again.best() == best
+    # the state in the checkpoint that the job goes on from is that of kept[-1]: there was nothing better before it
+    progress, state = resume(again.arguments, None, again.log)
+    assert (progress.step, state) == (kept[-1], {"step": kept[-1]})
+    assert again.best() == kept[-1]
+    assert again.step(30, best=True) == [30]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_any_order_of_saves_and_interruptions(job, monkeypatch, seed):
+    draw = random.Random(seed)
+    run, step, asked, best = job("--save-interval 3"), 0, set(), None
+    for _ in range(12):
+        step += 1
+        improved, always = draw.random() < 0.4, draw.random() < 0.1
+        where = draw.choice([None, None, *POINTS])
+        complete = True
+        try:
+            with monkeypatch.context() as patch:
+                if where is not None:
+                    interrupt(patch, where)
+                run.step(step, improved, always)
+        except Killed:
+            complete = where != POINTS[0]
+        if complete and (always or step % 3 == 0):
+            asked.add(step)
+        if complete and improved:
+            best = step
+        if where is not None:  # the job starts again, whether or not it came to the point
+            run = job("--save-interval 3")
+            step = resume(run.arguments, None, run.log)[0].step
+        kept = set(run.kept())
+        assert asked <= kept
+        if best is not None:
+            assert run.best() == best
+        if where is None and improved:
+            assert kept == asked | {best}
+
+
+def test_a_checkpoint_that_cannot_be_removed_is_named_and_the_run_goes_on(job, monkeypatch, capsys):
+    run = job()
+    run.step(10, best=True)
+
+    def fail(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", fail)
+        run.step(20, best=True)
+    assert run.best() == 20
+    assert "iter_0000010 is no longer the best checkpoint and cannot be removed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"), [("", 10), ("--finetune", 20), ("--save elsewhere", 20), ("--load iter_0000020", 20)]
+)
+def test_going_back_to_a_best_checkpoint_makes_it_the_best_again(job, tmp_path, monkeypatch, words, expected):
+    run = job("--save-interval 10")
+    run.step(10, best=True)
+    run.step(20, best=True)
+    monkeypatch.chdir(run.folder)
+    elsewhere = "--save" in words
+    words = f"--save-interval 10 {words}" if "--load" in words else f"--load iter_0000010 {words}"
+    options = f"--num-layers 2 --hidden-size 32 --num-attention-heads 2 --train-iters 1000 --lr 1 {words}"
+    options += f" --micro-batch-size 1 --data-path {run.arguments.data.data_path} --seq-length 128"
+    arguments = parse_arguments(f"{options} {'' if elsewhere else '--save .'}".split())
+    resume(arguments, None, run.log)
+    assert run.best() == expected
+    assert not Path("elsewhere").exists()
+
+
+def test_old_descriptions_are_asked_for(job):
+    run = job()
+    run.step(10, best=True)
+    file = iteration_folder(run.folder, 10) / INFO
+    content = json.loads(file.read_text())
+    assert (content.pop("best"), content.pop("asked_for")) == (True, False)
+    file.write_text(json.dumps(content))
+    assert run.step(20, best=True) == [10, 20]

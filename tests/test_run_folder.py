@@ -1,0 +1,161 @@
+"""The files that name a checkpoint, and which checkpoints may go."""
+
+import dataclasses
+import json
+
+import pytest
+
+from mft_megatron.convert.command import mcore_to_hf
+from mft_megatron.convert.families.llama import LLAMA
+from mft_megatron.errors import InputError
+from mft_megatron.run_folder import (
+    BEST,
+    INFO,
+    TRACKER,
+    CheckpointInfo,
+    best_checkpoint,
+    iteration_folder,
+    latest_checkpoint,
+    read_info,
+    record_best,
+    remove_checkpoint,
+    superseded,
+    write_info,
+)
+
+
+def checkpoint(folder, iteration, **options):
+    path = iteration_folder(folder, iteration)
+    path.mkdir(parents=True)
+    write_info(path, CheckpointInfo(iteration, 0, {}, 10, {}, "", 1, 8, **options))
+    (folder / TRACKER).write_text(f"{iteration}\n")
+    return path
+
+
+def test_the_newest_and_the_best(tmp_path):
+    first, second = (checkpoint(tmp_path, iteration) for iteration in (10, 20))
+    record_best(tmp_path, 10)
+    assert latest_checkpoint(tmp_path)[0] == second
+    assert best_checkpoint(tmp_path)[0] == first
+    assert best_checkpoint(str(tmp_path))[1] == read_info(first)
+    assert (tmp_path / BEST).read_text() == "10\n"
+    assert latest_checkpoint(first)[0] == first
+    record_best(tmp_path, 20)
+    assert best_checkpoint(tmp_path)[0] == second
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize(("find", "name"), [(latest_checkpoint, TRACKER), (best_checkpoint, BEST)])
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ("ten", "'ten' is not an iteration number; write the number of an existing iter_ folder"),
+        ("-1", "'-1' is not an iteration number"),
+        ("", "'' is not an iteration number"),
+        ("30", "names iteration 30, but .*iter_0000030 does not exist; correct the number in it"),
+        ("20", "this save was never finished"),
+    ],
+)
+def test_a_damaged_name_is_refused(tmp_path, find, name, content, text):
+    checkpoint(tmp_path, 10)
+    iteration_folder(tmp_path, 20).mkdir()
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=text) as error:
+        find(tmp_path, "--from")
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_without_a_name_is_refused_with_the_option(tmp_path):
+    path = checkpoint(tmp_path, 10)
+    with pytest.raises(InputError, match=f"--from .*: has no {BEST}, so no best checkpoint was kept there; give the"):
+        best_checkpoint(tmp_path, "--from")
+    with pytest.raises(InputError, match=f"iter_0000010: has no {BEST}"):
+        best_checkpoint(path)
+    with pytest.raises(InputError, match=r"--load .*nothing: does not exist; give the folder of a run that kept one"):
+        best_checkpoint(tmp_path / "nothing")
+    (tmp_path / TRACKER).unlink()
+    with pytest.raises(
+        InputError, match=f"has no {TRACKER}, so no checkpoint was completed there; .* leave --from out"
+    ):
+        latest_checkpoint(tmp_path, "--from")
+    with pytest.raises(InputError, match="does not exist; give a folder that --save wrote"):
+        latest_checkpoint(tmp_path / "nothing")
+
+
+def test_a_description_written_before_there_were_best_ones_is_kept(tmp_path):
+    path = checkpoint(tmp_path, 10)
+    content = json.loads((path / INFO).read_text())
+    del content["best"], content["asked_for"]
+    (path / INFO).write_text(json.dumps(content))
+    info = read_info(path)
+    assert (info.best, info.asked_for) == (False, True)
+    assert dataclasses.asdict(info) == {**content, "best": False, "asked_for": True}
+
+
+def test_only_what_nobody_asked_for_is_superseded(tmp_path):
+    only_best = {"best": True, "asked_for": False}
+    checkpoint(tmp_path, 30, best=True)
+    checkpoint(tmp_path, 40)
+    for iteration in (10, 20, 50, 60):
+        checkpoint(tmp_path, iteration, **only_best)
+    record_best(tmp_path, 20)
+    assert latest_checkpoint(tmp_path)[1].iteration == 60
+    assert superseded(tmp_path) == [iteration_folder(tmp_path, iteration) for iteration in (10, 50)]
+
+
+def test_what_is_not_a_checkpoint_of_this_run_is_left_alone(tmp_path):
+    old = checkpoint(tmp_path, 10, best=True, asked_for=False)
+    elsewhere = tmp_path / "elsewhere"
+    linked = checkpoint(elsewhere, 20, best=True, asked_for=False)
+    iteration_folder(tmp_path, 20).symlink_to(linked)
+    copy = tmp_path / "iter_0000010_copy"
+    copy.mkdir()
+    (copy / INFO).write_text((old / INFO).read_text())
+    (tmp_path / "iter_notes.txt").write_text("")
+    iteration_folder(tmp_path, 30).mkdir()
+    damaged = iteration_folder(tmp_path, 40)
+    damaged.mkdir()
+    (damaged / INFO).write_text("{")
+    checkpoint(tmp_path, 50)
+    record_best(tmp_path, 50)
+    assert superseded(tmp_path) == [old]
+
+
+def test_a_removal_that_breaks_off_leaves_no_checkpoint_behind(tmp_path, monkeypatch):
+    path = checkpoint(tmp_path, 10)
+    (path / "weights").write_text("")
+
+    def fail(path):
+        raise OSError("broken off")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", fail)
+        with pytest.raises(OSError, match="broken off"):
+            remove_checkpoint(path)
+    with pytest.raises(InputError, match="never finished"):
+        read_info(path)
+    other = checkpoint(tmp_path, 20)
+    remove_checkpoint(other)
+    assert not other.exists()
+
+
+@pytest.mark.parametrize(("words", "expected"), [([], 20), (["--best"], 10)])
+def test_an_export_takes_the_newest_or_the_best(tmp_path, monkeypatch, words, expected):
+    for iteration in (10, 20):
+        checkpoint(tmp_path / "run", iteration)
+    record_best(tmp_path / "run", 10)
+    exported = []
+
+    def export(path, info, *_):
+        exported.append((path, info.iteration))
+        return LLAMA
+
+    monkeypatch.setattr("mft_megatron.convert.hf_export.export", export)
+    mcore_to_hf(["--load", str(tmp_path / "run"), "--hf", str(tmp_path / "hf"), *words])
+    assert exported == [(iteration_folder(tmp_path / "run", expected), expected)]
+
+
+def test_an_export_of_the_best_is_refused_where_none_was_kept(tmp_path):
+    checkpoint(tmp_path / "run", 10)
+    with pytest.raises(InputError, match=f"--load .*run: has no {BEST}"):
+        mcore_to_hf(["--load", str(tmp_path / "run"), "--hf", str(tmp_path / "hf"), "--best"])
