@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from .segments import inverse, sample_sums
+from .segments import inverse, sample_sums, spread
 
 Factors = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -95,8 +95,8 @@ def coefficients(
         fp64 [B, S], 0 for unsupervised tokens, constant in the parameters.
     """
     mask_BS = loss_mask_BS.double()
-    coefficient_BS = factor_K[task_ids_BS] * mask_BS
+    coefficient_BS = spread(factor_K, task_ids_BS) * mask_BS
     if shared_by_sample:
         tokens_of_sample = sample_sums(sample_ids_BS, mask_BS, num_segments)
-        coefficient_BS = coefficient_BS * inverse(tokens_of_sample)[sample_ids_BS]
+        coefficient_BS = coefficient_BS * spread(inverse(tokens_of_sample), sample_ids_BS)
     return coefficient_BS

@@ -10,7 +10,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from .segments import inverse, sample_sums
+from .segments import inverse, sample_sums, spread
 
 
 def token_miss(loss_BS: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ def sample_modulation(
     mask_BS = loss_mask_BS.double()
     missed = sample_sums(sample_ids_BS, mask_BS * token_miss(loss_BS), num_segments)
     miss = missed * inverse(sample_sums(sample_ids_BS, mask_BS, num_segments))
-    return power(miss, gamma)[sample_ids_BS]
+    return spread(power(miss, gamma), sample_ids_BS)
 
 
 @dataclasses.dataclass(frozen=True)

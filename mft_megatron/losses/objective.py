@@ -135,9 +135,15 @@ class Objective:
         return total
 
     def statistics_after(self, before: TaskStatistics, sums: Tensor, samples_K: Tensor) -> TaskStatistics:
-        """Statistics that the next step of focal-task uses, from the global ``sums`` of this one."""
+        """Statistics that the next step of focal-task uses, from the global ``sums`` of this one; others have none.
+
+        ``samples_K``: ``M_i`` of the step, on any device.
+        """
+        if self.mode != "focal-task":
+            return before
         named = dict(zip(SUMS, sums, strict=True))
-        return before.after(named["sample_miss_K"], named["sample_loss_K"], samples_K.to(sums.device))
+        there_K = samples_K.to(sums.device, non_blocking=True)
+        return before.after(named["sample_miss_K"], named["sample_loss_K"], there_K)
 
     def by_task(self, factors: StepFactors, sums: Tensor, samples_K: Tensor) -> Tensor:
         """Each task's part of the reported loss, from the global ``sums``: fp64 [K].
@@ -148,4 +154,5 @@ class Objective:
             return sums[SUMS.index("objective_K")]
         none = TaskStatistics.none(sums.shape[1], sums.device)
         now = self.statistics_after(none, sums, samples_K)
-        return task_loss(factors.base_K.to(sums.device), now, samples_K.to(sums.device), self.gamma)
+        base_K, there_K = (value.to(sums.device, non_blocking=True) for value in (factors.base_K, samples_K))
+        return task_loss(base_K, now, there_K, self.gamma)

@@ -9,6 +9,11 @@ def inverse(numbers: Tensor) -> Tensor:
     return torch.where(numbers > 0, 1.0 / numbers.clamp(min=torch.finfo(numbers.dtype).tiny), 0.0)
 
 
+def spread(value: Tensor, ids_BS: Tensor) -> Tensor:
+    """The value of each token's sample or task: [B, S]; differentiable. Cheaper backward than ``value[ids_BS]``."""
+    return value.index_select(0, ids_BS.flatten()).view(ids_BS.shape)
+
+
 def sample_sums(sample_ids_BS: Tensor, value_BS: Tensor, num_segments: int) -> Tensor:
     """Sum of a per-token value over the tokens of each sample, in fp64: [``num_segments``]; differentiable."""
     total = torch.zeros(num_segments, dtype=torch.float64, device=value_BS.device)
@@ -33,5 +38,5 @@ def counts(
     """
     mask_BS = loss_mask_BS.double()
     # a sample counts once, spread over its supervised tokens
-    once_BS = mask_BS * inverse(sample_sums(sample_ids_BS, mask_BS, num_segments))[sample_ids_BS]
+    once_BS = mask_BS * spread(inverse(sample_sums(sample_ids_BS, mask_BS, num_segments)), sample_ids_BS)
     return task_sums(task_ids_BS, mask_BS, num_tasks), task_sums(task_ids_BS, once_BS, num_tasks)
