@@ -191,6 +191,12 @@ class DistributedArguments:
 
     tensor_model_parallel_size: int = option(1, "Ranks that share each layer.", at_least=1)
     pipeline_model_parallel_size: int = option(1, "Ranks that share the stack of layers.", at_least=1)
+    num_layers_per_virtual_pipeline_stage: int | None = option(
+        None, "Interleave the pipeline in virtual stages of this many layers.", type=int, at_least=1
+    )
+    num_virtual_stages_per_pipeline_rank: int | None = option(
+        None, "Interleave the pipeline in this many virtual stages on each rank.", type=int, at_least=1
+    )
     sequence_parallel: bool = option(False, "Split norms and dropout over the tensor-parallel ranks, too.")
     distributed_backend: str = option(
         "auto",
@@ -198,6 +204,11 @@ class DistributedArguments:
         choices=("auto", "nccl", "gloo"),
     )
     distributed_timeout_minutes: int = option(10, "How long a collective may take.", at_least=1)
+
+    @property
+    def interleaved(self) -> bool:
+        """Whether each rank has several stages, which take turns with those of the other ranks."""
+        return self.num_virtual_stages_per_pipeline_rank is not None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -400,6 +411,13 @@ class Arguments:
         layout = self.distributed
         return self.world_size // (layout.tensor_model_parallel_size * layout.pipeline_model_parallel_size)
 
+    @property
+    def batch_multiple(self) -> int:
+        """A batch has a multiple of this many packs: one micro-batch of each data-parallel rank, or, since interleaved
+        stages take turns after as many micro-batches as the pipeline has ranks, so many of each."""
+        micro_batches = self.distributed.pipeline_model_parallel_size if self.distributed.interleaved else 1
+        return self.training.micro_batch_size * self.data_parallel_size * micro_batches
+
     def as_options(self) -> dict[str, Any]:
         """Every option's effective value by Megatron's name, for ``config.yaml``."""
         return {
@@ -447,7 +465,9 @@ def parse_arguments(command_line: Sequence[str], world_size: int = 1, packed_len
         field.name: fill(group, given) for field, (_, group) in zip(dataclasses.fields(Arguments), GROUPS, strict=False)
     }
     arguments = Arguments(**groups, world_size=world_size, resume=resume)
-    _refuse(_check_ranges(arguments))  # before anything is derived from these numbers; again below for the derived ones
+    # before anything is derived from these numbers; again below for the derived ones
+    for check in (_check_ranges, _check_layout, _check_virtual_stages):
+        _refuse(check(arguments))
     arguments = _complete(arguments)
     for check in CHECKS:
         _refuse(check(arguments))
@@ -576,6 +596,15 @@ def _complete(arguments: Arguments) -> Arguments:
     if training.global_batch_size is None:
         size = training.micro_batch_size * arguments.data_parallel_size
         training = dataclasses.replace(training, global_batch_size=size)
+    layout = arguments.distributed
+    stages, layers = layout.num_virtual_stages_per_pipeline_rank, layout.num_layers_per_virtual_pipeline_stage
+    if layers is not None:
+        stages = network.num_layers // (layout.pipeline_model_parallel_size * layers)
+    layout = dataclasses.replace(
+        layout,
+        num_layers_per_virtual_pipeline_stage=None,  # says the same in other words
+        num_virtual_stages_per_pipeline_rank=None if stages == 1 else stages,
+    )
     schedule = arguments.learning_rate
     if schedule.lr_decay_iters is None:
         schedule = dataclasses.replace(schedule, lr_decay_iters=training.train_iters)
@@ -583,7 +612,12 @@ def _complete(arguments: Arguments) -> Arguments:
     if precision.bf16:
         precision = dataclasses.replace(precision, accumulate_allreduce_grads_in_fp32=True)
     return dataclasses.replace(
-        arguments, network=network, training=training, learning_rate=schedule, precision=precision
+        arguments,
+        network=network,
+        training=training,
+        distributed=layout,
+        learning_rate=schedule,
+        precision=precision,
     )
 
 
@@ -648,13 +682,32 @@ def _check_layout(a: Arguments) -> str | None:
     return None
 
 
+def _check_virtual_stages(a: Arguments) -> str | None:
+    pp = a.distributed.pipeline_model_parallel_size
+    given = {
+        "--num-layers-per-virtual-pipeline-stage": a.distributed.num_layers_per_virtual_pipeline_stage,
+        "--num-virtual-stages-per-pipeline-rank": a.distributed.num_virtual_stages_per_pipeline_rank,
+    }
+    given = {name: number for name, number in given.items() if number is not None}
+    if len(given) == 2:
+        return f"{' and '.join(given)} both set the number of virtual stages; give one of them"
+    for name, number in given.items():
+        if pp == 1:
+            return f"{name} {number} needs --pipeline-model-parallel-size of at least 2; leave it out"
+        if a.network.num_layers % (pp * number):
+            return (
+                f"{name} {number} × --pipeline-model-parallel-size {pp} = {pp * number} does not divide --num-layers "
+                f"{a.network.num_layers}; change one of them"
+            )
+    return None
+
+
 def _check_batches(a: Arguments) -> str | None:
-    micro, world = a.training.micro_batch_size, a.data_parallel_size
-    if a.training.global_batch_size % (micro * world):
-        return (
-            f"--global-batch-size {a.training.global_batch_size} is not a multiple of --micro-batch-size {micro} × "
-            f"data-parallel size {world} = {micro * world}"
-        )
+    if a.training.global_batch_size % a.batch_multiple:
+        factors = f"--micro-batch-size {a.training.micro_batch_size} × data-parallel size {a.data_parallel_size}"
+        if a.distributed.interleaved:
+            factors += f" × --pipeline-model-parallel-size {a.distributed.pipeline_model_parallel_size} (interleaved)"
+        return f"--global-batch-size {a.training.global_batch_size} is not a multiple of {factors} = {a.batch_multiple}"
     return None
 
 
@@ -757,6 +810,7 @@ CHECKS = (
     _check_heads,
     _check_positions,
     _check_layout,
+    _check_virtual_stages,
     _check_batches,
     _check_schedule,
     _check_checkpointing,

@@ -39,6 +39,27 @@ def test_what_follows_is_filled_in():
     assert parse().learning_rate.lr_decay_iters == 10
 
 
+PP2 = "--global-batch-size 8 --pipeline-model-parallel-size 2"
+
+
+@pytest.mark.parametrize(
+    ("option", "stages"),
+    [
+        ("", None),
+        ("--num-layers-per-virtual-pipeline-stage 1", 2),
+        ("--num-layers-per-virtual-pipeline-stage 2", None),
+        ("--num-virtual-stages-per-pipeline-rank 2", 2),
+        ("--num-virtual-stages-per-pipeline-rank 1", None),
+    ],
+)
+def test_either_option_interleaves(option, stages):
+    a = parse(f"{PP2} {option}", world_size=2)
+    assert a.distributed.num_virtual_stages_per_pipeline_rank == stages
+    assert a.distributed.num_layers_per_virtual_pipeline_stage is None
+    assert a.distributed.interleaved == (stages is not None)
+    assert a.batch_multiple == (2 if stages is None else 4)
+
+
 @pytest.mark.parametrize(("alias", "loss"), list(zip(("case1", "case2", "case3", "case4"), LOSSES[:4], strict=True)))
 def test_mftcoder_names(alias, loss):
     assert parse(f"--weighted_loss_mode {alias}").multi_task.mft_loss == loss
@@ -93,6 +114,16 @@ REFUSED = {
     "--kv-channels 7 --position-embedding-type rope": "even head size",
     "--pipeline-model-parallel-size 3": "8 ranks cannot be divided",
     "--pipeline-model-parallel-size 8": "does not divide --num-layers 4",
+    "--num-virtual-stages-per-pipeline-rank 2": "rank 2 needs --pipeline-model-parallel-size of at least 2",
+    "--num-layers-per-virtual-pipeline-stage 2": "stage 2 needs --pipeline-model-parallel-size of at least 2",
+    f"{PP2} --num-virtual-stages-per-pipeline-rank 3": "rank 3 × --pipeline-model-parallel-size 2 = 6 does not",
+    f"{PP2} --num-layers-per-virtual-pipeline-stage 4": "stage 4 × --pipeline-model-parallel-size 2 = 8 does not",
+    f"{PP2} --num-virtual-stages-per-pipeline-rank 0": "at least 1",
+    f"{PP2} --num-layers-per-virtual-pipeline-stage 0": "at least 1",
+    f"{PP2} --num-layers-per-virtual-pipeline-stage 1 --num-virtual-stages-per-pipeline-rank 2": "give one of them",
+    f"{PP2} --num-virtual-stages-per-pipeline-rank 2": (
+        "--micro-batch-size 2 × data-parallel size 4 × --pipeline-model-parallel-size 2 (interleaved) = 16"
+    ),
     "--sequence-parallel": "needs --tensor-model-parallel-size of at least 2",
     "--global-batch-size 24": "is not a multiple of --micro-batch-size 2 × data-parallel size 8 = 16",
     "--global-batch-size 0": "at least 1",

@@ -54,11 +54,16 @@ class ValidationDraws:
 _order = functools.lru_cache(maxsize=4096)(named_order)
 
 
-def deal(rows: list[np.ndarray], ranks: Ranks, micro_batch_size: int) -> list[list[np.ndarray]]:
-    """Rows of one data-parallel rank by micro-batch; empty rows fill up so that all ranks have the same number."""
-    together = ranks.data_size * micro_batch_size
-    rows = rows + [np.zeros(0, np.int64)] * (-len(rows) % together)
-    first = ranks.data_rank * micro_batch_size
+def deal(rows: list[np.ndarray], ranks: Ranks, micro_batch_size: int, multiple: int) -> list[list[np.ndarray]]:
+    """Rows of one data-parallel rank by micro-batch.
+
+    Args:
+        rows: sample numbers of each row.
+        multiple: empty rows are added up to a multiple of this, itself one of ``micro_batch_size · data_size``, so that
+            all ranks have the same number of micro-batches.
+    """
+    rows = rows + [np.zeros(0, np.int64)] * (-len(rows) % multiple)
+    first, together = ranks.data_rank * micro_batch_size, ranks.data_size * micro_batch_size
     return [rows[start + first : start + first + micro_batch_size] for start in range(0, len(rows), together)]
 
 

@@ -54,7 +54,7 @@ def save(
         shutil.rmtree(path, ignore_errors=True)  # left by an interrupted save, or by a run that is being repeated
         path.mkdir(parents=True)
     parallel.wait()
-    model_state = trainer.model.module.sharded_state_dict()
+    model_state = _model_state(trainer)
     state = {
         "model": model_state,
         "scheduler": trainer.scheduler.state_dict(),
@@ -87,7 +87,7 @@ def load(path: Path, trainer: Trainer, info: CheckpointInfo, options: Checkpoint
     Raises:
         InputError: the checkpoint does not hold what this model needs.
     """
-    model_state = trainer.model.module.sharded_state_dict()
+    model_state = _model_state(trainer)
     state = {"model": model_state}
     TensorReader(path)  # says in one line if the index is damaged; Megatron-Core would go on without it for a while
     whole = not options.finetune
@@ -103,7 +103,8 @@ def load(path: Path, trainer: Trainer, info: CheckpointInfo, options: Checkpoint
     except (Exception, CheckpointException) as error:  # torch's is no Exception
         rank = torch.distributed.get_rank()
         raise InputError(f"{path}: rank {rank} cannot load it ({_reason(error)})", always=True) from error
-    trainer.model.module.load_state_dict(loaded["model"])
+    for name, chunk in _named_chunks(trainer):
+        chunk.load_state_dict(loaded["model"][name])
     if whole and options.load_optim:
         trainer.scheduler.load_state_dict(loaded["scheduler"])
     if with_optimizer:
@@ -117,6 +118,15 @@ def load(path: Path, trainer: Trainer, info: CheckpointInfo, options: Checkpoint
         there = {name: value.to(platform.device()) for name, value in loaded["statistics"].items()}
         trainer.statistics = TaskStatistics(**there)
     return loaded.get("training", {}) if whole else {}
+
+
+def _named_chunks(trainer: Trainer) -> Iterator[tuple[str, torch.nn.Module]]:
+    return ((f"chunk{number}", chunk.module) for number, chunk in enumerate(trainer.chunks))
+
+
+def _model_state(trainer: Trainer) -> dict[str, dict]:
+    """Weights by chunk; the keys under which they are stored know the layers of the whole model, not the chunks."""
+    return {name: chunk.sharded_state_dict() for name, chunk in _named_chunks(trainer)}
 
 
 @contextlib.contextmanager

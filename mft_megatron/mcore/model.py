@@ -3,7 +3,7 @@
 ::
 
     NetworkArguments ─► TransformerConfig ─┐
-    norm, attention  ─► layer spec ────────┴─► GPTModel (this rank's stage) ─► DistributedDataParallel
+    norm, attention  ─► layer spec ────────┴─► GPTModel (a stage of this rank) ─► DistributedDataParallel
 
 Called with labels the model yields the negative log-likelihood of every token, fp32 [1, T]; the objective is not its
 business.
@@ -22,7 +22,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from mft_megatron.arguments import Arguments, NetworkArguments
+from mft_megatron.arguments import Arguments, DistributedArguments, NetworkArguments
 from mft_megatron.batch import Batch
 
 from . import platform
@@ -67,14 +67,15 @@ def _transformer_config(arguments: Arguments) -> TransformerConfig:
         init_method_std=arguments.initialization.init_method_std,
         tensor_model_parallel_size=layout.tensor_model_parallel_size,
         pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=layout.num_virtual_stages_per_pipeline_rank,
         sequence_parallel=layout.sequence_parallel,
         bf16=arguments.precision.bf16,
         params_dtype=_dtype(arguments),
         pipeline_dtype=_dtype(arguments),
         # Losses carry their whole normalisation in their coefficients; Megatron is to sum and nothing else.
         calculate_per_token_loss=True,
-        # gloo's batched point-to-point is silently wrong with interleaved pipelines.
-        batch_p2p_comm=platform.backend(layout.distributed_backend) != "gloo",
+        batch_p2p_comm=batches_p2p(layout),
+        overlap_p2p_comm=layout.interleaved,
         attention_backend=AttnBackend.local,
         # weights are drawn by initialize_weights, the same for every layout
         perform_initialization=False,
@@ -90,11 +91,22 @@ def _transformer_config(arguments: Arguments) -> TransformerConfig:
     )
 
 
+def batches_p2p(layout: DistributedArguments) -> bool:
+    """Whether ranks of a pipeline exchange tensors as one batch of sends and receives.
+
+    Never between interleaved stages: at pipeline size 2 the rank before is also the rank after, messages in the two
+    directions are taken for each other, and the numbers are silently wrong.
+    """
+    return not layout.interleaved and platform.backend(layout.distributed_backend) != "gloo"
+
+
 def _dtype(arguments: Arguments) -> torch.dtype:
     return torch.bfloat16 if arguments.precision.bf16 else torch.float32
 
 
-def _block_spec(config: TransformerConfig, network: NetworkArguments) -> TransformerBlockSubmodules:
+def _block_spec(
+    config: TransformerConfig, network: NetworkArguments, virtual_stage: int | None
+) -> TransformerBlockSubmodules:
     norm = NORMS[network.normalization]
     layer = get_gpt_layer_local_spec(qk_layernorm=network.qk_layernorm, normalization=network.normalization)
     layer.submodules.input_layernorm = norm
@@ -103,28 +115,33 @@ def _block_spec(config: TransformerConfig, network: NetworkArguments) -> Transfo
     attention.core_attention = PackedAttention
     if network.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = norm
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=norm)
+    layers = [layer] * get_num_layers_to_build(config, virtual_stage)
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
 
 
 class PackedGPTModel(GPTModel):
-    """Megatron-Core's GPT over packed micro-batches, with padded vocabulary rows kept out of the softmax."""
+    """Megatron-Core's GPT over packed micro-batches, with padded vocabulary rows kept out of the softmax.
 
-    def __init__(self, arguments: Arguments, vocab_size: int):
+    One stage of the pipeline: this rank's, or where stages are interleaved the ``virtual_stage``-th of this rank's.
+    """
+
+    def __init__(self, arguments: Arguments, vocab_size: int, virtual_stage: int | None = None):
         network = arguments.network
         config = transformer_config(arguments)
         super().__init__(
             config=config,
-            transformer_layer_spec=_block_spec(config, network),
+            transformer_layer_spec=_block_spec(config, network, virtual_stage),
             vocab_size=padded_vocab_size(
                 vocab_size, network.make_vocab_size_divisible_by, config.tensor_model_parallel_size
             ),
             max_sequence_length=network.max_position_embeddings,
-            pre_process=parallel_state.is_pipeline_first_stage(),
-            post_process=parallel_state.is_pipeline_last_stage(),
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=virtual_stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=virtual_stage),
             share_embeddings_and_output_weights=network.tie_embeddings,
             position_embedding_type=network.position_embedding_type,
             rotary_percent=network.rotary_percent,
             rotary_base=network.rotary_base,
+            vp_stage=virtual_stage,
         )
         self.real_vocab_size = vocab_size
 
@@ -148,13 +165,18 @@ class PackedGPTModel(GPTModel):
         return vocab_parallel_nll(logits, labels.transpose(0, 1), self.real_vocab_size).transpose(0, 1)
 
 
-def build_model(arguments: Arguments, vocab_size: int) -> DistributedDataParallel:
-    """This rank's stage of the model, wrapped for data parallelism; its weights come from the seed, or hold nothing yet
-    where ``--load`` is about to fill them all.
+def build_model(arguments: Arguments, vocab_size: int) -> list[DistributedDataParallel]:
+    """This rank's chunks of the model, one for each of its stages, wrapped for data parallelism; their weights come
+    from the seed, or hold nothing yet where ``--load`` is about to fill them all.
 
     Gradients are summed over data-parallel ranks and micro-batches, never averaged.
     """
-    model = PackedGPTModel(arguments, vocab_size).to(platform.device(), _dtype(arguments))
+    count = arguments.distributed.num_virtual_stages_per_pipeline_rank
+    return [_build_chunk(arguments, vocab_size, stage) for stage in ([None] if count is None else range(count))]
+
+
+def _build_chunk(arguments: Arguments, vocab_size: int, virtual_stage: int | None) -> DistributedDataParallel:
+    model = PackedGPTModel(arguments, vocab_size, virtual_stage).to(platform.device(), _dtype(arguments))
     mark_split_weights(model)
     if arguments.resume is None:
         initialize_weights(model, arguments.initialization.seed, arguments.initialization.init_method_std)

@@ -10,8 +10,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from mft_megatron.arguments import Arguments
 
 
-def build_optimizer(arguments: Arguments, model: DistributedDataParallel) -> MegatronOptimizer:
-    """Adam with decoupled weight decay; fp32 main weights under ``--bf16``."""
+def build_optimizer(arguments: Arguments, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
+    """Adam with decoupled weight decay over all chunks of this rank; fp32 main weights under ``--bf16``."""
     regularization = arguments.regularization
     config = OptimizerConfig(
         optimizer=arguments.training.optimizer,
@@ -23,9 +23,9 @@ def build_optimizer(arguments: Arguments, model: DistributedDataParallel) -> Meg
         adam_eps=regularization.adam_eps,
         clip_grad=regularization.clip_grad,
         bf16=arguments.precision.bf16,
-        params_dtype=model.config.params_dtype,
+        params_dtype=chunks[0].config.params_dtype,
     )
-    return get_megatron_optimizer(config, [model], use_gloo_process_groups=False)
+    return get_megatron_optimizer(config, chunks, use_gloo_process_groups=False)
 
 
 def build_scheduler(arguments: Arguments, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:

@@ -3,7 +3,7 @@
 import contextlib
 import datetime
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -35,6 +35,7 @@ def process_groups(layout: DistributedArguments, seed: int) -> Iterator[None]:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor_model_parallel_size,
         pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=layout.num_virtual_stages_per_pipeline_rank,
         # a second, gloo copy of each data-parallel group is for an optimizer that is not used here
         create_gloo_process_groups=False,
         distributed_timeout_minutes=layout.distributed_timeout_minutes,
@@ -62,6 +63,7 @@ def layout() -> dict[str, int | str]:
         "world": dist.get_world_size(),
         "tensor": parallel_state.get_tensor_model_parallel_world_size(),
         "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
+        "virtual": parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
         "data": parallel_state.get_data_parallel_world_size(),
     }
 
@@ -72,7 +74,7 @@ def is_main() -> bool:
 
 
 def is_last_stage() -> bool:
-    """Whether this process has the output layer."""
+    """Whether this process has the output layer, in the last of its chunks where stages are interleaved."""
     return parallel_state.is_pipeline_last_stage()
 
 
@@ -81,11 +83,12 @@ def counts_losses() -> bool:
     return is_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
 
 
-def count_parameters(model: torch.nn.Module) -> int:
-    """Parameters of the whole model over all ranks, each counted once."""
+def count_parameters(chunks: Iterable[torch.nn.Module]) -> int:
+    """Parameters of the whole model over all ranks, each counted once; ``chunks`` are this rank's part."""
     mine = sum(
         parameter.numel()
-        for parameter in model.parameters()
+        for chunk in chunks
+        for parameter in chunk.parameters()
         if tensor_parallel.param_is_not_tensor_parallel_duplicate(parameter) and not getattr(parameter, "shared", False)
     )
     total = sum_over_world(torch.tensor(mine, device=platform.device(), dtype=torch.int64))

@@ -10,6 +10,7 @@ the whole global batch, in fp64, from one all-reduce after the schedule has run.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from functools import partial
 
@@ -77,13 +78,14 @@ class Trainer:
             options.mft_loss, options.focal_gamma, options.focal_detach, options.mft_normalization == "micro-batch"
         )
         self.statistics = TaskStatistics.none(len(weight_K), platform.device())
-        self.model: DistributedDataParallel = build_model(arguments, vocab_size)
-        self.optimizer: MegatronOptimizer = build_optimizer(arguments, self.model)
+        self.chunks: list[DistributedDataParallel] = build_model(arguments, vocab_size)
+        self.optimizer: MegatronOptimizer = build_optimizer(arguments, self.chunks)
         self.scheduler: OptimizerParamScheduler = build_scheduler(arguments, self.optimizer)
         self.ranks = parallel.ranks()
         self._schedule = get_forward_backward_func()
-        self.model.config.finalize_model_grads_func = _finalize_without_rescaling
-        self.model.config.grad_scale_func = self.optimizer.scale_loss
+        for chunk in self.chunks:
+            chunk.config.finalize_model_grads_func = _finalize_without_rescaling
+            chunk.config.grad_scale_func = self.optimizer.scale_loss
 
     def train_step(self, split: PackedSplit, plan: StepPlan) -> StepReport | None:
         """Consume one global batch and update the weights.
@@ -95,8 +97,9 @@ class Trainer:
         factors = self._factors(self.objective, [plan])
         if not factors.base_K.any():
             return None
-        self.model.train()
-        self.model.zero_grad_buffer()
+        for chunk in self.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         sums = self._run(self.objective, factors, split.dataset, self._micro_batches(split, plan), forward_only=False)
         rate = learning_rate(self.optimizer)
@@ -125,14 +128,14 @@ class Trainer:
             fp64 [K], the same on every rank; NaN for a task without a supervised token in these rows.
         """
         nothing = torch.zeros(len(self.weight_K), dtype=torch.float64)
-        micro_batches = deal(rows, self.ranks, self.arguments.training.micro_batch_size)
+        micro_batches = deal(rows, self.ranks, self.arguments.training.micro_batch_size, self.arguments.batch_multiple)
         sums = self._forward_only(Objective("token"), StepFactors(nothing, nothing, nothing), dataset, micro_batches)
         loss_K, tokens_K = sums[SUMS.index("loss_K")], sums[SUMS.index("tokens_K")]
         return (loss_K / tokens_K).cpu().numpy()
 
     def num_parameters(self) -> int:
         """Parameters of the whole model, padding of the vocabulary counted in and shared weights counted once."""
-        return parallel.count_parameters(self.model)
+        return parallel.count_parameters(self.chunks)
 
     def _factors(self, objective: Objective, plans: Sequence[StepPlan]) -> StepFactors:
         counts = (sum(plan.supervised_tokens_K for plan in plans), sum(plan.samples_K for plan in plans))
@@ -147,7 +150,8 @@ class Trainer:
     def _forward_only(
         self, objective: Objective, factors: StepFactors, dataset: PackedDataset, micro_batches: MicroBatches
     ) -> Tensor:
-        self.model.eval()
+        for chunk in self.chunks:
+            chunk.eval()
         with torch.no_grad():
             return self._run(objective, factors, dataset, micro_batches, forward_only=True)
 
@@ -163,8 +167,9 @@ class Trainer:
         sums = torch.zeros(len(SUMS), len(self.weight_K), dtype=torch.float64, device=platform.device())
         self._schedule(
             forward_step_func=partial(_forward, partial(_objective, objective, factors.to(sums.device), sums)),
-            data_iterator=_batches(dataset, micro_batches),
-            model=self.model,
+            # every chunk goes through the same micro-batches, each at its own pace
+            data_iterator=list(itertools.tee(_batches(dataset, micro_batches), len(self.chunks))),
+            model=self.chunks,
             num_microbatches=len(micro_batches),
             # a micro-batch travels through the pipeline as one stream of tokens
             seq_length=self.arguments.training.micro_batch_size * self.arguments.data.seq_length,

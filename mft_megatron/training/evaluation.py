@@ -127,8 +127,7 @@ def evaluation_plans(arguments: Arguments, split: PackedSplit, limit: int | None
 
     ``limit``: the most batches; ``None`` for all.
     """
-    smallest = arguments.training.micro_batch_size * arguments.data_parallel_size
-    needed = -(-split.num_packs // smallest) * smallest
+    needed = -(-split.num_packs // arguments.batch_multiple) * arguments.batch_multiple
     plans = plan_evaluation(split, min(arguments.training.global_batch_size, needed))
     for number, plan in enumerate(plans):
         if limit is not None and number >= limit:

@@ -95,9 +95,11 @@ def _describe_run(arguments: Arguments, dataset: PackedDataset, log: RunLog) -> 
 
 def _shape(arguments: Arguments, dataset: PackedDataset, trainer: Trainer) -> str:
     layout = arguments.distributed
+    virtual = f" × VPP {layout.num_virtual_stages_per_pipeline_rank}" if layout.interleaved else ""
     return (
         f"{trainer.num_parameters():,} parameters; TP {layout.tensor_model_parallel_size} × PP "
-        f"{layout.pipeline_model_parallel_size} × DP {arguments.data_parallel_size}; {len(dataset.tasks)} tasks in "
-        f"{dataset.split('train').num_packs:,} training packs of {arguments.data.seq_length}; objective "
-        f"{arguments.multi_task.mft_loss}, weights {arguments.multi_task.task_balance}"
+        f"{layout.pipeline_model_parallel_size}{virtual} × DP {arguments.data_parallel_size}; "
+        f"{len(dataset.tasks)} tasks in {dataset.split('train').num_packs:,} training packs of "
+        f"{arguments.data.seq_length}; objective {arguments.multi_task.mft_loss}, weights "
+        f"{arguments.multi_task.task_balance}"
     )

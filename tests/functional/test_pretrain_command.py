@@ -113,7 +113,7 @@ def _hf_difference(checkpoint, hf, prefix):
         trainer = Trainer(arguments, dataset.vocab_size, np.ones(4))
         path, info = latest_checkpoint(checkpoint)
         checkpoints.load(path, trainer, info, arguments.checkpoint)
-        trainer.model.eval()
+        trainer.chunks[0].eval()
         tokens = dataset.split("train").rows(np.array([3])).tokens_BS
         whole = len(tokens[0])
         batch = to_device(one_segment(tokens))
@@ -122,8 +122,8 @@ def _hf_difference(checkpoint, hf, prefix):
         with torch.no_grad():
             for stage in range(stages):
                 if parallel_state.get_pipeline_model_parallel_rank() == stage:
-                    trainer.model.module.set_input_tensor(hidden)
-                    output = trainer.model.module.run(batch, with_loss=False)
+                    trainer.chunks[0].module.set_input_tensor(hidden)
+                    output = trainer.chunks[0].module.run(batch, with_loss=False)
                     if stage + 1 < stages:
                         torch.distributed.send(
                             output.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank()

@@ -46,6 +46,7 @@ def one_process(tmp_path_factory):
         (2, "--tensor-model-parallel-size 2"),
         (2, "--pipeline-model-parallel-size 2"),
         (4, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --sequence-parallel"),
+        (2, "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2 --global-batch-size 2"),
     ],
 )
 def test_layouts_start_from_the_same_weights(one_process, tmp_path, world_size, extra):
@@ -88,7 +89,7 @@ def _padding_is_left_out(divisible_by):
     extra = f"--hidden-dropout 0 --attention-dropout 0 --make-vocab-size-divisible-by {divisible_by}"
     arguments = parse_arguments((BASE.replace("--make-vocab-size-divisible-by 64 ", "") + extra).split(), 1)
     with parallel.process_groups(arguments.distributed, arguments.initialization.seed):
-        model = Trainer(arguments, 100, np.ones(1)).model.module.eval()
+        model = Trainer(arguments, 100, np.ones(1)).chunks[0].module.eval()
         from mft_megatron.mcore.step import to_device
 
         batch = one_segment(np.arange(32) * 3)

@@ -8,6 +8,8 @@ from conftest import run_on_ranks
 from run import arguments_for, open_dataset
 
 TP2_PP2 = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"
+PP2_VPP2 = "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2"
+DROPOUT = "--hidden-dropout 0.1 --attention-dropout 0.1"
 
 
 def _evaluate(prefix, extra, world_size):
@@ -35,6 +37,7 @@ def _evaluate(prefix, extra, world_size):
         (2, "--micro-batch-size 4"),
         (2, "--micro-batch-size 1 --global-batch-size 2"),
         (4, f"{TP2_PP2} --micro-batch-size 1"),
+        (2, f"{PP2_VPP2} --micro-batch-size 1 --global-batch-size 24 {DROPOUT}"),
     ],
 )
 @pytest.mark.parametrize("loss", ["task-token", "sample"])
@@ -79,24 +82,23 @@ def _steps(prefix, extra, world_size, folder, save_after, steps, seed):
         return curve
 
 
-DROPOUT = "--hidden-dropout 0.1 --attention-dropout 0.1"
-
-
+@pytest.mark.parametrize(("world_size", "layout"), [(4, TP2_PP2), (2, PP2_VPP2)])
 @pytest.mark.parametrize("precision", ["", "--bf16"])
-def test_resuming_is_bit_equal(dataset_prefix, tmp_path, precision):
+def test_resuming_is_bit_equal(dataset_prefix, tmp_path, precision, world_size, layout):
     """Weights, optimizer, schedule and dropout go on as if nothing had happened."""
-    options = f"{TP2_PP2} {DROPOUT} {precision}"
-    whole = run_on_ranks(4, _steps, dataset_prefix, options, 4, str(tmp_path), 3, 5, 1)[0]
-    resumed = run_on_ranks(4, _steps, dataset_prefix, options, 4, str(tmp_path), None, 5, 77)[0]
+    options = f"{layout} {DROPOUT} {precision}"
+    whole = run_on_ranks(world_size, _steps, dataset_prefix, options, world_size, str(tmp_path), 3, 5, 1)[0]
+    resumed = run_on_ranks(world_size, _steps, dataset_prefix, options, world_size, str(tmp_path), None, 5, 77)[0]
     assert resumed == whole[3:]
 
 
 @pytest.mark.parametrize(
     ("world_size", "extra"),
-    [(1, ""), (2, "--tensor-model-parallel-size 2"), (2, "--pipeline-model-parallel-size 2"), (2, "")],
+    [(1, ""), (2, "--tensor-model-parallel-size 2"), (2, "--pipeline-model-parallel-size 2"), (2, ""), (2, PP2_VPP2)],
 )
-def test_any_layout_loads_any_other(dataset_prefix, tmp_path, world_size, extra):
-    whole = run_on_ranks(4, _steps, dataset_prefix, TP2_PP2, 4, str(tmp_path), 3, 5, 1)[0]
+@pytest.mark.parametrize("writer", [TP2_PP2, f"{PP2_VPP2} --micro-batch-size 1"])
+def test_any_layout_loads_any_other(dataset_prefix, tmp_path, world_size, extra, writer):
+    whole = run_on_ranks(4, _steps, dataset_prefix, writer, 4, str(tmp_path), 3, 5, 1)[0]
     resumed = run_on_ranks(world_size, _steps, dataset_prefix, extra, world_size, str(tmp_path), None, 5, 77)[0]
     for ours, theirs in zip(resumed, whole[3:], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-6)
@@ -121,7 +123,7 @@ def _skip(prefix):
     split = dataset.split("train")
     with parallel.process_groups(arguments.distributed, 1):
         trainer = Trainer(arguments, dataset.vocab_size, np.array([0.0, 0.0, 0.0, 1.0]))
-        before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
+        before = [parameter.detach().clone() for parameter in trainer.chunks[0].parameters()]
         only_others = next(
             plan
             for step in range(50)
@@ -129,7 +131,7 @@ def _skip(prefix):
             == 0
         )
         report = trainer.train_step(split, only_others)
-        same = all(a.equal(b) for a, b in zip(before, trainer.model.parameters(), strict=True))
+        same = all(a.equal(b) for a, b in zip(before, trainer.chunks[0].parameters(), strict=True))
         return report, same, trainer.scheduler.num_steps
 
 
