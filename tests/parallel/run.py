@@ -7,8 +7,9 @@ SHAPE = (
     "--make-vocab-size-divisible-by 128 --init-method-std 0.02 --seq-length 128 --train-iters 5 --lr 1e-3 "
     "--global-batch-size 8"
 )
-# clipping scales gradients in place, after the norm is taken
-UNCLIPPED = "--clip-grad 1e9 --adam-eps 1e-4"
+# For comparing gradients: clipping would scale them in place; Adam would divide those near 0, which are rounding, by
+# their own size; and losses that differ from token to token show more.
+FOR_GRADIENTS = "--clip-grad 1e9 --adam-eps 1e-4 --init-method-std 0.05"
 BY_TASK = ("loss_K", "tokens_K", "objective_K", "share_K")
 
 
@@ -69,7 +70,7 @@ def train_in_modes(prefix, layout, world_size, modes, steps):
     split, size, curves = dataset.split("train"), arguments.training.global_batch_size, {}
     with parallel.process_groups(arguments.distributed, arguments.initialization.seed):
         for mode, extra in modes.items():
-            arguments = arguments_for(prefix, f"{layout} {extra} {UNCLIPPED}", world_size)
+            arguments = arguments_for(prefix, f"{layout} {extra} {FOR_GRADIENTS}", world_size)
             trainer = Trainer(arguments, dataset.vocab_size, initial_weights(arguments.multi_task, dataset.tasks))
             curves[mode] = []
             for step in range(steps[mode]):
@@ -91,7 +92,7 @@ def chosen_gradients(trainer):
     from megatron.core import parallel_state
 
     weights = {}
-    for chunk in chunks_of(trainer):
+    for chunk in trainer.chunks:
         model = chunk.module
         if model.pre_process:
             weights["embedding"] = 0, model.embedding.word_embeddings.weight
@@ -105,11 +106,6 @@ def chosen_gradients(trainer):
         name: (axis, 0 if axis is None else part, weight.main_grad.numpy().copy())
         for name, (axis, weight) in weights.items()
     }
-
-
-def chunks_of(trainer):
-    """This rank's parts of the model."""
-    return trainer.chunks if hasattr(trainer, "chunks") else [trainer.model]
 
 
 def whole_gradients(of_ranks):

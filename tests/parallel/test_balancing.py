@@ -1,0 +1,246 @@
+"""Balanced runs do not depend on the layout and go on from a checkpoint bit for bit.
+
+The runs go through the training loop with a log that keeps what it is given: task losses of every draw, weights, losses
+and gradient norms of every step, on every rank.
+"""
+
+import functools
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import run_on_ranks
+from run import arguments_for, open_dataset
+
+BALANCERS = {
+    "self-paced": "--task-balance self-paced --self-paced-history-length 3",
+    "famo": "--task-balance famo --mft-loss task-sample",
+    "coba": "--task-balance coba --coba-warmup-steps 2 --coba-history-length 3",
+    "coba-release": "--task-balance coba --coba-warmup-steps 2 --coba-history-length 3 --coba-variant release",
+}
+STEPS = "--train-iters 6 --log-interval 1"
+LAYOUTS = {
+    "TP2": (2, "--tensor-model-parallel-size 2 --micro-batch-size 8"),
+    "PP2": (2, "--pipeline-model-parallel-size 2 --micro-batch-size 2"),
+    "DP2": (2, "--micro-batch-size 4"),
+}
+# Rounding moves the losses of a draw by up to 1e-7, and so their slopes, which are a hundredth of them, by 1e-5.
+# Self-paced puts a gain of 50 and CoBa one of 4, the number of tasks, before the softmax; FAMO takes logarithms.
+WEIGHT_TOLERANCES = {"self-paced": 1e-4, "famo": 1e-6, "coba": 1e-5, "coba-release": 1e-5}
+
+
+class Log:
+    """A log that keeps what it is given, on every rank."""
+
+    def __init__(self):
+        self.records = []
+
+    def write(self, record):
+        self.records.append(record)
+
+    def say(self, text):
+        pass
+
+    def of_kind(self, kind):
+        return [record for record in self.records if record["kind"] == kind]
+
+    def events(self, name):
+        return [record for record in self.of_kind("event") if record["event"] == name]
+
+
+def _run(prefix, extra, world_size, rising=None):
+    """A run as pretrain_mft.py does it, in process groups that are there already: its log and its draws.
+
+    ``rising``: number of a task whose losses are reported to evaluations as growing.
+    """
+    import dataclasses
+
+    import torch
+
+    from mft_megatron.mcore.step import Trainer
+    from mft_megatron.training.evaluation import Evaluation
+    from mft_megatron.training.loop import train
+    from mft_megatron.training.saving import Saver, resume
+
+    arguments = arguments_for(prefix, f"{STEPS} {extra}", world_size)
+    dataset = open_dataset(arguments)
+    evaluation, log, draws = Evaluation(arguments, dataset), Log(), []
+    trainer = Trainer(arguments, dataset.vocab_size, evaluation.balance.weight_K)
+    task_losses, evaluate = trainer.task_losses, trainer.evaluate
+
+    def kept(dataset, rows):
+        loss_K = task_losses(dataset, rows)
+        draws.append((len(rows), loss_K))
+        return loss_K
+
+    def worse(split, plans):
+        report = evaluate(split, plans)
+        factor_K = torch.ones(split.num_tasks, dtype=torch.float64)
+        factor_K[rising] += len(log.of_kind("valid"))
+        return dataclasses.replace(report, loss_K=report.loss_K * factor_K)
+
+    trainer.task_losses = kept
+    trainer.evaluate = evaluate if rising is None else worse
+    progress, state = resume(arguments, trainer, log)
+    evaluation.load(state, log, progress)
+    train(arguments, dataset, trainer, evaluation, Saver(arguments, dataset), log, progress)
+    return log, draws
+
+
+def _runs(prefix, layout, world_size, runs, **options):
+    """Logs and draws of several runs by name; ``runs``: their options."""
+    from mft_megatron.mcore import parallel
+
+    with parallel.process_groups(arguments_for(prefix, layout, world_size).distributed, seed=1234):
+        return {name: _run(prefix, f"{layout} {extra}", world_size, **options) for name, extra in runs.items()}
+
+
+def weights(log):
+    """Task weights of each step, [steps, K]."""
+    return np.array([[task["weight"] for task in record["tasks"].values()] for record in log.of_kind("train")])
+
+
+@functools.cache
+def one_process(prefix):
+    return run_on_ranks(1, _runs, prefix, "--micro-batch-size 1", 1, BALANCERS)[0]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_balancing_does_not_depend_on_the_layout(dataset_prefix, layout):
+    world_size, options = LAYOUTS[layout]
+    results = run_on_ranks(world_size, _runs, dataset_prefix, options, world_size, BALANCERS)
+    together = 2 * 4 if layout == "DP2" else int(options.split()[-1])
+    for name, (expected, expected_draws) in one_process(dataset_prefix).items():
+        assert any(rows % together for rows, _ in expected_draws)  # or no empty rows would be dealt
+        for log, draws in (result[name] for result in results):
+            np.testing.assert_array_equal(weights(log), weights(results[0][name][0]))  # bit for bit
+            np.testing.assert_allclose(weights(log), weights(expected), rtol=0, atol=WEIGHT_TOLERANCES[name])
+            assert [rows for rows, _ in draws] == [rows for rows, _ in expected_draws]
+            for (_, loss_K), (_, expected_K) in zip(draws, expected_draws, strict=True):
+                np.testing.assert_allclose(loss_K, expected_K, rtol=1e-6)
+
+
+def test_the_weights_move_and_the_draws_differ(dataset_prefix):
+    """Or the comparison would be empty."""
+    runs = one_process(dataset_prefix)
+    for name, (log, draws) in runs.items():
+        assert len(draws) == 7  # before the first step and after each
+        moved = weights(log)[0 if name == "famo" else 2 :]
+        assert np.ptp(moved, axis=0).min() > 100 * WEIGHT_TOLERANCES[name]
+        assert (np.ptp(moved, axis=1) > 100 * WEIGHT_TOLERANCES[name]).all()
+        np.testing.assert_allclose(moved.sum(1), 1, rtol=1e-12)
+        if name != "famo":
+            np.testing.assert_array_equal(weights(log)[:2], 0.25)  # the windows are not full yet
+    first = [draws[0][1] for _, draws in runs.values()]
+    assert all((loss_K == first[0]).all() for loss_K in first)
+    for step in range(2, 6):  # the same weights from the same draws, so far; afterwards each run has its own
+        assert len({tuple(weights(log)[step]) for log, _ in runs.values()}) == len(runs)
+
+
+def comparable(log, after):
+    """Train and validation records after a step, without clocks."""
+    clocks = {"step_time", "balance_time", "balance_share"}
+    return [
+        {key: value for key, value in record.items() if key not in clocks}
+        for record in log.records
+        if record["kind"] != "event" and record["step"] > after
+    ]
+
+
+def test_resumed_runs_are_bit_equal(dataset_prefix, tmp_path):
+    """Balancers with half-full windows, and the statistics of focal-task."""
+    runs = {**BALANCERS, "focal-task": "--mft-loss focal-task"}
+    layout = LAYOUTS["DP2"][1]
+    saving = {name: f"{extra} --save {tmp_path / name} --save-interval 3" for name, extra in runs.items()}
+    loading = {name: f"{extra} --load {tmp_path / name / 'iter_0000003'}" for name, extra in runs.items()}
+    whole = run_on_ranks(2, _runs, dataset_prefix, layout, 2, saving)[0]
+    resumed = run_on_ranks(2, _runs, dataset_prefix, layout, 2, loading)
+    for name, (log, draws) in whole.items():
+        for again, draws_again in (result[name] for result in resumed):
+            assert comparable(again, 3) == comparable(log, 3)
+            assert len(again.of_kind("train")) == 3
+            assert [rows for rows, _ in draws_again] == [rows for rows, _ in draws[4:]]
+            for (_, ours), (_, theirs) in zip(draws_again, draws[4:], strict=True):
+                np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.fixture(scope="module")
+def with_an_unvalidated_task(dataset_prefix, tokenizer_folder, tmp_path_factory):
+    """The tasks of the data set and one of a single record, which is trained on."""
+    single = tmp_path_factory.mktemp("single") / "single.jsonl"
+    single.write_text(Path(dataset_prefix).with_name("read.jsonl").read_text().splitlines(keepends=True)[0])
+    return _preprocessed(dataset_prefix, tokenizer_folder, single.with_name("mixed"), {"single": [single]}, (80, 20, 0))
+
+
+@pytest.fixture(scope="module")
+def without_validation(dataset_prefix, tokenizer_folder, tmp_path_factory):
+    return _preprocessed(dataset_prefix, tokenizer_folder, tmp_path_factory.mktemp("train") / "mixed", {}, (100, 0, 0))
+
+
+def _preprocessed(prefix, tokenizer_folder, output, more_tasks, split):
+    from mft_megatron.data.preprocess import Recipe, preprocess
+
+    tasks = {name: [Path(prefix).with_name(f"{name}.jsonl")] for name in ("completion", "explain", "write", "read")}
+    tasks |= more_tasks
+    preprocess(Recipe(tasks, "HuggingFaceTokenizer", str(tokenizer_folder), "chatml", 128, output, split=split))
+    return str(output)
+
+
+def test_a_task_without_validation_data_has_the_mean_weight(with_an_unvalidated_task):
+    for name, (log, draws) in run_on_ranks(1, _runs, with_an_unvalidated_task, "", 1, BALANCERS)[0].items():
+        (warning,) = log.events("warning")
+        kind = BALANCERS[name].split()[1]
+        assert warning["reason"] == f"--task-balance {kind}: no validation data; these tasks get the mean weight"
+        assert (warning["step"], warning["tasks"]) == (0, ["single"])
+        assert all(np.isfinite(loss_K).tolist() == [True] * 4 + [False] for _, loss_K in draws)
+        np.testing.assert_allclose(weights(log)[:, 4], weights(log)[:, :4].mean(1), rtol=1e-12)
+        np.testing.assert_allclose(weights(log).sum(1), 1, rtol=1e-12)
+        assert (np.ptp(weights(log)[2:], axis=1) > 1e-3).all()
+
+
+def _refusals(prefix):
+    from mft_megatron.errors import InputError
+    from mft_megatron.training.balancing import TaskBalance
+
+    messages = {}
+    for name, extra in BALANCERS.items():
+        arguments = arguments_for(prefix, extra, 1)
+        with pytest.raises(InputError) as refused:
+            TaskBalance(arguments, open_dataset(arguments))
+        messages[name] = str(refused.value)
+    TaskBalance(arguments_for(prefix, "", 1), open_dataset(arguments_for(prefix, "", 1)))
+    return messages
+
+
+def test_without_a_validation_split_balancers_are_refused(without_validation):
+    for name, message in run_on_ranks(1, _refusals, without_validation)[0].items():
+        assert message.startswith(f"--task-balance {BALANCERS[name].split()[1]} follows validation losses")
+        assert "has no validation split" in message
+
+
+def test_a_stopped_task_weighs_nothing_and_the_others_go_on(dataset_prefix, tmp_path):
+    """The third task's losses are reported as rising; the run that is resumed after its stop leaves it out, too."""
+    balances = {"static": "--task-weights write=5", "coba": BALANCERS["coba"]}
+    stopping = "--micro-batch-size 4 --task-early-stopping-patience 2 --eval-interval 1"
+    saving = {name: f"{extra} --save {tmp_path / name} --save-interval 4" for name, extra in balances.items()}
+    loading = {name: f"{extra} --load {tmp_path / name / 'iter_0000004'}" for name, extra in balances.items()}
+    run = functools.partial(_runs, rising=2)
+    whole = run_on_ranks(2, run, dataset_prefix, stopping, 2, saving)
+    resumed = run_on_ranks(2, run, dataset_prefix, stopping, 2, loading)
+    for name in balances:
+        for log, _ in (result[name] for result in whole):
+            (stopped,) = log.events("task early stop")
+            assert (stopped["task"], stopped["step"], stopped["weight"]) == ("write", 3, 0.0)
+            records = log.of_kind("train")
+            assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
+            for record in records:
+                write = record["tasks"]["write"]
+                assert write["supervised_tokens"] > 0
+                assert (write["weight"] > 0, write["share"] > 0) == (record["step"] <= 3,) * 2
+                assert sum(task["share"] for task in record["tasks"].values()) == pytest.approx(1)
+                assert all(
+                    task["share"] == pytest.approx(task["target_share"] or 0) for task in record["tasks"].values()
+                )
+                assert np.isfinite([record["loss"], record["grad_norm"]]).all()
+        for again, _ in (result[name] for result in resumed):
+            assert [r["tasks"] for r in again.of_kind("train")] == [r["tasks"] for r in records[4:]]
