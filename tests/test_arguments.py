@@ -5,8 +5,9 @@ import json
 
 import pytest
 
-from mft_megatron.arguments import GROUPS, LOSSES, parse_arguments
+from mft_megatron.arguments import GROUPS, parse_arguments
 from mft_megatron.errors import InputError
+from mft_megatron.loss_names import LOSSES
 from mft_megatron.run_folder import INFO, TRACKER, CheckpointInfo, write_info
 
 BASE = (

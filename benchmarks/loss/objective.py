@@ -21,8 +21,8 @@ from clock import Clock, machine, median_of, ratio_of, telling
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mft_megatron.arguments import LOSSES
 from mft_megatron.batch import Batch
+from mft_megatron.loss_names import LOSSES
 from mft_megatron.losses.focal import TaskStatistics
 from mft_megatron.losses.objective import Objective
 from mft_megatron.losses.segments import counts

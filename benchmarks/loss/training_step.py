@@ -24,9 +24,10 @@ import torch
 from clock import Clock, machine, median_of, ratio_of, telling
 from torch import Tensor
 
-from mft_megatron.arguments import LOSSES, parse_arguments
+from mft_megatron.arguments import parse_arguments
 from mft_megatron.data.dataset import PackedDataset
 from mft_megatron.data.step_plan import plan_step
+from mft_megatron.loss_names import LOSSES
 from mft_megatron.losses.objective import SUMS, Objective
 from mft_megatron.mcore import parallel, platform
 from mft_megatron.mcore.step import Trainer

@@ -3,10 +3,11 @@
 import math
 import time
 
-from mft_megatron.arguments import WEIGHTED, Arguments
+from mft_megatron.arguments import Arguments
 from mft_megatron.data.dataset import PackedDataset
 from mft_megatron.data.step_plan import plan_step
 from mft_megatron.errors import InputError
+from mft_megatron.loss_names import WEIGHTED
 from mft_megatron.mcore import platform
 from mft_megatron.mcore.step import Trainer
 from mft_megatron.training.evaluation import Evaluation

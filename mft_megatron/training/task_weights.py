@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mft_megatron.arguments import FOCAL, MultiTaskArguments
+from mft_megatron.arguments import MultiTaskArguments
 from mft_megatron.errors import InputError
+from mft_megatron.loss_names import FOCAL
 from mft_megatron.options import number_list
 
 

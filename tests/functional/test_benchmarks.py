@@ -5,7 +5,7 @@ import json
 import pytest
 from conftest import run_tool
 
-from mft_megatron.arguments import LOSSES
+from mft_megatron.loss_names import LOSSES
 
 
 def results(script, folder, options):

@@ -10,7 +10,7 @@ import torch
 from batches import as_batch, by_sample, counted, random_batch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mft_megatron.arguments import FOCAL, LOSSES
+from mft_megatron.loss_names import FOCAL, LOSSES
 from mft_megatron.losses.focal import TaskStatistics
 from mft_megatron.losses.objective import Objective
 

@@ -6,7 +6,7 @@ import torch
 from batches import as_batch, by_sample, counted, random_batch
 from reference import reference_focal_surrogate, reference_loss
 
-from mft_megatron.arguments import FOCAL, LOSSES
+from mft_megatron.loss_names import FOCAL, LOSSES
 from mft_megatron.losses.focal import TaskStatistics
 from mft_megatron.losses.objective import SUMS, Objective
 
