@@ -40,16 +40,20 @@ class Coba:
 
         slope_HK = append(state["slope_HK"], slopes(ratio_HK), self.history_length)
         took_part_K = slope_HK.ne(0).any(0)
-        if self.variant == "release":
-            largest = slopes(ratio_HK.amax(1, keepdim=True))
-        else:
-            moving = slope_HK[-1][took_part_K]
-            largest = moving.max()[None] if len(moving) else torch.zeros(1, dtype=torch.float64)
+        largest = self._largest(ratio_HK[:, took_part_K], slope_HK[-1][took_part_K])
         largest_T = torch.cat([state["largest_T"], largest])
         state = {**state, "slope_HK": slope_HK, "largest_T": largest_T}
         if not took_part_K.any():
             return state, uniform(len(loss_K)), took_part_K
         return state, mean_for_others(self._weights(slope_HK[:, took_part_K], largest_T), took_part_K), took_part_K
+
+    def _largest(self, ratio_HN: Tensor, slope_N: Tensor) -> Tensor:
+        """``a_max`` of this draw, fp64 [1]: 0 where no task takes part."""
+        if not len(slope_N):
+            return torch.zeros(1, dtype=torch.float64)
+        if self.variant == "release":
+            return slopes(ratio_HN.amax(1, keepdim=True))
+        return slope_N.max()[None]
 
     def _weights(self, slope_HN: Tensor, largest_T: Tensor) -> Tensor:
         """Weights [N] of the tasks that take part."""

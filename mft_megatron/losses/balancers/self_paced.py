@@ -5,7 +5,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from .participation import State, append, is_flat, mean_for_others, slopes, uniform
+from .participation import State, append, is_flat, mean_for_others, ratio, slopes, uniform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +30,6 @@ class SelfPaced:
             return state, uniform(len(loss_K)), torch.ones(len(loss_K), dtype=torch.bool)
         took_part_K = ~is_flat(history_HK)
         slope = slopes(history_HK)[took_part_K]
-        normalised = len(slope) * slope / slope.abs().sum()
+        normalised = ratio(len(slope) * slope, slope.abs().sum())
         score = normalised.softmax(0) * -normalised
         return state, mean_for_others((self.scale_factor * score).softmax(0), took_part_K), took_part_K
