@@ -15,7 +15,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .argument_checks import CHECKS, check_layout, check_ranges, check_virtual_stages
+from .argument_checks import CHECKS, check_ranges, check_virtual_stages
 from .errors import InputError
 from .loss_names import FOCAL, LOSSES
 from .options import build_parser, fill, option, parse, spelling
@@ -463,7 +463,7 @@ def parse_arguments(command_line: Sequence[str], world_size: int = 1, packed_len
     }
     arguments = Arguments(**groups, world_size=world_size, resume=resume)
     # before anything is derived from these numbers; again below for the derived ones
-    for check in (check_ranges, check_layout, check_virtual_stages):
+    for check in (check_ranges, check_virtual_stages):
         _refuse(check(arguments))
     arguments = _complete(arguments)
     for check in CHECKS:
