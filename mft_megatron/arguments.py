@@ -591,7 +591,8 @@ def _complete(arguments: Arguments) -> Arguments:
     if network.max_position_embeddings is None:
         network = dataclasses.replace(network, max_position_embeddings=arguments.data.seq_length)
     if training.global_batch_size is None:
-        size = training.micro_batch_size * arguments.data_parallel_size
+        # too few ranks for the layout are refused later, in words of their own
+        size = training.micro_batch_size * max(arguments.data_parallel_size, 1)
         training = dataclasses.replace(training, global_batch_size=size)
     layout = arguments.distributed
     stages, layers = layout.num_virtual_stages_per_pipeline_rank, layout.num_layers_per_virtual_pipeline_stage

@@ -190,6 +190,11 @@ def test_refused_in_one_line(extra):
     assert "\n" not in str(refusal.value)
 
 
+def test_too_few_ranks_are_named_whatever_follows_from_them():
+    with pytest.raises(InputError, match="1 ranks cannot be divided into"):
+        parse("--pipeline-model-parallel-size 2", world_size=1)
+
+
 @pytest.mark.parametrize(
     "option",
     ["--num-layers 4", "--hidden-size 64", "--data-path data", "--micro-batch-size 2", "--train-iters 10", "--lr 1e-3"],
