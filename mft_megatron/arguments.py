@@ -222,7 +222,7 @@ class ValidationArguments:
     )
     early_stopping_patience: int | None = option(
         None,
-        "Stop after this many evaluations in a row without a better result; implies --save-best.",
+        "Stop after this many evaluations in a row without a better result; with --save it implies --save-best.",
         type=int,
         at_least=1,
         aliases=("--early_stopping_stall_num",),
@@ -231,14 +231,16 @@ class ValidationArguments:
         "macro",
         "What is to get better: the mean of the tasks' validation losses (macro), the training objective over the "
         "validation split (objective; only where weights do not change), or the validation loss of a task, by its "
-        "name.",
+        "name (not a task called macro or objective).",
         metavar="macro|objective|TASK",
     )
-    early_stopping_min_delta: float = option(0.0, "By how much it must get better to count.", at_least=0)
+    early_stopping_min_delta: float = option(
+        0.0, "A loss is better when it is below the best one by more than this, of the run or of a task.", at_least=0
+    )
     task_early_stopping_patience: int | None = option(
         None,
-        "Give a task weight 0 for good after this many evaluations in a row in which its own validation loss was not "
-        "better than before.",
+        "Give a task weight 0 after this many evaluations in a row in which its own validation loss was not better "
+        "than its best one, see --early-stopping-min-delta.",
         type=int,
         at_least=1,
     )
@@ -295,7 +297,7 @@ class MultiTaskArguments:
         choices=LOSSES,
         aliases=("--weighted_loss_mode",),
         values={
-            **dict(zip(("case1", "case2", "case3", "case4"), LOSSES, strict=False)),
+            **{"case1": "token", "case2": "sample", "case3": "task-token", "case4": "task-sample"},
             **{name: name for name in MFTCODER_BALANCERS},
         },
     )
@@ -483,8 +485,8 @@ def _expand_mftcoder_balancer(given: dict[str, Any]) -> None:
         return
     if given.get("task_balance", balancer) != balancer:
         raise InputError(
-            f"--weighted_loss_mode {given['mft_loss']} means --task-balance {balancer}, not {given['task_balance']}; "
-            "give one of them"
+            f"the loss {given['mft_loss']} means --task-balance {balancer}, not {given['task_balance']}; leave one of "
+            "them out"
         )
     given.update(mft_loss="task-token", task_balance=balancer)
 
@@ -492,22 +494,23 @@ def _expand_mftcoder_balancer(given: dict[str, Any]) -> None:
 def _options_without_effect(given: Mapping[str, Any]) -> str | None:
     """Options of a loss, a balancer or a criterion that is not in use."""
     loss, balance = given.get("mft_loss", "task-token"), given.get("task_balance", "static")
-    stopping = {"early_stopping_patience", "task_early_stopping_patience", "save_best"} & given.keys()
+    best = {"early_stopping_patience", "save_best"} & given.keys()
     owners = (
-        ("focal_", loss in FOCAL, f"--mft-loss {loss}; use focal-sample or focal-task"),
-        ("self_paced_", balance == "self-paced", f"--task-balance {balance}; use self-paced"),
-        ("famo_", balance == "famo", f"--task-balance {balance}; use famo"),
-        ("coba_", balance == "coba", f"--task-balance {balance}; use coba"),
+        ("focal_", loss in FOCAL, "--mft-loss focal-sample or focal-task"),
+        ("self_paced_", balance == "self-paced", "--task-balance self-paced"),
+        ("famo_", balance == "famo", "--task-balance famo"),
+        ("coba_", balance == "coba", "--task-balance coba"),
+        ("early_stopping_metric", best, "--early-stopping-patience or --save-best"),
         (
-            "early_stopping_",
-            stopping,
-            "nothing that compares evaluations; give --early-stopping-patience or --save-best",
+            "early_stopping_min_delta",
+            best or "task_early_stopping_patience" in given,
+            "--early-stopping-patience, --task-early-stopping-patience or --save-best",
         ),
     )
     for field in (field for _, group in GROUPS for field in dataclasses.fields(group)):
-        for prefix, in_use, why in owners:
+        for prefix, in_use, wanted in owners:
             if field.name.startswith(prefix) and field.name in given and not in_use:
-                return f"{spelling(field)} has no effect with {why}, or leave it out"
+                return f"{spelling(field)} has no effect without {wanted}; add that, or leave it out"
     return None
 
 

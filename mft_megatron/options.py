@@ -191,9 +191,18 @@ def read_options(
 
 
 def number_list(text: str) -> list[float] | None:
-    """``[1, 2.5]`` (MFTCoder's way to give weights) as numbers; ``None`` for anything else."""
+    """``[1, 2.5]`` (MFTCoder's way to give weights) as numbers; ``None`` for anything but a list.
+
+    Raises:
+        InputError: a list of something else.
+    """
     try:
         values = json.loads(text)
     except ValueError:
         return None
-    return [float(v) for v in values] if isinstance(values, list) else None
+    if not isinstance(values, list):
+        return None
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise InputError(f"{text}: {json.dumps(value)} is not a number")
+    return [float(value) for value in values]

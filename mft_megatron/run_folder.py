@@ -138,6 +138,16 @@ def record_best(folder: Path, iteration: int) -> None:
     replace_text(folder / BEST, f"{iteration}\n")
 
 
+def restore_best(folder: Path, iteration: int | None) -> None:
+    """Name the checkpoint of ``iteration`` the best again, for a run that goes on in its folder from an earlier point;
+    none where it is not there, or was not kept for being the best."""
+    path = iteration_folder(folder, iteration) if iteration is not None else None
+    if path is not None and path.is_dir() and read_info(path).best:
+        record_best(folder, iteration)
+    else:
+        (folder / BEST).unlink(missing_ok=True)
+
+
 def superseded(folder: Path) -> list[Path]:
     """Checkpoints that were saved for being the best alone and are neither that any more nor the newest; oldest first.
 

@@ -26,6 +26,8 @@ class ValidationDraws:
         self.dataset = split.dataset
         self._name = f"{split.dataset.dataset_hash}/{split.name}/{seed}/draw"
         self._samples_of_task = _supervised_samples(split)
+        # a draw needs one order of each task, or two where one ends
+        self._order = functools.lru_cache(maxsize=2 * split.num_tasks)(self._named_order)
         self.known_K = np.array([len(samples) > 0 for samples in self._samples_of_task])
         self.samples_K = np.zeros(split.num_tasks, np.int64)
         budget = num_packs * split.seq_length / max(int(self.known_K.sum()), 1)
@@ -47,11 +49,8 @@ class ValidationDraws:
         orders = {epoch: self._order(task, int(epoch)) for epoch in np.unique(epochs)}
         return samples[[orders[epoch][place] for epoch, place in zip(epochs, places, strict=True)]]
 
-    def _order(self, task: int, epoch: int) -> np.ndarray:
-        return _order(f"{self._name}/{task}/{epoch}", len(self._samples_of_task[task]))
-
-
-_order = functools.lru_cache(maxsize=4096)(named_order)
+    def _named_order(self, task: int, epoch: int) -> np.ndarray:
+        return named_order(f"{self._name}/{task}/{epoch}", len(self._samples_of_task[task]))
 
 
 def deal(rows: list[np.ndarray], ranks: Ranks, micro_batch_size: int, multiple: int) -> list[list[np.ndarray]]:

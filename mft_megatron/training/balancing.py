@@ -30,7 +30,9 @@ from mft_megatron.training.task_weights import initial_weights, task_numbers
 
 # forward passes are about a third of a training step
 FORWARD_SHARE = 1 / 3
+# a share of the computation that earns an advice, and the draws whose sizes are looked at to tell
 DEAR = 0.2
+LOOKED_AT = 20
 
 
 class TaskBalance:
@@ -47,6 +49,7 @@ class TaskBalance:
         self._dataset = dataset
         self._kind = options.task_balance
         self._balancer = self._state = self._left_out = None
+        self._begun = 0  # the step before which the balancer started; its warm-up counts from there
         if self._kind == "static":
             return
         if "valid" not in dataset.splits:
@@ -63,10 +66,12 @@ class TaskBalance:
             )
         if self._kind == "famo":
             lowest_K = task_numbers("--famo-min-losses", options.famo_min_losses, dataset.tasks, default=0.0)
+            if (lowest_K < 0).any():
+                raise InputError(f"--famo-min-losses: no loss is below 0, as in {lowest_K.tolist()}")
             given["min_losses"] = tuple(lowest_K[self._known_K])
         self._balancer = BALANCERS[self._kind](**given)
         self.weight_K = np.full(len(dataset.tasks), 1 / len(dataset.tasks))
-        self._cost = _Cost(len(self._draws.rows(0)), self._balancer, arguments.training.global_batch_size)
+        self._cost = _cost(self._draws, self._kind, self._balancer, arguments)
 
     @property
     def wants_first_losses(self) -> bool:
@@ -80,7 +85,7 @@ class TaskBalance:
             first_loss_K: fp64 [K], NaN where unknown; where :attr:`wants_first_losses`.
         """
         if self._balancer is not None:
-            log.say(self._cost.describe(self._kind))
+            log.say(self._cost)
             missing = [name for name, known in zip(self._dataset.tasks, self._known_K, strict=True) if not known]
             if missing:
                 log.write(
@@ -94,15 +99,17 @@ class TaskBalance:
             if self._state is None:
                 known = int(self._known_K.sum())
                 first = None if first_loss_K is None else torch.from_numpy(first_loss_K[self._known_K])
-                self._state = self._balancer.begin(known, first)
+                self._state, self._begun = self._balancer.begin(known, first), progress.step
                 self._draw(trainer, log, progress)
         self.apply(trainer)
 
-    def after_step(self, trainer: Trainer, log: RunLog, progress: Progress) -> None:
-        """Draw where a draw is due, and give the trainer its weights for the next step."""
-        if self._balancer is not None and progress.step % self._balancer.update_interval == 0:
+    def after_step(self, trainer: Trainer, log: RunLog, progress: Progress) -> bool:
+        """Draw where a draw is due, and give the trainer its weights for the next step; whether there was a draw."""
+        draws = self._balancer is not None and progress.step % self._balancer.update_interval == 0
+        if draws:
             self._draw(trainer, log, progress)
         self.apply(trainer)
+        return draws
 
     def stop_tasks(self, active_K: np.ndarray) -> None:
         """From the next step on, tasks that are not active have weight 0."""
@@ -121,7 +128,12 @@ class TaskBalance:
                 f"step {progress.step}: a validation loss is not finite ({loss_K.tolist()}); training has diverged. "
                 "Lower --lr, and continue from the last checkpoint with --load"
             )
-        self._state, weight, took_part = self._balancer.update(self._state, loss, progress.step)
+        self._state, weight, took_part = self._balancer.update(self._state, loss, progress.step - self._begun)
+        if not weight.isfinite().all():
+            raise InputError(
+                f"step {progress.step}: the weights of --task-balance {self._kind} are {weight.tolist()}; its options "
+                "are too large for fp64, use values nearer to their defaults"
+            )
         known_K = torch.from_numpy(self._known_K)
         weight_K = mean_for_others(weight, known_K)
         self.weight_K = parallel.from_main(weight_K).numpy()
@@ -137,7 +149,8 @@ class TaskBalance:
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""
-        return {"kind": self._kind, "weight_K": torch.from_numpy(self.weight_K), "balancer": self._state}
+        weight_K = torch.from_numpy(self.weight_K)
+        return {"kind": self._kind, "weight_K": weight_K, "balancer": self._state, "begun": self._begun}
 
     def load(self, state: dict[str, Any], log: RunLog, progress: Progress) -> None:
         """Go on from a checkpoint's state; another balancer than the checkpoint's starts anew, and the log says so."""
@@ -145,7 +158,7 @@ class TaskBalance:
             reason = f"--task-balance {self._kind} starts anew: until here the weights were {state['kind']}"
             log.write(event_record(progress, "warning", reason=reason))
         elif self._balancer is not None:
-            self._state = state["balancer"]
+            self._state, self._begun = state["balancer"], state["begun"]
             self.weight_K = state["weight_K"].numpy()
 
 
@@ -159,21 +172,17 @@ def _options_of(kind: str, options: MultiTaskArguments) -> dict[str, Any]:
     }
 
 
-@dataclasses.dataclass(frozen=True)
-class _Cost:
-    """What draws cost beside training, before anything is measured."""
-
-    rows: int
-    balancer: Any
-    global_batch_size: int
-
-    def describe(self, kind: str) -> str:
-        every, rows = self.balancer.update_interval, self.rows
-        share = FORWARD_SHARE * rows / (every * self.global_batch_size)
-        text = (
-            f"--task-balance {kind}: a draw of {rows} pack(s) every {every} step(s) of {self.global_batch_size}, about "
-            f"{math.ceil(100 * share)} % of the training's computation"
-        )
-        if share <= DEAR:
-            return text
-        return f"{text}; --{kind}-update-interval {math.ceil(every * share / DEAR)} would bring it below {DEAR:.0%}"
+def _cost(draws: ValidationDraws, kind: str, balancer: Any, arguments: Arguments) -> str:
+    """What draws cost beside training, before anything is measured, in words."""
+    every, batch = balancer.update_interval, arguments.training.global_batch_size
+    rows = max(len(draws.rows(number)) for number in range(LOOKED_AT))
+    computed = -(-rows // arguments.batch_multiple) * arguments.batch_multiple
+    share = FORWARD_SHARE * computed / (every * batch)
+    text = (
+        f"--task-balance {kind}: draws of up to {rows} packs ({balancer.sample_valid_num} asked for), {computed} with "
+        f"the empty ones that fill up the ranks, every {every} step(s) of {batch} packs: about "
+        f"{math.ceil(100 * share)} % of the training's computation"
+    )
+    if share <= DEAR:
+        return text
+    return f"{text}; --{kind}-update-interval {math.ceil(every * share / DEAR)} would bring it below {DEAR:.0%}"

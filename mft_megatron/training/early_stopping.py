@@ -142,7 +142,10 @@ class EarlyStopping:
         if self.metric not in METRICS and self.metric not in self.task_names:
             raise InputError(f"--early-stopping-metric {self.metric}: {wanted}")
         if self.metric not in METRICS and self.metric not in validated:
-            raise InputError(f"--early-stopping-metric {self.metric}: this task has no validation samples; {wanted}")
+            raise InputError(
+                f"--early-stopping-metric {self.metric}: evaluations see no sample of this task (or --eval-iters "
+                f"leaves it out); {wanted}"
+            )
         for option, value in (
             ("--early-stopping-patience", self.patience),
             ("--task-early-stopping-patience", self.task_patience),
@@ -171,6 +174,21 @@ class EarlyStopping:
         )
         run = state.run if state.metric == self.metric else Curve()
         return dataclasses.replace(state, metric=self.metric, run=run, stopped_at=stopped_at)
+
+    def changes(self, content: Mapping[str, Any]) -> list[str]:
+        """What :meth:`resume` changes about a state that other options have left, in lines for the log."""
+        before, after = StoppingState.from_dict(content), self.resume(content)
+        again = [
+            name for name, was, now in zip(self.task_names, before.active_K, after.active_K, strict=True) if now > was
+        ]
+        lines = []
+        if again:
+            lines.append(
+                f"{', '.join(again)}: trained again, as --task-early-stopping-patience is {self.task_patience} now"
+            )
+        if before.metric != after.metric:
+            lines.append(f"the best is sought anew, by {after.metric}; until here it was by {before.metric}")
+        return lines
 
     def after_evaluation(self, state: StoppingState, record: Mapping[str, Any]) -> tuple[StoppingState, Outcome]:
         """Take in one evaluation.
@@ -202,7 +220,7 @@ class EarlyStopping:
                 f"since (--early-stopping-patience {self.patience})"
             )
         trained_K = [self.trained is None or name in self.trained for name in self.task_names]
-        if not (state.active_K & trained_K).any():
+        if any(step is not None for step in state.stopped_at) and not (state.active_K & trained_K).any():
             return f"every task has stopped (--task-early-stopping-patience {self.task_patience})"
         return None
 

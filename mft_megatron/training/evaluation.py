@@ -37,6 +37,9 @@ class Evaluation:
         self._dataset = dataset
         self.balance = TaskBalance(arguments, dataset)
         options = arguments.validation
+        trained = _named(dataset, self.balance.weight_K) & _named(dataset, _counts(dataset.split("train")))
+        if not trained:
+            raise InputError(f"no task with a weight has a supervised token in the training split of {dataset.prefix}")
         self._stopping = EarlyStopping(
             dataset.tasks,
             options.early_stopping_patience,
@@ -44,7 +47,7 @@ class Evaluation:
             options.early_stopping_min_delta,
             options.task_early_stopping_patience,
             validated=self._evaluated_tasks(),
-            trained=_named(dataset, self.balance.weight_K) & _named(dataset, _counts(dataset.split("train"))),
+            trained=trained,
         )
         self._state = self._stopping.begin()
         self._keeps_best = arguments.checkpoint.save_best or options.early_stopping_patience is not None
@@ -100,6 +103,8 @@ class Evaluation:
         """Go on from a checkpoint's state; nothing where it has none."""
         if "stopping" in state:
             self._state = self._stopping.resume(state["stopping"])
+            for reason in self._stopping.changes(state["stopping"]):
+                log.write(event_record(progress, "warning", reason=reason))
         if "balance" in state:
             self.balance.load(state["balance"], log, progress)
 

@@ -4,12 +4,13 @@ import math
 import time
 
 from mft_megatron.arguments import Arguments
+from mft_megatron.batch import StepPlan
 from mft_megatron.data.dataset import PackedDataset
 from mft_megatron.data.step_plan import plan_step
 from mft_megatron.errors import InputError
 from mft_megatron.loss_names import WEIGHTED
 from mft_megatron.mcore import platform
-from mft_megatron.mcore.step import Trainer
+from mft_megatron.mcore.step import StepReport, Trainer
 from mft_megatron.training.evaluation import Evaluation
 from mft_megatron.training.progress import Progress
 from mft_megatron.training.records import event_record, share_warning, train_record
@@ -36,7 +37,7 @@ def train(
     if evaluation.finished:
         log.write(event_record(progress, "early stop", reason=evaluation.finished))
         return progress
-    clock = _Clock()
+    clock, due, unlogged = _Clock(), False, None
     while progress.step < training.train_iters:
         plan = plan_step(
             split,
@@ -46,22 +47,22 @@ def train(
         )
         report = trainer.train_step(split, plan)
         progress = progress.after_step(training.global_batch_size, skipped=report is None)
-        clock.count_step()
-        balance.after_step(trainer, log, progress)
-        clock.count_balance()
-        last = progress.step == training.train_iters
-        leaving = training.exit_interval is not None and progress.step % training.exit_interval == 0
         if report is None:
+            clock.leave_out()
             log.write(event_record(progress, "skip", reason="no supervised token of a weighted task"))
         else:
+            clock.count_step()
             _refuse_divergence(progress, report.grad_norm)
-            if progress.step % arguments.logging.log_interval == 0 or last:
-                tokens, weighted = split.num_tokens(plan.packs_G), arguments.multi_task.mft_loss in WEIGHTED
-                record = train_record(progress, report, plan, tokens, *clock.read(), dataset.tasks, weighted)
-                log.write(record)
-                warning = share_warning(record, arguments.multi_task.mft_normalization)
-                if warning:
-                    log.write(event_record(progress, "warning", reason=warning))
+            unlogged = (progress, report, plan)
+        if balance.after_step(trainer, log, progress):
+            clock.count_draw()
+        last = progress.step == training.train_iters
+        leaving = training.exit_interval is not None and progress.step % training.exit_interval == 0
+        # where the step that is due was skipped, the last one before it is logged, or else the next
+        due = due or progress.step % arguments.logging.log_interval == 0 or last
+        if due and unlogged is not None:
+            _log_step(arguments, dataset, log, *unlogged, *clock.read())
+            due, unlogged = False, None
         if progress.step % arguments.validation.eval_interval == 0 or last:
             evaluation.run(trainer, log, progress)
         ending = last or leaving or evaluation.finished is not None
@@ -77,6 +78,25 @@ def train(
     return progress
 
 
+def _log_step(
+    arguments: Arguments,
+    dataset: PackedDataset,
+    log: RunLog,
+    progress: Progress,
+    report: StepReport,
+    plan: StepPlan,
+    step_time: float,
+    balance_time: float,
+) -> None:
+    tokens = dataset.split("train").num_tokens(plan.packs_G)
+    weighted = arguments.multi_task.mft_loss in WEIGHTED
+    record = train_record(progress, report, plan, tokens, step_time, balance_time, dataset.tasks, weighted)
+    log.write(record)
+    warning = share_warning(record, arguments.multi_task.mft_normalization)
+    if warning:
+        log.write(event_record(progress, "warning", reason=warning))
+
+
 def _refuse_divergence(progress: Progress, grad_norm: float) -> None:
     if not math.isfinite(grad_norm):
         raise InputError(
@@ -86,7 +106,7 @@ def _refuse_divergence(progress: Progress, grad_norm: float) -> None:
 
 
 class _Clock:
-    """Mean wall time of the steps, and of the balancer's draws, since it was last read; all else is left out."""
+    """Mean wall time of steps, and of the balancer's draws by step, since it was last read; all else is left out."""
 
     def __init__(self):
         self._steps, self._seconds, self._balance, self._since = 0, 0.0, 0.0, time.perf_counter()
@@ -96,7 +116,7 @@ class _Clock:
         self._seconds += self._lap()
         self._steps += 1
 
-    def count_balance(self) -> None:
+    def count_draw(self) -> None:
         self._balance += self._lap()
 
     def leave_out(self) -> None:

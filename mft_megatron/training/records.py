@@ -94,13 +94,17 @@ def share_warning(record: dict[str, Any], normalization: str) -> str | None:
             "so that a weight counts for less the fewer they are; the default, global, gives every task its share"
         )
     else:
-        why = "under global normalisation only rounding can do this: the weights are too far apart for fp32"
+        why = "under global normalisation only rounding can do this; please report it"
     return f"realised shares of the objective: {', '.join(off)}; {why}"
 
 
 def valid_record(progress: Progress, report: StepReport, task_names: Sequence[str]) -> dict[str, Any]:
-    """One evaluation: ``loss`` is the training objective over the whole split, ``token_loss`` the mean over all
-    supervised tokens, ``macro_loss`` the mean of the tasks' means. Tasks without validation samples have ``null``."""
+    """One evaluation.
+
+    ``loss`` is the training objective over the whole split, ``null`` where no task with a weight has a sample there;
+    ``token_loss`` the mean over all supervised tokens; ``macro_loss`` the mean of the tasks' means. Tasks without
+    validation samples have ``null``.
+    """
     loss_K, tokens_K = report.loss_K.cpu().numpy(), report.tokens_K.cpu().numpy()
     tasks = {}
     for i, name in enumerate(task_names):
@@ -112,7 +116,7 @@ def valid_record(progress: Progress, report: StepReport, task_names: Sequence[st
         "kind": "valid",
         "step": progress.step,
         "consumed_samples": progress.consumed_samples,
-        "loss": report.loss,
+        "loss": report.loss if report.share_K.sum() else None,
         "token_loss": _ratio(loss_K.sum(), tokens_K.sum()),
         "macro_loss": sum(present) / len(present) if present else None,
         "tasks": tasks,

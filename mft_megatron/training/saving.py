@@ -16,6 +16,7 @@ from mft_megatron.run_folder import (
     copy_tokenizer,
     record_best,
     remove_checkpoint,
+    restore_best,
     superseded,
 )
 from mft_megatron.training.progress import Progress
@@ -116,8 +117,8 @@ def refuse_other_data(arguments: Arguments, dataset: PackedDataset) -> None:
 def resume(arguments: Arguments, trainer: Trainer, log: RunLog) -> tuple[Progress, dict[str, Any]]:
     """Load the checkpoint of ``--load``, if there is one; where the run stands then, and the state it was saved with.
 
-    A run that goes on in its own folder from a checkpoint that was the best has it recorded again: the job may have
-    been ended between the save and the record.
+    A run that goes on in its own folder has the best checkpoint of the state it goes on from, not of a future that it
+    is about to replace.
     """
     if arguments.resume is None:
         return Progress(), {}
@@ -127,10 +128,13 @@ def resume(arguments: Arguments, trainer: Trainer, log: RunLog) -> tuple[Progres
     progress = Progress()
     if not options.finetune:
         progress = Progress(info.iteration, info.consumed_samples, info.skipped_steps)
-        own = options.save is not None and Path(path).resolve().parent == Path(options.save).resolve()
-        if own and info.best and parallel.is_main():
-            record_best(Path(options.save), info.iteration)
     log.write(event_record(progress, "load", path=path, finetune=options.finetune))
+    best = state.get("stopping", {}).get("run", {}).get("step")
+    if options.save is not None and Path(path).resolve().parent == Path(options.save).resolve():
+        if parallel.is_main():
+            restore_best(Path(options.save), best)
+    elif best is not None:
+        log.say(f"the best evaluation so far was at step {best}; a checkpoint of it is in {Path(path).parent} alone")
     return progress, state
 
 

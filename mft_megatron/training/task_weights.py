@@ -1,5 +1,6 @@
 """Numbers per task from the command line: ``--task-weights``, ``--focal-alpha``, ``--famo-min-losses``."""
 
+import difflib
 from collections.abc import Sequence
 
 import numpy as np
@@ -53,14 +54,23 @@ def task_numbers(option: str, given: Sequence[str] | None, task_names: Sequence[
         for word in given:
             name, equals, text = word.rpartition("=")
             if not equals or name not in task_names:
-                raise InputError(f"{option} {word}: give NAME=NUMBER with a task of: {', '.join(task_names)}")
+                raise InputError(f"{option} {word}: give NAME=NUMBER with {_known(name, task_names)}")
             if name in seen:
                 raise InputError(f"{option}: task {name} is given twice")
             seen.add(name)
             number_K[task_names.index(name)] = _number(option, word, text)
-    if not np.isfinite(number_K).all():
-        raise InputError(f"{option}: numbers must be finite, not {number_K.tolist()}")
+    with np.errstate(over="ignore"):
+        if not np.isfinite(number_K.sum()):
+            raise InputError(f"{option}: numbers and their sum must be finite, not {number_K.tolist()}")
     return number_K
+
+
+def _known(name: str, task_names: Sequence[str]) -> str:
+    """The tasks there are, or of many the one that was probably meant."""
+    if len(task_names) <= 20:
+        return f"a task of: {', '.join(task_names)}"
+    near = difflib.get_close_matches(name, task_names, n=1)
+    return f"one of the data set's {len(task_names)} tasks" + (f"; did you mean {near[0]}?" if near else "")
 
 
 def _number(option: str, word: str, text: str) -> float:

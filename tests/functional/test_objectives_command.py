@@ -54,10 +54,28 @@ def test_draws_are_timed_and_the_first_losses_are_logged(dataset_prefix, tmp_pat
     folder = trained(dataset_prefix, tmp_path / "run", COBA + " --eval-interval 6", iterations=4)
     assert [record["step"] for record in records(folder, "valid")] == [0, 4]
     shares = [record["balance_share"] for record in records(folder, "train")]
-    assert 0 < shares[0] < shares[1] < 1  # a draw after every second step
+    assert shares[0] == shares[2] == 0 < shares[1]  # a draw after every second step
     config = (folder / "config.yaml").read_text()
     assert "task_balance: coba" in config
     assert "coba_history_length: 3" in config
+
+
+def test_of_skipped_steps_the_nearest_real_one_is_logged(dataset_prefix, tmp_path):
+    """Only the rarest task has a weight, so most steps have nothing to learn."""
+    extra = "--task-weights completion=0 explain=0 write=0 --global-batch-size 2 --log-interval 4 --eval-interval 99"
+    folder = trained(dataset_prefix, tmp_path / "run", extra, iterations=16)
+    skipped = {event["step"] for event in events(folder, "skip")}
+    real = sorted(set(range(1, 17)) - skipped)
+    assert len(skipped) > 4
+    assert len(real) >= 2
+    expected, due, unlogged = [], False, None
+    for step in range(1, 17):
+        due = due or step % 4 == 0
+        unlogged = step if step in real else unlogged
+        if due and unlogged:
+            expected, due, unlogged = [*expected, unlogged], False, None
+    assert [record["step"] for record in records(folder, "train")] == expected
+    assert real[-1] in expected
 
 
 @pytest.mark.parametrize("loss", ["focal-sample", "focal-task"])

@@ -8,6 +8,7 @@ import pytest
 
 from mft_megatron.arguments import parse_arguments
 from mft_megatron.data.dataset import PackedDataset
+from mft_megatron.errors import InputError
 from mft_megatron.mcore import checkpoint, parallel
 from mft_megatron.run_folder import (
     INFO,
@@ -79,6 +80,11 @@ class Killed(BaseException):
     """The job is ended from outside."""
 
 
+def fake_load(path, trainer, info, options):
+    """What :func:`mft_megatron.mcore.checkpoint.load` returns."""
+    return {} if options.finetune else json.loads((path / "weights").read_text())
+
+
 def fake_save(folder, trainer, info, options, state):
     """What :func:`mft_megatron.mcore.checkpoint.save` does with the run folder."""
     path = iteration_folder(folder, info.iteration)
@@ -99,10 +105,18 @@ class Job:
         self.arguments = parse_arguments(words.split())
         self.saver = Saver(self.arguments, PackedDataset.open(prefix, 128))
         self.log = RunLog(True)
+        self.best_step = None
+
+    def resume(self):
+        progress, state = resume(self.arguments, None, self.log)
+        self.best_step = state["stopping"]["run"]["step"] if state else None
+        return progress.step
 
     def step(self, step, best=False, always=False):
+        self.best_step = step if best else self.best_step
         if self.saver.due(step, always, best):
-            self.saver.save(None, Progress(step, step), self.log, always, best, {"step": step})
+            state = {"stopping": {"run": {"step": self.best_step}}}
+            self.saver.save(None, Progress(step, step), self.log, always, best, state)
         return self.kept()
 
     def kept(self):
@@ -117,7 +131,7 @@ class Job:
 def job(dataset_prefix, tmp_path, monkeypatch):
     """Start a job, or start it again; all have the same run folder."""
     monkeypatch.setattr(checkpoint, "save", fake_save)
-    monkeypatch.setattr(checkpoint, "load", lambda path, *_: json.loads((path / "weights").read_text()))
+    monkeypatch.setattr(checkpoint, "load", fake_load)
     monkeypatch.setattr(parallel, "layout", dict)
     monkeypatch.setattr(parallel, "is_main", lambda: True)
     return lambda words="": Job(dataset_prefix, tmp_path / "run", words)
@@ -221,8 +235,7 @@ def test_an_interrupted_save_loses_nothing(job, monkeypatch, where, kept, best):
     assert again.kept() == kept
     assert again.best() == best
     # the state in the checkpoint that the job goes on from is that of kept[-1]: there was nothing better before it
-    progress, state = resume(again.arguments, None, again.log)
-    assert (progress.step, state) == (kept[-1], {"step": kept[-1]})
+    assert (again.resume(), again.best_step) == (kept[-1], kept[-1])
     assert again.best() == kept[-1]
     assert again.step(30, best=True) == [30]
 
@@ -249,7 +262,7 @@ def test_any_order_of_saves_and_interruptions(job, monkeypatch, seed):
             best = step
         if where is not None:  # the job starts again, whether or not it came to the point
             run = job("--save-interval 3")
-            step = resume(run.arguments, None, run.log)[0].step
+            step = run.resume()
         kept = set(run.kept())
         assert asked <= kept
         if best is not None:
@@ -273,10 +286,19 @@ def test_a_checkpoint_that_cannot_be_removed_is_named_and_the_run_goes_on(job, m
 
 
 @pytest.mark.parametrize(
-    ("words", "expected"), [("", 10), ("--finetune", 20), ("--save elsewhere", 20), ("--load iter_0000020", 20)]
+    ("words", "expected"),
+    [
+        ("", 10),
+        ("--finetune", None),
+        ("--save elsewhere", 20),
+        ("--load iter_0000020", 20),
+        ("--load iter_0000005", None),
+    ],
 )
-def test_going_back_to_a_best_checkpoint_makes_it_the_best_again(job, tmp_path, monkeypatch, words, expected):
-    run = job("--save-interval 10")
+def test_going_back_brings_back_the_best_of_that_time(job, tmp_path, monkeypatch, words, expected):
+    """What the folder's best will be is written anew by the run that replaces the later checkpoints."""
+    run = job("--save-interval 5")
+    run.step(5)
     run.step(10, best=True)
     run.step(20, best=True)
     monkeypatch.chdir(run.folder)
@@ -286,7 +308,11 @@ def test_going_back_to_a_best_checkpoint_makes_it_the_best_again(job, tmp_path, 
     options += f" --micro-batch-size 1 --data-path {run.arguments.data.data_path} --seq-length 128"
     arguments = parse_arguments(f"{options} {'' if elsewhere else '--save .'}".split())
     resume(arguments, None, run.log)
-    assert run.best() == expected
+    if expected is None:
+        with pytest.raises(InputError, match="no best checkpoint was kept there"):
+            run.best()
+    else:
+        assert run.best() == expected
     assert not Path("elsewhere").exists()
 
 

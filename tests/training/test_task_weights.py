@@ -45,6 +45,10 @@ def test_other_options_say_their_own_name():
         (("write=much",), "'much' is not a number"),
         (("write=-1",), "not be negative"),
         (("write=nan",), "finite"),
+        (("write=1e308", "explain=1e308"), "and their sum must be finite"),
+        (("[1, null, 2]",), "null is not a number"),
+        (('["a", 1, 2]',), '"a" is not a number'),
+        (("[1, 2, true]",), "true is not a number"),
         (("[1, 2]",), "2 numbers for 3 tasks"),
         (("[0, 0, 0]",), "at least one task needs a weight"),
     ],
@@ -52,3 +56,10 @@ def test_other_options_say_their_own_name():
 def test_refused(options, text):
     with pytest.raises(InputError, match=text):
         initial_weights(MultiTaskArguments(task_weights=options), TASKS)
+
+
+def test_of_many_tasks_the_one_that_was_meant_is_named():
+    names = [f"task{number}" for number in range(300)]
+    with pytest.raises(InputError, match="with one of the data set's 300 tasks; did you mean task7") as refusal:
+        task_numbers("--task-weights", ("taks7=1",), names, default=1.0)
+    assert len(str(refusal.value)) < 200

@@ -45,7 +45,8 @@ class Coba:
         state = {**state, "slope_HK": slope_HK, "largest_T": largest_T}
         if not took_part_K.any():
             return state, uniform(len(loss_K)), took_part_K
-        return state, mean_for_others(self._weights(slope_HK[:, took_part_K], largest_T), took_part_K), took_part_K
+        weight = self._weights(slope_HK[:, took_part_K], largest_T)
+        return state, mean_for_others(weight, took_part_K), took_part_K
 
     def _largest(self, ratio_HN: Tensor, slope_N: Tensor) -> Tensor:
         """``a_max`` of this draw, fp64 [1]: 0 where no task takes part."""

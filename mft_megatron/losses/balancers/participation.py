@@ -29,10 +29,9 @@ def ratio(part: Tensor, whole: Tensor) -> Tensor:
     return torch.where(whole > 0, part / torch.where(whole > 0, whole, 1.0), 0.0)
 
 
-def append(history_HK: Tensor, value_K: Tensor, length: int | None = None) -> Tensor:
+def append(history_HK: Tensor, value_K: Tensor, length: int) -> Tensor:
     """A copy of the history with one more row, cut to the last ``length`` rows."""
-    longer = torch.cat([history_HK, value_K[None]])
-    return longer if length is None else longer[-length:].clone()
+    return torch.cat([history_HK, value_K[None]])[-length:].clone()
 
 
 def uniform(num_tasks: int) -> Tensor:
