@@ -160,12 +160,12 @@ def test_a_draw_grows_where_tasks_are_many():
 
 
 @settings(deadline=None)
-@given(st.integers(0, 30), st.sampled_from([1, 2, 3, 4, 8]), st.integers(1, 5), st.integers(1, 3))
-def test_ranks_are_dealt_every_row_once(num_rows, data_size, micro_batch_size, turns):
-    """``turns``: the number of micro-batches of a rank is to be a multiple of it, for interleaved stages."""
-    rows, multiple = [np.array([number]) for number in range(num_rows)], data_size * micro_batch_size * turns
+@given(st.integers(0, 30), st.sampled_from([1, 2, 3, 4, 8]), st.integers(1, 5), st.integers(1, 4))
+def test_ranks_are_dealt_every_row_once(num_rows, data_size, micro_batch_size, times):
+    """``times``: of what number the micro-batches must be a multiple, as interleaved pipelines want it."""
+    rows, multiple = [np.array([number]) for number in range(num_rows)], data_size * micro_batch_size * times
     dealt = [deal(rows, Ranks(rank, data_size), micro_batch_size, multiple) for rank in range(data_size)]
-    assert {len(own) for own in dealt} == {-(-num_rows // multiple) * turns}
+    assert {len(own) for own in dealt} == {-(-num_rows // multiple) * times}
     assert all(len(micro_batch) == micro_batch_size for own in dealt for micro_batch in own)
     everything = [row for own in dealt for micro_batch in own for row in micro_batch]
     assert sorted(np.concatenate([*everything, np.zeros(0, np.int64)]).tolist()) == list(range(num_rows))

@@ -14,8 +14,8 @@ from conftest import run_on_ranks
 from run import arguments_for, open_dataset, train_in_modes, whole_gradients
 from test_layouts import LAYOUTS, MORE
 
-from mft_megatron.arguments import LOSSES
 from mft_megatron.batch import Ranks
+from mft_megatron.loss_names import LOSSES
 
 WEIGHTS = "completion=1 explain=2 write=0.5 read=3"
 MODES = {
@@ -300,7 +300,7 @@ def test_it_does_not_matter_which_samples_share_a_pack(packed_for_two_lengths):
         packs[length] = {frozenset(split.samples_of(pack).tolist()) for pack in range(split.num_packs)}
         assert all(task.samples_in == task.kept for task in dataset.ledger.tasks)
     assert frozenset.union(*packs[128]) == frozenset.union(*packs[192])
-    assert len(packs[128]) > len(packs[192]) > 10
+    assert len(packs[128]) > len(packs[192]) > 5
     assert len(packs[128] & packs[192]) < len(packs[192]) / 3
     results = run_on_ranks(1, _whole_split, packed_for_two_lengths)[0]
     for mode in MODES:

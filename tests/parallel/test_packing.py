@@ -6,7 +6,7 @@ from batches import one_segment
 from conftest import run_on_ranks
 from run import arguments_for, open_dataset
 
-from mft_megatron.arguments import LOSSES
+from mft_megatron.loss_names import LOSSES
 
 
 def _model(prefix):
