@@ -9,15 +9,18 @@ TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 STAMP := $(VENV)/.mft_megatron_installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint clean
+.PHONY: help setup demo mft-vs-mixed test test-all lint clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):[^#]*## /\1	/p' Makefile | expand -t 12
+	@sed -n 's/^\([a-z-]*\):[^#]*## /\1	/p' Makefile | expand -t 14
 
 setup: $(STAMP) ## create the virtual environment in VENV, install the pinned packages, build the C++ extension
 
 demo: setup ## the main job on real input: tasks, tokenizer, training on four processes, resume, export, completion
 	$(VENV)/bin/python examples/demo/run.py
+
+mft-vs-mixed: setup ## nine objectives on the same unequal tasks and tiny model, three seeds each: table and plot
+	$(VENV)/bin/python examples/mft_vs_mixed/run.py
 
 test: setup ## the tests of every change
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not slow"
@@ -30,7 +33,7 @@ lint: setup ## ruff's rules and formatting
 	$(VENV)/bin/ruff format --check
 
 clean: ## remove what the build, the tests and the demo left behind; the environment's packages stay
-	rm -rf build dist demo_run *.egg-info .pytest_cache .ruff_cache .hypothesis $(STAMP)
+	rm -rf build dist demo_run mft_vs_mixed_run *.egg-info .pytest_cache .ruff_cache .hypothesis $(STAMP)
 	find $(wildcard mft_megatron tests tools examples benchmarks) -name __pycache__ -prune -exec rm -rf {} +
 	find mft_megatron -name '*.so' -delete
 

@@ -1,0 +1,85 @@
+"""plot.png: validation curves of each task with their spread over seeds, and how balancers move the weights."""
+
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from methods import BALANCED, BALANCERS, METHODS
+from PIL import Image
+from results import Comparison, Run
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # the drawing device is chosen first
+
+# Okabe and Ito's colours, which people with any colour vision can tell apart; markers and dashes say it again.
+COLOURS = ("#000000", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
+MARKERS = "os^Dvp*"
+DASHES = ("-", "--", "-.", ":", (0, (3, 1, 1, 1)), (0, (5, 1)), "-")
+SMOOTHED = 10  # steps
+BESIDE = {"loc": "upper left", "bbox_to_anchor": (1.02, 1.0), "fontsize": 9, "frameon": False}
+ROWS = {"weights": "what counts the same", "focal": "by samples, focal", "balancers": "balancers"}
+
+
+def draw(comparison: Comparison, path: Path) -> None:
+    """Rows of panels by kind of method, columns by task; below them the weights of each balancer over time.
+
+    ``task-token`` is the same black line in every row.
+    """
+    columns = (*comparison.tasks, "macro")
+    figure = plt.figure(figsize=(16, 11), layout="constrained")
+    curves, weights = figure.subfigures(2, 1, height_ratios=[len(ROWS), 1.1])
+    axes = curves.subplots(len(ROWS), len(columns), sharex=True, sharey="col")
+    for (row, title), axes_of_row in zip(ROWS.items(), axes, strict=True):
+        methods = [BALANCED, *(name for name, method in METHODS.items() if method.row == row and name != BALANCED)]
+        for column, panel in zip(columns, axes_of_row, strict=True):
+            for place, method in enumerate(methods):
+                _curve(panel, comparison.runs[method], column, method, place)
+        axes_of_row[0].set_ylabel(f"{title}\nvalidation loss")
+        axes_of_row[-1].legend(**BESIDE)
+    for column, panel in zip(columns, axes[0], strict=True):
+        panel.set_title(column, fontsize=10)
+    for panel in axes[-1]:
+        panel.set_xlabel("step")
+    _draw_weights(weights, comparison)
+    drawn = BytesIO()
+    figure.savefig(drawn, dpi=80)
+    plt.close(figure)
+    Image.open(drawn).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE).save(path, format="PNG", optimize=True)
+
+
+def _curve(panel: plt.Axes, runs: Sequence[Run], column: str, label: str, place: int) -> None:
+    """Mean over seeds, and one standard deviation to either side."""
+    value_NE = np.array([[columns[column] for columns in run.columns_E] for run in runs])
+    step_E, mean_E = runs[0].eval_step_E, value_NE.mean(0)
+    std_E = value_NE.std(0, ddof=1) if len(runs) > 1 else np.zeros_like(mean_E)
+    style = {"color": COLOURS[place], "marker": MARKERS[place], "linestyle": DASHES[place]}
+    panel.plot(step_E, mean_E, markersize=4, linewidth=1.3, label=label, **style)
+    panel.fill_between(step_E, mean_E - std_E, mean_E + std_E, color=COLOURS[place], alpha=0.2, linewidth=0)
+    panel.set_xticks(step_E[1::2])
+    panel.grid(alpha=0.25)
+
+
+def _draw_weights(figure: matplotlib.figure.SubFigure, comparison: Comparison) -> None:
+    axes = figure.subplots(1, len(BALANCERS), sharex=True, sharey=True)
+    for method, panel in zip(BALANCERS, axes, strict=True):
+        weight_NTK = np.array([run.weight_TK for run in comparison.runs[method]])
+        step_T = np.arange(1, weight_NTK.shape[1] + 1)
+        for i, task in enumerate(comparison.tasks):
+            weight_NT, colour = weight_NTK[..., i], COLOURS[i + 1]
+            mean_T = _running_mean(weight_NT.mean(0), SMOOTHED)
+            panel.plot(step_T, mean_T, color=colour, linestyle=DASHES[i], linewidth=1.5, label=task)
+            panel.fill_between(step_T, weight_NT.min(0), weight_NT.max(0), color=colour, alpha=0.15, linewidth=0)
+        panel.set_title(f"{method}: weights, mean of seeds over {SMOOTHED} steps and range", fontsize=10)
+        panel.set_xlabel("step")
+        panel.grid(alpha=0.25)
+    axes[0].set_ylabel("part of all weights")
+    axes[-1].legend(**BESIDE)
+
+
+def _running_mean(value_T: np.ndarray, steps: int) -> np.ndarray:
+    """Mean of the last ``steps`` values, or of those that there are."""
+    total_T = np.cumsum(value_T)
+    total_T[steps:] = total_T[steps:] - total_T[:-steps]
+    return total_T / np.minimum(np.arange(1, len(value_T) + 1), steps)
