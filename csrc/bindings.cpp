@@ -42,6 +42,17 @@ py::tuple best_fit_decreasing(const Array<std::int32_t>& lengths, std::int64_t c
     return py::make_tuple(to_numpy(std::move(packs.sample_numbers)), to_numpy(std::move(packs.offsets)));
 }
 
+Array<std::int64_t> balance(const Array<std::int64_t>& costs, std::int64_t ranks) {
+    const std::size_t n = length_of(costs, "costs");
+    const std::int64_t* data = costs.data();
+    std::vector<std::int64_t> rows;
+    {
+        const py::gil_scoped_release released;
+        rows = mft::balance(data, n, ranks);
+    }
+    return to_numpy(std::move(rows)).reshape({ranks, static_cast<std::int64_t>(n) / ranks});
+}
+
 Array<std::int64_t> count_packs(const Array<std::int64_t>& sample_numbers, const Array<std::int64_t>& offsets,
                                 const Array<std::uint16_t>& tasks, const Array<std::int64_t>& supervised) {
     const std::size_t m = length_of(sample_numbers, "sample_numbers"), num_offsets = length_of(offsets, "offsets");
@@ -80,6 +91,8 @@ PYBIND11_MODULE(_sample_index, module) {
     module.doc() = "Packing, epoch order and counts; the contracts are in csrc/sample_index.hpp.";
     module.def("best_fit_decreasing", &best_fit_decreasing, py::arg("lengths").noconvert(), py::arg("capacity"),
                "int32 lengths [n], capacity -> (sample numbers int64 [n], offsets int64 [packs + 1]).");
+    module.def("balance", &balance, py::arg("costs").noconvert(), py::arg("ranks"),
+               "int64 costs [n], ranks -> row numbers int64 [ranks, n / ranks], of each rank.");
     module.def("count_packs", &count_packs, py::arg("sample_numbers").noconvert(), py::arg("offsets").noconvert(),
                py::arg("task_of_sample").noconvert(), py::arg("supervised_of_sample").noconvert(),
                "-> int64 [4, rows]: pack, task, supervised tokens, samples; by pack, then task.");

@@ -1,6 +1,10 @@
 #include "sample_index.hpp"
 
 #include <algorithm>
+#include <functional>
+#include <limits>
+#include <numeric>
+#include <queue>
 #include <random>
 #include <stdexcept>
 #include <string>
@@ -58,14 +62,18 @@ private:
     std::vector<std::vector<std::uint64_t>> levels_;
 };
 
+// Numbers inside are of 32 bits where they count samples: the loops wait for memory, and half of it is half the wait.
+using Number = std::uint32_t;
+constexpr Number kNone = std::numeric_limits<Number>::max();
+
 // Sample numbers by falling length; equal lengths keep their order (a counting sort).
-std::vector<std::int64_t> by_falling_length(const std::int32_t* lengths, std::size_t n, std::int64_t capacity) {
+std::vector<Number> by_falling_length(const std::int32_t* lengths, std::size_t n, std::int64_t capacity) {
     std::vector<std::size_t> start(static_cast<std::size_t>(capacity) + 2, 0);
     for (std::size_t i = 0; i < n; ++i) ++start[static_cast<std::size_t>(capacity - lengths[i]) + 1];
     for (std::size_t length = 1; length < start.size(); ++length) start[length] += start[length - 1];
-    std::vector<std::int64_t> order(n);
+    std::vector<Number> order(n);
     for (std::size_t i = 0; i < n; ++i) {
-        order[start[static_cast<std::size_t>(capacity - lengths[i])]++] = static_cast<std::int64_t>(i);
+        order[start[static_cast<std::size_t>(capacity - lengths[i])]++] = static_cast<Number>(i);
     }
     return order;
 }
@@ -74,6 +82,7 @@ std::vector<std::int64_t> by_falling_length(const std::int32_t* lengths, std::si
 
 Packs best_fit_decreasing(const std::int32_t* lengths, std::size_t n, std::int64_t capacity) {
     if (capacity < 1) refuse("capacity " + std::to_string(capacity) + ": must be at least 1");
+    if (n >= kNone) refuse(std::to_string(n) + " samples are too many to be packed at once");
     for (std::size_t i = 0; i < n; ++i) {
         if (lengths[i] < 1 || lengths[i] > capacity) {
             refuse("sample " + std::to_string(i) + " has length " + std::to_string(lengths[i]) + ", not within 1 .. " +
@@ -82,28 +91,30 @@ Packs best_fit_decreasing(const std::int32_t* lengths, std::size_t n, std::int64
     }
     const std::size_t none = static_cast<std::size_t>(capacity) + 1;
     CapacitySet rooms(none);
-    std::vector<std::vector<std::int64_t>> packs_with_room(none);  // open packs by remaining capacity, latest on top
-    std::vector<std::int64_t> pack_of(n), size_of_pack;
-    const std::vector<std::int64_t> order = by_falling_length(lengths, n, capacity);
-    for (const std::int64_t sample : order) {
-        const auto length = static_cast<std::size_t>(lengths[sample]);
+    // Open packs by remaining capacity, latest on top: a stack of each capacity, linked through the packs.
+    std::vector<Number> top(none, kNone), below, size_of_pack;
+    const std::vector<Number> order = by_falling_length(lengths, n, capacity);
+    std::vector<Number> pack_of(n);  // in the order of `order`
+    for (std::size_t at = 0; at < n; ++at) {
+        const auto length = static_cast<std::size_t>(lengths[order[at]]);
         std::size_t room = rooms.next(length, none);
-        std::int64_t pack;
+        Number pack;
         if (room == none) {
             room = static_cast<std::size_t>(capacity);
-            pack = static_cast<std::int64_t>(size_of_pack.size());
+            pack = static_cast<Number>(size_of_pack.size());
             size_of_pack.push_back(0);
+            below.push_back(kNone);
         } else {
-            auto& candidates = packs_with_room[room];
-            pack = candidates.back();
-            candidates.pop_back();
-            if (candidates.empty()) rooms.erase(room);
+            pack = top[room];
+            top[room] = below[pack];
+            if (top[room] == kNone) rooms.erase(room);
         }
-        pack_of[static_cast<std::size_t>(sample)] = pack;
-        ++size_of_pack[static_cast<std::size_t>(pack)];
+        pack_of[at] = pack;
+        ++size_of_pack[pack];
         if (const std::size_t left = room - length; left > 0) {
-            if (packs_with_room[left].empty()) rooms.insert(left);
-            packs_with_room[left].push_back(pack);
+            if (top[left] == kNone) rooms.insert(left);
+            below[pack] = top[left];
+            top[left] = pack;
         }
     }
     Packs packs;
@@ -111,11 +122,33 @@ Packs best_fit_decreasing(const std::int32_t* lengths, std::size_t n, std::int64
     for (std::size_t p = 0; p < size_of_pack.size(); ++p) packs.offsets[p + 1] = packs.offsets[p] + size_of_pack[p];
     packs.sample_numbers.resize(n);
     std::vector<std::int64_t> next(packs.offsets.begin(), packs.offsets.end() - 1);
-    for (const std::int64_t sample : order) {
-        const auto pack = static_cast<std::size_t>(pack_of[static_cast<std::size_t>(sample)]);
-        packs.sample_numbers[static_cast<std::size_t>(next[pack]++)] = sample;
+    for (std::size_t at = 0; at < n; ++at) {
+        packs.sample_numbers[static_cast<std::size_t>(next[pack_of[at]]++)] = static_cast<std::int64_t>(order[at]);
     }
     return packs;
+}
+
+std::vector<std::int64_t> balance(const std::int64_t* costs, std::size_t n, std::int64_t ranks) {
+    if (ranks < 1 || n % static_cast<std::size_t>(ranks) != 0) {
+        refuse(std::to_string(n) + " rows cannot be shared evenly by " + std::to_string(ranks) + " ranks");
+    }
+    if (n > 0 && *std::min_element(costs, costs + n) < 0) refuse("costs must not be negative");
+    std::vector<std::int64_t> order(n);
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(), [&](std::int64_t a, std::int64_t b) { return costs[a] > costs[b]; });
+    const std::size_t each = n / static_cast<std::size_t>(ranks);
+    using Load = std::pair<std::int64_t, std::size_t>;  // cost so far, rank; of equal costs the first rank
+    std::priority_queue<Load, std::vector<Load>, std::greater<Load>> open;
+    for (std::size_t rank = 0; each > 0 && rank < static_cast<std::size_t>(ranks); ++rank) open.emplace(0, rank);
+    std::vector<std::size_t> taken(static_cast<std::size_t>(ranks), 0);
+    std::vector<std::int64_t> rows(n);
+    for (const std::int64_t row : order) {
+        const auto [load, rank] = open.top();
+        open.pop();
+        rows[rank * each + taken[rank]++] = row;
+        if (taken[rank] < each) open.emplace(load + costs[row], rank);
+    }
+    return rows;
 }
 
 PackCounts count_packs(const std::int64_t* sample_numbers, std::size_t m, const std::int64_t* offsets,

@@ -20,8 +20,15 @@ struct Packs {
 // with the least room that still suffices, or into a new one. O(n) for n samples besides O(capacity) for the tables.
 //
 // lengths: tokens of each of n samples. capacity: tokens of a pack.
-// Throws if capacity < 1, or a length is < 1 or > capacity.
+// Throws if capacity < 1, a length is < 1 or > capacity, or there are 2^32 - 1 samples or more.
 Packs best_fit_decreasing(const std::int32_t* lengths, std::size_t n, std::int64_t capacity);
+
+// Rows shared out among ranks so that each has the same number of them and about the same cost: from the dearest row to
+// the cheapest, equal ones in their order, each to the rank that has least so far and still has room (the first of them).
+//
+// costs: of n rows. Returns row numbers, rank after rank, n / ranks each; a rank's rows from the dearest to the cheapest.
+// Throws if ranks < 1, n is not a multiple of it, or a cost is negative.
+std::vector<std::int64_t> balance(const std::int64_t* costs, std::size_t n, std::int64_t ranks);
 
 struct PackCounts {  // one entry per pack and task that occurs in it, by pack, then task
     std::vector<std::int64_t> pack, task, supervised_tokens, samples;

@@ -23,7 +23,8 @@ def run_command(main: Callable[[], int | None], quiet: bool = False) -> int:
         quiet: keep silent about an error that other processes meet, too; set on all ranks of a machine but one.
 
     Returns:
-        the exit code: ``main``'s own, or 2 after an :class:`InputError` or a file that cannot be read or written.
+        the exit code: ``main``'s own, 2 after an :class:`InputError` or a file that cannot be read or written, 130 after
+        an interrupt.
     """
     try:
         return main() or 0
@@ -31,6 +32,10 @@ def run_command(main: Callable[[], int | None], quiet: bool = False) -> int:
         if not quiet or error.always:
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return 2
+    except KeyboardInterrupt:
+        if not quiet:
+            print("interrupted; the same command goes on from what is complete", file=sys.stderr, flush=True)
+        return 130
     except OSError as error:
         if error.filename is None:
             raise

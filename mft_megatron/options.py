@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from .errors import InputError
@@ -171,23 +171,41 @@ def out_of_range(values: Any) -> str | None:
     return None
 
 
-def read_options(
-    group: type, command_line: Sequence[str], program: str, required: Sequence[str] = (), **parser_options: Any
-) -> Any:
-    """The options of a command with one group: an instance of ``group``, complete and within bounds.
+def read_groups(
+    groups: Sequence[tuple[str, type]],
+    command_line: Sequence[str],
+    program: str,
+    required: Sequence[str] = (),
+    defaults: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda given: {},
+    **parser_options: Any,
+) -> list[Any]:
+    """The options of a command by group: an instance of each ``(title, dataclass)``, complete and within bounds.
+
+    ``defaults``: from what was given to what else is to be taken as given, e.g. read from a file that was named.
 
     Raises:
         InputError: as :func:`parse`; one of the fields ``required`` is not given; a number lies outside its bounds.
     """
-    groups = ((program.split()[-1].removesuffix(".py"), group),)
-    options = fill(group, parse(build_parser(groups, prog=program, **parser_options), command_line, groups))
-    for field in dataclasses.fields(group):
-        if field.name in required and getattr(options, field.name) is None:
-            raise InputError(f"missing option: give {spelling(field)}; see --help")
-    problem = out_of_range(options)
-    if problem:
-        raise InputError(problem)
-    return options
+    given = parse(build_parser(groups, prog=program, **parser_options), command_line, groups)
+    given = {**defaults(given), **given}
+    instances = [fill(group, given) for _, group in groups]
+    for options in instances:
+        for field in dataclasses.fields(options):
+            if field.name in required and getattr(options, field.name) is None:
+                raise InputError(f"missing option: give {spelling(field)}; see --help")
+    for options in instances:
+        problem = out_of_range(options)
+        if problem:
+            raise InputError(problem)
+    return instances
+
+
+def read_options(
+    group: type, command_line: Sequence[str], program: str, required: Sequence[str] = (), **parser_options: Any
+) -> Any:
+    """:func:`read_groups` of a command with one group."""
+    title = program.split()[-1].removesuffix(".py")
+    return read_groups([(title, group)], command_line, program, required, **parser_options)[0]
 
 
 def number_list(text: str) -> list[float] | None:

@@ -1,25 +1,26 @@
 """A packed data set on disk, opened in place: rows for the model and counts for the objective.
 
 ``P_input_ids`` and ``P_loss_mask`` hold whole samples (:mod:`.indexed_dataset`), ``P_task_ids.npy`` the task of each,
-the files of :mod:`.packing` say which samples share a row. Everything is memory-mapped; a row is put together when it
-is asked for, without a loop over tokens.
+the files of :mod:`.packing` say which pieces of samples share a row. Everything is memory-mapped; a row is put together
+when it is asked for, without a loop over tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from mft_megatron.batch import Batch
 from mft_megatron.data.indexed_dataset import IndexedDataset
-from mft_megatron.data.ledger import Ledger, file_sha256, ledger_path, read_ledger
+from mft_megatron.data.ledger import ArrayEntry, Ledger, file_sha256, ledger_path, read_ledger
 from mft_megatron.data.packing import SPLITS, pack_files
+from mft_megatron.data.pieces import NO_PIECES, Pieces, join, ranges
 from mft_megatron.errors import InputError
 
 
 def packed_lengths(prefix: str | Path) -> list[int]:
     """Sequence lengths that the data set is packed for."""
-    return sorted(int(length) for length in read_ledger(prefix).packs)
+    return sorted(int(length) for length in read_ledger(prefix).lengths)
 
 
 class PackedDataset:
@@ -30,13 +31,15 @@ class PackedDataset:
         self.ledger = ledger
         self.seq_length = seq_length
         self.tasks: tuple[str, ...] = tuple(task.name for task in ledger.tasks)
-        self.dataset_hash = ledger.dataset_hash
+        self.entry = ledger.lengths[str(seq_length)]
+        self.joined, self.padded = self.entry.joined, self.entry.padded
+        self.dataset_hash = ledger.dataset_hash(seq_length)
         self.vocab_size = ledger.tokenizer.vocab_size
         self.pad_token_id = ledger.tokenizer.pad_token_id
         self.tokens = IndexedDataset(f"{prefix}_input_ids")
         self.mask = IndexedDataset(f"{prefix}_loss_mask")
         self.task_ids = np.load(f"{prefix}_task_ids.npy", mmap_mode="r")
-        self._splits = {name: PackedSplit(self, name) for name in ledger.packs[str(seq_length)]}
+        self._splits = {name: PackedSplit(self, name) for name in self.entry.packs}
 
     @classmethod
     def open(cls, prefix: str | Path, seq_length: int, check: str = "sizes") -> "PackedDataset":
@@ -52,13 +55,13 @@ class PackedDataset:
         """
         prefix = str(prefix)
         ledger = read_ledger(prefix)
-        if str(seq_length) not in ledger.packs:
+        if str(seq_length) not in ledger.lengths:
             known = ", ".join(map(str, packed_lengths(prefix)))
             raise InputError(
-                f"--seq-length {seq_length}: {prefix} is packed for {known}; use that, or preprocess with --seq-length "
-                f"{seq_length}"
+                f"--seq-length {seq_length}: {prefix} is packed for {known}; use that, or pack it for {seq_length} in "
+                f"seconds: tools/pack_data.py --data-path {prefix} --seq-length {seq_length}"
             )
-        check_files(prefix, ledger, hashes=check == "hashes")
+        check_files(prefix, ledger.arrays_for(seq_length), hashes=check == "hashes")
         return cls(prefix, ledger, seq_length)
 
     @property
@@ -77,14 +80,14 @@ class PackedDataset:
         return self._splits[name]
 
 
-def check_files(prefix: str, ledger: Ledger, hashes: bool) -> None:
-    """Compare the files of a data set with its ledger.
+def check_files(prefix: str, arrays: Mapping[str, ArrayEntry], hashes: bool) -> None:
+    """Compare files of a data set with what its ledger says of them.
 
     Raises:
         InputError: the first file that is missing or differs in size or, with ``hashes``, in content.
     """
     remedy = "it is not the file the ledger was written for; preprocess the data again"
-    for name, entry in ledger.arrays.items():
+    for name, entry in arrays.items():
         path = Path(prefix + name)
         if not path.is_file():
             raise InputError(f"{path}: missing, though {ledger_path(prefix).name} lists it; preprocess the data again")
@@ -102,16 +105,37 @@ class PackedSplit:
         self.name = name
         self.seq_length = dataset.seq_length
         self.num_tasks = len(dataset.tasks)
-        files = [dataset.prefix + end for end in pack_files(name, dataset.seq_length)]
+        *files, cuts = [dataset.prefix + end for end in pack_files(name, dataset.seq_length)]
         self._samples, self._offsets, self._counts = (np.load(file, mmap_mode="r") for file in files)
+        has_cuts = cuts.removeprefix(dataset.prefix) in dataset.ledger.arrays
+        self._cuts = np.load(cuts, mmap_mode="r") if has_cuts else None
 
     @property
     def num_packs(self) -> int:
         return len(self._offsets) - 1
 
-    def samples_of(self, pack: int) -> np.ndarray:
-        """Sample numbers of a pack, int64; none for -1, the empty pack."""
-        return self._samples[self._offsets[pack] : self._offsets[pack + 1]] if pack >= 0 else self._samples[:0]
+    @property
+    def num_pieces(self) -> int:
+        return len(self._samples)
+
+    def pieces(self, places: np.ndarray | slice) -> Pieces:
+        """Pieces by their places in the split's files; those of one pack lie one behind the other."""
+        samples = np.asarray(self._samples[places])
+        if self._cuts is not None:
+            return Pieces(samples, *np.asarray(self._cuts[:, places]))
+        return Pieces(samples, np.zeros_like(samples), self.dataset.tokens.lengths[samples].astype(np.int64))
+
+    def pieces_of(self, pack: int) -> Pieces:
+        """The pieces of a pack; none for -1, the empty pack."""
+        return self.pieces(slice(self._offsets[pack], self._offsets[pack + 1])) if pack >= 0 else NO_PIECES
+
+    def pieces_of_packs(self, packs: np.ndarray) -> tuple[Pieces, np.ndarray]:
+        """The pieces of some packs one behind the other, and how many each pack has, int64 [packs]; -1 has none."""
+        packs = np.asarray(packs, np.int64)
+        real = np.maximum(packs, 0)
+        first = self._offsets[real]
+        number = np.where(packs >= 0, self._offsets[real + 1] - first, 0)
+        return self.pieces(ranges(first, number)), number
 
     def counts(self, packs_G: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Supervised tokens and samples that have any, of each task over some packs: int64 [K] twice.
@@ -121,77 +145,74 @@ class PackedSplit:
         packs, task, supervised_tokens, samples = self._counts
         tokens_K, samples_K = np.zeros(self.num_tasks, np.int64), np.zeros(self.num_tasks, np.int64)
         first, last = np.searchsorted(packs, packs_G, "left"), np.searchsorted(packs, packs_G, "right")
-        rows = _ranges(first, last - first)
+        rows = ranges(first, last - first)
         np.add.at(tokens_K, task[rows], supervised_tokens[rows])
         np.add.at(samples_K, task[rows], samples[rows])
         return tokens_K, samples_K
 
     def num_tokens(self, packs_G: np.ndarray) -> int:
         """Tokens of all samples in some packs; padding is not counted."""
-        return sum(int(self.dataset.tokens.lengths[self.samples_of(pack)].sum()) for pack in packs_G)
+        return self.pieces_of_packs(packs_G)[0].num_tokens
 
     def rows(self, packs_B: np.ndarray) -> Batch:
         """One row for each pack: see :func:`rows_of`."""
-        return rows_of(self.dataset, [self.samples_of(pack) for pack in packs_B])
+        return rows_of(self.dataset, [self.pieces_of(pack) for pack in packs_B])
 
 
-def rows_of(dataset: PackedDataset, samples_of_rows: Sequence[np.ndarray]) -> Batch:
-    """Rows of whole samples as numpy arrays: the samples one behind the other, then padding.
+def rows_of(dataset: PackedDataset, pieces_of_rows: Sequence[Pieces], width: int | None = None) -> Batch:
+    """Rows of pieces as numpy arrays: the pieces one behind the other, then padding.
 
-    Labels are shifted here and nowhere else: the label of a position is the next token of the same sample, and it
-    counts where that token is supervised. The last position of a sample has no label.
+    Labels are shifted here and nowhere else: the label of a position is the next token of the same segment, and it
+    counts where that token is supervised. The last position of a segment has no label. A piece is a segment; in a
+    joined data set all pieces of a row are one.
 
     Args:
         dataset: where the samples are.
-        samples_of_rows: B arrays of sample numbers; those of one row have no more than ``seq_length`` tokens together.
+        pieces_of_rows: B times the pieces of a row, which have no more than ``width`` tokens together.
+        width: positions of a row; the data set's sequence length where it is not given.
     """
-    tokens, width, num_rows = dataset.tokens, dataset.seq_length, len(samples_of_rows)
-    samples = np.concatenate(samples_of_rows)
-    lengths = tokens.lengths[samples].astype(np.int64)
-    row = np.repeat(np.arange(num_rows), [len(own) for own in samples_of_rows])
-    used = np.bincount(row, weights=lengths, minlength=num_rows).astype(np.int64)
+    tokens, num_rows = dataset.tokens, len(pieces_of_rows)
+    width = dataset.seq_length if width is None else width
+    pieces = join(list(pieces_of_rows))
+    row = np.repeat(np.arange(num_rows), [len(own.samples) for own in pieces_of_rows])
+    used = np.bincount(row, weights=pieces.lengths, minlength=num_rows).astype(np.int64)
 
-    # where each sample starts: in the stream of rows, in the data set, and among the samples' own tokens
-    before = np.cumsum(lengths) - lengths
+    # where each piece lies: in the stream of rows, and in the data set
+    before = np.cumsum(pieces.lengths) - pieces.lengths
     stream_start = before + row * width - (np.cumsum(used) - used)[row]
-    source = _ranges(tokens.starts[samples], lengths)
-    target = _ranges(stream_start, lengths)
-    last = before + lengths - 1
+    source = ranges(tokens.start_of(pieces.samples) + pieces.starts, pieces.lengths)
+    target = ranges(stream_start, pieces.lengths)
+    # where segments begin in the stream, and end among the pieces' own tokens
+    filled = np.flatnonzero(used)
+    segment_start = filled * width if dataset.joined else stream_start
+    last = np.cumsum(used[filled] if dataset.joined else pieces.lengths) - 1
 
     own_tokens = tokens.items[source].astype(np.int64)
     own_labels = np.append(own_tokens[1:], 0)
     own_labels[last] = 0
     own_mask = np.append(dataset.mask.items[source][1:], np.uint8(0))
     own_mask[last] = 0
+    own_tasks = np.repeat(dataset.task_ids[pieces.samples].astype(np.int64), pieces.lengths)
+    positions = num_rows * width
     streams = {
-        "tokens_BS": _placed(own_tokens, target, np.full(num_rows * width, dataset.pad_token_id)),
-        "labels_BS": _placed(own_labels, target, np.zeros(num_rows * width, np.int64)),
-        "loss_mask_BS": _placed(own_mask, target, np.zeros(num_rows * width, np.uint8)),
-        "task_ids_BS": _placed(
-            np.repeat(dataset.task_ids[samples].astype(np.int64), lengths),
-            target,
-            np.zeros(num_rows * width, np.int64),
-        ),
+        "tokens_BS": _placed(own_tokens, target, np.full(positions, dataset.pad_token_id)),
+        "labels_BS": _placed(own_labels, target, np.zeros(positions, np.int64)),
+        "loss_mask_BS": _placed(own_mask, target, np.zeros(positions, np.uint8)),
+        "task_ids_BS": _placed(own_tasks, target, np.zeros(positions, np.int64)),
     }
 
-    # segments: the samples, and what is left of each row
+    # segments: the pieces, and what is left of each row
     padding = np.flatnonzero(used < width)
-    starts = np.sort(np.concatenate([stream_start, padding * width + used[padding]]))
-    cu_seqlens = np.append(starts, num_rows * width)
+    starts = np.sort(np.concatenate([segment_start, padding * width + used[padding]]))
+    cu_seqlens = np.append(starts, positions)
     segment_lengths = np.diff(cu_seqlens)
     streams["sample_ids_BS"] = np.repeat(np.arange(len(starts)), segment_lengths)
-    streams["position_ids_BS"] = np.arange(num_rows * width) - np.repeat(starts, segment_lengths)
+    streams["position_ids_BS"] = np.arange(positions) - np.repeat(starts, segment_lengths)
     return Batch(
         **{name: stream.reshape(num_rows, width) for name, stream in streams.items()},
         cu_seqlens=cu_seqlens.astype(np.int32),
         max_seqlen=int(segment_lengths.max()),
     )
-
-
-def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """start, start + 1, … for every start, ``length`` of them each, one range behind the other."""
-    before = np.cumsum(lengths) - lengths
-    return np.repeat(starts - before, lengths) + np.arange(int(lengths.sum()))
 
 
 def _placed(values: np.ndarray, target: np.ndarray, stream: np.ndarray) -> np.ndarray:

@@ -14,6 +14,7 @@
 Here a sample is one sequence and one document, so the marks are 0 … n.
 """
 
+import functools
 import struct
 from array import array
 from pathlib import Path
@@ -38,8 +39,8 @@ class IndexedDatasetWriter:
     """Appends sequences to ``bin_path``; :meth:`finish` writes ``idx_path``."""
 
     def __init__(self, bin_path: Path, idx_path: Path, dtype: np.dtype):
+        self.bin_path, self.idx_path = bin_path, idx_path
         self._bin = open(bin_path, "wb")  # noqa: SIM115  (open until finish)
-        self._idx_path = idx_path
         self._dtype = np.dtype(dtype)
         self._lengths = array("i")
 
@@ -56,7 +57,7 @@ class IndexedDatasetWriter:
         lengths = np.frombuffer(self._lengths, np.int32) if self._lengths else np.empty(0, np.int32)
         offsets = np.zeros(len(lengths), np.int64)
         np.cumsum(lengths[:-1], out=offsets[1:])
-        with open(self._idx_path, "wb") as idx:
+        with open(self.idx_path, "wb") as idx:
             idx.write(_HEADER.pack(MAGIC, VERSION, CODES[self._dtype], len(lengths), len(lengths) + 1))
             for part in (lengths, offsets * self._dtype.itemsize, np.arange(len(lengths) + 1, dtype=np.int64)):
                 idx.write(part.tobytes())
@@ -66,16 +67,16 @@ class IndexedDatasetWriter:
 
 
 class IndexedDataset:
-    """A data set read in place. ``items``: memory map of all items; ``starts`` int64 [n] and ``lengths`` int32 [n] say
-    where each sequence lies in it."""
+    """A data set read in place. ``items``: memory map of all items; ``lengths`` int32 [n], items of each sequence;
+    :meth:`start_of` says where a sequence lies in ``items``."""
 
-    def __init__(self, prefix: str | Path):
-        """Open ``prefix.bin`` and ``prefix.idx``.
+    def __init__(self, prefix: str | Path = "", bin_path: Path | None = None, idx_path: Path | None = None):
+        """Open ``prefix.bin`` and ``prefix.idx``, or the two files named.
 
         Raises:
             InputError: a file is missing, no such index, or shorter or longer than its index says.
         """
-        idx_path, bin_path = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
+        idx_path, bin_path = idx_path or Path(f"{prefix}.idx"), bin_path or Path(f"{prefix}.bin")
         for path in (idx_path, bin_path):
             if not path.is_file():
                 raise InputError(f"{path}: missing; preprocess the data again")
@@ -90,12 +91,13 @@ class IndexedDataset:
         expected = _HEADER.size + 4 * n + 8 * n + 8 * marks
         if size != expected:
             raise InputError(f"{idx_path}: {size} bytes, an index of {n} sequences has {expected}; the file is damaged")
+        self._marks = (idx_path, _HEADER.size + 12 * n, marks)
         dtype = np.dtype(TYPES[code])
         self.lengths = np.memmap(idx_path, np.int32, "r", _HEADER.size, (n,)) if n else np.empty(0, np.int32)
         pointers = np.memmap(idx_path, np.uint8, "r", _HEADER.size + 4 * n, (8 * n,)) if n else np.empty(0, np.uint8)
-        # the pointers are not aligned to 8 bytes in the file, which numpy copes with
-        self.starts = pointers.view(np.int64) // dtype.itemsize
-        items = int(self.starts[-1]) + int(self.lengths[-1]) if n else 0
+        self._pointers = pointers.view(np.int64)  # bytes; not aligned to 8 in the file, which numpy copes with
+        self._item_size = dtype.itemsize
+        items = int(self.start_of(n - 1)) + int(self.lengths[-1]) if n else 0
         if bin_path.stat().st_size != items * dtype.itemsize:
             raise InputError(
                 f"{bin_path}: {bin_path.stat().st_size} bytes, its index says {items * dtype.itemsize}; preprocess the "
@@ -103,10 +105,20 @@ class IndexedDataset:
             )
         self.items = np.memmap(bin_path, dtype, "r") if items else np.empty(0, dtype)
 
+    @functools.cached_property
+    def documents(self) -> np.ndarray:
+        """Document marks, int64 [documents + 1]: the sequence each document starts at, and the number of sequences."""
+        path, place, marks = self._marks
+        return np.fromfile(path, np.uint8, 8 * marks, offset=place).view(np.int64)
+
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def start_of(self, sequences: int | np.ndarray) -> np.ndarray:
+        """First item of sequences, int64; reads no more of the index than these."""
+        return self._pointers[sequences] // self._item_size
+
     def __getitem__(self, number: int) -> np.ndarray:
         """Items of one sequence, a view."""
-        start = int(self.starts[number])
+        start = int(self.start_of(number))
         return self.items[start : start + int(self.lengths[number])]

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
-from mft_megatron.data.dataset import PackedDataset, PackedSplit, check_files
-from mft_megatron.data.ledger import Ledger
-from mft_megatron.data.packing import pack_split
-from mft_megatron.data.preprocess import supervised_tokens
+from mft_megatron.data.dataset import PackedDataset, check_files
+from mft_megatron.data.indexed_dataset import IndexedDataset
+from mft_megatron.data.layout import Layout, lay_out
+from mft_megatron.data.ledger import Ledger, LengthEntry
+from mft_megatron.data.packing import SPLITS
+from mft_megatron.data.repack import read_stored
 from mft_megatron.data.tokenizer import load_tokenizer
 from mft_megatron.errors import InputError
 
@@ -17,21 +19,34 @@ MARKS = {True: ("\033[32m", "\033[0m"), False: ("⟦", "⟧")}
 
 
 def ledger_table(ledger: Ledger) -> str:
-    """The ledger in aligned columns: tasks, then packs."""
-    rows = [("task", "in", "kept", "truncated", "dropped", "tokens", "supervised", "train", "valid", "test")]
-    for task in ledger.tasks:
-        dropped = ", ".join(f"{reason} {n}" for reason, n in task.dropped.items()) or "0"
-        numbers = (task.samples_in, task.kept, task.truncated)
-        counts = (task.tokens, task.supervised_tokens, *task.splits.values())
-        rows.append((task.name, *map("{:,}".format, numbers), dropped, *map("{:,}".format, counts)))
-    lines = _aligned(rows)
-    for length, splits in ledger.packs.items():
-        for split, entry in splits.items():
+    """The ledger in aligned columns: for every length the tasks, then the packs."""
+    lines = []
+    for length, entry in ledger.lengths.items():
+        rows = [("task", "in", "kept", "truncated", "dropped", "tokens", "supervised", *SPLITS)]
+        for task, cut in zip(ledger.tasks, entry.tasks, strict=True):
+            dropped = ", ".join(f"{reason} {n}" for reason, n in (task.dropped | cut.dropped).items()) or "0"
+            numbers = (task.samples_in, cut.kept, cut.truncated)
+            counts = (cut.tokens, cut.supervised_tokens, *cut.splits.values())
+            rows.append((task.name, *map("{:,}".format, numbers), dropped, *map("{:,}".format, counts)))
+        lines += _aligned(rows)
+        lines += _windows_and_uses(ledger, entry)
+        for split, packed in entry.packs.items():
             lines.append(
-                f"{split}: {entry.samples:,} samples in {entry.packs:,} packs of {length}, "
-                f"{100 * entry.fill:.2f} % filled"
+                f"{split}: {packed.samples:,} samples in {packed.packs:,} packs of {length}, "
+                f"{100 * packed.fill:.2f} % filled"
             )
     return "\n".join(lines)
+
+
+def _windows_and_uses(ledger: Ledger, entry: LengthEntry) -> Iterator[str]:
+    """A line for each task whose samples were cut into windows, or are not used exactly once."""
+    for task, cut in zip(ledger.tasks, entry.tasks, strict=True):
+        if cut.windowed:
+            left_out = f", {cut.unsupervised_windows:,} without a target left out" if cut.unsupervised_windows else ""
+            yield f"{task.name}: {cut.windowed:,} samples cut into {cut.windows:,} windows{left_out}"
+        if set(cut.uses) - {"1"}:
+            times = ", ".join(f"{n:,} used {time} times" for time, n in cut.uses.items())
+            yield f"{task.name}: in one pass over the training rows, {times}"
 
 
 def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
@@ -50,7 +65,7 @@ def show_samples(prefix: str, ledger: Ledger, number: int, colour: bool) -> Iter
     if not Path(ledger.tokenizer.model).exists():
         raise InputError(f"the tokenizer {ledger.tokenizer.model} is gone, so samples cannot be shown; use --samples 0")
     tokenizer = load_tokenizer(ledger.tokenizer.type, ledger.tokenizer.model)
-    dataset = PackedDataset.open(prefix, int(next(iter(ledger.packs))))
+    dataset = PackedDataset.open(prefix, int(next(iter(ledger.lengths))))
     for task, name in enumerate(dataset.tasks):
         first = int(np.searchsorted(dataset.task_ids, task))
         for sample in range(first, min(first + number, first + ledger.tasks[task].kept)):
@@ -69,44 +84,48 @@ def marked(tokenizer, ids: np.ndarray, mask: np.ndarray, colour: bool) -> str:
     return "".join(text)
 
 
+def show_histograms(prefix: str, ledger: Ledger) -> Iterator[str]:
+    """How long the samples of each task are: a bar for each power of two, with the share of supervised tokens."""
+    stored = read_stored(prefix, ledger)
+    for number, task in enumerate(ledger.tasks):
+        own = stored.task_ids == number
+        lengths, supervised = stored.lengths[own], stored.supervised[own]
+        share = supervised.sum() / max(int(lengths.sum()) - len(lengths), 1)
+        yield f"\n── {task.name}: {len(lengths):,} samples, {share:.1%} of targets supervised"
+        middle, most = np.percentile(lengths, [50, 99])
+        yield f"   tokens: median {middle:,.0f}, 99 % up to {most:,.0f}, longest {lengths.max():,}"
+        bins = np.bincount(np.log2(lengths).astype(int))
+        for power in np.flatnonzero(bins):
+            bar = "█" * round(40 * bins[power] / bins.max())
+            yield f"   {2**power:>9,} – {2 ** (power + 1) - 1:<9,} {bins[power]:>9,}  {bar}"
+
+
 def check(prefix: str, ledger: Ledger) -> None:
-    """Verify every hash, and that tokens, counts and packs are what the ledger and the index say.
+    """Verify every hash, and that counts and packs are what the stored samples and the ledger's options give.
 
     Raises:
         InputError: the first thing that does not agree.
     """
-    check_files(prefix, ledger, hashes=True)
-    for length in ledger.packs:
-        dataset = PackedDataset.open(prefix, int(length))
-        lengths, supervised = dataset.tokens.lengths, supervised_tokens(dataset.mask.items, dataset.tokens.lengths)
-        _agree(f"{prefix}_loss_mask.idx: lengths", dataset.mask.lengths, lengths)
-        for number, task in enumerate(ledger.tasks):
-            own = dataset.task_ids == number
-            found = (int(own.sum()), int(lengths[own].sum()), int(supervised[own].sum()))
-            _agree(f"task {task.name}: samples, tokens, supervised tokens", found, _totals(task))
-            in_and_out = task.kept + sum(task.dropped.values())
-            _agree(f"task {task.name}: kept and dropped", in_and_out, task.samples_in)
-        for name in dataset.splits:
-            _check_split(prefix, dataset.split(name), lengths, supervised)
-
-
-def _totals(task) -> tuple[int, int, int]:
-    return task.kept, task.tokens, task.supervised_tokens
-
-
-def _check_split(prefix: str, split: PackedSplit, lengths: np.ndarray, supervised: np.ndarray) -> None:
-    packs = [split.samples_of(pack) for pack in range(split.num_packs)]
-    members = np.sort(np.concatenate(packs))
-    again = pack_split(members, lengths, split.dataset.task_ids, supervised, split.seq_length)
-    where = f"{prefix}: packs of {split.name}"
-    _agree(f"{where}: samples used more than once", len(np.unique(members)), len(members))
-    _agree(f"{where}: order", np.concatenate(packs), again.sample_numbers)
-    tokens_K, samples_K = split.counts(np.arange(split.num_packs))
-    expected = [np.bincount(split.dataset.task_ids[members], w, split.num_tasks) for w in (supervised[members], None)]
-    _agree(f"{where}: supervised tokens", tokens_K, expected[0])
-    _agree(f"{where}: samples", samples_K, expected[1])
+    check_files(prefix, ledger.arrays, hashes=True)
+    stored = read_stored(prefix, ledger)
+    lengths = IndexedDataset(f"{prefix}_input_ids").lengths
+    _agree(f"{prefix}_loss_mask.idx: lengths", stored.lengths, lengths)
+    for number, task in enumerate(ledger.tasks):
+        own = stored.task_ids == number
+        found = (int(own.sum()), int(stored.lengths[own].sum()), int(stored.supervised[own].sum()))
+        expected = (task.kept, task.tokens, task.supervised_tokens)
+        _agree(f"task {task.name}: samples, tokens, supervised tokens", found, expected)
+        _agree(f"task {task.name}: kept and dropped", task.kept + sum(task.dropped.values()), task.samples_in)
+    for length, entry in ledger.lengths.items():
+        options = {**entry.options, "split": tuple(entry.options["split"])}
+        packs, again, _ = lay_out(stored, Layout(**options))
+        _agree(f"{prefix}: counts at length {length}", again, entry)
+        for split, packed in packs.items():
+            for end, values in packed.files(split, int(length)).items():
+                _agree(f"{prefix}{end}: packs", np.load(f"{prefix}{end}", mmap_mode="r"), values)
 
 
 def _agree(what: str, found, expected) -> None:
-    if not np.array_equal(found, expected):
+    same = np.array_equal(found, expected) if isinstance(found, np.ndarray) else found == expected
+    if not same:
         raise InputError(f"{what}: does not agree with the ledger; preprocess the data again")

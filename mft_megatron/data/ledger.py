@@ -12,7 +12,8 @@ from typing import Any
 from mft_megatron.errors import InputError
 
 FORMAT = "mft_megatron packed dataset"
-FORMAT_VERSION = 1
+PACK_ENDS = (".npy", "_offsets.npy", "_cuts.npy")  # of the files that belong to one length
+FORMAT_VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,20 +28,25 @@ class SourceFile:
 
 @dataclasses.dataclass(frozen=True)
 class TaskEntry:
-    """Samples of a task: ``samples_in == kept + sum(dropped.values())``; ``truncated`` ones are among the kept.
+    """Samples of a task as they were tokenised: ``samples_in == kept + sum(dropped.values())``.
 
     ``tokens`` and ``supervised_tokens`` count those of kept samples; a supervised token is a target, so a sample's
-    first token never is one. ``splits``: kept samples by split.
+    first token never is one. ``documents``: all samples are documents, in which every token is supervised.
+    ``template``: name of the chat format. ``weight``, ``sampling``, ``overlong``: what the task file says for this
+    task, ``None`` where it says nothing.
     """
 
     name: str
     samples_in: int
     kept: int
-    truncated: int
     dropped: dict[str, int]
     tokens: int
     supervised_tokens: int
-    splits: dict[str, int]
+    documents: bool
+    template: str
+    weight: float | None
+    sampling: float | None
+    overlong: str | None
     sources: list[SourceFile]
 
 
@@ -59,13 +65,58 @@ class TokenizerEntry:
 
 @dataclasses.dataclass(frozen=True)
 class PackEntry:
-    """One split packed for one length; ``fill`` is the share of positions that hold a token."""
+    """One split packed for one length; ``fill`` is the share of positions that hold a token.
+
+    ``samples`` counts what is in the packs: a window of a sample is one, and a sample that sampling repeats is several.
+    """
 
     packs: int
     samples: int
     tokens: int
     supervised_tokens: int
     fill: float
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskCut:
+    """What became of a task's samples for one length: ``TaskEntry.kept == kept + sum(dropped.values())``.
+
+    ``tokens`` and ``supervised_tokens`` are those of the kept samples after cutting, each sample counted once.
+    ``truncated`` and ``windowed`` samples are among the kept; ``windows`` is how many windows the latter gave, and
+    ``unsupervised_windows`` how many were left out, because they have nothing to learn. ``splits``: kept samples by
+    split. ``uses``: training samples by how often one pass uses them.
+    """
+
+    kept: int
+    tokens: int
+    supervised_tokens: int
+    truncated: int
+    windowed: int
+    windows: int
+    unsupervised_windows: int
+    dropped: dict[str, int]
+    splits: dict[str, int]
+    uses: dict[str, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class LengthEntry:
+    """The data set as packed for one length: the options it was packed with, each task's :class:`TaskCut` in the order
+    of the tasks, and the splits that have samples."""
+
+    options: dict[str, Any]
+    tasks: list[TaskCut]
+    packs: dict[str, PackEntry]
+
+    @property
+    def joined(self) -> bool:
+        """Whether a row is one stream across the borders of samples."""
+        return self.options["padding_mode"] == "concat"
+
+    @property
+    def padded(self) -> bool:
+        """Whether a row is one sample."""
+        return self.options["padding_mode"] == "padding"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,23 +129,25 @@ class ArrayEntry:
 
 @dataclasses.dataclass(frozen=True)
 class Ledger:
-    """``packs``: by sequence length (as text, the way JSON has it), then by split."""
+    """``lengths``: by sequence length, as text, the way JSON has it. ``chat_template``: of tasks that name none."""
 
     tasks: list[TaskEntry]
     tokenizer: TokenizerEntry
     chat_template: dict[str, Any]
-    split: dict[str, Any]
-    overlong: str
-    packs: dict[str, dict[str, PackEntry]]
+    lengths: dict[str, LengthEntry]
     arrays: dict[str, ArrayEntry]
     format: str = FORMAT
     format_version: int = FORMAT_VERSION
 
-    @property
-    def dataset_hash(self) -> str:
-        """Identity of the content: sha256 over the format's version, the tasks' names and all arrays."""
+    def arrays_for(self, seq_length: int) -> dict[str, ArrayEntry]:
+        """The files that the data set consists of for one length, by the ends of their names."""
+        others = tuple(f"_{length}{end}" for length in self.lengths for end in PACK_ENDS if length != str(seq_length))
+        return {name: entry for name, entry in self.arrays.items() if not name.endswith(others)}
+
+    def dataset_hash(self, seq_length: int) -> str:
+        """Identity of the content for one length: sha256 over the format's version, the tasks' names and the arrays."""
         content = [self.format_version, [task.name for task in self.tasks]]
-        content += sorted((name, entry.sha256) for name, entry in self.arrays.items())
+        content += sorted((name, entry.sha256) for name, entry in self.arrays_for(seq_length).items())
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def to_json(self) -> str:
@@ -134,13 +187,17 @@ def _from_dict(content: dict[str, Any]) -> Ledger:
         TaskEntry(**{**task, "sources": [SourceFile(**source) for source in task["sources"]]})
         for task in content["tasks"]
     ]
-    packs = {
-        length: {split: PackEntry(**entry) for split, entry in splits.items()}
-        for length, splits in content["packs"].items()
+    lengths = {
+        length: LengthEntry(
+            options=entry["options"],
+            tasks=[TaskCut(**task) for task in entry["tasks"]],
+            packs={split: PackEntry(**packed) for split, packed in entry["packs"].items()},
+        )
+        for length, entry in content["lengths"].items()
     }
     arrays = {name: ArrayEntry(**entry) for name, entry in content["arrays"].items()}
     tokenizer = TokenizerEntry(**content["tokenizer"])
-    return Ledger(**{**content, "tasks": tasks, "packs": packs, "arrays": arrays, "tokenizer": tokenizer})
+    return Ledger(**{**content, "tasks": tasks, "lengths": lengths, "arrays": arrays, "tokenizer": tokenizer})
 
 
 def file_sha256(path: str | Path) -> str:

@@ -9,19 +9,95 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+
+from mft_megatron.data.backends import (
+    REFERENCE,
+    BackendError,
+    Checked,
+    Fast,
+    gigatoken_of_json,
+    gigatoken_of_sentencepiece,
+)
 from mft_megatron.errors import InputError
 
 _PROBE = "if x:\n\treturn  1\n"
 
 
-class HuggingFaceTokenizer:
+class SpecialToken(NamedTuple):
+    """A name that stands for one token in markup. ``lstrip``, ``rstrip``: the token takes the whitespace before or
+    after its name with it."""
+
+    id: int
+    lstrip: bool
+    rstrip: bool
+
+
+class _Tokenizer:
+    """What both kinds have in common: the choice of what cuts texts."""
+
+    type: str
+    reference: str  # name of the reference among the backends
+    model: str
+    _checked: Checked | None = None
+    backend_note = ""
+
+    @property
+    def backend(self) -> str:
+        """What :meth:`encode_arrays` uses: "hf", "sentencepiece" or "gigatoken"."""
+        return self.reference if self._checked is None else "gigatoken"
+
+    def use_backend(self, backend: str) -> None:
+        """Choose what :meth:`encode_arrays` uses; :attr:`backend_note` says why, where there was something to choose.
+
+        Args:
+            backend: of :data:`~mft_megatron.data.backends.BACKENDS`, or "reference".
+
+        Raises:
+            InputError: this kind of tokenizer has no such backend, or gigatoken was asked for by name and cannot be
+                used or is not equal to the reference.
+        """
+        self._checked, self.backend_note = None, ""
+        if backend in (REFERENCE, self.reference):
+            return
+        if backend not in ("auto", "gigatoken"):
+            raise InputError(
+                f"--tokenizer-backend {backend}: cannot read a {self.type}; give auto, {self.reference} or gigatoken"
+            )
+        try:
+            checked = Checked(self._fast(), self._encode_reference, self.special_tokens)
+            checked.prove()
+        except BackendError as refusal:
+            if backend == "gigatoken":
+                raise InputError(f"--tokenizer-backend gigatoken: {refusal}; give auto or {self.reference}") from None
+            self.backend_note = f"texts are cut by {self.reference}, not by gigatoken, because {refusal}"
+            return
+        self._checked = checked
+        self.backend_note = f"texts are cut by gigatoken, which is compared with {self.reference} on a sample of them"
+
+    def encode_arrays(self, texts: Sequence[str], markup: bool = False) -> list[np.ndarray]:
+        """Ids of each text, integer arrays, as :meth:`encode_batch`, through the chosen backend.
+
+        Raises:
+            DifferenceError: the fast backend cuts one of the texts otherwise than the reference.
+        """
+        if self._checked is None:
+            return self._encode_reference(texts, markup)
+        return self._checked.encode(texts, markup)
+
+    def _encode_reference(self, texts: Sequence[str], markup: bool) -> list[np.ndarray]:
+        return [np.array(ids, np.int32) for ids in self.encode_batch(texts, markup)]
+
+
+class HuggingFaceTokenizer(_Tokenizer):
     """A folder with ``tokenizer.json``, through the ``tokenizers`` library alone: opening takes no transformers."""
 
     type = "HuggingFaceTokenizer"
+    reference = "hf"
 
     def __init__(self, model: str | Path):
         """
@@ -51,6 +127,22 @@ class HuggingFaceTokenizer:
     def vocab_size(self) -> int:
         """Number of ids, added tokens counted in: ``len(tokenizer)`` of transformers."""
         return max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+    @functools.cached_property
+    def chat_template(self) -> str | None:
+        """The Jinja template that comes with the tokenizer, ``None`` where there is none."""
+        return _chat_template(self._file.parent)
+
+    @functools.cached_property
+    def special_tokens(self) -> Mapping[str, SpecialToken]:
+        """The added tokens by name."""
+        added = self._tokenizer.get_added_tokens_decoder().items()
+        return {token.content: SpecialToken(number, token.lstrip, token.rstrip) for number, token in added}
+
+    @property
+    def bos_token(self) -> str | None:
+        number = self.bos_token_id
+        return None if number is None else self._tokenizer.id_to_token(number)
 
     @property
     def bos_token_id(self) -> int | None:
@@ -90,7 +182,11 @@ class HuggingFaceTokenizer:
     def encode_batch(self, texts: Sequence[str], markup: bool = False) -> list[list[int]]:
         """Ids of each text, nothing added. Names of special tokens stand for those tokens only in ``markup``."""
         self._tokenizer.encode_special_tokens = not markup
-        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+        # encode_batch_fast leaves out the offsets, and is the slower one of the two
+        return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+
+    def _fast(self) -> Fast:
+        return gigatoken_of_json(self._tokenizer.to_str())
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids, special tokens by name."""
@@ -103,10 +199,11 @@ class HuggingFaceTokenizer:
         return self._tokenizer.token_to_id(token) if token else None
 
 
-class SentencePieceTokenizer:
+class SentencePieceTokenizer(_Tokenizer):
     """A SentencePiece ``.model`` file. Runs of spaces are kept, as code needs them, whatever the model says."""
 
     type = "SentencePieceTokenizer"
+    reference = "sentencepiece"
 
     def __init__(self, model: str | Path):
         """
@@ -127,7 +224,8 @@ class SentencePieceTokenizer:
             content.ParseFromString(file.read_bytes())
             content.normalizer_spec.add_dummy_prefix = False
             content.normalizer_spec.remove_extra_whitespaces = False
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=content.SerializeToString())
+            self._content = content.SerializeToString(), bool(content.normalizer_spec.precompiled_charsmap)
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=self._content[0])
         except Exception as error:
             raise InputError(f"{file}: not a SentencePiece model ({error})") from None
         if self._processor.eos_id() < 0:
@@ -145,6 +243,21 @@ class SentencePieceTokenizer:
     @property
     def vocab_size(self) -> int:
         return self._processor.vocab_size()
+
+    @functools.cached_property
+    def chat_template(self) -> str | None:
+        """The Jinja template beside the model, ``None`` where there is none."""
+        return _chat_template(self._file.parent)
+
+    @functools.cached_property
+    def special_tokens(self) -> Mapping[str, SpecialToken]:
+        """The control tokens by name."""
+        return {name: SpecialToken(number, False, False) for name, number in self._control.items()}
+
+    @property
+    def bos_token(self) -> str | None:
+        number = self.bos_token_id
+        return None if number is None else self._processor.id_to_piece(number)
 
     @property
     def bos_token_id(self) -> int | None:
@@ -178,6 +291,9 @@ class SentencePieceTokenizer:
         """Ids of each text, nothing added. Names of control tokens stand for those tokens only in ``markup``."""
         return [self._encode_markup(text) for text in texts] if markup else self._processor.encode(list(texts))
 
+    def _fast(self) -> Fast:
+        return gigatoken_of_sentencepiece(*self._content)
+
     def _encode_markup(self, text: str) -> list[int]:
         ids, start = [], 0
         for name in self._control_names.finditer(text):
@@ -201,17 +317,20 @@ TOKENIZERS = {kind.type: kind for kind in (HuggingFaceTokenizer, SentencePieceTo
 Tokenizer = HuggingFaceTokenizer | SentencePieceTokenizer
 
 
-def load_tokenizer(tokenizer_type: str, tokenizer_model: str | Path) -> Tokenizer:
+def load_tokenizer(tokenizer_type: str, tokenizer_model: str | Path, backend: str = REFERENCE) -> Tokenizer:
     """Open a tokenizer.
 
     Args:
         tokenizer_type: a key of :data:`TOKENIZERS`, Megatron's ``--tokenizer-type``.
         tokenizer_model: a folder or file.
+        backend: what cuts texts, see :meth:`HuggingFaceTokenizer.use_backend`.
 
     Raises:
-        InputError: there is no such tokenizer there.
+        InputError: there is no such tokenizer there, or it has no such backend.
     """
-    return TOKENIZERS[tokenizer_type](tokenizer_model)
+    tokenizer = TOKENIZERS[tokenizer_type](tokenizer_model)
+    tokenizer.use_backend(backend)
+    return tokenizer
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -222,6 +341,28 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{file}: not a JSON object")
     return content
+
+
+def _chat_template(folder: Path) -> str | None:
+    """The template of a folder: ``chat_template.jinja``, else that of ``tokenizer_config.json``, there alone or as
+    "default" of several by name.
+
+    Raises:
+        InputError: a file that cannot be read, or a template that is no text.
+    """
+    alone, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    if alone.is_file():
+        try:
+            return alone.read_text(encoding="utf-8")
+        except ValueError as error:
+            raise InputError(f"{alone}: not UTF-8 ({error})") from None
+    template = _read_json(config).get("chat_template") if config.is_file() else None
+    if isinstance(template, list):
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+    if template is not None and not isinstance(template, str):
+        raise InputError(f"{config}: chat_template is no text; put the template into {alone.name} beside it")
+    return template
 
 
 def _without_leading_space(content: str) -> str:

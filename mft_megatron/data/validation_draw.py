@@ -11,8 +11,9 @@ import numpy as np
 
 from mft_megatron.batch import Ranks
 from mft_megatron.data import _sample_index
-from mft_megatron.data.dataset import PackedSplit
+from mft_megatron.data.dataset import PackedDataset, PackedSplit
 from mft_megatron.data.order import named_order
+from mft_megatron.data.pieces import NO_PIECES, Pieces, ranges
 
 
 class ValidationDraws:
@@ -25,54 +26,73 @@ class ValidationDraws:
     def __init__(self, split: PackedSplit, seed: int, num_packs: int):
         self.dataset = split.dataset
         self._name = f"{split.dataset.dataset_hash}/{split.name}/{seed}/draw"
-        self._samples_of_task = _supervised_samples(split)
+        self._split = split
+        self._units_of_task, lengths = _supervised_units(split)
         # a draw needs one order of each task, or two where one ends
         self._order = functools.lru_cache(maxsize=2 * split.num_tasks)(self._named_order)
-        self.known_K = np.array([len(samples) > 0 for samples in self._samples_of_task])
+        self.known_K = np.array([len(units) > 0 for units in self._units_of_task])
         self.samples_K = np.zeros(split.num_tasks, np.int64)
         budget = num_packs * split.seq_length / max(int(self.known_K.sum()), 1)
         for task in np.flatnonzero(self.known_K):
-            samples = self._samples_of_task[task]
-            mean_length = self.dataset.tokens.lengths[samples].mean()
-            self.samples_K[task] = min(max(int(budget / mean_length), 1), len(samples))
+            units = self._units_of_task[task]
+            self.samples_K[task] = min(max(int(budget / lengths[units].mean()), 1), len(units))
 
-    def rows(self, number: int) -> list[np.ndarray]:
-        """Samples of one draw, packed: int64 sample numbers of each row."""
-        samples = np.concatenate([self._taken(int(task), number) for task in np.flatnonzero(self.known_K)])
-        lengths = np.ascontiguousarray(self.dataset.tokens.lengths[samples], np.int32)
+    def rows(self, number: int) -> list[Pieces]:
+        """One draw, packed: the pieces of each row."""
+        units = np.concatenate([self._taken(int(task), number) for task in np.flatnonzero(self.known_K)])
+        if self.dataset.joined:
+            return [self._split.pieces_of(unit) for unit in units]
+        pieces = self._split.pieces(units)
+        lengths = np.ascontiguousarray(pieces.lengths, np.int32)
         within, offsets = _sample_index.best_fit_decreasing(lengths, self.dataset.seq_length)
-        return np.split(samples[within], offsets[1:-1])
+        return [pieces.take(places) for places in np.split(within, offsets[1:-1])]
 
     def _taken(self, task: int, number: int) -> np.ndarray:
-        samples, count = self._samples_of_task[task], self.samples_K[task]
-        epochs, places = np.divmod(np.arange(number * count, (number + 1) * count), len(samples))
+        units, count = self._units_of_task[task], self.samples_K[task]
+        epochs, places = np.divmod(np.arange(number * count, (number + 1) * count), len(units))
         orders = {epoch: self._order(task, int(epoch)) for epoch in np.unique(epochs)}
-        return samples[[orders[epoch][place] for epoch, place in zip(epochs, places, strict=True)]]
+        return units[[orders[epoch][place] for epoch, place in zip(epochs, places, strict=True)]]
 
     def _named_order(self, task: int, epoch: int) -> np.ndarray:
-        return named_order(f"{self._name}/{task}/{epoch}", len(self._samples_of_task[task]))
+        return named_order(f"{self._name}/{task}/{epoch}", len(self._units_of_task[task]))
 
 
-def deal(rows: list[np.ndarray], ranks: Ranks, micro_batch_size: int, multiple: int) -> list[list[np.ndarray]]:
+def deal(rows: list[Pieces], ranks: Ranks, micro_batch_size: int, multiple: int) -> list[list[Pieces]]:
     """Rows of one data-parallel rank by micro-batch.
 
     Args:
-        rows: sample numbers of each row.
+        rows: the pieces of each row.
         multiple: empty rows are added up to a multiple of this, itself one of ``micro_batch_size · data_size``, so that
             all ranks have the same number of micro-batches.
     """
-    rows = rows + [np.zeros(0, np.int64)] * (-len(rows) % multiple)
+    rows = rows + [NO_PIECES] * (-len(rows) % multiple)
     first, together = ranks.data_rank * micro_batch_size, ranks.data_size * micro_batch_size
     return [rows[start + first : start + first + micro_batch_size] for start in range(0, len(rows), together)]
 
 
-def _supervised_samples(split: PackedSplit) -> list[np.ndarray]:
-    """Sample numbers, ascending, of each task's samples in the split that supervise anything."""
-    samples = np.sort(np.concatenate([split.samples_of(pack) for pack in range(split.num_packs)]))
-    starts, lengths = split.dataset.tokens.starts, split.dataset.tokens.lengths
-    mask = split.dataset.mask.items
-    # the first token of a sample is no target
-    supervised = np.array([bool(mask[starts[s] + 1 : starts[s] + lengths[s]].any()) for s in samples])
-    samples = samples[supervised]
+def _supervised_units(split: PackedSplit) -> tuple[list[np.ndarray], np.ndarray]:
+    """What draws are made of: numbers, by sample, of each task's units that supervise anything, and the lengths of all.
+
+    A unit is a piece, or, where rows are joined, a row.
+    """
+    pieces = split.pieces(slice(0, split.num_pieces))
+    if split.dataset.joined:
+        packs = np.arange(split.num_packs)
+        first = split.pieces_of_packs(packs)[1].cumsum() - split.pieces_of_packs(packs)[1]
+        lengths = np.add.reduceat(pieces.lengths, first)
+        targets = lengths - 1
+        samples, order = pieces.samples[first], packs
+    else:
+        lengths, samples = pieces.lengths, pieces.samples
+        targets = _targets(split.dataset, pieces)
+        order = np.lexsort((pieces.starts, samples))
     task_ids = np.asarray(split.dataset.task_ids)[samples]
-    return [samples[task_ids == task] for task in range(split.num_tasks)]
+    order = order[targets[order] > 0]
+    return [order[task_ids[order] == task] for task in range(split.num_tasks)], lengths
+
+
+def _targets(dataset: PackedDataset, pieces: Pieces) -> np.ndarray:
+    """Supervised tokens of pieces but the first, which is no target; int64. The validation split fits in memory."""
+    first = dataset.mask.start_of(pieces.samples) + pieces.starts
+    mask = dataset.mask.items[ranges(first, pieces.lengths)].astype(np.int64)
+    return np.add.reduceat(mask, np.cumsum(pieces.lengths) - pieces.lengths) - dataset.mask.items[first]

@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -9,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from mft_megatron.data.dataset import PackedDataset
+from mft_megatron.data.layout import Layout
 from mft_megatron.data.preprocess import Recipe, preprocess
+from mft_megatron.data.sources import TaskSource
 from mft_megatron.data.tokenizer import load_tokenizer
 
 SOURCES = [Path(module.__file__).read_text() for module in (argparse, ast, shutil)]
@@ -119,17 +122,19 @@ def make_dataset(tmp_path_factory, tokenizer_folder):
         folder = tmp_path_factory.mktemp("made")
         if records is None:
             records = {name: make_records(functions()) for name, make_records in TASKS.items()}
+        names = {field.name for field in dataclasses.fields(Layout)}
+        layout = {name: options.pop(name) for name in names & set(options)}
         recipe = dict(
-            tasks={name: [write_task(folder, name, own)] for name, own in records.items()},
+            tasks={name: TaskSource(name, (write_task(folder, name, own),)) for name, own in records.items()},
             tokenizer_type="HuggingFaceTokenizer",
             tokenizer_model=str(tokenizer_folder),
             chat_template="chatml",
-            seq_length=256,
             output_prefix=folder / "set",
-            split=(80.0, 15.0, 5.0),
+            layout=Layout(**{"seq_length": 256, "split": (80.0, 15.0, 5.0), **layout}),
         )
-        ledger = preprocess(Recipe(**{**recipe, **options}))
-        return str(folder / "set"), ledger
+        recipe = Recipe(**{**recipe, **options})
+        ledger, _ = preprocess(recipe)
+        return str(recipe.output_prefix), ledger
 
     return make
 

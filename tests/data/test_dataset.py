@@ -15,18 +15,23 @@ from mft_megatron.errors import InputError
 
 def slow_row(split, pack):
     """Token by token: (token, label, mask, task, position) of a row, and the lengths of its segments."""
-    dataset, row, segments = split.dataset, [], []
-    for sample in split.samples_of(pack):
-        ids, mask = dataset.tokens[sample].tolist(), dataset.mask[sample].tolist()
-        task = int(dataset.task_ids[sample])
-        for p, token in enumerate(ids):
-            has_target = p + 1 < len(ids)
-            label, counts = (ids[p + 1], mask[p + 1]) if has_target else (0, 0)
+    dataset, segments = split.dataset, []
+    for sample, start, length in zip(*split.pieces_of(pack), strict=True):
+        here = slice(start, start + length)
+        ids, mask = dataset.tokens[sample][here].tolist(), dataset.mask[sample][here].tolist()
+        segments.append(
+            [(token, counts, int(dataset.task_ids[sample])) for token, counts in zip(ids, mask, strict=True)]
+        )
+    if dataset.joined and segments:
+        segments = [[token for segment in segments for token in segment]]
+    row = []
+    for segment in segments:
+        for p, (token, _, task) in enumerate(segment):
+            label, counts, _ = segment[p + 1] if p + 1 < len(segment) else (0, 0, 0)
             row.append((token, label, counts, task, p))
-        segments.append(len(ids))
     rest = split.seq_length - len(row)
     row += [(dataset.pad_token_id, 0, 0, 0, p) for p in range(rest)]
-    return row, segments + [rest] * (rest > 0)
+    return row, [*map(len, segments), *[rest] * (rest > 0)]
 
 
 def assert_rows_are_right(split, packs):
@@ -54,6 +59,19 @@ def test_every_row_of_every_split(dataset):
         for pack in range(split.num_packs):
             assert_rows_are_right(split, [pack])
         assert_rows_are_right(split, range(split.num_packs))
+
+
+@pytest.mark.parametrize("way", ["split", "truncate-left", "padding", "concat"])
+def test_every_row_of_windows_and_of_other_modes(make_dataset, way):
+    options = {"padding_mode": way} if way in ("padding", "concat") else {"overlong": way}
+    texts = {name: [{"text": f"{name} = {n}\n" * n} for n in range(1, 30)] for name in "ab"}
+    prefix, _ = make_dataset(texts, seq_length=64 if way != "padding" else 256, split=(1, 0, 0), **options)
+    split = PackedDataset.open(prefix, 64 if way != "padding" else 256).split("train")
+    for pack in range(split.num_packs):
+        assert_rows_are_right(split, [pack])
+    assert_rows_are_right(split, [0, -1, *range(split.num_packs)])
+    pieces = split.pieces(slice(0, split.num_pieces))
+    assert (pieces.starts > 0).any() == (way != "padding")
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=30)
@@ -88,16 +106,16 @@ def test_counts_equal_a_recount_of_the_rows(dataset, data):
 
 
 def _padding(split, pack):
-    used = sum(len(split.dataset.tokens[sample]) for sample in split.samples_of(pack))
+    used = sum(len(split.dataset.tokens[sample]) for sample in split.pieces_of(pack).samples)
     return split.seq_length - used
 
 
 def test_every_kept_sample_lies_in_exactly_one_pack_of_one_split(dataset):
     splits = [dataset.split(name) for name in dataset.splits]
-    samples = np.concatenate([split.samples_of(pack) for split in splits for pack in range(split.num_packs)])
-    assert sorted(samples) == list(range(len(dataset.tokens)))
+    samples = np.concatenate([split.pieces_of(pack).samples for split in splits for pack in range(split.num_packs)])
+    assert sorted(samples) == np.flatnonzero(dataset.tokens.lengths <= 256).tolist()
     for split in splits:
-        entry = dataset.ledger.packs["256"][split.name]
+        entry = dataset.entry.packs[split.name]
         tokens_K, _ = split.counts(np.arange(split.num_packs))
         assert int(tokens_K.sum()) == entry.supervised_tokens
         assert split.num_tokens(np.arange(split.num_packs)) == entry.tokens
@@ -106,7 +124,7 @@ def test_every_kept_sample_lies_in_exactly_one_pack_of_one_split(dataset):
 
 def test_packs_mix_tasks(dataset):
     split = dataset.split("train")
-    mixed = [len(set(dataset.task_ids[split.samples_of(pack)])) > 1 for pack in range(split.num_packs)]
+    mixed = [len(set(dataset.task_ids[split.pieces_of(pack).samples])) > 1 for pack in range(split.num_packs)]
     assert any(mixed)
 
 
@@ -118,7 +136,7 @@ def test_tokens_are_read_in_place(dataset):
 
 def test_padding_is_by_position_and_never_by_id(make_dataset, tokenizer_folder):
     """Samples that contain the pad id, as text, keep it as a token like any other."""
-    prefix, _ = make_dataset({"t": [{"prompt": "a", "completion": "<|pad|>b<|pad|>"}] * 3}, split=(1, 0, 0))
+    prefix, _ = make_dataset({"t": [{"prompt": "say a", "completion": "<|pad|>b<|pad|>"}] * 3}, split=(1, 0, 0))
     opened = PackedDataset.open(prefix, 256)
     batch = opened.split("train").rows(np.array([0]))
     supervised = batch.labels_BS[batch.loss_mask_BS == 1]

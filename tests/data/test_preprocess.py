@@ -11,15 +11,17 @@ from hypothesis import strategies as st
 
 from mft_megatron.data.chat_format import chat_format
 from mft_megatron.data.dataset import PackedDataset
-from mft_megatron.data.encoding import Chunk, Encoder
-from mft_megatron.data.preprocess import assign_splits, supervised_tokens
-from mft_megatron.data.sources import SourceReader, parse_tasks
+from mft_megatron.data.encoding import Chunk, Encoder, TaskEncoding
+from mft_megatron.data.sources import SourceReader
+from mft_megatron.data.splitting import assign_splits
+from mft_megatron.data.store import supervised_tokens
 from mft_megatron.errors import InputError
 
 
-def encode(tokenizer, lines, template="chatml", seq_length=10_000, overlong="drop"):
-    style = chat_format(template, tokenizer.end_of_text)
-    return Encoder(tokenizer, style, seq_length, overlong).encode(Chunk("file", 1, [line.encode() for line in lines]))
+def encode(tokenizer, lines, template="chatml", first_line=1):
+    encoder = Encoder(tokenizer, {"task": TaskEncoding(chat_format(template, tokenizer))})
+    lines = [line if isinstance(line, bytes) else line.encode() for line in lines]
+    return encoder.encode("task", Chunk("file", first_line, lines))
 
 
 def supervised_text(tokenizer, encoded, sample=0):
@@ -108,24 +110,8 @@ def test_every_line_is_accounted_for(tokenizer):
 
 
 def test_bytes_that_are_no_utf8(tokenizer):
-    chunk = Chunk("file", 41, [b'{"text": "ab"}', b'{"text": "\xff"}'])
-    drops = Encoder(tokenizer, chat_format("chatml", tokenizer.end_of_text), 99, "drop").encode(chunk).drops
+    drops = encode(tokenizer, ['{"text": "ab"}', b'{"text": "\xff"}'], first_line=41).drops
     assert [(drop.line, drop.reason) for drop in drops] == [(42, "invalid_utf8")]
-
-
-def test_overlong_samples(tokenizer):
-    lines = [json.dumps({"prompt": "p" * n, "completion": "c"}) for n in (1, 40, 1)]
-    whole = encode(tokenizer, lines)
-    limit = int(whole.lengths[0])
-    dropped = encode(tokenizer, lines, seq_length=limit)
-    assert [drop.reason for drop in dropped.drops] == ["overlong"]
-    assert len(dropped.lengths) == 2
-    text = json.dumps({"text": "x = 1\n" * 50})
-    cut = encode(tokenizer, [*lines, text], seq_length=limit, overlong="truncate")
-    assert cut.truncated == 1  # the text; the cut prompt has nothing supervised left and does not count as kept
-    assert [(drop.line, drop.reason) for drop in cut.drops] == [(2, "truncated_to_nothing")]
-    assert cut.lengths.max() == limit
-    np.testing.assert_array_equal(cut.ids[-limit:], encode(tokenizer, [text]).ids[:limit])
 
 
 @given(st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=6), max_size=8))
@@ -161,25 +147,26 @@ def test_splits_depend_on_seed_and_task_only():
 
 
 def test_the_ledger_adds_up(make_dataset):
-    _, ledger = make_dataset(overlong="drop")
-    assert sum(task.dropped.get("overlong", 0) for task in ledger.tasks) > 0
-    for task in ledger.tasks:
+    _, ledger = make_dataset()
+    entry = ledger.lengths["256"]
+    assert sum(cut.dropped.get("overlong", 0) for cut in entry.tasks) > 0
+    for task, cut in zip(ledger.tasks, entry.tasks, strict=True):
         assert task.samples_in == task.kept + sum(task.dropped.values())
         assert task.samples_in == sum(source.lines for source in task.sources)
-        assert task.kept == sum(task.splits.values())
-        assert all(task.splits.values())
-    packs = ledger.packs["256"].values()
+        assert task.kept == cut.kept + sum(cut.dropped.values())
+        assert cut.kept == sum(cut.splits.values())
+        assert all(cut.splits.values())
     for total in ("tokens", "supervised_tokens"):
-        assert sum(getattr(task, total) for task in ledger.tasks) == sum(getattr(entry, total) for entry in packs)
-    assert sum(task.kept for task in ledger.tasks) == sum(entry.samples for entry in packs)
+        assert sum(getattr(cut, total) for cut in entry.tasks) == sum(getattr(p, total) for p in entry.packs.values())
+    assert sum(cut.kept for cut in entry.tasks) == sum(packed.samples for packed in entry.packs.values())
 
 
 def test_truncation_keeps_every_sample_and_counts_it(make_dataset):
-    dropped, truncated = make_dataset(overlong="drop")[1], make_dataset(overlong="truncate")[1]
-    for one, other in zip(dropped.tasks, truncated.tasks, strict=True):
+    dropped, truncated = (make_dataset(overlong=way)[1].lengths["256"].tasks for way in ("drop", "truncate"))
+    for one, other in zip(dropped, truncated, strict=True):
         nothing_left = other.dropped.get("truncated_to_nothing", 0)
         assert one.dropped.get("overlong", 0) == other.truncated + nothing_left
-        assert other.kept + nothing_left == other.samples_in
+        assert one.kept + one.dropped.get("overlong", 0) == other.kept + nothing_left
 
 
 def files_of(prefix):
@@ -228,10 +215,13 @@ def test_a_failure_leaves_an_existing_data_set_as_it_was(make_dataset, tmp_path,
         def fail(*_):
             raise expected
 
-        monkeypatch.setattr("mft_megatron.data.preprocess.pack_split", fail)
+        monkeypatch.setattr("mft_megatron.data.layout.pack_split", fail)
     with pytest.raises(expected):
         make_dataset(records, output_prefix=prefix, workers=workers)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    kept = tmp_path / ".set.writing"  # what had been tokenised when it was interrupted
+    assert kept.exists() == (fault == "interrupt")
+    after = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path != kept}
+    assert after == before
     assert PackedDataset.open(str(prefix), 256, check="hashes").ledger.tasks[0].kept == 4
 
 
@@ -248,12 +238,12 @@ def test_a_failure_in_the_middle_of_publishing_leaves_no_data_set(make_dataset, 
             raise OSError("disk gone")
         replace(source, target)
 
-    monkeypatch.setattr("mft_megatron.data.preprocess.os.replace", fail_at_third)
+    monkeypatch.setattr("mft_megatron.data.files.os.replace", fail_at_third)
     with pytest.raises(OSError, match="disk gone"):
         make_dataset({"t": [*GOOD, {"text": "y"}]}, output_prefix=prefix)
     with pytest.raises(InputError, match="no ledger"):
         PackedDataset.open(str(prefix), 256)
-    assert not [path for path in tmp_path.iterdir() if "tmp" in path.name]
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_no_file_of_the_data_set_before_is_left(make_dataset, tmp_path):
@@ -272,7 +262,7 @@ def test_a_folder_made_for_nothing_is_removed(make_dataset, tmp_path):
 
 
 def test_a_worker_that_dies_is_reported(make_dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr("mft_megatron.data.preprocess._start_worker", _die)
+    monkeypatch.setattr("mft_megatron.data.workers._start_worker", _die)
     with pytest.raises(InputError, match="--workers: a worker process was killed"):
         make_dataset({"t": GOOD}, output_prefix=tmp_path / "set", workers=2)
     assert list(tmp_path.iterdir()) == []
@@ -282,49 +272,3 @@ def _die(*_):
     import os
 
     os._exit(9)
-
-
-# -------------------------------------------------------------------------------------------------------- the files
-
-
-@given(st.binary(max_size=60), st.integers(1, 20))
-def test_chunks_hold_every_line_once(tmp_path_factory, content, chunk_bytes):
-    path = tmp_path_factory.mktemp("source") / "file"
-    path.write_bytes(content)
-    reader = SourceReader(path)
-    chunks = list(reader.chunks(chunk_bytes))
-    lines = [line for chunk in chunks for line in chunk.lines]
-    assert b"".join(lines) == content
-    assert lines == content.splitlines(keepends=True) or b"\r" in content or b"\x0b" in content or b"\x0c" in content
-    assert [chunk.first_line for chunk in chunks] == [
-        1 + sum(len(before.lines) for before in chunks[:number]) for number in range(len(chunks))
-    ]
-    entry = reader.entry()
-    assert (entry.size, entry.lines) == (len(content), len(lines))
-
-
-def test_a_folder_stands_for_its_files(tmp_path):
-    for name in ("b.jsonl", "a.jsonl", "notes.txt"):
-        (tmp_path / name).write_text("")
-    assert parse_tasks((f"t={tmp_path}",)) == {"t": [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]}
-
-
-def test_a_path_may_hold_an_equals_sign(tmp_path):
-    path = tmp_path / "x=y.jsonl"
-    path.write_text("")
-    assert parse_tasks((f"t={path}",)) == {"t": [path]}
-
-
-@pytest.mark.parametrize("option", ["name", "=path", "name=", "t=nowhere.jsonl"])
-def test_malformed_tasks_are_refused(option):
-    with pytest.raises(InputError, match=f"--task {option}"):
-        parse_tasks((option,))
-
-
-def test_tasks_given_twice_and_folders_without_files_are_refused(tmp_path):
-    (tmp_path / "a.jsonl").write_text("")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="given twice"):
-        parse_tasks((f"t={tmp_path}", f"t={tmp_path / 'a.jsonl'}"))
-    with pytest.raises(InputError, match=r"no \.jsonl file"):
-        parse_tasks((f"t={tmp_path / 'empty'}",))

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mft_megatron.data._sample_index import best_fit_decreasing, count_packs, epoch_order
+from mft_megatron.data._sample_index import balance, best_fit_decreasing, count_packs, epoch_order
 
 
 @st.composite
@@ -85,6 +85,41 @@ def test_large_input_is_filled_almost_completely():
 def test_impossible_lengths_are_refused_with_the_numbers(lengths, capacity, numbers):
     with pytest.raises(ValueError, match=".*".join(numbers)):
         best_fit_decreasing(np.array(lengths, np.int32), capacity)
+
+
+def test_the_bound_is_reached_at_4096():
+    """Lengths of multi-task data as the issue has them; peers leave 20 to 2000 times as much empty."""
+    lengths = np.clip(np.random.default_rng(0).lognormal(6, 1, 100_000), 1, 4096).astype(np.int32)
+    offsets = best_fit_decreasing(lengths, 4096)[1]
+    assert lengths.sum() / ((len(offsets) - 1) * 4096) > 0.9999
+
+
+@st.composite
+def costs_and_ranks(draw):
+    ranks, each = draw(st.integers(1, 9)), draw(st.integers(0, 6))
+    cost = st.one_of(st.integers(0, 5), st.integers(0, 2**40))
+    return np.array(draw(st.lists(cost, min_size=ranks * each, max_size=ranks * each)), np.int64), ranks
+
+
+@given(costs_and_ranks())
+def test_balance_equals_the_slow_reference(case):
+    costs, ranks = case
+    each, rows = len(costs) // ranks, [[] for _ in range(ranks)]
+    for row in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        open_ranks = [rank for rank in range(ranks) if len(rows[rank]) < each]
+        rows[min(open_ranks, key=lambda rank: (costs[rows[rank]].sum(), rank))].append(row)
+    balanced = balance(costs, ranks)
+    assert balanced.dtype == np.int64
+    assert balanced.shape == (ranks, each)
+    assert balanced.tolist() == rows
+
+
+@pytest.mark.parametrize(
+    ("costs", "ranks", "message"), [([1, 2, 3], 2, "3 rows"), ([1], 0, "0 ranks"), ([1, -1], 2, "negative")]
+)
+def test_balance_refuses_what_cannot_be_shared(costs, ranks, message):
+    with pytest.raises(ValueError, match=message):
+        balance(np.array(costs, np.int64), ranks)
 
 
 @pytest.mark.parametrize(

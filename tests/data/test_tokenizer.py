@@ -146,3 +146,66 @@ def test_a_tokenizer_without_an_end_of_text_is_refused(tokenizer_folder, tmp_pat
 def test_a_model_that_loses_line_breaks_is_refused(train_sentencepiece):
     with pytest.raises(InputError, match=r"loses line breaks.*nmt_nfkc.*identity"):
         load_tokenizer("SentencePieceTokenizer", train_sentencepiece(normalization_rule_name="nmt_nfkc"))
+
+
+# ------------------------------------------------------------------------------------------------ what formats ask for
+
+
+def test_special_tokens_are_those_of_markup(tokenizer):
+    found = tokenizer.special_tokens
+    assert found[tokenizer.end_of_text] == (tokenizer.eos_token_id, False, False)
+    for name, token in found.items():
+        assert tokenizer.token_id(name) == token.id
+        assert tokenizer.encode_batch([f"a{name}b"], markup=True)[0].count(token.id) == 1
+
+
+def test_tokens_that_take_whitespace_with_them_say_so(tokenizer_folder, tmp_path):
+    folder = shutil.copytree(tokenizer_folder, tmp_path / "copy")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["added_tokens"][0].update(lstrip=True)
+    content["added_tokens"][1].update(rstrip=True)
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    stripping = load_tokenizer("HuggingFaceTokenizer", folder).special_tokens
+    assert [(token.lstrip, token.rstrip) for token in stripping.values()][:2] == [(True, False), (False, True)]
+
+
+def test_the_bos_token_by_name(tokenizer_folder, llama_like_folder, sentencepiece_model):
+    assert load_tokenizer("HuggingFaceTokenizer", tokenizer_folder).bos_token is None
+    for kind, model in (("HuggingFaceTokenizer", llama_like_folder), ("SentencePieceTokenizer", sentencepiece_model)):
+        assert load_tokenizer(kind, model).bos_token == "<s>"
+
+
+@pytest.mark.parametrize(
+    ("config", "jinja", "expected"),
+    [
+        ({}, None, None),
+        ({"chat_template": "{{ a }}"}, None, "{{ a }}"),
+        ({"chat_template": [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]}, None, "d"),
+        ({"chat_template": [{"name": "tool_use", "template": "t"}]}, None, None),
+        ({"chat_template": "old"}, "new é\n", "new é\n"),
+        (None, "alone", "alone"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["HuggingFaceTokenizer", "SentencePieceTokenizer"])
+def test_the_chat_template(tokenizer_folder, sentencepiece_model, tmp_path, kind, config, jinja, expected):
+    if kind == "HuggingFaceTokenizer":
+        model = shutil.copytree(tokenizer_folder, tmp_path / "copy")
+    else:
+        model = shutil.copy(sentencepiece_model, tmp_path)
+    folder = tmp_path / "copy" if kind == "HuggingFaceTokenizer" else tmp_path
+    (folder / "tokenizer_config.json").unlink(missing_ok=True)
+    if config is not None:
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    if jinja is not None:
+        (folder / "chat_template.jinja").write_text(jinja, encoding="utf-8")
+    assert load_tokenizer(kind, model).chat_template == expected
+
+
+def test_a_chat_template_that_is_no_text_is_refused(tokenizer_folder, tmp_path):
+    folder = shutil.copytree(tokenizer_folder, tmp_path / "copy")
+    (folder / "tokenizer_config.json").write_text('{"chat_template": {"default": 1}}')
+    with pytest.raises(InputError, match=r"tokenizer_config\.json: chat_template is no text"):
+        _ = load_tokenizer("HuggingFaceTokenizer", folder).chat_template
+    (folder / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(InputError, match=r"chat_template\.jinja: not UTF-8"):
+        _ = load_tokenizer("HuggingFaceTokenizer", folder).chat_template

@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mft_megatron.batch import Ranks
-from mft_megatron.data.dataset import rows_of
+from mft_megatron.data.dataset import PackedDataset, rows_of
+from mft_megatron.data.pieces import NO_PIECES, Pieces, join
 from mft_megatron.data.validation_draw import ValidationDraws, deal
 
 WIDTH = 64
@@ -25,6 +26,7 @@ class Split:
     def __init__(self, samples, num_tasks=None, dataset_hash="hash", name="valid"):
         masks = [mask for _, mask in samples]
         lengths = np.array([len(mask) for mask in masks], np.int32)
+        starts = np.cumsum(lengths, dtype=np.int64) - lengths
         self.members = [number for number, (task, _) in enumerate(samples) if task is not None]
         self.num_tasks = num_tasks or 1 + max(task for task, _ in samples if task is not None)
         self.num_packs, self.seq_length, self.name = len(self.members), WIDTH, name
@@ -32,12 +34,15 @@ class Split:
             dataset_hash=dataset_hash,
             seq_length=WIDTH,
             task_ids=np.array([task or 0 for task, _ in samples], np.uint16),
-            tokens=types.SimpleNamespace(lengths=lengths, starts=np.cumsum(lengths, dtype=np.int64) - lengths),
-            mask=types.SimpleNamespace(items=np.concatenate(masks).astype(np.uint8)),
+            joined=False,
+            mask=types.SimpleNamespace(items=np.concatenate(masks).astype(np.uint8), start_of=starts.__getitem__),
         )
+        self.lengths = lengths.astype(np.int64)
+        self.num_pieces = self.num_packs
 
-    def samples_of(self, pack):
-        return np.array(self.members[pack : pack + 1], np.int64)
+    def pieces(self, places):
+        samples = np.array(self.members, np.int64)[places]
+        return Pieces(samples, np.zeros_like(samples), self.lengths[samples])
 
 
 def supervises(mask):
@@ -65,7 +70,7 @@ PACKS = st.integers(1, 5)
 
 
 def drawn(draws, number):
-    return np.concatenate(draws.rows(number)).tolist()
+    return join(draws.rows(number)).samples.tolist()
 
 
 @settings(deadline=None)
@@ -74,10 +79,10 @@ def test_every_draw_holds_every_task_that_supervises(samples, num_packs, number)
     draws, known = ValidationDraws(Split(samples, 5), 1, num_packs), usable(samples)
     assert draws.known_K.tolist() == [task in known for task in range(5)]
     rows = draws.rows(number)
-    taken = collections.Counter(samples[sample][0] for sample in np.concatenate(rows))
+    taken = collections.Counter(samples[sample][0] for sample in join(rows).samples)
     assert taken == {task: draws.samples_K[task] for task in known}
-    assert all(supervises(samples[sample][1]) for sample in np.concatenate(rows))
-    assert all(0 < sum(len(samples[sample][1]) for sample in row) <= WIDTH for row in rows)
+    assert all(supervises(samples[sample][1]) for sample in join(rows).samples)
+    assert all(0 < sum(len(samples[sample][1]) for sample in row.samples) <= WIDTH for row in rows)
 
 
 @settings(deadline=None)
@@ -119,10 +124,10 @@ def test_every_sample_is_drawn_equally_often(samples, num_packs, number_of_draws
 def test_a_draw_is_a_function_of_its_number(samples, num_packs, numbers):
     """Whoever asks, and whatever was asked before."""
     draws = ValidationDraws(Split(samples, 5), 1, num_packs)
-    first = [[row.tolist() for row in draws.rows(number)] for number in numbers]
+    first = [[row.samples.tolist() for row in draws.rows(number)] for number in numbers]
     for number, rows in reversed(list(zip(numbers, first, strict=True))):
         others = ValidationDraws(Split(samples, 5), 1, num_packs)
-        assert [row.tolist() for row in others.rows(number)] == rows
+        assert [row.samples.tolist() for row in others.rows(number)] == rows
 
 
 ALIKE = [(task, [1] * 8) for task in (0, 1) for _ in range(50)]
@@ -163,13 +168,14 @@ def test_a_draw_grows_where_tasks_are_many():
 @given(st.integers(0, 30), st.sampled_from([1, 2, 3, 4, 8]), st.integers(1, 5), st.integers(1, 4))
 def test_ranks_are_dealt_every_row_once(num_rows, data_size, micro_batch_size, times):
     """``times``: of what number the micro-batches must be a multiple, as interleaved pipelines want it."""
-    rows, multiple = [np.array([number]) for number in range(num_rows)], data_size * micro_batch_size * times
+    rows = [Pieces(*(np.array([value]) for value in (number, 0, 1))) for number in range(num_rows)]
+    multiple = data_size * micro_batch_size * times
     dealt = [deal(rows, Ranks(rank, data_size), micro_batch_size, multiple) for rank in range(data_size)]
     assert {len(own) for own in dealt} == {-(-num_rows // multiple) * times}
     assert all(len(micro_batch) == micro_batch_size for own in dealt for micro_batch in own)
     everything = [row for own in dealt for micro_batch in own for row in micro_batch]
-    assert sorted(np.concatenate([*everything, np.zeros(0, np.int64)]).tolist()) == list(range(num_rows))
-    assert sum(len(row) == 0 for row in everything) < multiple
+    assert sorted(join([*everything, NO_PIECES]).samples.tolist()) == list(range(num_rows))
+    assert sum(row.num_tokens == 0 for row in everything) < multiple
     assert len(rows) == num_rows  # the caller's list stays what it was
 
 
@@ -188,11 +194,32 @@ def test_draws_of_a_real_split(dataset, number, num_packs, data_size):
             tokens += np.bincount(batch.task_ids_BS[batch.loss_mask_BS == 1], minlength=split.num_tasks)
     whole, _ = split.counts(np.arange(split.num_packs))
     assert ((tokens > 0) == (whole > 0)).all()
-    inside = np.concatenate([split.samples_of(pack) for pack in range(split.num_packs)])
-    assert set(drawn(draws, number)) <= set(inside.tolist())
+    assert set(drawn(draws, number)) <= set(split.pieces(slice(0, split.num_pieces)).samples.tolist())
 
 
 def test_a_split_that_supervises_nothing_has_no_draws():
     draws = ValidationDraws(Split([(0, [1, 0, 0]), (1, [0])], 2), 1, 1)
     assert not draws.known_K.any()
     assert draws.samples_K.tolist() == [0, 0]
+
+
+def test_draws_of_windows_and_of_joined_rows(make_dataset):
+    """A window is drawn for itself, with its own part of the sample; of joined documents whole rows are drawn."""
+    texts = {name: [{"text": "x = 1\n" * n} for n in range(30, 60)] for name in "ab"}
+    cut, joined = (
+        PackedDataset.open(make_dataset(texts, seq_length=64, split=(1, 1, 0), **options)[0], 64)
+        for options in ({"overlong": "split"}, {"padding_mode": "concat"})
+    )
+    split = cut.split("valid")
+    draws = ValidationDraws(split, 1, 4)
+    known = set(zip(*(values.tolist() for values in split.pieces(slice(0, split.num_pieces))), strict=True))
+    pieces = join([row for number in range(50) for row in draws.rows(number)])
+    assert set(zip(*(values.tolist() for values in pieces), strict=True)) == known
+    split = joined.split("valid")
+    rows = ValidationDraws(split, 1, 4).rows(3)
+    packs = [split.pieces_of(pack) for pack in range(split.num_packs)]
+    assert len(rows) == 4
+    for row in rows:
+        assert any(all(np.array_equal(a, b) for a, b in zip(row, pack, strict=True)) for pack in packs)
+    batch = rows_of(joined, rows)
+    assert np.bincount(batch.task_ids_BS[batch.loss_mask_BS == 1]).min() > 0

@@ -52,7 +52,7 @@ def test_every_record_shape_through_the_command(preprocess, tmp_path):
     opened = PackedDataset.open(tmp_path / "out" / "set", 64, check="hashes")
     assert opened.tasks == tuple(RECORDS)
     assert opened.splits == ("train", "valid")
-    assert all(task.kept == 3 and task.splits == {"train": 2, "valid": 1, "test": 0} for task in opened.ledger.tasks)
+    assert all(cut.kept == 3 and cut.splits == {"train": 2, "valid": 1, "test": 0} for cut in opened.entry.tasks)
 
 
 def test_from_another_folder_and_twice_the_same(preprocess, tmp_path, tokenizer_folder):
@@ -83,7 +83,7 @@ BAD_TASKS = {
     "no object": ("[1]\n", "t.jsonl:1: a record is a JSON object"),
     "an unknown shape": ('{"question": "q", "reply": "r"}\n', "keys ['question', 'reply']; known: messages"),
     "a wrong type": ('{"text": 3}\n', "t.jsonl:1: text must be a string, not int"),
-    "an unknown role": ('{"messages": [{"role": "tool", "content": "x"}]}\n', "unknown role 'tool'; known: system"),
+    "an unknown role": ('{"messages": [{"role": "critic", "content": "x"}]}\n', "unknown role 'critic'; known: system"),
     "no assistant turn": ('{"messages": [{"role": "user", "content": "x"}]}\n', "no assistant turn"),
     "no supervised token": (GOOD + '{"text": ""}\n', "t.jsonl:2: no supervised token"),
     "an empty file": ("", "task t "),
@@ -140,7 +140,7 @@ BAD_OPTIONS = [
     ((), {"tokenizer_model": "nowhere"}, "--tokenizer-model nowhere: no tokenizer.json"),
     ((), {"tokenizer_model": "nowhere", "tokenizer_type": "SentencePieceTokenizer"}, "nowhere: no such file"),
     (("--task", "u=nowhere.jsonl"), {}, "--task u=nowhere.jsonl: no such file"),
-    (("--task", "good=tools"), {}, "given twice"),
+    (("--task", "u=tools"), {}, "--task u=tools: no .jsonl, .jsonl.gz, .jsonl.zst, .parquet or .idx file there"),
     (("--task", "nothing"), {}, "give NAME=PATH"),
 ]
 
@@ -203,7 +203,7 @@ def test_check_finds_a_changed_byte(copied, end):
     ("change", "message"),
     [
         (lambda ledger: ledger["tasks"][0].update(supervised_tokens=1), "task messages: samples, tokens, supervised"),
-        (lambda ledger: ledger["tasks"][1].update(kept=3), "task rounds"),
+        (lambda ledger: ledger["tasks"][1].update(kept=3), "task rounds: samples"),
         (lambda ledger: ledger["tasks"][2].update(samples_in=99), "task instruction: kept and dropped"),
     ],
 )

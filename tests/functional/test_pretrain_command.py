@@ -76,7 +76,7 @@ def test_metrics_say_what_happened(run_folder, dataset_prefix):
         assert record["loss"] == pytest.approx(objective, rel=1e-6)
     (valid,) = records(run_folder, "valid")
     supervised = sum(task["supervised_tokens"] for task in valid["tasks"].values())
-    assert supervised == ledger["packs"]["128"]["valid"]["supervised_tokens"]
+    assert supervised == ledger["lengths"]["128"]["packs"]["valid"]["supervised_tokens"]
     assert valid["macro_loss"] == pytest.approx(sum(task["loss"] for task in valid["tasks"].values()) / 4)
 
 

@@ -1,0 +1,64 @@
+"""A sample's text in segments, each supervised or not, and what all formats share about them.
+
+Segments are tokenised one by one, so that the loss mask is exact by construction: no token straddles a border.
+"""
+
+from typing import NamedTuple
+
+from mft_megatron.data.conversation import Conversation, RecordError
+
+SUPERVISE = ("all", "last")
+# names under which a turn carries reasoning beside its content
+REASONING = ("reasoning_content", "reasoning", "thinking")
+
+
+class Segment(NamedTuple):
+    """``special``: the text is the name of one token of the vocabulary, not text to be cut.
+
+    ``markup``: names of special tokens in the text stand for those tokens; elsewhere they are text like any other, so
+    that what a turn says can never end the turn.
+    """
+
+    text: str
+    supervised: bool
+    special: bool = False
+    markup: bool = False
+
+
+def supervised_turns(conversation: Conversation, supervise: str) -> list[bool]:
+    """Which turns of a chat are supervised.
+
+    Args:
+        conversation: not raw.
+        supervise: of :data:`SUPERVISE`: every assistant turn, or only the last; a turn with ``learn=False`` never is.
+
+    Raises:
+        RecordError: no turn is.
+    """
+    supervised = [turn.learn and turn.role == "assistant" for turn in conversation.turns]
+    if supervise == "last":
+        answers = [number for number, turn in enumerate(conversation.turns) if turn.role == "assistant"]
+        supervised = [learn and number == answers[-1] for number, learn in enumerate(supervised)]
+    if True not in supervised:
+        raise RecordError(
+            "nothing_to_learn",
+            "no turn is supervised: " + ("the last" if supervise == "last" else "every") + " assistant turn is marked "
+            "as not to be learned, or there is none",
+        )
+    return supervised
+
+
+def raw_segments(conversation: Conversation, end_of_text: str) -> list[Segment]:
+    """Raw text: the turns as they are, then the end-of-text token. Completions and that token are supervised.
+
+    Raises:
+        RecordError: the completion is not to be learned.
+    """
+    supervised = [turn.role == "completion" and turn.learn for turn in conversation.turns]
+    if True not in supervised:
+        raise RecordError("nothing_to_learn", "the completion is marked as not to be learned, so nothing is supervised")
+    segments = [
+        Segment(turn.content, learn, False, True) for turn, learn in zip(conversation.turns, supervised, strict=True)
+    ]
+    segments.append(Segment(end_of_text, supervised[-1], True))
+    return segments

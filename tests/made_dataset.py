@@ -1,0 +1,50 @@
+"""Data sets written without tokenising: the bytes of the standard library's functions are the token ids."""
+
+import argparse
+import ast
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from mft_megatron.data.files import DatasetFiles
+from mft_megatron.data.layout import Layout, lay_out
+from mft_megatron.data.ledger import Ledger, TokenizerEntry
+from mft_megatron.data.store import StoreWriter, TaskTally
+
+VOCABULARY = 257  # all bytes, and padding
+TASKS = {"completion": 1, "explain": 2, "write": 4, "read": 9}  # one in how many functions a task has
+
+
+def functions(longest):
+    """Source of the standard functions of no more than so many bytes."""
+    trees = [ast.parse(Path(module.__file__).read_text()) for module in (argparse, shutil)]
+    nodes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    return [text for text in map(ast.unparse, nodes) if len(text.encode()) <= longest]
+
+
+def write_dataset(prefix, seq_length, longest=None, documents=False, weights=None, tasks=TASKS, **layout):
+    """Write the data set ``prefix``; returns its ledger. Functions are samples of ``tasks``, the second half of each
+    supervised, or all of it where they are ``documents``."""
+    weights, texts = weights or {}, functions(longest or seq_length)
+    with DatasetFiles(prefix) as files:
+        writer = StoreWriter(files, VOCABULARY)
+        for name, share in tasks.items():
+            tally = TaskTally(name, "bytes", weights.get(name))
+            writer.begin(tally)
+            for text in texts[::share]:
+                ids = np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+                mask = (np.arange(len(ids)) >= (0 if documents else len(ids) // 2)).astype(np.uint8)
+                writer.add(ids, mask, np.array([len(ids)], np.int32))
+                tally.samples_in += 1
+                tally.documents += documents
+        stored = writer.finish()
+        packs, entry, _ = lay_out(stored, Layout(seq_length, **layout))
+        for split, packed in packs.items():
+            for end, values in packed.files(split, seq_length).items():
+                files.save(end, values)
+        tokenizer = TokenizerEntry("HuggingFaceTokenizer", "bytes", "bytes", VOCABULARY, None, 10, VOCABULARY - 1)
+        lengths = {str(seq_length): entry}
+        ledger = Ledger(list(stored.tasks), tokenizer, {"stop_token_ids": [10]}, lengths, files.entries())
+        files.publish(ledger)
+    return ledger
