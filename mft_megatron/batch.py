@@ -4,9 +4,10 @@ Shape legend, used in every name of the project:
 
 ====  =====================================================================
 ``B``  rows (packs) of a micro-batch
-``S``  token positions of a row: ``--seq-length``
+``S``  token positions of a row: ``--seq-length``, or less where rows are padded
 ``K``  tasks of the data set
 ``G``  packs of a global batch: ``--global-batch-size``
+``N``  supervised tokens of a micro-batch
 ====  =====================================================================
 
 Arrays are numpy when ``data`` makes them and torch tensors after ``mcore`` has put them on its device.
@@ -33,29 +34,24 @@ class StepPlan:
     ``packs_G`` int64 [G]: pack numbers; -1 is an empty row, which only fills up the last step of an evaluation.
     ``supervised_tokens_K`` int64 [K]: ``T_i`` of LOSSES.md, targets that count, per task over the whole global batch.
     ``samples_K`` int64 [K]: ``M_i`` of LOSSES.md, samples with at least one such target.
+    ``epochs_G`` int64 [G]: the epoch each pack is used for. ``costs_G`` int64 [G]: what a row costs to compute, in
+    units that compare within the plan; 0 for an empty row.
     """
 
     packs_G: np.ndarray
     supervised_tokens_K: np.ndarray
     samples_K: np.ndarray
-
-    def micro_batches(self, ranks: Ranks, micro_batch_size: int) -> np.ndarray:
-        """Pack numbers of one data-parallel rank, int64 [micro-batches, ``micro_batch_size``].
-
-        The global batch is dealt out micro-batch by micro-batch, rank by rank.
-
-        Raises:
-            ValueError: G is not a multiple of ``micro_batch_size * data_size``.
-        """
-        return self.packs_G.reshape(-1, ranks.data_size, micro_batch_size)[:, ranks.data_rank]
+    epochs_G: np.ndarray
+    costs_G: np.ndarray
 
 
 @dataclass(frozen=True)
 class Batch:
     """One micro-batch of packs.
 
-    The rows lie one behind the other in a stream of B·S tokens. The stream is cut into *segments*: each whole sample
-    is one, and the padding at the end of a row is one. Attention, positions and losses never cross a segment's border.
+    The rows lie one behind the other in a stream of B·S tokens. The stream is cut into *segments*: each piece of a
+    sample is one (in a joined data set all pieces of a row are one), and the padding at the end of a row is one.
+    Attention, positions and losses never cross a segment's border.
 
     ``tokens_BS`` int64; padding holds the pad id, which nothing ever compares with.
     ``labels_BS`` int64: the next token of the same sample; 0 where there is none.
@@ -65,6 +61,8 @@ class Batch:
     ``task_ids_BS`` int64: task of the sample; 0 in padding, where the mask is 0.
     ``cu_seqlens`` int32 [segments+1]: where each segment starts in the stream, then B·S.
     ``max_seqlen`` int: length of the longest segment.
+    ``supervised_N`` int64 [N]: where in the stream the loss mask is 1. Only of tensors: it is counted on the host, before
+    the mask goes to the device, so that nothing has to wait for a number of tokens.
     """
 
     tokens_BS: Any
@@ -75,6 +73,7 @@ class Batch:
     task_ids_BS: Any
     cu_seqlens: Any
     max_seqlen: int
+    supervised_N: Any = None
 
     @property
     def num_segments(self) -> int:

@@ -5,6 +5,7 @@ import datetime
 import os
 from collections.abc import Iterable, Iterator
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
@@ -99,6 +100,18 @@ def sum_over_world(value: Tensor) -> Tensor:
     """Sum of a tensor over all processes, in place."""
     dist.all_reduce(value)
     return value
+
+
+def sum_over_data(values: np.ndarray) -> np.ndarray:
+    """Sum of an int64 array over the data-parallel ranks; the argument stays as it is."""
+    total = torch.from_numpy(values).to(platform.device(), copy=True)
+    dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
+    return total.cpu().numpy()
+
+
+def any_rank(value: bool) -> bool:
+    """Whether it is true on any process."""
+    return sum_over_world(torch.tensor(int(value), device=platform.device())).item() > 0
 
 
 def from_main(value: Tensor) -> Tensor:

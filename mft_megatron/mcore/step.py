@@ -2,15 +2,17 @@
 
 ::
 
-    StepPlan ─► packs of this rank ─► Batch ─► token losses l_t ─┐
+    StepPlan ─► rows of this rank ─► Batch ─► token losses l_t ──┐
     T_i, M_i of the whole global batch, w_i ─► factors [K] ──────┴─► objective ─► backward, summed over ranks ─► Adam
 
-Every rank builds its micro-batches from the plan itself; nothing about the batch is ever sent. Reports are sums over
+Every rank builds its micro-batches from the plan itself; nothing about the batch is ever sent, but widths of padded
+micro-batches between pipeline stages. Reports are sums over
 the whole global batch, in fp64, from one all-reduce after the schedule has run.
 """
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 
@@ -25,6 +27,9 @@ from torch import Tensor
 from mft_megatron.arguments import Arguments
 from mft_megatron.batch import Batch, StepPlan
 from mft_megatron.data.dataset import PackedDataset, PackedSplit, rows_of
+from mft_megatron.data.pieces import Pieces
+from mft_megatron.data.step_plan import deal_plan
+from mft_megatron.data.usage import UsageByEpoch
 from mft_megatron.data.validation_draw import deal
 from mft_megatron.losses.focal import TaskStatistics
 from mft_megatron.losses.objective import SUMS, Objective, StepFactors
@@ -33,8 +38,10 @@ from . import parallel, platform
 from .model import build_model
 from .optimizer import build_optimizer, build_scheduler, learning_rate
 
-# sample numbers of each row of each micro-batch
-MicroBatches = Sequence[Sequence[np.ndarray]]
+# the pieces of each row of each micro-batch
+MicroBatches = Sequence[Sequence[Pieces]]
+# a padded micro-batch is as wide as a multiple of this many tokens
+WIDTH_MULTIPLE = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +68,10 @@ class StepReport:
 
 
 class Trainer:
-    """A model, its optimizer and its schedule on this rank, and the things one does with them."""
+    """A model, its optimizer and its schedule on this rank, and the things one does with them.
+
+    ``usage``: what this rank has trained on.
+    """
 
     def __init__(self, arguments: Arguments, vocab_size: int, weight_K: np.ndarray):
         """
@@ -78,6 +88,7 @@ class Trainer:
             options.mft_loss, options.focal_gamma, options.focal_detach, options.mft_normalization == "micro-batch"
         )
         self.statistics = TaskStatistics.none(len(weight_K), platform.device())
+        self.usage = UsageByEpoch(len(weight_K))
         self.chunks: list[DistributedDataParallel] = build_model(arguments, vocab_size)
         self.optimizer: MegatronOptimizer = build_optimizer(arguments, self.chunks)
         self.scheduler: OptimizerParamScheduler = build_scheduler(arguments, self.optimizer)
@@ -95,13 +106,17 @@ class Trainer:
             weight): then nothing is changed, on every rank alike.
         """
         factors = self._factors(self.objective, [plan])
+        places = self._places(split, plan)
+        micro_batches, used = _rows(split, plan, places), []
         if not factors.base_K.any():
+            self._count_usage(split, plan, places, micro_batches, range(len(places)))
             return None
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        sums = self._run(self.objective, factors, split.dataset, self._micro_batches(split, plan), forward_only=False)
+        sums = self._run(self.objective, factors, split.dataset, micro_batches, forward_only=False, used=used)
+        self._count_usage(split, plan, places, micro_batches, used)
         rate = learning_rate(self.optimizer)
         _, grad_norm, _ = self.optimizer.step()
         self.scheduler.step(increment=1)
@@ -118,11 +133,12 @@ class Trainer:
         """
         objective = dataclasses.replace(self.objective, per_micro_batch=False)
         factors = self._factors(objective, plans)
-        sums = sum(self._forward_only(objective, factors, split.dataset, self._micro_batches(split, p)) for p in plans)
+        batches = (_rows(split, plan, self._places(split, plan)) for plan in plans)
+        sums = sum(self._forward_only(objective, factors, split.dataset, micro_batches) for micro_batches in batches)
         return _report(objective, factors, sums, torch.from_numpy(sum(plan.samples_K for plan in plans)))
 
-    def task_losses(self, dataset: PackedDataset, rows: list[np.ndarray]) -> np.ndarray:
-        """Mean token loss of each task over some rows of samples, without changing anything.
+    def task_losses(self, dataset: PackedDataset, rows: list[Pieces]) -> np.ndarray:
+        """Mean token loss of each task over some rows, without changing anything.
 
         Returns:
             fp64 [K], the same on every rank; NaN for a task without a supervised token in these rows.
@@ -143,9 +159,20 @@ class Trainer:
         numbers = (torch.from_numpy(values) for values in (*counts, self.weight_K))
         return objective.before_step(*numbers, self.statistics, num_micro_batches)
 
-    def _micro_batches(self, split: PackedSplit, plan: StepPlan) -> MicroBatches:
-        packs = plan.micro_batches(self.ranks, self.arguments.training.micro_batch_size)
-        return [[split.samples_of(pack) for pack in packs_B] for packs_B in packs]
+    def _places(self, split: PackedSplit, plan: StepPlan) -> np.ndarray:
+        return deal_plan(plan, self.ranks, self.arguments.training.micro_batch_size, split.dataset.padded)
+
+    def _count_usage(
+        self,
+        split: PackedSplit,
+        plan: StepPlan,
+        places: np.ndarray,
+        micro_batches: MicroBatches,
+        used: Sequence[int],
+    ) -> None:
+        """Add the micro-batches of these numbers to :attr:`usage`."""
+        rows = [row for number in used for row in micro_batches[number]]
+        self.usage.add(rows, plan.epochs_G[places[list(used)]].ravel(), split.dataset.task_ids)
 
     def _forward_only(
         self, objective: Objective, factors: StepFactors, dataset: PackedDataset, micro_batches: MicroBatches
@@ -162,21 +189,34 @@ class Trainer:
         dataset: PackedDataset,
         micro_batches: MicroBatches,
         forward_only: bool,
+        used: list[int] | None = None,
     ) -> Tensor:
-        """Take this rank's micro-batches through the pipeline; the sums over all ranks, fp64 [len(SUMS), K]."""
+        """Take this rank's micro-batches through the pipeline; the sums over all ranks, fp64 [len(SUMS), K].
+
+        The number of each micro-batch that the model is given is appended to ``used``.
+        """
+        for chunk in self.chunks:
+            # stages then tell each other the width of each micro-batch, which only rows of padded data sets differ in
+            chunk.config.variable_seq_lengths = dataset.padded
+        batches = _batches(dataset, micro_batches, self._width_multiple(), [] if used is None else used)
         sums = torch.zeros(len(SUMS), len(self.weight_K), dtype=torch.float64, device=platform.device())
         self._schedule(
             forward_step_func=partial(_forward, partial(_objective, objective, factors.to(sums.device), sums)),
             # every chunk goes through the same micro-batches, each at its own pace
-            data_iterator=list(itertools.tee(_batches(dataset, micro_batches), len(self.chunks))),
+            data_iterator=list(itertools.tee(batches, len(self.chunks))),
             model=self.chunks,
             num_microbatches=len(micro_batches),
-            # a micro-batch travels through the pipeline as one stream of tokens
+            # a micro-batch travels through the pipeline as one stream of tokens; of padded ones no one asks this length
             seq_length=self.arguments.training.micro_batch_size * self.arguments.data.seq_length,
             micro_batch_size=1,
             forward_only=forward_only,
         )
         return parallel.sum_over_world(sums)
+
+    def _width_multiple(self) -> int:
+        """What the width of a padded micro-batch is a multiple of; sequence parallelism divides it among its ranks."""
+        layout = self.arguments.distributed
+        return math.lcm(WIDTH_MULTIPLE, layout.tensor_model_parallel_size if layout.sequence_parallel else 1)
 
 
 def _report(objective: Objective, factors: StepFactors, sums: Tensor, samples_K: Tensor) -> StepReport:
@@ -185,9 +225,22 @@ def _report(objective: Objective, factors: StepFactors, sums: Tensor, samples_K:
     return StepReport(named["loss_K"], named["tokens_K"], by_task_K, named["share_K"])
 
 
-def _batches(dataset: PackedDataset, micro_batches: MicroBatches) -> Iterator[Batch]:
-    for rows in micro_batches:
-        yield to_device(rows_of(dataset, rows))
+def _rows(split: PackedSplit, plan: StepPlan, places: np.ndarray) -> MicroBatches:
+    return [[split.pieces_of(pack) for pack in packs_B] for packs_B in plan.packs_G[places]]
+
+
+def _batches(dataset: PackedDataset, micro_batches: MicroBatches, multiple: int, used: list[int]) -> Iterator[Batch]:
+    for number, rows in enumerate(micro_batches):
+        used.append(number)
+        yield to_device(rows_of(dataset, rows, _width(dataset, rows, multiple)))
+
+
+def _width(dataset: PackedDataset, rows: Sequence[Pieces], multiple: int) -> int:
+    """Positions of a row: the sequence length, or in a padded data set no more than the longest row needs."""
+    if not dataset.padded:
+        return dataset.seq_length
+    longest = max(row.num_tokens for row in rows)
+    return min(max(-(-longest // multiple), 1) * multiple, dataset.seq_length)
 
 
 def to_device(batch: Batch) -> Batch:

@@ -44,7 +44,7 @@ class TaskBalance:
             InputError: weights that do not fit the tasks, or a balancer without validation data.
         """
         options = arguments.multi_task
-        self.weight_K = initial_weights(options, dataset.tasks)
+        self.weight_K = initial_weights(options, dataset.tasks, [task.weight for task in dataset.ledger.tasks])
         self._active_K = np.ones(len(dataset.tasks), bool)
         self._dataset = dataset
         self._kind = options.task_balance

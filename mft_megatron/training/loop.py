@@ -11,6 +11,7 @@ from mft_megatron.errors import InputError
 from mft_megatron.loss_names import WEIGHTED
 from mft_megatron.mcore import platform
 from mft_megatron.mcore.step import StepReport, Trainer
+from mft_megatron.training.epochs import EpochProof
 from mft_megatron.training.evaluation import Evaluation
 from mft_megatron.training.progress import Progress
 from mft_megatron.training.records import event_record, share_warning, train_record
@@ -23,6 +24,7 @@ def train(
     dataset: PackedDataset,
     trainer: Trainer,
     evaluation: Evaluation,
+    epochs: EpochProof,
     saver: Saver,
     log: RunLog,
     progress: Progress,
@@ -30,7 +32,8 @@ def train(
     """Train from ``progress`` to ``--train-iters``, or to where evaluations say that it is enough.
 
     Raises:
-        InputError: training diverged: the gradient norm or a validation loss is not finite.
+        InputError: training diverged: the gradient norm or a validation loss is not finite; or an epoch did not use the
+            data as planned.
     """
     split, training, balance = dataset.split("train"), arguments.training, evaluation.balance
     evaluation.begin(trainer, log, progress)
@@ -46,7 +49,7 @@ def train(
             consumed_samples=progress.consumed_samples,
         )
         report = trainer.train_step(split, plan)
-        progress = progress.after_step(training.global_batch_size, skipped=report is None)
+        before, progress = progress, progress.after_step(training.global_batch_size, skipped=report is None)
         if report is None:
             clock.leave_out()
             log.write(event_record(progress, "skip", reason="no supervised token of a weighted task"))
@@ -54,6 +57,7 @@ def train(
             clock.count_step()
             _refuse_divergence(progress, report.grad_norm)
             unlogged = (progress, report, plan)
+        epochs.after_step(trainer, log, before, progress)
         if balance.after_step(trainer, log, progress):
             clock.count_draw()
         last = progress.step == training.train_iters
@@ -67,7 +71,8 @@ def train(
             evaluation.run(trainer, log, progress)
         ending = last or leaving or evaluation.finished is not None
         if saver.due(progress.step, ending, evaluation.to_keep(progress)):
-            saver.save(trainer, progress, log, ending, evaluation.to_keep(progress), evaluation.state())
+            state = {**evaluation.state(), "usage": epochs.state(trainer, progress)}
+            saver.save(trainer, progress, log, ending, evaluation.to_keep(progress), state)
         clock.leave_out()
         if evaluation.finished:
             log.write(event_record(progress, "early stop", reason=evaluation.finished))

@@ -17,10 +17,12 @@ from mft_megatron.errors import InputError
 from mft_megatron.mcore import parallel, platform
 from mft_megatron.mcore.step import Trainer
 from mft_megatron.run_folder import CONFIG, replace_text
+from mft_megatron.training.epochs import EpochProof
 from mft_megatron.training.evaluation import Evaluation
 from mft_megatron.training.loop import train
 from mft_megatron.training.run_log import RunLog
 from mft_megatron.training.saving import Saver, keep_tokenizer, refuse_other_data, resume
+from mft_megatron.training.task_weights import weights_of_data
 
 HASHED_BYTES = 16 * 2**30
 
@@ -51,11 +53,18 @@ def pretrain(arguments: Arguments, main_rank: bool = True) -> None:
                 log.say("large data set: sizes of its files are checked, contents by tools/inspect_data.py --check")
             trainer = Trainer(arguments, dataset.vocab_size, evaluation.balance.weight_K)
             log.say(_shape(arguments, dataset, trainer))
+            of_data = weights_of_data(
+                arguments.multi_task, dataset.tasks, [task.weight for task in dataset.ledger.tasks]
+            )
+            if of_data is not None:
+                log.say(of_data)
             if options.save is not None and parallel.is_main():
                 _describe_run(arguments, dataset, log)
             progress, state = resume(arguments, trainer, log)
             evaluation.load(state, log, progress)
-            train(arguments, dataset, trainer, evaluation, Saver(arguments, dataset), log, progress)
+            epochs = EpochProof(arguments, dataset)
+            epochs.load(state, log, progress)
+            train(arguments, dataset, trainer, evaluation, epochs, Saver(arguments, dataset), log, progress)
         finally:
             log.close()
 

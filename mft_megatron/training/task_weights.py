@@ -7,12 +7,20 @@ import numpy as np
 
 from mft_megatron.arguments import MultiTaskArguments
 from mft_megatron.errors import InputError
-from mft_megatron.loss_names import FOCAL
+from mft_megatron.loss_names import FOCAL, WEIGHTED
 from mft_megatron.options import number_list
 
 
-def initial_weights(options: MultiTaskArguments, task_names: Sequence[str]) -> np.ndarray:
+def initial_weights(
+    options: MultiTaskArguments, task_names: Sequence[str], of_data: Sequence[float | None] | None = None
+) -> np.ndarray:
     """``w_i`` before any balancer has spoken, or ``alpha_i`` of the focal losses: fp64 [K].
+
+    Args:
+        options: of the command line.
+        task_names: K names.
+        of_data: weights that the data set has from its task file, ``None`` where it says nothing; they hold for tasks
+            that ``--task-weights`` does not name.
 
     Raises:
         InputError: as :func:`task_numbers`; a negative weight, no weight above 0, an alpha that is not above 0.
@@ -22,7 +30,10 @@ def initial_weights(options: MultiTaskArguments, task_names: Sequence[str]) -> n
         if (alpha_K <= 0).any():
             raise InputError(f"--focal-alpha: numbers must be above 0, not {alpha_K.tolist()}")
         return alpha_K
-    weight_K = task_numbers("--task-weights", options.task_weights, task_names, default=1.0)
+    default_K = np.ones(len(task_names))
+    if of_data is not None and options.mft_loss in WEIGHTED:
+        default_K[:] = [1.0 if weight is None else weight for weight in of_data]
+    weight_K = task_numbers("--task-weights", options.task_weights, task_names, default_K)
     if (weight_K < 0).any():
         raise InputError(f"--task-weights: weights must not be negative, not {weight_K.tolist()}")
     if not weight_K.any():
@@ -30,19 +41,41 @@ def initial_weights(options: MultiTaskArguments, task_names: Sequence[str]) -> n
     return weight_K
 
 
-def task_numbers(option: str, given: Sequence[str] | None, task_names: Sequence[str], default: float) -> np.ndarray:
+def weights_of_data(
+    options: MultiTaskArguments, task_names: Sequence[str], of_data: Sequence[float | None]
+) -> str | None:
+    """What a run says of the weights its data set has from a task file; ``None`` where it has none."""
+    given = {name: weight for name, weight in zip(task_names, of_data, strict=True) if weight is not None}
+    if not given:
+        return None
+    words = ", ".join(f"{name}={weight:g}" for name, weight in given.items())
+    if options.mft_loss not in WEIGHTED:
+        return f"task weights of the data set are not used, --mft-loss {options.mft_loss} takes none: {words}"
+    if options.task_balance != "static":
+        return (
+            f"task weights of the data set are not used, --task-balance {options.task_balance} makes its own: {words}"
+        )
+    weight_K = initial_weights(options, task_names, of_data)
+    changed = [name for name, weight in given.items() if weight_K[task_names.index(name)] != weight]
+    but = f"; --task-weights changes {', '.join(changed)}" if changed else ""
+    return f"task weights of the data set: {words}{but}"
+
+
+def task_numbers(
+    option: str, given: Sequence[str] | None, task_names: Sequence[str], default: float | np.ndarray
+) -> np.ndarray:
     """One finite number for each task, fp64 [K].
 
     Args:
         option: its name, for messages.
         given: ``name=number`` each, or a single ``[1.0, 2.0, …]`` in the data set's order of tasks; ``None`` for none.
         task_names: K names.
-        default: of tasks that are not named.
+        default: of tasks that are not named; one number, or K.
 
     Raises:
         InputError: an unknown or repeated task, a malformed or infinite number, a list of the wrong length.
     """
-    number_K = np.full(len(task_names), float(default))
+    number_K = np.full(len(task_names), default, np.float64)
     given = given or ()
     listed = number_list(given[0]) if len(given) == 1 else None
     if listed is not None:

@@ -60,6 +60,7 @@ def _run(prefix, extra, world_size, rising=None):
     import torch
 
     from mft_megatron.mcore.step import Trainer
+    from mft_megatron.training.epochs import EpochProof
     from mft_megatron.training.evaluation import Evaluation
     from mft_megatron.training.loop import train
     from mft_megatron.training.saving import Saver, resume
@@ -85,7 +86,9 @@ def _run(prefix, extra, world_size, rising=None):
     trainer.evaluate = evaluate if rising is None else worse
     progress, state = resume(arguments, trainer, log)
     evaluation.load(state, log, progress)
-    train(arguments, dataset, trainer, evaluation, Saver(arguments, dataset), log, progress)
+    epochs = EpochProof(arguments, dataset)
+    epochs.load(state, log, progress)
+    train(arguments, dataset, trainer, evaluation, epochs, Saver(arguments, dataset), log, progress)
     return log, draws
 
 
@@ -171,7 +174,7 @@ def with_an_unvalidated_task(dataset_prefix, tokenizer_folder, tmp_path_factory)
     """The tasks of the data set and one of a single record, which is trained on."""
     single = tmp_path_factory.mktemp("single") / "single.jsonl"
     single.write_text(Path(dataset_prefix).with_name("read.jsonl").read_text().splitlines(keepends=True)[0])
-    return _preprocessed(dataset_prefix, tokenizer_folder, single.with_name("mixed"), {"single": [single]}, (80, 20, 0))
+    return _preprocessed(dataset_prefix, tokenizer_folder, single.with_name("mixed"), {"single": single}, (80, 20, 0))
 
 
 @pytest.fixture(scope="module")
@@ -180,11 +183,13 @@ def without_validation(dataset_prefix, tokenizer_folder, tmp_path_factory):
 
 
 def _preprocessed(prefix, tokenizer_folder, output, more_tasks, split):
+    from mft_megatron.data.layout import Layout
     from mft_megatron.data.preprocess import Recipe, preprocess
+    from mft_megatron.data.sources import TaskSource
 
-    tasks = {name: [Path(prefix).with_name(f"{name}.jsonl")] for name in ("completion", "explain", "write", "read")}
-    tasks |= more_tasks
-    preprocess(Recipe(tasks, "HuggingFaceTokenizer", str(tokenizer_folder), "chatml", 128, output, split=split))
+    files = {name: Path(prefix).with_name(f"{name}.jsonl") for name in ("completion", "explain", "write", "read")}
+    tasks = {name: TaskSource(name, (file,)) for name, file in (files | more_tasks).items()}
+    preprocess(Recipe(tasks, "HuggingFaceTokenizer", str(tokenizer_folder), output, Layout(128, split=split)))
     return str(output)
 
 
@@ -235,10 +240,11 @@ def test_a_stopped_task_weighs_nothing_and_the_others_go_on(dataset_prefix, tmp_
             assert (stopped["task"], stopped["step"], stopped["weight"]) == ("write", 3, 0.0)
             records = log.of_kind("train")
             assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
+            assert any(record["tasks"]["write"]["supervised_tokens"] for record in records[3:])
             for record in records:
-                write = record["tasks"]["write"]
-                assert write["supervised_tokens"] > 0
-                assert (write["weight"] > 0, write["share"] > 0) == (record["step"] <= 3,) * 2
+                write, trained = record["tasks"]["write"], record["step"] <= 3
+                assert (write["weight"] > 0) == trained
+                assert (write["share"] > 0) == (trained and write["supervised_tokens"] > 0)
                 assert sum(task["share"] for task in record["tasks"].values()) == pytest.approx(1)
                 assert all(
                     task["share"] == pytest.approx(task["target_share"] or 0) for task in record["tasks"].values()

@@ -48,8 +48,8 @@ def test_the_whole_split_exactly_once(dataset_prefix, world_size, extra, loss):
         assert result[1] == pytest.approx(expected[1], rel=1e-6)
         assert result[2:] == expected[2:]
     ledger = json.loads(Path(f"{dataset_prefix}_dataset.json").read_text())
-    assert sum(expected[2]) == ledger["packs"]["128"]["valid"]["supervised_tokens"]
-    assert expected[3] == list(range(ledger["packs"]["128"]["valid"]["packs"]))
+    assert sum(expected[2]) == ledger["lengths"]["128"]["packs"]["valid"]["supervised_tokens"]
+    assert expected[3] == list(range(ledger["lengths"]["128"]["packs"]["valid"]["packs"]))
     assert len(expected[3]) % 8 != 0  # or the filling up of the last batch would not be seen
 
 
@@ -126,8 +126,8 @@ def _skip(prefix):
         before = [parameter.detach().clone() for parameter in trainer.chunks[0].parameters()]
         only_others = next(
             plan
-            for step in range(50)
-            if (plan := plan_step(split, seed=step, global_batch_size=2, consumed_samples=0)).supervised_tokens_K[3]
+            for seed in range(500)
+            if (plan := plan_step(split, seed=seed, global_batch_size=4, consumed_samples=0)).supervised_tokens_K[3]
             == 0
         )
         report = trainer.train_step(split, only_others)

@@ -5,16 +5,16 @@ the whole batch. One process, in turn, equals the book in fp64. Gradients are no
 the steps that are.
 """
 
+import dataclasses
 import functools
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import run_on_ranks
-from run import arguments_for, open_dataset, train_in_modes, whole_gradients
+from run import arguments_for, data_seed, lacks_tasks, open_dataset, plans_of, train_in_modes, whole_gradients
 from test_layouts import LAYOUTS, MORE
 
-from mft_megatron.batch import Ranks
 from mft_megatron.loss_names import LOSSES
 
 WEIGHTS = "completion=1 explain=2 write=0.5 read=3"
@@ -90,28 +90,9 @@ def test_the_modes_are_not_all_alike(dataset_prefix):
 
 def test_tasks_are_missing_wherever_they_can(dataset_prefix):
     """The situations that the matrix is about really occur in its steps."""
-    from mft_megatron.data.step_plan import plan_step
-
     split = open_dataset(arguments_for(dataset_prefix, "", 1)).split("train")
-    plans = [plan_step(split, seed=1, global_batch_size=8, consumed_samples=8 * step) for step in range(5)]
-    tokens = np.array([plan.supervised_tokens_K for plan in plans])
-    present = tokens > 0
-    assert all(len(set(tokens_K)) == split.num_tasks for tokens_K in tokens)  # unequal
-    # from a whole global batch: read is there, away and back within the three steps of each mode, and again after them
-    assert present[:, 3].tolist() == [True, False, True, False, True]
-    assert present[:, :3].all()
-    for data_size, micro_batch_size in ((1, 1), (1, 2), (1, 4), (2, 1), (2, 2)):
-        counts = [
-            [
-                [split.counts(packs_B)[0] for packs_B in plan.micro_batches(Ranks(rank, data_size), micro_batch_size)]
-                for rank in range(data_size)
-            ]
-            for plan in plans
-        ]  # [steps, ranks, micro-batches, K]
-        missing = (np.array(counts) == 0) & present[:, None, None]
-        assert missing.any((2, 3)).all()  # in each step from a micro-batch of each rank,
-        if data_size > 1:
-            assert missing[:3].all(2).any()  # and from all that a rank has
+    assert split.dataset.tasks[3] == "read"
+    assert lacks_tasks(plans_of(split, data_seed(split)), split)
 
 
 def _micro_batch_normalisation(prefix):
@@ -209,7 +190,6 @@ def _against_fp64(prefix, modes, steps):
     from reference import reference_loss
     from run import FOR_GRADIENTS, chosen_gradients
 
-    from mft_megatron.data.step_plan import plan_step
     from mft_megatron.mcore import parallel
     from mft_megatron.mcore.step import Trainer
     from mft_megatron.training.task_weights import initial_weights
@@ -223,8 +203,7 @@ def _against_fp64(prefix, modes, steps):
             arguments = arguments_for(prefix, f"{extra} {FOR_GRADIENTS}", 1)
             options, weight_K = arguments.multi_task, initial_weights(arguments.multi_task, dataset.tasks)
             trainer, before, pairs[mode] = Trainer(arguments, dataset.vocab_size, weight_K), {}, []
-            for step in range(steps):
-                plan = plan_step(split, seed=1, global_batch_size=8, consumed_samples=8 * step)
+            for plan in plans_of(split, data_seed(split), steps):
                 exact.load_state_dict(trainer.chunks[0].module.state_dict())
                 exact.zero_grad()
                 samples = _token_losses(exact, dataset, split, plan.packs_G)
@@ -267,19 +246,22 @@ def test_one_process_equals_the_book_in_fp64(dataset_prefix):
 @pytest.fixture(scope="module")
 def packed_for_two_lengths(dataset_prefix, tokenizer_folder, tmp_path_factory):
     """Prefixes of the same short samples packed for 128 and for 192 tokens, by length; nothing is held out."""
+    from mft_megatron.data.layout import Layout
     from mft_megatron.data.preprocess import Recipe, preprocess
+    from mft_megatron.data.repack import add_length
+    from mft_megatron.data.sources import TaskSource
 
     folder = tmp_path_factory.mktemp("two_lengths")
     tasks = {}
     for path in sorted(Path(dataset_prefix).parent.glob("*.jsonl")):
         lines = [line for line in path.read_text().splitlines() if len(line) < 200][:12]
-        tasks[path.stem] = [folder / path.name]
-        tasks[path.stem][0].write_text("".join(f"{line}\n" for line in lines))
-    prefixes = {length: folder / f"for{length}" for length in (128, 192)}
-    for length, prefix in prefixes.items():
-        recipe = Recipe(tasks, "HuggingFaceTokenizer", str(tokenizer_folder), "chatml", length, prefix, split=(1, 0, 0))
-        preprocess(recipe)
-    return {length: str(prefix) for length, prefix in prefixes.items()}
+        tasks[path.stem] = TaskSource(path.stem, (folder / path.name,))
+        tasks[path.stem].files[0].write_text("".join(f"{line}\n" for line in lines))
+    layout = Layout(128, split=(1, 0, 0))
+    recipe = Recipe(tasks, "HuggingFaceTokenizer", str(tokenizer_folder), folder / "packed", layout)
+    preprocess(recipe)
+    add_length(str(folder / "packed"), dataclasses.replace(layout, seq_length=192))
+    return dict.fromkeys((128, 192), str(folder / "packed"))
 
 
 def _whole_split(prefixes):
@@ -297,8 +279,8 @@ def test_it_does_not_matter_which_samples_share_a_pack(packed_for_two_lengths):
     for length, prefix in packed_for_two_lengths.items():
         dataset = open_dataset(arguments_for(prefix, f"--seq-length {length}", 1))
         split = dataset.split("train")
-        packs[length] = {frozenset(split.samples_of(pack).tolist()) for pack in range(split.num_packs)}
-        assert all(task.samples_in == task.kept for task in dataset.ledger.tasks)
+        packs[length] = {frozenset(split.pieces_of(pack).samples.tolist()) for pack in range(split.num_packs)}
+        assert not any(cut.dropped for cut in dataset.entry.tasks)
     assert frozenset.union(*packs[128]) == frozenset.union(*packs[192])
     assert len(packs[128]) > len(packs[192]) > 5
     assert len(packs[128] & packs[192]) < len(packs[192]) / 3

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from batches import one_segment
 from conftest import run_on_ranks
-from run import arguments_for, open_dataset
+from run import arguments_for, data_seed, open_dataset, plans_of
 
 from mft_megatron.loss_names import LOSSES
 
@@ -89,11 +89,10 @@ def _book_losses(arguments, dataset, model):
     """(task, token losses in fp64 from the model's logits) of every sample of the first global batch."""
     import torch
 
-    from mft_megatron.data.step_plan import plan_step
     from mft_megatron.mcore.step import to_device
 
     split = dataset.split("train")
-    plan = plan_step(split, seed=1, global_batch_size=8, consumed_samples=0)
+    plan = plans_of(split, data_seed(split))[0]
     samples = []
     for pack in plan.packs_G:
         batch = split.rows(np.array([pack]))

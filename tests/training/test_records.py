@@ -32,7 +32,7 @@ def logged(report, plan, weighted=True):
 
 
 def plan(tokens=(2, 3, 0)):
-    return StepPlan(np.arange(4), np.array(tokens), np.array([1, 2, 0]))
+    return StepPlan(np.arange(4), np.array(tokens), np.array([1, 2, 0]), np.zeros(4, np.int64), np.ones(4, np.int64))
 
 
 def test_a_step():

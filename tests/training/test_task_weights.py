@@ -4,7 +4,7 @@ import pytest
 
 from mft_megatron.arguments import MultiTaskArguments
 from mft_megatron.errors import InputError
-from mft_megatron.training.task_weights import initial_weights, task_numbers
+from mft_megatron.training.task_weights import initial_weights, task_numbers, weights_of_data
 
 TASKS = ("write", "explain", "a=b")
 
@@ -63,3 +63,44 @@ def test_of_many_tasks_the_one_that_was_meant_is_named():
     with pytest.raises(InputError, match="with one of the data set's 300 tasks; did you mean task7") as refusal:
         task_numbers("--task-weights", ("taks7=1",), names, default=1.0)
     assert len(str(refusal.value)) < 200
+
+
+OF_DATA = (2.0, None, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected", "said"),
+    [
+        ({}, [2, 1, 0.5], "task weights of the data set: write=2, a=b=0.5"),
+        (
+            {"task_weights": ("write=3",)},
+            [3, 1, 0.5],
+            "task weights of the data set: write=2, a=b=0.5; --task-weights changes write",
+        ),
+        (
+            {"task_weights": ("[1, 2, 3]",)},
+            [1, 2, 3],
+            "task weights of the data set: write=2, a=b=0.5; --task-weights changes write, a=b",
+        ),
+        (
+            {"mft_loss": "token"},
+            [1, 1, 1],
+            "task weights of the data set are not used, --mft-loss token takes none: write=2, a=b=0.5",
+        ),
+        (
+            {"mft_loss": "focal-task"},
+            [1, 1, 1],
+            "task weights of the data set are not used, --mft-loss focal-task takes none: write=2, a=b=0.5",
+        ),
+    ],
+)
+def test_weights_of_the_data_set_hold_where_none_are_named(given, expected, said):
+    options = MultiTaskArguments(**given)
+    assert initial_weights(options, TASKS, OF_DATA).tolist() == expected
+    assert weights_of_data(options, TASKS, OF_DATA) == said
+    assert weights_of_data(options, TASKS, (None,) * 3) is None
+
+
+def test_a_balancer_makes_its_own_weights():
+    said = weights_of_data(MultiTaskArguments(task_balance="coba"), TASKS, OF_DATA)
+    assert said == "task weights of the data set are not used, --task-balance coba makes its own: write=2, a=b=0.5"
