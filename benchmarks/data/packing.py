@@ -1,0 +1,248 @@
+"""Packing, opening a large index, and putting micro-batches together.
+
+::
+
+    lognormal lengths ─► best_fit_decreasing; with --peer-python also what TRL and ms-swift pack with
+    an index of --packs packs, tokens left out ─► PackedDataset.open, plan_step, planned digests
+    samples on disk ─┬─► rows: tokens, labels, masks, positions, segments of whole rows
+                     └─► each sample as a slice of a plain np.memmap, in the same order
+
+The peers run in an interpreter of their own, on the same lengths, and count their own time. Megatron-LM is not among
+them: its data sets cut a stream of samples into rows and pack nothing.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from balance import sample_lengths
+from stopwatch import in_turn, machine, median_of, peak_memory, timed
+
+from mft_megatron.data._sample_index import best_fit_decreasing
+from mft_megatron.data.dataset import PackedDataset
+from mft_megatron.data.indexed_dataset import _HEADER, CODES, MAGIC, VERSION
+from mft_megatron.data.ledger import ArrayEntry, Ledger, LengthEntry, PackEntry, TaskEntry, TokenizerEntry, ledger_path
+from mft_megatron.data.packing import pack_split
+from mft_megatron.data.pieces import Pieces
+from mft_megatron.data.step_plan import plan_step
+from mft_megatron.data.usage import planned_usage
+
+TASKS, VOCABULARY = 5, 50_000
+# what runs in the peers' interpreter: lengths on standard input, one JSON object out
+PEERS = {
+    "TRL, pack_dataset bfd": """
+import pyarrow as pa
+from datasets import Dataset
+from trl import pack_dataset
+offsets = np.concatenate([[0], np.cumsum(lengths)])
+tokens = pa.LargeListArray.from_arrays(offsets, np.zeros(offsets[-1], np.int32))
+data = Dataset(pa.table({"input_ids": tokens})).with_format("arrow")
+start = clock()
+packed = pack_dataset(data, capacity, strategy="bfd")
+seconds, packs = clock() - start, len(packed)
+""",
+    "ms-swift, binpacking by 1000": """
+import binpacking
+start, packs, rest = clock(), 0, []
+pairs = list(enumerate(lengths.tolist()))
+for first in range(0, len(pairs), 1000):
+    bins = binpacking.to_constant_volume(rest + pairs[first : first + 1000], capacity, weight_pos=1)
+    last = first + 1000 >= len(pairs)
+    packs += len(bins) if last else len(bins) - 1
+    rest = [] if last else bins[-1]
+seconds = clock() - start
+""",
+}
+AROUND = """
+import json, sys, time
+import numpy as np
+capacity, clock = int(sys.argv[1]), time.process_time
+lengths = np.frombuffer(sys.stdin.buffer.read(), np.int32)
+{body}
+print("RESULT", json.dumps({{"cpu": seconds, "packs": int(packs)}}))
+"""
+
+
+def packing(options: argparse.Namespace) -> list[dict]:
+    results = []
+    for samples in options.samples:
+        lengths = sample_lengths(samples, options.seq_length, options.seed)
+        repeat = options.repeat if samples <= 1_000_000 else 1
+        calls = {"pack": lambda lengths=lengths: best_fit_decreasing(lengths, options.seq_length)}
+        took = median_of(in_turn(calls, repeat)["pack"], 1000)
+        packs = len(calls["pack"]()[1]) - 1
+        results.append({"samples": samples, "by": "best_fit_decreasing", "milliseconds": took, **_fill(lengths, packs)})
+        if samples <= options.peer_samples:
+            results += [{"samples": samples, **peer(name, lengths, options)} for name in PEERS]
+    return results
+
+
+def _fill(lengths: np.ndarray, packs: int) -> dict:
+    return {"packs": packs, "tokens": int(lengths.sum(dtype=np.int64))}
+
+
+def peer(name: str, lengths: np.ndarray, options: argparse.Namespace) -> dict:
+    """A peer's numbers, or the reason why there are none."""
+    if options.peer_python is None:
+        return {"by": name, "left_out": "no --peer-python"}
+    command = [options.peer_python, "-c", AROUND.format(body=PEERS[name]), str(options.seq_length)]
+    process = subprocess.run(command, input=lengths.tobytes(), capture_output=True)
+    found = [line for line in process.stdout.decode().splitlines() if line.startswith("RESULT ")]
+    if not found:
+        lines = process.stderr.decode().strip().splitlines() or ["no word"]
+        return {"by": name, "left_out": lines[-1]}
+    numbers = json.loads(found[0].removeprefix("RESULT "))
+    return {"by": name, "milliseconds": {"cpu": 1000 * numbers["cpu"]}, **_fill(lengths, numbers["packs"])}
+
+
+def write_index(prefix: str, lengths: np.ndarray, seq_length: int, tokens: bool, rng: np.random.Generator) -> int:
+    """A data set of one split whose samples have these lengths; its packs.
+
+    Without ``tokens`` the files of tokens and masks are holes of the right size, which take no room on a disk.
+    """
+    lengths, task_ids = lengths.astype(np.int32), rng.integers(TASKS, size=len(lengths)).astype(np.uint16)
+    places = np.arange(len(lengths))
+    pieces = Pieces(places, np.zeros_like(places), lengths.astype(np.int64))
+    packed = pack_split(pieces, pieces.lengths // 2, task_ids, [places], seq_length, "pack", lengths)
+    for end, values in {**packed.files("train", seq_length), "_task_ids.npy": task_ids}.items():
+        np.save(f"{prefix}{end}", values)
+    total = int(lengths.sum(dtype=np.int64))
+    for name, dtype in (("input_ids", np.dtype(np.uint16)), ("loss_mask", np.dtype(np.uint8))):
+        with open(f"{prefix}_{name}.bin", "wb") as file:
+            if tokens:
+                file.write(rng.integers(2 if name == "loss_mask" else VOCABULARY, size=total, dtype=dtype).tobytes())
+            else:
+                file.truncate(total * dtype.itemsize)
+        with open(f"{prefix}_{name}.idx", "wb") as file:
+            file.write(_HEADER.pack(MAGIC, VERSION, CODES[dtype], len(lengths), len(lengths) + 1))
+            starts = np.cumsum(lengths, dtype=np.int64) - lengths
+            for part in (lengths, starts * dtype.itemsize, np.arange(len(lengths) + 1)):
+                file.write(part.tobytes())
+    files = list(Path(prefix).parent.glob(f"{Path(prefix).name}_*"))
+    arrays = {file.name.removeprefix(Path(prefix).name): ArrayEntry(file.stat().st_size, "") for file in files}
+    packs = len(packed.offsets) - 1
+    entries = {"train": PackEntry(packs, len(lengths), total, 0, total / packs / seq_length)}
+    own = np.bincount(task_ids, minlength=TASKS).tolist()
+    tasks = [TaskEntry(f"t{k}", n, n, {}, 0, 0, False, "", None, None, None, []) for k, n in enumerate(own)]
+    length = LengthEntry({"padding_mode": "pack"}, [], entries)
+    tokenizer = TokenizerEntry("HuggingFaceTokenizer", "", "", VOCABULARY, None, 0, 0)
+    ledger = Ledger(tasks, tokenizer, {"stop_token_ids": []}, {str(seq_length): length}, arrays)
+    ledger_path(prefix).write_text(ledger.to_json())
+    return packs
+
+
+def opening(folder: Path, options: argparse.Namespace) -> dict:
+    """Reading a large index, in a process of its own: nothing is loaded yet."""
+    rng = np.random.default_rng(options.seed)
+    # about two samples a row, or writing the index would take the most time here
+    lengths = np.clip(rng.lognormal(7.6, 0.8, int(2.05 * options.packs)), 1, options.seq_length).astype(np.int32)
+    write_index(str(folder / "index"), lengths, options.seq_length, False, rng)
+    command = [sys.executable, __file__, "--open", str(folder / "index"), "--seq-length", str(options.seq_length)]
+    return json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+
+
+def open_index(prefix: str, seq_length: int) -> dict:
+    """What a run does with an index before its first step, and at the end of an epoch."""
+    opened, dataset = timed(lambda: PackedDataset.open(prefix, seq_length))
+    split, plan = dataset.split("train"), dict(seed=1, global_batch_size=512)
+    first = timed(lambda: plan_step(split, consumed_samples=0, **plan))[0]
+    next_step = timed(lambda: plan_step(split, consumed_samples=512, **plan))[0]
+    before = peak_memory()
+    digests = timed(lambda: planned_usage(split))[0]
+    numbers = {"open": opened, "first plan": first, "another plan": next_step, "planned digests": digests}
+    return {"packs": split.num_packs, "samples": split.num_pieces, "seconds": numbers, "gigabytes": before}
+
+
+def assembly(folder: Path, options: argparse.Namespace) -> dict:
+    """Samples a second, in micro-batches of packs in random order; files in the page cache."""
+    rng = np.random.default_rng(options.seed)
+    prefix = str(folder / "tokens")
+    lengths = sample_lengths(options.stored_samples, options.seq_length, options.seed)
+    write_index(prefix, lengths, options.seq_length, True, rng)
+    dataset = PackedDataset.open(prefix, options.seq_length)
+    split, size = dataset.split("train"), options.micro_batch_size
+    order = rng.permutation(split.num_packs)[: options.rows // size * size].reshape(-1, size)
+    samples = [split.pieces_of_packs(packs)[0].samples.tolist() for packs in order]
+    plain = np.memmap(f"{prefix}_input_ids.bin", np.uint16, "r")
+    starts, sizes = dataset.tokens.start_of(np.arange(len(lengths))).tolist(), lengths.tolist()
+
+    def rows() -> None:
+        for packs in order:
+            split.rows(packs)
+
+    def slices() -> None:
+        for own in samples:
+            for sample in own:
+                np.array(plain[starts[sample] : starts[sample] + sizes[sample]])
+
+    readings = in_turn({"rows": rows, "np.memmap slices": slices}, options.repeat)
+    number = sum(map(len, samples))
+    seconds = {name: median_of(own) for name, own in readings.items()}
+    per_row = {name: median_of(own, 1000 / order.size) for name, own in readings.items()}
+    rates = {name: {clock: number / value for clock, value in own.items()} for name, own in seconds.items()}
+    return {"rows": int(order.size), "samples": number, "samples_per_second": rates, "milliseconds_per_row": per_row}
+
+
+def show(results: dict, seq_length: int) -> None:
+    print("| samples | packed by | ms, CPU | packs | fill, % |\n|---:|---|---:|---:|---:|")
+    for row in results["packing"]:
+        if "left_out" in row:
+            print(f"| {row['samples']:,} | {row['by']} | left out: {row['left_out']} | | |")
+        else:
+            fill = 100 * row["tokens"] / (row["packs"] * seq_length)
+            took = row["milliseconds"]["cpu"]
+            print(f"| {row['samples']:,} | {row['by']} | {took:,.1f} | {row['packs']:,} | {fill:.3f} |")
+    if opened := results.get("opening"):
+        print(
+            f"\n{opened['packs']:,} packs of {opened['samples']:,} samples, {opened['gigabytes'] or 0:.2f} GB at most\n"
+        )
+        print("| | s, wall | s, CPU |\n|---|---:|---:|")
+        for name, took in opened["seconds"].items():
+            print(f"| {name} | {took['wall']:.4f} | {took['cpu']:.4f} |")
+    if made := results.get("assembly"):
+        print(f"\n{made['rows']:,} rows of {made['samples']:,} samples\n")
+        print("| | samples/s, wall | samples/s, CPU | ms a row, CPU |\n|---|---:|---:|---:|")
+        for name, rate in made["samples_per_second"].items():
+            milliseconds = made["milliseconds_per_row"][name]["cpu"]
+            print(f"| {name} | {rate['wall']:,.0f} | {rate['cpu']:,.0f} | {milliseconds:.3f} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--samples", type=int, nargs="+", default=[100_000, 10_000_000], help="to pack")
+    parser.add_argument("--seq-length", type=int, default=4096)
+    parser.add_argument("--packs", type=int, default=10_000_000, help="of the index to open, about; 0 for none")
+    parser.add_argument("--stored-samples", type=int, default=100_000, help="with tokens, for assembly; 0 for none")
+    parser.add_argument("--rows", type=int, default=2000, help="to put together")
+    parser.add_argument("--micro-batch-size", type=int, default=4)
+    parser.add_argument("--peer-python", metavar="PYTHON", help="interpreter that has trl and binpacking")
+    parser.add_argument("--peer-samples", type=int, default=100_000, help="peers pack no more than so many")
+    parser.add_argument("--repeat", type=int, default=9, help="rounds; the median is reported")
+    parser.add_argument("--folder", type=Path, help="where to keep files meanwhile; the index takes 3 GB")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--open", metavar="PREFIX", help=argparse.SUPPRESS)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
+    options = parser.parse_args()
+    if options.open:
+        print(json.dumps(open_index(options.open, options.seq_length)))
+        return
+    print(machine())
+    print(f"rows of {options.seq_length} tokens\n")
+    results = {"packing": packing(options)}
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        if options.packs:
+            results["opening"] = opening(Path(folder), options)
+        if options.stored_samples:
+            results["assembly"] = assembly(Path(folder), options)
+    show(results, options.seq_length)
+    if options.json:
+        shape = {name: str(value) for name, value in vars(options).items() if name not in ("json", "open")}
+        options.json.write_text(json.dumps({"machine": machine(), "options": shape, "results": results}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
