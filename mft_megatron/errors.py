@@ -23,8 +23,8 @@ def run_command(main: Callable[[], int | None], quiet: bool = False) -> int:
         quiet: keep silent about an error that other processes meet, too; set on all ranks of a machine but one.
 
     Returns:
-        the exit code: ``main``'s own, 2 after an :class:`InputError` or a file that cannot be read or written, 130 after
-        an interrupt.
+        the exit code: ``main``'s own, 2 after an :class:`InputError` or a file that cannot be read or written, 130
+        after an interrupt.
     """
     try:
         return main() or 0

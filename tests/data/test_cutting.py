@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from data.stores import stored_of
 
+from data.stores import stored_of
 from mft_megatron.data import cutting
 from mft_megatron.data.cutting import CUT_TO_NOTHING, KEPT, OVERLONG, TOO_LONG, TRUNCATED, WINDOWED, cut
 
@@ -19,10 +19,7 @@ def slow_cut(mask, length, overlong):
         return KEPT, [(0, n, sum(mask[1:]))], 0
     if overlong == "drop":
         return TOO_LONG, [], 0
-    if overlong == "split":
-        starts = range(0, n - 1, length - 1)
-    else:
-        starts = [0 if overlong == "truncate" else n - length]
+    starts = {"split": range(0, n - 1, length - 1), "truncate": [0], "truncate-left": [n - length]}[overlong]
     windows = [(start, min(length, n - start)) for start in starts]
     windows = [(start, size, sum(mask[start + 1 : start + size])) for start, size in windows]
     useful = [window for window in windows if window[2]]

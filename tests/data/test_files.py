@@ -52,9 +52,13 @@ def test_what_a_killed_run_left_is_removed_by_the_next_one_alone(tmp_path):
 
 
 def test_what_was_not_published_is_discarded(tmp_path):
-    with pytest.raises(ValueError, match="no"), DatasetFiles(tmp_path / "new" / "set") as files:
-        files.save("_x.npy", np.zeros(3))
-        raise ValueError("no")
+    def fail():
+        with DatasetFiles(tmp_path / "new" / "set") as files:
+            files.save("_x.npy", np.zeros(3))
+            raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        fail()
     assert list(tmp_path.iterdir()) == []
 
 

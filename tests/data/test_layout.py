@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from data.stores import stored_of
 
+from data.stores import stored_of
 from mft_megatron.data.layout import Layout, lay_out
 from mft_megatron.errors import InputError
 

@@ -95,9 +95,9 @@ def test_a_task_that_is_added_is_all_that_is_tokenised(make_dataset, tmp_path, e
     make_dataset(first, cache_dir=cache, split=(1, 0, 0))
     assert len(encoded_texts) == 2
     both = {**first, "b": records("z = 3")}
-    prefix, ledger = make_dataset(both, cache_dir=cache, split=(1, 0, 0))
+    _, ledger = make_dataset(both, cache_dir=cache, split=(1, 0, 0))
     assert [json.loads(line)["text"] for line in encoded_texts[2:]] == ["z = 3"]
-    alone, expected = make_dataset(both, split=(1, 0, 0))
+    _, expected = make_dataset(both, split=(1, 0, 0))
     assert ledger.arrays == expected.arrays
     make_dataset(both, cache_dir=cache, split=(1, 0, 0), chat_template="mftcoder")
     assert len(encoded_texts) == 9  # 3, then 3 for the comparison, and 3 that are encoded another way
