@@ -1,5 +1,6 @@
 """The one exception that means "the user can mend this"."""
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -32,6 +33,10 @@ def run_command(main: Callable[[], int | None], quiet: bool = False) -> int:
         if not quiet or error.always:
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return 2
+    except BrokenPipeError:
+        # whoever read the output has seen enough; nothing is left to be flushed at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         if not quiet:
             print("interrupted; the same command goes on from what is complete", file=sys.stderr, flush=True)

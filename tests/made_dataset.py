@@ -30,7 +30,7 @@ def write_dataset(prefix, seq_length, longest=None, documents=False, weights=Non
     with DatasetFiles(prefix) as files:
         writer = StoreWriter(files, VOCABULARY)
         for name, share in tasks.items():
-            tally = TaskTally(name, "bytes", weights.get(name))
+            tally = TaskTally(name, {"template": "bytes"}, weights.get(name))
             writer.begin(tally)
             for text in texts[::share]:
                 ids = np.frombuffer(text.encode(), np.uint8).astype(np.int32)

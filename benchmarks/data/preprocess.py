@@ -65,7 +65,15 @@ def contenders(options: argparse.Namespace) -> dict[str, Contender]:
                 f"--chat-template {template} --tokenizer-type {kind} --tokenizer-backend {backend} --seq-length 4096"
             )
             return [
-                *(sys.executable, str(ROOT / "tools/preprocess_data.py"), *words.split(), "--workers", "1"),
+                *(
+                    sys.executable,
+                    str(ROOT / "tools/preprocess_data.py"),
+                    *words.split(),
+                    "--workers",
+                    "1",
+                    "--on-error",
+                    "skip",
+                ),
                 *("--task", f"code={samples / 'messages'}", "--tokenizer-model", str(model)),
                 *("--output-prefix", str(results / "set")),
             ]

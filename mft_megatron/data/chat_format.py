@@ -92,8 +92,8 @@ _NEWLINE = Segment("\n", False)
 
 
 def _chatml(style: ChatFormat, turns: tuple[Turn, ...], supervised: list[bool]) -> list[Segment]:
-    """``<|im_start|>role\\ncontent<|im_end|>\\n``; answers of tools as Qwen2.5 lays them out, which share a turn where
-    one follows the other."""
+    """``<|im_start|>role\\ncontent<|im_end|>\\n``; answers of tools between ``<tool_response>`` tags, and in one turn
+    where one follows the other. Qwen2.5 has them in a turn of the user: ``--role-markers '{"tool": "user"}'``."""
     openings, stops = style._openings, style._stops
     written: list[Segment] = []
     role_before = None

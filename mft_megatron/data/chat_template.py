@@ -20,6 +20,9 @@ from mft_megatron.errors import InputError
 class TemplateFormat:
     """A Jinja template with the interface of :class:`~mft_megatron.data.chat_format.ChatFormat`.
 
+    The sample is what the template writes. Some templates leave out the reasoning of earlier rounds, as it is left out
+    when the model answers: of such a record only the reasoning of the last round is learned.
+
     ``variables``: what the template gets beside the conversation. ``special_tokens``: that its text may name;
     ``guarded``: those of them that are plain text where a turn says them. ``stop_token``, ``openers``, ``header``:
     found by rendering a probe: the token that ends an assistant's turn, special tokens that open turns, and what stands

@@ -1,9 +1,12 @@
 """The command lines of ``tools/preprocess_data.py``, ``tools/pack_data.py`` and ``tools/inspect_data.py``."""
 
+import contextlib
 import dataclasses
 import os
+import signal
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,7 @@ from mft_megatron.options import option, read_groups, read_options
 class PackingOptions:
     """How stored samples become rows."""
 
-    seq_length: int | None = option(None, "Tokens of a row.", type=int, at_least=2)
+    seq_length: int | None = option(None, "Tokens of a row.", type=int, at_least=2, at_most=1 << 24)
     split: str = option("98,2,0", "Weights of train, valid and test; each task is split so.", metavar="T,V,T")
     seed: int = option(1234, "Seed of the split, of sampling and of fill-in-the-middle.")
     overlong: str = option(
@@ -171,7 +174,7 @@ class OutputOptions:
     cache_dir: str | None = option(
         None,
         "Keep what has been tokenised here, by content: a task that is added or a file that grows costs no more than "
-        "what is new. Without it only a run that was killed goes on from what it had.",
+        "what is new. It may be removed at any time. Without it only a run that was killed goes on from what it had.",
         type=str,
         metavar="DIR",
     )
@@ -182,18 +185,18 @@ def preprocess_main(command_line: Sequence[str]) -> None:
     groups = [("tasks", TaskOptions), ("text", TextOptions), ("packing", PackingOptions), ("output", OutputOptions)]
     required = ("tokenizer_model", "seq_length", "output_prefix")
     tasks, text, packing, output = read_groups(groups, command_line, "preprocess_data.py", required)
-    ledger, notices = preprocess(
-        Recipe(
-            tasks=_tasks(tasks.task, tasks.task_file),
-            on_error=tasks.on_error,
-            layout=packing.layout(),
-            output_prefix=_output(output.output_prefix),
-            workers=output.workers,
-            cache_dir=None if output.cache_dir is None else Path(output.cache_dir),
-            progress=_show_progress if sys.stderr.isatty() else lambda task, done, total: None,
-            **dataclasses.asdict(text),
-        )
+    recipe = Recipe(
+        tasks=_tasks(tasks.task, tasks.task_file),
+        on_error=tasks.on_error,
+        layout=packing.layout(),
+        output_prefix=_output(output.output_prefix),
+        workers=output.workers,
+        cache_dir=None if output.cache_dir is None else Path(output.cache_dir),
+        progress=_show_progress if sys.stderr.isatty() else lambda task, done, total: None,
+        **dataclasses.asdict(text),
     )
+    with _ended_by_sigterm():
+        ledger, notices = preprocess(recipe)
     _tell(ledger, notices, output.output_prefix)
 
 
@@ -231,11 +234,15 @@ def _packed_before(given: Mapping[str, Any]) -> dict[str, Any]:
     """The packing options of the first data set, as a command line would give them."""
     if "data_path" not in given:
         return {}
-    entry = next(iter(read_ledger(given["data_path"][0]).lengths.values()))
-    options = {name: value for name, value in entry.options.items() if name != "seq_length" and value is not None}
-    options["split"] = ",".join(f"{weight:g}" for weight in options["split"])
-    options["task_sampling"] = tuple(f"{name}={ratio}" for name, ratio in options["task_sampling"].items()) or None
-    return options
+    ledger = read_ledger(given["data_path"][0])
+    layout = dataclasses.asdict(Layout.of(next(iter(ledger.lengths.values())), given["data_path"][0]))
+    layout["split"] = ",".join(map(repr, layout["split"]))
+    layout["task_sampling"] = tuple(f"{name}={ratio}" for name, ratio in layout["task_sampling"].items()) or None
+    sampling = [name for name in layout if "sampling" in name]
+    left_out = {"seq_length"}
+    if given.get("padding_mode") == "concat" or any(name in given for name in sampling):
+        left_out.update(sampling)  # they belong together
+    return {name: value for name, value in layout.items() if value is not None and name not in left_out}
 
 
 def _tell(ledger: Ledger, notices: Sequence[str], prefix: str) -> None:
@@ -243,6 +250,19 @@ def _tell(ledger: Ledger, notices: Sequence[str], prefix: str) -> None:
     for notice in notices:
         print(f"note: {notice}")
     print(f"wrote {prefix}_dataset.json and {len(ledger.arrays)} files beside it")
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends the block as an interrupt from the keyboard does: workers and files are looked after."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _tasks(words: tuple[str, ...] | None, task_file: str | None) -> dict[str, TaskSource]:

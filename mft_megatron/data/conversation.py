@@ -8,6 +8,7 @@ mapped or joined, except where a shape says so.
 import dataclasses
 import functools
 import json
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -91,7 +92,8 @@ def read_record(record: Any, shape: str = "auto") -> Conversation:
         RecordError: it is no object, its shape is unknown, or a part of it cannot be used.
     """
     if not isinstance(record, dict):
-        raise RecordError("unknown_shape", f"a record is a JSON object, not {type(record).__name__}")
+        hint = "; write one record a line, not an array" if isinstance(record, list) else ""
+        raise RecordError("unknown_shape", f"a record is a JSON object, not {type(record).__name__}{hint}")
     match = _match(tuple([key for key, value in record.items() if value is not None]), shape)
     if match is None:
         # a null where the text should be: say that rather than that the key is missing
@@ -404,10 +406,17 @@ def _list(record: dict[str, Any], name: str) -> list[Any]:
 def _json(text: str, name: str, reason: str) -> Any:
     try:
         return json.loads(text)
-    except RecursionError:
-        raise RecordError(reason, f"{name} is not JSON that can be read (nested too deeply)") from None
-    except ValueError as error:
-        raise RecordError(reason, f"{name} is not JSON ({error})") from None
+    except (RecursionError, ValueError) as error:
+        raise RecordError(reason, f"{name} is not JSON{json_fault(error)}") from None
+
+
+def json_fault(error: RecursionError | ValueError) -> str:
+    """Why ``json`` could not read a text that is to be one line: words that follow "not JSON"."""
+    if isinstance(error, json.JSONDecodeError):
+        return f" ({error.msg}, at character {error.pos + 1})"
+    if isinstance(error, RecursionError):
+        return " that can be read (nested too deeply)"
+    return f" that can be read (a whole number of more than {sys.get_int_max_str_digits()} digits)"
 
 
 def _check_plain(value: Any, name: str) -> None:

@@ -38,7 +38,7 @@ class PackedDataset:
         self.pad_token_id = ledger.tokenizer.pad_token_id
         self.tokens = IndexedDataset(f"{prefix}_input_ids")
         self.mask = IndexedDataset(f"{prefix}_loss_mask")
-        self.task_ids = np.load(f"{prefix}_task_ids.npy", mmap_mode="r")
+        self.task_ids = load_array(f"{prefix}_task_ids.npy", np.uint16, 1)
         self._splits = {name: PackedSplit(self, name) for name in self.entry.packs}
 
     @classmethod
@@ -97,6 +97,21 @@ def check_files(prefix: str, arrays: Mapping[str, ArrayEntry], hashes: bool) -> 
             raise InputError(f"{path}: its content differs from the ledger's sha256; {remedy}")
 
 
+def load_array(path: str, dtype: type, axes: int) -> np.ndarray:
+    """An array of the data set, memory-mapped.
+
+    Raises:
+        InputError: it is no such array.
+    """
+    try:
+        array = np.load(path, mmap_mode="r")
+    except Exception as error:  # a damaged header may say anything
+        raise InputError(f"{path}: damaged ({' '.join(str(error).split())}); preprocess the data again") from None
+    if array.dtype != dtype or array.ndim != axes:
+        raise InputError(f"{path}: damaged, {array.dtype} with {array.ndim} axes; preprocess the data again")
+    return array
+
+
 class PackedSplit:
     """The packs of one split."""
 
@@ -106,9 +121,11 @@ class PackedSplit:
         self.seq_length = dataset.seq_length
         self.num_tasks = len(dataset.tasks)
         *files, cuts = [dataset.prefix + end for end in pack_files(name, dataset.seq_length)]
-        self._samples, self._offsets, self._counts = (np.load(file, mmap_mode="r") for file in files)
+        self._samples, self._offsets, self._counts = (
+            load_array(file, np.int64, axes) for file, axes in zip(files, (1, 1, 2), strict=True)
+        )
         has_cuts = cuts.removeprefix(dataset.prefix) in dataset.ledger.arrays
-        self._cuts = np.load(cuts, mmap_mode="r") if has_cuts else None
+        self._cuts = load_array(cuts, np.int64, 2) if has_cuts else None
 
     @property
     def num_packs(self) -> int:

@@ -15,7 +15,7 @@ import orjson
 from mft_megatron.data.backends import BackendMismatch, DifferenceError
 from mft_megatron.data.chat_format import ChatFormat, TemplateFormat
 from mft_megatron.data.chunks import Chunk
-from mft_megatron.data.conversation import Conversation, RecordError, read_record
+from mft_megatron.data.conversation import Conversation, RecordError, json_fault, read_record
 from mft_megatron.data.fim import Fim
 from mft_megatron.data.segments import Segment
 from mft_megatron.data.tokenizer import Tokenizer
@@ -55,7 +55,8 @@ class EncodedChunk:
     """Samples of a chunk, in order, whole however long they are.
 
     ``ids`` int32 and ``mask`` uint8 (1: supervised) of all samples one behind the other, ``lengths`` int32 of each, at
-    least 2. ``records`` counts the lines that are not blank, ``documents`` the samples that came of ``text`` records.
+    least 2. ``records`` counts the lines that are not blank, ``documents`` the samples that came of ``text`` records,
+    ``filled`` those that were cut for filling in the middle.
     """
 
     ids: np.ndarray
@@ -64,6 +65,7 @@ class EncodedChunk:
     records: int
     documents: int
     drops: list[Drop]
+    filled: int = 0
 
 
 class Encoder:
@@ -93,6 +95,7 @@ class Encoder:
         samples, drops = _Samples(self._texts), []
         lines: list[int] = []
         documents: list[bool] = []
+        filled: list[bool] = []
         records = 0
         for number, line in enumerate(chunk.lines, chunk.first_line):
             try:
@@ -105,7 +108,8 @@ class Encoder:
                     records += 1
                     record = line
                 conversation = read_record(record, plan.shape)
-                segments = _segments(conversation, plan)
+                cut = None if plan.fim is None else _cut_for_filling(conversation, plan.fim)
+                segments = plan.style.segments(conversation) if cut is None else cut
             except RecordError as error:
                 drops.append(Drop(chunk.path, number, error.reason, str(error)))
                 continue
@@ -116,6 +120,7 @@ class Encoder:
                 )
             lines.append(number)
             documents.append(conversation.document)
+            filled.append(cut is not None)
             samples.add(segments)
         try:
             ids, mask, lengths = samples.arrays(self._tokenizer.bos_token_id if plan.add_bos else None)
@@ -131,19 +136,14 @@ class Encoder:
             kept = np.repeat(useful, lengths)
             ids, mask, lengths = ids[kept], mask[kept], lengths[useful]
         drops.sort(key=lambda drop: drop.line)
-        return EncodedChunk(
-            ids, mask, lengths, records, int(np.count_nonzero(useful & np.array(documents, bool))), drops
-        )
+        documents_kept, filled_kept = (int(np.count_nonzero(useful & np.array(of, bool))) for of in (documents, filled))
+        return EncodedChunk(ids, mask, lengths, records, documents_kept, drops, filled_kept)
 
 
-def _segments(conversation: Conversation, plan: TaskEncoding) -> list[Segment]:
-    if plan.fim is not None:
-        # by content alone: the same record is treated alike wherever it lies
-        key = "\0".join([turn.content for turn in conversation.turns]).encode()
-        segments = plan.fim.segments(conversation, key)
-        if segments is not None:
-            return segments
-    return plan.style.segments(conversation)
+def _cut_for_filling(conversation: Conversation, fim: Fim) -> list[Segment] | None:
+    # by content alone: the same record is treated alike wherever it lies
+    key = "\0".join([turn.content for turn in conversation.turns]).encode()
+    return fim.segments(conversation, key)
 
 
 def _targets(mask: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -282,7 +282,12 @@ def _parse(line: bytes) -> Any:
         return json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise RecordError("invalid_utf8", f"not UTF-8 (byte {error.start} of the line)") from None
-    except RecursionError:
-        raise RecordError("invalid_json", "not JSON that can be read (nested too deeply)") from None
-    except ValueError as error:
-        raise RecordError("invalid_json", f"not JSON ({error})") from None
+    except (RecursionError, ValueError) as error:
+        raise RecordError("invalid_json", f"not JSON{json_fault(error)}{_other_layout(line)}") from None
+
+
+def _other_layout(line: bytes) -> str:
+    """What a line that is no JSON looks like instead."""
+    if b"\r" in line.strip():
+        return "; lines end in carriage returns alone here, write line feeds"
+    return "; write one record a line, not an array" if line.lstrip()[:1] == b"[" else ""

@@ -64,8 +64,11 @@ class DatasetFiles:
 
     def save(self, end: str, values: np.ndarray) -> None:
         """Write one array."""
+        values = np.ascontiguousarray(values)
         with open(self.new(end), "wb") as file:
-            np.save(file, values)
+            # np.save would not say which error it is that the disk is full
+            np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(values))
+            file.write(values.data if values.size else b"")
 
     def keep(self, end: str, entry: ArrayEntry) -> None:
         """Let a file of the data set that is there already stay part of it."""
@@ -89,7 +92,8 @@ class DatasetFiles:
             file.flush()
             os.fsync(file.fileno())
         stale = self._files_of_the_data_set_before() - set(self._ends) - set(self._kept)
-        target.unlink(missing_ok=True)
+        if any(Path(f"{self.prefix}{end}").exists() for end in self._ends[:-1]):
+            target.unlink(missing_ok=True)  # where names are only added, the data set before stays one to the end
         for end in self._ends:
             os.replace(self._temporary(end), f"{self.prefix}{end}")
         for end in stale:
@@ -137,15 +141,17 @@ def refuse_too_small_a_disk(folder: Path, needed: int) -> None:
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"{folder}: cannot be written to; choose another --output-prefix")
     if free < needed:
         raise InputError(
-            f"{folder}: {free / 1e9:.2f} GB are free, and about {needed / 1e9:.2f} GB are needed; make room, or choose "
-            "another --output-prefix"
+            f"{folder}: {free / 1e6:,.0f} MB are free, and about {needed / 1e6:,.0f} MB are needed; make room, or "
+            "choose another --output-prefix"
         )
 
 
 @contextlib.contextmanager
-def disk_full_named(prefix: Path) -> Iterator[None]:
+def disk_full_named(prefix: Path, option: str = "--output-prefix") -> Iterator[None]:
     """Turn a full disk inside the block into the one line for the user.
 
     Raises:
@@ -154,11 +160,11 @@ def disk_full_named(prefix: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         free = shutil.disk_usage(prefix.parent if prefix.parent.exists() else ".").free
         where = error.filename or prefix.parent
         raise InputError(
             f"{where}: the disk is full ({free / 1e6:.0f} MB free); nothing was completed. Make room, or choose "
-            "another --output-prefix"
+            f"another {option}"
         ) from None

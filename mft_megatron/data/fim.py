@@ -44,8 +44,9 @@ class Fim:
         """The record cut for filling in, or ``None``: it stays as it is.
 
         Of a document every token is supervised, as it is without the cut. Of prompt and completion the cut lies within
-        the completion, and the middle and the end-of-text token are supervised. Cut points are drawn evenly among the
-        places between characters, so that a part may be empty.
+        the completion, and the middle and the end-of-text token are supervised; the prompt stays markup and is cut into
+        tokens apart from what follows it, as it is without the cut. Cut points are drawn evenly among the places
+        between characters, so that a part may be empty.
 
         Args:
             conversation: chats, and texts of less than :data:`SHORTEST` characters to cut, stay as they are.
@@ -59,16 +60,16 @@ class Fim:
         if not chosen < self.rate * _DRAWS:
             return None
         first, second = sorted(cut * (len(text) + 1) // _DRAWS for cut in cuts)
-        before = "".join(turn.content for turn in conversation.turns[:-1])
-        head = Segment(before + text[:first], conversation.document, False, True)
-        middle = Segment(text[first:second], True, False, True)
-        tail = Segment(text[second:], conversation.document, False, True)
+        prompts = [Segment(turn.content, False, False, True) for turn in conversation.turns[:-1]]
+        head = Segment(text[:first], conversation.document)
+        middle = Segment(text[first:second], True)
+        tail = Segment(text[second:], conversation.document)
         start, hole, fill = (Segment(name, conversation.document, True) for name in self.tokens)
         end = Segment(self.end_of_text, True, True)
         if spm < self.spm_rate * _DRAWS:
             # the empty text keeps the tokenizer from joining what stands on both sides of the cut
-            return [start, hole, tail, fill, head, Segment("", not conversation.document), middle, end]
-        return [start, head, hole, tail, fill, middle, end]
+            return [start, hole, tail, fill, *prompts, head, Segment("", not conversation.document), middle, end]
+        return [start, *prompts, head, hole, tail, fill, middle, end]
 
     @property
     def fingerprint(self) -> str:
@@ -96,7 +97,7 @@ def fim_tokens(tokenizer: Tokenizer, given: str | None = None) -> tuple[str, str
         given: the three with commas between them; ``None``: the first of :data:`KNOWN_TOKENS` that it has.
 
     Raises:
-        InputError: not three different tokens of the vocabulary, or none of the known sets is in it.
+        InputError: not three different tokens that were added to the vocabulary, or none of the known sets is in it.
     """
     if given is None:
         for names in KNOWN_TOKENS.values():
@@ -112,4 +113,9 @@ def fim_tokens(tokenizer: Tokenizer, given: str | None = None) -> tuple[str, str
     for name in names:
         if tokenizer.token_id(name) is None:
             raise InputError(f"--fim-tokens {given}: the tokenizer has no token {name!r}")
+        if name not in tokenizer.special_tokens and not any(name in known for known in KNOWN_TOKENS.values()):
+            raise InputError(
+                f"--fim-tokens {given}: {name!r} is a piece of ordinary text to the tokenizer, so that texts have it, "
+                "too; give tokens that were added for this"
+            )
     return names

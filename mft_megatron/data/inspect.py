@@ -15,6 +15,7 @@ from mft_megatron.data.repack import read_stored
 from mft_megatron.data.tokenizer import load_tokenizer
 from mft_megatron.errors import InputError
 
+_CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 MARKS = {True: ("\033[32m", "\033[0m"), False: ("⟦", "⟧")}
 
 
@@ -59,12 +60,21 @@ def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
 
 
 def show_samples(prefix: str, ledger: Ledger, number: int, colour: bool) -> Iterator[str]:
-    """The first ``number`` samples of each task, supervised text in colour or in ⟦brackets⟧."""
+    """The first ``number`` samples of each task, supervised text in colour or in ⟦brackets⟧.
+
+    Raises:
+        InputError: the tokenizer that the data were made with is gone, or there is another one in its place.
+    """
     if number < 1:
         return
     if not Path(ledger.tokenizer.model).exists():
         raise InputError(f"the tokenizer {ledger.tokenizer.model} is gone, so samples cannot be shown; use --samples 0")
     tokenizer = load_tokenizer(ledger.tokenizer.type, ledger.tokenizer.model)
+    if tokenizer.fingerprint != ledger.tokenizer.fingerprint:
+        raise InputError(
+            f"the tokenizer {ledger.tokenizer.model} is no longer the one that the data were made with, so samples "
+            "cannot be shown; put that one back, or use --samples 0"
+        )
     dataset = PackedDataset.open(prefix, int(next(iter(ledger.lengths))))
     for task, name in enumerate(dataset.tasks):
         first = int(np.searchsorted(dataset.task_ids, task))
@@ -74,12 +84,13 @@ def show_samples(prefix: str, ledger: Ledger, number: int, colour: bool) -> Iter
 
 
 def marked(tokenizer, ids: np.ndarray, mask: np.ndarray, colour: bool) -> str:
-    """The text of a sample; runs of supervised tokens stand between two marks."""
+    """The text of a sample; runs of supervised tokens stand between two marks. Control characters other than line
+    breaks and tabs are written as ``\\x1b``: they would act on the terminal."""
     opening, closing = MARKS[colour]
     borders = [0, *(np.flatnonzero(np.diff(mask)) + 1), len(ids)]
     text = []
     for start, end in itertools.pairwise(borders):
-        part = tokenizer.decode(ids[start:end].tolist())
+        part = tokenizer.decode(ids[start:end].tolist()).translate(_CONTROL)
         text.append(f"{opening}{part}{closing}" if mask[start] else part)
     return "".join(text)
 
@@ -117,8 +128,7 @@ def check(prefix: str, ledger: Ledger) -> None:
         _agree(f"task {task.name}: samples, tokens, supervised tokens", found, expected)
         _agree(f"task {task.name}: kept and dropped", task.kept + sum(task.dropped.values()), task.samples_in)
     for length, entry in ledger.lengths.items():
-        options = {**entry.options, "split": tuple(entry.options["split"])}
-        packs, again, _ = lay_out(stored, Layout(**options))
+        packs, again, _ = lay_out(stored, Layout.of(entry, f"{prefix}_dataset.json"))
         _agree(f"{prefix}: counts at length {length}", again, entry)
         for split, packed in packs.items():
             for end, values in packed.files(split, int(length)).items():

@@ -40,6 +40,18 @@ class Layout:
     sampling_max_epochs: float | None = None
     sampling_epochs: int = 1
 
+    @classmethod
+    def of(cls, entry: LengthEntry, where: str) -> "Layout":
+        """As a data set was packed for one length.
+
+        Raises:
+            InputError: the ledger says something else than options; ``where`` names it.
+        """
+        try:
+            return cls(**{**entry.options, "split": tuple(entry.options["split"])})
+        except (TypeError, KeyError) as error:
+            raise InputError(f"{where}: packing options that cannot be read ({error}); preprocess again") from None
+
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
@@ -68,8 +80,10 @@ def lay_out(stored: Stored, layout: Layout) -> tuple[dict[str, SplitPacks], Leng
         [assign_splits(task.kept, layout.split, layout.seed, task.name) for task in stored.tasks]
     )
     uses = _uses(stored, layout, made, split_of_sample)
-    cuts = [_task_cut(task, stored.task_ids == number, made, split_of_sample, uses, layout)
-            for number, task in enumerate(stored.tasks)]  # fmt: skip
+    cuts = [
+        _task_cut(task, own, made, split_of_sample, uses, layout)
+        for task, own in zip(stored.tasks, _samples_of_tasks(stored.tasks), strict=True)
+    ]
     _refuse_empty(stored.tasks, cuts, layout)
     packs = {}
     for number, name in enumerate(SPLITS):
@@ -94,6 +108,10 @@ def check_layout(layout: Layout, tasks: Sequence[TaskEntry] = ()) -> None:
     sampled = layout.task_sampling or layout.sampling_temperature or layout.sampling_max_epochs
     if layout.padding_mode == "concat" and sampled:
         raise InputError("--padding-mode concat: every token is used once; leave the sampling options out")
+    own = [task.name for task in tasks if task.sampling is not None and task.name not in layout.task_sampling]
+    if own and (layout.padding_mode == "concat" or layout.sampling_temperature is not None):
+        option = "--padding-mode concat" if layout.padding_mode == "concat" else "--sampling-temperature"
+        raise InputError(f"{option}: the task file has a sampling of its own for task {own[0]}; leave one of them out")
     names = [task.name for task in tasks]
     unknown = [name for name in layout.task_sampling if name not in names]
     if tasks and unknown:
@@ -113,12 +131,12 @@ def _uses(stored: Stored, layout: Layout, made: Cut, split_of_sample: np.ndarray
     given = {
         number: layout.task_sampling.get(task.name, task.sampling)
         for number, task in enumerate(stored.tasks)
-        if task.name in layout.task_sampling or (task.sampling is not None and layout.sampling_temperature is None)
+        if task.name in layout.task_sampling or task.sampling is not None
     }
     ratios = task_ratios(samples_K, given, layout.sampling_temperature, layout.sampling_max_epochs)
     uses = np.zeros(len(stored.lengths), np.int64)
-    for number, task in enumerate(stored.tasks):
-        own = np.flatnonzero(usable & (stored.task_ids == number))
+    for number, (task, samples) in enumerate(zip(stored.tasks, _samples_of_tasks(stored.tasks), strict=True)):
+        own = samples.start + np.flatnonzero(usable[samples])
         name = f"{layout.seed}/{task.name}/sampling"
         uses[own] = uses_of_samples(len(own), float(ratios[number]), layout.sampling_epochs, name)
     return uses
@@ -146,8 +164,8 @@ def _pack(
 
 def _concatenate(stored: Stored, layout: Layout, in_split: np.ndarray) -> SplitPacks | None:
     documents, tasks = [], []
-    for number, task in enumerate(stored.tasks):
-        own = np.flatnonzero(in_split & (stored.task_ids == number))
+    for number, (task, samples) in enumerate(zip(stored.tasks, _samples_of_tasks(stored.tasks), strict=True)):
+        own = samples.start + np.flatnonzero(in_split[samples])
         if len(own):
             own = own[named_order(f"{layout.seed}/{task.name}/concat", len(own))]
             documents.append(Pieces(own, np.zeros(len(own), np.int64), stored.lengths[own].astype(np.int64)))
@@ -155,20 +173,27 @@ def _concatenate(stored: Stored, layout: Layout, in_split: np.ndarray) -> SplitP
     return concatenate(documents, tasks, layout.seq_length, stored.lengths) if documents else None
 
 
+def _samples_of_tasks(tasks: Sequence[TaskEntry]) -> list[slice]:
+    """Where the samples of each task are: they are stored task by task."""
+    ends = np.cumsum([task.kept for task in tasks]).tolist()
+    return [slice(end - task.kept, end) for task, end in zip(tasks, ends, strict=True)]
+
+
 def _task_cut(
-    task: TaskEntry, own: np.ndarray, made: Cut, split_of_sample: np.ndarray, uses: np.ndarray, layout: Layout
+    task: TaskEntry, own: slice, made: Cut, split_of_sample: np.ndarray, uses: np.ndarray, layout: Layout
 ) -> TaskCut:
     outcome, concat = made.outcome[own], layout.padding_mode == "concat"
     kept = np.isin(outcome, (KEPT, TRUNCATED, WINDOWED)) | concat
     in_split = np.bincount(split_of_sample[own][kept], minlength=len(SPLITS))
     trained = split_of_sample[own] == 0
     times, samples = np.unique(uses[own][kept & trained], return_counts=True)
-    of_task = own[made.pieces.samples]
-    windows = of_task & (made.outcome[made.pieces.samples] == WINDOWED)
+    # pieces are in the order of their samples
+    pieces = slice(*np.searchsorted(made.pieces.samples, [own.start, own.stop]))
+    windows = made.outcome[made.pieces.samples[pieces]] == WINDOWED
     return TaskCut(
         kept=int(kept.sum()),
-        tokens=task.tokens if concat else int(made.pieces.lengths[of_task].sum()),
-        supervised_tokens=task.supervised_tokens if concat else int(made.supervised[of_task].sum()),
+        tokens=task.tokens if concat else int(made.pieces.lengths[pieces].sum()),
+        supervised_tokens=task.supervised_tokens if concat else int(made.supervised[pieces].sum()),
         truncated=0 if concat else int((outcome == TRUNCATED).sum()),
         windowed=0 if concat else int((outcome == WINDOWED).sum()),
         windows=0 if concat else int(windows.sum()),
@@ -187,6 +212,11 @@ def _refuse_empty(tasks: Sequence[TaskEntry], cuts: Sequence[TaskCut], layout: L
                 f"task {task.name} is empty at --seq-length {layout.seq_length}: {task.kept} samples, none kept "
                 f"({reasons}); raise --seq-length, choose another --overlong, or leave the task out"
             )
+        if layout.split[0] > 0 and made.splits["train"] == 0:
+            raise InputError(
+                f"task {task.name}: none of its samples in the train split fits into --seq-length {layout.seq_length} "
+                f"({made.kept} of {task.kept} samples do); raise it, or choose another --overlong"
+            )
 
 
 def _notices(tasks: Sequence[TaskEntry], cuts: Sequence[TaskCut], layout: Layout) -> list[str]:
@@ -195,7 +225,8 @@ def _notices(tasks: Sequence[TaskEntry], cuts: Sequence[TaskCut], layout: Layout
     for task, made in zip(tasks, cuts, strict=True):
         for number, name in enumerate(SPLITS):
             if layout.split[number] > 0 and made.splits[name] == 0:
-                lines.append(f"task {task.name}: too few samples to have any in the {name} split")
+                why = "too few samples" if made.kept == task.kept else "too few samples that fit"
+                lines.append(f"task {task.name}: {why} to have any in the {name} split")
         if unused := made.uses.get("0", 0):
             lines.append(
                 f"task {task.name}: sampling leaves out {unused:,} of {made.splits['train']:,} training samples; "

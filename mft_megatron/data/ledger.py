@@ -32,8 +32,8 @@ class TaskEntry:
 
     ``tokens`` and ``supervised_tokens`` count those of kept samples; a supervised token is a target, so a sample's
     first token never is one. ``documents``: all samples are documents, in which every token is supervised.
-    ``template``: name of the chat format. ``weight``, ``sampling``, ``overlong``: what the task file says for this
-    task, ``None`` where it says nothing.
+    ``filled``: samples that were made fill-in-the-middle. ``encoding``: all that decides how records became samples.
+    ``weight``, ``sampling``, ``overlong``: what the task file says for this task, ``None`` where it says nothing.
     """
 
     name: str
@@ -43,7 +43,8 @@ class TaskEntry:
     tokens: int
     supervised_tokens: int
     documents: bool
-    template: str
+    filled: int
+    encoding: dict[str, Any]
     weight: float | None
     sampling: float | None
     overlong: str | None
@@ -129,7 +130,8 @@ class ArrayEntry:
 
 @dataclasses.dataclass(frozen=True)
 class Ledger:
-    """``lengths``: by sequence length, as text, the way JSON has it. ``chat_template``: of tasks that name none."""
+    """``lengths``: by sequence length, as text, the way JSON has it, in the order they were made. ``chat_template``: of
+    tasks that name none."""
 
     tasks: list[TaskEntry]
     tokenizer: TokenizerEntry
@@ -197,7 +199,15 @@ def _from_dict(content: dict[str, Any]) -> Ledger:
     }
     arrays = {name: ArrayEntry(**entry) for name, entry in content["arrays"].items()}
     tokenizer = TokenizerEntry(**content["tokenizer"])
+    _refuse_inconsistent(lengths, len(tasks))
     return Ledger(**{**content, "tasks": tasks, "lengths": lengths, "arrays": arrays, "tokenizer": tokenizer})
+
+
+def _refuse_inconsistent(lengths: dict[str, LengthEntry], num_tasks: int) -> None:
+    if not lengths or not all(length.isdecimal() for length in lengths):
+        raise TypeError(f"lengths {', '.join(lengths) or 'missing'}")
+    if any(len(entry.tasks) != num_tasks for entry in lengths.values()):
+        raise TypeError("not as many tasks for a length as in all")
 
 
 def file_sha256(path: str | Path) -> str:

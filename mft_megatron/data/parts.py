@@ -11,15 +11,15 @@ import json
 import os
 import pickle
 import shutil
-import zipfile
 from pathlib import Path
 
 import numpy as np
 
 from mft_megatron.data.chunks import Chunk
 from mft_megatron.data.encoding import Drop, EncodedChunk
+from mft_megatron.data.files import disk_full_named
 
-VERSION = 1  # of what encoding makes of the same input; raise it when that changes
+VERSION = 2  # of what encoding makes of the same input; raise it when that changes
 
 
 class Parts:
@@ -40,7 +40,7 @@ class Parts:
         """The part of a chunk, ``None`` where there is none or it is damaged."""
         try:
             with open(self._path(key), "rb") as file, np.load(file) as part:
-                records, documents = part["counts"].tolist()
+                records, documents, filled = part["counts"].tolist()
                 drops = json.loads(part["drops"].tobytes())
                 encoded = EncodedChunk(
                     ids=part["ids"],
@@ -48,11 +48,12 @@ class Parts:
                     lengths=part["lengths"],
                     records=records,
                     documents=documents,
+                    filled=filled,
                     drops=[Drop(chunk.path, chunk.first_line + line, *what) for line, *what in drops],
                 )
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        except Exception:  # whatever is wrong with it, it is made again
             self._path(key).unlink(missing_ok=True)
             return None
         self.reused += 1
@@ -65,13 +66,13 @@ class Parts:
         drops = [[drop.line - chunk.first_line, drop.reason, drop.message] for drop in encoded.drops]
         unfinished = path.with_suffix(f".{os.getpid()}.tmp")
         try:
-            with open(unfinished, "wb") as file:
+            with disk_full_named(path, "--cache-dir or --output-prefix"), open(unfinished, "wb") as file:
                 np.savez(
                     file,
                     ids=encoded.ids,
                     mask=encoded.mask,
                     lengths=encoded.lengths,
-                    counts=np.array([encoded.records, encoded.documents]),
+                    counts=np.array([encoded.records, encoded.documents, encoded.filled]),
                     drops=np.frombuffer(json.dumps(drops).encode(), np.uint8),
                 )
             os.replace(unfinished, path)

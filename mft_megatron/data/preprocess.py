@@ -12,6 +12,7 @@ existing data set as it was; one that is killed goes on, when it is started agai
 import dataclasses
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -70,6 +71,7 @@ def preprocess(recipe: Recipe) -> tuple[Ledger, list[str]]:
             is left, a tokenizer or chat format that cannot be used, contradicting options, a full disk.
     """
     check_layout(recipe.layout)
+    _refuse_own_output(recipe)
     try:
         return _make(recipe, recipe.tokenizer_backend)
     except BackendMismatch as mismatch:
@@ -77,6 +79,17 @@ def preprocess(recipe: Recipe) -> tuple[Ledger, list[str]]:
             raise InputError(f"{mismatch}; use --tokenizer-backend auto") from None
         ledger, notices = _make(recipe, REFERENCE)
         return ledger, [f"{mismatch}; everything was tokenised again by the reference", *notices]
+
+
+def _refuse_own_output(recipe: Recipe) -> None:
+    own = f"{recipe.output_prefix.resolve()}_"
+    for name, source in recipe.tasks.items():
+        for file in source.files:
+            if file.suffix == ".idx" and str(file.resolve()).startswith(own):
+                raise InputError(
+                    f"task {name}: {file} is of the data set that --output-prefix {recipe.output_prefix} names; choose "
+                    "another prefix"
+                )
 
 
 def _make(recipe: Recipe, backend: str) -> tuple[Ledger, list[str]]:
@@ -127,6 +140,22 @@ def _encoding(recipe: Recipe, source: TaskSource, tokenizer: Tokenizer) -> TaskE
     return TaskEncoding(style, source.shape, fim, recipe.add_bos)
 
 
+def describe(encoding: TaskEncoding, recipe: Recipe) -> dict[str, Any]:
+    """What decides how records become samples, for the ledger; samples of one task are made alike."""
+    fim = encoding.fim
+    return {
+        "template": encoding.style.name,
+        "fingerprint": encoding.style.fingerprint,
+        "role_markers": recipe.role_markers,
+        "supervise": recipe.supervise,
+        "format": encoding.shape,
+        "add_bos": encoding.add_bos,
+        "fim_rate": 0.0 if fim is None else fim.rate,
+        "fim_spm_rate": None if fim is None else fim.spm_rate,
+        "fim_tokens": None if fim is None else list(fim.tokens),
+    }
+
+
 def _bytes_needed(recipe: Recipe, tokenizer: Tokenizer) -> int:
     """Roughly what the stored samples and the parts they are made from take."""
     files = (part for source in recipe.tasks.values() for file in source.files for part in files_on_disk(file))
@@ -143,7 +172,8 @@ def _store(
         with Workers(recipe.workers, tokenizer, encodings, parts) as workers:
             for name, source in recipe.tasks.items():
                 style = encodings[name].style
-                tally = TaskTally(name, style.name, source.weight, source.sampling, source.overlong)
+                description = describe(encodings[name], recipe)
+                tally = TaskTally(name, description, source.weight, source.sampling, source.overlong)
                 writer.begin(tally)
                 stop = stop_token_ids(tokenizer, [style])
                 readers = [SourceReader(file) for file in source.files]
@@ -169,6 +199,7 @@ def _take(encoded: EncodedChunk, tally: TaskTally, stop_ids: list[int], on_error
         tally.dropped[drop.reason] += 1
     tally.samples_in += encoded.records
     tally.documents += encoded.documents
+    tally.filled += encoded.filled
     if not tally.stopped:
         tally.stopped = bool(encoded.mask[np.isin(encoded.ids, stop_ids)].any())
 
@@ -192,7 +223,7 @@ def _refuse_wrong_masks(tally: TaskTally) -> None:
     if not tally.stopped:
         raise InputError(
             f"task {tally.name} ({paths}): no token that ends a turn is supervised, so a model would never learn to "
-            f"stop; choose another --chat-template than {tally.template}"
+            f"stop; choose another --chat-template than {tally.encoding['template']}"
         )
 
 

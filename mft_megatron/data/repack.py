@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mft_megatron.data.dataset import check_files
+from mft_megatron.data.dataset import check_files, load_array
 from mft_megatron.data.files import DatasetFiles, disk_full_named, refuse_too_small_a_disk
 from mft_megatron.data.indexed_dataset import IndexedDataset
 from mft_megatron.data.layout import Layout, Stored, check_layout, lay_out
@@ -44,10 +44,7 @@ def add_length(prefix: str, layout: Layout) -> tuple[Ledger, list[str]]:
         for split, packed in packs.items():
             for end, values in packed.files(split, layout.seq_length).items():
                 files.save(end, values)
-        lengths = {**before.lengths, length: entry}
-        ledger = dataclasses.replace(
-            before, lengths=dict(sorted(lengths.items(), key=lambda item: int(item[0]))), arrays=files.entries()
-        )
+        ledger = dataclasses.replace(before, lengths={**before.lengths, length: entry}, arrays=files.entries())
         files.publish(ledger)
     return ledger, notices
 
@@ -62,6 +59,9 @@ def merge(prefixes: Sequence[str], output_prefix: Path, layout: Layout) -> tuple
         InputError: data sets of different tokenizers or chat formats, the output among the inputs, or as
             :func:`add_length`.
     """
+    twice = [prefix for n, prefix in enumerate(prefixes) if Path(prefix).resolve() in _resolved(prefixes[:n])]
+    if twice:
+        raise InputError(f"--data-path {twice[0]}: is given twice")
     ledgers = {prefix: read_ledger(prefix) for prefix in prefixes}
     _refuse_strangers(ledgers, output_prefix)
     check_layout(layout)
@@ -100,9 +100,13 @@ def read_stored(prefix: str, ledger: Ledger) -> Stored:
         tasks=ledger.tasks,
         lengths=np.array(mask.lengths),
         supervised=np.concatenate([np.zeros(0, np.int64), *supervised]),
-        task_ids=np.load(f"{prefix}_task_ids.npy"),
+        task_ids=load_array(f"{prefix}_task_ids.npy", np.uint16, 1),
         mask=mask,
     )
+
+
+def _resolved(prefixes: Sequence[str]) -> set[Path]:
+    return {Path(prefix).resolve() for prefix in prefixes}
 
 
 def _samples(dataset: IndexedDataset, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
@@ -138,7 +142,7 @@ def _copy(ledgers: dict[str, Ledger], files: DatasetFiles) -> Stored:
                     continue
                 task = ledger.tasks[number]
                 if tally is None:
-                    tally = TaskTally(name, task.template, task.weight, task.sampling, task.overlong)
+                    tally = TaskTally(name, task.encoding, task.weight, task.sampling, task.overlong)
                     writer.begin(tally)
                 _add_counts(tally, task, prefix)
                 first = sum(before.kept for before in ledger.tasks[:number])
@@ -153,17 +157,17 @@ def _copy(ledgers: dict[str, Ledger], files: DatasetFiles) -> Stored:
 
 
 def _add_counts(tally: TaskTally, task: TaskEntry, prefix: str) -> None:
-    if (tally.template, tally.weight, tally.sampling, tally.overlong) != (
-        task.template,
-        task.weight,
-        task.sampling,
-        task.overlong,
-    ):
-        raise InputError(
-            f"--data-path {prefix}: task {task.name} has another chat format, weight, sampling or overlong there than "
-            "in a data set before it; preprocess one of them again"
-        )
+    for what in ("encoding", "weight", "sampling", "overlong"):
+        before, here = getattr(tally, what), getattr(task, what)
+        if what == "encoding" and before != here:
+            what, before, here = next((k, before.get(k), here.get(k)) for k in here if before.get(k) != here[k])
+        if before != here:
+            raise InputError(
+                f"--data-path {prefix}: task {task.name} was made with {what} {here}, and with {before} in a data set "
+                "before it; preprocess one of them again"
+            )
     tally.samples_in += task.samples_in
     tally.documents += task.kept if task.documents else 0
+    tally.filled += task.filled
     tally.dropped.update(task.dropped)
     tally.sources += task.sources

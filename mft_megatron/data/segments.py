@@ -5,7 +5,7 @@ Segments are tokenised one by one, so that the loss mask is exact by constructio
 
 from typing import NamedTuple
 
-from mft_megatron.data.conversation import Conversation, RecordError
+from mft_megatron.data.conversation import Conversation, RecordError, Turn
 
 SUPERVISE = ("all", "last")
 # names under which a turn carries reasoning beside its content
@@ -15,8 +15,9 @@ REASONING = ("reasoning_content", "reasoning", "thinking")
 class Segment(NamedTuple):
     """``special``: the text is the name of one token of the vocabulary, not text to be cut.
 
-    ``markup``: names of special tokens in the text stand for those tokens; elsewhere they are text like any other, so
-    that what a turn says can never end the turn.
+    ``markup``: names of special tokens in the text stand for those tokens. Only the prompt of raw text is markup, so
+    that it may be written for filling in the middle; elsewhere they are text like any other, so that what a turn,
+    a completion or a document says can never end it.
     """
 
     text: str
@@ -33,7 +34,7 @@ def supervised_turns(conversation: Conversation, supervise: str) -> list[bool]:
         supervise: of :data:`SUPERVISE`: every assistant turn, or only the last; a turn with ``learn=False`` never is.
 
     Raises:
-        RecordError: no turn is.
+        RecordError: no turn is, or what all of those say is empty.
     """
     supervised = [turn.learn and turn.role == "assistant" for turn in conversation.turns]
     if supervise == "last":
@@ -45,20 +46,38 @@ def supervised_turns(conversation: Conversation, supervise: str) -> list[bool]:
             "no turn is supervised: " + ("the last" if supervise == "last" else "every") + " assistant turn is marked "
             "as not to be learned, or there is none",
         )
+    if not any(_says_something(turn) for turn, learn in zip(conversation.turns, supervised, strict=True) if learn):
+        raise _empty_answer()
     return supervised
 
 
+def _says_something(turn: Turn) -> bool:
+    return bool(
+        (turn.content and not turn.content.isspace())
+        or turn.tool_calls
+        or (turn.extra and any(turn.extra.get(name) for name in REASONING))
+    )
+
+
+def _empty_answer() -> RecordError:
+    return RecordError("empty_answer", "all that is to be learned is empty, so only to stop at once would be learned")
+
+
 def raw_segments(conversation: Conversation, end_of_text: str) -> list[Segment]:
-    """Raw text: the turns as they are, then the end-of-text token. Completions and that token are supervised.
+    """Raw text: the turns as they are, then the end-of-text token. Completions and that token are supervised, and
+    prompts are markup.
 
     Raises:
-        RecordError: the completion is not to be learned.
+        RecordError: the completion is not to be learned, or empty.
     """
     supervised = [turn.role == "completion" and turn.learn for turn in conversation.turns]
     if True not in supervised:
         raise RecordError("nothing_to_learn", "the completion is marked as not to be learned, so nothing is supervised")
+    if not any(turn.content for turn, learn in zip(conversation.turns, supervised, strict=True) if learn):
+        raise _empty_answer()
     segments = [
-        Segment(turn.content, learn, False, True) for turn, learn in zip(conversation.turns, supervised, strict=True)
+        Segment(turn.content, learn, False, turn.role == "prompt")
+        for turn, learn in zip(conversation.turns, supervised, strict=True)
     ]
     segments.append(Segment(end_of_text, supervised[-1], True))
     return segments

@@ -19,6 +19,7 @@ from mft_megatron.data.ledger import SourceFile
 from mft_megatron.errors import InputError
 
 CHUNK_BYTES = 1 << 20
+CHUNK_LINES = 1 << 12  # a chunk of tiny records would otherwise be very many of them
 IDS, MASK = "_input_ids", "_loss_mask"  # how the names of MFTCoder's pairs end, before .idx and .bin
 _BLOCK, _SLICE = 1 << 16, 1 << 12  # compressed input that is read, and that is unpacked into memory, at once
 _BOM = b"\xef\xbb\xbf"
@@ -140,7 +141,9 @@ class SourceReader:
     def _chunk_of(self, content: bytes) -> Iterator[Chunk]:
         if self._lines == 0:
             content = content.removeprefix(_BOM)
-        yield from self._chunk(io.BytesIO(content).readlines())  # splits at \n alone
+        lines = io.BytesIO(content).readlines()  # splits at \n alone
+        for start in range(0, len(lines), CHUNK_LINES):
+            yield from self._chunk(lines[start : start + CHUNK_LINES])
 
     def _chunk(self, lines: list[Any]) -> Iterator[Chunk]:
         if lines:

@@ -104,7 +104,7 @@ def usable_files(paths: Iterable[Path], where: str) -> list[Path]:
     files, others = [], []
     for path in paths:
         for file in _files_below(path) if path.is_dir() else [path]:
-            (files if _is_source(file) else others).append(file)
+            (files if _is_source(file, found=True) else others).append(file)
     if not files:
         names = ", ".join(file.name for file in others[:5]) or "no file"
         more = f" and {len(others) - 5} more" if len(others) > 5 else ""
@@ -142,8 +142,11 @@ def _files_below(folder: Path) -> list[Path]:
     return sorted(files)
 
 
-def _is_source(file: Path) -> bool:
+def _is_source(file: Path, found: bool = False) -> bool:
+    """``found``: in a folder or by a pattern, where a data set of our own is not meant; merging is another command."""
     if not file.name.endswith(SUFFIXES) or not file.is_file():
+        return False
+    if found and file.with_name(f"{file.name.removesuffix(f'{IDS}.idx')}_dataset.json").exists():
         return False
     # the masks are read with the tokens they belong to
     return not (file.name.endswith(f"{MASK}.idx") and _tokens_of(file).exists())

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -9,6 +10,9 @@ from mft_megatron.data.files import DatasetFiles
 from mft_megatron.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, token_dtype
 from mft_megatron.data.layout import Stored
 from mft_megatron.data.ledger import SourceFile, TaskEntry
+from mft_megatron.errors import InputError
+
+MOST_TASKS = 1 << 16  # task numbers are uint16
 
 
 @dataclasses.dataclass
@@ -16,13 +20,14 @@ class TaskTally:
     """What has become of a task's records so far."""
 
     name: str
-    template: str
+    encoding: dict[str, Any]
     weight: float | None = None
     sampling: float | None = None
     overlong: str | None = None
     samples_in: int = 0
     kept: int = 0
     documents: int = 0
+    filled: int = 0
     tokens: int = 0
     supervised_tokens: int = 0
     stopped: bool = False  # whether a token that ends a turn was supervised anywhere
@@ -39,7 +44,8 @@ class TaskTally:
             tokens=self.tokens,
             supervised_tokens=self.supervised_tokens,
             documents=self.documents == self.kept,
-            template=self.template,
+            filled=self.filled,
+            encoding=self.encoding,
             weight=self.weight,
             sampling=self.sampling,
             overlong=self.overlong,
@@ -48,7 +54,7 @@ class TaskTally:
 
 
 class StoreWriter:
-    """Appends samples; memory grows by a few bytes a sample, not with their tokens."""
+    """Appends samples; memory grows by some bytes a sample, not with their tokens."""
 
     def __init__(self, files: DatasetFiles, vocab_size: int):
         self._files = files
@@ -62,7 +68,13 @@ class StoreWriter:
         self.tasks: list[TaskTally] = []
 
     def begin(self, tally: TaskTally) -> None:
-        """What follows belongs to this task."""
+        """What follows belongs to this task.
+
+        Raises:
+            InputError: there are as many tasks as numbers for them.
+        """
+        if len(self.tasks) == MOST_TASKS:
+            raise InputError(f"task {tally.name}: a data set holds no more than {MOST_TASKS} tasks; put some together")
         self.tasks.append(tally)
 
     def add(self, ids: np.ndarray, mask: np.ndarray, lengths: np.ndarray) -> None:

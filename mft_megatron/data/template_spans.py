@@ -69,6 +69,7 @@ class Rendering:
                 f"--chat-template {style.name} acts on the name of a special token that a turn says; leave the record "
                 "out, or use chatml",
             )
+        self._refuse_what_is_not_written()
         self.names = list(names_in(self.text, style.special_tokens))
 
     def unguard(self, text: str) -> str:
@@ -214,12 +215,83 @@ class Rendering:
                     "use a template that does, or move it into the content",
                 )
 
+    def _refuse_what_is_not_written(self) -> None:
+        """Many templates pass over a system turn, tools or calls of tools that they were not made for. All of it is
+        exchanged for words of its own, and each must be in the text."""
+        words = _Words(next(self._unused))
+        messages = [words.instead_of(number, message) for number, message in enumerate(self._messages)]
+        tools = [words.instead_of_tool(number, tool) for number, tool in enumerate(self._tools or ()) if tool]
+        if not words.given:
+            return
+        try:
+            text = self._renderer.render(messages, tools or None, self._style.variables)
+        except TemplateError:
+            return  # it looks at what it refuses
+        for word, (reason, what) in words.given.items():
+            if not words.written(word, text):
+                raise RecordError(
+                    reason,
+                    f"--chat-template {self._style.name} does not write {what}; use a template that does, or chatml, "
+                    "or take it out of the record",
+                )
+
     def mismatch(self, what: str) -> RecordError:
         return RecordError(
             "template_mismatch",
             f"--chat-template {self._style.name}: {what}, so the assistant's part cannot be told for certain; give a "
             "template with {% generation %} tags around it, or use chatml",
         )
+
+
+class _Words:
+    """Words that no record says, to stand where a system turn, tools, calls of tools or the answers of tools stand.
+
+    ``given``: for each word the reason that a record is counted under where it is not written, and what that is.
+    """
+
+    def __init__(self, unused: str):
+        self._unused = unused
+        self.given: dict[str, tuple[str, str]] = {}
+
+    def written(self, word: str, text: str) -> bool:
+        return word in text or word.replace(self._unused, f"\\u{ord(self._unused):04x}") in text
+
+    def _word(self, reason: str, what: str) -> str:
+        word = f"{self._unused}{len(self.given)}{self._unused}"
+        self.given[word] = reason, what
+        return word
+
+    def instead_of(self, number: int, message: Message) -> Message:
+        role, calls = message["role"], message.get("tool_calls")
+        other = dict(message)
+        if message["content"].strip():
+            if role == "system":
+                other["content"] = self._word("system_has_no_place", "the system turn")
+            elif role == "tool":
+                other["content"] = self._word("tools_have_no_place", f"the tool's answer in turn {number}")
+            elif calls:
+                other["content"] = self._word("content_has_no_place", f"what turn {number} says beside its tool call")
+        if calls:
+            other["tool_calls"] = [self._instead_of_call(number, call) for call in calls]
+        return other
+
+    def _instead_of_call(self, number: int, call: Mapping[str, Any]) -> Mapping[str, Any]:
+        what = f"the tool call of turn {number}"
+        function = {"name": self._word("tools_have_no_place", what), "arguments": call["function"]["arguments"]}
+        if function["arguments"]:
+            word = self._word("tools_have_no_place", f"the arguments of {what}")
+            function["arguments"] = dict.fromkeys(function["arguments"], word)
+        return {**call, "function": function}
+
+    def instead_of_tool(self, number: int, tool: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Another name for it; where it has none, for all that it says."""
+        word = self._word("tools_have_no_place", f"tool {number} of the record")
+        function = tool.get("function")
+        if isinstance(function, Mapping) and "name" in function:
+            return {**tool, "function": {**function, "name": word}}
+        if "name" in tool:
+            return {**tool, "name": word}
+        return _map_strings(tool, functools.partial(_exchange, word))
 
 
 def _message(turn: Turn) -> Message:

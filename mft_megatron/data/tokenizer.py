@@ -7,6 +7,7 @@ are given; between segments that would be a space nobody wrote, so it is switche
 
 import functools
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,10 +20,12 @@ from mft_megatron.data.backends import (
     REFERENCE,
     BackendError,
     Checked,
+    DifferenceError,
     Fast,
     gigatoken_of_json,
     gigatoken_of_sentencepiece,
 )
+from mft_megatron.data.large_texts import LARGE, pieces_of
 from mft_megatron.errors import InputError
 
 _PROBE = "if x:\n\treturn  1\n"
@@ -80,17 +83,37 @@ class _Tokenizer:
         self.backend_note = f"texts are cut by gigatoken, which is compared with {self.reference} on a sample of them"
 
     def encode_arrays(self, texts: Sequence[str], markup: bool = False) -> list[np.ndarray]:
-        """Ids of each text, integer arrays, as :meth:`encode_batch`, through the chosen backend.
+        """Ids of each text, integer arrays, as :meth:`encode_batch`, through the chosen backend; memory does not grow
+        with the length of a text, but for the ids themselves.
 
         Raises:
             DifferenceError: the fast backend cuts one of the texts otherwise than the reference.
         """
-        if self._checked is None:
-            return self._encode_reference(texts, markup)
-        return self._checked.encode(texts, markup)
+        encode = self._encode_reference if self._checked is None else self._checked.encode
+        if max(map(len, texts), default=0) <= LARGE:
+            return encode(texts, markup)
+        pieces, owners = [], []
+        for number, text in enumerate(texts):
+            for piece in pieces_of(text, lambda parts: self.encode_batch(parts, markup)):
+                pieces.append(piece)
+                owners.append(number)
+        try:
+            cut = encode(pieces, markup)
+        except DifferenceError as difference:
+            difference.position = owners[difference.position]
+            raise
+        starts = np.searchsorted(owners, range(len(texts) + 1))
+        return [np.concatenate(cut[start:end]) for start, end in itertools.pairwise(starts)]
 
     def _encode_reference(self, texts: Sequence[str], markup: bool) -> list[np.ndarray]:
-        return [np.array(ids, np.int32) for ids in self.encode_batch(texts, markup)]
+        ids: list[np.ndarray] = []
+        start = characters = 0
+        for end, text in enumerate(texts, 1):  # a few at a time: it needs much memory for each text until it is done
+            characters += len(text)
+            if characters > LARGE or end == len(texts):
+                ids += [np.array(own, np.int32) for own in self.encode_batch(texts[start:end], markup)]
+                start, characters = end, 0
+        return ids
 
 
 class HuggingFaceTokenizer(_Tokenizer):

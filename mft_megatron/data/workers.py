@@ -3,7 +3,9 @@
 import collections
 import concurrent.futures
 import multiprocessing
+import multiprocessing.connection
 import os
+import threading
 from collections.abc import Iterator, Mapping
 
 from mft_megatron.data.chunks import Chunk, TokenChunk
@@ -98,7 +100,14 @@ _encoder: Encoder | None = None
 def _start_worker(tokenizer_type: str, tokenizer_model: str, backend: str, encodings: dict[str, TaskEncoding]) -> None:
     global _encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _encoder = Encoder(load_tokenizer(tokenizer_type, tokenizer_model, backend), encodings)
+
+
+def _end_with_parent() -> None:
+    """A main process that is killed cannot end its workers, and they would wait for work for ever."""
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
 
 
 def _encode_in_worker(task: str, chunk: Chunk) -> EncodedChunk:

@@ -93,7 +93,7 @@ def write_task(folder, name, records):
 
 
 TASKS = {
-    "complete": lambda code: [{"prompt": text[:30], "completion": text[30:]} for text in code],
+    "complete": lambda code: [{"prompt": text[:20], "completion": text[20:]} for text in code],
     "chat": lambda code: [
         {
             "messages": [

@@ -10,7 +10,7 @@ from mft_megatron.data.ledger import TaskEntry
 
 def entry(name, samples, tokens, supervised, documents=False, **given):
     settings = {"weight": None, "sampling": None, "overlong": None, **given}
-    return TaskEntry(name, samples, samples, {}, tokens, supervised, documents, "chatml", sources=[], **settings)
+    return TaskEntry(name, samples, samples, {}, tokens, supervised, documents, 0, {}, sources=[], **settings)
 
 
 def stored_of(masks_of_tasks, **settings_of_tasks):

@@ -68,7 +68,7 @@ def test_every_answer_and_its_stop_token_are_supervised(name):
     ("record", "expected"),
     [
         ({"prompt": "def f(", "completion": "x):\n"}, "def f(⟦x):\n«</s>»⟧"),
-        ({"prompt": "", "completion": ""}, "⟦«</s>»⟧"),
+        ({"prompt": "", "completion": "\n"}, "⟦\n«</s>»⟧"),
         ({"text": "whole"}, "⟦whole«</s>»⟧"),
     ],
 )
@@ -76,10 +76,43 @@ def test_raw_text_has_no_roles(name, record, expected):
     assert written(made(name).segments(read_record(record))) == expected
 
 
-def test_names_of_tokens_count_in_raw_text_but_not_in_what_a_turn_says():
-    style = made("chatml")
-    assert all(segment.markup for segment in style.segments(read_record({"prompt": "a", "completion": "b"}))[:2])
-    assert not any(segment.markup for segment in style.segments(read_record(MESSAGES)))
+@pytest.mark.parametrize("name", EXPECTED)
+def test_names_of_tokens_count_in_a_raw_prompt_alone(name):
+    style = made(name)
+    raw = style.segments(read_record({"prompt": "a", "completion": "b"}))
+    assert [segment.text for segment in raw if segment.markup] == ["a"]
+    for record in ({"text": "whole"}, MESSAGES):
+        assert not any(segment.markup for segment in style.segments(read_record(record)))
+
+
+ROUND = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": ""}]
+ANSWERED = [*ROUND, {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+@pytest.mark.parametrize(
+    ("record", "supervise"),
+    [
+        ({"messages": ROUND}, "all"),
+        ({"messages": [*ROUND, *ROUND]}, "all"),
+        ({"messages": [ROUND[0], {"role": "assistant", "content": " \n"}]}, "all"),
+        ({"messages": [*ANSWERED, *ROUND]}, "last"),
+        ({"messages": [*ANSWERED[:3], {**ANSWERED[3], "train": False}]}, "all"),
+        ({"prompt": "a", "completion": ""}, "all"),
+        ({"text": ""}, "all"),
+    ],
+)
+def test_answers_that_are_all_empty_are_refused(name, record, supervise):
+    with pytest.raises(RecordError, match="empty") as error:
+        made(name, supervise=supervise).segments(read_record(record))
+    assert error.value.reason == "empty_answer"
+
+
+def test_an_empty_answer_among_others_stays():
+    segments = made("chatml").segments(read_record({"messages": [*ROUND, *ANSWERED]}))
+    assert "".join(segment.text for segment in segments if segment.supervised) == "<|im_end|>" * 2 + "A<|im_end|>"
+    calling = Conversation((Turn("user", "Q"), Turn("assistant", "", tool_calls=(CALL,))))
+    assert made("chatml").segments(calling)
 
 
 turns = st.lists(
@@ -101,6 +134,11 @@ def test_whatever_the_turns_say(name, said, system, supervise):
         with pytest.raises(RecordError) as error:
             style.segments(conversation)
         assert error.value.reason == "nothing_to_learn"
+        return
+    if not "".join(learned).strip():
+        with pytest.raises(RecordError) as error:
+            style.segments(conversation)
+        assert error.value.reason == "empty_answer"
         return
     segments = style.segments(conversation)
     supervised = [segment for segment in segments if segment.supervised]

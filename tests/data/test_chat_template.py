@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import dataclasses
 import datetime
 import itertools
 import pickle
@@ -205,6 +206,11 @@ def test_whatever_the_turns_say(styles, theirs, name, contents):
     template alone."""
     conversation = chat(*contents)
     style = styles[name]
+    if not "".join(contents[1::2]).strip():
+        with pytest.raises(RecordError) as error:
+            style.segments(conversation)
+        assert error.value.reason == "empty_answer"
+        return
     segments = style.segments(conversation)
     says = SAYS.get(name, str)
     assert supervised_text(segments) == "".join(says(said) + style.stop_token for said in contents[1::2])
@@ -437,6 +443,68 @@ def test_unknown_names_are_refused(tokenizer, name, message):
 def test_a_template_has_no_role_markers(tokenizer, write):
     with pytest.raises(InputError, match="--role-markers: a Jinja template has no"):
         chat_format(write(QWEN2), tokenizer, "{}")
+
+
+# templates that pass over a part of the record
+NO_SYSTEM = QWEN2.replace("messages[0]['content'] +", "'S' +").replace("{{- messages[0]['content'] }}", "S")
+NO_TOOL_LIST = QWEN2.replace("{{- tool | tojson }}", "")
+NO_CALLS = QWEN2.replace("and not message.tool_calls", "")
+NO_NAME = QWEN2.replace("call.name", "'f'")
+NO_ARGUMENTS = QWEN2.replace("call.arguments | tojson", "'{}'")
+NO_ANSWER = QWEN2.replace("message.role == 'tool'", "message.role == 'observation'")
+NO_CONTENT = QWEN2.replace("{%- if message.content %}", "{%- if false %}")
+ADD = {"name": "add", "arguments": {"a": 1}}
+FULL = Conversation(
+    (
+        Turn("system", "S"),
+        Turn("user", "Q"),
+        Turn("assistant", "I look.", tool_calls=(ADD, ADD)),
+        Turn("tool", "2"),
+        Turn("tool", "3"),
+        Turn("assistant", "5"),
+    ),
+    tools=TOOLS,
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "reason", "what"),
+    [
+        (NO_SYSTEM, "system_has_no_place", "the system turn"),
+        (NO_TOOL_LIST, "tools_have_no_place", "tool 0 of the record"),
+        (NO_CALLS, "tools_have_no_place", "the tool call of turn 2"),
+        (NO_NAME, "tools_have_no_place", "the tool call of turn 2"),
+        (NO_ARGUMENTS, "tools_have_no_place", "the arguments of the tool call of turn 2"),
+        (NO_ANSWER, "tools_have_no_place", "the tool's answer in turn 3"),
+        (NO_CONTENT, "content_has_no_place", "what turn 2 says beside its tool call"),
+    ],
+)
+@pytest.mark.parametrize("said", ["", "<|im_end|>"])  # which is guarded
+def test_what_a_template_leaves_out_is_refused(styles, tokenizer, write, template, reason, what, said):
+    assert template != QWEN2
+    turns = tuple(dataclasses.replace(turn, content=turn.content + said) for turn in FULL.turns)
+    full = dataclasses.replace(FULL, turns=turns)
+    assert styles["qwen2"].segments(full)
+    style = chat_format(write(template), tokenizer)
+    with pytest.raises(RecordError, match=f"does not write {what}; use a template that does, or chatml") as error:
+        style.segments(full)
+    assert error.value.reason == reason
+    assert style.segments(chat("Q", "A"))
+
+
+@pytest.mark.parametrize("tool", [{"name": "f"}, {"function": {"name": "f"}}, {"about": ["adds"]}, {"<|im_end|>": 1}])
+def test_tools_of_any_kind_are_seen(styles, tokenizer, write, tool):
+    conversation = Conversation(chat("Q", "A").turns, tools=(tool,))
+    escaping = chat_format(write(QWEN2.replace("tool | tojson", "tool | tojson(ensure_ascii=true)")), tokenizer)
+    assert styles["qwen2"].segments(conversation)
+    assert escaping.segments(conversation)
+    with pytest.raises(RecordError, match="does not write tool 0 of the record"):
+        styles["tagged"].segments(conversation)
+    assert styles["tagged"].segments(Conversation(conversation.turns, tools=({},)))
+
+
+def test_an_empty_system_turn_needs_no_place(tokenizer, write):
+    assert chat_format(write(NO_SYSTEM), tokenizer).segments(chat("Q", "A", system=" "))
 
 
 def test_raw_text_has_no_template(styles):

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from mft_megatron.data.backends import BackendMismatch, Fast
 from mft_megatron.data.chat_format import ChatFormat, chat_format
 from mft_megatron.data.conversation import RecordError, read_record
 from mft_megatron.data.encoding import Chunk, Encoder, TaskEncoding
+from mft_megatron.data.fim import Fim
 from mft_megatron.data.segments import Segment
 from mft_megatron.data.tokenizer import load_tokenizer
 from mft_megatron.errors import InputError
@@ -164,8 +166,6 @@ def test_a_sample_begins_with_bos_once(llama_like_folder):
         already = ids[0] == bos
         assert (own, own_mask) == ((ids, mask) if already else ([bos, *ids], [0, *mask]))
     assert [ids[0] == bos for ids, _ in samples_of(plain)] == [False, True, False]
-    # with bos in front, an answer of one token is something to predict
-    assert encode(tokenizer, ['{"text": ""}'], add_bos=True).lengths.tolist() == [2]
 
 
 def test_bos_without_such_a_token_is_refused(tokenizer_folder):
@@ -187,7 +187,8 @@ class HalfFim:
         self.keys.append(key)
         if not conversation.turns[0].content.startswith("fim"):
             return None
-        return [Segment("turned", False), Segment(conversation.turns[0].content, True)]
+        learned = conversation.turns[-1].content != "drop"
+        return [Segment("turned", False), Segment(conversation.turns[0].content, learned)]
 
 
 def test_fill_in_the_middle_replaces_some_records(tokenizer):
@@ -203,6 +204,11 @@ def test_fill_in_the_middle_replaces_some_records(tokenizer):
         *[f"ab{tokenizer.end_of_text}"] * 2,
     ]
     assert fim.keys[0] != fim.keys[1] == fim.keys[2]
+    assert encoded.filled == 1
+    assert encode(tokenizer, map(json.dumps, records)).filled == 0
+    # what has no target in the end is not counted, nor a chat
+    records = [{"prompt": "fim", "completion": "b"}, {"prompt": "fim", "completion": "drop"}, {"text": "fim"}]
+    assert encode(tokenizer, map(json.dumps, records), fim=fim).filled == 2
 
 
 BAD_LINES = {
@@ -212,7 +218,12 @@ BAD_LINES = {
     b"\xef\xbb\xbf{}": "invalid_json",
     b'"just a string"': "unknown_shape",
     b'{"text": "\\ud800"}': "invalid_text",
-    b'{"text": ""}': "no_supervised_token",
+    b'{"text": ""}': "empty_answer",
+    b'{"prompt": "a", "completion": ""}': "empty_answer",
+    b'{"question": "a", "answer": ""}': "empty_answer",
+    b'[{"text": "a"}]': "unknown_shape",
+    b'{"text": "a"}\r{"text": "b"}': "invalid_json",
+    b'{"text": "a", "n": ' + b"1" * 5000 + b"}": "invalid_json",
     b'{"text": NaN}': "wrong_type",
 }
 
@@ -224,6 +235,35 @@ def test_every_line_is_accounted_for(tokenizer):
     assert [drop.line for drop in encoded.drops] == sorted(drop.line for drop in encoded.drops)
     assert encoded.records == len(encoded.lengths) + len(encoded.drops) == len(BAD_LINES) + 2
     assert all("\n" not in drop.message for drop in encoded.drops)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"[\n", r"not JSON \(Expecting value, at character 3\); write one record a line, not an array"),
+        (b"  {\n", r"not JSON \(Expecting property name enclosed in double quotes, at character \d\)"),
+        (b'[{"text": "a"}]\n', "a record is a JSON object, not list; write one record a line, not an array"),
+        (
+            b'{"text": "a"}\r{"text": "b"}\r',
+            r"not JSON \(Extra data, at character 15\); lines end in carriage returns alone here, write line feeds",
+        ),
+        (b'{"n": ' + b"1" * 5000 + b"}\r\n", r"not JSON that can be read \(a whole number of more than 4300 digits\)"),
+        (b"[" * 100_000 + b"\r\n", r"not JSON that can be read \(nested too deeply\); write one record a line.*"),
+    ],
+)
+def test_what_a_line_is_instead_of_a_record(tokenizer, line, message):
+    (drop,) = encode(tokenizer, [line]).drops
+    assert re.fullmatch(message, drop.message)
+
+
+def test_names_of_tokens_count_in_a_raw_prompt_alone(tokenizer):
+    name = tokenizer.end_of_text
+    number = tokenizer.token_id(name)
+    records = [{"prompt": f"a{name}", "completion": "b"}, {"prompt": "a", "completion": f"b{name}c"}]
+    records += [{"text": f"a{name}b"}, {"question": f"a{name}", "answer": f"b{name}c"}]
+    for fim in (None, Fim(1.0, 0.5, ("<p>", "<s>", "<m>"), 1, name)):
+        samples = samples_of(encode(tokenizer, map(json.dumps, records), fim=fim))
+        assert [ids.count(number) for ids, _ in samples] == [2, 1, 1, 1]
 
 
 def test_chunks_of_nothing(tokenizer):

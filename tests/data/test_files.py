@@ -65,7 +65,7 @@ def test_what_was_not_published_is_discarded(tmp_path):
 def test_too_small_a_disk_is_refused_beforehand(tmp_path, monkeypatch):
     monkeypatch.setattr(module.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**9))
     refuse_too_small_a_disk(tmp_path / "not" / "there", 10**9)
-    with pytest.raises(InputError, match=r"1\.00 GB are free, and about 2\.00 GB are needed"):
+    with pytest.raises(InputError, match=r"1,000 MB are free, and about 2,000 MB are needed"):
         refuse_too_small_a_disk(tmp_path / "not" / "there", 2 * 10**9)
 
 
@@ -77,3 +77,71 @@ def test_a_disk_that_gets_full_is_one_line(tmp_path):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / "_x.npy"))
     with pytest.raises(PermissionError), disk_full_named(tmp_path / "set"):
         raise PermissionError(errno.EACCES, "no", "x")
+
+
+def test_arrays_that_do_not_fit_are_a_full_disk(tmp_path, monkeypatch):
+    """numpy's own way of writing them would hide why."""
+
+    class Full:
+        def __init__(self, file):
+            self._file = file
+
+        def __getattr__(self, name):
+            return getattr(self._file, name)
+
+        def write(self, content):
+            if memoryview(content).nbytes > 1000:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return self._file.write(content)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            self._file.close()
+
+    def write(values):
+        with disk_full_named(tmp_path / "set"), DatasetFiles(tmp_path / "set") as files:
+            opened = open
+            monkeypatch.setattr(module, "open", lambda *words: Full(opened(*words)), raising=False)
+            files.save("_x.npy", values)
+
+    write(np.zeros(3))
+    with pytest.raises(InputError, match="the disk is full"):
+        write(np.zeros(1000))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("values", [np.arange(12).reshape(3, 4)[:, ::2], np.zeros((2, 0), np.int64), np.uint16([1, 2])])
+def test_arrays_are_written_as_numpy_writes_them(tmp_path, values):
+    with DatasetFiles(tmp_path / "set") as files:
+        files.save("_x.npy", values)
+        found = np.load(tmp_path / ".set.writing" / "data_x.npy")
+    np.testing.assert_array_equal(found, values)
+    assert found.dtype == values.dtype
+
+
+def test_the_data_set_before_stays_one_while_names_are_only_added(tmp_path, monkeypatch):
+    """Packing for one more length must not cost the data set when it is killed on the way."""
+    from made_dataset import write_dataset
+
+    from mft_megatron.data.dataset import PackedDataset
+    from mft_megatron.data.layout import Layout
+    from mft_megatron.data.repack import add_length
+
+    prefix = str(tmp_path / "set")
+    write_dataset(prefix, 256)
+    replace = os.replace
+
+    def killed(source, target):
+        if target.endswith("_dataset.json"):
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            add_length(prefix, Layout(512, split=(1, 0, 0)))
+    assert PackedDataset.open(prefix, 256, check="hashes").entry.packs
+    add_length(prefix, Layout(512, split=(1, 0, 0)))
+    assert PackedDataset.open(prefix, 512, check="hashes").entry.packs

@@ -29,6 +29,7 @@ def completion(prompt, text, learn=True):
 
 def parts(segments, spm):
     """Prefix, suffix and middle of what was written, after a look at the tokens' places."""
+    segments = [segment for segment in segments if not segment.markup]
     names = [segment.text for segment in segments if segment.special]
     assert names == [P, S, M, END]
     content = [segment for segment in segments if not segment.special]
@@ -61,8 +62,10 @@ def test_the_parts_of_a_document_are_the_document(spm, text, key):
 def test_the_middle_of_a_completion_is_learned(spm, prompt, text, key):
     segments = ALWAYS[spm].segments(completion(prompt, text), key)
     head, tail, middle = parts(segments, spm)
-    assert head.text + middle.text + tail.text == prompt + text
-    assert head.text.startswith(prompt)
+    assert head.text + middle.text + tail.text == text
+    (place,) = (place for place, segment in enumerate(segments) if segment.markup)
+    assert segments[place] == Segment(prompt, False, False, True)
+    assert segments[place + 1] is head
     assert [segment for segment in segments if segment.supervised and segment.text] == [
         *([middle] if middle.text else []),
         Segment(END, True, special=True),
@@ -77,11 +80,13 @@ def test_head_and_middle_are_tokenised_apart(conversation):
         assert head.supervised != gap.supervised or gap.supervised != middle.supervised
 
 
-def test_names_of_tokens_count_as_in_raw_text():
-    for spm in (False, True):
-        segments = ALWAYS[spm].segments(document(SOURCE), b"")
-        assert all(segment.markup for segment in segments if segment.text and not segment.special)
-    assert raw_segments(document(SOURCE), END)[0].markup
+def test_names_of_tokens_count_in_prompts_as_without_the_cut():
+    for conversation, count in ((document(SOURCE), 0), (completion("a prompt", SOURCE), 1)):
+        markup = [segment for segment in raw_segments(conversation, END) if segment.markup]
+        assert len(markup) == count
+        for spm in (False, True):
+            segments = ALWAYS[spm].segments(conversation, b"")
+            assert [segment for segment in segments if segment.markup] == markup
 
 
 def test_rates_are_kept():
@@ -141,8 +146,9 @@ def test_what_stays_as_it_is(conversation):
 class Vocabulary:
     end_of_text = END
 
-    def __init__(self, *names):
-        self.token_id = {name: number for number, name in enumerate((END, *names))}.get
+    def __init__(self, *names, plain=()):
+        self.special_tokens = dict.fromkeys(names)
+        self.token_id = {name: number for number, name in enumerate((END, *names, *plain))}.get
 
 
 @pytest.mark.parametrize("names", KNOWN_TOKENS.values(), ids=KNOWN_TOKENS)
@@ -153,7 +159,9 @@ def test_the_tokens_of_known_models_are_found(names):
 
 
 def test_tokens_that_are_given():
-    tokenizer = Vocabulary(P, S, M, *KNOWN_TOKENS["StarCoder"])
+    tokenizer = Vocabulary(P, S, M, *KNOWN_TOKENS["StarCoder"], plain=("a", "def", *KNOWN_TOKENS["CodeLlama"]))
+    # of a SentencePiece model nothing says that these were added
+    assert fim_tokens(tokenizer, ",".join(KNOWN_TOKENS["CodeLlama"])) == KNOWN_TOKENS["CodeLlama"]
     assert fim_tokens(tokenizer, "<P>,<S>,<M>") == (P, S, M)
     for given_, message in [
         ("<P>,<S>", "three different"),
@@ -161,6 +169,8 @@ def test_tokens_that_are_given():
         ("<P>,<S>,<M>,<E>", "three different"),
         ("<P>,<S>,", "no token ''"),
         ("<P>,<S>,<X>", "no token '<X>'"),
+        ("a,<S>,<M>", "'a' is a piece of ordinary text"),
+        ("<P>,<S>,def", "'def' is a piece of ordinary text"),
     ]:
         with pytest.raises(InputError, match=f"--fim-tokens {given_}: .*{message}"):
             fim_tokens(tokenizer, given_)

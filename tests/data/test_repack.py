@@ -92,9 +92,13 @@ def test_what_cannot_be_merged_is_refused(make_dataset, tmp_path, train_sentence
     with pytest.raises(InputError, match="made with another tokenizer"):
         merge([first, other], tmp_path / "all", LAYOUT)
     with pytest.raises(InputError, match="is one of the data sets to merge"):
-        merge([first, first], Path(first), LAYOUT)
+        merge([first], Path(first), LAYOUT)
+    with pytest.raises(InputError, match="is given twice"):
+        merge([first, f"{Path(first).parent}/./set"], tmp_path / "all", LAYOUT)
     chat = {"a": [{"instruction": "x", "output": "y"}] * 3}
     styles = [make_dataset(chat, chat_template=name)[0] for name in ("chatml", "mftcoder")]
-    with pytest.raises(InputError, match="task a has another chat format"):
+    with pytest.raises(
+        InputError, match="task a was made with template mftcoder, and with chatml in a data set before it"
+    ):
         merge(styles, tmp_path / "all", LAYOUT)
     assert list(tmp_path.iterdir()) == []

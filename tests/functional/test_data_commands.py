@@ -158,7 +158,12 @@ def test_a_task_file_sets_what_is_the_tasks_own(command):
     assert code == 0, said
     opened = command.open(40)
     chat, code_task = opened.ledger.tasks
-    assert (chat.weight, chat.template, code_task.sampling, code_task.overlong) == (2.5, "own.jinja", 2, "split")
+    assert (chat.weight, chat.encoding["template"], code_task.sampling, code_task.overlong) == (
+        2.5,
+        "own.jinja",
+        2,
+        "split",
+    )
     assert opened.entry.tasks[1].uses == {"2": 12}
     assert "code: in one pass over the training rows, 12 used 2 times" in said
     again = command.preprocess("--task-file", command.folder / "tasks.yaml", "--task", f"code={command.folder}")
@@ -364,3 +369,114 @@ def test_a_killed_run_is_taken_up(command, tokenizer_folder):
     assert code == 0, said
     assert "1 parts had been tokenised before" in said
     assert not list(command.folder.glob(".set*"))
+
+
+def test_a_data_set_is_no_source_of_itself(command):
+    """A task's folder may hold the data set that is made of it, time and again."""
+    folder = command.folder / "data"
+    folder.mkdir()
+    command.write("data/a.jsonl", CHAT)
+    for _ in range(2):
+        code, said = command.preprocess("--task", f"t={folder}", name="data/set")
+        assert code == 0, said
+        assert command.open(name="data/set").ledger.tasks[0].samples_in == 12
+    code, said = command.preprocess("--task", f"t={folder / 'set_input_ids.idx'}", name="data/set")
+    assert code == 2
+    assert "choose another prefix" in said
+
+
+def test_the_ledger_says_how_samples_were_made(command):
+    task = f"t={command.write('t.jsonl', TEXT)}"
+    names = "<|im_start|>,<|im_end|>,<|pad|>"
+    code, said = command.preprocess("--task", task, "--fim-rate", "1", "--fim-tokens", names, "--supervise", "last")
+    assert code == 0, said
+    (entry,) = command.open().ledger.tasks
+    assert entry.encoding["fim_rate"] == 1.0
+    assert entry.encoding["fim_tokens"] == names.split(",")
+    assert entry.encoding["supervise"] == "last"
+    assert entry.filled == 12
+
+
+def test_options_of_the_first_length_give_way_to_those_that_are_typed(command):
+    words = ("--task", f"t={command.write('t.jsonl', TEXT)}", "--split", "98.76543219,1.23456781,0")
+    assert command.preprocess(*words, "--task-sampling", "t=2")[0] == 0
+    for options, uses in (((), {"2": 11}), (("--sampling-temperature", "2"), {"1": 11})):
+        code, said = command.run(
+            pack_main, "--data-path", command.folder / "set", "--seq-length", "48", "--split", "11,1,0", *options
+        )
+        assert code == 0, said
+        assert command.open(48).entry.tasks[0].uses == uses
+    code, said = command.run(
+        pack_main, "--data-path", command.folder / "set", "--seq-length", "32", "--padding-mode", "concat"
+    )
+    assert code == 0, said
+    assert command.open(32).entry.options["split"] == [98.76543219, 1.23456781, 0.0]
+
+
+@pytest.mark.parametrize("end", ["_task_ids.npy", "_train_packs_64.npy", "_train_packs_64_offsets.npy"])
+def test_a_damaged_array_is_one_line_when_training_opens_it(command, end):
+    assert command.preprocess("--task", f"t={command.write('t.jsonl', TEXT)}")[0] == 0
+    path = command.folder / f"set{end}"
+    content = bytearray(path.read_bytes())
+    content[:80] = bytes(80)
+    path.write_bytes(content)
+    code, said = command.run(lambda words: PackedDataset.open(command.folder / "set", 64))
+    assert code == 2
+    assert f"set{end}: damaged" in said
+
+
+LEDGER_FAULTS = [
+    lambda ledger: ledger.update(lengths={}),
+    lambda ledger: ledger["lengths"]["64"]["options"].pop("split"),
+    lambda ledger: ledger["lengths"]["64"]["options"].update(unheard_of=1),
+    lambda ledger: ledger["lengths"]["64"].update(tasks=[]),
+    lambda ledger: ledger.update(lengths={"abc": ledger["lengths"]["64"]}),
+]
+
+
+@pytest.mark.parametrize("fault", LEDGER_FAULTS)
+def test_a_ledger_that_is_not_whole_is_one_line(command, fault):
+    assert command.preprocess("--task", f"t={command.write('t.jsonl', TEXT)}")[0] == 0
+    path = command.folder / "set_dataset.json"
+    ledger = json.loads(path.read_text())
+    fault(ledger)
+    path.write_text(json.dumps(ledger))
+    for main, words in (
+        (inspect_main, (command.folder / "set", "--check")),
+        (pack_main, ("--data-path", command.folder / "set", "--seq-length", "32")),
+    ):
+        code, said = command.run(main, *words)
+        assert code == 2
+        assert said.splitlines()[-1].startswith("error: ")
+        assert "preprocess" in said
+
+
+def test_workers_end_with_their_main_process(command, tokenizer_folder):
+    import psutil
+
+    words = ["--task", f"b={command.write('b.jsonl', TEXT * 40_000)}", "--workers", "2"]
+    fixed = ["--tokenizer-model", str(tokenizer_folder), "--tokenizer-backend", "hf", "--seq-length", "64"]
+    output = ["--output-prefix", str(command.folder / "set")]
+    process = subprocess.Popen([sys.executable, "tools/preprocess_data.py", *words, *fixed, *output], cwd=ROOT)
+    until = time.monotonic() + 60
+    while not list(command.folder.glob(".set.writing/parts/*/*.npz")):
+        assert time.monotonic() < until
+        assert process.poll() is None
+        time.sleep(0.02)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    assert len(workers) >= 2
+    process.kill()
+    process.wait()
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    assert not alive
+
+
+def test_output_may_end_early(command):
+    """`inspect_data … | head -1`"""
+    assert command.preprocess("--task", f"t={command.write('t.jsonl', TEXT * 50)}")[0] == 0
+    inspect = [sys.executable, "tools/inspect_data.py", str(command.folder / "set"), "--samples", "500"]
+    process = subprocess.Popen(inspect, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait() == 141
