@@ -8,6 +8,8 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
+from .batch_sizes import step_schedule
+from .errors import InputError
 from .loss_names import FOCAL, WEIGHTED
 from .options import out_of_range
 from .run_folder import is_checkpoint
@@ -94,13 +96,58 @@ def check_virtual_stages(a: Arguments) -> str | None:
     return None
 
 
-def check_batches(a: Arguments) -> str | None:
-    if a.training.global_batch_size % a.batch_multiple:
-        factors = f"--micro-batch-size {a.training.micro_batch_size} × data-parallel size {a.data_parallel_size}"
-        if a.distributed.interleaved:
-            factors += f" × --pipeline-model-parallel-size {a.distributed.pipeline_model_parallel_size} (interleaved)"
-        return f"--global-batch-size {a.training.global_batch_size} is not a multiple of {factors} = {a.batch_multiple}"
+def check_batch_schedule(a: Arguments) -> str | None:
+    t = a.training
+    if t.rampup_batch_size is not None and t.step_batch_size_schedule is not None:
+        return "--rampup-batch-size and --step-batch-size-schedule both set the batch sizes; give one of them"
+    if t.step_batch_size_schedule is not None:
+        try:
+            last = step_schedule(t.step_batch_size_schedule, a.data.seq_length).sizes[-1]
+        except InputError as error:
+            return str(error)
+        if t.global_batch_size not in (None, last):
+            return (
+                f"--global-batch-size {t.global_batch_size}: with --step-batch-size-schedule it is the last size "
+                f"there, {last}; leave it out"
+            )
+    if t.rampup_batch_size is None:
+        return None
+    start, increment, samples = t.rampup_batch_size
+    ramp = f"--rampup-batch-size {start} {increment} {samples}"
+    if min(t.rampup_batch_size) < 1:
+        return f"{ramp}: START, INCREMENT and SAMPLES must be at least 1"
+    if t.global_batch_size is None:
+        return f"{ramp} grows to --global-batch-size; give that, too"
+    if start >= t.global_batch_size:
+        return f"{ramp} does not start below --global-batch-size {t.global_batch_size}; lower START, or leave it out"
+    if (t.global_batch_size - start) % increment:
+        return (
+            f"{ramp} does not end at --global-batch-size {t.global_batch_size}: INCREMENT {increment} does not divide "
+            f"the difference of {t.global_batch_size - start}; change one of them"
+        )
     return None
+
+
+def check_batches(a: Arguments) -> str | None:
+    consumed = 0 if a.resume is None or a.checkpoint.finetune else a.resume[1].consumed_samples
+    # sizes that a run has behind it may have been of another layout
+    sizes = a.batch_sizes.from_then_on(consumed)
+    wrong = next((size for size in sizes if size % a.batch_multiple), None)
+    if wrong is None:
+        return None
+    factors = f"--micro-batch-size {a.training.micro_batch_size} × data-parallel size {a.data_parallel_size}"
+    if a.distributed.interleaved:
+        factors += f" × --pipeline-model-parallel-size {a.distributed.pipeline_model_parallel_size} (interleaved)"
+    not_multiple = f"is not a multiple of {factors} = {a.batch_multiple}"
+    if a.training.step_batch_size_schedule is not None:
+        return f"--step-batch-size-schedule: the size {wrong} {not_multiple}; change it"
+    if a.training.rampup_batch_size is not None:
+        ramp = " ".join(map(str, a.training.rampup_batch_size))
+        return (
+            f"--rampup-batch-size {ramp}: on the way to --global-batch-size {a.training.global_batch_size} the size "
+            f"{wrong} {not_multiple}; choose START, INCREMENT and --global-batch-size as multiples of it"
+        )
+    return f"--global-batch-size {wrong} {not_multiple}"
 
 
 def check_schedule(a: Arguments) -> str | None:
@@ -112,8 +159,47 @@ def check_schedule(a: Arguments) -> str | None:
             f"--lr-warmup-iters {schedule.lr_warmup_iters} leaves nothing of the {schedule.lr_decay_iters} decay "
             "steps; shorten the warm-up or raise --lr-decay-iters"
         )
-    if schedule.min_lr > schedule.lr:
-        return f"--min-lr {schedule.min_lr} is above --lr {schedule.lr}"
+    if schedule.lr_decay_style == "WSD" and schedule.lr_wsd_decay_iters is None:
+        return "--lr-decay-style WSD needs --lr-wsd-decay-iters N: how many of its last steps decay"
+    if (
+        schedule.lr_decay_style == "WSD"
+        and schedule.lr_wsd_decay_iters > schedule.lr_decay_iters - schedule.warmup_steps
+    ):
+        return (
+            f"--lr-wsd-decay-iters {schedule.lr_wsd_decay_iters} and a warm-up of {schedule.warmup_steps:g} steps are "
+            f"more than the {schedule.lr_decay_iters} decay steps; shorten one or raise --lr-decay-iters"
+        )
+    lowest = schedule.min_lr if schedule.decoupled_min_lr is None else schedule.decoupled_min_lr
+    for name, rate, name_of_lowest, low in (
+        ("--lr", schedule.lr, "--min-lr", schedule.min_lr),
+        ("--decoupled-lr", schedule.decoupled_lr, "--decoupled-min-lr (not given: --min-lr)", lowest),
+    ):
+        if rate is not None and low > rate:
+            return f"{name_of_lowest} {low} is above {name} {rate}; lower it"
+        if rate is not None and schedule.lr_warmup_init > rate:
+            return f"--lr-warmup-init {schedule.lr_warmup_init} is above {name} {rate}; lower it"
+    if schedule.lr_warmup_init and not schedule.warmup_steps:
+        return (
+            f"--lr-warmup-init {schedule.lr_warmup_init} has no effect without a warm-up; give --lr-warmup-iters or "
+            "--lr-warmup-fraction, or leave it out"
+        )
+    return None
+
+
+def check_weight_decay(a: Arguments) -> str | None:
+    r = a.regularization
+    if r.apply_wd_to_qk_layernorm and not a.network.qk_layernorm:
+        return "--apply-wd-to-qk-layernorm without --qk-layernorm has nothing to apply to; leave it out"
+    style = r.weight_decay_incr_style
+    if style == "constant":
+        return None
+    if r.start_weight_decay is None or r.end_weight_decay is None:
+        return f"--weight-decay-incr-style {style} needs both --start-weight-decay and --end-weight-decay; give them"
+    if r.start_weight_decay > r.end_weight_decay:
+        return (
+            f"--start-weight-decay {r.start_weight_decay} is above --end-weight-decay {r.end_weight_decay}; weight "
+            "decay can only grow, exchange them"
+        )
     return None
 
 
@@ -144,6 +230,9 @@ def check_checkpointing(a: Arguments) -> str | None:
             f"--load {c.load}: its optimizer is of a {a.resume[1].precision} run, this one is {a.precision.name}; use "
             "the same precision, or continue with --no-load-optim or --finetune"
         )
+    if c.load_optim and a.resume[1].decoupled_lr != (a.learning_rate.decoupled_lr is not None):
+        was, now = ("saved with", "give it") if a.resume[1].decoupled_lr else ("saved without", "leave it out")
+        return f"--load {c.load}: {was} --decoupled-lr; {now}, or continue with --no-load-optim or --finetune"
     return None
 
 
@@ -203,8 +292,10 @@ CHECKS = (
     check_positions,
     check_layout,
     check_virtual_stages,
+    check_batch_schedule,
     check_batches,
     check_schedule,
+    check_weight_decay,
     check_checkpointing,
     check_objective,
     check_stopping,

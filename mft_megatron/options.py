@@ -25,9 +25,9 @@ def option(
     flag: str | None = None,
     aliases: Sequence[str] = (),
     values: Mapping[str, str] | None = None,
-    many: bool = False,
+    many: bool | int = False,
     repeated: bool = False,
-    metavar: str | None = None,
+    metavar: str | tuple[str, ...] | None = None,
     at_least: float | None = None,
     above: float | None = None,
     at_most: float | None = None,
@@ -44,7 +44,7 @@ def option(
             given by its flag takes the opposite of its default.
         aliases: other spellings, accepted and named in the help.
         values: other spellings of the values, e.g. ``case3`` for ``task-token``.
-        many: the option takes one or more values and yields a tuple.
+        many: the option takes one or more values, or exactly so many, and yields a tuple.
         at_least, above, at_most, below: where a number must lie; checked by the command, not by the parser.
         repeated: of an option with many values: it may be given several times, and the values add up.
     """
@@ -117,7 +117,7 @@ def _add(section: Any, field: dataclasses.Field) -> None:
     if meta["metavar"]:
         arguments["metavar"] = meta["metavar"]
     if meta["many"]:
-        arguments["nargs"] = "+"
+        arguments["nargs"] = "+" if meta["many"] is True else meta["many"]
         if meta["repeated"]:
             arguments["action"] = "extend"
     section.add_argument(*names, **arguments)

@@ -52,7 +52,8 @@ class CheckpointInfo:
 
     ``architecture``: the fields of ``NetworkArguments``. ``tokenizer``: the ledger's entry, and
     ``stop_token_ids``. ``vocab_size``: rows of the vocabulary before padding.
-    ``consumed_samples`` counts packs. ``precision``: fp32 or bf16. ``layout``: sizes by name,
+    ``consumed_samples`` counts packs. ``precision``: fp32 or bf16. ``decoupled_lr``: whether the
+    optimizer has a group for the rate of embedding and output layer. ``layout``: sizes by name,
     and the kind of device, for what belongs to one layout.
     ``dataset_hash`` and ``seed`` identify the data order that was being followed.
     ``best``: its evaluation was the best of the run until then. ``asked_for``: it was due, at
@@ -72,6 +73,7 @@ class CheckpointInfo:
     has_optimizer: bool = True
     has_rng: bool = True
     precision: str = "fp32"
+    decoupled_lr: bool = False
     layout: dict[str, int | str] = dataclasses.field(default_factory=dict)
     best: bool = False
     asked_for: bool = True

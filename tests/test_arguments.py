@@ -61,6 +61,17 @@ def test_either_option_interleaves(option, stages):
     assert a.batch_multiple == (2 if stages is None else 4)
 
 
+def test_batch_sizes():
+    assert parse("--global-batch-size 6").batch_sizes.after(1000) == 6
+    ramp = parse("--global-batch-size 12 --rampup-batch-size 4 4 24")
+    assert (ramp.training.rampup_batch_size, ramp.training.global_batch_size) == ((4, 4, 24), 12)
+    assert [ramp.batch_sizes.after(packs) for packs in (0, 11, 12, 23, 24)] == [4, 4, 8, 8, 12]
+    steps = parse("--step-batch-size-schedule 0:4,1K:8")
+    assert steps.training.global_batch_size == 8
+    assert [steps.batch_sizes.after(packs) for packs in (0, 6, 7)] == [4, 4, 8]  # 1000 tokens are 7.8 packs of 128
+    assert parse("--step-batch-size-schedule 0:4,1K:8 --global-batch-size 8").batch_sizes == steps.batch_sizes
+
+
 @pytest.mark.parametrize(("alias", "loss"), list(zip(("case1", "case2", "case3", "case4"), LOSSES[:4], strict=True)))
 def test_mftcoder_names(alias, loss):
     assert parse(f"--weighted_loss_mode {alias}").multi_task.mft_loss == loss
@@ -98,6 +109,8 @@ def test_the_packed_length_is_the_default():
     with pytest.raises(InputError, match="give --seq-length; data is packed for 128, 256"):
         parse(base=base, lengths=lambda prefix: [128, 256])
 
+
+GROWTH = "--weight-decay-incr-style linear --start-weight-decay 0.2"
 
 REFUSED = {
     "--tensor-model-paralel-size 2": "did you mean --tensor-model-parallel-size",
@@ -149,6 +162,49 @@ REFUSED = {
     "--lr-warmup-iters 10": "leaves nothing of the 10 decay steps",
     "--lr-warmup-iters 2 --lr-warmup-fraction 0.1": "both set the warm-up",
     "--lr-warmup-fraction 1.5": "below 1",
+    "--lr-warmup-init 1e-4": "no effect without a warm-up",
+    "--lr-warmup-init 1 --lr-warmup-iters 2": "--lr-warmup-init 1.0 is above --lr 0.001; lower it",
+    "--lr-decay-style exponential": "invalid choice: 'exponential'",
+    "--lr-decay-style WSD": "needs --lr-wsd-decay-iters N",
+    "--lr-decay-style WSD --lr-wsd-decay-iters 0": "at least 1",
+    "--lr-decay-style WSD --lr-wsd-decay-iters 11": "more than the 10 decay steps; shorten one",
+    "--lr-decay-style WSD --lr-wsd-decay-iters 6 --lr-warmup-iters 5": "a warm-up of 5 steps are more than the 10",
+    "--lr-decay-style WSD --lr-wsd-decay-iters 6 --lr-warmup-fraction 0.5": "a warm-up of 5 steps are more than the 10",
+    "--lr-wsd-decay-iters 5": "--lr-wsd-decay-iters has no effect without --lr-decay-style WSD",
+    "--lr-wsd-decay-style linear": "--lr-wsd-decay-style has no effect without --lr-decay-style WSD",
+    "--lr-decay-style constant --min-lr 1e-4": "--min-lr has no effect without a decay",
+    "--lr-decay-style constant --decoupled-lr 1 --decoupled-min-lr 1e-4": "--decoupled-min-lr has no effect without a",
+    "--decoupled-min-lr 1e-4": "--decoupled-min-lr has no effect without --decoupled-lr",
+    "--decoupled-lr -1": "at least 0",
+    "--decoupled-lr 1e-4 --decoupled-min-lr 1e-3": "--decoupled-min-lr (not given: --min-lr) 0.001 is above",
+    "--decoupled-lr 1e-4 --min-lr 5e-4": "(not given: --min-lr) 0.0005 is above --decoupled-lr 0.0001; lower it",
+    "--decoupled-lr 1e-4 --lr-warmup-iters 2 --lr-warmup-init 5e-4": "--lr-warmup-init 0.0005 is above --decoupled-lr",
+    "--start-weight-decay 0.1": "--start-weight-decay has no effect without --weight-decay-incr-style linear or cosine",
+    "--end-weight-decay 0.1": "--end-weight-decay has no effect without --weight-decay-incr-style linear or cosine",
+    "--weight-decay-incr-style linear": "needs both --start-weight-decay and --end-weight-decay",
+    "--weight-decay-incr-style cosine --start-weight-decay 0": "needs both --start-weight-decay and --end-weight-decay",
+    f"{GROWTH} --end-weight-decay 0.1": "--start-weight-decay 0.2 is above --end-weight-decay 0.1",
+    f"{GROWTH} --end-weight-decay 0.3 --weight-decay 0.3": "--weight-decay has no effect without",
+    "--start-weight-decay -1": "no effect",
+    f"{GROWTH} --end-weight-decay -1": "at least 0",
+    "--apply-wd-to-qk-layernorm": "without --qk-layernorm",
+    "--rampup-batch-size 16 16": "expected 3 arguments",
+    "--rampup-batch-size 16 16 x": "invalid int value",
+    "--rampup-batch-size 16 16 64": "grows to --global-batch-size; give that, too",
+    "--rampup-batch-size 16 0 64 --global-batch-size 64": "must be at least 1",
+    "--rampup-batch-size 16 16 0 --global-batch-size 64": "must be at least 1",
+    "--rampup-batch-size 64 16 64 --global-batch-size 64": "does not start below --global-batch-size 64",
+    "--rampup-batch-size 16 32 64 --global-batch-size 64": "INCREMENT 32 does not divide the difference of 48",
+    "--rampup-batch-size 16 24 64 --global-batch-size 64": "the size 40 is not a multiple of --micro-batch-size 2 ×",
+    "--rampup-batch-size 8 8 64 --global-batch-size 64": "the size 8 is not a multiple of --micro-batch-size 2 ×",
+    f"{PP2} --num-virtual-stages-per-pipeline-rank 2 --rampup-batch-size 8 8 64 --global-batch-size 32": (
+        "the size 8 is not a multiple of --micro-batch-size 2 × data-parallel size 4 × --pipeline-model-parallel-size 2"
+    ),
+    "--rampup-batch-size 16 16 64 --step-batch-size-schedule 0:16": "both set the batch sizes; give one of them",
+    "--step-batch-size-schedule 0:16,4K:32 --global-batch-size 16": "it is the last size there, 32; leave it out",
+    "--step-batch-size-schedule 0:16,4K:24": "the size 24 is not a multiple of --micro-batch-size 2 × data-parallel",
+    "--step-batch-size-schedule 128:16": "the first threshold must be 0",
+    "--step-batch-size-schedule 16": "'16' is not THRESHOLD:SIZE",
     "--save-interval 5": "without --save",
     "--exit-interval 5": "without --save",
     "--finetune": "without --load",
@@ -319,6 +375,34 @@ def test_learned_positions_keep_their_length(tmp_path):
     folder = checkpoint(tmp_path, architecture=network)
     with pytest.raises(InputError, match=r"the checkpoint .* has 128"):
         parse(f"--load {folder} --max-position-embeddings 256", base=WITHOUT_SHAPE)
+
+
+@pytest.mark.parametrize(
+    "growth", ["--step-batch-size-schedule 0:4,1K:8", "--rampup-batch-size 4 4 10 --global-batch-size 8"]
+)
+def test_sizes_that_a_run_has_behind_it_need_not_fit_a_new_layout(tmp_path, growth):
+    words = f"--load {checkpoint(tmp_path, consumed_samples=12)} {growth} --micro-batch-size 1"
+    assert parse(words, 8, WITHOUT_SHAPE).batch_sizes.after(12) == 8
+    with pytest.raises(InputError, match="the size 4 is not a multiple"):
+        parse(f"{words} --finetune", 8, WITHOUT_SHAPE)
+    with pytest.raises(InputError, match="the size 4 is not a multiple"):
+        parse(
+            f"--load {checkpoint(tmp_path / 'young', consumed_samples=4)} {growth}",
+            2,
+            WITHOUT_SHAPE.replace("size 2", "size 4"),
+        )
+
+
+def test_a_rate_of_its_own_needs_an_optimizer_that_knows_it(tmp_path):
+    folder = checkpoint(tmp_path)
+    with pytest.raises(InputError, match="saved without --decoupled-lr; leave it out, or continue"):
+        parse(f"--load {folder} --decoupled-lr 1", base=WITHOUT_SHAPE)
+    assert parse(f"--load {folder} --decoupled-lr 1 --finetune", base=WITHOUT_SHAPE).learning_rate.decoupled_lr == 1
+    folder = checkpoint(tmp_path / "with", decoupled_lr=True)
+    with pytest.raises(InputError, match="saved with --decoupled-lr; give it, or continue with --no-load-optim"):
+        parse(f"--load {folder}", base=WITHOUT_SHAPE)
+    assert parse(f"--load {folder} --decoupled-lr 1", base=WITHOUT_SHAPE).learning_rate.decoupled_lr == 1
+    assert parse(f"--load {folder} --no-load-optim", base=WITHOUT_SHAPE).resume is not None
 
 
 def test_another_precision_needs_another_optimizer(tmp_path):

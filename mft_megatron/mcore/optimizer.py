@@ -1,10 +1,18 @@
-"""Adam over this rank's parameters and the learning-rate schedule, both Megatron-Core's.
+"""Adam over this rank's parameters and the schedules of its rates and weight decay, all Megatron-Core's.
 
 Schedules count optimizer steps: one increment a step, whatever the batch or world size.
+
+Parameters are in the same groups on every rank: those with weight decay, biases and norms, which have none, and with
+``--decoupled-lr`` the word embedding and the output layer.
 """
 
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    OptimizerConfig,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from mft_megatron.arguments import Arguments
@@ -17,7 +25,10 @@ def build_optimizer(arguments: Arguments, chunks: list[DistributedDataParallel])
         optimizer=arguments.training.optimizer,
         lr=arguments.learning_rate.lr,
         min_lr=arguments.learning_rate.min_lr,
+        decoupled_lr=arguments.learning_rate.decoupled_lr,
+        decoupled_min_lr=arguments.learning_rate.decoupled_min_lr,
         weight_decay=regularization.weight_decay,
+        apply_wd_to_qk_layernorm=regularization.apply_wd_to_qk_layernorm,
         adam_beta1=regularization.adam_beta1,
         adam_beta2=regularization.adam_beta2,
         adam_eps=regularization.adam_eps,
@@ -25,28 +36,34 @@ def build_optimizer(arguments: Arguments, chunks: list[DistributedDataParallel])
         bf16=arguments.precision.bf16,
         params_dtype=chunks[0].config.params_dtype,
     )
-    return get_megatron_optimizer(config, chunks, use_gloo_process_groups=False)
+    overrides = get_standard_config_overrides(config)
+    for override in overrides.values():
+        if "max_lr" in override:
+            # by this Megatron-Core tells groups of a checkpoint apart, and leaves it to who has more than the usual two
+            override["is_decoupled_lr"] = True
+    return get_megatron_optimizer(config, chunks, config_overrides=overrides, use_gloo_process_groups=False)
 
 
 def build_scheduler(arguments: Arguments, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
-    """Warm-up and decay of the learning rate, in optimizer steps."""
-    schedule = arguments.learning_rate
-    warmup = schedule.lr_warmup_iters
-    if schedule.lr_warmup_fraction is not None:
-        warmup = int(schedule.lr_warmup_fraction * schedule.lr_decay_iters)
-    decay = arguments.regularization.weight_decay
+    """Warm-up and decay of the learning rate and growth of the weight decay, in optimizer steps."""
+    schedule, regularization = arguments.learning_rate, arguments.regularization
+    start_decay, end_decay = regularization.start_weight_decay, regularization.end_weight_decay
+    if regularization.weight_decay_incr_style == "constant":
+        start_decay = end_decay = regularization.weight_decay
     return OptimizerParamScheduler(
         optimizer,
         init_lr=schedule.lr_warmup_init,
         max_lr=schedule.lr,
         min_lr=schedule.min_lr,
-        lr_warmup_steps=warmup,
+        lr_warmup_steps=schedule.warmup_steps,
         lr_decay_steps=schedule.lr_decay_iters,
         lr_decay_style=schedule.lr_decay_style,
-        start_wd=decay,
-        end_wd=decay,
+        start_wd=start_decay,
+        end_wd=end_decay,
         wd_incr_steps=arguments.training.train_iters,
-        wd_incr_style="constant",
+        wd_incr_style=regularization.weight_decay_incr_style,
+        wsd_decay_steps=schedule.lr_wsd_decay_iters,
+        lr_wsd_decay_style=schedule.lr_wsd_decay_style,
         # what the command line says holds; a checkpoint only says how far the schedule has come
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,

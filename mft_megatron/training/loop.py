@@ -40,16 +40,17 @@ def train(
     if evaluation.finished:
         log.write(event_record(progress, "early stop", reason=evaluation.finished))
         return progress
-    clock, due, unlogged = _Clock(), False, None
+    clock, due, unlogged, sizes = _Clock(), False, None, arguments.batch_sizes
     while progress.step < training.train_iters:
+        batch_size = sizes.after(progress.consumed_samples)
         plan = plan_step(
             split,
             seed=arguments.initialization.seed,
-            global_batch_size=training.global_batch_size,
+            global_batch_size=batch_size,
             consumed_samples=progress.consumed_samples,
         )
         report = trainer.train_step(split, plan)
-        before, progress = progress, progress.after_step(training.global_batch_size, skipped=report is None)
+        before, progress = progress, progress.after_step(batch_size, skipped=report is None)
         if report is None:
             clock.leave_out()
             log.write(event_record(progress, "skip", reason="no supervised token of a weighted task"))

@@ -65,6 +65,7 @@ def train_record(
         "loss": report.loss,
         "grad_norm": report.grad_norm,
         "lr": report.learning_rate,
+        "global_batch_size": len(plan.packs_G),
         "tokens": tokens,
         "supervised_tokens": int(seen_K.sum()),
         "step_time": step_time,

@@ -77,6 +77,7 @@ class Saver:
             has_optimizer=a.checkpoint.save_optim,
             has_rng=a.checkpoint.save_rng,
             precision=a.precision.name,
+            decoupled_lr=a.learning_rate.decoupled_lr is not None,
             layout=parallel.layout(),
             best=best,
             asked_for=self._asked_for(progress.step, always),

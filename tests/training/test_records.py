@@ -39,6 +39,7 @@ def test_a_step():
     record = logged(report(), plan())
     assert (record["loss"], record["step"], record["consumed_samples"]) == (3.0, 7, 28)
     assert (record["tokens"], record["supervised_tokens"]) == (50, 5)
+    assert record["global_batch_size"] == 4
     assert record["tasks"]["write"] == {
         "loss": 3.0,
         "supervised_tokens": 2,

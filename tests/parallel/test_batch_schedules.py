@@ -1,0 +1,96 @@
+"""Batches that grow: the same run on one process and on two data-parallel ranks, whole and resumed in the middle."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import _free_port, run_on_ranks
+from made_dataset import write_dataset
+from run import arguments_for
+
+# options, the sizes of steps, and after which step to break off: in the middle of a size, and where it changes
+BATCHES = {
+    # 4 packs until 12 of them, 8 until 24, then 12
+    "ramp": ("--rampup-batch-size 4 4 24 --global-batch-size 12", [4, 4, 4, 8, 8, 12, 12], 4),
+    # and as with Megatron down again
+    "schedule": (
+        "--step-batch-size-schedule 0:4,1K:8,3.6k:4 --global-batch-size 4 --decoupled-lr 2e-3",
+        [4, 4, 8, 8, 8, 4, 4],
+        2,
+    ),
+}
+STEPS = 7
+OPTIONS = (
+    f"--train-iters {STEPS} --log-interval 1 --eval-iters 0 --lr-decay-style cosine --lr-warmup-iters 2 --min-lr 1e-4"
+)
+
+
+@pytest.fixture(scope="module")
+def prefix(tmp_path_factory):
+    prefix = tmp_path_factory.mktemp("ramp") / "set"
+    write_dataset(prefix, 128, longest=100, tasks={"completion": 2, "write": 5})
+    return str(prefix)
+
+
+def _run(prefix, runs, world_size):
+    """Some runs one after the other, each as a user would start it."""
+    import os
+
+    from mft_megatron.training.pretrain import pretrain
+
+    for words, port in runs:
+        os.environ["MASTER_PORT"] = str(port)  # of its own: a rank may be late in leaving the one before
+        pretrain(arguments_for(prefix, f"{OPTIONS} {words}", world_size), os.environ["RANK"] == "0")
+
+
+def records(folder):
+    """Of the steps, without what a clock says, and of the epochs."""
+    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    clocks = {"step_time", "balance_time", "balance_share"}
+    steps = [{k: v for k, v in record.items() if k not in clocks} for record in lines if record["kind"] == "train"]
+    return steps, [record for record in lines if record.get("event") == "epoch"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, prefix):
+    """``alone/NAME`` of one process, ``whole/NAME`` of two, and ``resumed/NAME`` of two with a break after STOP."""
+    folder = tmp_path_factory.mktemp("runs")
+    alone, of_two = [], []
+    for name, (words, _, stop) in BATCHES.items():
+        alone.append(f"{words} --save {folder}/alone/{name}")
+        of_two.append(f"{words} --save {folder}/whole/{name}")
+        resumed = f"{words} --save {folder}/resumed/{name} --load {folder}/resumed/{name}"
+        of_two += [f"{resumed} --exit-interval {stop}", resumed]
+    for world_size, runs in ((1, alone), (2, of_two)):
+        run_on_ranks(world_size, _run, prefix, [(words, _free_port()) for words in runs], world_size)
+    return folder
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_each_step_has_its_size(folder, name):
+    steps, epochs = records(folder / "alone" / name)
+    sizes = BATCHES[name][1]
+    assert [step["global_batch_size"] for step in steps] == sizes
+    assert [step["consumed_samples"] for step in steps] == [sum(sizes[: n + 1]) for n in range(STEPS)]
+    assert [step["lr"] for step in steps[:3]] == [0.0, 5e-4, 1e-3]  # by steps, not by what they hold
+    assert epochs, "the runs are to go on into a second epoch"
+    assert all(epoch["complete"] for epoch in epochs)
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_two_ranks_take_the_steps_of_one(folder, name):
+    (alone, epochs), (whole, epochs_of_two) = (records(folder / kind / name) for kind in ("alone", "whole"))
+    assert epochs_of_two == epochs
+    assert len({step["loss"] for step in alone}) == STEPS
+    for step, same in zip(whole, alone, strict=True):
+        for key in ("global_batch_size", "consumed_samples", "supervised_tokens", "lr"):
+            assert step[key] == same[key]
+        for key in ("loss", "grad_norm"):
+            assert step[key] == pytest.approx(same[key], rel=1e-6)
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_a_resume_goes_on_with_the_size_that_is_due(folder, name):
+    assert records(folder / "resumed" / name) == records(folder / "whole" / name)
+    events = [json.loads(line) for line in (folder / "resumed" / name / "metrics.jsonl").read_text().splitlines()]
+    assert [event["step"] for event in events if event.get("event") == "load"] == [BATCHES[name][2]]

@@ -1,0 +1,90 @@
+"""How many packs a step has, by the packs consumed before it."""
+
+import pytest
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+from megatron.core.num_microbatches_calculator import RampupBatchsizeNumMicroBatchesCalculator
+
+from mft_megatron.batch_sizes import BatchSizes, ramp_up, step_schedule
+from mft_megatron.errors import InputError
+
+
+def of_a_run(sizes, steps):
+    """Sizes of the first steps."""
+    consumed, seen = 0, []
+    for _ in range(steps):
+        seen.append(sizes.after(consumed))
+        consumed += seen[-1]
+    return seen
+
+
+def test_a_ramp():
+    assert of_a_run(ramp_up(4, 4, 24, 12), 8) == [4, 4, 4, 8, 8, 12, 12, 12]  # 8 from 12 packs on, 12 from 24 on
+    assert of_a_run(BatchSizes([0], [6]), 3) == [6, 6, 6]
+
+
+@given(st.integers(1, 30), st.integers(1, 9), st.integers(1, 12), st.integers(1, 500), st.integers(0, 600))
+@example(2, 2, 3, 10, 10)
+def test_a_ramp_is_megatrons(start, increment, steps, samples, consumed):
+    # on the border of two sizes Megatron divides in floating point, which may come out on either side
+    assume(consumed >= samples or consumed * steps % samples)
+    end = start + steps * increment
+    theirs = RampupBatchsizeNumMicroBatchesCalculator(end, 1, 1, False, 1, start, increment, samples)
+    if consumed == samples:
+        assert ramp_up(start, increment, samples, end).after(consumed) == end
+        return
+    theirs.update(consumed, consistency_check=False)
+    assert ramp_up(start, increment, samples, end).after(consumed) == theirs.get_current_global_batch_size()
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 12), st.integers(1, 60))
+def test_a_ramp_is_exact_on_its_borders(start, increment, steps, samples):
+    sizes = ramp_up(start, increment, samples, start + steps * increment)
+    for consumed in range(samples + 3):
+        assert sizes.after(consumed) == start + increment * min(consumed * steps // samples, steps)
+
+
+PAIRS = st.dictionaries(st.integers(1, 50), st.integers(1, 99), max_size=6)
+
+
+@given(PAIRS, st.integers(1, 99), st.integers(1, 9), st.integers(0, 60), st.randoms())
+def test_a_schedule_by_tokens(later, first, seq_length, consumed, random):
+    pairs = [(0, first), *later.items()]
+    random.shuffle(pairs)
+    text = random.choice([" ", ",", ", "]).join(f"{start * seq_length}:{size}" for start, size in pairs)
+    sizes = step_schedule(text, seq_length)
+    assert sizes.after(consumed) == dict(pairs)[max(start for start, _ in pairs if start <= consumed)]
+    remaining = [size for start, size in sorted(pairs) if start > consumed]
+    assert list(sizes.from_then_on(consumed)) == [sizes.after(consumed), *remaining]
+
+
+def test_suffixes_are_exact_and_packs_are_whole():
+    sizes = step_schedule("0:16 2.4B:320 0.3t:1K", 4096)
+    assert sizes.starts == [0, 585937, 73242187]  # of 585937.5 and 73242187.5 packs
+    assert sizes.sizes == [16, 320, 1000]
+    assert step_schedule("0:1 1.1K:2 4.35m:3", 1).starts == [0, 1100, 4350000]
+
+
+REFUSED = {
+    "": "the first threshold must be 0, as in 0:16 2.4B:320",
+    "8:4": "the first threshold must be 0",
+    "0:4 16": "'16' is not THRESHOLD:SIZE",
+    "0:4 :8": "':8' is not THRESHOLD:SIZE",
+    "0:4 9:": "'9:' is not THRESHOLD:SIZE",
+    "0:0": "'0:0' is not",
+    "0:4.5": "'0:4.5' is not",
+    "-1:4": "'-1:4' is not",
+    "0:4 nan:8": "'nan:8' is not",
+    "0:4 1e99:8": "'1e99:8' is not",
+    "0:4 x:8": "'x:8' is not",
+    "0:4 16:8 1:9": "thresholds 0 and 1 are less than a pack of 8 tokens apart",
+    "0:4 1K:8 1000:9": "thresholds 1K and 1000 are less than a pack",
+}
+
+
+@pytest.mark.parametrize("text", REFUSED)
+def test_other_texts_are_refused(text):
+    with pytest.raises(InputError) as refusal:
+        step_schedule(text, 8)
+    assert REFUSED[text] in str(refusal.value)
+    assert "\n" not in str(refusal.value)
