@@ -15,7 +15,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .argument_checks import CHECKS, check_ranges, check_virtual_stages
+from .argument_checks import CHECKS, check_batch_schedule, check_ranges, check_virtual_stages
+from .batch_sizes import BatchSizes, ramp_up, step_schedule
 from .errors import InputError
 from .loss_names import FOCAL, LOSSES
 from .options import build_parser, fill, option, parse, spelling
@@ -82,6 +83,19 @@ class RegularizationArguments:
     attention_dropout: float = option(0.1, "Dropout of attention weights.", at_least=0, below=1)
     hidden_dropout: float = option(0.1, "Dropout of hidden states.", at_least=0, below=1)
     weight_decay: float = option(0.01, "Weight decay; biases and norms have none.", at_least=0)
+    start_weight_decay: float | None = option(
+        None, "Weight decay of the first step, with --weight-decay-incr-style.", type=float, at_least=0
+    )
+    end_weight_decay: float | None = option(
+        None, "Weight decay after --train-iters steps, with --weight-decay-incr-style.", type=float, at_least=0
+    )
+    weight_decay_incr_style: str = option(
+        "constant",
+        "How weight decay grows over the --train-iters optimizer steps: not at all, or from --start-weight-decay to "
+        "--end-weight-decay.",
+        choices=("constant", "linear", "cosine"),
+    )
+    apply_wd_to_qk_layernorm: bool = option(False, "Weight decay for the norms of --qk-layernorm, too.")
     clip_grad: float = option(1.0, "Clip gradients to this global norm; 0 turns it off.", at_least=0)
     adam_beta1: float = option(0.9, "First coefficient of Adam's running averages.", at_least=0, below=1)
     adam_beta2: float = option(0.999, "Second coefficient of Adam's running averages.", at_least=0, below=1)
@@ -98,6 +112,21 @@ class TrainingArguments:
     global_batch_size: int | None = option(
         None, "Packs of one optimizer step. Not given: micro-batch size × data-parallel size.", type=int, at_least=1
     )
+    rampup_batch_size: tuple[int, ...] | None = option(
+        None,
+        "Packs of the first step, by how many packs a step grows at a time, and over how many packs in all it grows to "
+        "--global-batch-size. Unlike in Megatron it goes with --train-iters, which stay optimizer steps.",
+        type=int,
+        many=3,
+        metavar=("START", "INCREMENT", "SAMPLES"),
+    )
+    step_batch_size_schedule: str | None = option(
+        None,
+        "Packs of a step by the tokens consumed before it, padding counted in: '0:16 2.4B:320' takes 16 until 2.4e9 / "
+        "--seq-length packs are consumed, then 320 (K, M, B, T: 1e3 … 1e12). The last size is --global-batch-size.",
+        type=str,
+        metavar="'THRESHOLD:SIZE …'",
+    )
     optimizer: str = option("adam", "Optimizer; Adam with decoupled weight decay.", choices=("adam",))
     train_iters: int | None = option(
         None, "Number of optimizer steps in all, steps before a resume counted in.", type=int, at_least=1
@@ -107,6 +136,13 @@ class TrainingArguments:
         "Save and stop after an iteration divisible by this; the learning-rate schedule is unaffected.",
         type=int,
         at_least=1,
+    )
+    cross_entropy_impl: str = option(
+        "fused-linear",
+        "How token losses are made of hidden states. fused-linear: of supervised tokens alone, chunk by chunk, so that "
+        "the logits of a micro-batch are never held: less memory, no more time, the same numbers to fp32 rounding. "
+        "megatron: Megatron-Core's output layer and cross entropy on the logits of all tokens, for comparison.",
+        choices=("fused-linear", "megatron"),
     )
 
 
@@ -120,19 +156,53 @@ class InitializationArguments:
 
 @dataclasses.dataclass(frozen=True)
 class LearningRateArguments:
-    """Schedules count optimizer steps, so they do not depend on batch or world size."""
+    """Schedules count optimizer steps, so they do not depend on batch or world size. The first step has the rate at 0
+    steps, which is --lr-warmup-init where there is a warm-up; step n the rate at n - 1."""
 
     lr: float | None = option(None, "Learning rate at its peak.", type=float, at_least=0)
     lr_decay_style: str = option(
-        "linear", "Decay of the learning rate.", choices=("constant", "linear", "cosine", "inverse-square-root")
+        "linear",
+        "Decay of the learning rate from the end of the warm-up on. WSD (warm-up, stable, decay) keeps --lr until the "
+        "last --lr-wsd-decay-iters of the decay steps.",
+        choices=("constant", "linear", "cosine", "inverse-square-root", "WSD"),
     )
-    lr_decay_iters: int | None = option(None, "Steps to decay over. Not given: --train-iters.", type=int, at_least=1)
-    lr_warmup_iters: int = option(0, "Steps of linear warm-up.", at_least=0)
+    lr_decay_iters: int | None = option(
+        None,
+        "Optimizer steps until the decay is over, the warm-up counted in; --min-lr from then on. Not given: "
+        "--train-iters.",
+        type=int,
+        at_least=1,
+    )
+    lr_wsd_decay_style: str = option(
+        "exponential",
+        "Decay in the last steps of WSD.",
+        choices=("exponential", "linear", "cosine", "minus_sqrt"),
+    )
+    lr_wsd_decay_iters: int | None = option(
+        None, "Optimizer steps of WSD's decay, the last of the decay steps.", type=int, at_least=1
+    )
+    lr_warmup_iters: int = option(0, "Optimizer steps of linear warm-up.", at_least=0)
     lr_warmup_fraction: float | None = option(
         None, "Share of the decay steps to warm up in.", type=float, at_least=0, below=1
     )
     lr_warmup_init: float = option(0.0, "Learning rate the warm-up starts from.", at_least=0)
-    min_lr: float = option(0.0, "Learning rate at the end of the decay.", at_least=0)
+    min_lr: float = option(0.0, "Learning rate at the end of the decay, and the lowest of it.", at_least=0)
+    decoupled_lr: float | None = option(
+        None,
+        "Learning rate at its peak of the word embedding and the output layer. Not given: --lr.",
+        type=float,
+        at_least=0,
+    )
+    decoupled_min_lr: float | None = option(
+        None, "Their learning rate at the end of the decay. Not given: --min-lr.", type=float, at_least=0
+    )
+
+    @property
+    def warmup_steps(self) -> float:
+        """As the schedule takes them; a share of the decay steps is not rounded, as in Megatron."""
+        if self.lr_warmup_fraction is not None:
+            return self.lr_warmup_fraction * self.lr_decay_iters
+        return self.lr_warmup_iters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -309,8 +379,8 @@ class MultiTaskArguments:
     )
     task_weights: tuple[str, ...] | None = option(
         None,
-        "Weight of each task for task-token and task-sample: name=number …, 1 where not named; or one list in the data "
-        "set's order of tasks, as in MFTCoder: '[1.0, 2.0]'.",
+        "Weight of each task for task-token and task-sample: name=number …, else that of the data set's task file, "
+        "else 1; or one list in the data set's order of tasks, as in MFTCoder: '[1.0, 2.0]'.",
         type=str,
         many=True,
         aliases=("--task_weights",),
@@ -417,6 +487,16 @@ class Arguments:
         micro_batches = self.distributed.pipeline_model_parallel_size if self.distributed.interleaved else 1
         return self.training.micro_batch_size * self.data_parallel_size * micro_batches
 
+    @property
+    def batch_sizes(self) -> BatchSizes:
+        """Packs of each step, by the packs consumed before it."""
+        training = self.training
+        if training.step_batch_size_schedule is not None:
+            return step_schedule(training.step_batch_size_schedule, self.data.seq_length)
+        if training.rampup_batch_size is not None:
+            return ramp_up(*training.rampup_batch_size, training.global_batch_size)
+        return BatchSizes([0], [training.global_batch_size])
+
     def as_options(self) -> dict[str, Any]:
         """Every option's effective value by Megatron's name, for ``config.yaml``."""
         return {
@@ -465,7 +545,7 @@ def parse_arguments(command_line: Sequence[str], world_size: int = 1, packed_len
     }
     arguments = Arguments(**groups, world_size=world_size, resume=resume)
     # before anything is derived from these numbers; again below for the derived ones
-    for check in (check_ranges, check_virtual_stages):
+    for check in (check_ranges, check_virtual_stages, check_batch_schedule):
         _refuse(check(arguments))
     arguments = _complete(arguments)
     for check in CHECKS:
@@ -492,8 +572,9 @@ def _expand_mftcoder_balancer(given: dict[str, Any]) -> None:
 
 
 def _options_without_effect(given: Mapping[str, Any]) -> str | None:
-    """Options of a loss, a balancer or a criterion that is not in use."""
+    """Options of a loss, a balancer, a schedule or a criterion that is not in use."""
     loss, balance = given.get("mft_loss", "task-token"), given.get("task_balance", "static")
+    decay, growth = given.get("lr_decay_style", "linear"), given.get("weight_decay_incr_style", "constant")
     best = {"early_stopping_patience", "save_best"} & given.keys()
     owners = (
         ("focal_", loss in FOCAL, "--mft-loss focal-sample or focal-task"),
@@ -506,10 +587,18 @@ def _options_without_effect(given: Mapping[str, Any]) -> str | None:
             best or "task_early_stopping_patience" in given,
             "--early-stopping-patience, --task-early-stopping-patience or --save-best",
         ),
+        ("lr_wsd_", decay == "WSD", "--lr-decay-style WSD"),
+        ("min_lr", decay != "constant", "a decay, and --lr-decay-style constant has none"),
+        ("decoupled_min_lr", decay != "constant", "a decay, and --lr-decay-style constant has none"),
+        ("decoupled_min_lr", "decoupled_lr" in given, "--decoupled-lr"),
+        ("weight_decay", growth == "constant", "--weight-decay-incr-style constant, which is the default"),
+        ("start_weight_decay", growth != "constant", "--weight-decay-incr-style linear or cosine"),
+        ("end_weight_decay", growth != "constant", "--weight-decay-incr-style linear or cosine"),
     )
     for field in (field for _, group in GROUPS for field in dataclasses.fields(group)):
         for prefix, in_use, wanted in owners:
-            if field.name.startswith(prefix) and field.name in given and not in_use:
+            owned = field.name.startswith(prefix) if prefix.endswith("_") else field.name == prefix
+            if owned and field.name in given and not in_use:
                 return f"{spelling(field)} has no effect without {wanted}; add that, or leave it out"
     return None
 
@@ -593,7 +682,9 @@ def _complete(arguments: Arguments) -> Arguments:
         network = dataclasses.replace(network, num_query_groups=network.num_attention_heads)
     if network.max_position_embeddings is None:
         network = dataclasses.replace(network, max_position_embeddings=arguments.data.seq_length)
-    if training.global_batch_size is None:
+    if training.step_batch_size_schedule is not None:
+        training = dataclasses.replace(training, global_batch_size=arguments.batch_sizes.sizes[-1])
+    elif training.global_batch_size is None:
         # too few ranks for the layout are refused later, in words of their own
         size = training.micro_batch_size * max(arguments.data_parallel_size, 1)
         training = dataclasses.replace(training, global_batch_size=size)

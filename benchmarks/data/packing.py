@@ -25,7 +25,16 @@ from stopwatch import in_turn, machine, median_of, peak_memory, timed
 from mft_megatron.data._sample_index import best_fit_decreasing
 from mft_megatron.data.dataset import PackedDataset
 from mft_megatron.data.indexed_dataset import _HEADER, CODES, MAGIC, VERSION
-from mft_megatron.data.ledger import ArrayEntry, Ledger, LengthEntry, PackEntry, TaskEntry, TokenizerEntry, ledger_path
+from mft_megatron.data.ledger import (
+    ArrayEntry,
+    Ledger,
+    LengthEntry,
+    PackEntry,
+    TaskCut,
+    TaskEntry,
+    TokenizerEntry,
+    ledger_path,
+)
 from mft_megatron.data.packing import pack_split
 from mft_megatron.data.pieces import Pieces
 from mft_megatron.data.step_plan import plan_step
@@ -127,8 +136,9 @@ def write_index(prefix: str, lengths: np.ndarray, seq_length: int, tokens: bool,
     packs = len(packed.offsets) - 1
     entries = {"train": PackEntry(packs, len(lengths), total, 0, total / packs / seq_length)}
     own = np.bincount(task_ids, minlength=TASKS).tolist()
-    tasks = [TaskEntry(f"t{k}", n, n, {}, 0, 0, False, "", None, None, None, []) for k, n in enumerate(own)]
-    length = LengthEntry({"padding_mode": "pack"}, [], entries)
+    tasks = [TaskEntry(f"t{k}", n, n, {}, 0, 0, False, 0, {}, None, None, None, []) for k, n in enumerate(own)]
+    cuts = [TaskCut(n, 0, 0, 0, 0, 0, 0, {}, {"train": n, "valid": 0, "test": 0}, {"1": n}) for n in own]
+    length = LengthEntry({"padding_mode": "pack"}, cuts, entries)
     tokenizer = TokenizerEntry("HuggingFaceTokenizer", "", "", VOCABULARY, None, 0, 0)
     ledger = Ledger(tasks, tokenizer, {"stop_token_ids": []}, {str(seq_length): length}, arrays)
     ledger_path(prefix).write_text(ledger.to_json())

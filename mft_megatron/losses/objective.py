@@ -10,6 +10,7 @@ sums of all micro-batches and data-parallel ranks are simply added.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -47,6 +48,34 @@ class StepFactors:
             if isinstance(value := getattr(self, field.name), Tensor)
         }
         return dataclasses.replace(self, **moved)
+
+
+@dataclasses.dataclass(frozen=True)
+class Slope:
+    """``dL/dl_t`` of some tokens, as far as it is known before their losses: ``linear + exponential · exp(-l_t)``.
+
+    fp64; ``exponential`` is ``None`` where there is no such term.
+    """
+
+    linear: Tensor
+    exponential: Tensor | None = None
+
+    def at(self, loss: Tensor) -> Tensor:
+        """``dL/dl_t`` at these losses, in their dtype."""
+        if self.exponential is None:
+            return self.linear.to(loss.dtype)
+        return (self.linear + self.exponential * (-loss.double()).exp()).to(loss.dtype)
+
+    def take(self, tokens: slice | Tensor) -> "Slope":
+        """Of some of the tokens: a slice or their numbers in the flattened order."""
+        return self._each(lambda value: value.flatten()[tokens])
+
+    def times(self, factor: Tensor | float) -> "Slope":
+        """Of the objective times a factor."""
+        return self._each(lambda value: value * factor)
+
+    def _each(self, function: Callable[[Tensor], Tensor]) -> "Slope":
+        return Slope(function(self.linear), None if self.exponential is None else function(self.exponential))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +128,29 @@ class Objective:
             the sum to differentiate, a scalar of the losses' dtype; and ``c_t`` fp64 [B, S], a constant, with which
             ``Σ c_t·l_t`` is the loss (of focal-task its linear part).
         """
+        coefficient_BS, on_probability_BS = self._coefficients(factors, batch)
+        if self.mode == "focal-sample":
+            seen_BS = loss_BS.detach() if self.detach else loss_BS
+            place = (batch.sample_ids_BS, batch.loss_mask_BS, batch.num_segments)
+            coefficient_BS = coefficient_BS * sample_modulation(seen_BS, *place, self.gamma)
+        value = (coefficient_BS * loss_BS.double()).sum()
+        if on_probability_BS is not None:
+            # p_t = 1 - miss_t; the constant makes no difference to the gradient
+            value = value - (on_probability_BS * token_miss(loss_BS)).sum()
+        return value.to(loss_BS.dtype), coefficient_BS.detach()
+
+    def slope(self, factors: StepFactors, batch: Batch) -> Slope | None:
+        """The gradient of :meth:`of` in the token losses, before they are known; [B, S].
+
+        ``None`` of focal-sample, where the gradient of a token depends on the losses of its whole sample.
+        """
+        if self.mode == "focal-sample":
+            return None
+        coefficient_BS, on_probability_BS = self._coefficients(factors, batch)
+        return Slope(coefficient_BS, None if on_probability_BS is None else -on_probability_BS)
+
+    def _coefficients(self, factors: StepFactors, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """What the token losses are multiplied with, before the modulation of focal-sample, and what ``p_t`` is."""
         place = (batch.task_ids_BS, batch.sample_ids_BS, batch.loss_mask_BS, batch.num_segments)
         shared = self.mode in SHARED_BY_SAMPLE
         factor_K = factors.loss_K
@@ -106,15 +158,9 @@ class Objective:
             own_counts = counts(*place, len(factor_K))
             factor_K = task_factors(self.mode, *own_counts, factors.weight_K) * factors.micro_batch_share
         coefficient_BS = coefficients(factor_K, *place, shared)
-        if self.mode == "focal-sample":
-            seen_BS = loss_BS.detach() if self.detach else loss_BS
-            coefficient_BS = coefficient_BS * sample_modulation(seen_BS, *place[1:], self.gamma)
-        value = (coefficient_BS * loss_BS.double()).sum()
-        if factors.probability_K is not None:
-            on_probability_BS = coefficients(factors.probability_K, *place, shared)
-            # p_t = 1 - miss_t; the constant makes no difference to the gradient
-            value = value - (on_probability_BS * token_miss(loss_BS)).sum()
-        return value.to(loss_BS.dtype), coefficient_BS.detach()
+        if factors.probability_K is None:
+            return coefficient_BS, None
+        return coefficient_BS, coefficients(factors.probability_K, *place, shared)
 
     def sums(self, batch: Batch, loss_BS: Tensor, coefficient_BS: Tensor, num_tasks: int) -> Tensor:
         """What the log and the next step want to know of a micro-batch: fp64 [len(SUMS), K], sums over tokens by task.

@@ -56,7 +56,7 @@ def mark_split_weights(model: torch.nn.Module) -> None:
     Without the mark the gradient norm counts one rank's part of each weight.
     """
     for module in model.modules():
-        axis = SPLIT_AXIS.get(type(module))
+        axis = next((axis for kind, axis in SPLIT_AXIS.items() if isinstance(module, kind)), None)
         if axis is not None and module.weight is not None and not hasattr(module.weight, "tensor_model_parallel"):
             set_tensor_model_parallel_attributes(module.weight, True, axis, 1)
 

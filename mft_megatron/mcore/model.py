@@ -5,11 +5,12 @@
     NetworkArguments ─► TransformerConfig ─┐
     norm, attention  ─► layer spec ────────┴─► GPTModel (a stage of this rank) ─► DistributedDataParallel
 
-Called with labels the model yields the negative log-likelihood of every token, fp32 [1, T]; the objective is not its
-business.
+Called with labels the model yields the negative log-likelihood of every supervised token, fp32 [1, T]; the objective is
+not its business.
 """
 
 import warnings
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +25,11 @@ from torch import Tensor
 
 from mft_megatron.arguments import Arguments, DistributedArguments, NetworkArguments
 from mft_megatron.batch import Batch
+from mft_megatron.losses.objective import Slope
 
 from . import platform
 from .attention import PackedAttention, packing
-from .cross_entropy import vocab_parallel_nll
+from .cross_entropy import FusedOutputLayer, Targets, vocab_parallel_nll
 from .initialize import initialize_weights, mark_split_weights
 from .norm import NORMS
 
@@ -144,21 +146,49 @@ class PackedGPTModel(GPTModel):
             vp_stage=virtual_stage,
         )
         self.real_vocab_size = vocab_size
+        self.fused = arguments.training.cross_entropy_impl == "fused-linear"
+        if self.fused and self.post_process:
+            # Megatron makes its output layer itself; this one has the same weights, names and hooks
+            self.output_layer.__class__ = FusedOutputLayer
 
-    def run(self, batch: Batch, with_loss: bool = True) -> Tensor:
+    def run(self, batch: Batch, with_loss: bool = True, slope: Callable[[Batch], Slope | None] | None = None) -> Tensor:
         """Forward pass of a micro-batch as one stream of T = B·S tokens.
+
+        Args:
+            batch: on this process's device.
+            with_loss: or logits.
+            slope: what is known of the gradient that the token losses will get, before Megatron scales it. Asked for
+                where a backward pass follows and it saves one computation of the logits.
 
         Returns:
             on the last pipeline stage token losses fp32 [1, T] (or logits [1, T, vocabulary / TP] without loss),
-            elsewhere hidden states.
+            elsewhere hidden states. Losses of unsupervised tokens have no meaning; fused, they are 0.
         """
         return self(
             input_ids=batch.tokens_BS.view(1, -1),
             position_ids=batch.position_ids_BS.view(1, -1),
             attention_mask=None,
-            labels=batch.labels_BS.view(1, -1) if with_loss else None,
+            labels=self._targets(batch, slope) if with_loss else None,
             packed_seq_params=packing(batch),
         )
+
+    def _targets(self, batch: Batch, slope: Callable[[Batch], Slope | None] | None) -> Tensor | Targets:
+        """What goes through Megatron's forward pass, untouched by it, as labels."""
+        if not self.fused or not self.post_process:
+            return batch.labels_BS.view(1, -1)
+        known = slope(batch) if slope is not None and torch.is_grad_enabled() else None
+        if known is not None:
+            known = known.take(batch.supervised_N)
+            if self.config.grad_scale_func is not None:
+                known = known.times(self.config.grad_scale_func(torch.ones_like(known.linear[:1])))
+        return Targets(batch.labels_BS.flatten(), batch.supervised_N, known, self.real_vocab_size)
+
+    def _postprocess(self, hidden_states: Tensor, *, labels: Tensor | Targets | None, **others) -> Tensor:
+        """Megatron's last step: logits, or losses of logits; here also losses of hidden states."""
+        if not isinstance(labels, Targets):
+            return super()._postprocess(hidden_states=hidden_states, labels=labels, **others)
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        return self.output_layer(hidden_states, weight=weight, targets=labels)
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Negative log-likelihood per token: labels [1, T], logits [T, 1, vocabulary / TP] -> fp32 [1, T]."""

@@ -8,6 +8,8 @@ without Transformer Engine and apex, with or without CUDA (in :mod:`.norm` and :
 import importlib.metadata
 import os
 import warnings
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -79,6 +81,27 @@ def synchronize() -> None:
     """Wait for the device; for clocks only."""
     if HAS_CUDA:
         torch.cuda.synchronize()
+
+
+def peak_memory_of(call: Callable[[], object]) -> int:
+    """Bytes that a call needs at its peak on top of what there is before; for benchmarks.
+
+    Of the GPU what torch has allocated; otherwise what is resident (Linux), best in a process that has done little yet.
+    """
+    if HAS_CUDA:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    before = _resident("VmRSS")
+    call()
+    return _resident("VmHWM") - before
+
+
+def _resident(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
 def describe() -> str:

@@ -200,8 +200,10 @@ class Trainer:
             chunk.config.variable_seq_lengths = dataset.padded
         batches = _batches(dataset, micro_batches, self._width_multiple(), [] if used is None else used)
         sums = torch.zeros(len(SUMS), len(self.weight_K), dtype=torch.float64, device=platform.device())
+        factors = factors.to(sums.device)
+        slope = partial(objective.slope, factors)
         self._schedule(
-            forward_step_func=partial(_forward, partial(_objective, objective, factors.to(sums.device), sums)),
+            forward_step_func=partial(_forward, partial(_objective, objective, factors, sums), slope),
             # every chunk goes through the same micro-batches, each at its own pace
             data_iterator=list(itertools.tee(batches, len(self.chunks))),
             model=self.chunks,
@@ -245,18 +247,19 @@ def _width(dataset: PackedDataset, rows: Sequence[Pieces], multiple: int) -> int
 
 def to_device(batch: Batch) -> Batch:
     """The same micro-batch as tensors on this process's device."""
+    counted = dataclasses.replace(batch, supervised_N=np.flatnonzero(batch.loss_mask_BS))
     arrays = {
-        field.name: torch.from_numpy(getattr(batch, field.name)).to(platform.device(), non_blocking=True)
-        for field in dataclasses.fields(batch)
+        field.name: torch.from_numpy(getattr(counted, field.name)).to(platform.device(), non_blocking=True)
+        for field in dataclasses.fields(counted)
         if field.name != "max_seqlen"
     }
     return Batch(**arrays, max_seqlen=batch.max_seqlen)
 
 
-def _forward(loss_function, batches: Iterator[Batch], model: DistributedDataParallel):
+def _forward(loss_function, slope, batches: Iterator[Batch], model: DistributedDataParallel):
     """Megatron's forward step: the stage's output, and how the last stage makes a loss of it."""
     batch = next(batches)
-    return model.module.run(batch), partial(loss_function, batch)
+    return model.module.run(batch, slope=slope), partial(loss_function, batch)
 
 
 def _objective(objective: Objective, factors: StepFactors, sums: Tensor, batch: Batch, loss_BS: Tensor):

@@ -138,11 +138,10 @@ def test_tokens_are_read_in_place(dataset):
 
 def test_padding_is_by_position_and_never_by_id(make_dataset, tokenizer_folder):
     """Samples that contain the pad id, as text, keep it as a token like any other."""
-    prefix, _ = make_dataset({"t": [{"prompt": "say a", "completion": "<|pad|>b<|pad|>"}] * 3}, split=(1, 0, 0))
+    prefix, _ = make_dataset({"t": [{"prompt": "say<|pad|>a<|pad|>", "completion": "b"}] * 3}, split=(1, 0, 0))
     opened = PackedDataset.open(prefix, 256)
     batch = opened.split("train").rows(np.array([0]))
-    supervised = batch.labels_BS[batch.loss_mask_BS == 1]
-    assert (supervised == opened.pad_token_id).sum() == 6
+    assert (batch.labels_BS == opened.pad_token_id).sum() == 6
     assert opened.splits == ("train",)
 
 

@@ -50,3 +50,17 @@ def test_training_step(tmp_path):
             assert 0 < inside[clock] < step[clock]
             assert numbers["share"][clock] == pytest.approx(inside[clock] / step[clock])
         assert f"| {name} |" in printed
+
+
+def test_cross_entropy(tmp_path):
+    found, printed = results(
+        "cross_entropy",
+        tmp_path,
+        "--vocabularies 512 --tokens 96 --hidden-size 32 --precisions fp32 --supervised 0.5 --repeat 1",
+    )
+    (result,) = found
+    assert set(result["variants"]) == {"megatron", "fused-linear", "recomputed"}
+    for name, numbers in result["variants"].items():
+        assert all(numbers[key][clock] > 0 for key in ("seconds", "to_megatron") for clock in ("wall", "cpu"))
+        assert numbers["peak_bytes"] >= 0
+        assert f"| {name} |" in printed

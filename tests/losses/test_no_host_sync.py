@@ -53,6 +53,9 @@ def inputs(device):
 def run(objective, batch, losses, counts_K, statistics):
     """All that a step computes, as of one micro-batch, forward and backward."""
     factors = objective.before_step(*counts_K, torch.ones(TASKS), statistics, num_micro_batches=2).to(losses.device)
+    slope = objective.slope(factors, batch)
+    if slope is not None:
+        slope.take(torch.zeros(2, dtype=torch.int64, device=losses.device)).at(losses.flatten()[:2])
     value, coefficient = objective.of(factors, batch, losses)
     (gradient,) = torch.autograd.grad(value, losses)
     sums = objective.sums(batch, losses, coefficient, TASKS)

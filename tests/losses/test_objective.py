@@ -57,6 +57,28 @@ def test_what_is_differentiated_is_what_is_reported(mode):
     assert value == pytest.approx(objective.by_task(factors, sums, samples_K).sum().item(), rel=1e-12)
 
 
+SLOPES = [Objective(mode, gamma, detach) for mode in LOSSES for gamma in (0.5, 2.0) for detach in (False, True)]
+SLOPES += [Objective(mode, per_micro_batch=True) for mode in LOSSES if mode not in FOCAL]
+
+
+@pytest.mark.parametrize("objective", SLOPES, ids=str)
+def test_the_slope_known_beforehand_is_the_gradient(objective):
+    """Of all tokens and of some of them, and of the objective times a factor; only focal-sample does not know it."""
+    *batch, loss = random_batch(3)
+    before = statistics(by_sample(*random_batch(4)), gone={1})
+    _, gradient, _, factors, _ = step(objective, batch, loss, before, num_micro_batches=3)
+    slope = objective.slope(factors, as_batch(*batch))
+    assert (slope is None) == (objective.mode == "focal-sample")
+    if slope is not None:
+        assert (slope.exponential is not None) == (objective.mode == "focal-task")
+        supervised = np.flatnonzero(batch[2])
+        found = (
+            slope.take(torch.from_numpy(supervised)).times(3.0).at(torch.from_numpy(loss.ravel()[supervised]).double())
+        )
+        np.testing.assert_allclose(found.numpy(), 3 * gradient.ravel()[supervised], rtol=1e-13)
+        assert not gradient.ravel()[np.flatnonzero(batch[2] == 0)].any()
+
+
 def numerical_gradient(mode, batch, loss, gamma):
     """Central differences of the book's loss, in every supervised token."""
     _, _, mask = batch

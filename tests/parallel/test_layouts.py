@@ -34,6 +34,10 @@ MORE = {
 }
 
 
+# test_layout_matrix compares the fused cross entropy, the default, with this one
+MEGATRON = "--cross-entropy-impl megatron"
+
+
 @functools.cache
 def one_process(prefix, extra):
     return run_on_ranks(1, train, prefix, f"{extra} --micro-batch-size 8", 1)[0]
@@ -50,12 +54,12 @@ def compare(prefix, world_size, layout, extra, tolerance=1e-6):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_equals_one_process(dataset_prefix, layout):
-    compare(dataset_prefix, *LAYOUTS[layout], "--mft-loss task-token")
+    compare(dataset_prefix, *LAYOUTS[layout], f"--mft-loss task-token {MEGATRON}")
 
 
 @pytest.mark.parametrize("layout", MORE)
 def test_more_layouts(dataset_prefix, layout):
-    compare(dataset_prefix, *MORE[layout], "--mft-loss task-sample")
+    compare(dataset_prefix, *MORE[layout], f"--mft-loss task-sample {MEGATRON}")
 
 
 @pytest.mark.parametrize("layout", ["PP4 VPP2", "PP2 VPP4", "PP2 VPP2"])
@@ -78,16 +82,22 @@ def test_interleaved_stages_of_a_deeper_model(dataset_prefix, layout):
             assert values == pytest.approx(expected_sums[name], rel=1e-6), name
 
 
-@pytest.mark.parametrize("layout", ["PP2", "PP2 VPP2"])
-def test_tied_embeddings_over_pipeline_stages(dataset_prefix, layout):
-    """One weight on two stages: its gradients are added up and its norm is counted once."""
+@functools.cache
+def tied_in_one_process(prefix):
     import run
 
     tied = run.SHAPE.replace("--untie-embeddings-and-output-weights ", "")
-    curves = [
-        run_on_ranks(world, _train_with_shape, tied, dataset_prefix, extra, world)[0][0]
-        for world, extra in ((1, ""), {**LAYOUTS, **MORE}[layout])
-    ]
+    return tied, run_on_ranks(1, _train_with_shape, tied, prefix, MEGATRON, 1)[0][0]
+
+
+@pytest.mark.parametrize("impl", ["megatron", "fused-linear"])
+@pytest.mark.parametrize("layout", ["micro-batch 4", "PP2", "PP2 VPP2"])
+def test_tied_embeddings_over_pipeline_stages(dataset_prefix, layout, impl):
+    """One weight with two users, on one stage or on two: its gradients are added up and its norm is counted once."""
+    tied, expected = tied_in_one_process(dataset_prefix)
+    world, extra = {**LAYOUTS, **MORE}[layout]
+    extra = f"{extra} --cross-entropy-impl {impl}"
+    curves = expected, run_on_ranks(world, _train_with_shape, tied, dataset_prefix, extra, world)[0][0]
     assert curves[0] != one_process(dataset_prefix, "--mft-loss task-token")[0]
     for ours, theirs in zip(curves[1], curves[0], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-6)
@@ -155,5 +165,33 @@ def test_something_happens(dataset_prefix):
 
 
 def test_bf16_stays_close(dataset_prefix):
-    """bf16 rounds; the layouts must agree to what that leaves."""
-    compare(dataset_prefix, 2, "--tensor-model-parallel-size 2", "--mft-loss task-token --bf16", tolerance=1e-2)
+    """bf16 rounds; the layouts must agree to what that leaves, and the two cross entropies."""
+    words = "--mft-loss task-token --bf16"
+    compare(dataset_prefix, 2, "--tensor-model-parallel-size 2", words, tolerance=1e-2)
+    compare(dataset_prefix, 1, MEGATRON, words, tolerance=1e-2)
+
+
+def _scaled(prefix, world, scale, modes):
+    """Loss and gradient norm of a step of each mode with gradients times a number, as a grad scaler has them."""
+    from megatron.core.optimizer import FP32Optimizer
+    from run import train_in_modes
+
+    FP32Optimizer.get_loss_scale = lambda self: scale_tensor(scale)
+    curves = train_in_modes(prefix, "--pipeline-model-parallel-size 2", world, modes, dict.fromkeys(modes, 1))
+    return {mode: (curve[0]["loss"], curve[0]["grad_norm"]) for mode, curve in curves.items()}
+
+
+def scale_tensor(scale):
+    import torch
+
+    return torch.tensor([scale], dtype=torch.float32)
+
+
+def test_gradients_are_times_the_loss_scale(dataset_prefix):
+    """The fused cross entropy forms gradients before the scaled value exists: it must have the same scale."""
+    modes = {mode: f"--mft-loss {mode} --seed 3" for mode in ("task-token", "focal-task", "focal-sample")}
+    plain, scaled = (run_on_ranks(2, _scaled, dataset_prefix, 2, scale, modes) for scale in (1.0, 1024.0))
+    for ours, theirs in zip(scaled, plain, strict=True):
+        for mode in modes:
+            assert ours[mode][0] == pytest.approx(theirs[mode][0], rel=1e-7)
+            assert ours[mode][1] == pytest.approx(1024 * theirs[mode][1], rel=1e-6)

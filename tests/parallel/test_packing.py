@@ -1,5 +1,7 @@
 """Token losses of packed rows: by the book in numpy, equal to unpacked, and untouched by pack neighbours."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from batches import one_segment
@@ -21,10 +23,12 @@ def _model(prefix):
 
 
 def _token_losses(model, batch):
+    """Of all tokens, supervised or not."""
     import torch
 
     from mft_megatron.mcore.step import to_device
 
+    batch = dataclasses.replace(batch, loss_mask_BS=np.ones_like(batch.loss_mask_BS))
     with torch.no_grad():
         return model.run(to_device(batch)).view(batch.tokens_BS.shape).numpy()
 
@@ -61,8 +65,6 @@ def test_packed_equals_unpacked(dataset_prefix):
 
 
 def _with_other_neighbours(arguments, dataset, model):
-    import dataclasses
-
     batch = _crowded_rows(dataset)
     segments = list(zip(batch.cu_seqlens, batch.cu_seqlens[1:], strict=False))
     supervised = [n for n, (a, b) in enumerate(segments) if batch.loss_mask_BS.ravel()[a:b].any()]

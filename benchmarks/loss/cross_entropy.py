@@ -1,0 +1,188 @@
+"""Output layer and cross entropy: ``--cross-entropy-impl fused-linear`` against ``megatron``, time and peak memory.
+
+::
+
+    hidden states [T, H] ─┬─► megatron      output linear, vocab_parallel_cross_entropy of all logits ─┬─► Σ c_t·l_t
+                          ├─► fused-linear  supervised tokens, chunk by chunk, slope known beforehand ─┤   backward
+                          └─► recomputed    the same, slope unknown: focal-sample's way ───────────────┘
+
+Each runs forward and backward under Megatron's data parallelism, which gathers the weight's gradient in fp32. Time: in
+turn in one process, medians of rounds. Memory: each in a fresh process, the most that was resident at a time (VmHWM of
+Linux) over what was resident before; torch's own counters with a GPU.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from clock import Clock, machine, median_of, ratio_of, telling
+from torch import Tensor
+
+from mft_megatron.arguments import DistributedArguments
+from mft_megatron.losses.objective import Slope
+from mft_megatron.mcore import parallel, platform
+from mft_megatron.mcore.cross_entropy import FusedOutputLayer, Targets, vocab_parallel_nll
+from mft_megatron.mcore.model import DistributedDataParallel, DistributedDataParallelConfig, TransformerConfig
+
+MEGATRON, FUSED, RECOMPUTED = VARIANTS = ("megatron", "fused-linear", "recomputed")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Case:
+    """An output layer under Megatron's data parallelism, hidden states and a micro-batch's labels and coefficients."""
+
+    def __init__(self, vocabulary: int, tokens: int, precision: str, supervised: float, hidden_size: int, seed: int):
+        dtype, device = DTYPES[precision], platform.device()
+        config = TransformerConfig(
+            num_layers=1,
+            hidden_size=hidden_size,
+            num_attention_heads=1,
+            params_dtype=dtype,
+            bf16=precision == "bf16",
+            use_cpu_initialization=not platform.HAS_CUDA,
+            perform_initialization=False,
+            calculate_per_token_loss=True,
+            gradient_accumulation_fusion=False,
+        )
+        layer = FusedOutputLayer(hidden_size, vocabulary, config=config, init_method=None, bias=False)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            # by rows, so that the fresh process that measures memory has not had more at a time
+            for rows in layer.weight.split(4096):
+                rows.copy_(torch.randn(rows.shape, generator=generator) * 0.02)
+        layer.to(device)
+        settings = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=False)
+        self.model = DistributedDataParallel(config, settings, layer)
+        self.layer, self.vocabulary = layer, vocabulary
+        self.hidden = torch.randn(tokens, 1, hidden_size, generator=generator).to(device, dtype).requires_grad_()
+        self.labels_T = torch.randint(vocabulary, (tokens,), generator=generator).to(device)
+        mask_T = torch.rand(tokens, generator=generator).argsort() < round(supervised * tokens)
+        self.coefficient_T = (mask_T.double() / mask_T.sum()).to(device)
+        self.supervised_N = mask_T.nonzero()[:, 0].to(device)
+
+    def losses(self, variant: str) -> Tensor:
+        """fp32 [1, T]."""
+        if variant == MEGATRON:
+            logits, _ = self.layer(self.hidden)
+            return vocab_parallel_nll(logits, self.labels_T[:, None], self.vocabulary).T
+        slope = Slope(self.coefficient_T).take(self.supervised_N) if variant == FUSED else None
+        return self.layer(self.hidden, targets=Targets(self.labels_T, self.supervised_N, slope, self.vocabulary))
+
+    def once(self, variant: str) -> Tensor:
+        """Forward and backward; the value, with the gradients in ``hidden.grad`` and ``weight.main_grad``."""
+        self.hidden.grad = None
+        value = (self.coefficient_T * self.losses(variant)[0].double()).sum()
+        value.backward()
+        return value.detach()
+
+    def compare(self) -> None:
+        """All variants must compute the same thing; this warms everything up, too."""
+        expected = None
+        for variant in VARIANTS:
+            self.model.zero_grad_buffer()
+            found = self.once(variant), self.hidden.grad.float(), self.layer.weight.main_grad
+            expected = expected or (*found[:2], found[2].clone())
+            for ours, theirs in zip(found, expected, strict=True):
+                near = 1e-5 if self.hidden.dtype == torch.float32 else 1e-2
+                difference = (ours - theirs).norm() / theirs.norm()
+                if difference > near:
+                    sys.exit(f"{variant} differs from {MEGATRON} by {difference:.1e}")
+
+
+def times(case: Case, repeat: int) -> dict[str, dict]:
+    """Seconds of each variant, and as a ratio to Megatron-Core's."""
+    clock, readings = Clock(), {variant: [] for variant in VARIANTS}
+    for _ in range(repeat):
+        for variant, own in readings.items():
+            with clock:
+                case.once(variant)
+            own.append(clock.take())
+    return {
+        variant: {"seconds": median_of(own), "to_megatron": ratio_of(own, readings[MEGATRON])}
+        for variant, own in readings.items()
+    }
+
+
+def peak_in_fresh_process(words: list[str]) -> int:
+    process = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True)
+    if process.returncode:
+        sys.exit(process.stderr)
+    return int(process.stdout)
+
+
+def measure(shape: tuple, hidden_size: int, seed: int, repeat: int) -> dict:
+    """Time and peak memory of all variants for one vocabulary, number of tokens, precision and share supervised."""
+    vocabulary, tokens, precision, supervised = shape
+    case = Case(*shape, hidden_size, seed)
+    case.compare()
+    variants = times(case, repeat)
+    del case
+    for variant, numbers in variants.items():
+        words = ["--peak-of", variant, "--hidden-size", hidden_size, "--seed", seed, "--vocabularies", vocabulary]
+        words += ["--tokens", tokens, "--precisions", precision, "--supervised", supervised]
+        numbers["peak_bytes"] = peak_in_fresh_process([str(word) for word in words])
+    for numbers in variants.values():
+        numbers["peak_to_megatron"] = variants[MEGATRON]["peak_bytes"] / numbers["peak_bytes"]
+    return dict(zip(("vocabulary", "tokens", "precision", "supervised"), shape, strict=True), variants=variants)
+
+
+def table(result: dict) -> str:
+    """One case as Markdown rows."""
+    head = f"{result['vocabulary']}, {result['tokens']}, {result['precision']}, {result['supervised']:.0%}"
+    lines = []
+    for variant, numbers in result["variants"].items():
+        lines.append(
+            f"| {head} | {variant} | {numbers['seconds'][telling()]:.2f} | {numbers['to_megatron'][telling()]:.2f} "
+            f"| {numbers['peak_bytes'] / 1e6:.0f} | {numbers['peak_to_megatron']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--vocabularies", type=int, nargs="+", default=[32000, 152064])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 1024], help="of a micro-batch, per vocabulary")
+    parser.add_argument("--precisions", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--supervised", type=float, nargs="+", default=[0.5, 1.0], help="share of the tokens")
+    parser.add_argument("--hidden-size", type=int, default=1024)
+    parser.add_argument("--repeat", type=int, default=3, help="rounds; the median is reported")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--peak-of", choices=VARIANTS, help="run this variant once and print its peak memory in bytes")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
+    options = parser.parse_args()
+    if len(options.tokens) != len(options.vocabularies):
+        parser.error("--tokens wants as many numbers as --vocabularies")
+    shapes = [
+        (vocabulary, tokens, precision, supervised)
+        for vocabulary, tokens in zip(options.vocabularies, options.tokens, strict=True)
+        for precision in options.precisions
+        for supervised in options.supervised
+    ]
+    platform.use_device()
+    with parallel.process_groups(DistributedArguments(), options.seed):
+        if options.peak_of:
+            (shape,) = shapes
+            # code is loaded and buffers of libraries are made before the count
+            Case(256, 64, *shape[2:], options.hidden_size, options.seed).once(options.peak_of)
+            case = Case(*shape, options.hidden_size, options.seed)
+            case.layer.weight.main_grad.fill_(0)
+            print(platform.peak_memory_of(lambda: case.once(options.peak_of)))
+            return
+        print(machine())
+        print(f"hidden size {options.hidden_size}, {telling()} time; memory of a fresh process\n")
+        print("| vocabulary, tokens, precision, supervised | | s | × megatron | peak, MB | times less |")
+        print("|---|---|---:|---:|---:|---:|", flush=True)
+        results = []
+        for shape in shapes:
+            results.append(measure(shape, options.hidden_size, options.seed, options.repeat))
+            print(table(results[-1]), flush=True)
+    if options.json:
+        shape = {name: value for name, value in vars(options).items() if name not in ("json", "peak_of")}
+        options.json.write_text(json.dumps({"machine": machine(), "options": shape, "results": results}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
