@@ -19,7 +19,7 @@ setup: $(STAMP) ## create the virtual environment in VENV, install the pinned pa
 demo: setup ## the main job on real input: tasks, tokenizer, training on four processes, resume, export, completion
 	$(VENV)/bin/python examples/demo/run.py
 
-mft-vs-mixed: setup ## nine objectives on the same unequal tasks and tiny model, three seeds each: table and plot
+mft-vs-mixed: setup ## ten methods on the same unequal tasks and tiny model, three seeds each: table and plot
 	$(VENV)/bin/python examples/mft_vs_mixed/run.py
 
 test: setup ## the tests of every change
