@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from mft_megatron.data.files import DatasetFiles
-from mft_megatron.data.layout import Layout, lay_out
+from mft_megatron.data.layout import Layout, write_layout
 from mft_megatron.data.ledger import Ledger, TokenizerEntry
 from mft_megatron.data.store import StoreWriter, TaskTally
 
@@ -39,10 +39,7 @@ def write_dataset(prefix, seq_length, longest=None, documents=False, weights=Non
                 tally.samples_in += 1
                 tally.documents += documents
         stored = writer.finish()
-        packs, entry, _ = lay_out(stored, Layout(seq_length, **layout))
-        for split, packed in packs.items():
-            for end, values in packed.files(split, seq_length).items():
-                files.save(end, values)
+        entry, _ = write_layout(stored, Layout(seq_length, **layout), files)
         tokenizer = TokenizerEntry("HuggingFaceTokenizer", "bytes", "bytes", VOCABULARY, None, 10, VOCABULARY - 1)
         lengths = {str(seq_length): entry}
         ledger = Ledger(list(stored.tasks), tokenizer, {"stop_token_ids": [10]}, lengths, files.entries())

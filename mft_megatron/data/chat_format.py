@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from mft_megatron.data.chat_template import TemplateFormat, template_format
-from mft_megatron.data.conversation import Conversation, RecordError, Turn
-from mft_megatron.data.segments import REASONING, SUPERVISE, Segment, raw_segments, supervised_turns
+from mft_megatron.data.conversation import Conversation, Turn
+from mft_megatron.data.segments import SUPERVISE, Segment, raw_segments, refuse_reasoning, supervised_turns
 from mft_megatron.data.tokenizer import Tokenizer
 from mft_megatron.errors import InputError
 
@@ -47,13 +47,11 @@ class ChatFormat:
         """
         if conversation.raw:
             return raw_segments(conversation, self.end_of_text)
-        for number, turn in enumerate(conversation.turns):
-            if turn.extra and any(turn.extra.get(name) for name in REASONING):
-                raise RecordError(
-                    "reasoning_has_no_place",
-                    f"turn {number} has reasoning of its own, which --chat-template {self.name} has no place for; use "
-                    "the model's own template, or move it into the content",
-                )
+        refuse_reasoning(
+            conversation,
+            f"which --chat-template {self.name} has no place for; use the model's own template, or move it into the "
+            "content",
+        )
         supervised = supervised_turns(conversation, self.supervise)
         turns = conversation.turns
         if conversation.tools:

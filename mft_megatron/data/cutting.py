@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mft_megatron.data.indexed_dataset import IndexedDataset
-from mft_megatron.data.pieces import Pieces, ranges
+from mft_megatron.data.pieces import Pieces, ranges, supervised_tokens
 
 OVERLONG = ("drop", "truncate", "truncate-left", "split")
 KEPT, TRUNCATED, WINDOWED, TOO_LONG, CUT_TO_NOTHING = range(5)  # what became of a sample
@@ -83,15 +83,14 @@ def _windows(samples: np.ndarray, lengths: np.ndarray, policy: np.ndarray, seq_l
 
 
 def _supervised_targets(mask: IndexedDataset, windows: Pieces) -> np.ndarray:
-    """Supervised tokens of each window but its first, int64; windows have at least two tokens."""
+    """Supervised tokens of each window but its first, int64."""
     counts = np.zeros(len(windows.samples), np.int64)
     until = np.cumsum(windows.lengths)
     first = 0
     while first < len(counts):  # a bounded number of tokens at a time
         last = max(first + 1, int(np.searchsorted(until, until[first] + _TOKENS_AT_ONCE)))
         some = windows.take(slice(first, last))
-        targets = some.lengths - 1
-        values = mask.items[ranges(mask.start_of(some.samples) + some.starts + 1, targets)].astype(np.int64)
-        counts[first:last] = np.add.reduceat(values, np.cumsum(targets) - targets)
+        own = mask.items[ranges(mask.start_of(some.samples) + some.starts, some.lengths)]
+        counts[first:last] = supervised_tokens(own, some.lengths)
         first = last
     return counts

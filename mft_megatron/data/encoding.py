@@ -17,6 +17,7 @@ from mft_megatron.data.chat_format import ChatFormat, TemplateFormat
 from mft_megatron.data.chunks import Chunk
 from mft_megatron.data.conversation import Conversation, RecordError, json_fault, read_record
 from mft_megatron.data.fim import Fim
+from mft_megatron.data.pieces import supervised_tokens
 from mft_megatron.data.segments import Segment
 from mft_megatron.data.tokenizer import Tokenizer
 from mft_megatron.errors import InputError
@@ -129,7 +130,7 @@ class Encoder:
                 f"{chunk.path}:{lines[differs.sample]}: {differs} by {self._tokenizer.backend} and "
                 f"{self._tokenizer.reference}"
             ) from None
-        useful = _targets(mask, lengths) > 0
+        useful = supervised_tokens(mask, lengths) > 0
         for place in np.flatnonzero(~useful):
             drops.append(Drop(chunk.path, lines[place], "no_supervised_token", "no supervised token in it"))
         if not useful.all():
@@ -144,16 +145,6 @@ def _cut_for_filling(conversation: Conversation, fim: Fim) -> list[Segment] | No
     # by content alone: the same record is treated alike wherever it lies
     key = "\0".join([turn.content for turn in conversation.turns]).encode()
     return fim.segments(conversation, key)
-
-
-def _targets(mask: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Supervised tokens but the first of each sample, int64; samples may be empty."""
-    targets = np.zeros(len(lengths), np.int64)
-    some = lengths > 0
-    if some.any():
-        starts = (np.cumsum(lengths, dtype=np.int64) - lengths)[some]
-        targets[some] = np.add.reduceat(mask, starts, dtype=np.int64) - mask[starts]
-    return targets
 
 
 class _SampleError(Exception):

@@ -4,8 +4,7 @@ import numpy as np
 
 from mft_megatron.data.chunks import TokenChunk
 from mft_megatron.data.encoding import Drop, EncodedChunk
-from mft_megatron.data.pieces import ranges
-from mft_megatron.data.store import supervised_tokens
+from mft_megatron.data.pieces import ranges, supervised_tokens
 from mft_megatron.errors import InputError
 
 
@@ -23,9 +22,7 @@ def take_over(chunk: TokenChunk, vocab_size: int) -> EncodedChunk:
             f"{chunk.path}: document {number}: id {chunk.ids[strange[0]]}, and the tokenizer has {vocab_size}; give "
             "the --tokenizer-model the file was made with"
         )
-    some = chunk.lengths > 0
-    useful = np.zeros(len(chunk.lengths), bool)
-    useful[some] = supervised_tokens(chunk.mask, chunk.lengths[some]) > 0
+    useful = supervised_tokens(chunk.mask, chunk.lengths) > 0
     kept = ranges(starts[useful], chunk.lengths[useful])
     drops = [
         Drop(chunk.path, chunk.first + int(place), "no_supervised_token", "no supervised token in it")

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mft_megatron.data.cutting import DROPPED, KEPT, OVERLONG, TRUNCATED, WINDOWED, Cut, cut
+from mft_megatron.data.files import DatasetFiles
 from mft_megatron.data.indexed_dataset import IndexedDataset
 from mft_megatron.data.ledger import LengthEntry, PackEntry, TaskCut, TaskEntry
 from mft_megatron.data.order import named_order
@@ -93,6 +94,15 @@ def lay_out(stored: Stored, layout: Layout) -> tuple[dict[str, SplitPacks], Leng
     options = dataclasses.asdict(layout) | {"split": list(layout.split)}
     entries = {name: _pack_entry(packed, layout.seq_length) for name, packed in packs.items()}
     return packs, LengthEntry(options, cuts, entries), _notices(stored.tasks, cuts, layout)
+
+
+def write_layout(stored: Stored, layout: Layout, files: DatasetFiles) -> tuple[LengthEntry, list[str]]:
+    """:func:`lay_out`, with the arrays written among ``files``; the entry, and what the user should know."""
+    packs, entry, notices = lay_out(stored, layout)
+    for split, packed in packs.items():
+        for end, values in packed.files(split, layout.seq_length).items():
+            files.save(end, values)
+    return entry, notices
 
 
 def check_layout(layout: Layout, tasks: Sequence[TaskEntry] = ()) -> None:

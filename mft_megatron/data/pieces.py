@@ -34,3 +34,15 @@ def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """start, start + 1, … for every start, ``length`` of them each, one range behind the other; int64."""
     before = np.cumsum(lengths) - lengths
     return np.repeat(starts - before, lengths) + np.arange(int(lengths.sum()))
+
+
+def supervised_tokens(mask: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Targets that count in each sample or piece, int64: supervised tokens but the first, which nothing predicts.
+
+    ``mask`` uint8 of all of them one behind the other, ``lengths`` of each; 0 for an empty one.
+    """
+    targets, some = np.zeros(len(lengths), np.int64), lengths > 0
+    starts = (np.cumsum(lengths, dtype=np.int64) - lengths)[some]
+    if len(starts):
+        targets[some] = np.add.reduceat(mask, starts, dtype=np.int64) - mask[starts]
+    return targets

@@ -20,9 +20,9 @@ from mft_megatron.data.backends import REFERENCE, BackendMismatch
 from mft_megatron.data.chat_format import ChatFormat, chat_format
 from mft_megatron.data.encoding import EncodedChunk, TaskEncoding
 from mft_megatron.data.files import DatasetFiles, disk_full_named, refuse_too_small_a_disk
-from mft_megatron.data.fim import Fim, fim_tokens
+from mft_megatron.data.fim import fim
 from mft_megatron.data.indexed_dataset import token_dtype
-from mft_megatron.data.layout import Layout, Stored, check_layout, lay_out
+from mft_megatron.data.layout import Layout, Stored, check_layout, write_layout
 from mft_megatron.data.ledger import Ledger, TokenizerEntry
 from mft_megatron.data.parts import Parts
 from mft_megatron.data.sources import SourceReader, TaskSource, files_on_disk
@@ -94,26 +94,23 @@ def _refuse_own_output(recipe: Recipe) -> None:
 
 def _make(recipe: Recipe, backend: str) -> tuple[Ledger, list[str]]:
     tokenizer = load_tokenizer(recipe.tokenizer_type, recipe.tokenizer_model, backend)
-    encodings = {name: _encoding(recipe, source, tokenizer) for name, source in recipe.tasks.items()}
+    templates = {recipe.chat_template, *(source.template or recipe.chat_template for source in recipe.tasks.values())}
+    styles = {name: chat_format(name, tokenizer, recipe.role_markers, recipe.supervise) for name in sorted(templates)}
+    encodings = {name: _encoding(recipe, source, tokenizer, styles) for name, source in recipe.tasks.items()}
     refuse_too_small_a_disk(recipe.output_prefix.parent, _bytes_needed(recipe, tokenizer))
     with disk_full_named(recipe.output_prefix), DatasetFiles(recipe.output_prefix) as files:
         parts = Parts(recipe.cache_dir or files.parts_folder)
         try:
             stored = _store(recipe, tokenizer, encodings, files, parts)
-            packs, entry, notices = lay_out(stored, recipe.layout)
-            for split, packed in packs.items():
-                for end, values in packed.files(split, recipe.layout.seq_length).items():
-                    files.save(end, values)
-            default = chat_format(recipe.chat_template, tokenizer, recipe.role_markers, recipe.supervise)
+            entry, notices = write_layout(stored, recipe.layout, files)
+            default = styles[recipe.chat_template]
             ledger = Ledger(
                 tasks=list(stored.tasks),
                 tokenizer=_tokenizer_entry(tokenizer),
                 chat_template={
                     "name": default.name,
                     "fingerprint": default.fingerprint,
-                    "stop_token_ids": stop_token_ids(
-                        tokenizer, [default, *(encoding.style for encoding in encodings.values())]
-                    ),
+                    "stop_token_ids": stop_token_ids(tokenizer, styles.values()),
                 },
                 lengths={str(recipe.layout.seq_length): entry},
                 arrays=files.entries(),
@@ -130,19 +127,15 @@ def _make(recipe: Recipe, backend: str) -> tuple[Ledger, list[str]]:
     return ledger, [*([tokenizer.backend_note] if tokenizer.backend_note else []), *notices]
 
 
-def _encoding(recipe: Recipe, source: TaskSource, tokenizer: Tokenizer) -> TaskEncoding:
-    style = chat_format(source.template or recipe.chat_template, tokenizer, recipe.role_markers, recipe.supervise)
+def _encoding(recipe: Recipe, source: TaskSource, tokenizer: Tokenizer, styles: dict[str, ChatFormat]) -> TaskEncoding:
     rate = recipe.fim_rate if source.fim_rate is None else source.fim_rate
-    fim = None
-    if rate > 0:
-        names = fim_tokens(tokenizer, recipe.fim_tokens)
-        fim = Fim(rate, recipe.fim_spm_rate, names, recipe.layout.seed, tokenizer.end_of_text)
-    return TaskEncoding(style, source.shape, fim, recipe.add_bos)
+    cut = fim(tokenizer, rate, recipe.fim_spm_rate, recipe.fim_tokens, recipe.layout.seed) if rate > 0 else None
+    return TaskEncoding(styles[source.template or recipe.chat_template], source.shape, cut, recipe.add_bos)
 
 
 def describe(encoding: TaskEncoding, recipe: Recipe) -> dict[str, Any]:
     """What decides how records become samples, for the ledger; samples of one task are made alike."""
-    fim = encoding.fim
+    cut = encoding.fim
     return {
         "template": encoding.style.name,
         "fingerprint": encoding.style.fingerprint,
@@ -150,9 +143,9 @@ def describe(encoding: TaskEncoding, recipe: Recipe) -> dict[str, Any]:
         "supervise": recipe.supervise,
         "format": encoding.shape,
         "add_bos": encoding.add_bos,
-        "fim_rate": 0.0 if fim is None else fim.rate,
-        "fim_spm_rate": None if fim is None else fim.spm_rate,
-        "fim_tokens": None if fim is None else list(fim.tokens),
+        "fim_rate": 0.0 if cut is None else cut.rate,
+        "fim_spm_rate": None if cut is None else cut.spm_rate,
+        "fim_tokens": None if cut is None else list(cut.tokens),
     }
 
 

@@ -13,10 +13,11 @@ import numpy as np
 from mft_megatron.data.dataset import check_files, load_array
 from mft_megatron.data.files import DatasetFiles, disk_full_named, refuse_too_small_a_disk
 from mft_megatron.data.indexed_dataset import IndexedDataset
-from mft_megatron.data.layout import Layout, Stored, check_layout, lay_out
+from mft_megatron.data.layout import Layout, Stored, check_layout, write_layout
 from mft_megatron.data.ledger import Ledger, TaskEntry, read_ledger
 from mft_megatron.data.packing import SPLITS, pack_files
-from mft_megatron.data.store import StoreWriter, TaskTally, supervised_tokens
+from mft_megatron.data.pieces import supervised_tokens
+from mft_megatron.data.store import StoreWriter, TaskTally
 from mft_megatron.errors import InputError
 
 _SAMPLES_AT_ONCE = 1 << 14
@@ -36,14 +37,11 @@ def add_length(prefix: str, layout: Layout) -> tuple[Ledger, list[str]]:
     check_files(prefix, before.arrays, hashes=False)
     length = str(layout.seq_length)
     with disk_full_named(Path(prefix)), DatasetFiles(prefix) as files:
-        packs, entry, notices = lay_out(read_stored(prefix, before), layout)
+        entry, notices = write_layout(read_stored(prefix, before), layout, files)
         own = {end for split in SPLITS for end in pack_files(split, layout.seq_length)}
         for end, array in before.arrays.items():
             if end not in own:
                 files.keep(end, array)
-        for split, packed in packs.items():
-            for end, values in packed.files(split, layout.seq_length).items():
-                files.save(end, values)
         ledger = dataclasses.replace(before, lengths={**before.lengths, length: entry}, arrays=files.entries())
         files.publish(ledger)
     return ledger, notices
@@ -73,10 +71,7 @@ def merge(prefixes: Sequence[str], output_prefix: Path, layout: Layout) -> tuple
     refuse_too_small_a_disk(output_prefix.parent, needed)
     with disk_full_named(output_prefix), DatasetFiles(output_prefix) as files:
         stored = _copy(ledgers, files)
-        packs, entry, notices = lay_out(stored, layout)
-        for split, packed in packs.items():
-            for end, values in packed.files(split, layout.seq_length).items():
-                files.save(end, values)
+        entry, notices = write_layout(stored, layout, files)
         stops = sorted({number for ledger in ledgers.values() for number in ledger.chat_template["stop_token_ids"]})
         ledger = Ledger(
             tasks=list(stored.tasks),

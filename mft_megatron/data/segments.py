@@ -26,6 +26,22 @@ class Segment(NamedTuple):
     markup: bool = False
 
 
+def has_reasoning(turn: Turn) -> bool:
+    """Whether a turn carries reasoning beside its content."""
+    return bool(turn.extra) and any(turn.extra.get(name) for name in REASONING)
+
+
+def refuse_reasoning(conversation: Conversation, why: str) -> None:
+    """Refuse a chat with reasoning that its format would lose; ``why`` follows "reasoning of its own".
+
+    Raises:
+        RecordError: a turn has some.
+    """
+    for number, turn in enumerate(conversation.turns):
+        if has_reasoning(turn):
+            raise RecordError("reasoning_has_no_place", f"turn {number} has reasoning of its own, {why}")
+
+
 def supervised_turns(conversation: Conversation, supervise: str) -> list[bool]:
     """Which turns of a chat are supervised.
 
@@ -52,11 +68,7 @@ def supervised_turns(conversation: Conversation, supervise: str) -> list[bool]:
 
 
 def _says_something(turn: Turn) -> bool:
-    return bool(
-        (turn.content and not turn.content.isspace())
-        or turn.tool_calls
-        or (turn.extra and any(turn.extra.get(name) for name in REASONING))
-    )
+    return bool((turn.content and not turn.content.isspace()) or turn.tool_calls or has_reasoning(turn))
 
 
 def _empty_answer() -> RecordError:

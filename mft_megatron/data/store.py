@@ -10,6 +10,7 @@ from mft_megatron.data.files import DatasetFiles
 from mft_megatron.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, token_dtype
 from mft_megatron.data.layout import Stored
 from mft_megatron.data.ledger import SourceFile, TaskEntry
+from mft_megatron.data.pieces import supervised_tokens
 from mft_megatron.errors import InputError
 
 MOST_TASKS = 1 << 16  # task numbers are uint16
@@ -112,14 +113,3 @@ class StoreWriter:
 
 def _joined(parts: list[np.ndarray], dtype: type) -> np.ndarray:
     return np.concatenate([np.zeros(0, dtype), *parts], dtype=dtype)
-
-
-def supervised_tokens(mask: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Targets that count in each sample, int64: supervised tokens but the first, which nothing predicts.
-
-    ``mask`` uint8 of all samples one behind the other, ``lengths`` of each, at least 1.
-    """
-    starts = np.cumsum(lengths, dtype=np.int64) - lengths
-    if len(lengths) == 0:
-        return np.empty(0, np.int64)
-    return np.add.reduceat(mask, starts, dtype=np.int64) - mask[starts]

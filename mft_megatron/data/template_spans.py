@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mft_megatron.data.conversation import Conversation, RecordError, Turn
-from mft_megatron.data.segments import REASONING
+from mft_megatron.data.segments import REASONING, refuse_reasoning
 from mft_megatron.data.template_renderer import TemplateError, renderer
 from mft_megatron.data.tokenizer import SpecialToken
 
@@ -207,13 +207,11 @@ class Rendering:
     def _refuse_lost_reasoning(self, conversation: Conversation) -> None:
         if any(name in self._style.template for name in REASONING):
             return
-        for number, turn in enumerate(conversation.turns):
-            if turn.extra and any(turn.extra.get(name) for name in REASONING):
-                raise RecordError(
-                    "reasoning_has_no_place",
-                    f"turn {number} has reasoning of its own, which --chat-template {self._style.name} does not write; "
-                    "use a template that does, or move it into the content",
-                )
+        refuse_reasoning(
+            conversation,
+            f"which --chat-template {self._style.name} does not write; use a template that does, or move it into the "
+            "content",
+        )
 
     def _refuse_what_is_not_written(self) -> None:
         """Many templates pass over a system turn, tools or calls of tools that they were not made for. All of it is

@@ -13,7 +13,7 @@ from mft_megatron.batch import Ranks
 from mft_megatron.data import _sample_index
 from mft_megatron.data.dataset import PackedDataset, PackedSplit
 from mft_megatron.data.order import named_order
-from mft_megatron.data.pieces import NO_PIECES, Pieces, ranges
+from mft_megatron.data.pieces import NO_PIECES, Pieces, ranges, supervised_tokens
 
 
 class ValidationDraws:
@@ -94,5 +94,4 @@ def _supervised_units(split: PackedSplit) -> tuple[list[np.ndarray], np.ndarray]
 def _targets(dataset: PackedDataset, pieces: Pieces) -> np.ndarray:
     """Supervised tokens of pieces but the first, which is no target; int64. The validation split fits in memory."""
     first = dataset.mask.start_of(pieces.samples) + pieces.starts
-    mask = dataset.mask.items[ranges(first, pieces.lengths)].astype(np.int64)
-    return np.add.reduceat(mask, np.cumsum(pieces.lengths) - pieces.lengths) - dataset.mask.items[first]
+    return supervised_tokens(dataset.mask.items[ranges(first, pieces.lengths)], pieces.lengths)

@@ -80,6 +80,17 @@ def tokenizer(request, tokenizer_folder, llama_like_folder, sentencepiece_model)
     }[request.param]()
 
 
+@pytest.fixture(scope="session", params=["byte-level", "llama-like", "sentencepiece"])
+def both(request, tokenizer_folder, llama_like_folder, sentencepiece_model):
+    """The same tokenizer with the reference and with gigatoken."""
+    kind, model = {
+        "byte-level": ("HuggingFaceTokenizer", tokenizer_folder),
+        "llama-like": ("HuggingFaceTokenizer", llama_like_folder),
+        "sentencepiece": ("SentencePieceTokenizer", sentencepiece_model),
+    }[request.param]
+    return [load_tokenizer(kind, model, backend) for backend in ("reference", "gigatoken")]
+
+
 def functions():
     """Source of the functions of a standard module, short ones first come as they stand."""
     nodes = [node for text in SOURCES for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]

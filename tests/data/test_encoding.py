@@ -21,17 +21,6 @@ from mft_megatron.errors import InputError
 from tests.data.conftest import TASKS, functions
 
 
-@pytest.fixture(scope="session", params=["byte-level", "llama-like", "sentencepiece"])
-def both(request, tokenizer_folder, llama_like_folder, sentencepiece_model):
-    """The same tokenizer with the reference and with gigatoken."""
-    kind, model = {
-        "byte-level": ("HuggingFaceTokenizer", tokenizer_folder),
-        "llama-like": ("HuggingFaceTokenizer", llama_like_folder),
-        "sentencepiece": ("SentencePieceTokenizer", sentencepiece_model),
-    }[request.param]
-    return [load_tokenizer(kind, model, backend) for backend in ("reference", "gigatoken")]
-
-
 def naive(tokenizer, segments):
     """Ids and mask of one sample: neighbours of one kind joined, then text by text."""
     joined = []

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from mft_megatron.data import large_texts, tokenizer
 from mft_megatron.data.backends import DifferenceError, Fast
 from mft_megatron.data.large_texts import pieces_of
-from mft_megatron.data.tokenizer import load_tokenizer
 from tests.data.conftest import SOURCES
 
 
@@ -27,17 +26,6 @@ def small(monkeypatch):
         monkeypatch.setattr(large_texts, "TESTED", tested)
 
     return sizes
-
-
-@pytest.fixture(scope="session", params=["byte-level", "llama-like", "sentencepiece"])
-def made(request, tokenizer_folder, llama_like_folder, sentencepiece_model):
-    """A tokenizer of each kind, with the reference and with gigatoken."""
-    kind, model = {
-        "byte-level": ("HuggingFaceTokenizer", tokenizer_folder),
-        "llama-like": ("HuggingFaceTokenizer", llama_like_folder),
-        "sentencepiece": ("SentencePieceTokenizer", sentencepiece_model),
-    }[request.param]
-    return [load_tokenizer(kind, model, backend) for backend in ("reference", "gigatoken")]
 
 
 DRAWS = random.Random(5)
@@ -59,11 +47,11 @@ ODD = {
 
 @pytest.mark.parametrize("markup", [False, True])
 @pytest.mark.parametrize("name", ODD)
-def test_pieces_give_the_ids_of_the_whole(made, small, name, markup):
+def test_pieces_give_the_ids_of_the_whole(both, small, name, markup):
     texts = ["short", ODD[name], "", ODD[name][::-1][:9000], "x" * 50]
-    expected = [np.array(ids) for ids in made[0].encode_batch(texts, markup)]
+    expected = [np.array(ids) for ids in both[0].encode_batch(texts, markup)]
     small(8000, 4000, 500)
-    for one in made:
+    for one in both:
         got = one.encode_arrays(texts, markup)
         for ids, own in zip(got, expected, strict=True):
             assert np.array_equal(ids, own)
@@ -71,17 +59,17 @@ def test_pieces_give_the_ids_of_the_whole(made, small, name, markup):
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
 @given(st.lists(st.text(max_size=6) | st.sampled_from(["\n", "  ", "def ", "</s>", "é", "12"]), max_size=60))
-def test_any_text_in_pieces(made, small, parts):
+def test_any_text_in_pieces(both, small, parts):
     text = "".join(parts) + "x\ny z" * 30
     small(60, 30, 64)
-    (expected,) = made[0].encode_batch([text])
-    for one in made:
+    (expected,) = both[0].encode_batch([text])
+    for one in both:
         assert one.encode_arrays([text])[0].tolist() == expected
 
 
-def test_pieces_are_small_and_make_the_text(made):
+def test_pieces_are_small_and_make_the_text(both):
     text = CODE * (3 * large_texts.LARGE // len(CODE))
-    pieces = list(pieces_of(text, made[0].encode_batch))
+    pieces = list(pieces_of(text, both[0].encode_batch))
     assert "".join(pieces) == text
     assert len(pieces) >= 5
     assert max(map(len, pieces)) < 1.6 * large_texts.PIECE
@@ -107,9 +95,9 @@ def test_places_that_change_ids_are_no_borders(small):
     assert list(pieces_of(text, lambda texts: [[hash(part)] for part in texts])) == [text]
 
 
-def test_the_reference_gets_a_few_texts_at_a_time(made, small, monkeypatch):
+def test_the_reference_gets_a_few_texts_at_a_time(both, small, monkeypatch):
     small(1000, 500, 100)
-    one, seen = made[0], []
+    one, seen = both[0], []
     encode = one.encode_batch
     monkeypatch.setattr(
         one, "encode_batch", lambda texts, markup=False: seen.append(sum(map(len, texts))) or encode(texts, markup)
@@ -119,8 +107,8 @@ def test_the_reference_gets_a_few_texts_at_a_time(made, small, monkeypatch):
     assert max(seen) < 3000
 
 
-def test_a_difference_in_a_piece_is_one_in_its_text(made, small, monkeypatch):
-    one = made[1]
+def test_a_difference_in_a_piece_is_one_in_its_text(both, small, monkeypatch):
+    one = both[1]
     right = one._checked._fast.encode
     monkeypatch.setattr(one._checked, "_fast", Fast("gigatoken", lambda text: right(text)[:-1]))
     monkeypatch.setattr(one._checked, "_first", 0)

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from mft_megatron.data.chat_format import chat_format
 from mft_megatron.data.dataset import PackedDataset
 from mft_megatron.data.encoding import Chunk, Encoder, TaskEncoding
+from mft_megatron.data.pieces import supervised_tokens
 from mft_megatron.data.sources import SourceReader
 from mft_megatron.data.splitting import assign_splits
-from mft_megatron.data.store import supervised_tokens
 from mft_megatron.errors import InputError
 
 
@@ -118,7 +118,7 @@ def test_bytes_that_are_no_utf8(tokenizer):
     assert [(drop.line, drop.reason) for drop in drops] == [(42, "invalid_utf8")]
 
 
-@given(st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=6), max_size=8))
+@given(st.lists(st.lists(st.integers(0, 1), max_size=6), max_size=8))
 def test_supervised_tokens_leave_out_the_first(masks):
     flat = np.array([value for mask in masks for value in mask], np.uint8)
     lengths = np.array([len(mask) for mask in masks], np.int32)

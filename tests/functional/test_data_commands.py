@@ -54,6 +54,19 @@ class Command:
         fixed = ("--tokenizer-model", self.tokenizer, "--seq-length", length, "--output-prefix", self.folder / name)
         return self.run(preprocess_main, *fixed, *words)
 
+    def begin(self, *words):
+        """A process of its own that has kept some of what it has encoded, and is not done."""
+        fixed = ("--tokenizer-model", self.tokenizer, "--tokenizer-backend", "hf", "--seq-length", "64")
+        output = ("--output-prefix", self.folder / "set")
+        script = [sys.executable, "tools/preprocess_data.py", *map(str, (*words, *fixed, *output))]
+        process = subprocess.Popen(script, cwd=ROOT)
+        until = time.monotonic() + 60
+        while not list(self.folder.glob(".set.writing/parts/*/*.npz")):
+            assert time.monotonic() < until
+            assert process.poll() is None
+            time.sleep(0.02)
+        return process
+
     def open(self, length=64, name="set"):
         return PackedDataset.open(self.folder / name, length, check="hashes")
 
@@ -350,17 +363,10 @@ def test_a_backend_for_another_kind_of_tokenizer_is_refused(command):
     assert "--tokenizer-backend sentencepiece" in said
 
 
-def test_a_killed_run_is_taken_up(command, tokenizer_folder):
+def test_a_killed_run_is_taken_up(command):
     """A real process, killed as soon as it has kept something."""
     words = ["--task", f"a={command.write('a.jsonl', CHAT)}", "--task", f"b={command.write('b.jsonl', TEXT * 20_000)}"]
-    fixed = ["--tokenizer-model", str(tokenizer_folder), "--tokenizer-backend", "hf", "--seq-length", "64"]
-    output = ["--output-prefix", str(command.folder / "set")]
-    process = subprocess.Popen([sys.executable, "tools/preprocess_data.py", *words, *fixed, *output], cwd=ROOT)
-    until = time.monotonic() + 60
-    while not list(command.folder.glob(".set.writing/parts/*/*.npz")):
-        assert time.monotonic() < until
-        assert process.poll() is None
-        time.sleep(0.02)
+    process = command.begin(*words)
     process.kill()
     process.wait()
     assert not list(command.folder.glob("set*"))
@@ -451,18 +457,11 @@ def test_a_ledger_that_is_not_whole_is_one_line(command, fault):
         assert "preprocess" in said
 
 
-def test_workers_end_with_their_main_process(command, tokenizer_folder):
+def test_workers_end_with_their_main_process(command):
     import psutil
 
     words = ["--task", f"b={command.write('b.jsonl', TEXT * 40_000)}", "--workers", "2"]
-    fixed = ["--tokenizer-model", str(tokenizer_folder), "--tokenizer-backend", "hf", "--seq-length", "64"]
-    output = ["--output-prefix", str(command.folder / "set")]
-    process = subprocess.Popen([sys.executable, "tools/preprocess_data.py", *words, *fixed, *output], cwd=ROOT)
-    until = time.monotonic() + 60
-    while not list(command.folder.glob(".set.writing/parts/*/*.npz")):
-        assert time.monotonic() < until
-        assert process.poll() is None
-        time.sleep(0.02)
+    process = command.begin(*words)
     workers = psutil.Process(process.pid).children(recursive=True)
     assert len(workers) >= 2
     process.kill()
