@@ -9,116 +9,30 @@ Called with labels the model yields the negative log-likelihood of every supervi
 not its business.
 """
 
-import warnings
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.transformer.enums import AttnBackend
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from mft_megatron.arguments import Arguments, DistributedArguments, NetworkArguments
+from mft_megatron.arguments import Arguments
 from mft_megatron.batch import Batch
 from mft_megatron.losses.objective import Slope
 
 from . import platform
-from .attention import PackedAttention, packing
+from .attention import packing
+from .config import dtype_of, transformer_config
 from .cross_entropy import FusedOutputLayer, Targets, vocab_parallel_nll
 from .initialize import initialize_weights, mark_split_weights
-from .norm import NORMS
+from .layers import block_spec
 
 
 def padded_vocab_size(vocab_size: int, divisible_by: int, tensor_parallel_size: int) -> int:
     """Rows of the embedding: Megatron pads to a multiple of ``divisible_by · tensor_parallel_size``."""
     multiple = divisible_by * tensor_parallel_size
     return -(-vocab_size // multiple) * multiple
-
-
-def transformer_config(arguments: Arguments) -> TransformerConfig:
-    """Megatron-Core's configuration for these arguments and this machine."""
-    with warnings.catch_warnings():
-        # it warns about its own default value of an option for CUDA graphs
-        warnings.filterwarnings("ignore", message="full scope is deprecated")
-        return _transformer_config(arguments)
-
-
-def _transformer_config(arguments: Arguments) -> TransformerConfig:
-    network, layout = arguments.network, arguments.distributed
-    return TransformerConfig(
-        num_layers=network.num_layers,
-        hidden_size=network.hidden_size,
-        ffn_hidden_size=network.ffn_hidden_size,
-        num_attention_heads=network.num_attention_heads,
-        num_query_groups=network.num_query_groups,
-        kv_channels=network.kv_channels,
-        normalization=network.normalization,
-        layernorm_epsilon=network.norm_epsilon,
-        add_bias_linear=network.add_bias_linear,
-        add_qkv_bias=network.add_qkv_bias,
-        qk_layernorm=network.qk_layernorm,
-        gated_linear_unit=network.swiglu,
-        activation_func=F.silu if network.swiglu else F.gelu,
-        attention_dropout=arguments.regularization.attention_dropout,
-        hidden_dropout=arguments.regularization.hidden_dropout,
-        init_method_std=arguments.initialization.init_method_std,
-        tensor_model_parallel_size=layout.tensor_model_parallel_size,
-        pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=layout.num_virtual_stages_per_pipeline_rank,
-        sequence_parallel=layout.sequence_parallel,
-        bf16=arguments.precision.bf16,
-        params_dtype=_dtype(arguments),
-        pipeline_dtype=_dtype(arguments),
-        # Losses carry their whole normalisation in their coefficients; Megatron is to sum and nothing else.
-        calculate_per_token_loss=True,
-        batch_p2p_comm=batches_p2p(layout),
-        overlap_p2p_comm=layout.interleaved,
-        attention_backend=AttnBackend.local,
-        # weights are drawn by initialize_weights, the same for every layout
-        perform_initialization=False,
-        use_cpu_initialization=not platform.HAS_CUDA,
-        # fusions that need CUDA kernels of Transformer Engine or apex
-        gradient_accumulation_fusion=False,
-        masked_softmax_fusion=False,
-        apply_rope_fusion=False,
-        persist_layer_norm=False,
-        # the fused GELU is the tanh approximation: another function than the CPU computes
-        bias_activation_fusion=platform.HAS_CUDA and network.swiglu,
-        bias_dropout_fusion=platform.HAS_CUDA,
-    )
-
-
-def batches_p2p(layout: DistributedArguments) -> bool:
-    """Whether ranks of a pipeline exchange tensors as one batch of sends and receives.
-
-    Never between interleaved stages: at pipeline size 2 the rank before is also the rank after, messages in the two
-    directions are taken for each other, and the numbers are silently wrong.
-    """
-    return not layout.interleaved and platform.backend(layout.distributed_backend) != "gloo"
-
-
-def _dtype(arguments: Arguments) -> torch.dtype:
-    return torch.bfloat16 if arguments.precision.bf16 else torch.float32
-
-
-def _block_spec(
-    config: TransformerConfig, network: NetworkArguments, virtual_stage: int | None
-) -> TransformerBlockSubmodules:
-    norm = NORMS[network.normalization]
-    layer = get_gpt_layer_local_spec(qk_layernorm=network.qk_layernorm, normalization=network.normalization)
-    layer.submodules.input_layernorm = norm
-    layer.submodules.pre_mlp_layernorm = norm
-    attention = layer.submodules.self_attention.submodules
-    attention.core_attention = PackedAttention
-    if network.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = norm
-    layers = [layer] * get_num_layers_to_build(config, virtual_stage)
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
 
 
 class PackedGPTModel(GPTModel):
@@ -132,7 +46,7 @@ class PackedGPTModel(GPTModel):
         config = transformer_config(arguments)
         super().__init__(
             config=config,
-            transformer_layer_spec=_block_spec(config, network, virtual_stage),
+            transformer_layer_spec=block_spec(config, network, virtual_stage),
             vocab_size=padded_vocab_size(
                 vocab_size, network.make_vocab_size_divisible_by, config.tensor_model_parallel_size
             ),
@@ -195,6 +109,16 @@ class PackedGPTModel(GPTModel):
         return vocab_parallel_nll(logits, labels.transpose(0, 1), self.real_vocab_size).transpose(0, 1)
 
 
+def data_parallel_config(arguments: Arguments) -> DistributedDataParallelConfig:
+    """Of Megatron's data parallelism; gradients are summed over ranks, never averaged."""
+    return DistributedDataParallelConfig(
+        grad_reduce_in_fp32=arguments.precision.accumulate_allreduce_grads_in_fp32,
+        overlap_grad_reduce=False,
+        use_distributed_optimizer=False,
+        average_in_collective=False,
+    )
+
+
 def build_model(arguments: Arguments, vocab_size: int) -> list[DistributedDataParallel]:
     """This rank's chunks of the model, one for each of its stages, wrapped for data parallelism; their weights come
     from the seed, or hold nothing yet where ``--load`` is about to fill them all.
@@ -206,17 +130,12 @@ def build_model(arguments: Arguments, vocab_size: int) -> list[DistributedDataPa
 
 
 def _build_chunk(arguments: Arguments, vocab_size: int, virtual_stage: int | None) -> DistributedDataParallel:
-    model = PackedGPTModel(arguments, vocab_size, virtual_stage).to(platform.device(), _dtype(arguments))
+    model = PackedGPTModel(arguments, vocab_size, virtual_stage).to(platform.device(), dtype_of(arguments))
     mark_split_weights(model)
     if arguments.resume is None:
         initialize_weights(model, arguments.initialization.seed, arguments.initialization.init_method_std)
     return DistributedDataParallel(
         config=model.config,
-        ddp_config=DistributedDataParallelConfig(
-            grad_reduce_in_fp32=arguments.precision.accumulate_allreduce_grads_in_fp32,
-            overlap_grad_reduce=False,
-            use_distributed_optimizer=False,
-            average_in_collective=False,
-        ),
+        ddp_config=data_parallel_config(arguments),
         module=model,
     )

@@ -5,7 +5,7 @@ from conftest import run_on_ranks
 
 from mft_megatron.arguments import parse_arguments
 from mft_megatron.mcore import platform
-from mft_megatron.mcore.model import transformer_config
+from mft_megatron.mcore.config import transformer_config
 
 BASE = (
     "--num-layers 8 --hidden-size 32 --num-attention-heads 2 --data-path none --seq-length 32 --micro-batch-size 1 "

@@ -1,0 +1,54 @@
+"""The objective, its weights and when to stop."""
+
+from mft_megatron.arguments.table import Arguments
+from mft_megatron.loss_names import FOCAL, WEIGHTED
+
+
+def check_objective(a: Arguments) -> str | None:
+    m = a.multi_task
+    if m.task_balance != "static" and m.mft_loss not in WEIGHTED:
+        return (
+            f"--task-balance {m.task_balance} gives weights to tasks, which --mft-loss {m.mft_loss} does not take; use "
+            "task-token or task-sample, or leave it out"
+        )
+    if m.task_weights and m.mft_loss in FOCAL:
+        return f"--task-weights has no meaning with --mft-loss {m.mft_loss}; its weights are --focal-alpha"
+    if m.task_weights and m.mft_loss not in WEIGHTED:
+        return (
+            f"--task-weights has no meaning with --mft-loss {m.mft_loss}, where tasks are not balanced; use "
+            "task-token or task-sample"
+        )
+    if m.task_weights and m.task_balance != "static":
+        return f"--task-weights and --task-balance {m.task_balance} both set the weights; leave one of them out"
+    if m.mft_normalization == "micro-batch" and m.mft_loss in FOCAL:
+        return (
+            f"--mft-normalization micro-batch is for comparison with MFTCoder's releases, which have no {m.mft_loss}; "
+            "leave it out"
+        )
+    return None
+
+
+def check_stopping(a: Arguments) -> str | None:
+    v, c = a.validation, a.checkpoint
+    for name, wanted in (
+        ("--early-stopping-patience", v.early_stopping_patience),
+        ("--task-early-stopping-patience", v.task_early_stopping_patience),
+        ("--save-best", c.save_best),
+    ):
+        if wanted and v.eval_iters == 0:
+            return f"{name} needs evaluations, and --eval-iters 0 turns them off; leave one of them out"
+    if v.early_stopping_metric == "objective" and (
+        a.multi_task.task_balance != "static" or v.task_early_stopping_patience
+    ):
+        return (
+            "--early-stopping-metric objective: its weights change during the run, so that evaluations do not compare; "
+            "use macro or a task"
+        )
+    if c.save_best and c.save is None:
+        return "--save-best without --save: give --save DIR"
+    if v.task_early_stopping_patience and a.multi_task.mft_loss in ("token", "sample"):
+        return (
+            "--task-early-stopping-patience sets the weights of tasks, which --mft-loss "
+            f"{a.multi_task.mft_loss} does not have; use another loss, or leave it out"
+        )
+    return None

@@ -1,0 +1,38 @@
+"""Whether the model's shape can be, and can be divided."""
+
+from mft_megatron.arguments.table import Arguments
+
+
+def check_heads(a: Arguments) -> str | None:
+    n, tp = a.network, a.distributed.tensor_model_parallel_size
+    if n.num_attention_heads * n.kv_channels != n.hidden_size and n.hidden_size % n.num_attention_heads:
+        return (
+            f"--hidden-size {n.hidden_size} is not divisible by --num-attention-heads {n.num_attention_heads}; change "
+            "one of them or give --kv-channels"
+        )
+    if n.kv_channels % 2 and n.position_embedding_type == "rope":
+        return f"--kv-channels {n.kv_channels}: rope needs an even head size"
+    if n.num_attention_heads % n.num_query_groups:
+        return f"--num-query-groups {n.num_query_groups} does not divide --num-attention-heads {n.num_attention_heads}"
+    if n.num_attention_heads % tp:
+        return (
+            f"--tensor-model-parallel-size {tp} does not divide --num-attention-heads {n.num_attention_heads}; use a "
+            "divisor of the number of heads"
+        )
+    if n.num_query_groups % tp:
+        return (
+            f"--tensor-model-parallel-size {tp} does not divide --num-query-groups {n.num_query_groups}; use a divisor "
+            "of the number of groups"
+        )
+    if n.ffn_hidden_size % tp:
+        return f"--tensor-model-parallel-size {tp} does not divide --ffn-hidden-size {n.ffn_hidden_size}"
+    return None
+
+
+def check_positions(a: Arguments) -> str | None:
+    if a.data.seq_length > a.network.max_position_embeddings:
+        return (
+            f"--seq-length {a.data.seq_length} is longer than --max-position-embeddings "
+            f"{a.network.max_position_embeddings}; raise the latter or pack the data for a shorter length"
+        )
+    return None

@@ -1,0 +1,13 @@
+"""Seed and initial weights."""
+
+import dataclasses
+
+from mft_megatron.options import option
+
+
+@dataclasses.dataclass(frozen=True)
+class InitializationArguments:
+    """The same seed gives the same weights on every layout (Megatron: on the same layout only)."""
+
+    seed: int = option(1234, "Seed of weights, dropout and data order.", at_least=0, below=2**63)
+    init_method_std: float = option(0.02, "Standard deviation of the initial weights.", at_least=0)

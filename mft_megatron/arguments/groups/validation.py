@@ -1,0 +1,43 @@
+"""Evaluation and early stopping."""
+
+import dataclasses
+
+from mft_megatron.options import option
+
+
+@dataclasses.dataclass(frozen=True)
+class ValidationArguments:
+    """Evaluation goes through the validation split in order, every sample once."""
+
+    eval_interval: int = option(1000, "Evaluate after this many steps, and after the last.", at_least=1)
+    eval_iters: int | None = option(
+        None,
+        "Evaluate on this many global batches only; 0 turns evaluation off. Unlike in Megatron the default is the "
+        "whole validation split, exactly once.",
+        type=int,
+        at_least=0,
+    )
+    early_stopping_patience: int | None = option(
+        None,
+        "Stop after this many evaluations in a row without a better result; with --save it implies --save-best.",
+        type=int,
+        at_least=1,
+        aliases=("--early_stopping_stall_num",),
+    )
+    early_stopping_metric: str = option(
+        "macro",
+        "What is to get better: the mean of the tasks' validation losses (macro), the training objective over the "
+        "validation split (objective; only where weights do not change), or the validation loss of a task, by its "
+        "name (not a task called macro or objective).",
+        metavar="macro|objective|TASK",
+    )
+    early_stopping_min_delta: float = option(
+        0.0, "A loss is better when it is below the best one by more than this, of the run or of a task.", at_least=0
+    )
+    task_early_stopping_patience: int | None = option(
+        None,
+        "Give a task weight 0 after this many evaluations in a row in which its own validation loss was not better "
+        "than its best one, see --early-stopping-min-delta.",
+        type=int,
+        at_least=1,
+    )

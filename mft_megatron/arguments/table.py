@@ -1,0 +1,89 @@
+"""All options of a run: the groups, and what follows from several of them."""
+
+import dataclasses
+from typing import Any
+
+from mft_megatron.batch_sizes import BatchSizes, ramp_up, step_schedule
+from mft_megatron.run_folder import CheckpointInfo
+
+from .groups.checkpointing import CheckpointArguments
+from .groups.data import DataArguments
+from .groups.distributed import DistributedArguments
+from .groups.initialization import InitializationArguments
+from .groups.learning_rate import LearningRateArguments
+from .groups.logging import LoggingArguments
+from .groups.mixed_precision import MixedPrecisionArguments
+from .groups.multi_task import MultiTaskArguments
+from .groups.network import NetworkArguments
+from .groups.regularization import RegularizationArguments
+from .groups.training import TrainingArguments
+from .groups.validation import ValidationArguments
+
+GROUPS: tuple[tuple[str, type], ...] = (
+    ("network", NetworkArguments),
+    ("regularization", RegularizationArguments),
+    ("training", TrainingArguments),
+    ("initialization", InitializationArguments),
+    ("learning rate", LearningRateArguments),
+    ("checkpointing", CheckpointArguments),
+    ("mixed precision", MixedPrecisionArguments),
+    ("distributed", DistributedArguments),
+    ("validation", ValidationArguments),
+    ("data", DataArguments),
+    ("logging", LoggingArguments),
+    ("multi-task fine-tuning", MultiTaskArguments),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """All options of a run, complete and checked.
+
+    ``resume``: the checkpoint ``--load`` found: its folder and description; ``None`` for a run that starts anew.
+    """
+
+    network: NetworkArguments
+    regularization: RegularizationArguments
+    training: TrainingArguments
+    initialization: InitializationArguments
+    learning_rate: LearningRateArguments
+    checkpoint: CheckpointArguments
+    precision: MixedPrecisionArguments
+    distributed: DistributedArguments
+    validation: ValidationArguments
+    data: DataArguments
+    logging: LoggingArguments
+    multi_task: MultiTaskArguments
+    world_size: int
+    resume: tuple[str, CheckpointInfo] | None = None
+
+    @property
+    def data_parallel_size(self) -> int:
+        layout = self.distributed
+        return self.world_size // (layout.tensor_model_parallel_size * layout.pipeline_model_parallel_size)
+
+    @property
+    def batch_multiple(self) -> int:
+        """A batch has a multiple of this many packs: one micro-batch of each data-parallel rank, or, since interleaved
+        stages take turns after as many micro-batches as the pipeline has ranks, so many of each."""
+        micro_batches = self.distributed.pipeline_model_parallel_size if self.distributed.interleaved else 1
+        return self.training.micro_batch_size * self.data_parallel_size * micro_batches
+
+    @property
+    def batch_sizes(self) -> BatchSizes:
+        """Packs of each step, by the packs consumed before it."""
+        training = self.training
+        if training.step_batch_size_schedule is not None:
+            return step_schedule(training.step_batch_size_schedule, self.data.seq_length)
+        if training.rampup_batch_size is not None:
+            return ramp_up(*training.rampup_batch_size, training.global_batch_size)
+        return BatchSizes([0], [training.global_batch_size])
+
+    def as_options(self) -> dict[str, Any]:
+        """Every option's effective value by Megatron's name, for ``config.yaml``."""
+        return {
+            field.name: getattr(getattr(self, group.name), field.name)
+            for group in dataclasses.fields(self)
+            if dataclasses.is_dataclass(getattr(self, group.name))
+            for field in dataclasses.fields(getattr(self, group.name))
+        }
