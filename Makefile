@@ -9,7 +9,7 @@ TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 STAMP := $(VENV)/.mft_megatron_installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo mft-vs-mixed test test-all lint clean
+.PHONY: help setup demo mft-vs-mixed test test-all lint docs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1	/p' Makefile | expand -t 14
@@ -31,6 +31,9 @@ test-all: setup ## all tests, those that take minutes too
 lint: setup ## ruff's rules and formatting
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
+
+docs: setup ## write docs/ARGUMENTS.md from the options
+	$(VENV)/bin/python -m mft_megatron.arguments.reference > docs/ARGUMENTS.md
 
 clean: ## remove what the build, the tests and the demo left behind; the environment's packages stay
 	rm -rf build dist demo_run mft_vs_mixed_run *.egg-info .pytest_cache .ruff_cache .hypothesis $(STAMP)

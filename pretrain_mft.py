@@ -16,10 +16,19 @@ def main() -> None:
     from mft_megatron.arguments import parse_arguments
     from mft_megatron.data.dataset import packed_lengths
 
-    arguments = parse_arguments(sys.argv[1:], int(os.environ.get("WORLD_SIZE", 1)), packed_lengths)
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    arguments = parse_arguments(sys.argv[1:], world_size, packed_lengths, lambda folder: open_source(folder).info)
     from mft_megatron.training.pretrain import pretrain
 
-    pretrain(arguments, main_rank=os.environ.get("RANK", "0") == "0")
+    source = open_source(arguments.checkpoint.hf_checkpoint) if arguments.starts_from_hf else None
+    pretrain(arguments, main_rank=os.environ.get("RANK", "0") == "0", source=source)
+
+
+def open_source(folder: str):
+    """The model of ``--hf-checkpoint``; imported only where it is asked for."""
+    from mft_megatron.convert.hf_source import HuggingFaceSource
+
+    return HuggingFaceSource(folder)
 
 
 # The guard matters: the checkpoint writer starts a process that imports this file again.

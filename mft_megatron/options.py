@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import json
 import math
+import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -71,12 +72,21 @@ def spelling(field: dataclasses.Field) -> str:
 
 
 class _OneLineParser(argparse.ArgumentParser):
-    """An argument parser that raises :class:`InputError` and suggests the spelling that was probably meant."""
+    """An argument parser that raises :class:`InputError` and suggests the spelling that was probably meant.
+
+    ``refused``: options that it does not have, and a sentence about each.
+    """
+
+    refused: Mapping[str, str] = types.MappingProxyType({})
 
     def error(self, message: str):
         raise InputError(f"{message}; see --help")
 
     def refuse_unknown(self, unknown: Sequence[str]) -> None:
+        for word in unknown:
+            name = word.split("=")[0].replace("_", "-")
+            if name in self.refused:
+                raise InputError(f"{name}: {self.refused[name]}")
         known = [spelling for action in self._actions for spelling in action.option_strings]
         for word in unknown:
             if not word.startswith("-"):
@@ -87,9 +97,15 @@ class _OneLineParser(argparse.ArgumentParser):
             raise InputError(f"unknown option {name}; {hint}")
 
 
-def build_parser(groups: Iterable[tuple[str, type]], **parser_options: Any) -> _OneLineParser:
-    """One parser over several ``(title, dataclass)`` groups; options not given leave no trace in its namespace."""
+def build_parser(
+    groups: Iterable[tuple[str, type]], refused: Mapping[str, str] | None = None, **parser_options: Any
+) -> _OneLineParser:
+    """One parser over several ``(title, dataclass)`` groups; options not given leave no trace in its namespace.
+
+    ``refused``: options of another program that users may try, and what to say to them.
+    """
     parser = _OneLineParser(allow_abbrev=False, argument_default=argparse.SUPPRESS, **parser_options)
+    parser.refused = refused or {}
     for title, group in groups:
         section = parser.add_argument_group(title, (group.__doc__ or "").strip())
         for field in dataclasses.fields(group):

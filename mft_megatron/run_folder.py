@@ -10,6 +10,8 @@
     DIR/metrics.jsonl                        one JSON object per logged step, evaluation or event
     DIR/tensorboard/                         the same scalars
     DIR/tokenizer/                           the tokenizer's files, so that an export is complete
+    DIR/huggingface/                         of a model that came from Hugging Face: its config.json, generation
+                                             configuration, tokenizer and licence, to be given back as they were
 
 The description is written last and renamed into place: a folder without it is an unfinished save and is not loaded.
 The files that name a checkpoint are written after it, and clearing up spares what they name.
@@ -19,8 +21,11 @@ import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from .errors import InputError
 
@@ -31,6 +36,7 @@ CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 TOKENIZER = "tokenizer"
+HUGGINGFACE = "huggingface"
 # What makes a Hugging Face tokenizer; a folder that has it may hold a whole model besides.
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -43,7 +49,9 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-FORMAT_VERSION = 1
+# 2: states of the optimizer are stored by weight, whatever optimizer wrote them; of 1 the weights can be read
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, 2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,13 +60,16 @@ class CheckpointInfo:
 
     ``architecture``: the fields of ``NetworkArguments``. ``tokenizer``: the ledger's entry, and
     ``stop_token_ids``. ``vocab_size``: rows of the vocabulary before padding.
-    ``consumed_samples`` counts packs. ``precision``: fp32 or bf16. ``decoupled_lr``: whether the
-    optimizer has a group for the rate of embedding and output layer. ``layout``: sizes by name,
-    and the kind of device, for what belongs to one layout.
+    ``consumed_samples`` counts packs. ``precision``: fp32, bf16 or fp16. ``optimizer``: adam, sgd,
+    or sgd without momentum, whose states are the same with and without the
+    ``distributed_optimizer``. ``decoupled_lr``: whether the optimizer has a group for the rate of
+    embedding and output layer. ``layout``: sizes by name, and the kind of device, for what belongs
+    to one layout.
     ``dataset_hash`` and ``seed`` identify the data order that was being followed.
     ``best``: its evaluation was the best of the run until then. ``asked_for``: it was due, at
     ``--save-interval`` or at an end of the run; one that was saved for being the best alone goes
-    when a better one comes.
+    when a better one comes. ``source``: the Hugging Face architecture that the model came as, if
+    it did; its vocabulary may be larger than the tokenizer's.
     """
 
     iteration: int
@@ -73,11 +84,19 @@ class CheckpointInfo:
     has_optimizer: bool = True
     has_rng: bool = True
     precision: str = "fp32"
+    optimizer: str = "adam"
+    distributed_optimizer: bool = False
     decoupled_lr: bool = False
     layout: dict[str, int | str] = dataclasses.field(default_factory=dict)
     best: bool = False
     asked_for: bool = True
+    source: str = ""
     format_version: int = FORMAT_VERSION
+
+    @property
+    def is_converted(self) -> bool:
+        """Whether it was made from a Hugging Face model, has no run behind it, and a run starts from it."""
+        return self.source != "" and self.dataset_hash == ""
 
     @property
     def optimizer_steps(self) -> int:
@@ -106,6 +125,19 @@ def latest_checkpoint(folder: Path | str, option: str = "--load") -> tuple[Path,
         return folder, read_info(folder, option)
     absent, remedy = "no checkpoint was completed there", f"give a folder that --save wrote, or leave {option} out"
     return _named_checkpoint(folder, TRACKER, option, absent, remedy)
+
+
+def checkpoint_of(folder: Path | str, iteration: int, option: str = "--load") -> tuple[Path, CheckpointInfo]:
+    """The complete checkpoint of one iteration below ``folder``.
+
+    Raises:
+        InputError: there is none, or it is unfinished or of another format.
+    """
+    path = iteration_folder(Path(folder), iteration)
+    if not path.is_dir():
+        there = ", ".join(sorted(found.name for found in Path(folder).glob("iter_*"))) or "no checkpoint"
+        raise InputError(f"{option} {folder} --ckpt-step {iteration}: {path} does not exist; there is {there}")
+    return path, read_info(path, option)
 
 
 def best_checkpoint(folder: Path | str, option: str = "--load") -> tuple[Path, CheckpointInfo]:
@@ -155,7 +187,19 @@ def superseded(folder: Path) -> list[Path]:
 
     Every one in ``folder``: where a job was ended before it removed one, that goes with the next.
     """
-    named = (latest_checkpoint(folder)[0], best_checkpoint(folder)[0])
+    return [path for path, info in _unnamed(folder) if not info.asked_for]
+
+
+def not_retained(folder: Path, interval: int) -> list[Path]:
+    """Checkpoints of iterations that ``interval`` does not divide and that are neither the newest nor the best."""
+    return [path for path, info in _unnamed(folder) if info.iteration % interval]
+
+
+def _unnamed(folder: Path) -> list[tuple[Path, CheckpointInfo]]:
+    """Complete checkpoints of the run in ``folder`` but for the newest and the best; by name."""
+    named = [latest_checkpoint(folder)[0]]
+    if (folder / BEST).is_file():
+        named.append(best_checkpoint(folder)[0])
     found = []
     for path in sorted(folder.glob("iter_*")):
         if path in named or path.is_symlink() or not path.is_dir():
@@ -165,8 +209,8 @@ def superseded(folder: Path) -> list[Path]:
         except InputError:  # unfinished, or not ours
             continue
         # a copy that the user made under another name still has the iteration of its original
-        if not info.asked_for and path == iteration_folder(folder, info.iteration):
-            found.append(path)
+        if path == iteration_folder(folder, info.iteration):
+            found.append((path, info))
     return found
 
 
@@ -190,7 +234,7 @@ def read_info(path: Path, option: str = "--load") -> CheckpointInfo:
         raise InputError(f"{option} {path}: no {INFO}, so this save was never finished; use another one") from None
     except (ValueError, TypeError) as error:
         raise InputError(f"{file}: not a checkpoint description ({error}); the file is damaged") from None
-    if info.format_version != FORMAT_VERSION:
+    if info.format_version not in READABLE_VERSIONS:
         raise InputError(f"{file}: format version {info.format_version}, this program reads {FORMAT_VERSION}")
     return info
 
@@ -198,6 +242,12 @@ def read_info(path: Path, option: str = "--load") -> CheckpointInfo:
 def write_info(path: Path, info: CheckpointInfo) -> None:
     """Put ``info`` into the checkpoint folder ``path``, as the last file of a save."""
     replace_text(path / INFO, json.dumps(dataclasses.asdict(info), indent=2) + "\n")
+
+
+def effective_configuration(options: Mapping[str, Any], world_size: int) -> str:
+    """The content of ``config.yaml``: every option's value, which ``--yaml-cfg`` reads again, and how many ranks."""
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
+    return yaml.safe_dump({**plain, "world_size": world_size}, sort_keys=False)
 
 
 def copy_tokenizer(model: Path, target: Path) -> bool:

@@ -2,9 +2,9 @@
 
 ::
 
-    command line ─► given values ─┐
-    checkpoint's architecture ────┼─► Arguments ─► check (no device, no process group) ─► training
-    Megatron's defaults ──────────┘
+    command line, then --yaml-cfg FILE ─┐
+    checkpoint's architecture ──────────┼─► Arguments ─► check (no device, no process group) ─► training
+    Megatron's defaults ────────────────┘
 
 What can be refused without a device is refused by :mod:`.checks`, in one line that names the numbers and the
 remedy. Where an option differs from Megatron's, its help says so.
@@ -16,20 +16,27 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mft_megatron.errors import InputError
-from mft_megatron.loss_names import FOCAL
 from mft_megatron.options import build_parser, fill, parse, spelling
-from mft_megatron.run_folder import CheckpointInfo, is_checkpoint, latest_checkpoint
+from mft_megatron.run_folder import CheckpointInfo, checkpoint_of, is_checkpoint, latest_checkpoint
 
 from .checks import CHECKS
 from .checks.batches import check_batch_schedule
 from .checks.layout import check_virtual_stages
 from .checks.ranges import check_ranges
+from .checks.recompute import check_recompute_granularity
+from .completion import complete
+from .config_file import read_config_file
+from .groups.config_file import ConfigFileArguments
 from .groups.multi_task import MFTCODER_BALANCERS
 from .groups.network import NetworkArguments
-from .table import GROUPS, Arguments
+from .megatron_only import MEGATRON_ONLY
+from .table import GROUPS, Arguments, from_pretrained
+from .without_effect import option_without_effect
 
 
-def parse_arguments(command_line: Sequence[str], world_size: int = 1, packed_lengths: Any = None) -> Arguments:
+def parse_arguments(
+    command_line: Sequence[str], world_size: int = 1, packed_lengths: Any = None, describe_hf: Any = None
+) -> Arguments:
     """Read, complete and check the command line of ``pretrain_mft.py``.
 
     Args:
@@ -37,42 +44,61 @@ def parse_arguments(command_line: Sequence[str], world_size: int = 1, packed_len
         world_size: number of ranks, torchrun's ``WORLD_SIZE``.
         packed_lengths: function from a data prefix to the sequence lengths it is packed for; used where
             ``--seq-length`` is not given.
+        describe_hf: function from a Hugging Face folder to its :class:`CheckpointInfo`; used with ``--hf-checkpoint``.
 
     Raises:
         InputError: an unknown, misspelt, missing or contradictory option, or a ``--load`` without a checkpoint.
     """
-    parser = build_parser(
-        GROUPS,
-        prog="pretrain_mft.py",
-        description="Multi-task fine-tuning on Megatron-Core. Start it with torchrun; option names, meanings and "
-        "defaults are Megatron's unless the help says otherwise.",
-    )
-    given = parse(parser, command_line, GROUPS)
-    resume = _find_checkpoint(given)
+    given, asked_for = _read(command_line)
+    resume = _find_checkpoint(given, describe_hf)
     _need(given, "data_path", "--data-path PREFIX: the --output-prefix given to tools/preprocess_data.py")
     if "seq_length" not in given and packed_lengths is not None:
         given["seq_length"] = _only_packed_length(given["data_path"], packed_lengths(given["data_path"]))
     if resume is not None:
         given = {**_architecture_from(resume, given), **given}
-        if not given.get("finetune"):
+        if not given.get("finetune") and not from_pretrained(resume, given.get("pretrained_checkpoint")):
             given["seed"] = _seed_from(resume, given)
     for name, hint in _REQUIRED.items():
         _need(given, name, hint)
-    if "num_query_groups" in given and not given.get("group_query_attention") and resume is None:
-        raise InputError("--num-query-groups has no effect without --group-query-attention; give both or neither")
     _expand_mftcoder_balancer(given)
-    _refuse(_options_without_effect(given))
+    _refuse(option_without_effect(given, asked_for))
     groups = {
         field.name: fill(group, given) for field, (_, group) in zip(dataclasses.fields(Arguments), GROUPS, strict=False)
     }
     arguments = Arguments(**groups, world_size=world_size, resume=resume)
     # before anything is derived from these numbers; again below for the derived ones
-    for check in (check_ranges, check_virtual_stages, check_batch_schedule):
+    for check in (check_ranges, check_recompute_granularity, check_virtual_stages, check_batch_schedule):
         _refuse(check(arguments))
-    arguments = _complete(arguments)
+    arguments = complete(arguments)
     for check in CHECKS:
         _refuse(check(arguments))
     return arguments
+
+
+def _read(command_line: Sequence[str]) -> tuple[dict[str, Any], set[str]]:
+    """What the command line and the file it names give, and the fields that somebody asked for.
+
+    What a file says beyond a default is asked for, but for what stands in a run's own ``config.yaml``: there every
+    option has a value, those that have no effect, too.
+    """
+    groups = (("configuration file", ConfigFileArguments), *GROUPS)
+    parser = build_parser(
+        groups,
+        prog="pretrain_mft.py",
+        description="Multi-task fine-tuning on Megatron-Core. Start it with torchrun; option names, meanings and "
+        "defaults are Megatron's unless the help says otherwise.",
+        refused=MEGATRON_ONLY,
+    )
+    given = parse(parser, command_line, groups)
+    asked_for = set(given)
+    path = given.pop("yaml_cfg", None)
+    if path is None:
+        return given, asked_for
+    of_file, effective = read_config_file(path, GROUPS, MEGATRON_ONLY)
+    if not effective:
+        defaults = {field.name: field.default for _, group in GROUPS for field in dataclasses.fields(group)}
+        asked_for |= {name for name, value in of_file.items() if value != defaults[name]}
+    return {**of_file, **given}, asked_for
 
 
 def _refuse(problem: str | None) -> None:
@@ -93,38 +119,6 @@ def _expand_mftcoder_balancer(given: dict[str, Any]) -> None:
     given.update(mft_loss="task-token", task_balance=balancer)
 
 
-def _options_without_effect(given: Mapping[str, Any]) -> str | None:
-    """Options of a loss, a balancer, a schedule or a criterion that is not in use."""
-    loss, balance = given.get("mft_loss", "task-token"), given.get("task_balance", "static")
-    decay, growth = given.get("lr_decay_style", "linear"), given.get("weight_decay_incr_style", "constant")
-    best = {"early_stopping_patience", "save_best"} & given.keys()
-    owners = (
-        ("focal_", loss in FOCAL, "--mft-loss focal-sample or focal-task"),
-        ("self_paced_", balance == "self-paced", "--task-balance self-paced"),
-        ("famo_", balance == "famo", "--task-balance famo"),
-        ("coba_", balance == "coba", "--task-balance coba"),
-        ("early_stopping_metric", best, "--early-stopping-patience or --save-best"),
-        (
-            "early_stopping_min_delta",
-            best or "task_early_stopping_patience" in given,
-            "--early-stopping-patience, --task-early-stopping-patience or --save-best",
-        ),
-        ("lr_wsd_", decay == "WSD", "--lr-decay-style WSD"),
-        ("min_lr", decay != "constant", "a decay, and --lr-decay-style constant has none"),
-        ("decoupled_min_lr", decay != "constant", "a decay, and --lr-decay-style constant has none"),
-        ("decoupled_min_lr", "decoupled_lr" in given, "--decoupled-lr"),
-        ("weight_decay", growth == "constant", "--weight-decay-incr-style constant, which is the default"),
-        ("start_weight_decay", growth != "constant", "--weight-decay-incr-style linear or cosine"),
-        ("end_weight_decay", growth != "constant", "--weight-decay-incr-style linear or cosine"),
-    )
-    for field in (field for _, group in GROUPS for field in dataclasses.fields(group)):
-        for prefix, in_use, wanted in owners:
-            owned = field.name.startswith(prefix) if prefix.endswith("_") else field.name == prefix
-            if owned and field.name in given and not in_use:
-                return f"{spelling(field)} has no effect without {wanted}; add that, or leave it out"
-    return None
-
-
 _REQUIRED = {
     "num_layers": "--num-layers N, or --load a checkpoint that knows it",
     "hidden_size": "--hidden-size N, or --load a checkpoint that knows it",
@@ -141,16 +135,24 @@ def _need(given: Mapping[str, Any], name: str, hint: str) -> None:
         raise InputError(f"missing option: give {hint}")
 
 
-def _find_checkpoint(given: Mapping[str, Any]) -> tuple[str, CheckpointInfo] | None:
-    load = given.get("load")
-    if load is None:
-        return None
+def _find_checkpoint(given: Mapping[str, Any], describe_hf: Any) -> tuple[str, CheckpointInfo] | None:
+    """The checkpoint of ``--load``, else of ``--pretrained-checkpoint`` or the model of ``--hf-checkpoint``; ``None``
+    for a run that starts from nothing."""
+    hf = given.get("hf_checkpoint")
+    if hf is not None and given.get("pretrained_checkpoint") is not None:
+        raise InputError("--hf-checkpoint and --pretrained-checkpoint both say what to start from; leave one out")
+    load, step, pretrained = (given.get(name) for name in ("load", "ckpt_step", "pretrained_checkpoint"))
     # The idiom of a job that is restarted with the same command line: nothing saved yet means "start".
-    same = given.get("save") is not None and os.path.abspath(load) == os.path.abspath(given["save"])
-    if same and not is_checkpoint(load):
+    same = None not in (load, given.get("save")) and os.path.abspath(load) == os.path.abspath(given["save"])
+    if load is not None and (is_checkpoint(load) or not same or given.get("exit_on_missing_checkpoint")):
+        found = latest_checkpoint(load) if step is None else checkpoint_of(load, step)
+    elif pretrained is not None:
+        found = latest_checkpoint(os.path.abspath(pretrained), "--pretrained-checkpoint")
+    elif hf is not None:
+        found = os.path.abspath(hf), describe_hf(hf)
+    else:
         return None
-    path, info = latest_checkpoint(load)
-    return str(path), info
+    return str(found[0]), found[1]
 
 
 def _architecture_from(resume: tuple[str, CheckpointInfo], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -189,47 +191,3 @@ def _only_packed_length(prefix: str, lengths: Sequence[int]) -> int:
             f"missing option: give --seq-length; {prefix} is packed for {', '.join(map(str, lengths)) or 'no length'}"
         )
     return lengths[0]
-
-
-def _complete(arguments: Arguments) -> Arguments:
-    """Fill in what follows from other options."""
-    network, training = arguments.network, arguments.training
-    if network.ffn_hidden_size is None:
-        size = 4 * network.hidden_size
-        size = int(size * 2 / 3) // 64 * 64 if network.swiglu else size
-        network = dataclasses.replace(network, ffn_hidden_size=size)
-    if network.kv_channels is None:
-        network = dataclasses.replace(network, kv_channels=network.hidden_size // network.num_attention_heads)
-    if not network.group_query_attention:
-        network = dataclasses.replace(network, num_query_groups=network.num_attention_heads)
-    if network.max_position_embeddings is None:
-        network = dataclasses.replace(network, max_position_embeddings=arguments.data.seq_length)
-    if training.step_batch_size_schedule is not None:
-        training = dataclasses.replace(training, global_batch_size=arguments.batch_sizes.sizes[-1])
-    elif training.global_batch_size is None:
-        # too few ranks for the layout are refused later, in words of their own
-        size = training.micro_batch_size * max(arguments.data_parallel_size, 1)
-        training = dataclasses.replace(training, global_batch_size=size)
-    layout = arguments.distributed
-    stages, layers = layout.num_virtual_stages_per_pipeline_rank, layout.num_layers_per_virtual_pipeline_stage
-    if layers is not None:
-        stages = network.num_layers // (layout.pipeline_model_parallel_size * layers)
-    layout = dataclasses.replace(
-        layout,
-        num_layers_per_virtual_pipeline_stage=None,  # says the same in other words
-        num_virtual_stages_per_pipeline_rank=None if stages == 1 else stages,
-    )
-    schedule = arguments.learning_rate
-    if schedule.lr_decay_iters is None:
-        schedule = dataclasses.replace(schedule, lr_decay_iters=training.train_iters)
-    precision = arguments.precision
-    if precision.bf16:
-        precision = dataclasses.replace(precision, accumulate_allreduce_grads_in_fp32=True)
-    return dataclasses.replace(
-        arguments,
-        network=network,
-        training=training,
-        distributed=layout,
-        learning_rate=schedule,
-        precision=precision,
-    )

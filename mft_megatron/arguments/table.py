@@ -1,6 +1,7 @@
 """All options of a run: the groups, and what follows from several of them."""
 
 import dataclasses
+import os
 from typing import Any
 
 from mft_megatron.batch_sizes import BatchSizes, ramp_up, step_schedule
@@ -9,28 +10,36 @@ from mft_megatron.run_folder import CheckpointInfo
 from .groups.checkpointing import CheckpointArguments
 from .groups.data import DataArguments
 from .groups.distributed import DistributedArguments
+from .groups.fusions import FusionArguments
 from .groups.initialization import InitializationArguments
 from .groups.learning_rate import LearningRateArguments
 from .groups.logging import LoggingArguments
 from .groups.mixed_precision import MixedPrecisionArguments
+from .groups.moe import MoEArguments
 from .groups.multi_task import MultiTaskArguments
 from .groups.network import NetworkArguments
+from .groups.recompute import RecomputeArguments
 from .groups.regularization import RegularizationArguments
 from .groups.training import TrainingArguments
+from .groups.transformer_engine import TransformerEngineArguments
 from .groups.validation import ValidationArguments
 
 GROUPS: tuple[tuple[str, type], ...] = (
     ("network", NetworkArguments),
     ("regularization", RegularizationArguments),
     ("training", TrainingArguments),
+    ("recompute", RecomputeArguments),
     ("initialization", InitializationArguments),
     ("learning rate", LearningRateArguments),
     ("checkpointing", CheckpointArguments),
     ("mixed precision", MixedPrecisionArguments),
+    ("transformer engine", TransformerEngineArguments),
+    ("fusions", FusionArguments),
     ("distributed", DistributedArguments),
     ("validation", ValidationArguments),
     ("data", DataArguments),
     ("logging", LoggingArguments),
+    ("moe", MoEArguments),
     ("multi-task fine-tuning", MultiTaskArguments),
 )
 
@@ -45,22 +54,38 @@ class Arguments:
     network: NetworkArguments
     regularization: RegularizationArguments
     training: TrainingArguments
+    recompute: RecomputeArguments
     initialization: InitializationArguments
     learning_rate: LearningRateArguments
     checkpoint: CheckpointArguments
     precision: MixedPrecisionArguments
+    transformer_engine: TransformerEngineArguments
+    fusions: FusionArguments
     distributed: DistributedArguments
     validation: ValidationArguments
     data: DataArguments
     logging: LoggingArguments
+    moe: MoEArguments
     multi_task: MultiTaskArguments
     world_size: int
     resume: tuple[str, CheckpointInfo] | None = None
 
     @property
+    def weights_alone(self) -> bool:
+        """Whether a run that loads takes the weights and begins at iteration 0."""
+        return self.checkpoint.finetune or from_pretrained(self.resume, self.checkpoint.pretrained_checkpoint)
+
+    @property
+    def starts_from_hf(self) -> bool:
+        """Whether the weights come from the folder of ``--hf-checkpoint``."""
+        given = self.checkpoint.hf_checkpoint
+        return None not in (self.resume, given) and os.path.abspath(given) == self.resume[0]
+
+    @property
     def data_parallel_size(self) -> int:
         layout = self.distributed
-        return self.world_size // (layout.tensor_model_parallel_size * layout.pipeline_model_parallel_size)
+        model = layout.tensor_model_parallel_size * layout.pipeline_model_parallel_size
+        return self.world_size // (model * layout.context_parallel_size)
 
     @property
     def batch_multiple(self) -> int:
@@ -79,6 +104,12 @@ class Arguments:
             return ramp_up(*training.rampup_batch_size, training.global_batch_size)
         return BatchSizes([0], [training.global_batch_size])
 
+    @property
+    def optimizer_states(self) -> str:
+        """What kind of states the optimizer has: adam, sgd, or sgd without momentum, which has none."""
+        without = self.training.optimizer == "sgd" and not self.regularization.sgd_momentum
+        return f"{self.training.optimizer} without momentum" if without else self.training.optimizer
+
     def as_options(self) -> dict[str, Any]:
         """Every option's effective value by Megatron's name, for ``config.yaml``."""
         return {
@@ -87,3 +118,13 @@ class Arguments:
             if dataclasses.is_dataclass(getattr(self, group.name))
             for field in dataclasses.fields(getattr(self, group.name))
         }
+
+
+def from_pretrained(resume: tuple[str, CheckpointInfo] | None, pretrained: str | None) -> bool:
+    """Whether what a run starts from is ``--pretrained-checkpoint``, there being none of its own to go on from, or a
+    model from Hugging Face, which has weights alone."""
+    if resume is not None and resume[1].is_converted:
+        return True
+    if resume is None or pretrained is None:
+        return False
+    return os.path.abspath(pretrained) in (resume[0], os.path.dirname(resume[0]))

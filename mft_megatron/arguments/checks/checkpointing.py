@@ -15,21 +15,43 @@ def check_checkpointing(a: Arguments) -> str | None:
             f"--save {c.save} holds the checkpoints of another run: add --load {c.save} to go on with it, or name "
             "another folder"
         )
+    if c.save is None and (a.training.exit_duration_in_mins is not None or a.training.exit_signal_handler):
+        name = "--exit-signal-handler" if a.training.exit_signal_handler else "--exit-duration-in-mins"
+        return f"{name} without --save would lose the run: give --save DIR"
+    if c.save_retain_interval is not None and c.save_interval is None:
+        return f"--save-retain-interval {c.save_retain_interval} without --save-interval: give that, too"
+    if c.save_retain_interval is not None and c.save_retain_interval % c.save_interval:
+        return (
+            f"--save-retain-interval {c.save_retain_interval} is not a multiple of --save-interval {c.save_interval}; "
+            "change one of them"
+        )
+    if a.validation.skip_train and a.resume is None:
+        return "--skip-train evaluates a checkpoint: give one with --load"
     if c.finetune and c.load is None:
         return "--finetune without --load: give the checkpoint to start from"
-    if a.resume is None or c.finetune:
+    if a.resume is None or a.weights_alone:
         return None
-    if a.resume[1].iteration >= a.training.train_iters:
+    if a.resume[1].iteration >= a.training.train_iters and not a.validation.skip_train:
         return (
             f"--train-iters {a.training.train_iters}: the checkpoint is at iteration {a.resume[1].iteration} already; "
             "raise it, or start anew from its weights with --finetune"
         )
     if c.load_optim and not a.resume[1].has_optimizer:
         return f"--load {c.load}: saved with --no-save-optim; continue with --no-load-optim or --finetune"
+    if c.load_optim and a.resume[1].format_version < 2:
+        return (
+            f"--load {c.load}: an earlier version of this program stored its optimizer in another way; continue with "
+            "--no-load-optim or --finetune"
+        )
     if c.load_optim and a.resume[1].precision != a.precision.name:
         return (
             f"--load {c.load}: its optimizer is of a {a.resume[1].precision} run, this one is {a.precision.name}; use "
             "the same precision, or continue with --no-load-optim or --finetune"
+        )
+    if c.load_optim and a.resume[1].optimizer != a.optimizer_states:
+        return (
+            f"--load {c.load}: its optimizer is {a.resume[1].optimizer}, this run's is {a.optimizer_states}; use the "
+            "same, or continue with --no-load-optim or --finetune"
         )
     if c.load_optim and a.resume[1].decoupled_lr != (a.learning_rate.decoupled_lr is not None):
         was, now = ("saved with", "give it") if a.resume[1].decoupled_lr else ("saved without", "leave it out")

@@ -34,9 +34,13 @@ def check_stopping(a: Arguments) -> str | None:
         ("--early-stopping-patience", v.early_stopping_patience),
         ("--task-early-stopping-patience", v.task_early_stopping_patience),
         ("--save-best", c.save_best),
+        ("--skip-train", v.skip_train),
+        ("--full-validation", v.full_validation),
     ):
         if wanted and v.eval_iters == 0:
             return f"{name} needs evaluations, and --eval-iters 0 turns them off; leave one of them out"
+    if v.full_validation and v.eval_iters is not None:
+        return f"--full-validation and --eval-iters {v.eval_iters} both say how much to evaluate on; give one of them"
     if v.early_stopping_metric == "objective" and (
         a.multi_task.task_balance != "static" or v.task_early_stopping_patience
     ):

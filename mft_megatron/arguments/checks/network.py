@@ -29,10 +29,31 @@ def check_heads(a: Arguments) -> str | None:
     return None
 
 
+def check_activation(a: Arguments) -> str | None:
+    n = a.network
+    kinds = {"--swiglu": n.swiglu, "--squared-relu": n.squared_relu, "--openai-gelu": n.openai_gelu}
+    given = [name for name, chosen in kinds.items() if chosen]
+    if len(given) > 1:
+        return f"{' and '.join(given)} all set the activation function of the MLP; give one of them"
+    return None
+
+
 def check_positions(a: Arguments) -> str | None:
     if a.data.seq_length > a.network.max_position_embeddings:
         return (
             f"--seq-length {a.data.seq_length} is longer than --max-position-embeddings "
             f"{a.network.max_position_embeddings}; raise the latter or pack the data for a shorter length"
+        )
+    scaling, factor = a.network.scaling, a.network.rotary_seq_len_interpolation_factor
+    if scaling is not None and factor is not None:
+        return (
+            f"--rotary-seq-len-interpolation-factor {factor} and --rope-scaling both scale positions; give one of them"
+        )
+    if scaling is not None and a.network.position_embedding_type != "rope":
+        return "--rope-scaling has no effect without --position-embedding-type rope; give both or neither"
+    if scaling is not None and scaling.rope_type == "yarn" and a.network.rotary_percent < 1:
+        return (
+            f"--rope-scaling: yarn scales attention scores as a whole, and --rotary-percent {a.network.rotary_percent} "
+            "rotates a part of each head; use linear or llama3"
         )
     return None

@@ -24,6 +24,33 @@ class CheckpointArguments:
         type=str,
         metavar="DIR",
     )
+    ckpt_step: int | None = option(
+        None, "Load this iteration of the --load folder, not the newest.", type=int, at_least=0, metavar="ITERATION"
+    )
+    pretrained_checkpoint: str | None = option(
+        None,
+        "Start from the weights of this checkpoint, as with --load and --finetune, where --load has none: give it with "
+        "--save and --load of one folder, and a job that is restarted goes on from there.",
+        type=str,
+        metavar="DIR",
+    )
+    hf_checkpoint: str | None = option(
+        None,
+        "Start from the model of this Hugging Face folder (config.json and safetensors files) where --load has no "
+        "checkpoint; each rank reads its part of each weight. Not Megatron's.",
+        type=str,
+        metavar="DIR",
+    )
+    exit_on_missing_checkpoint: bool = option(
+        False, "A --load folder without a checkpoint is an error even where it is the --save folder, too."
+    )
+    save_retain_interval: int | None = option(
+        None,
+        "Keep only checkpoints of iterations divisible by this, the newest, and with --save-best the best; others go "
+        "when the next one is complete.",
+        type=int,
+        at_least=1,
+    )
     finetune: bool = option(False, "Load the weights alone and start at iteration 0 with a fresh optimizer.")
     save_optim: bool = option(True, "Leave the optimizer out of checkpoints.", flag="--no-save-optim")
     load_optim: bool = option(True, "Do not load the optimizer from the checkpoint.", flag="--no-load-optim")
@@ -33,5 +60,23 @@ class CheckpointArguments:
         False,
         "Also save at the evaluation that is best by --early-stopping-metric so far, and keep that checkpoint: "
         "best_checkpointed_iteration.txt in the --save folder names it.",
+    )
+    dist_ckpt_optim_fully_reshardable: bool = option(
+        False,
+        "Always on here, off by default in Megatron: the states of the distributed optimizer are stored weight by "
+        "weight, so that any layout loads them, with the distributed optimizer or without.",
+    )
+    ckpt_fully_parallel_save: bool = option(
+        True,
+        "Leave the writing of what data-parallel ranks have alike to the first of them, not to all.",
+        flag="--no-ckpt-fully-parallel-save",
+    )
+    ckpt_fully_parallel_load: bool = option(
+        False, "Each data-parallel rank reads a part of what they need alike and sends it to the others."
+    )
+    async_save: bool = option(
+        False,
+        "Write checkpoints in the background, while training goes on. The one before is finished first. Unlike in "
+        "Megatron the writers end with each checkpoint; there are no persistent ones.",
     )
     ckpt_format: str = option("torch_dist", "Format of checkpoints.", choices=("torch_dist",))

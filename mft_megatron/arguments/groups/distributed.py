@@ -1,13 +1,14 @@
 """The layout: which ranks share what."""
 
 import dataclasses
+import math
 
 from mft_megatron.options import option
 
 
 @dataclasses.dataclass(frozen=True)
 class DistributedArguments:
-    """Data-parallel size is what is left: world size / (tensor × pipeline)."""
+    """Data-parallel size is what is left: world size / (tensor × pipeline × context)."""
 
     tensor_model_parallel_size: int = option(1, "Ranks that share each layer.", at_least=1)
     pipeline_model_parallel_size: int = option(1, "Ranks that share the stack of layers.", at_least=1)
@@ -17,7 +18,45 @@ class DistributedArguments:
     num_virtual_stages_per_pipeline_rank: int | None = option(
         None, "Interleave the pipeline in this many virtual stages on each rank.", type=int, at_least=1
     )
+    decoder_first_pipeline_num_layers: int | None = option(
+        None, "Layers of the first pipeline rank; the others share the rest evenly.", type=int, at_least=1
+    )
+    decoder_last_pipeline_num_layers: int | None = option(
+        None, "Layers of the last pipeline rank; the others share the rest evenly.", type=int, at_least=1
+    )
+    account_for_embedding_in_pipeline_split: bool = option(
+        False, "Count the embedding as a layer when layers are shared out: the first stage has one less."
+    )
+    account_for_loss_in_pipeline_split: bool = option(
+        False, "Count the output layer and loss as a layer when layers are shared out: the last stage has one less."
+    )
+    pipeline_model_parallel_layout: str | None = option(
+        None,
+        "What each stage holds, stage by stage: E the embedding, t a layer, L the loss, | between stages, with *N and "
+        "(…)*N for repetition, e.g. 'Et*3|(tt|)*29t|L'. More stages than pipeline ranks are virtual ones, dealt to "
+        "the ranks in turn.",
+        type=str,
+    )
+    context_parallel_size: int = option(
+        1,
+        "Ranks that share the tokens of each micro-batch. The whole of a micro-batch is cut, not each of its samples, "
+        "so nothing is padded.",
+        at_least=1,
+    )
+    cp_comm_type: tuple[str, ...] | None = option(
+        None,
+        "How --context-parallel-size brings keys and values to queries. Unlike in Megatron the default, and the only "
+        "way, is all_gather.",
+        type=str,
+        many=True,
+    )
     sequence_parallel: bool = option(False, "Split norms and dropout over the tensor-parallel ranks, too.")
+    expert_model_parallel_size: int = option(
+        1, "Ranks that share the experts of each layer; they are data-parallel to each other elsewhere.", at_least=1
+    )
+    expert_tensor_parallel_size: int | None = option(
+        None, "Ranks that share each expert. Not given: --tensor-model-parallel-size.", type=int, at_least=1
+    )
     distributed_backend: str = option(
         "auto",
         "Process-group backend. Unlike in Megatron the default is nccl with CUDA and gloo without.",
@@ -25,7 +64,66 @@ class DistributedArguments:
     )
     distributed_timeout_minutes: int = option(10, "How long a collective may take.", at_least=1)
 
+    use_distributed_optimizer: bool = option(
+        False, "Each data-parallel rank keeps main weights and optimizer states of its part of the weights alone."
+    )
+    num_distributed_optimizer_instances: int = option(
+        1,
+        "Parts of the data-parallel ranks that each hold the whole of the optimizer states, with "
+        "--use-distributed-optimizer.",
+        at_least=1,
+    )
+    overlap_grad_reduce: bool = option(
+        False, "Reduce gradients over data-parallel ranks bucket by bucket during the backward pass."
+    )
+    overlap_param_gather: bool = option(
+        False,
+        "Gather weights bucket by bucket during the forward pass, with --use-distributed-optimizer and "
+        "--overlap-grad-reduce.",
+    )
+    align_grad_reduce: bool = option(
+        True,
+        "With --overlap-grad-reduce and a pipeline each stage begins to reduce when its own gradients are there, not "
+        "when all stages can.",
+        flag="--no-align-grad-reduce",
+    )
+    align_param_gather: bool = option(
+        True,
+        "With --overlap-param-gather and virtual stages each stage gathers when it needs weights, not when all stages "
+        "do.",
+        flag="--no-align-param-gather",
+    )
+    ddp_bucket_size: int | None = option(
+        None,
+        "Weights of a bucket of --overlap-grad-reduce. Not given: 40 million, or 1 million × data-parallel size if "
+        "that is more.",
+        type=int,
+        at_least=1,
+    )
+    ddp_num_buckets: int | None = option(
+        None, "Buckets of --overlap-grad-reduce, in place of --ddp-bucket-size.", type=int, at_least=1
+    )
+    ddp_pad_buckets_for_high_nccl_busbw: bool = option(
+        False, "Make buckets of the distributed optimizer a multiple of 65,536 weights, for many ranks on NCCL."
+    )
+    ddp_average_in_collective: bool = option(
+        False, "Refused: gradients are summed over ranks, the objective has its whole normalisation in itself."
+    )
+
+    @property
+    def splits_experts_otherwise(self) -> bool:
+        """Whether experts are split over another number of ranks than the rest of each layer."""
+        return self.expert_tensor_parallel_size not in (None, self.tensor_model_parallel_size)
+
     @property
     def interleaved(self) -> bool:
         """Whether each rank has several stages, which take turns with those of the other ranks."""
         return self.num_virtual_stages_per_pipeline_rank is not None
+
+    @property
+    def stream_multiple(self) -> int:
+        """The tokens of a micro-batch are a multiple of this many, so that the ranks which share them have the same
+        number: two chunks of each context-parallel rank, whose tokens sequence parallelism divides again."""
+        chunks = 1 if self.context_parallel_size == 1 else 2
+        parts = self.tensor_model_parallel_size if self.sequence_parallel else 1
+        return self.context_parallel_size * math.lcm(chunks, parts)

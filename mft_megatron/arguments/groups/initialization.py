@@ -10,4 +10,15 @@ class InitializationArguments:
     """The same seed gives the same weights on every layout (Megatron: on the same layout only)."""
 
     seed: int = option(1234, "Seed of weights, dropout and data order.", at_least=0, below=2**63)
+    init_method_xavier_uniform: bool = option(
+        False,
+        "Draw matrices from Glorot's uniform distribution, in place of a normal one. Unlike in Megatron the bounds are "
+        "those of whole matrices, whatever the tensor-parallel size.",
+    )
+    embedding_init_method_std: float | None = option(
+        None,
+        "Standard deviation of the initial embedding. Not given: drawn like all matrices.",
+        type=float,
+        at_least=0,
+    )
     init_method_std: float = option(0.02, "Standard deviation of the initial weights.", at_least=0)

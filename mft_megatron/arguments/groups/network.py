@@ -1,7 +1,12 @@
 """The model's shape."""
 
 import dataclasses
+import json
 
+from mft_megatron.arguments.expert_layers import expert_layers
+from mft_megatron.arguments.layer_pattern import layer_frequency
+from mft_megatron.arguments.rope_scaling import RopeScaling, read_rope_scaling, rope_scaling
+from mft_megatron.arguments.window import window_size
 from mft_megatron.options import option
 
 
@@ -32,10 +37,48 @@ class NetworkArguments:
         choices=("learned_absolute", "rope", "none"),
     )
     rotary_base: int = option(10000, "Base of the rotary frequencies.", at_least=2)
+    rotary_interleaved: bool = option(
+        False, "Rotate neighbouring elements of a head together, not those of its two halves."
+    )
+    rotary_seq_len_interpolation_factor: float | None = option(
+        None,
+        "Divide positions by this: linear interpolation to a longer context. Megatron takes whole numbers only.",
+        type=float,
+        above=0,
+    )
     rotary_percent: float = option(1.0, "Share of each head that is rotated.", above=0, at_most=1)
+    rope_scaling: str | None = option(
+        None,
+        "Rotary frequencies scaled for longer contexts, in the words of Hugging Face's config.json: "
+        '\'{"rope_type": "linear", "factor": 4}\'; llama3 or yarn with their numbers. Takes the place of Megatron\'s '
+        "--use-rope-scaling, which knows Llama 3's numbers alone.",
+        type=rope_scaling,
+        metavar="JSON",
+    )
+    window_size: str | None = option(
+        None,
+        "Tokens to its left that a token sees besides itself within its sample, -1 for all, and 0 to its right.",
+        type=window_size,
+        metavar="LEFT,0",
+    )
+    window_attn_skip_freq: int | str | None = option(
+        None,
+        "Layers that --window-size leaves out: every N-th, or with a list the layers that have a 0 there, as in "
+        "([1]*3+[0])*2 for eight layers. Not given: none.",
+        type=layer_frequency,
+        metavar="{N,LIST}",
+    )
     normalization: str = option("LayerNorm", "Normalisation layers.", choices=("LayerNorm", "RMSNorm"))
     norm_epsilon: float = option(1e-5, "Epsilon of the normalisation layers.", above=0)
+    apply_layernorm_1p: bool = option(
+        False, "Weights of the normalisation layers are stored less 1, so that 0 is what they start from."
+    )
+    squared_relu: bool = option(False, "Squared ReLU in the MLP instead of GELU.")
     swiglu: bool = option(False, "Gated linear units with SiLU in the MLP instead of GELU.")
+    openai_gelu: bool = option(False, "GELU by its tanh approximation; by default it is exact.")
+    parallel_residual: bool = option(
+        False, "Attention and MLP side by side, both of what the layer is given, as in GPT-NeoX; not Megatron's."
+    )
     add_bias_linear: bool = option(True, "No bias in the linear layers.", flag="--disable-bias-linear")
     add_qkv_bias: bool = option(False, "Bias in the query/key/value projection only.")
     qk_layernorm: bool = option(False, "Normalise queries and keys.")
@@ -50,3 +93,58 @@ class NetworkArguments:
         "rows are left out of the softmax, so that the padding does not change the loss.",
         at_least=1,
     )
+    num_experts: int | None = option(
+        None, "Experts of each mixture-of-experts layer; not given: every MLP is dense.", type=int, at_least=1
+    )
+    moe_layer_freq: int | str = option(
+        1,
+        "Which layers have experts: N for the first of every N, or a list of 1 (experts) and 0 (dense MLP) for all "
+        "layers, such as '[0]+[1]*23' or '([1]*3+[0])*2'. Layers of a model with both kinds are stored one by one.",
+        type=layer_frequency,
+        metavar="N|LIST",
+    )
+    moe_ffn_hidden_size: int | None = option(
+        None, "Size of an expert. Not given: --ffn-hidden-size.", type=int, at_least=1
+    )
+    moe_router_topk: int = option(2, "Experts that each token goes to.", at_least=1)
+    moe_router_pre_softmax: bool = option(
+        False, "Softmax over all experts' scores before the best are chosen, not over those of the chosen."
+    )
+    moe_router_score_function: str = option(
+        "softmax", "What makes probabilities of the router's scores.", choices=("softmax", "sigmoid")
+    )
+    moe_router_topk_scaling_factor: float | None = option(
+        None, "Factor on the probabilities of the chosen experts.", type=float, above=0
+    )
+    moe_router_num_groups: int | None = option(
+        None, "Groups of experts, of which each token goes to --moe-router-group-topk.", type=int, at_least=1
+    )
+    moe_router_group_topk: int | None = option(
+        None, "Groups that a token's experts may lie in, with --moe-router-num-groups.", type=int, at_least=1
+    )
+    moe_router_enable_expert_bias: bool = option(
+        False,
+        "Choose experts by probability plus a bias of each expert, which grows by --moe-router-bias-update-rate with "
+        "each step where the expert had fewer tokens than the mean, and falls where it had more; with "
+        "--moe-router-score-function sigmoid.",
+    )
+    moe_shared_expert_intermediate_size: int | None = option(
+        None, "Size of all shared experts together, which every token goes to. Not given: none.", type=int, at_least=1
+    )
+    moe_shared_expert_gate: bool = option(False, "A sigmoid gate on the shared experts' output.")
+
+    @property
+    def window(self) -> int | None:
+        """Tokens to its left that a token sees besides itself in layers with a window; ``None`` for all."""
+        left = -1 if self.window_size is None else int(self.window_size.split(",")[0])
+        return None if left < 0 else left
+
+    @property
+    def scaling(self) -> RopeScaling | None:
+        """What ``rope_scaling`` says."""
+        return None if self.rope_scaling is None else read_rope_scaling(json.loads(self.rope_scaling))
+
+    @property
+    def expert_layers(self) -> tuple[bool, ...]:
+        """Of each layer, whether it has experts."""
+        return expert_layers(self.num_layers, self.num_experts, self.moe_layer_freq)

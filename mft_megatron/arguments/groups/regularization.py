@@ -29,3 +29,4 @@ class RegularizationArguments:
     adam_beta1: float = option(0.9, "First coefficient of Adam's running averages.", at_least=0, below=1)
     adam_beta2: float = option(0.999, "Second coefficient of Adam's running averages.", at_least=0, below=1)
     adam_eps: float = option(1e-8, "Term that keeps Adam's denominator from zero.", above=0)
+    sgd_momentum: float = option(0.9, "Momentum of --optimizer sgd.", at_least=0, below=1)

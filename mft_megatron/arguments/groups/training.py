@@ -30,15 +30,73 @@ class TrainingArguments:
         type=str,
         metavar="'THRESHOLD:SIZE …'",
     )
-    optimizer: str = option("adam", "Optimizer; Adam with decoupled weight decay.", choices=("adam",))
+    optimizer: str = option(
+        "adam", "adam: with decoupled weight decay. sgd: with --sgd-momentum.", choices=("adam", "sgd")
+    )
+    optimizer_cpu_offload: bool = option(
+        False,
+        "Keep optimizer states in the host's memory and compute updates there, with --use-distributed-optimizer and "
+        "--use-precision-aware-optimizer. CUDA only.",
+    )
+    optimizer_offload_fraction: float = option(
+        1.0, "The part of the states that --optimizer-cpu-offload moves.", at_least=0, at_most=1
+    )
+    use_torch_optimizer_for_cpu_offload: bool = option(
+        False, "With --optimizer-cpu-offload use torch's optimizer for what stays on the GPU, too."
+    )
+    overlap_cpu_optimizer_d2h_h2d: bool = option(
+        False, "With --optimizer-cpu-offload compute updates while gradients and weights are being copied."
+    )
     train_iters: int | None = option(
         None, "Number of optimizer steps in all, steps before a resume counted in.", type=int, at_least=1
+    )
+    check_for_nan_in_loss_and_grad: bool = option(
+        True,
+        "Refused: the gradient norm of each step is checked, which costs nothing, and a run that has diverged ends.",
+        flag="--no-check-for-nan-in-loss-and-grad",
     )
     exit_interval: int | None = option(
         None,
         "Save and stop after an iteration divisible by this; the learning-rate schedule is unaffected.",
         type=int,
         at_least=1,
+    )
+    attention_backend: str = option(
+        "auto",
+        "Kernel of attention. auto: flash where its package works, else varlen, else local; the log says which. local: "
+        "PyTorch's scaled dot-product attention, everywhere. varlen: the FlashAttention in torch. flash: the package "
+        "flash-attn. fused: cuDNN's, through Transformer Engine. All but local need CUDA and --bf16 or --fp16. Unlike "
+        "in Megatron unfused is refused.",
+        choices=("auto", "local", "varlen", "flash", "fused", "unfused"),
+    )
+    exit_duration_in_mins: float | None = option(
+        None,
+        "Save and stop after the first step that ends more than so many minutes after the start of the program. "
+        "Megatron takes whole numbers only.",
+        type=float,
+        at_least=0,
+    )
+    exit_signal_handler: bool = option(
+        False, "Save and stop, on all ranks alike, after the step in which a rank gets --exit-signal."
+    )
+    exit_signal: str = option(
+        "SIGTERM", "Signal of --exit-signal-handler.", choices=("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
+    )
+    manual_gc: bool = option(
+        False,
+        "Python collects garbage at the same steps on all ranks, see --manual-gc-interval, and not whenever a rank "
+        "likes to.",
+    )
+    manual_gc_interval: int = option(
+        0,
+        "Collect garbage after this many steps, with --manual-gc; 0: only at the start and around evaluations.",
+        at_least=0,
+    )
+    manual_gc_eval: bool = option(
+        True,
+        "With --manual-gc: collect no garbage before and after evaluations.",
+        flag="--no-manual-gc-eval",
+        aliases=("--disable-manual-gc-eval",),
     )
     cross_entropy_impl: str = option(
         "fused-linear",

@@ -9,7 +9,11 @@ from mft_megatron.options import option
 class ValidationArguments:
     """Evaluation goes through the validation split in order, every sample once."""
 
-    eval_interval: int = option(1000, "Evaluate after this many steps, and after the last.", at_least=1)
+    eval_interval: int = option(
+        1000,
+        "Evaluate after this many steps, and after the last. Unlike in Megatron there is a default.",
+        at_least=1,
+    )
     eval_iters: int | None = option(
         None,
         "Evaluate on this many global batches only; 0 turns evaluation off. Unlike in Megatron the default is the "
@@ -17,6 +21,10 @@ class ValidationArguments:
         type=int,
         at_least=0,
     )
+    full_validation: bool = option(
+        False, "Evaluate on the whole validation split: what happens anyway where --eval-iters is not given."
+    )
+    skip_train: bool = option(False, "Evaluate once, on the checkpoint of --load, and train nothing.")
     early_stopping_patience: int | None = option(
         None,
         "Stop after this many evaluations in a row without a better result; with --save it implies --save-best.",

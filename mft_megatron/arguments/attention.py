@@ -1,0 +1,63 @@
+"""What the kernels of ``--attention-backend`` can compute, as far as it is known without a device.
+
+======== ================= ============ ======== ==================
+name     number formats    size of head dropout  with dropout
+======== ================= ============ ======== ==================
+local    all               all          yes      all
+varlen   bf16, fp16        8, 16 … 256  no
+flash    bf16, fp16        1 … 256      yes      all
+fused    bf16, fp16        8, 16 … 256  yes      no window, no context parallelism
+======== ================= ============ ======== ==================
+"""
+
+import dataclasses
+
+BACKENDS = ("auto", "local", "varlen", "flash", "fused")
+LONGEST_HEAD = 256
+# kernels that take a head as it is, without filling it up
+WHOLE_HEADS = ("varlen", "fused")
+HEAD_MULTIPLE = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionShape:
+    """What a run asks of its attention.
+
+    ``precision``: of queries, keys and values: fp32, bf16 or fp16. ``head_size``: of a head. ``dropout``: of attention
+    weights, while training. ``window``: tokens that are seen besides oneself in layers with a window, or ``None``.
+    ``context_parallel``: whether pieces have fewer queries than keys.
+    """
+
+    precision: str
+    head_size: int
+    dropout: float = 0.0
+    window: int | None = None
+    context_parallel: bool = False
+
+
+def limit_of(backend: str, shape: AttentionShape) -> str | None:
+    """Why a backend cannot compute this anywhere, and what would help; ``None`` where it can.
+
+    To be read after its name: "flash computes in bf16 or fp16 …".
+    """
+    if backend in ("auto", "local"):
+        return None
+    if backend == "unfused":
+        return "is for rows with a mask, and packs are streams without one; use local, the plain PyTorch one here"
+    if shape.precision not in ("bf16", "fp16"):
+        return f"computes in bf16 or fp16, not in {shape.precision}; give --bf16, or use local"
+    if shape.head_size > LONGEST_HEAD:
+        return f"takes heads of up to {LONGEST_HEAD}, and --kv-channels is {shape.head_size}; use local"
+    if backend in WHOLE_HEADS and shape.head_size % HEAD_MULTIPLE:
+        return (
+            f"takes heads of a multiple of {HEAD_MULTIPLE}, and --kv-channels is {shape.head_size}; use flash or local"
+        )
+    if shape.dropout and backend == "varlen":
+        return f"has no dropout, and --attention-dropout is {shape.dropout}; give 0 there, or use flash or local"
+    if shape.dropout and backend == "fused" and (shape.window is not None or shape.context_parallel):
+        with_what = "--window-size" if shape.window is not None else "--context-parallel-size"
+        return (
+            f"has no dropout with {with_what}, and --attention-dropout is {shape.dropout}; give 0 there, or use flash "
+            "or local"
+        )
+    return None

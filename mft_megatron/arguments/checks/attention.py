@@ -1,0 +1,17 @@
+"""Whether the kernel that is asked for can compute this model's attention."""
+
+from mft_megatron.arguments.attention import AttentionShape, limit_of
+from mft_megatron.arguments.table import Arguments
+
+
+def check_attention(a: Arguments) -> str | None:
+    backend = a.training.attention_backend
+    shape = AttentionShape(
+        a.precision.name,
+        a.network.kv_channels,
+        a.regularization.attention_dropout,
+        a.network.window,
+        a.distributed.context_parallel_size > 1,
+    )
+    reason = limit_of(backend, shape)
+    return None if reason is None else f"--attention-backend {backend} {reason}"

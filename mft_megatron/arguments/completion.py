@@ -1,0 +1,90 @@
+"""What follows from other options: values that were not given. A function for each group that has any."""
+
+import dataclasses
+
+from .groups.checkpointing import CheckpointArguments
+from .groups.distributed import DistributedArguments
+from .groups.learning_rate import LearningRateArguments
+from .groups.mixed_precision import MixedPrecisionArguments
+from .groups.network import NetworkArguments
+from .groups.recompute import RecomputeArguments
+from .groups.training import TrainingArguments
+from .stages import virtual_stages
+from .table import Arguments
+
+
+def complete(a: Arguments) -> Arguments:
+    """The arguments with everything filled in; complete ones stay as they are."""
+    a = dataclasses.replace(a, network=_network(a))
+    return dataclasses.replace(
+        a,
+        training=_training(a),
+        recompute=_recompute(a),
+        distributed=_distributed(a),
+        learning_rate=_learning_rate(a),
+        checkpoint=_checkpoint(a),
+        precision=_precision(a),
+    )
+
+
+def _network(a: Arguments) -> NetworkArguments:
+    network = a.network
+    if network.ffn_hidden_size is None:
+        size = 4 * network.hidden_size
+        size = int(size * 2 / 3) // 64 * 64 if network.swiglu else size
+        network = dataclasses.replace(network, ffn_hidden_size=size)
+    if network.num_experts is not None and network.moe_ffn_hidden_size is None:
+        network = dataclasses.replace(network, moe_ffn_hidden_size=network.ffn_hidden_size)
+    if network.kv_channels is None:
+        network = dataclasses.replace(network, kv_channels=network.hidden_size // network.num_attention_heads)
+    if not network.group_query_attention:
+        network = dataclasses.replace(network, num_query_groups=network.num_attention_heads)
+    if network.max_position_embeddings is None:
+        network = dataclasses.replace(network, max_position_embeddings=a.data.seq_length)
+    return network
+
+
+def _training(a: Arguments) -> TrainingArguments:
+    training = a.training
+    if training.step_batch_size_schedule is not None:
+        return dataclasses.replace(training, global_batch_size=a.batch_sizes.sizes[-1])
+    if training.global_batch_size is None:
+        # too few ranks for the layout are refused later, in words of their own
+        size = training.micro_batch_size * max(a.data_parallel_size, 1)
+        return dataclasses.replace(training, global_batch_size=size)
+    return training
+
+
+def _recompute(a: Arguments) -> RecomputeArguments:
+    recompute = a.recompute
+    if recompute.recompute_activations:  # says the same in other words
+        recompute = dataclasses.replace(recompute, recompute_activations=False, recompute_granularity="selective")
+    if recompute.recompute_granularity == "selective" and recompute.recompute_modules is None:
+        recompute = dataclasses.replace(recompute, recompute_modules=("core_attn",))
+    return recompute
+
+
+def _distributed(a: Arguments) -> DistributedArguments:
+    layout = a.distributed
+    return dataclasses.replace(
+        layout,
+        num_layers_per_virtual_pipeline_stage=None,  # says the same in other words
+        num_virtual_stages_per_pipeline_rank=virtual_stages(a.network.num_layers, layout),
+    )
+
+
+def _learning_rate(a: Arguments) -> LearningRateArguments:
+    if a.learning_rate.lr_decay_iters is not None:
+        return a.learning_rate
+    return dataclasses.replace(a.learning_rate, lr_decay_iters=a.training.train_iters)
+
+
+def _checkpoint(a: Arguments) -> CheckpointArguments:
+    return dataclasses.replace(a.checkpoint, dist_ckpt_optim_fully_reshardable=True)
+
+
+def _precision(a: Arguments) -> MixedPrecisionArguments:
+    precision = a.precision
+    if precision.bf16 and not precision.grad_reduce_in_bf16 and precision.main_grads_dtype == "fp32":
+        precision = dataclasses.replace(precision, accumulate_allreduce_grads_in_fp32=True)
+    return precision

@@ -1,0 +1,20 @@
+"""Where options come from besides the command line."""
+
+import dataclasses
+
+from mft_megatron.options import option
+
+
+@dataclasses.dataclass(frozen=True)
+class ConfigFileArguments:
+    """The command line overrides the file."""
+
+    yaml_cfg: str | None = option(
+        None,
+        "Read options from this file, YAML or .json: a key is an option's name, as in a run's config.yaml, which can "
+        "be read again as it is. Unlike in Megatron keys are flat, or in sections called like the groups here, and the "
+        "command line goes with it.",
+        type=str,
+        aliases=("--config-file",),
+        metavar="FILE",
+    )

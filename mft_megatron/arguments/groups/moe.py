@@ -1,0 +1,80 @@
+"""Mixture of experts: balance between experts, and how tokens come to them. The experts' shape is the network's."""
+
+import dataclasses
+
+from mft_megatron.options import option
+
+BALANCING = ("aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn", "none")
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEArguments:
+    """Only with --num-experts. Padding takes no part in balancing losses, nor in what an expert has room for."""
+
+    moe_router_load_balancing_type: tuple[str, ...] = option(
+        ("aux_loss",),
+        "How the load of experts is balanced. aux_loss: a loss on the loads within a micro-batch, so it depends on "
+        "--micro-batch-size. seq_aux_loss: on the loads within each pack; the same on every layout. global_aux_loss: "
+        "on the loads of all data-parallel ranks in the step so far; unlike in Megatron it does not get weaker with "
+        "their number. sinkhorn: no loss, tokens are spread by Sinkhorn's algorithm over those of a rank. Several "
+        "losses may be given, with as many --moe-aux-loss-coeff.",
+        type=str,
+        choices=BALANCING,
+        many=True,
+    )
+    moe_aux_loss_coeff: tuple[float, ...] = option(
+        (0.0,),
+        "Factor of the balancing loss: on its mean over micro-batches, added up over layers; 1e-2 is a good start.",
+        type=float,
+        many=True,
+    )
+    moe_z_loss_coeff: float | None = option(
+        None,
+        "Factor of a loss that keeps the router's scores small: on its mean over packs, added up over layers; 1e-3 is "
+        "a good start.",
+        type=float,
+        at_least=0,
+    )
+    moe_input_jitter_eps: float | None = option(
+        None, "Scale the router's input by random numbers from 1 - X to 1 + X.", type=float, above=0, below=1
+    )
+    moe_router_bias_update_rate: float = option(
+        1e-3, "Step of the biases of --moe-router-enable-expert-bias.", at_least=0
+    )
+    moe_router_dtype: str | None = option(
+        None,
+        "Precision of routing and of adding up experts' outputs. Not given: that of the model.",
+        type=str,
+        choices=("fp32", "fp64"),
+    )
+    moe_token_dispatcher_type: str = option(
+        "allgather",
+        "How tokens come to experts of other ranks: every rank gets all tokens, or each token is sent where it goes. "
+        "Padded data sets (--padding-mode padding) with --expert-model-parallel-size want alltoall. flex is refused: "
+        "it needs DeepEP.",
+        choices=("allgather", "alltoall", "flex"),
+    )
+    moe_grouped_gemm: bool = option(
+        False, "Refused: experts are computed one by one; computing them together needs a grouped-GEMM library."
+    )
+    moe_expert_capacity_factor: float | None = option(
+        None,
+        "An expert takes no more than this many times the mean number of tokens, counted by rank and micro-batch, so "
+        "the result depends on the layout; what is over goes past the expert. Negative or not given: no limit.",
+        type=float,
+    )
+    moe_pad_expert_input_to_capacity: bool = option(
+        False, "Give every expert exactly as many tokens as --moe-expert-capacity-factor allows."
+    )
+    moe_token_drop_policy: str = option(
+        "probs",
+        "Which tokens go past an expert that is full: those with the least probability, or the last.",
+        choices=("probs", "position"),
+    )
+    moe_shared_expert_overlap: bool = option(
+        False, "Compute shared experts while tokens are being sent, with --moe-token-dispatcher-type alltoall."
+    )
+    moe_permute_fusion: bool = option(
+        False, "Refused: sorting tokens by expert in one kernel needs Transformer Engine's layers."
+    )
+    moe_per_layer_logging: bool = option(False, "Log balancing and z losses of each layer, too.")

@@ -1,0 +1,84 @@
+"""docs/ARGUMENTS.md, made of the table of options: what ``make docs`` writes there."""
+
+import dataclasses
+import re
+import sys
+
+from mft_megatron.options import spelling
+
+from .groups.config_file import ConfigFileArguments
+from .megatron_only import MEGATRON_ONLY
+from .table import GROUPS
+
+_HEAD = """\
+# Options of pretrain_mft.py
+
+Made by `make docs` from `mft_megatron/arguments/`; edit the options there. Names, meanings and defaults are Megatron's
+(0.16.1) where the last column does not say otherwise. The same names, with `_` for `-`, are keys of a file that
+`--yaml-cfg` names.
+"""
+_TAIL = """\
+## Megatron's other options
+
+What `pretrain_mft.py` answers to them.
+"""
+_DIFFERENCE = re.compile(r"\s*Unlike in Megatron,?\s*")
+
+
+def markdown() -> str:
+    """The whole page: a table for each group, then what is answered to Megatron's other options."""
+    sections = [_HEAD]
+    for title, group in (("configuration file", ConfigFileArguments), *GROUPS):
+        rows = [_row(field) for field in dataclasses.fields(group)]
+        about = " ".join((group.__doc__ or "").split())
+        sections.append(f"## {title.capitalize()}\n\n{about}\n\n{_table(_COLUMNS, rows)}")
+    answers: dict[str, list[str]] = {}
+    for name, sentence in MEGATRON_ONLY.items():
+        answers.setdefault(sentence, []).append(f"`{name}`")
+    rows = [(" ".join(names), _escaped(sentence)) for sentence, names in answers.items()]
+    sections.append(f"{_TAIL}\n{_table(('Options', 'Answer'), rows)}")
+    return "\n".join(sections)
+
+
+_COLUMNS = ("Option", "Default", "Meaning", "Differs from Megatron")
+
+
+def _row(field: dataclasses.Field) -> tuple[str, str, str, str]:
+    meta = field.metadata
+    names = "<br>".join(f"`{name}`" for name in (spelling(field), *meta["aliases"]))
+    meaning, *difference = _DIFFERENCE.split(meta["text"], maxsplit=1)
+    if meta["choices"]:
+        meaning += " One of " + ", ".join(f"`{choice}`" for choice in meta["choices"]) + "."
+    if meta["values"]:
+        meaning += " Also " + ", ".join(f"`{other}` = `{value}`" for other, value in meta["values"].items()) + "."
+    bounds = [
+        f"{word} {bound}"
+        for word, bound in zip(("at least", "above", "at most", "below"), meta["bounds"], strict=True)
+        if bound is not None
+    ]
+    if bounds:
+        meaning += f" ({', '.join(bounds)})"
+    different = "".join(difference)
+    return names, _default(field), _escaped(meaning), _escaped(different[:1].upper() + different[1:])
+
+
+def _default(field: dataclasses.Field) -> str:
+    if field.metadata["type"] is bool:
+        return "off"  # a switch is off until it is given
+    default = field.default
+    if default is None:
+        return ""
+    return f"`{' '.join(map(str, default))}`" if isinstance(default, tuple) else f"`{default}`"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|").replace("*", "\\*").replace("<", "&lt;")
+
+
+def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [columns, ("---",) * len(columns), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(markdown())

@@ -1,0 +1,231 @@
+"""Every option of the table: spelled, typed, bounded, in the help, in config.yaml, and Megatron's where it has it."""
+
+import ast
+import dataclasses
+import math
+import re
+from pathlib import Path
+
+import pytest
+from command_line import parse
+
+from mft_megatron.arguments import GROUPS
+from mft_megatron.arguments.groups.config_file import ConfigFileArguments
+from mft_megatron.arguments.megatron_only import MEGATRON_ONLY
+from mft_megatron.arguments.reference import markdown
+from mft_megatron.arguments.table import Arguments
+from mft_megatron.errors import InputError
+from mft_megatron.options import build_parser, fill, out_of_range, spelling
+from mft_megatron.options import parse as parse_words
+
+FIELDS = {field.name: (group, field) for _, group in GROUPS for field in dataclasses.fields(group)}
+SOURCES = (("configuration file", ConfigFileArguments), *GROUPS)
+NAMES = {
+    name: field
+    for _, group in SOURCES
+    for field in dataclasses.fields(group)
+    for name in (spelling(field), *field.metadata["aliases"])
+}
+GOLDEN = Path(__file__).parent.parent / "golden" / "megatron_options.txt"
+KINDS = (int, float, bool, str)
+# words of options that read their values themselves
+OWN_KINDS = {"window_size": "20,0", "rope_scaling": '{"rope_type": "linear", "factor": 2.0}'}
+
+
+def golden():
+    """Default by name of every option of Megatron-LM."""
+    lines = [line for line in GOLDEN.read_text().splitlines() if not line.startswith("#")]
+    return {name: ast.literal_eval(default) for name, default in (line.split(" ", 1) for line in lines)}
+
+
+def given(*words):
+    return parse_words(build_parser(GROUPS), words, GROUPS)
+
+
+def words_of(field):
+    """Some words that an option may be given."""
+    meta = field.metadata
+    kind = meta["type"]
+    if kind is bool:
+        return ()
+    if meta["choices"]:
+        word = meta["choices"][-1]
+    elif kind not in KINDS:
+        word = OWN_KINDS.get(field.name, "1")
+    else:
+        at_least, above, at_most, below = meta["bounds"]
+        low = 1 if at_least is None and above is None else max(filter(None.__ne__, (at_least, above)))
+        word = low + (0 if above is None else 1) if kind is int else low + (0 if above is None else 1e-3)
+        assert at_most is None or word <= at_most
+        assert below is None or word < below
+        word = word if kind in (int, float) else "text"
+    number = meta["many"] if meta["many"] not in (True, False) else 1
+    return (str(word),) * number
+
+
+def test_groups_are_in_the_order_of_the_arguments_and_share_no_name():
+    kinds = [field.type for field in dataclasses.fields(Arguments)]
+    assert kinds[: len(GROUPS)] == [group for _, group in GROUPS]
+    assert len(FIELDS) == sum(len(dataclasses.fields(group)) for _, group in GROUPS)
+    spelled = [name for _, group in SOURCES for field in dataclasses.fields(group)
+               for name in (spelling(field), *field.metadata["aliases"])]  # fmt: skip
+    assert len(spelled) == len(set(spelled))
+    titles = {title.replace(" ", "_").replace("-", "_") for title, _ in GROUPS}
+    assert not titles & FIELDS.keys()
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_an_option_is_read_as_its_kind(name):
+    group, field = FIELDS[name]
+    meta = field.metadata
+    for spelled in (spelling(field), *meta["aliases"]):
+        value = given(spelled, *words_of(field))[name]
+        if meta["type"] is bool:
+            assert value is (not field.default)
+        elif meta["many"]:
+            assert isinstance(value, tuple)
+            assert value == tuple(map(meta["type"], words_of(field)))
+        else:
+            assert value == meta["type"](*words_of(field))
+        if meta["type"] in KINDS and not meta["many"]:
+            assert type(value) is meta["type"]
+        assert out_of_range(fill(group, {name: value})) is None
+    assert re.fullmatch(r"--[a-z][a-z0-9-]*", spelling(field))
+    if field.default is not None and not meta["many"]:
+        assert isinstance(field.default, meta["type"]) if meta["type"] in KINDS else True
+
+
+@pytest.mark.parametrize("name", [name for name, (_, field) in FIELDS.items() if field.metadata["type"] is not bool])
+def test_a_word_that_is_none_of_its_kind_is_refused(name):
+    _, field = FIELDS[name]
+    kind = field.metadata["type"]
+    if kind is str and not field.metadata["choices"]:
+        with pytest.raises(InputError, match="expected"):
+            given(spelling(field))
+        return
+    number = field.metadata["many"] if field.metadata["many"] not in (True, False) else 1
+    with pytest.raises(InputError) as refusal:
+        given(spelling(field), *["xyzzy"] * number)
+    line = str(refusal.value)
+    assert spelling(field) in line
+    assert "xyzzy" in line
+    assert "\n" not in line
+
+
+BOUNDED = [
+    (name, place)
+    for name, (_, field) in FIELDS.items()
+    for place, bound in enumerate(field.metadata["bounds"])
+    if bound is not None and not field.metadata["many"]
+]
+
+
+@pytest.mark.parametrize(("name", "place"), BOUNDED, ids=lambda value: str(value))
+def test_bounds_hold_and_are_named(name, place):
+    group, field = FIELDS[name]
+    bound = field.metadata["bounds"][place]
+    step = 1 if field.metadata["type"] is int else abs(bound) * 1e-6 or 1e-9
+    beyond = {0: bound - step, 1: bound, 2: bound + step, 3: bound}[place]
+    within = {0: bound, 1: bound + step, 2: bound, 3: bound - step}[place]
+    line = out_of_range(fill(group, {name: beyond}))
+    assert line is not None
+    assert line.startswith(f"{spelling(field)} {beyond}: must be ")
+    assert f"{('at least', 'above', 'at most', 'below')[place]} {bound}" in line
+    line = out_of_range(fill(group, {name: within}))
+    assert line is None or f"{('at least', 'above', 'at most', 'below')[place]}" not in line
+
+
+@pytest.mark.parametrize("name", [name for name, (_, field) in FIELDS.items() if field.metadata["type"] is float])
+def test_numbers_are_finite(name):
+    group, field = FIELDS[name]
+    if field.metadata["many"]:
+        return
+    for value in (math.nan, math.inf, -math.inf):
+        assert "finite" in out_of_range(fill(group, {name: value}))
+
+
+def test_help_has_every_option_under_its_group(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse("--help")
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    places = [text.index(f"\n{title}:\n") for title, _ in SOURCES]
+    assert places == sorted(places)
+    for (_, group), start, end in zip(SOURCES, places, [*places[1:], len(text)], strict=True):
+        for field in dataclasses.fields(group):
+            for name in (spelling(field), *field.metadata["aliases"]):
+                assert re.search(rf"{re.escape(name)}[\s,]", text[start:end]), name
+            assert field.metadata["text"].rstrip().endswith("."), field.name
+
+
+def test_config_has_every_option():
+    a = parse("--mft-loss case4 --task-weights x=2 --hidden-dropout 0")
+    options = a.as_options()
+    assert list(options) == list(FIELDS)
+    assert (options["mft_loss"], options["task_weights"], options["hidden_dropout"]) == ("task-sample", ("x=2",), 0.0)
+
+
+def test_every_option_of_megatron_is_here_or_answered():
+    known = golden()
+    assert len(known) > 450
+    missing = [name for name in known if name not in NAMES and name.replace("_", "-") not in MEGATRON_ONLY]
+    assert missing == []
+    assert not NAMES.keys() & MEGATRON_ONLY.keys()
+    assert MEGATRON_ONLY.keys() <= known.keys()
+
+
+def test_defaults_are_megatrons_or_said_not_to_be():
+    for name, theirs in golden().items():
+        field = NAMES.get(name)
+        if field is None or "Unlike in Megatron" in field.metadata["text"]:
+            continue
+        ours = field.default
+        if field.metadata["type"] is bool and (name.startswith(("--no-", "--disable-")) or theirs is None):
+            # what holds without the switch, by Megatron's name for it or by ours; None is off
+            assert theirs in (None, True, False)
+            continue
+        if name == spelling(field) and field.metadata["flag"]:
+            ours = False
+        ours = ours[0] if isinstance(ours, tuple) and not isinstance(theirs, list) else ours
+        ours = list(ours) if isinstance(ours, tuple) else ours
+        assert ours == theirs, f"{name}: {ours}, Megatron has {theirs}"
+
+
+def test_options_of_megatrons_are_answered():
+    parser = build_parser(GROUPS, MEGATRON_ONLY)
+    for name, sentence in MEGATRON_ONLY.items():
+        assert len(sentence) > 15
+        for word in (name, f"{name}=3", name.replace("-", "_").replace("__", "--", 1)):
+            with pytest.raises(InputError) as refusal:
+                parse_words(parser, ["--lr", "1", word, "1"], GROUPS)
+            assert str(refusal.value) == f"{name}: {sentence}"
+
+
+def test_sentences_name_options_that_there_are():
+    of_other_commands = {"--split", "--task-sampling", "--fp8-"}
+    for sentence in set(MEGATRON_ONLY.values()):
+        for name in re.findall(r"--[a-z0-9-]+", sentence):
+            assert name in NAMES or name in of_other_commands or name == "--help", sentence
+
+
+def test_an_unknown_option_beside_one_of_megatrons():
+    with pytest.raises(InputError, match=r"preprocess_data\.py makes the split"):
+        parse("--split 98,2,0")
+    with pytest.raises(InputError, match="unknown option --splt"):
+        parse("--splt 98,2,0")
+
+
+def test_the_reference_is_up_to_date():
+    page = Path(__file__).parent.parent.parent / "docs" / "ARGUMENTS.md"
+    assert page.read_text() == markdown(), "make docs"
+
+
+def test_the_reference_has_every_option_and_what_differs():
+    text = markdown()
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| `--")]
+    assert {name for row in rows for name in re.findall(r"`(--[^`]*)`", row[0])} == {*NAMES, *MEGATRON_ONLY}
+    (row,) = (row for row in rows if row[0] == "| `--eval-iters`")
+    assert row[1] == ""
+    assert row[3].startswith("The default is the whole validation split")
+    assert "0 turns evaluation off" in row[2]
+    assert all(len(row) in (2, 4) for row in rows)
