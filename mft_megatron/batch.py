@@ -61,8 +61,9 @@ class Batch:
     ``task_ids_BS`` int64: task of the sample; 0 in padding, where the mask is 0.
     ``cu_seqlens`` int32 [segments+1]: where each segment starts in the stream, then B·S.
     ``max_seqlen`` int: length of the longest segment.
-    ``supervised_N`` int64 [N]: where in the stream the loss mask is 1. Only of tensors: it is counted on the host,
-    before the mask goes to the device, so that nothing has to wait for a number of tokens.
+    ``lengths_B`` int64: tokens of each row before its padding; ``None`` where no row has any.
+    ``share``: what of it this rank computes, ``mcore.context.Share``. Only of tensors: it is counted on the host,
+    before the rest goes to the device, so that nothing has to wait for a number of tokens.
     """
 
     tokens_BS: Any
@@ -73,7 +74,8 @@ class Batch:
     task_ids_BS: Any
     cu_seqlens: Any
     max_seqlen: int
-    supervised_N: Any = None
+    share: Any = None
+    lengths_B: Any = None
 
     @property
     def num_segments(self) -> int:

@@ -229,6 +229,7 @@ def rows_of(dataset: PackedDataset, pieces_of_rows: Sequence[Pieces], width: int
         **{name: stream.reshape(num_rows, width) for name, stream in streams.items()},
         cu_seqlens=cu_seqlens.astype(np.int32),
         max_seqlen=int(segment_lengths.max()),
+        lengths_B=used,
     )
 
 

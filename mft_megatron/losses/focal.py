@@ -6,6 +6,7 @@ miss to the power gamma.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -24,7 +25,12 @@ def power(miss: Tensor, gamma: float) -> Tensor:
 
 
 def sample_modulation(
-    loss_BS: Tensor, sample_ids_BS: Tensor, loss_mask_BS: Tensor, num_segments: int, gamma: float
+    loss_BS: Tensor,
+    sample_ids_BS: Tensor,
+    loss_mask_BS: Tensor,
+    num_segments: int,
+    gamma: float,
+    over_ranks: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """``(1 - P_j)^gamma`` of the sample that a token belongs to.
 
@@ -34,12 +40,16 @@ def sample_modulation(
         loss_mask_BS: 1 where the target is supervised.
         num_segments: how many sample numbers there are.
         gamma: at least 0.
+        over_ranks: sums a tensor over the ranks that share the tokens, each with losses of 0 for the others' tokens;
+            differentiable. ``None`` where one rank has them all.
 
     Returns:
         fp64 [B, S], differentiable in ``loss_BS``; at unsupervised tokens the value of their sample, without meaning.
     """
     mask_BS = loss_mask_BS.double()
     missed = sample_sums(sample_ids_BS, mask_BS * token_miss(loss_BS), num_segments)
+    if over_ranks is not None:
+        missed = over_ranks(missed)
     miss = missed * inverse(sample_sums(sample_ids_BS, mask_BS, num_segments))
     return spread(power(miss, gamma), sample_ids_BS)
 

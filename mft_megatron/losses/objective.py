@@ -21,6 +21,7 @@ from .coefficients import SHARED_BY_SAMPLE, coefficients, task_factors
 from .focal import TaskStatistics, sample_modulation, task_loss, task_modulation, token_miss
 from .segments import counts
 
+OverRanks = Callable[[Tensor], Tensor]
 # rows of Objective.sums
 SUMS = ("loss_K", "tokens_K", "objective_K", "share_K", "sample_loss_K", "sample_miss_K")
 
@@ -116,13 +117,17 @@ class Objective:
         there_K = base_K.to(on_loss_K.device, non_blocking=True)
         return dataclasses.replace(factors, loss_K=there_K * on_loss_K, probability_K=there_K * on_probability_K)
 
-    def of(self, factors: StepFactors, batch: Batch, loss_BS: Tensor) -> tuple[Tensor, Tensor]:
+    def of(
+        self, factors: StepFactors, batch: Batch, loss_BS: Tensor, over_ranks: OverRanks | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The part of the objective that a micro-batch contributes.
 
         Args:
             factors: of the step, on the device of the losses.
             batch: as tensors.
-            loss_BS: token losses, fp32 or fp64, differentiable.
+            loss_BS: token losses, fp32 or fp64, differentiable; 0 for tokens that another rank computes.
+            over_ranks: sums a tensor over the ranks that share the micro-batch's tokens, differentiably. Each of them
+                gets its own part of the objective.
 
         Returns:
             the sum to differentiate, a scalar of the losses' dtype; and ``c_t`` fp64 [B, S], a constant, with which
@@ -132,7 +137,7 @@ class Objective:
         if self.mode == "focal-sample":
             seen_BS = loss_BS.detach() if self.detach else loss_BS
             place = (batch.sample_ids_BS, batch.loss_mask_BS, batch.num_segments)
-            coefficient_BS = coefficient_BS * sample_modulation(seen_BS, *place, self.gamma)
+            coefficient_BS = coefficient_BS * sample_modulation(seen_BS, *place, self.gamma, over_ranks)
         value = (coefficient_BS * loss_BS.double()).sum()
         if on_probability_BS is not None:
             # p_t = 1 - miss_t; the constant makes no difference to the gradient
@@ -162,11 +167,13 @@ class Objective:
             return coefficient_BS, None
         return coefficient_BS, coefficients(factors.probability_K, *place, shared)
 
-    def sums(self, batch: Batch, loss_BS: Tensor, coefficient_BS: Tensor, num_tasks: int) -> Tensor:
+    def sums(
+        self, batch: Batch, loss_BS: Tensor, coefficient_BS: Tensor, num_tasks: int, mine_BS: Tensor | None = None
+    ) -> Tensor:
         """What the log and the next step want to know of a micro-batch: fp64 [len(SUMS), K], sums over tokens by task.
 
         Token losses, supervised tokens, ``c_t·l_t``, ``c_t``; and for focal-task the sums over samples of their mean
-        loss and mean miss, 0 otherwise.
+        loss and mean miss, 0 otherwise. ``mine_BS``: which tokens count, where ranks share them; ``None`` for all.
         """
         loss_BS = loss_BS.detach().double()
         mask_BS = batch.loss_mask_BS.double()
@@ -177,7 +184,10 @@ class Objective:
             once_BS = coefficients(one_K, *place, shared_by_sample=True)
             rows += [once_BS * loss_BS, once_BS * token_miss(loss_BS)]
         total = torch.zeros(len(SUMS), num_tasks, dtype=torch.float64, device=loss_BS.device)
-        total[: len(rows)].index_add_(1, batch.task_ids_BS.flatten(), torch.stack(rows).flatten(1))
+        values = torch.stack(rows)
+        if mine_BS is not None:
+            values = values * mine_BS
+        total[: len(rows)].index_add_(1, batch.task_ids_BS.flatten(), values.flatten(1))
         return total
 
     def statistics_after(self, before: TaskStatistics, sums: Tensor, samples_K: Tensor) -> TaskStatistics:

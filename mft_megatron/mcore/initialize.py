@@ -23,18 +23,24 @@ SPLIT_AXIS = {VocabParallelEmbedding: 0, ColumnParallelLinear: 0, RowParallelLin
 
 
 @torch.no_grad()
-def initialize_weights(model: torch.nn.Module, seed: int, std: float) -> None:
+def initialize_weights(
+    model: torch.nn.Module, seed: int, std: float, embedding_std: float | None = None, xavier: bool = False
+) -> None:
     """Draw all weights of this rank's part of the model, in place.
 
     Matrices are normal with standard deviation ``std``; those that write into the residual stream
-    (``linear_proj``, ``linear_fc2``) are scaled by ``1 / sqrt(2 · layers)``; biases are 0 and norm weights 1:
-    Megatron's defaults.
+    (``linear_proj``, ``linear_fc2``) are scaled by ``1 / sqrt(2 · layers)``; biases are 0 and norm weights 1
+    (0 where they are stored less 1): Megatron's defaults.
 
     Args:
         model: a ``GPTModel`` before it is wrapped.
         seed: any integer.
         std: ``--init-method-std``.
+        embedding_std: ``--embedding-init-method-std``, of word and position embedding; ``None``: like all matrices.
+        xavier: ``--init-method-xavier-uniform``: all matrices from Glorot's uniform distribution, but for an embedding
+            with a standard deviation of its own.
     """
+    norm = 0.0 if model.config.layernorm_zero_centered_gamma else 1.0
     residual_std = std / math.sqrt(2 * model.config.num_layers)
     for entry in model.sharded_state_dict().values():
         if isinstance(entry, ShardedTensorFactory):
@@ -47,7 +53,11 @@ def initialize_weights(model: torch.nn.Module, seed: int, std: float) -> None:
             continue
         for shard in shards:
             scale = residual_std if ".linear_proj." in shard.key or ".linear_fc2." in shard.key else std
-            shard.data.copy_(_draw(shard, seed, scale))
+            if embedding_std is not None and shard.key.startswith("embedding."):
+                scale = embedding_std
+            elif xavier:
+                scale = None
+            shard.data.copy_(_draw(shard, seed, scale, norm))
 
 
 def mark_split_weights(model: torch.nn.Module) -> None:
@@ -61,16 +71,20 @@ def mark_split_weights(model: torch.nn.Module) -> None:
             set_tensor_model_parallel_attributes(module.weight, True, axis, 1)
 
 
-def _draw(shard: ShardedTensor, seed: int, std: float) -> Tensor:
-    """This rank's part of a parameter."""
+def _draw(shard: ShardedTensor, seed: int, std: float | None, norm: float) -> Tensor:
+    """This rank's part of a parameter; ``std``: of a matrix, ``None`` for Glorot's bounds."""
     if shard.key.endswith("bias"):
         return torch.zeros_like(shard.data)
     if "norm" in shard.key:
-        return torch.ones_like(shard.data)
+        return torch.full_like(shard.data, norm)
     stacked = shard.prepend_axis_num  # leading axes of the checkpoint that count layers
     name = f"{seed}/{shard.key}/{shard.global_offset[:stacked]}"
     generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") >> 1)
-    whole = torch.empty(shard.global_shape[stacked:]).normal_(0.0, std, generator=generator)
+    whole = torch.empty(shard.global_shape[stacked:])
+    if std is None:
+        torch.nn.init.xavier_uniform_(whole, generator=generator)
+    else:
+        whole.normal_(0.0, std, generator=generator)
     part = tuple(
         slice(start, start + length)
         for start, length in zip(shard.global_offset[stacked:], shard.data.shape, strict=True)

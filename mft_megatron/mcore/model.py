@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
@@ -22,11 +22,15 @@ from mft_megatron.batch import Batch
 from mft_megatron.losses.objective import Slope
 
 from . import platform
-from .attention import packing
+from .attention import Packing
 from .config import dtype_of, transformer_config
 from .cross_entropy import FusedOutputLayer, Targets, vocab_parallel_nll
+from .data_parallel import wrap
+from .experts import mark_expert_weights, rows_of_tokens
 from .initialize import initialize_weights, mark_split_weights
 from .layers import block_spec
+from .rope_frequencies import inverse_frequencies
+from .rotary import RotaryByPosition
 
 
 def padded_vocab_size(vocab_size: int, divisible_by: int, tensor_parallel_size: int) -> int:
@@ -46,7 +50,7 @@ class PackedGPTModel(GPTModel):
         config = transformer_config(arguments)
         super().__init__(
             config=config,
-            transformer_layer_spec=block_spec(config, network, virtual_stage),
+            transformer_layer_spec=block_spec(config, arguments, virtual_stage),
             vocab_size=padded_vocab_size(
                 vocab_size, network.make_vocab_size_divisible_by, config.tensor_model_parallel_size
             ),
@@ -57,9 +61,16 @@ class PackedGPTModel(GPTModel):
             position_embedding_type=network.position_embedding_type,
             rotary_percent=network.rotary_percent,
             rotary_base=network.rotary_base,
+            seq_len_interpolation_factor=network.rotary_seq_len_interpolation_factor,
             vp_stage=virtual_stage,
         )
         self.real_vocab_size = vocab_size
+        if network.position_embedding_type == "rope":
+            # Megatron makes this one itself, too
+            self.rotary_pos_emb.__class__ = RotaryByPosition
+            if network.scaling is not None:
+                rotated = int(network.kv_channels * network.rotary_percent)
+                self.rotary_pos_emb.inv_freq = inverse_frequencies(rotated, network.rotary_base, network.scaling)
         self.fused = arguments.training.cross_entropy_impl == "fused-linear"
         if self.fused and self.post_process:
             # Megatron makes its output layer itself; this one has the same weights, names and hooks
@@ -69,33 +80,52 @@ class PackedGPTModel(GPTModel):
         """Forward pass of a micro-batch as one stream of T = B·S tokens.
 
         Args:
-            batch: on this process's device.
+            batch: on this process's device, with its share.
             with_loss: or logits.
             slope: what is known of the gradient that the token losses will get, before Megatron scales it. Asked for
                 where a backward pass follows and it saves one computation of the logits.
 
         Returns:
-            on the last pipeline stage token losses fp32 [1, T] (or logits [1, T, vocabulary / TP] without loss),
-            elsewhere hidden states. Losses of unsupervised tokens have no meaning; fused, they are 0.
+            on the last pipeline stage token losses fp32 [1, T], 0 for tokens of other context-parallel ranks (or
+            without loss the own tokens' logits [1, T / CP, vocabulary / TP]), elsewhere hidden states. Losses of
+            unsupervised tokens have no meaning; fused, they are 0.
         """
-        return self(
-            input_ids=batch.tokens_BS.view(1, -1),
-            position_ids=batch.position_ids_BS.view(1, -1),
+        share = batch.share
+        positions = share.part(batch.position_ids_BS)
+        output = self(
+            input_ids=share.part(batch.tokens_BS)[None],
+            position_ids=positions[None],
             attention_mask=None,
             labels=self._targets(batch, slope) if with_loss else None,
-            packed_seq_params=packing(batch),
+            packed_seq_params=Packing(share=share, positions=positions),
+            padding_mask=self._rows(batch),
         )
+        if not self.post_process or not with_loss:
+            return output
+        return share.whole(output[0], batch.tokens_BS.numel())[None]
+
+    def _rows(self, batch: Batch) -> Tensor | None:
+        """What routers of experts are told of each token, as Megatron hands a padding mask on to them."""
+        if self.config.num_moe_experts is None:
+            return None
+        return rows_of_tokens(batch, self.config.sequence_parallel)
+
+    def _preprocess(self, *, padding_mask: Tensor | None = None, **others) -> tuple:
+        """Megatron's first step, on each stage; it would divide the mask for sequence parallelism on the first only."""
+        *prepared, _ = super()._preprocess(**others)
+        return *prepared, padding_mask
 
     def _targets(self, batch: Batch, slope: Callable[[Batch], Slope | None] | None) -> Tensor | Targets:
         """What goes through Megatron's forward pass, untouched by it, as labels."""
         if not self.fused or not self.post_process:
-            return batch.labels_BS.view(1, -1)
+            return batch.share.part(batch.labels_BS)[None]
         known = slope(batch) if slope is not None and torch.is_grad_enabled() else None
         if known is not None:
-            known = known.take(batch.supervised_N)
+            known = known.take(batch.share.supervised_places())
             if self.config.grad_scale_func is not None:
                 known = known.times(self.config.grad_scale_func(torch.ones_like(known.linear[:1])))
-        return Targets(batch.labels_BS.flatten(), batch.supervised_N, known, self.real_vocab_size)
+        labels_T = batch.share.part(batch.labels_BS)
+        return Targets(labels_T, batch.share.supervised_N, known, self.real_vocab_size)
 
     def _postprocess(self, hidden_states: Tensor, *, labels: Tensor | Targets | None, **others) -> Tensor:
         """Megatron's last step: logits, or losses of logits; here also losses of hidden states."""
@@ -109,16 +139,6 @@ class PackedGPTModel(GPTModel):
         return vocab_parallel_nll(logits, labels.transpose(0, 1), self.real_vocab_size).transpose(0, 1)
 
 
-def data_parallel_config(arguments: Arguments) -> DistributedDataParallelConfig:
-    """Of Megatron's data parallelism; gradients are summed over ranks, never averaged."""
-    return DistributedDataParallelConfig(
-        grad_reduce_in_fp32=arguments.precision.accumulate_allreduce_grads_in_fp32,
-        overlap_grad_reduce=False,
-        use_distributed_optimizer=False,
-        average_in_collective=False,
-    )
-
-
 def build_model(arguments: Arguments, vocab_size: int) -> list[DistributedDataParallel]:
     """This rank's chunks of the model, one for each of its stages, wrapped for data parallelism; their weights come
     from the seed, or hold nothing yet where ``--load`` is about to fill them all.
@@ -126,16 +146,17 @@ def build_model(arguments: Arguments, vocab_size: int) -> list[DistributedDataPa
     Gradients are summed over data-parallel ranks and micro-batches, never averaged.
     """
     count = arguments.distributed.num_virtual_stages_per_pipeline_rank
-    return [_build_chunk(arguments, vocab_size, stage) for stage in ([None] if count is None else range(count))]
+    stages = [None] if count is None else range(count)
+    return wrap(arguments, [_build_chunk(arguments, vocab_size, stage) for stage in stages])
 
 
-def _build_chunk(arguments: Arguments, vocab_size: int, virtual_stage: int | None) -> DistributedDataParallel:
+def _build_chunk(arguments: Arguments, vocab_size: int, virtual_stage: int | None) -> PackedGPTModel:
     model = PackedGPTModel(arguments, vocab_size, virtual_stage).to(platform.device(), dtype_of(arguments))
     mark_split_weights(model)
+    mark_expert_weights(model)
     if arguments.resume is None:
-        initialize_weights(model, arguments.initialization.seed, arguments.initialization.init_method_std)
-    return DistributedDataParallel(
-        config=model.config,
-        ddp_config=data_parallel_config(arguments),
-        module=model,
-    )
+        how = arguments.initialization
+        initialize_weights(
+            model, how.seed, how.init_method_std, how.embedding_init_method_std, how.init_method_xavier_uniform
+        )
+    return model

@@ -10,9 +10,18 @@ from torch import Tensor
 
 
 class _Marked:
+    """``shift``: what is added to the stored weight: 1 with ``--apply-layernorm-1p``."""
+
     def _mark(self, config: TransformerConfig) -> None:
+        self.shift = 1.0 if config.layernorm_zero_centered_gamma else 0.0
+        if self.shift:
+            torch.nn.init.zeros_(self.weight)
         for parameter in self.parameters():
             parameter.sequence_parallel = config.sequence_parallel
+
+    def scale(self) -> Tensor:
+        """What normalised hidden states are multiplied by."""
+        return self.weight + self.shift if self.shift else self.weight
 
 
 class RMSNorm(torch.nn.RMSNorm, _Marked):
@@ -23,8 +32,11 @@ class RMSNorm(torch.nn.RMSNorm, _Marked):
         self._mark(config)
 
     def forward(self, hidden: Tensor) -> Tensor:
+        # a node of its own before the norm's several uses of it, so that their gradients are added up before the
+        # residual stream's comes in: then a norm that is computed again gives the same gradient, bit for bit
+        hidden = hidden.view_as(hidden)
         normed = torch.nn.functional.rms_norm(hidden.float(), self.normalized_shape, None, self.eps)
-        return normed.to(hidden.dtype) * self.weight
+        return normed.to(hidden.dtype) * self.scale()
 
 
 class LayerNorm(torch.nn.LayerNorm, _Marked):
@@ -33,6 +45,9 @@ class LayerNorm(torch.nn.LayerNorm, _Marked):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5):
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         self._mark(config)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return torch.nn.functional.layer_norm(hidden, self.normalized_shape, self.scale(), self.bias, self.eps)
 
 
 NORMS = {"RMSNorm": RMSNorm, "LayerNorm": LayerNorm}

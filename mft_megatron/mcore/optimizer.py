@@ -1,4 +1,4 @@
-"""Adam over this rank's parameters and the schedules of its rates and weight decay, all Megatron-Core's.
+"""Adam or SGD over this rank's parameters and the schedules of its rates and weight decay, all Megatron-Core's.
 
 Schedules count optimizer steps: one increment a step, whatever the batch or world size.
 
@@ -6,6 +6,9 @@ Parameters are in the same groups on every rank: those with weight decay, biases
 ``--decoupled-lr`` the word embedding and the output layer.
 """
 
+from typing import Any
+
+import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import (
     MegatronOptimizer,
@@ -13,13 +16,24 @@ from megatron.core.optimizer import (
     get_megatron_optimizer,
     get_standard_config_overrides,
 )
+from megatron.core.optimizer.distrib_optimizer import USING_TE_OPTIMIZER
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from mft_megatron.arguments import Arguments
+from mft_megatron.errors import InputError
+
+from . import platform
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8": torch.uint8}
 
 
 def build_optimizer(arguments: Arguments, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
-    """Adam with decoupled weight decay over all chunks of this rank; fp32 main weights under ``--bf16``."""
+    """The optimizer over all chunks of this rank; with fp32 main weights under ``--bf16`` and ``--fp16``, which the
+    distributed optimizer divides among data-parallel ranks.
+
+    Raises:
+        InputError: the optimizer needs what this machine lacks.
+    """
     regularization = arguments.regularization
     config = OptimizerConfig(
         optimizer=arguments.training.optimizer,
@@ -33,8 +47,13 @@ def build_optimizer(arguments: Arguments, chunks: list[DistributedDataParallel])
         adam_beta2=regularization.adam_beta2,
         adam_eps=regularization.adam_eps,
         clip_grad=regularization.clip_grad,
-        bf16=arguments.precision.bf16,
         params_dtype=chunks[0].config.params_dtype,
+        use_distributed_optimizer=arguments.distributed.use_distributed_optimizer,
+        overlap_param_gather=arguments.distributed.overlap_param_gather,
+        sgd_momentum=regularization.sgd_momentum,
+        log_num_zeros_in_grad=arguments.logging.log_num_zeros_in_grad,
+        **_precision(arguments),
+        **_offload(arguments),
     )
     overrides = get_standard_config_overrides(config)
     for override in overrides.values():
@@ -42,6 +61,53 @@ def build_optimizer(arguments: Arguments, chunks: list[DistributedDataParallel])
             # by this Megatron-Core tells groups of a checkpoint apart, and leaves it to who has more than the usual two
             override["is_decoupled_lr"] = True
     return get_megatron_optimizer(config, chunks, config_overrides=overrides, use_gloo_process_groups=False)
+
+
+def _precision(arguments: Arguments) -> dict[str, Any]:
+    """Dtypes of the optimizer's states, and the loss scale.
+
+    Raises:
+        InputError: states in smaller dtypes where no optimizer can keep them.
+    """
+    p = arguments.precision
+    if p.use_precision_aware_optimizer and not (arguments.training.optimizer_cpu_offload or USING_TE_OPTIMIZER):
+        raise InputError(
+            "--use-precision-aware-optimizer needs the fused Adam of Transformer Engine, which is not installed here; "
+            "install it, or leave the option out"
+        )
+    return {
+        "bf16": p.bf16,
+        "fp16": p.fp16,
+        "loss_scale": p.loss_scale,
+        "initial_loss_scale": p.initial_loss_scale,
+        "min_loss_scale": p.min_loss_scale,
+        "loss_scale_window": int(p.loss_scale_window),
+        "hysteresis": p.hysteresis,
+        "use_precision_aware_optimizer": p.use_precision_aware_optimizer,
+        "main_grads_dtype": DTYPES[p.main_grads_dtype],
+        "main_params_dtype": DTYPES[p.main_params_dtype],
+        "exp_avg_dtype": DTYPES[p.exp_avg_dtype],
+        "exp_avg_sq_dtype": DTYPES[p.exp_avg_sq_dtype],
+    }
+
+
+def _offload(arguments: Arguments) -> dict[str, Any]:
+    """Which states are in the host's memory.
+
+    Raises:
+        InputError: there is no other memory.
+    """
+    training = arguments.training
+    if training.optimizer_cpu_offload and not platform.HAS_CUDA:
+        raise InputError(
+            "--optimizer-cpu-offload: no CUDA device here, all states are in the host's memory; leave it out"
+        )
+    return {
+        "optimizer_cpu_offload": training.optimizer_cpu_offload,
+        "optimizer_offload_fraction": training.optimizer_offload_fraction,
+        "use_torch_optimizer_for_cpu_offload": training.use_torch_optimizer_for_cpu_offload,
+        "overlap_cpu_optimizer_d2h_h2d": training.overlap_cpu_optimizer_d2h_h2d,
+    }
 
 
 def build_scheduler(arguments: Arguments, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
@@ -75,16 +141,7 @@ def learning_rate(optimizer: MegatronOptimizer) -> float:
     return next(group["lr"] for group in optimizer.param_groups if group["default_config"])
 
 
-def restore_optimizer(optimizer: MegatronOptimizer, state: dict) -> None:
-    """Load an optimizer state, in place; rates and other settings stay those of the command line.
-
-    Megatron-Core takes the settings of each parameter group from the checkpoint.
-    """
-    settings = [_settings(group) for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
-    for group, own in zip(optimizer.param_groups, settings, strict=True):
-        group.update(own)
-
-
-def _settings(group: dict) -> dict:
-    return {name: value for name, value in group.items() if name not in ("params", "step")}
+def loss_scale(optimizer: MegatronOptimizer) -> float | None:
+    """What the next step multiplies its loss by; ``None`` where that is nothing. Waits for the device."""
+    scaled = any(getattr(part, "grad_scaler", None) for part in optimizer.chained_optimizers)
+    return optimizer.get_loss_scale().item() if scaled else None

@@ -2,8 +2,10 @@
 
 import contextlib
 import datetime
+import importlib.util
+import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from mft_megatron.arguments import DistributedArguments
 from mft_megatron.batch import Ranks
+from mft_megatron.errors import InputError
 
 from . import platform
 
@@ -23,8 +26,16 @@ def process_groups(layout: DistributedArguments, seed: int) -> Iterator[None]:
 
     Ranks come from torchrun's environment; without it the process is a world of one. Dropout in regions that tensor
     parallelism splits differs between its ranks; everywhere else it is the same, as in Megatron.
+
+    Raises:
+        InputError: Megatron-Core lacks a package that this layout needs.
     """
     platform.use_device()
+    if layout.num_distributed_optimizer_instances > 1 and importlib.util.find_spec("einops") is None:
+        raise InputError(
+            "--num-distributed-optimizer-instances: Megatron-Core makes its groups of ranks with einops; install that "
+            "with pip install einops, or leave the option out"
+        )
     started = not dist.is_initialized()
     if started:
         for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
@@ -37,6 +48,10 @@ def process_groups(layout: DistributedArguments, seed: int) -> Iterator[None]:
         tensor_model_parallel_size=layout.tensor_model_parallel_size,
         pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=layout.num_virtual_stages_per_pipeline_rank,
+        context_parallel_size=layout.context_parallel_size,
+        expert_model_parallel_size=layout.expert_model_parallel_size,
+        expert_tensor_parallel_size=layout.expert_tensor_parallel_size,
+        num_distributed_optimizer_instances=layout.num_distributed_optimizer_instances,
         # a second, gloo copy of each data-parallel group is for an optimizer that is not used here
         create_gloo_process_groups=False,
         distributed_timeout_minutes=layout.distributed_timeout_minutes,
@@ -53,7 +68,7 @@ def process_groups(layout: DistributedArguments, seed: int) -> Iterator[None]:
 
 
 def ranks() -> Ranks:
-    """Where this process stands in the data-parallel group."""
+    """Where this process stands in the data-parallel group; context-parallel ranks are one place in it."""
     return Ranks(parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size())
 
 
@@ -65,7 +80,10 @@ def layout() -> dict[str, int | str]:
         "tensor": parallel_state.get_tensor_model_parallel_world_size(),
         "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
         "virtual": parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
+        "context": parallel_state.get_context_parallel_world_size(),
         "data": parallel_state.get_data_parallel_world_size(),
+        "expert": parallel_state.get_expert_model_parallel_world_size(),
+        "expert tensor": parallel_state.get_expert_tensor_parallel_world_size(),
     }
 
 
@@ -80,20 +98,39 @@ def is_last_stage() -> bool:
 
 
 def counts_losses() -> bool:
-    """Whether this process adds its losses to the log: one tensor-parallel rank of the last pipeline stage."""
+    """Whether this process adds its losses to the log: one tensor-parallel rank of the last pipeline stage.
+
+    Of context-parallel ranks each adds those of its own tokens.
+    """
     return is_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
 
 
 def count_parameters(chunks: Iterable[torch.nn.Module]) -> int:
     """Parameters of the whole model over all ranks, each counted once; ``chunks`` are this rank's part."""
-    mine = sum(
-        parameter.numel()
-        for chunk in chunks
-        for parameter in chunk.parameters()
-        if tensor_parallel.param_is_not_tensor_parallel_duplicate(parameter) and not getattr(parameter, "shared", False)
-    )
-    total = sum_over_world(torch.tensor(mine, device=platform.device(), dtype=torch.int64))
-    return total.item() // parallel_state.get_data_parallel_world_size()
+    counted = _of_all_weights(chunks, lambda weight: weight.numel())
+    return round(counted)
+
+
+def weight_norm(chunks: Iterable[torch.nn.Module]) -> float:
+    """L2 norm of all weights of the model over all ranks, each counted once, in fp64; a collective."""
+    return math.sqrt(_of_all_weights(chunks, lambda weight: weight.detach().double().square().sum().item()))
+
+
+def _of_all_weights(chunks: Iterable[torch.nn.Module], number: Callable[[Tensor], float]) -> float:
+    """The sum of a number of each weight of the model."""
+    # by how many ranks have the same: experts are shared out among data-parallel ranks
+    copies = {
+        True: parallel_state.get_data_parallel_world_size(with_context_parallel=True),
+        False: parallel_state.get_expert_data_parallel_world_size(),
+    }
+    mine = dict.fromkeys(copies, 0)
+    for chunk in chunks:
+        for parameter in chunk.parameters():
+            counted = tensor_parallel.param_is_not_tensor_parallel_duplicate(parameter)
+            if counted and not getattr(parameter, "shared", False):
+                mine[getattr(parameter, "allreduce", True)] += number(parameter)
+    total = sum_over_world(torch.tensor(list(mine.values()), device=platform.device(), dtype=torch.float64))
+    return sum(count / size for count, size in zip(total.tolist(), copies.values(), strict=True))
 
 
 def sum_over_world(value: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import torch
 
 from mft_megatron.errors import InputError
@@ -97,6 +98,18 @@ def peak_memory_of(call: Callable[[], object]) -> int:
     before = _resident("VmRSS")
     call()
     return _resident("VmHWM") - before
+
+
+def memory() -> dict[str, int]:
+    """Bytes that this process has: of the GPU what torch has allocated and reserved, otherwise what is resident."""
+    if HAS_CUDA:
+        return {
+            "allocated": torch.cuda.memory_allocated(),
+            "max-allocated": torch.cuda.max_memory_allocated(),
+            "reserved": torch.cuda.memory_reserved(),
+        }
+    usage = psutil.Process().memory_info()
+    return {"resident": usage.rss}
 
 
 def _resident(name: str) -> int:

@@ -34,9 +34,11 @@ from mft_megatron.data.validation_draw import deal
 from mft_megatron.losses.focal import TaskStatistics
 from mft_megatron.losses.objective import SUMS, Objective, StepFactors
 
-from . import parallel, platform
+from . import experts, parallel, platform
+from .context import share_of
+from .data_parallel import WeightGathering
 from .model import build_model
-from .optimizer import build_optimizer, build_scheduler, learning_rate
+from .optimizer import build_optimizer, build_scheduler, learning_rate, loss_scale
 
 # the pieces of each row of each micro-batch
 MicroBatches = Sequence[Sequence[Pieces]]
@@ -51,6 +53,11 @@ class StepReport:
     ``loss_K``: Σ l_t over supervised tokens of each task. ``tokens_K``: how many those are.
     ``objective_K``: each task's part of the objective; ``share_K``: Σ c_t of each task. All fp64 [K].
     ``weight_K``: the tasks' weights w_i that held. ``grad_norm``: before clipping. ``learning_rate``: of this step.
+    ``loss_scale``: that the step was computed at, where there is one. ``overflow``: gradients were too large for it, so
+    that nothing was updated; then there is no gradient norm, and losses may be no numbers. ``zeros_in_grad``: elements
+    of the gradients that are 0, where they are counted.
+    ``expert_losses``: balancing and z losses by Megatron's name, fp64 [layers], without coefficient; means over the
+    step's micro-batches. NaN for layers without experts.
     """
 
     loss_K: Tensor
@@ -60,6 +67,10 @@ class StepReport:
     weight_K: np.ndarray | None = None
     grad_norm: float | None = None
     learning_rate: float | None = None
+    loss_scale: float | None = None
+    overflow: bool = False
+    zeros_in_grad: int | None = None
+    expert_losses: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
     @property
     def loss(self) -> float:
@@ -70,7 +81,8 @@ class StepReport:
 class Trainer:
     """A model, its optimizer and its schedule on this rank, and the things one does with them.
 
-    ``usage``: what this rank has trained on.
+    ``usage``: what this rank has trained on. ``weights``: who reads weights between steps does so within
+    ``weights.whole()``; see :class:`.data_parallel.WeightGathering`.
     """
 
     def __init__(self, arguments: Arguments, vocab_size: int, weight_K: np.ndarray):
@@ -92,6 +104,7 @@ class Trainer:
         self.chunks: list[DistributedDataParallel] = build_model(arguments, vocab_size)
         self.optimizer: MegatronOptimizer = build_optimizer(arguments, self.chunks)
         self.scheduler: OptimizerParamScheduler = build_scheduler(arguments, self.optimizer)
+        self.weights = WeightGathering(arguments, self.chunks)
         self.ranks = parallel.ranks()
         self._schedule = get_forward_backward_func()
         for chunk in self.chunks:
@@ -103,7 +116,8 @@ class Trainer:
 
         Returns:
             the report, or ``None`` where the batch has nothing to learn from (no supervised token of a task with a
-            weight): then nothing is changed, on every rank alike.
+            weight): then nothing is changed, on every rank alike. Where gradients overflow nothing but the loss scale
+            is changed.
         """
         factors = self._factors(self.objective, [plan])
         places = self._places(split, plan)
@@ -115,15 +129,25 @@ class Trainer:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
+        experts.begin_step(self.chunks, len(plan.packs_G) // self.arguments.training.micro_batch_size)
         sums = self._run(self.objective, factors, split.dataset, micro_batches, forward_only=False, used=used)
         self._count_usage(split, plan, places, micro_batches, used)
-        rate = learning_rate(self.optimizer)
-        _, grad_norm, _ = self.optimizer.step()
-        self.scheduler.step(increment=1)
         samples_K = torch.from_numpy(plan.samples_K)
+        report = dataclasses.replace(
+            _report(self.objective, factors, sums, samples_K),
+            weight_K=self.weight_K,
+            learning_rate=learning_rate(self.optimizer),
+            loss_scale=loss_scale(self.optimizer),
+            expert_losses=experts.losses_of_step(self.chunks, self.arguments),
+        )
+        updated, grad_norm, zeros = self.optimizer.step()
+        # experts have an optimizer of their own, which not all ranks share
+        if report.loss_scale is not None and parallel.any_rank(not updated):
+            return dataclasses.replace(report, overflow=True)
+        self.weights.after_update()
+        self.scheduler.step(increment=1)
         self.statistics = self.objective.statistics_after(self.statistics, sums, samples_K)
-        report = _report(self.objective, factors, sums, samples_K)
-        return dataclasses.replace(report, weight_K=self.weight_K, grad_norm=grad_norm, learning_rate=rate)
+        return dataclasses.replace(report, grad_norm=grad_norm, zeros_in_grad=zeros)
 
     def evaluate(self, split: PackedSplit, plans: Sequence[StepPlan]) -> StepReport:
         """Token losses of every task over the given batches, without changing anything.
@@ -179,7 +203,7 @@ class Trainer:
     ) -> Tensor:
         for chunk in self.chunks:
             chunk.eval()
-        with torch.no_grad():
+        with torch.no_grad(), self.weights.whole():
             return self._run(objective, factors, dataset, micro_batches, forward_only=True)
 
     def _run(
@@ -216,9 +240,9 @@ class Trainer:
         return parallel.sum_over_world(sums)
 
     def _width_multiple(self) -> int:
-        """What the width of a padded micro-batch is a multiple of; sequence parallelism divides it among its ranks."""
-        layout = self.arguments.distributed
-        return math.lcm(WIDTH_MULTIPLE, layout.tensor_model_parallel_size if layout.sequence_parallel else 1)
+        """What the width of a padded micro-batch is a multiple of, so that context-parallel ranks and, with sequence
+        parallelism, tensor-parallel ranks can share it."""
+        return math.lcm(WIDTH_MULTIPLE, self.arguments.distributed.stream_multiple)
 
 
 def _report(objective: Objective, factors: StepFactors, sums: Tensor, samples_K: Tensor) -> StepReport:
@@ -246,14 +270,13 @@ def _width(dataset: PackedDataset, rows: Sequence[Pieces], multiple: int) -> int
 
 
 def to_device(batch: Batch) -> Batch:
-    """The same micro-batch as tensors on this process's device."""
-    counted = dataclasses.replace(batch, supervised_N=np.flatnonzero(batch.loss_mask_BS))
+    """The same micro-batch as tensors on this process's device, with what this process computes of it."""
     arrays = {
-        field.name: torch.from_numpy(getattr(counted, field.name)).to(platform.device(), non_blocking=True)
-        for field in dataclasses.fields(counted)
-        if field.name != "max_seqlen"
+        field.name: torch.from_numpy(getattr(batch, field.name)).to(platform.device(), non_blocking=True)
+        for field in dataclasses.fields(batch)
+        if field.name not in ("max_seqlen", "share") and getattr(batch, field.name) is not None
     }
-    return Batch(**arrays, max_seqlen=batch.max_seqlen)
+    return Batch(**arrays, max_seqlen=batch.max_seqlen, share=share_of(batch, platform.device()))
 
 
 def _forward(loss_function, slope, batches: Iterator[Batch], model: DistributedDataParallel):
@@ -268,9 +291,10 @@ def _objective(objective: Objective, factors: StepFactors, sums: Tensor, batch: 
     The 3-tuple tells Megatron to add micro-batches and ranks up and to leave the result alone.
     """
     loss_BS = loss_BS.view(batch.labels_BS.shape)
-    value, coefficient_BS = objective.of(factors, batch, loss_BS)
+    share = batch.share
+    value, coefficient_BS = objective.of(factors, batch, loss_BS, share.sum)
     if parallel.counts_losses():
-        sums += objective.sums(batch, loss_BS, coefficient_BS, sums.shape[1])
+        sums += objective.sums(batch, loss_BS, coefficient_BS, sums.shape[1], share.mine(loss_BS.shape))
     return value, torch.zeros([], dtype=torch.int, device=value.device), {}
 
 

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from mft_megatron.errors import InputError
 
-Request = tuple[str, int | None]
+Request = tuple[str, int | tuple[int, ...] | None]
 
 
 class TensorReader:
@@ -45,13 +45,26 @@ class TensorReader:
             if isinstance(entry, TensorStorageMetadata) and not name.startswith("optimizer.")
         ]
 
+    def has_entry(self, name: str) -> bool:
+        """Whether something is stored under exactly this name, weight or not."""
+        return name in self._metadata.state_dict_metadata
+
+    def entry(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape, with the axes of the stack, and dtype of a weight."""
+        stored = self._metadata.state_dict_metadata[name]
+        return tuple(stored.size), stored.properties.dtype
+
     def read(self, requests: Iterable[Request]) -> list[Tensor]:
-        """Weights by ``(name, layer)``, on the CPU; layer ``None`` for a weight that is not part of a stack.
+        """Weights by ``(name, place)``, on the CPU.
+
+        A place is a layer, ``(layer, expert)``, or ``None`` or ``()`` for a weight that is not part of a stack.
 
         Raises:
             InputError: a file of the checkpoint is missing or damaged.
         """
-        planner = _WeightPlanner([(name, layer, self._metadata.state_dict_metadata[name]) for name, layer in requests])
+        planner = _WeightPlanner(
+            [(name, _place(place), self._metadata.state_dict_metadata[name]) for name, place in requests]
+        )
         plan = self._reader.prepare_local_plan(planner.create_local_plan())
         try:
             self._reader.read_data(plan, planner).wait()
@@ -63,32 +76,33 @@ class TensorReader:
 class _WeightPlanner(LoadPlanner):
     """Tells torch's reader where each stored piece goes."""
 
-    def __init__(self, requests: list[tuple[str, int | None, TensorStorageMetadata]]):
+    def __init__(self, requests: list[tuple[str, tuple[int, ...], TensorStorageMetadata]]):
         self._requests = requests
-        self._chunks: dict[Request, ChunkStorageMetadata] = {}
-        self._data: dict[Request, Tensor] = {}
-        for name, layer, stored in requests:
-            offsets = torch.Size([layer or 0, *[0] * (len(stored.size) - 1)])
-            sizes = stored.size if layer is None else torch.Size([1, *stored.size[1:]])
-            self._chunks[name, layer] = ChunkStorageMetadata(offsets, sizes)
-            self._data[name, layer] = torch.empty(sizes, dtype=stored.properties.dtype)
+        self._chunks: list[ChunkStorageMetadata] = []
+        self._data: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+        for name, place, stored in requests:
+            rest = stored.size[len(place) :]
+            chunk = ChunkStorageMetadata(
+                torch.Size([*place, *(0 for _ in rest)]), torch.Size([*(1 for _ in place), *rest])
+            )
+            self._chunks.append(chunk)
+            self._data[name, tuple(chunk.offsets)] = torch.empty(chunk.sizes, dtype=stored.properties.dtype)
 
     def weights(self) -> list[Tensor]:
         return [
-            self._data[name, layer] if layer is None else self._data[name, layer].squeeze(0)
-            for name, layer, _ in self._requests
+            self._data[name, tuple(chunk.offsets)].view(chunk.sizes[len(place) :])
+            for (name, place, _), chunk in zip(self._requests, self._chunks, strict=True)
         ]
 
     def create_local_plan(self) -> LoadPlan:
         items = []
-        for name, layer, stored in self._requests:
-            items += create_read_items_for_chunk_list(name, stored, [self._chunks[name, layer]])
+        for (name, _, stored), chunk in zip(self._requests, self._chunks, strict=True):
+            items += create_read_items_for_chunk_list(name, stored, [chunk])
         return LoadPlan(items)
 
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
         """The part of a weight that one stored piece fills."""
-        name, first = read_item.dest_index.fqn, read_item.dest_index.offset[0]
-        weight = self._data.get((name, first), self._data.get((name, None)))
+        weight = self._data[read_item.dest_index.fqn, tuple(read_item.dest_index.offset)]
         for axis, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
             weight = weight.narrow(axis, start, length)
         return weight
@@ -107,3 +121,9 @@ class _WeightPlanner(LoadPlanner):
 
     def load_bytes(self, read_item: ReadItem, value) -> None:
         raise NotImplementedError("only weights are read")
+
+
+def _place(place: int | tuple[int, ...] | None) -> tuple[int, ...]:
+    if place is None:
+        return ()
+    return (place,) if isinstance(place, int) else place

@@ -19,7 +19,9 @@ CPU = torch.device("cpu")
 FACTORIES = ("empty", "zeros", "ones", "full", "tensor", "empty_like")
 # the modules of Megatron-Core that make tensors on the device "cuda"
 FACTORY_USERS = (
+    "dist_checkpointing.exchange_utils",
     "optimizer.clip_grads",
+    "optimizer.grad_scaler",
     "optimizer.optimizer",
     "pipeline_parallel.schedules",
     "utils",
@@ -31,6 +33,9 @@ class _NoStream:
 
     def __init__(self, *args, **kwargs):
         pass
+
+    def record_event(self, event=None):
+        return event or _NoStream()
 
     def __getattr__(self, name):
         return lambda *args, **kwargs: None
@@ -111,12 +116,26 @@ def _replace_tensor_methods() -> None:
     torch.Tensor.cuda = lambda self, *args, **kwargs: self
 
 
+def _replace_numbers_of_tokens() -> None:
+    """What tokens are sent between experts is told in tensors that Megatron makes arrays of when it fetches them.
+
+    Here they are where they are wanted already, and stay tensors, of which torch makes no lists of numbers.
+    """
+    from megatron.core.transformer.moe import token_dispatcher
+
+    def fetch(value, as_numpy=False, record_stream=False):
+        return value.numpy() if as_numpy and torch.is_tensor(value) else value
+
+    token_dispatcher.maybe_move_tensor_to_cpu = fetch
+
+
 REPLACEMENTS = {
     "jit": _stub_jit,
     "functions of torch.cuda": _replace_cuda_functions,
     "tensor methods": _replace_tensor_methods,
     "random-number state": _replace_rng_state,
     "tensor factories": _replace_factories,
+    "numbers of tokens": _replace_numbers_of_tokens,
 }
 
 

@@ -1,36 +1,30 @@
-"""Packed attention against a dense block-diagonal mask in fp64, forward and backward."""
+"""Packed attention against a dense block-diagonal mask in fp64, forward and backward; windows and random numbers."""
 
+import numpy as np
 import pytest
 import torch
+from attention_reference import dense_attention
 from conftest import run_on_ranks
 
 LENGTHS = (7, 1, 16, 8)
 
 
-def reference(query, key, value, lengths):
-    """Dense attention over the whole stream with an explicit block-diagonal causal mask."""
-    total = sum(lengths)
-    segment = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    mask = (segment[:, None] == segment[None]) & torch.ones(total, total, dtype=bool).tril()
-    repeat = query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(repeat, dim=1) for x in (key, value))
-    scores = torch.einsum("qhd,khd->hqk", query, key) / query.shape[-1] ** 0.5
-    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
-    return torch.einsum("hqk,khd->qhd", weights, value).flatten(1)
-
-
-def attend(tensors, lengths):
+def attend(tensors, lengths, layer_number=1, training=True, **options):
+    """Through Megatron's interface: query [T, heads, d], key and value [T, groups, d] -> [T, heads, d]."""
     from megatron.core.transformer.enums import AttnMaskType
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from mft_megatron.batch import Batch
-    from mft_megatron.mcore.attention import PackedAttention, packing
+    from mft_megatron.mcore.attention import PackedAttention, Packing
+    from mft_megatron.mcore.context import Share
+    from mft_megatron.mcore.spans import Spans
 
-    config = TransformerConfig(num_layers=1, hidden_size=32, num_attention_heads=4, attention_dropout=0.0)
-    cu = torch.tensor([0, *lengths]).cumsum(0).int()
-    batch = Batch(None, None, None, None, None, None, cu, max(lengths))
-    attention = PackedAttention(config, 1, AttnMaskType.causal, "self")
-    return attention(*tensors, None, packed_seq_params=packing(batch))
+    options = {"attention_dropout": 0.0, **options}
+    config = TransformerConfig(num_layers=4, hidden_size=32, num_attention_heads=4, **options)
+    attention = PackedAttention(config, layer_number, AttnMaskType.causal, "self").train(training)
+    share = Share(Spans.of(np.array(lengths), np.array(lengths)), None)
+    out = attention(*(tensor.unsqueeze(1) for tensor in tensors), None, packed_seq_params=Packing(share=share))
+    assert out.shape == (len(tensors[0]), 1, tensors[0][0].numel())
+    return out.view(tensors[0].shape)
 
 
 def make(dtype, seed=0):
@@ -40,19 +34,37 @@ def make(dtype, seed=0):
     return [torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype) for shape in shapes]
 
 
-def _forward_and_backward():
+def detached(pairs):
+    return [(a.detach().double(), b.detach()) for a, b in pairs]
+
+
+def _forward_and_backward(options, layer_number, window):
     ours = [x.requires_grad_() for x in make(torch.float32)]
     theirs = [x.requires_grad_() for x in make(torch.float64)]
-    upstream = torch.randn(sum(LENGTHS), 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    ours_out, theirs_out = attend(ours, LENGTHS), reference(*theirs, LENGTHS)
+    upstream = torch.randn(sum(LENGTHS), 4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    ours_out = attend(ours, LENGTHS, layer_number, **options)
+    theirs_out = dense_attention(*theirs, LENGTHS, window=window)
     ours_out.backward(upstream.float())
     theirs_out.backward(upstream)
     pairs = [(ours_out, theirs_out), *((a.grad, b.grad) for a, b in zip(ours, theirs, strict=True))]
-    return [float((a.double() - b).abs().max() / b.abs().max()) for a, b in pairs]
+    return [float((a - b).abs().max() / b.abs().max().clamp(min=1)) for a, b in detached(pairs)]
 
 
-def test_equals_dense_block_diagonal_attention():
-    errors = run_on_ranks(1, _forward_and_backward)[0]
+@pytest.mark.parametrize(
+    ("options", "layer_number", "window"),
+    [
+        ({}, 1, None),
+        ({"window_size": (3, 0)}, 1, 3),
+        ({"window_size": (0, 0)}, 1, 0),
+        ({"window_size": (-1, 0)}, 1, None),
+        ({"window_size": (3, 0), "window_attn_skip_freq": 2}, 1, 3),
+        ({"window_size": (3, 0), "window_attn_skip_freq": 2}, 2, None),
+        ({"window_size": (3, 0), "window_attn_skip_freq": [0, 1, 1, 0]}, 1, None),
+        ({"window_size": (3, 0), "window_attn_skip_freq": [0, 1, 1, 0]}, 3, 3),
+    ],
+)
+def test_equals_dense_block_diagonal_attention(options, layer_number, window):
+    errors = run_on_ranks(1, _forward_and_backward, options, layer_number, window)[0]
     assert max(errors) < 2e-6, errors
 
 
@@ -71,21 +83,13 @@ def test_neighbours_do_not_matter():
 
 
 def _with_dropout():
-    from megatron.core.transformer.enums import AttnMaskType
-    from megatron.core.transformer.transformer_config import TransformerConfig
-
     from mft_megatron.arguments import DistributedArguments
-    from mft_megatron.batch import Batch
     from mft_megatron.mcore import parallel
-    from mft_megatron.mcore.attention import PackedAttention, packing
 
     with parallel.process_groups(DistributedArguments(tensor_model_parallel_size=2), seed=1):
-        config = TransformerConfig(num_layers=1, hidden_size=32, num_attention_heads=4, attention_dropout=0.5)
-        batch = Batch(None, None, None, None, None, None, torch.tensor([0, *LENGTHS]).cumsum(0).int(), max(LENGTHS))
-        attention = PackedAttention(config, 1, AttnMaskType.causal, "self")
-        dropped = attention(*make(torch.float32), None, packed_seq_params=packing(batch))
+        dropped = attend(make(torch.float32), LENGTHS, attention_dropout=0.5)
         around = torch.rand(3)
-        return dropped, attention.eval()(*make(torch.float32), None, packed_seq_params=packing(batch)), around
+        return dropped, attend(make(torch.float32), LENGTHS, attention_dropout=0.5, training=False), around
 
 
 def test_tensor_parallel_ranks_drop_different_weights_and_leave_other_random_numbers_alone():
