@@ -6,33 +6,40 @@
 """
 
 from pathlib import Path
-
-import yaml
+from typing import Any
 
 from mft_megatron.arguments import Arguments
 from mft_megatron.data.dataset import PackedDataset
 from mft_megatron.data.ledger import read_ledger
 from mft_megatron.data.tokenizer import load_tokenizer
 from mft_megatron.errors import InputError
-from mft_megatron.mcore import parallel, platform
+from mft_megatron.mcore import kernels, parallel, platform
 from mft_megatron.mcore.step import Trainer
-from mft_megatron.run_folder import CONFIG, replace_text
+from mft_megatron.run_folder import CONFIG, effective_configuration, replace_text
 from mft_megatron.training.epochs import EpochProof
 from mft_megatron.training.evaluation import Evaluation
 from mft_megatron.training.loop import train
 from mft_megatron.training.run_log import RunLog
-from mft_megatron.training.saving import Saver, keep_tokenizer, refuse_other_data, resume
+from mft_megatron.training.saving import (
+    Saver,
+    keep_source,
+    keep_tokenizer,
+    model_vocab_size,
+    refuse_other_data,
+    resume,
+)
 from mft_megatron.training.task_weights import weights_of_data
 
 HASHED_BYTES = 16 * 2**30
 
 
-def pretrain(arguments: Arguments, main_rank: bool = True) -> None:
+def pretrain(arguments: Arguments, main_rank: bool = True, source: Any = None) -> None:
     """Train as the arguments say.
 
     Args:
         arguments: complete and checked.
         main_rank: whether this process is rank 0, which alone checks the content of the data set.
+        source: what ``--hf-checkpoint`` names: loads its weights into a trainer, and copies what is kept of it.
 
     Raises:
         InputError: the data set, the tokenizer, the weights or the checkpoint cannot be used, or training diverged.
@@ -40,28 +47,32 @@ def pretrain(arguments: Arguments, main_rank: bool = True) -> None:
     dataset, checked = open_dataset(arguments, main_rank)
     _check_tokenizer(arguments, dataset)
     refuse_other_data(arguments, dataset)
+    _refuse_uneven_gathering(arguments, dataset)
+    if arguments.validation.skip_train and "valid" not in dataset.splits:
+        raise InputError(f"--skip-train: {dataset.prefix} has no validation split; preprocess it with --split 98,2,0")
     evaluation = Evaluation(arguments, dataset)
     with parallel.process_groups(arguments.distributed, arguments.initialization.seed):
         options = arguments.checkpoint
-        logging = arguments.logging
-        log = RunLog(
-            parallel.is_main(), options.save, logging.tensorboard_dir, logging.wandb_project, logging.wandb_exp_name
-        )
+        log = RunLog(parallel.is_main(), options.save, arguments.logging)
         try:
             log.say(f"{arguments.world_size} rank(s) on {platform.describe()}")
             if not checked:
                 log.say("large data set: sizes of its files are checked, contents by tools/inspect_data.py --check")
-            trainer = Trainer(arguments, dataset.vocab_size, evaluation.balance.weight_K)
+            trainer = Trainer(arguments, model_vocab_size(arguments, dataset), evaluation.balance.weight_K)
             log.say(_shape(arguments, dataset, trainer))
+            log.say(kernels.describe(arguments, trainer.chunks[0].config))
             of_data = weights_of_data(
                 arguments.multi_task, dataset.tasks, [task.weight for task in dataset.ledger.tasks]
             )
             if of_data is not None:
                 log.say(of_data)
             if options.save is not None and parallel.is_main():
-                _describe_run(arguments, dataset, log)
-            progress, state = resume(arguments, trainer, log)
+                _describe_run(arguments, dataset, log, source)
+            progress, state = resume(arguments, trainer, log, source)
             evaluation.load(state, log, progress)
+            if arguments.validation.skip_train:
+                evaluation.run(trainer, log, progress)
+                return
             epochs = EpochProof(arguments, dataset)
             epochs.load(state, log, progress)
             train(arguments, dataset, trainer, evaluation, epochs, Saver(arguments, dataset), log, progress)
@@ -94,20 +105,32 @@ def _check_tokenizer(arguments: Arguments, dataset: PackedDataset) -> None:
             )
 
 
-def _describe_run(arguments: Arguments, dataset: PackedDataset, log: RunLog) -> None:
+def _refuse_uneven_gathering(arguments: Arguments, dataset: PackedDataset) -> None:
+    """Experts' ranks gather as many tokens of each other as they have, and micro-batches of padded rows differ."""
+    ranks, dispatcher = arguments.distributed.expert_model_parallel_size, arguments.moe.moe_token_dispatcher_type
+    if dataset.padded and ranks > 1 and dispatcher == "allgather":
+        raise InputError(
+            f"--moe-token-dispatcher-type allgather with --expert-model-parallel-size {ranks}: rows of "
+            f"{arguments.data.data_path} are padded, so ranks have different numbers of tokens; use alltoall"
+        )
+
+
+def _describe_run(arguments: Arguments, dataset: PackedDataset, log: RunLog, source: Any) -> None:
     folder = Path(arguments.checkpoint.save)
-    options = {name: list(v) if isinstance(v, tuple) else v for name, v in arguments.as_options().items()}
-    options["world_size"] = arguments.world_size
-    replace_text(folder / CONFIG, yaml.safe_dump(options, sort_keys=False))
+    replace_text(folder / CONFIG, effective_configuration(arguments.as_options(), arguments.world_size))
+    keep_source(arguments, source)
     keep_tokenizer(str(folder), arguments.data.tokenizer_model or dataset.ledger.tokenizer.model, log)
 
 
 def _shape(arguments: Arguments, dataset: PackedDataset, trainer: Trainer) -> str:
     layout = arguments.distributed
     virtual = f" × VPP {layout.num_virtual_stages_per_pipeline_rank}" if layout.interleaved else ""
+    experts = layout.expert_model_parallel_size
+    shared = f" (experts over {experts})" if experts > 1 else ""
+    context = f" × CP {layout.context_parallel_size}" if layout.context_parallel_size > 1 else ""
     return (
         f"{trainer.num_parameters():,} parameters; TP {layout.tensor_model_parallel_size} × PP "
-        f"{layout.pipeline_model_parallel_size}{virtual} × DP {arguments.data_parallel_size}; "
+        f"{layout.pipeline_model_parallel_size}{virtual}{context} × DP {arguments.data_parallel_size}{shared}; "
         f"{len(dataset.tasks)} tasks in {dataset.split('train').num_packs:,} training packs of "
         f"{arguments.data.seq_length}; objective {arguments.multi_task.mft_loss}, weights "
         f"{arguments.multi_task.task_balance}"

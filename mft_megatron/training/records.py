@@ -23,6 +23,7 @@ def train_record(
     balance_time: float,
     task_names: Sequence[str],
     weighted: bool,
+    each_layer: bool = False,
 ) -> dict[str, Any]:
     """One logged step.
 
@@ -35,6 +36,7 @@ def train_record(
         balance_time: mean seconds a step that the balancer's validation draws took, on top of ``step_time``.
         task_names: K names.
         weighted: whether weights are target shares, so that ``target_share`` is ``w_i / W`` over the tasks present.
+        each_layer: losses of experts also by layer, not their means over the layers that have experts alone.
 
     Raises:
         RuntimeError: the supervised tokens seen differ from those planned; then every coefficient was wrong.
@@ -65,14 +67,31 @@ def train_record(
         "loss": report.loss,
         "grad_norm": report.grad_norm,
         "lr": report.learning_rate,
+        **({"loss_scale": report.loss_scale} if report.loss_scale is not None else {}),
+        **({"zeros_in_grad": report.zeros_in_grad} if report.zeros_in_grad is not None else {}),
         "global_batch_size": len(plan.packs_G),
         "tokens": tokens,
         "supervised_tokens": int(seen_K.sum()),
         "step_time": step_time,
         "balance_time": balance_time,
         "balance_share": balance_time / (step_time + balance_time),
+        **_of_experts(report, each_layer),
         "tasks": tasks,
     }
+
+
+def _of_experts(report: StepReport, each_layer: bool) -> dict[str, Any]:
+    """Balancing and z losses, as ``{"moe": {"z_loss": …, "layers": {"1": {"z_loss": …}, …}}}``."""
+    losses = {name: values.cpu().numpy() for name, values in report.expert_losses.items()}
+    if not losses:
+        return {}
+    record = {name: float(np.nanmean(values)) for name, values in losses.items()}
+    if each_layer:
+        numbers = np.flatnonzero(~np.isnan(next(iter(losses.values()))))
+        record["layers"] = {
+            str(number + 1): {name: float(values[number]) for name, values in losses.items()} for number in numbers
+        }
+    return {"moe": record}
 
 
 def share_warning(record: dict[str, Any], normalization: str) -> str | None:

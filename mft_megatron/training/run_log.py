@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from mft_megatron.arguments import LoggingArguments
 from mft_megatron.errors import InputError
 from mft_megatron.run_folder import METRICS, TENSORBOARD
 
@@ -16,22 +17,21 @@ class RunLog:
         self,
         active: bool,
         folder: str | None = None,
-        tensorboard_dir: str | None = None,
-        wandb_project: str | None = None,
-        wandb_exp_name: str | None = None,
+        options: LoggingArguments | None = None,
     ):
         """
         Args:
             active: whether this is the main process.
             folder: ``--save``; without it only the terminal is written to.
-            tensorboard_dir: ``--tensorboard-dir``; by default in ``folder``.
-            wandb_project: ``--wandb-project``; nothing goes there without it.
-            wandb_exp_name: ``--wandb-exp-name``; by default the name of ``folder``.
+            options: where else, and what goes there.
 
         Raises:
             InputError: a project of Weights & Biases is asked for, and wandb is not installed.
         """
+        options = options or LoggingArguments()
+        tensorboard_dir = options.tensorboard_dir
         self._active = active
+        self._perplexities = options.log_validation_ppl_to_tensorboard
         self._file = self._board = self._wandb = None
         if not active:
             return
@@ -42,25 +42,31 @@ class RunLog:
         if tensorboard_dir is not None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(tensorboard_dir)
-        if wandb_project is not None:
-            name = wandb_exp_name or (Path(folder).name if folder else None)
-            self._wandb = _start_wandb(wandb_project, name, folder)
+            self._board = SummaryWriter(tensorboard_dir, max_queue=options.tensorboard_queue_size)
+        if options.wandb_project is not None:
+            self._wandb = _start_wandb(options, folder)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append a record everywhere."""
+        """Append a record to the file and the terminal; an evaluation goes to boards, too, a step by :meth:`draw`."""
         if not self._active:
             return
         if self._file is not None:
             self._file.write(json.dumps(record, allow_nan=False) + "\n")
             self._file.flush()
-        if record["kind"] != "event":
-            scalars = dict(_scalars(record))
-            for name, value in scalars.items() if self._board is not None else ():
-                self._board.add_scalar(name, value, record["step"])
-            if self._wandb is not None:
-                self._wandb.log(scalars, step=record["step"])
+        if record["kind"] == "valid":
+            self.draw(record)
         self.say(_line(record))
+
+    def draw(self, record: dict[str, Any], others: dict[str, float] | None = None) -> None:
+        """Put the numbers of a step or an evaluation, and ``others`` of the same step, on the boards."""
+        if not self._active:
+            return
+        scalars = {**dict(_scalars(record)), **(others or {})}
+        for name, value in scalars.items() if self._board is not None else ():
+            if self._perplexities or not name.startswith("valid-perplexity/"):
+                self._board.add_scalar(name, value, record["step"])
+        if self._wandb is not None:
+            self._wandb.log(scalars, step=record["step"])
 
     def say(self, text: str) -> None:
         """A line on the terminal alone."""
@@ -75,21 +81,30 @@ class RunLog:
             self._wandb.finish()
 
 
-def _start_wandb(project: str, name: str | None, folder: str | None):
+def _start_wandb(options: LoggingArguments, folder: str | None):
+    project = options.wandb_project
     try:
         import wandb
     except ImportError:
         raise InputError(
             f"--wandb-project {project}: wandb is not installed; pip install wandb, or leave it out"
         ) from None
-    return wandb.init(project=project, name=name, dir=folder)
+    name = options.wandb_exp_name or (Path(folder).name if folder else None)
+    return wandb.init(project=project, entity=options.wandb_entity, name=name, dir=options.wandb_save_dir or folder)
 
 
 def _scalars(record: dict[str, Any]):
     kind = record["kind"]
     for name, value in record.items():
-        if name not in ("kind", "step", "tasks") and value is not None:
+        if name not in ("kind", "step", "tasks", "moe") and value is not None:
             yield f"{kind}/{name}", value
+    experts = dict(record.get("moe", {}))
+    by_layer = experts.pop("layers", {})
+    for name, value in experts.items():
+        yield f"{kind}-moe/{name}", value
+    for layer, values in by_layer.items():
+        for name, value in values.items():
+            yield f"{kind}-moe-{name}/layer {layer}", value
     for task, values in record["tasks"].items():
         for name, value in values.items():
             if value is not None:

@@ -1,7 +1,10 @@
 """When and where checkpoints are written, and going on from one."""
 
+import contextlib
 import dataclasses
+import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +14,12 @@ from mft_megatron.errors import InputError
 from mft_megatron.mcore import checkpoint, parallel
 from mft_megatron.mcore.step import Trainer
 from mft_megatron.run_folder import (
+    HUGGINGFACE,
     TOKENIZER,
     CheckpointInfo,
     copy_tokenizer,
+    iteration_folder,
+    not_retained,
     record_best,
     remove_checkpoint,
     restore_best,
@@ -30,6 +36,7 @@ class Saver:
     def __init__(self, arguments: Arguments, dataset: PackedDataset):
         self._arguments = arguments
         self._dataset = dataset
+        self._writer = checkpoint.Writer(arguments.checkpoint)
 
     def due(self, step: int, always: bool, best: bool = False) -> bool:
         """Whether to save after ``step``: at ``--save-interval``, ``always`` at an end of the run, and where its
@@ -39,21 +46,52 @@ class Saver:
     def save(
         self, trainer: Trainer, progress: Progress, log: RunLog, always: bool, best: bool, state: dict[str, Any]
     ) -> None:
-        """Save what is :meth:`due`, with the ``state`` of what validation losses decide.
+        """Save what is :meth:`due`, with the ``state`` of what validation losses decide; with ``--async-save`` it is
+        logged when it is complete.
 
         The best checkpoint is recorded when it is complete, and only then those that were saved for having been the
         best are removed; one that was asked for never is.
         """
         start = time.perf_counter()
-        options = self._arguments.checkpoint
-        folder = Path(options.save)
-        path = checkpoint.save(folder, trainer, self._info(progress, always, best), options, state)
-        details = {"path": str(path), "seconds": round(time.perf_counter() - start, 3)}
-        if best and parallel.is_main():
-            record_best(folder, progress.step)
-        log.write(event_record(progress, "save", **details, **({"best": True} if best else {})))
-        if best and parallel.is_main():
-            _remove_superseded(folder, progress, log)
+        folder = Path(self._arguments.checkpoint.save)
+        path, retained = iteration_folder(folder, progress.step), self._arguments.checkpoint.save_retain_interval
+
+        def when_complete() -> None:
+            details = {"path": str(path), "seconds": round(time.perf_counter() - start, 3)}
+            if best and parallel.is_main():
+                record_best(folder, progress.step)
+            log.write(event_record(progress, "save", **details, **({"best": True} if best else {})))
+            if parallel.is_main():
+                if best:
+                    _remove(superseded(folder), "no longer the best checkpoint", progress, log)
+                if retained is not None:
+                    _remove(
+                        not_retained(folder, retained),
+                        f"not retained by --save-retain-interval {retained}",
+                        progress,
+                        log,
+                    )
+
+        self._writer.save(folder, trainer, self._info(progress, always, best), state, when_complete)
+
+    def poll(self) -> None:
+        """After each step: complete a checkpoint that was written in the background meanwhile."""
+        self._writer.poll()
+
+    def finish(self) -> None:
+        """At an end of the run: wait for a checkpoint that is being written in the background."""
+        self._writer.finish()
+
+    @contextlib.contextmanager
+    def completed_first(self) -> Iterator[None]:
+        """Where the run ends within for a reason that all ranks find, a checkpoint that is being written in the
+        background is completed before, so that it is not lost."""
+        try:
+            yield
+        except InputError as error:
+            if not error.always:
+                self.finish()
+            raise
 
     def _asked_for(self, step: int, always: bool) -> bool:
         interval = self._arguments.checkpoint.save_interval
@@ -66,7 +104,7 @@ class Saver:
             consumed_samples=progress.consumed_samples,
             skipped_steps=progress.skipped_steps,
             architecture=dataclasses.asdict(a.network),
-            vocab_size=self._dataset.vocab_size,
+            vocab_size=model_vocab_size(a, self._dataset),
             tokenizer={
                 **dataclasses.asdict(ledger.tokenizer),
                 "stop_token_ids": ledger.chat_template["stop_token_ids"],
@@ -77,21 +115,24 @@ class Saver:
             has_optimizer=a.checkpoint.save_optim,
             has_rng=a.checkpoint.save_rng,
             precision=a.precision.name,
+            optimizer=a.optimizer_states,
+            distributed_optimizer=a.distributed.use_distributed_optimizer,
             decoupled_lr=a.learning_rate.decoupled_lr is not None,
             layout=parallel.layout(),
             best=best,
             asked_for=self._asked_for(progress.step, always),
+            source=a.resume[1].source if a.resume is not None else "",
         )
 
 
-def _remove_superseded(folder: Path, progress: Progress, log: RunLog) -> None:
-    for path in superseded(folder):
+def _remove(paths: list[Path], reason: str, progress: Progress, log: RunLog) -> None:
+    for path in paths:
         try:
             remove_checkpoint(path)
         except OSError as error:  # a full disk is worse than an ended run, but not now
-            log.say(f"{path} is no longer the best checkpoint and cannot be removed ({error}); remove it")
+            log.say(f"{path} is {reason} and cannot be removed ({error}); remove it")
         else:
-            log.write(event_record(progress, "remove", path=str(path), reason="no longer the best checkpoint"))
+            log.write(event_record(progress, "remove", path=str(path), reason=reason))
 
 
 def refuse_other_data(arguments: Arguments, dataset: PackedDataset) -> None:
@@ -103,20 +144,30 @@ def refuse_other_data(arguments: Arguments, dataset: PackedDataset) -> None:
     if arguments.resume is None:
         return
     path, info = arguments.resume
-    if info.vocab_size != dataset.vocab_size:
+    # models from Hugging Face have room for more tokens than their tokenizers have
+    if info.vocab_size != dataset.vocab_size and not (info.source and info.vocab_size > dataset.vocab_size):
         raise InputError(
             f"--load {path}: made for a vocabulary of {info.vocab_size}, the data set {arguments.data.data_path} has "
             f"{dataset.vocab_size}; preprocess the data with the model's tokenizer"
         )
-    if not arguments.checkpoint.finetune and info.dataset_hash != dataset.dataset_hash:
+    if not arguments.weights_alone and info.dataset_hash != dataset.dataset_hash:
         raise InputError(
             f"--load {path}: saved while training on another data set than --data-path {arguments.data.data_path}; go "
             "on with that one, or start a new pass from these weights with --finetune"
         )
 
 
-def resume(arguments: Arguments, trainer: Trainer, log: RunLog) -> tuple[Progress, dict[str, Any]]:
+def model_vocab_size(arguments: Arguments, dataset: PackedDataset) -> int:
+    """Tokens that the model has room for; a model from Hugging Face may have more than the data set's tokenizer."""
+    return dataset.vocab_size if arguments.resume is None else arguments.resume[1].vocab_size
+
+
+def resume(
+    arguments: Arguments, trainer: Trainer, log: RunLog, source: Any = None
+) -> tuple[Progress, dict[str, Any]]:
     """Load the checkpoint of ``--load``, if there is one; where the run stands then, and the state it was saved with.
+
+    Where the run starts from ``--hf-checkpoint``, ``source`` loads its weights.
 
     A run that goes on in its own folder has the best checkpoint of the state it goes on from, not of a future that it
     is about to replace.
@@ -124,8 +175,12 @@ def resume(arguments: Arguments, trainer: Trainer, log: RunLog) -> tuple[Progres
     if arguments.resume is None:
         return Progress(), {}
     path, info = arguments.resume
-    options = arguments.checkpoint
-    state = checkpoint.load(Path(path), trainer, info, options)
+    options = dataclasses.replace(arguments.checkpoint, finetune=arguments.weights_alone)
+    if arguments.starts_from_hf:
+        source.load(trainer)
+        state = {}
+    else:
+        state = checkpoint.load(Path(path), trainer, info, options)
     progress = Progress()
     if not options.finetune:
         progress = Progress(info.iteration, info.consumed_samples, info.skipped_steps)
@@ -137,6 +192,18 @@ def resume(arguments: Arguments, trainer: Trainer, log: RunLog) -> tuple[Progres
     elif best is not None:
         log.say(f"the best evaluation so far was at step {best}; a checkpoint of it is in {Path(path).parent} alone")
     return progress, state
+
+
+def keep_source(arguments: Arguments, hf: Any = None) -> None:
+    """Copy what was kept of a model from Hugging Face into the run folder, so that an export gives it back."""
+    if arguments.resume is None or not arguments.resume[1].source:
+        return
+    if arguments.starts_from_hf:
+        hf.keep(Path(arguments.checkpoint.save) / HUGGINGFACE)
+        return
+    source, target = Path(arguments.resume[0]).parent / HUGGINGFACE, Path(arguments.checkpoint.save) / HUGGINGFACE
+    if source.is_dir() and source.resolve() != target.resolve():
+        shutil.copytree(source, target, dirs_exist_ok=True)
 
 
 def keep_tokenizer(folder: str, model: str, log: RunLog) -> None:

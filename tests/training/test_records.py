@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from mft_megatron.arguments import LoggingArguments
 from mft_megatron.batch import StepPlan
 from mft_megatron.errors import InputError
 from mft_megatron.mcore.step import StepReport
@@ -89,6 +90,7 @@ def test_records_go_to_file_board_and_terminal(tmp_path, capsys):
     ]
     for record in written:
         log.write(record)
+    log.draw(written[0])
     log.close()
     assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == written
     assert list((tmp_path / "tensorboard").iterdir())
@@ -99,7 +101,7 @@ def test_records_go_to_file_board_and_terminal(tmp_path, capsys):
 
 
 def test_other_ranks_write_nothing(tmp_path, capsys):
-    log = RunLog(False, str(tmp_path / "run"), str(tmp_path / "board"))
+    log = RunLog(False, str(tmp_path / "run"), LoggingArguments(tensorboard_dir=str(tmp_path / "board")))
     log.write(event_record(Progress(), "skip"))
     log.close()
     assert not list(tmp_path.iterdir())
@@ -119,20 +121,29 @@ def test_weights_and_biases_get_the_same_scalars(tmp_path, monkeypatch):
     fake = types.ModuleType("wandb")
     fake.init = lambda **options: calls.append(options) or Run()
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    log = RunLog(True, str(tmp_path / "run"), None, "project")
+    log = RunLog(True, str(tmp_path / "run"), LoggingArguments(wandb_project="project"))
     log.write(valid_record(Progress(7, 28), report(), TASKS))
     log.write(event_record(Progress(7, 28), "skip"))
     log.close()
-    assert calls[0] == {"project": "project", "name": "run", "dir": str(tmp_path / "run")}
+    assert calls[0] == {"project": "project", "entity": None, "name": "run", "dir": str(tmp_path / "run")}
     assert calls[1][0] == 7
     assert calls[1][1]["valid/loss"] == calls[1][1]["valid-loss/write"] == 3.0
     assert calls[2:] == ["finished"]
 
 
+def test_weights_and_biases_know_the_team_and_the_folder(tmp_path, monkeypatch):
+    calls = []
+    fake = types.ModuleType("wandb")
+    fake.init = lambda **options: calls.append(options)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    RunLog(True, None, LoggingArguments(wandb_project="p", wandb_entity="us", wandb_save_dir="d", wandb_exp_name="n"))
+    assert calls == [{"project": "p", "entity": "us", "name": "n", "dir": "d"}]
+
+
 def test_wandb_that_is_not_installed_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(InputError, match="wandb is not installed"):
-        RunLog(True, None, None, "project")
+        RunLog(True, None, LoggingArguments(wandb_project="project"))
 
 
 def test_progress_counts_packs():

@@ -85,14 +85,14 @@ def fake_load(path, trainer, info, options):
     return {} if options.finetune else json.loads((path / "weights").read_text())
 
 
-def fake_save(folder, trainer, info, options, state):
-    """What :func:`mft_megatron.mcore.checkpoint.save` does with the run folder."""
+def fake_save(writer, folder, trainer, info, state, when_complete):
+    """What :meth:`mft_megatron.mcore.checkpoint.Writer.save` does with the run folder."""
     path = iteration_folder(folder, info.iteration)
     path.mkdir(parents=True, exist_ok=True)
     (path / "weights").write_text(json.dumps(state))
     write_info(path, info)
     replace_text(folder / TRACKER, f"{info.iteration}\n")
-    return path
+    when_complete()
 
 
 class Job:
@@ -130,7 +130,7 @@ class Job:
 @pytest.fixture
 def job(dataset_prefix, tmp_path, monkeypatch):
     """Start a job, or start it again; all have the same run folder."""
-    monkeypatch.setattr(checkpoint, "save", fake_save)
+    monkeypatch.setattr(checkpoint.Writer, "save", fake_save)
     monkeypatch.setattr(checkpoint, "load", fake_load)
     monkeypatch.setattr(parallel, "layout", dict)
     monkeypatch.setattr(parallel, "is_main", lambda: True)

@@ -1,0 +1,70 @@
+"""Operations that a step needs, counted from the samples it has: what ``--log-throughput`` divides by time.
+
+Multiplications and additions of the matrix products, forward and backward, once each: what is computed again for
+``--recompute-*`` counts as nothing, and so does padding.
+"""
+
+import numpy as np
+
+from mft_megatron.arguments import Arguments, NetworkArguments
+from mft_megatron.arguments.window import window_layers
+from mft_megatron.data.dataset import PackedSplit
+
+
+def step_operations(arguments: Arguments, lengths: np.ndarray, supervised_tokens: int, vocab_size: int) -> int:
+    """Of one global batch.
+
+    Args:
+        arguments: of the run.
+        lengths: int64, tokens of each segment that attends to itself.
+        supervised_tokens: those that have a loss.
+        vocab_size: real size of the vocabulary.
+    """
+    network, tokens = arguments.network, int(lengths.sum())
+    with_logits = supervised_tokens if arguments.training.cross_entropy_impl == "fused-linear" else tokens
+    products = tokens * _layer_weights(network) + with_logits * network.hidden_size * vocab_size
+    # a multiplication and an addition for each element; two products, with keys and with values
+    attention = 2 * _attended(network, lengths) * network.num_attention_heads * network.kv_channels
+    # backward is twice as much: a gradient of each of the two factors
+    return 3 * 2 * (products + attention)
+
+
+def segment_lengths(split: PackedSplit, packs_G: np.ndarray) -> np.ndarray:
+    """Tokens of each segment of some packs that attends to itself: samples, or whole rows where they are joined."""
+    pieces, rows = split.pieces_of_packs(packs_G)
+    if not split.dataset.joined:
+        return pieces.lengths
+    ends = np.concatenate([[0], np.cumsum(pieces.lengths)])[np.cumsum(rows)]
+    return np.diff(ends, prepend=0)
+
+
+def _layer_weights(network: NetworkArguments) -> int:
+    """Elements of the matrices that a token goes through in all layers."""
+    hidden = network.hidden_size
+    heads, groups = network.num_attention_heads, network.num_query_groups
+    attention = hidden * network.kv_channels * (2 * heads + 2 * groups)
+    matrices = 3 if network.swiglu else 2
+    experts = sum(network.expert_layers)
+    dense = hidden * network.ffn_hidden_size * matrices
+    total = network.num_layers * attention + (network.num_layers - experts) * dense
+    if experts:
+        own = network.moe_router_topk * network.moe_ffn_hidden_size + (network.moe_shared_expert_intermediate_size or 0)
+        total += experts * hidden * (own * matrices + network.num_experts)
+    return total
+
+
+def _attended(network: NetworkArguments, lengths: np.ndarray) -> int:
+    """Pairs of a token and one that it sees, itself too, in all layers."""
+    whole = int((lengths * (lengths + 1) // 2).sum())
+    if network.window is None:
+        return network.num_layers * whole
+    seen = np.minimum(lengths, network.window + 1)
+    within = int((seen * (seen + 1) // 2 + (lengths - seen) * seen).sum())
+    frequency = window_layers(network.window_attn_skip_freq)
+    if frequency is None:
+        without = 0
+    elif isinstance(frequency, int):
+        without = network.num_layers // frequency
+    else:
+        without = frequency.count(0)
+    return (network.num_layers - without) * within + without * whole
