@@ -56,9 +56,22 @@ def run_on_ranks(world_size, function, *arguments, timeout=180):
     """Call ``function(*arguments)`` on ``world_size`` ranks; its results, by rank.
 
     ``function`` is a module-level function and starts the process groups itself. A rank that fails fails the test with
-    its traceback; the others are ended.
+    its traceback; the others are ended. Where another process took the port meanwhile all begin anew with another one:
+    nothing has happened before the process groups stand.
     """
-    port = _free_port()
+    for _ in range(4):
+        try:
+            return _run_on_ranks(world_size, _free_port(), function, arguments, timeout)
+        except _PortTakenError:
+            pass
+    pytest.fail("another process took the port of rank 0, four times in a row")
+
+
+class _PortTakenError(Exception):
+    """Rank 0 cannot listen."""
+
+
+def _run_on_ranks(world_size, port, function, arguments, timeout):
     ranks = []
     for rank in range(world_size):
         here, there = _context.Pipe(duplex=False)
@@ -79,6 +92,8 @@ def run_on_ranks(world_size, function, *arguments, timeout=180):
                     succeeded, results[rank] = pickle.loads(pipe.recv_bytes())
                 except EOFError:
                     pytest.fail(f"rank {rank} of {world_size} died without a word")
+                if not succeeded and "EADDRINUSE" in results[rank]:
+                    raise _PortTakenError
                 if not succeeded:
                     pytest.fail(f"rank {rank} of {world_size}:\n{results[rank]}")
         for process, _ in ranks:
@@ -100,8 +115,10 @@ def run_tool(*command, **options):
 
 def torchrun(world_size, *command):
     """Run a script on ``world_size`` ranks as a user would."""
-    port = f"--master-port={_free_port()}"
-    return run_tool("-m", "torch.distributed.run", f"--nproc-per-node={world_size}", port, *command, timeout=300)
+    # standalone: ranks meet where torchrun itself listens, so that no other process takes the port meanwhile
+    return run_tool(
+        "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}", *command, timeout=300
+    )
 
 
 def refusal(process) -> str:

@@ -1,22 +1,23 @@
 """What the ranks of a layout test do: a short run through the trainer's own parts."""
 
-SHAPE = (
-    "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --group-query-attention --num-query-groups 2 --swiglu "
-    "--normalization RMSNorm --position-embedding-type rope --disable-bias-linear "
-    "--untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0 "
-    "--make-vocab-size-divisible-by 128 --init-method-std 0.02 --seq-length 128 --train-iters 5 --lr 1e-3 "
-    "--global-batch-size 8"
+from layouts import SHAPES
+
+RUN = (
+    "--attention-dropout 0 --hidden-dropout 0 --make-vocab-size-divisible-by 128 --init-method-std 0.02 "
+    "--seq-length 128 --train-iters 5 --lr 1e-3 --global-batch-size 8"
 )
+SHAPE = f"{SHAPES['llama']} {RUN}"
 # For comparing gradients: clipping would scale them in place; Adam would divide those near 0, which are rounding, by
 # their own size; and losses that differ from token to token show more.
 FOR_GRADIENTS = "--clip-grad 1e9 --adam-eps 1e-4 --init-method-std 0.05"
 BY_TASK = ("loss_K", "tokens_K", "objective_K", "share_K")
 
 
-def arguments_for(prefix, extra, world_size):
+def arguments_for(prefix, extra, world_size, shape="llama"):
+    """Arguments of a short run on a model of one of :data:`layouts.SHAPES`; of options given twice the last holds."""
     from mft_megatron.arguments import parse_arguments
 
-    words = f"{SHAPE} --data-path {prefix} {extra}".split()
+    words = f"{SHAPES[shape]} {RUN} --data-path {prefix} {extra}".split()
     if "--micro-batch-size" not in words:
         words += ["--micro-batch-size", "2"]
     return parse_arguments(words, world_size)
@@ -77,14 +78,14 @@ def lacks_tasks(plans, split):
     return True
 
 
-def train(prefix, extra, world_size, weights=(1.0, 2.0, 0.5, 3.0), steps=5):
+def train(prefix, extra, world_size, weights=(1.0, 2.0, 0.5, 3.0), steps=5, shape="llama"):
     """Loss and gradient norm of each step, and the per-task sums of the last."""
     import numpy as np
 
     from mft_megatron.mcore import parallel
     from mft_megatron.mcore.step import Trainer
 
-    arguments = arguments_for(prefix, extra, world_size)
+    arguments = arguments_for(prefix, extra, world_size, shape)
     dataset = open_dataset(arguments)
     split = dataset.split("train")
     with parallel.process_groups(arguments.distributed, arguments.initialization.seed):
@@ -96,7 +97,7 @@ def train(prefix, extra, world_size, weights=(1.0, 2.0, 0.5, 3.0), steps=5):
         return curve, {name: getattr(report, name).tolist() for name in ("loss_K", "tokens_K", "share_K")}
 
 
-def train_in_modes(prefix, layout, world_size, modes, steps):
+def train_in_modes(prefix, layout, world_size, modes, steps, shape="llama"):
     """Some steps in one mode after another, in one set of process groups.
 
     Args:
@@ -104,65 +105,111 @@ def train_in_modes(prefix, layout, world_size, modes, steps):
         steps: how many of each mode.
 
     Returns:
-        by mode a list of steps, each a dict of loss, gradient norm and sums by task, the first and the last with
-        :func:`chosen_gradients`.
+        by mode a list of steps, each a dict of loss, gradient norm and sums by task; the first and the last with
+        gradients, the last with weights (:func:`chosen_weights`).
     """
     from mft_megatron.data.step_plan import plan_step
     from mft_megatron.mcore import parallel
     from mft_megatron.mcore.step import Trainer
     from mft_megatron.training.task_weights import initial_weights
 
-    arguments = arguments_for(prefix, layout, world_size)
+    arguments = arguments_for(prefix, layout, world_size, shape)
     dataset = open_dataset(arguments)
     split, size, curves = dataset.split("train"), arguments.training.global_batch_size, {}
     seed = data_seed(split)
     with parallel.process_groups(arguments.distributed, arguments.initialization.seed):
         for mode, extra in modes.items():
-            arguments = arguments_for(prefix, f"{layout} {extra} {FOR_GRADIENTS}", world_size)
+            arguments = arguments_for(prefix, f"{layout} {FOR_GRADIENTS} {extra}", world_size, shape)
             trainer = Trainer(arguments, dataset.vocab_size, initial_weights(arguments.multi_task, dataset.tasks))
             curves[mode] = []
             for step in range(steps[mode]):
                 plan = plan_step(split, seed=seed, global_batch_size=size, consumed_samples=size * step)
-                report = trainer.train_step(split, plan)
-                record = {"loss": report.loss, "grad_norm": report.grad_norm}
-                record |= {name: getattr(report, name).numpy() for name in BY_TASK}
+                record = _record(trainer, trainer.train_step(split, plan))
                 if step in (0, steps[mode] - 1):
                     record["gradients"] = chosen_gradients(trainer)
                 curves[mode].append(record)
+            curves[mode][-1]["weights"] = chosen_weights(trainer)
     return curves
 
 
-def chosen_gradients(trainer):
-    """Gradients of a matrix and a norm of each layer and of both vocabulary matrices, as far as this rank has them.
+def train_on_everything(prefix, layout, world_size, modes, shape="llama"):
+    """One step in each mode on all rows of the training split; a dict of loss, gradient norm, sums and gradients."""
+    import numpy as np
 
-    By name: the axis that tensor parallelism splits, the number of this rank's part, and the part.
+    from mft_megatron.data.step_plan import plan_evaluation
+    from mft_megatron.mcore import parallel
+    from mft_megatron.mcore.step import Trainer
+
+    arguments = arguments_for(prefix, layout, world_size, shape)
+    split, records = open_dataset(arguments).split("train"), {}
+    (plan,) = plan_evaluation(split, -(-split.num_packs // 8) * 8)
+    with parallel.process_groups(arguments.distributed, arguments.initialization.seed):
+        for mode, extra in modes.items():
+            arguments = arguments_for(prefix, f"{layout} {FOR_GRADIENTS} {extra}", world_size, shape)
+            trainer = Trainer(arguments, split.dataset.vocab_size, np.array([1.0, 2.0, 0.5, 3.0]))
+            records[mode] = _record(trainer, trainer.train_step(split, plan))
+            records[mode]["gradients"] = chosen_gradients(trainer)
+    return records
+
+
+def _record(trainer, report):
+    record = {"loss": report.loss, "grad_norm": report.grad_norm}
+    return record | {name: getattr(report, name).numpy() for name in BY_TASK}
+
+
+def chosen(trainer):
+    """A matrix and a norm of each layer and both vocabulary matrices, as far as this rank has them.
+
+    By name: the axis that tensor parallelism splits, the number of this rank's part, and the parameter.
     """
     from megatron.core import parallel_state
 
     weights = {}
+    part, expert_part = (
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_expert_tensor_parallel_rank(),
+    )
     for chunk in trainer.chunks:
         model = chunk.module
         if model.pre_process:
-            weights["embedding"] = 0, model.embedding.word_embeddings.weight
+            weights["embedding"] = 0, part, model.embedding.word_embeddings.weight
         for layer in model.decoder.layers:
-            weights[f"layer {layer.layer_number} input_layernorm"] = None, layer.input_layernorm.weight
-            weights[f"layer {layer.layer_number} linear_fc2"] = 1, layer.mlp.linear_fc2.weight
-        if model.post_process:
-            weights["output_layer"] = 0, model.output_layer.weight
-    part = parallel_state.get_tensor_model_parallel_rank()
-    return {
-        name: (axis, 0 if axis is None else part, weight.main_grad.numpy().copy())
-        for name, (axis, weight) in weights.items()
-    }
+            name = f"layer {layer.layer_number}"
+            weights[f"{name} linear_qkv"] = 0, part, layer.self_attention.linear_qkv.weight
+            weights[f"{name} input_layernorm"] = None, 0, layer.input_layernorm.weight
+            if not hasattr(layer.mlp, "experts"):
+                weights[f"{name} linear_fc2"] = 1, part, layer.mlp.linear_fc2.weight
+                continue
+            weights[f"{name} router"] = None, 0, layer.mlp.router.weight
+            own = layer.mlp.experts.local_experts
+            first = parallel_state.get_expert_model_parallel_rank() * len(own)
+            for number, expert in enumerate(own):
+                weights[f"{name} expert {first + number}"] = 1, expert_part, expert.linear_fc2.weight
+        if model.post_process and not model.share_embeddings_and_output_weights:
+            weights["output_layer"] = 0, part, model.output_layer.weight
+    return weights
 
 
-def whole_gradients(of_ranks):
-    """Gradients by name out of what the ranks have of them; what several ranks have must be the same, bit for bit."""
+def chosen_gradients(trainer):
+    """The gradients of :func:`chosen`; none where each rank keeps only its share of them."""
+    if trainer.arguments.distributed.use_distributed_optimizer:
+        return {}
+    return {name: (axis, part, own.main_grad.numpy().copy()) for name, (axis, part, own) in chosen(trainer).items()}
+
+
+def chosen_weights(trainer):
+    """:func:`chosen` after the last step."""
+    with trainer.weights.whole():
+        return {name: (axis, part, own.detach().numpy().copy()) for name, (axis, part, own) in chosen(trainer).items()}
+
+
+def whole(of_ranks):
+    """Whole tensors by name out of what the ranks have of them; what several have must be the same, bit by bit."""
     import numpy as np
 
     axes, parts = {}, {}
-    for gradients in of_ranks:
-        for name, (axis, part, own) in gradients.items():
+    for tensors in of_ranks:
+        for name, (axis, part, own) in tensors.items():
             axes[name] = axis
             known = parts.setdefault(name, {}).setdefault(part, own)
             assert np.array_equal(known, own), f"{name}: ranks differ"

@@ -9,15 +9,15 @@ import itertools
 import numpy as np
 import pytest
 from conftest import run_on_ranks
+from layouts import Layout
 from made_dataset import write_dataset
 from run import arguments_for, data_seed, open_dataset, plans_of, train
 from test_balancing import Log
-from test_layouts import LAYOUTS, MORE
 
 MULTIPLE = 8  # instead of 64, or rows of 128 tokens would have two widths
 TOLERANCE = 1e-6
-PADDED = ("TP2", "PP2", "DP2", "TP2 SP", "PP2 VPP2", "PP2 DP2", "TP2 PP2 VPP2", "micro-batch 1")
-QUICK = ("TP2", "PP2", "DP2", "TP2 SP", "PP2 VPP2")
+QUICK = ("TP2 SP MB2", "PP2 MB2", "DP2", "PP2 VPP2 MB2", "CP2")
+SLOW = ("TP2 MB2", "PP2 DP2", "TP2 PP2 VPP2 MB2", "MB1", "CP2 TP2 SP", "CP2 PP2 VPP2", "DP2 overlap")
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +64,8 @@ def one_process(prefix):
 
 def compare(prefix, layout):
     expected, expected_sums, _ = one_process(prefix)
-    world_size, options = {**LAYOUTS, **MORE}[layout]
-    results = run_on_ranks(world_size, _train, prefix, options, world_size)
+    layout = Layout(layout)
+    results = run_on_ranks(layout.world_size, _train, prefix, layout.options, layout.world_size)
     for curve, sums, _ in results:
         for step, (ours, theirs) in enumerate(zip(curve, expected, strict=True)):
             assert ours == pytest.approx(theirs, rel=TOLERANCE), f"step {step + 1}: (loss, gradient norm)"
@@ -74,9 +74,7 @@ def compare(prefix, layout):
     return results
 
 
-@pytest.mark.parametrize(
-    "layout", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in PADDED]
-)
+@pytest.mark.parametrize("layout", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_padded_rows_equal_one_process(padded, layout):
     results = compare(padded, layout)
     assert all(len({width for _, width in shapes}) > 2 for *_, shapes in results)
@@ -102,7 +100,7 @@ def test_padding_changes_nothing(padded):
         assert a == pytest.approx(b, rel=TOLERANCE)
 
 
-@pytest.mark.parametrize("layout", ["TP2", "PP2", "DP2"])
+@pytest.mark.parametrize("layout", ["TP2 MB2", "PP2 MB2", "DP2", "CP2"])
 def test_joined_rows_equal_one_process(joined, layout):
     compare(joined, layout)
 
@@ -175,8 +173,8 @@ EPOCH_LAYOUTS = {
     "one": (1, "--micro-batch-size 2"),
     "DP2": (2, "--micro-batch-size 2"),
     "DP4": (4, "--micro-batch-size 1"),
-    "PP2 VPP2": MORE["PP2 VPP2"],
-    "TP2 DP2": MORE["TP2 DP2"],
+    "PP2 VPP2": (2, Layout("PP2 VPP2 MB2").options),
+    "TP2 DP2": (4, Layout("TP2 DP2 MB2").options),
 }
 
 

@@ -1,0 +1,69 @@
+"""fp16 with the distributed optimizer, overlapped messages and saves in the background, as a user runs them."""
+
+import itertools
+import json
+
+import pytest
+from conftest import refusal, run_tool, torchrun
+
+from mft_megatron.run_folder import latest_checkpoint
+
+MODEL = (
+    "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --swiglu --normalization RMSNorm "
+    "--position-embedding-type rope --disable-bias-linear --untie-embeddings-and-output-weights"
+).split()
+RUN = "--micro-batch-size 1 --global-batch-size 4 --lr 1e-3 --log-interval 1 --eval-interval 5 --eval-iters 1".split()
+FP16 = "--fp16 --initial-loss-scale 4194304 --hysteresis 1 --loss-scale-window 3".split()
+OVERLAP = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 9001".split()
+
+
+def records(folder, kind):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [record for record in lines if record["kind"] == kind]
+
+
+def events(folder, event):
+    return [record for record in records(folder, "event") if record["event"] == event]
+
+
+def test_overflows_saves_in_the_background_and_goes_on(dataset_prefix, tmp_path):
+    """The scale comes down from 2^22 step by step; skipped steps are counted, logged and not taken for divergence."""
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    words = ["pretrain_mft.py", *RUN, *FP16, *OVERLAP, "--data-path", dataset_prefix, "--train-iters", 15]
+    process = torchrun(2, *words, *MODEL, "--async-save", "--save", whole, "--save-interval", 11)
+    assert process.returncode == 0, process.stderr
+    skipped, trained = events(whole, "skip"), records(whole, "train")
+    assert {record["reason"] for record in skipped} == {"gradients overflow at the loss scale"}
+    steps = sorted([*skipped, *trained], key=lambda record: record["step"])
+    assert [record["step"] for record in steps] == list(range(1, 16))
+    assert len(skipped) > 3
+    assert steps[0]["loss_scale"] == 2.0**22
+    for before, after in itertools.pairwise(steps):
+        factor = after["loss_scale"] / before["loss_scale"]
+        assert factor == 0.5 if before["kind"] == "event" else factor in (1.0, 2.0)
+    # the schedule goes on with updates alone
+    assert [record["lr"] for record in trained] == pytest.approx([1e-3 * (1 - i / 15) for i in range(len(trained))])
+    assert [record["step"] for record in events(whole, "save")] == [11, 15]
+    path, info = latest_checkpoint(whole)
+    assert (path.name, info.skipped_steps, info.optimizer_steps) == ("iter_0000015", len(skipped), len(trained))
+    assert (info.precision, info.optimizer, info.distributed_optimizer) == ("fp16", "adam", True)
+    process = torchrun(2, *words, "--async-save", "--load", whole / "iter_0000011", "--save", again)
+    assert process.returncode == 0, process.stderr
+    resumed, expected = records(again, "train"), [record for record in trained if record["step"] > 11]
+    assert all(record.pop("step_time") > 0 for record in resumed + expected)
+    assert resumed == expected
+    assert records(again, "valid") == records(whole, "valid")[-1:]
+
+
+@pytest.mark.parametrize(
+    ("scale", "remedy"),
+    [
+        (["--initial-loss-scale", 2**40, "--min-loss-scale", 2**39, "--hysteresis", 1], "lower --lr"),
+        pytest.param(["--loss-scale", 2**39], "lower --loss-scale", marks=pytest.mark.slow),
+    ],
+)
+def test_a_scale_that_cannot_be_lowered_is_the_end(dataset_prefix, tmp_path, scale, remedy):
+    words = ["pretrain_mft.py", *RUN, *MODEL, "--data-path", dataset_prefix, "--train-iters", 5, "--fp16", *scale]
+    line = refusal(run_tool(*words))
+    assert "gradients overflow at the loss scale 5.49756e+11, and it cannot be lowered" in line
+    assert remedy in line

@@ -1,0 +1,137 @@
+"""Short runs of the trainer on a device of choice, each in a process of its own.
+
+Which device a process computes on is settled when it starts, so a test on the GPU has its counterpart on the CPU
+computed by another process, which sees no GPU: ``on("cpu", "train", …)``. This file is that process's program, too.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+TESTS = Path(__file__).parent.parent
+PATHS = [str(TESTS), str(TESTS / "parallel")]
+
+
+def on(device, function, *arguments):
+    """What a function of this file returns in a process on ``cpu`` or ``cuda``; arguments and results are JSON's."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if device == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    command = [sys.executable, "-W", "ignore", __file__, function, json.dumps(arguments)]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert process.returncode == 0, process.stderr[-4000:]
+    found = json.loads(next(line for line in process.stdout.splitlines() if line.startswith("FOUND "))[6:])
+    assert found["device"] == device
+    return found["result"]
+
+
+def _trainer(prefix, options):
+    import numpy as np
+    from run import arguments_for, open_dataset
+
+    from mft_megatron.mcore.step import Trainer
+
+    arguments = arguments_for(prefix, options, 1)
+    dataset = open_dataset(arguments)
+    return Trainer(arguments, dataset.vocab_size, np.array([1.0, 2.0, 0.5, 3.0])), dataset.split("train"), arguments
+
+
+def _groups(prefix, options):
+    from run import arguments_for
+
+    from mft_megatron.mcore import parallel
+
+    arguments = arguments_for(prefix, options, 1)
+    return parallel.process_groups(arguments.distributed, arguments.initialization.seed)
+
+
+def _step(trainer, split, number):
+    from mft_megatron.data.step_plan import plan_step
+
+    size = trainer.arguments.training.global_batch_size
+    report = trainer.train_step(split, plan_step(split, seed=1, global_batch_size=size, consumed_samples=size * number))
+    return [report.loss, float(report.grad_norm)]
+
+
+def train(prefix, options, steps=2):
+    """``curve``: loss and gradient norm of each step. ``kernel``: what computed attention. ``allocated``: the most
+    bytes that torch had allocated during each step, on CUDA."""
+    import torch
+
+    with _groups(prefix, options):
+        trainer, split, _ = _trainer(prefix, options)
+        curve, allocated = [], []
+        for number in range(steps):
+            if torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()
+            curve.append(_step(trainer, split, number))
+            allocated.append(torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
+        kernel = trainer.chunks[0].module.decoder.layers[0].self_attention.core_attention.kernel
+        return {"curve": curve, "allocated": allocated, "kernel": getattr(kernel, "__name__", type(kernel).__name__)}
+
+
+def _info():
+    from mft_megatron.mcore import parallel
+    from mft_megatron.run_folder import CheckpointInfo
+
+    return CheckpointInfo(2, 16, {}, 1, {}, "", 1, 8, layout=parallel.layout())
+
+
+def save(prefix, options, folder):
+    """Two steps and a save; ``third``: the third step, ``path``: of the checkpoint."""
+    from mft_megatron.mcore import checkpoint
+
+    with _groups(prefix, options):
+        trainer, split, arguments = _trainer(prefix, options)
+        for number in range(2):
+            _step(trainer, split, number)
+        path = checkpoint.save(Path(folder), trainer, _info(), arguments.checkpoint)
+        return {"path": str(path), "third": _step(trainer, split, 2)}
+
+
+def load(prefix, options, path):
+    """The third step after a checkpoint's two."""
+    from mft_megatron.mcore import checkpoint
+
+    with _groups(prefix, options):
+        trainer, split, arguments = _trainer(prefix, options)
+        checkpoint.load(Path(path), trainer, _info(), arguments.checkpoint)
+        return {"third": _step(trainer, split, 2)}
+
+
+def collectives():
+    """One rank's sums, and who it thinks that it is; ``backend``: of its process group."""
+    import numpy as np
+    import torch
+    import torch.distributed as dist
+
+    from mft_megatron.arguments import DistributedArguments
+    from mft_megatron.mcore import parallel
+
+    with parallel.process_groups(DistributedArguments(), seed=1):
+        return {
+            "backend": dist.get_backend(),
+            "sum": parallel.sum_over_data(np.arange(3)).tolist(),
+            "any": [parallel.any_rank(True), parallel.any_rank(False)],
+            "main": parallel.from_main(torch.arange(3)).tolist(),
+        }
+
+
+def worst(ours, theirs):
+    """The largest relative difference of two lists of numbers, nested alike."""
+    if isinstance(ours, list):
+        assert len(ours) == len(theirs)
+        return max(map(worst, ours, theirs))
+    return abs(ours - theirs) / max(abs(theirs), 1e-30)
+
+
+if __name__ == "__main__":
+    sys.path[:0] = PATHS
+    name, arguments = sys.argv[1], json.loads(sys.argv[2])
+    found = {"result": globals()[name](*arguments)}
+    from mft_megatron.mcore import platform
+
+    found["device"] = platform.device().type
+    print("FOUND", json.dumps(found))

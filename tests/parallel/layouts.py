@@ -1,0 +1,183 @@
+"""The layouts that are compared with one process, and the shapes of the model that they are compared on."""
+
+import dataclasses
+
+# Four layers of a Llama: the shape of most tests.
+BODY = "--num-layers 4 --hidden-size 64 --num-attention-heads 4"
+LLAMA = (
+    f"{BODY} --group-query-attention --num-query-groups 2 --swiglu --normalization RMSNorm --position-embedding-type "
+    "rope --disable-bias-linear"
+)
+UNTIED = "--untie-embeddings-and-output-weights"
+EXPERTS = (
+    "--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 96 --moe-router-load-balancing-type seq_aux_loss "
+    "--moe-aux-loss-coeff 1e-2"
+)
+SHAPES = {
+    "llama": f"{LLAMA} {UNTIED}",
+    "deep": f"{LLAMA} {UNTIED} --num-layers 8",
+    "tied": LLAMA,
+    "six layers": f"{LLAMA} {UNTIED} --num-layers 6",
+    "experts": f"{LLAMA} {UNTIED} {EXPERTS}",
+    "shared experts": f"{LLAMA} {UNTIED} {EXPERTS} --moe-shared-expert-intermediate-size 64 --moe-z-loss-coeff 1e-3",
+    "experts but in the first": f"{LLAMA} {UNTIED} {EXPERTS} --moe-layer-freq [0]+[1]*3",
+    "Megatron's defaults": BODY,
+    "q/k norm": (
+        f"{LLAMA} --rotary-percent 0.5 --add-qkv-bias --qk-layernorm"  # and biases of q, k and v, and half-rotated
+    ),
+    "window": f"{LLAMA} {UNTIED} --window-size 20,0 --window-attn-skip-freq 2",
+}
+# q/k norms under tensor parallelism differ by 8e-6 in Megatron-Core itself
+TOLERANCE = {"q/k norm": 1e-5}
+
+WORDS = {
+    "TP": "--tensor-model-parallel-size",
+    "PP": "--pipeline-model-parallel-size",
+    "VPP": "--num-virtual-stages-per-pipeline-rank",
+    "CP": "--context-parallel-size",
+    "EP": "--expert-model-parallel-size",
+    "MB": "--micro-batch-size",
+    "first": "--decoder-first-pipeline-num-layers",
+    "last": "--decoder-last-pipeline-num-layers",
+    "ETP": "--expert-tensor-parallel-size",
+}
+FLAGS = {
+    "SP": "--sequence-parallel",
+    "DO": "--use-distributed-optimizer",
+    # several buckets, where the default would put a model of this size into one
+    "overlap": "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 30001",
+    "reduce": "--overlap-grad-reduce --ddp-bucket-size 30001",
+    "unaligned": "--no-align-grad-reduce --no-align-param-gather",
+    "alltoall": "--moe-token-dispatcher-type alltoall",
+    "full": "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+    "block": "--recompute-granularity full --recompute-method block --recompute-num-layers 1",
+    "distributed": "--distribute-saved-activations",
+    "selective": "--recompute-granularity selective --recompute-modules core_attn mlp",
+    "norms": "--recompute-granularity selective --recompute-modules layernorm",
+    "accounted": "--account-for-embedding-in-pipeline-split --account-for-loss-in-pipeline-split",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How many ranks share the work, by which options, on which shape; ``quick``: in every run of the tests.
+
+    Named in words of :data:`WORDS` and :data:`FLAGS`; DP says how often all that is there.
+    """
+
+    name: str
+    shape: str = "llama"
+    quick: bool = False
+
+    @property
+    def world_size(self) -> int:
+        size = 1
+        for word in self.name.split():
+            if word[:2] in ("TP", "PP", "CP", "DP"):
+                size *= int(word[2:])
+        return size
+
+    @property
+    def options(self) -> str:
+        words = []
+        for word in self.name.split():
+            kind = word.rstrip("0123456789")
+            if kind in WORDS:
+                words += [WORDS[kind], word[len(kind) :]]
+            elif kind in FLAGS:
+                words.append(FLAGS[kind])
+        return " ".join(words if WORDS["MB"] in words else [*words, WORDS["MB"], "1"])
+
+    @property
+    def tolerance(self) -> float:
+        return TOLERANCE.get(self.shape, 1e-6)
+
+    def __str__(self):
+        return self.name if self.shape == "llama" else f"{self.name}, {self.shape}"
+
+
+LAYOUTS = [
+    Layout("MB1", quick=True),
+    Layout("MB4"),
+    Layout("TP2 MB2"),
+    Layout("TP2 SP MB2", quick=True),
+    Layout("PP2 MB2"),
+    Layout("PP4"),
+    Layout("DP2", quick=True),
+    Layout("DP4"),
+    Layout("TP2 PP2", quick=True),
+    Layout("TP2 DP2 MB2"),
+    Layout("PP2 DP2"),
+    Layout("PP2 VPP2 MB2", quick=True),
+    Layout("TP2 PP2 VPP2"),
+    Layout("PP2 DP2 VPP2 SP TP2"),
+    Layout("TP2 PP2 DP2 SP"),
+    # several chunks of one layer on a rank, two layers in a chunk
+    Layout("PP4 VPP2", "deep"),
+    Layout("PP2 VPP4", "deep"),
+    Layout("PP2 VPP2", "deep"),
+    # uneven stages
+    Layout("PP2 first3", quick=True),
+    Layout("PP4 first1 last1", "deep"),
+    Layout("TP2 PP2 last1 SP"),
+    Layout("PP2 VPP2 accounted", "six layers"),
+    # context parallelism
+    Layout("CP2", quick=True),
+    Layout("CP4 MB2"),
+    Layout("CP2 DP2"),
+    Layout("CP2 TP2 SP", quick=True),
+    Layout("CP2 PP2"),
+    Layout("CP2 PP2 VPP2"),
+    Layout("CP2 TP2 PP2"),
+    Layout("CP2 TP2"),
+    Layout("CP2", "window"),
+    Layout("CP4", "window"),
+    Layout("TP2 PP2", "window"),
+    # distributed optimizer
+    Layout("DP2 DO"),
+    Layout("DP2 overlap", quick=True),
+    Layout("DP4 overlap"),
+    Layout("DP2 reduce"),
+    Layout("TP2 DP2 DO"),
+    Layout("PP2 DP2 overlap"),
+    Layout("PP2 VPP2 DP2 overlap"),
+    Layout("PP2 VPP2 DP2 overlap unaligned"),
+    Layout("CP2 DP2 overlap"),
+    Layout("TP2 PP2 DP2 SP overlap"),
+    # one weight with two users, on one stage or on two
+    Layout("MB4", "tied"),
+    Layout("PP2", "tied", quick=True),
+    Layout("TP2 PP2 SP", "tied"),
+    Layout("PP2 VPP2", "tied"),
+    Layout("CP2 PP2", "tied"),
+    Layout("PP2 DP2 overlap", "tied"),
+    # experts
+    Layout("DP2 EP2", "experts", quick=True),
+    Layout("DP4 EP2", "experts"),
+    Layout("DP4 EP4", "experts"),
+    Layout("PP2 DP2 EP2", "experts"),
+    Layout("TP2 DP2 EP2 SP", "experts"),
+    Layout("TP2 SP", "shared experts"),
+    Layout("PP2 VPP2", "experts"),
+    Layout("DP2 EP2 overlap", "shared experts"),
+    Layout("DP2 EP2 full", "experts"),
+    Layout("DP2 EP2 alltoall", "experts"),
+    Layout("TP2 SP ETP1", "experts"),
+    Layout("TP2 DP2 SP EP2 ETP1", "experts"),
+    Layout("CP2 DP2 EP2", "experts"),
+    Layout("PP2 last3", "experts but in the first"),
+    # recompute
+    Layout("MB2 full"),
+    Layout("PP2 block"),
+    Layout("TP2 SP selective"),
+    Layout("TP2 PP2 full distributed"),
+    Layout("CP2 PP2 full"),
+    Layout("CP2 selective"),
+    Layout("PP2 VPP2 norms"),
+    # other shapes
+    Layout("TP2 PP2 SP", "Megatron's defaults"),
+    Layout("TP2 PP2 SP", "q/k norm", quick=True),
+    Layout("CP2 TP2", "Megatron's defaults"),
+    Layout("CP2 PP2", "q/k norm"),
+]
+BY_NAME = {str(layout): layout for layout in LAYOUTS}

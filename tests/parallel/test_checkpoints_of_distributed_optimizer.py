@@ -1,0 +1,195 @@
+"""What one optimizer saves any other goes on from: distributed or not, overlapped or not, on any layout."""
+
+from pathlib import Path
+
+import pytest
+from conftest import run_on_ranks
+from run import arguments_for, open_dataset
+
+TP2 = "--tensor-model-parallel-size 2"
+VPP = "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2 --micro-batch-size 1"
+# several buckets a chunk, with padding between them
+SHARDED = "--use-distributed-optimizer --overlap-grad-reduce --ddp-bucket-size 30001"
+OVERLAP = f"{SHARDED} --overlap-param-gather"
+DROPOUT = "--hidden-dropout 0.1 --attention-dropout 0.1"
+LAYOUTS = {
+    "alone": (1, ""),
+    "DP2": (2, "--ckpt-fully-parallel-load"),
+    "DP2 overlap": (2, f"{OVERLAP} --ckpt-fully-parallel-load"),
+    "TP2 DP2": (4, f"{TP2} --use-distributed-optimizer --micro-batch-size 1"),
+    "DP4": (4, f"{SHARDED} --micro-batch-size 1 --no-ckpt-fully-parallel-save"),
+    "VPP2 DP2 overlap": (4, f"{VPP} {OVERLAP}"),
+}
+
+
+def _trainer(prefix, options, world):
+    import numpy as np
+
+    from mft_megatron.mcore.step import Trainer
+
+    arguments = arguments_for(prefix, options, world)
+    dataset = open_dataset(arguments)
+    return Trainer(arguments, dataset.vocab_size, np.ones(4)), dataset.split("train")
+
+
+def _step(trainer, split, number):
+    from mft_megatron.data.step_plan import plan_step
+
+    plan = plan_step(split, seed=1, global_batch_size=8, consumed_samples=8 * number)
+    report = trainer.train_step(split, plan)
+    return report.loss, report.grad_norm, report.learning_rate
+
+
+def _save(trainer, folder, step):
+    from mft_megatron.mcore import checkpoint, parallel
+    from mft_megatron.run_folder import CheckpointInfo
+
+    info = CheckpointInfo(step, 0, {}, 500, {}, "", 1, 8, layout=parallel.layout())
+    checkpoint.save(Path(folder), trainer, info, trainer.arguments.checkpoint)
+
+
+def _load(trainer, folder):
+    from mft_megatron.mcore import checkpoint
+    from mft_megatron.run_folder import latest_checkpoint
+
+    path, info = latest_checkpoint(folder)
+    checkpoint.load(path, trainer, info, trainer.arguments.checkpoint)
+
+
+def _write(prefix, options, world, folder, steps):
+    """Some steps and a save."""
+    from mft_megatron.mcore import parallel
+
+    arguments = arguments_for(prefix, options, world)
+    with parallel.process_groups(arguments.distributed, arguments.initialization.seed):
+        trainer, split = _trainer(prefix, options, world)
+        for number in range(steps):
+            _step(trainer, split, number)
+        _save(trainer, folder, steps)
+
+
+def _read(prefix, options, world, folders, with_step):
+    """From each folder a model of another seed goes on: saved again at once, and after another step."""
+    from mft_megatron.mcore import parallel
+
+    arguments = arguments_for(prefix, options, world)
+    with parallel.process_groups(arguments.distributed, arguments.initialization.seed):
+        for source, target in folders.items():
+            trainer, split = _trainer(prefix, f"{options} --seed 77", world)
+            _load(trainer, source)
+            _save(trainer, f"{target}/again", 2)
+            if with_step:
+                _step(trainer, split, 2)
+                _save(trainer, f"{target}/next", 3)
+
+
+def _tensors(folder):
+    """All tensors of the newest checkpoint, by name."""
+    import torch
+    from torch.distributed.checkpoint import FileSystemReader, TensorStorageMetadata, load
+
+    from mft_megatron.run_folder import latest_checkpoint
+
+    path = str(latest_checkpoint(folder)[0])
+    entries = FileSystemReader(path).read_metadata().state_dict_metadata
+    state = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in entries.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    load(state, checkpoint_id=path, no_dist=True)
+    return state
+
+
+def _exchange(prefix, folder, names, precision, with_step):
+    """Each layout of ``names`` writes, each goes on from what each wrote."""
+    for name in names:
+        world, options = LAYOUTS[name]
+        run_on_ranks(world, _write, prefix, f"{options} {precision}", world, f"{folder}/{name}", 2)
+    for name in names:
+        world, options = LAYOUTS[name]
+        folders = {f"{folder}/{writer}": f"{folder}/{writer} to {name}" for writer in names}
+        run_on_ranks(world, _read, prefix, f"{options} {precision}", world, folders, with_step)
+    for writer in names:
+        saved = _tensors(f"{folder}/{writer}")
+        kinds = {name.split(".")[2] for name in saved if name.startswith("optimizer.state.")}
+        assert kinds == {"exp_avg", "exp_avg_sq", *(["fp32_param"] if precision else [])}
+        for reader in names:
+            again = _tensors(f"{folder}/{writer} to {reader}/again")
+            assert again.keys() == saved.keys()
+            for name in saved:
+                assert again[name].equal(saved[name]), f"{writer} to {reader}: {name}"
+        if not with_step:
+            continue
+        expected = _tensors(f"{folder}/{writer} to alone/next")
+        for reader in names:
+            after = _tensors(f"{folder}/{writer} to {reader}/next")
+            for name in expected:
+                error = (after[name] - expected[name]).norm() / expected[name].norm().clamp(min=1e-30)
+                assert error <= 1e-6, f"{writer} to {reader}: {name} differs by {error}"
+
+
+def test_with_and_without_the_distributed_optimizer(dataset_prefix, tmp_path):
+    """Weights and moments are the same, bit for bit, in the checkpoint that the reader writes at once, and to rounding
+    after another step."""
+    _exchange(dataset_prefix, tmp_path, ("alone", "DP2 overlap"), "", True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["", "--bf16", "--fp16 --initial-loss-scale 1024"])
+def test_any_layout_goes_on_from_any_other(dataset_prefix, tmp_path, precision):
+    _exchange(dataset_prefix, tmp_path, LAYOUTS, precision, not precision)
+
+
+def _read_with_torch_of_its_own(prefix, options, world, folders):
+    """After a module of Megatron-Core has torch's factories back."""
+    import torch
+    from megatron.core.dist_checkpointing import exchange_utils
+
+    exchange_utils.torch = torch
+    _read(prefix, options, world, folders, False)
+
+
+@pytest.mark.slow
+def test_shared_reading_still_needs_its_replacement_without_cuda(dataset_prefix, tmp_path):
+    world, options = LAYOUTS["DP2"]
+    folders = {str(tmp_path / "one"): str(tmp_path / "two")}
+    run_on_ranks(world, _write, dataset_prefix, options, world, str(tmp_path / "one"), 1)
+    with pytest.raises(pytest.fail.Exception, match="CUDA"):
+        run_on_ranks(world, _read_with_torch_of_its_own, dataset_prefix, options, world, folders)
+
+
+def _resume(prefix, options, world, folder, save_after):
+    """Steps 0 to 4 with a save after ``save_after``, or those that are left after it."""
+    from mft_megatron.mcore import parallel
+
+    arguments = arguments_for(prefix, options, world)
+    with parallel.process_groups(arguments.distributed, arguments.initialization.seed):
+        trainer, split = _trainer(prefix, f"{options} --seed {1 if save_after else 77}", world)
+        start, curve = 0, []
+        if save_after is None:
+            _load(trainer, folder)
+            start = 3
+        for number in range(start, 5):
+            curve.append(_step(trainer, split, number))
+            if number + 1 == save_after:
+                _save(trainer, folder, save_after)
+        return curve
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("world", "options"),
+    [
+        (2, OVERLAP),
+        (2, f"{OVERLAP} --bf16 {DROPOUT}"),
+        (4, f"{VPP} {OVERLAP} {DROPOUT}"),
+        (4, f"{TP2} {SHARDED} --bf16 {DROPOUT}"),
+        (2, f"{OVERLAP} --fp16 --initial-loss-scale 65536 {DROPOUT}"),
+        (2, f"{OVERLAP} --bf16 --grad-reduce-in-bf16"),
+    ],
+)
+def test_resuming_is_bit_equal(dataset_prefix, tmp_path, world, options):
+    whole = run_on_ranks(world, _resume, dataset_prefix, options, world, str(tmp_path), 3)[0]
+    resumed = run_on_ranks(world, _resume, dataset_prefix, options, world, str(tmp_path), None)[0]
+    assert resumed == whole[3:]

@@ -1,0 +1,248 @@
+"""Context parallelism: what the layout matrix does not look at.
+
+Ranks whose tokens have no target, or are padding alone; token losses; evaluation, draws and micro-batch normalisation;
+checkpoints that change their layout. All against one process.
+"""
+
+import dataclasses
+import functools
+
+import numpy as np
+import pytest
+from batches import one_segment
+from conftest import run_on_ranks
+from made_dataset import write_dataset
+from run import arguments_for, open_dataset, plans_of, train
+
+CP2, CP4 = "--context-parallel-size 2", "--context-parallel-size 4"
+LAYOUTS = {
+    "CP2": (2, CP2),
+    "CP4": (4, CP4),
+    "CP2 TP2 SP": (4, f"{CP2} --tensor-model-parallel-size 2 --sequence-parallel"),
+    "CP2 PP2": (4, f"{CP2} --pipeline-model-parallel-size 2"),
+    "CP2 PP2 VPP2": (4, f"{CP2} --pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2"),
+}
+WEIGHTS = (1.0, 2.0, 0.5, 3.0)
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    """Padded rows of short samples: at least half of the widest micro-batch is padding."""
+    prefix = tmp_path_factory.mktemp("short") / "set"
+    write_dataset(prefix, 128, longest=70, split=(80, 20, 0), padding_mode="padding")
+    return str(prefix)
+
+
+def _steps(prefix, extra, world_size, modes):
+    """Loss and gradient norm of a step of each mode, and of each micro-batch on this rank: own tokens, those among
+    them that are no padding, and those with a target."""
+    from mft_megatron.data.step_plan import plan_step
+    from mft_megatron.mcore import parallel, step
+    from mft_megatron.mcore.step import Trainer
+
+    arguments = arguments_for(prefix, extra, world_size)
+    dataset = open_dataset(arguments)
+    split, seen, curves = dataset.split("train"), [], {}
+    to_device = step.to_device
+
+    def kept(batch):
+        there = to_device(batch)
+        lengths = np.repeat(np.diff(batch.cu_seqlens), np.diff(batch.cu_seqlens))
+        supervised = np.unique(batch.sample_ids_BS[batch.loss_mask_BS > 0])
+        real = np.isin(batch.sample_ids_BS.ravel(), supervised)
+        own = there.share.own_T
+        own = np.arange(lengths.size) if own is None else own.numpy()
+        seen.append((len(own), int(real[own].sum()), len(there.share.supervised_N)))
+        return there
+
+    step.to_device, step.WIDTH_MULTIPLE = kept, 128  # all rows as wide as they can be
+    with parallel.process_groups(arguments.distributed, arguments.initialization.seed):
+        for mode in modes:
+            trainer = Trainer(arguments_for(prefix, f"{extra} {mode}", world_size), dataset.vocab_size, np.ones(4))
+            report = trainer.train_step(split, plan_step(split, seed=1, global_batch_size=4, consumed_samples=0))
+            curves[mode] = (report.loss, report.grad_norm, *report.tokens_K.tolist())
+    return curves, seen
+
+
+MODES = ("--mft-loss focal-sample", "--mft-loss task-token")
+
+
+@functools.cache
+def short_in_one_process(prefix):
+    return run_on_ranks(1, _steps, prefix, "--micro-batch-size 1", 1, MODES)[0][0]
+
+
+def quick(*names):
+    """Layouts, of which those are in every run that are named."""
+    return [name if name in names else pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS]
+
+
+@pytest.mark.parametrize("layout", quick("CP4"))
+def test_ranks_without_targets_and_with_padding_alone(short, layout):
+    world, extra = LAYOUTS[layout]
+    expected = short_in_one_process(short)
+    results = run_on_ranks(world, _steps, short, f"{extra} --micro-batch-size 1", world, MODES)
+    for curves, _ in results:
+        for mode in MODES:
+            assert curves[mode] == pytest.approx(expected[mode], rel=1e-6), mode
+    seen = [one for _, of_rank in results for one in of_rank]
+    assert any(supervised == 0 and real > 0 for _, real, supervised in seen)
+    if layout == "CP4":
+        assert any(real == 0 for _, real, _ in seen)
+
+
+def _token_losses(prefix, extra, world_size, shape, alone):
+    """Losses of all tokens of some packs; 0 for those of other ranks.
+
+    ``alone``: of each sample by itself, in the same order; NaN where there is no target.
+    """
+    import torch
+
+    from mft_megatron.mcore import parallel
+    from mft_megatron.mcore.initialize import initialize_weights
+    from mft_megatron.mcore.model import PackedGPTModel
+    from mft_megatron.mcore.step import to_device
+
+    arguments = arguments_for(prefix, extra, world_size, shape)
+    dataset = open_dataset(arguments)
+    with parallel.process_groups(arguments.distributed, arguments.initialization.seed):
+        model = PackedGPTModel(arguments, dataset.vocab_size)
+        initialize_weights(model, arguments.initialization.seed, arguments.initialization.init_method_std)
+        model.eval()
+
+        def losses(batch):
+            batch = dataclasses.replace(batch, loss_mask_BS=np.ones_like(batch.loss_mask_BS))
+            with torch.no_grad():
+                return model.run(to_device(batch)).numpy().ravel()
+
+        split = dataset.split("train")
+        # three rows, whose borders are not those of the chunks
+        batch = split.rows(np.arange(3))
+        if not alone:
+            return losses(batch)
+        borders = list(zip(batch.cu_seqlens, batch.cu_seqlens[1:], strict=False))
+        # padding, and a segment's last token, have no target
+        found = np.full(batch.tokens_BS.size, np.nan)
+        for start, end in borders:
+            if batch.loss_mask_BS.ravel()[start:end].any():
+                found[start : end - 1] = losses(one_segment(batch.tokens_BS.ravel()[start:end]))[:-1]
+        return found
+
+
+@pytest.mark.parametrize("shape", ["llama", "window", "Megatron's defaults"])
+@pytest.mark.parametrize("layout", ["CP2", pytest.param("CP4", marks=pytest.mark.slow)])
+def test_packed_equals_unpacked(dataset_prefix, shape, layout):
+    """Token by token, whatever rank computes it; positions are rotary, within a window, and learned."""
+    world, extra = LAYOUTS[layout]
+    alone = run_on_ranks(1, _token_losses, dataset_prefix, "", 1, shape, True)[0]
+    of_ranks = run_on_ranks(world, _token_losses, dataset_prefix, extra, world, shape, False)
+    packed = np.sum(of_ranks, 0)
+    assert ((np.array(of_ranks) != 0).sum(0) == 1).all()
+    there = np.isfinite(alone)
+    assert there.mean() > 0.7
+    chunks = there.reshape(2 * world, -1)
+    assert (chunks[:-1, -1] & chunks[1:, 0]).any()  # a sample in several chunks
+    np.testing.assert_allclose(packed[there], alone[there], rtol=0, atol=5e-6)
+
+
+def _evaluate(prefix, extra, world_size):
+    """Objective, sums and the balancers' losses of the validation split, and what a step of training used."""
+    from mft_megatron.mcore import parallel
+    from mft_megatron.mcore.step import Trainer
+    from mft_megatron.training.evaluation import evaluation_plans
+
+    arguments, found = arguments_for(prefix, extra, world_size), []
+    dataset = open_dataset(arguments)
+    train, valid = dataset.split("train"), dataset.split("valid")
+    with parallel.process_groups(arguments.distributed, arguments.initialization.seed):
+        for mode in ("task-token", "focal-sample", "focal-task"):
+            arguments = arguments_for(prefix, f"{extra} --mft-loss {mode}", world_size)
+            trainer = Trainer(arguments, dataset.vocab_size, np.array(WEIGHTS))
+            report = trainer.evaluate(valid, list(evaluation_plans(arguments, valid, limit=None)))
+            draw = trainer.task_losses(dataset, [valid.pieces_of(pack) for pack in range(5)])
+            found += [report.loss, *report.loss_K.tolist(), *report.tokens_K.tolist(), *draw.tolist()]
+            trainer.train_step(train, plans_of(train, 1, 1)[0])
+            # a sample that several ranks share was used once
+            found += [*parallel.sum_over_data(trainer.usage.of(0).pieces_K).tolist(), trainer.num_parameters()]
+    return found
+
+
+@pytest.mark.parametrize("layout", quick("CP2"))
+def test_evaluation_and_draws(dataset_prefix, layout):
+    """The last evaluation batch has empty rows: ranks with nothing but padding."""
+    world, extra = LAYOUTS[layout]
+    expected = run_on_ranks(1, _evaluate, dataset_prefix, "--micro-batch-size 4", 1)[0]
+    for result in run_on_ranks(world, _evaluate, dataset_prefix, f"{extra} --micro-batch-size 2", world):
+        assert result == pytest.approx(expected, rel=1e-6, nan_ok=True)  # a task that the draw lacks
+
+
+@functools.cache
+def micro_batches_of_two(prefix):
+    options = "--mft-loss sample --mft-normalization micro-batch --micro-batch-size 2"
+    return options, run_on_ranks(1, train, prefix, options, 1, WEIGHTS, 2)[0]
+
+
+@pytest.mark.parametrize("layout", quick("CP2"))
+def test_micro_batch_normalisation(dataset_prefix, layout):
+    """Each micro-batch counts its own tokens: all of them, not those of a rank."""
+    options, (expected, expected_sums) = micro_batches_of_two(dataset_prefix)
+    world, extra = LAYOUTS[layout]
+    for curve, sums in run_on_ranks(world, train, dataset_prefix, f"{options} {extra}", world, WEIGHTS, 2):
+        for ours, theirs in zip(curve, expected, strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-6)
+        for name, values in sums.items():
+            assert values == pytest.approx(expected_sums[name], rel=1e-6), name
+
+
+def _resume(prefix, extra, world_size, folder, save_after, steps, seed=1234):
+    """Losses and gradient norms of some steps; saved after ``save_after``, or going on from what is saved."""
+    from pathlib import Path
+
+    from mft_megatron.data.step_plan import plan_step
+    from mft_megatron.mcore import checkpoint, parallel
+    from mft_megatron.mcore.step import Trainer
+    from mft_megatron.run_folder import CheckpointInfo, latest_checkpoint
+
+    arguments = arguments_for(prefix, f"{extra} --seed {seed}", world_size)
+    dataset = open_dataset(arguments)
+    split = dataset.split("train")
+    with parallel.process_groups(arguments.distributed, arguments.initialization.seed):
+        trainer = Trainer(arguments, dataset.vocab_size, np.ones(4))
+        start, curve = 0, []
+        if save_after is None:
+            path, info = latest_checkpoint(folder)
+            checkpoint.load(path, trainer, info, arguments.checkpoint)
+            start = info.iteration
+        for step in range(start, steps):
+            plan = plan_step(split, seed=1, global_batch_size=8, consumed_samples=8 * step)
+            report = trainer.train_step(split, plan)
+            curve.append((report.loss, report.grad_norm))
+            if step + 1 == save_after:
+                info = CheckpointInfo(step + 1, 0, {}, dataset.vocab_size, {}, "", 1, 8, layout=parallel.layout())
+                checkpoint.save(Path(folder), trainer, info, arguments.checkpoint)
+        return curve
+
+
+def test_a_resumed_run_is_the_same_bit_by_bit(dataset_prefix, tmp_path):
+    """With dropout, so that the random numbers of each rank must come back."""
+    extra = f"{CP2} --hidden-dropout 0.1 --attention-dropout 0.1"
+    whole = run_on_ranks(2, _resume, dataset_prefix, extra, 2, str(tmp_path), 2, 3)
+    again = run_on_ranks(2, _resume, dataset_prefix, extra, 2, str(tmp_path), None, 3, 99)
+    assert again[0] == again[1] == whole[0][2:]
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded"),
+    [
+        ("CP2", ""),
+        pytest.param("", "CP2", marks=pytest.mark.slow),
+        pytest.param("CP2 PP2", "CP2", marks=pytest.mark.slow),
+        pytest.param("CP2", "CP2 TP2 SP", marks=pytest.mark.slow),
+    ],
+)
+def test_a_checkpoint_changes_its_layout(dataset_prefix, tmp_path, saved, loaded):
+    """Written on some ranks, gone on with on others; with another seed, so that everything must come from it."""
+    (world, extra), (other_world, other) = (LAYOUTS.get(name, (1, "")) for name in (saved, loaded))
+    whole = run_on_ranks(world, _resume, dataset_prefix, extra, world, str(tmp_path), 2, 3)[0]
+    for curve in run_on_ranks(other_world, _resume, dataset_prefix, other, other_world, str(tmp_path), None, 3, 99):
+        assert curve[0] == pytest.approx(whole[2], rel=1e-6)

@@ -1,0 +1,159 @@
+"""Options of a whole run, as a user gives them: what is logged, kept and loaded, and when a run ends."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import _free_port, run_on_ranks
+from made_dataset import write_dataset
+from run import arguments_for
+
+SMALL = "--num-layers 2 --hidden-size 32 --global-batch-size 8 --train-iters 4 --log-interval 2 --eval-interval 2"
+WHOLE = (
+    "--save-interval 1 --save-retain-interval 3 --log-params-norm --log-throughput --tensorboard-log-interval 1 "
+    "--log-memory-to-tensorboard --log-world-size-to-tensorboard --log-validation-ppl-to-tensorboard --full-validation "
+    "--manual-gc --manual-gc-interval 1"
+)
+# name, options, and what rank 1 does to itself before a step
+RUNS = (
+    ("whole", f"{WHOLE} --save {{}}/whole", None),
+    ("plain", "--save {}/plain", None),
+    ("signal", "--exit-signal-handler --exit-signal SIGUSR1 --save {}/signal --load {}/signal", 2),
+    ("signal", "--exit-signal-handler --exit-signal SIGUSR1 --save {}/signal --load {}/signal", None),
+    ("time", "--exit-duration-in-mins 0 --save {}/time", None),
+    ("skip", "--skip-train --load {}/whole --save {}/skip", None),
+    ("step", "--load {}/whole --ckpt-step 3 --save {}/step", None),
+    ("tuned", "--pretrained-checkpoint {}/whole --load {}/tuned --save {}/tuned --train-iters 1 --seed 3", None),
+    ("tuned", "--pretrained-checkpoint {}/whole --load {}/tuned --save {}/tuned --train-iters 2", None),
+)
+
+
+def _run(prefix, runs, world_size):
+    """The runs one after the other, each as a user would start it."""
+    import os
+    import signal
+
+    from mft_megatron.mcore.step import Trainer
+    from mft_megatron.training.pretrain import pretrain
+
+    train_step = Trainer.train_step
+    for words, disturbed, port in runs:
+        steps = [0]
+
+        def step(self, *arguments, steps=steps, disturbed=disturbed):
+            steps[0] += 1
+            if steps[0] == disturbed and os.environ["RANK"] == "1":
+                os.kill(os.getpid(), signal.SIGUSR1)
+            return train_step(self, *arguments)
+
+        Trainer.train_step = step
+        os.environ["MASTER_PORT"] = str(port)
+        pretrain(arguments_for(prefix, f"{SMALL} {words}", world_size), os.environ["RANK"] == "0")
+    return signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Of two data-parallel ranks, by name of the run."""
+    folder = tmp_path_factory.mktemp("runs")
+    write_dataset(folder / "set", 128, longest=100, tasks={"completion": 2, "write": 5})
+    runs = [(words.replace("{}", str(folder)), disturbed, _free_port()) for _, words, disturbed in RUNS]
+    assert run_on_ranks(2, _run, str(folder / "set"), runs, 2, timeout=300) == [True, True]
+    return folder
+
+
+def records(folder, name, kind):
+    lines = [json.loads(line) for line in (Path(folder) / name / "metrics.jsonl").read_text().splitlines()]
+    return [record for record in lines if record["kind"] == kind]
+
+
+def events(folder, name):
+    return [
+        (record["event"], record["step"]) for record in records(folder, name, "event") if record["event"] != "epoch"
+    ]
+
+
+def scalars(folder, name):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(folder / name / "tensorboard"))
+    board.Reload()
+    return {tag: [event.step for event in board.Scalars(tag)] for tag in board.Tags()["scalars"]}
+
+
+def test_boards_have_every_step_and_the_file_those_that_are_due(folder):
+    drawn = scalars(folder, "whole")
+    for tag in ("train/loss", "train/tflops", "train/params_norm", "memory/resident", "world-size"):
+        assert drawn[tag] == [1, 2, 3, 4], tag
+    assert drawn["valid-perplexity/write"] == drawn["valid/loss"] == [2, 4]
+    assert [record["step"] for record in records(folder, "whole", "train")] == [2, 4]
+    drawn = scalars(folder, "plain")
+    assert drawn["train/loss"] == drawn["valid/loss"] == [2, 4]
+    assert not {tag for tag in drawn if "perplexity" in tag or "memory" in tag or "params" in tag}
+    assert "world-size" not in drawn
+
+
+def test_what_is_logged_changes_no_number(folder):
+    extra = {"params_norm", "tflops"}
+    clocks = {"step_time", "balance_time", "balance_share"}
+    with_extra, plain = records(folder, "whole", "train"), records(folder, "plain", "train")
+    for record, other in zip(with_extra, plain, strict=True):
+        assert extra <= record.keys()
+        assert not extra & other.keys()
+        assert {k: v for k, v in record.items() if k not in extra | clocks} == {
+            k: v for k, v in other.items() if k not in clocks
+        }
+        assert record["tflops"] > 0
+
+
+def test_the_norm_of_all_weights(folder):
+    from mft_megatron.mcore.tensor_reader import TensorReader
+
+    reader = TensorReader(folder / "whole" / "iter_0000004")
+    names = [name for name in reader.names() if name.startswith(("embedding.", "decoder.", "output_layer."))]
+    assert len(names) > 8
+    places = {True: (0, 1), False: (None,)}
+    requests = [(name, place) for name in names for place in places[name.startswith("decoder.layers.")]]
+    norm = sum(float(weight.double().square().sum()) for weight in reader.read(requests)) ** 0.5
+    assert records(folder, "whole", "train")[-1]["params_norm"] == pytest.approx(norm, rel=1e-6)
+
+
+def test_only_some_checkpoints_are_retained(folder):
+    assert sorted(path.name for path in (folder / "whole").glob("iter_*")) == ["iter_0000003", "iter_0000004"]
+    removed = [step for event, step in events(folder, "whole") if event == "remove"]
+    assert removed == [2, 3]  # iterations 1 and 2, when the next one was complete
+
+
+def test_a_signal_to_one_rank_saves_and_ends_all_and_the_run_goes_on(folder):
+    assert events(folder, "signal") == [("save", 2), ("exit", 2), ("load", 2), ("save", 4)]
+    reasons = [record["reason"] for record in records(folder, "signal", "event") if record["event"] == "exit"]
+    assert reasons == ["--exit-signal-handler: a rank got SIGUSR1"]
+    last, whole = records(folder, "signal", "train")[-1], records(folder, "plain", "train")[-1]
+    assert (last["step"], last["loss"], last["grad_norm"]) == (4, whole["loss"], whole["grad_norm"])
+
+
+def test_a_run_ends_when_its_time_is_over(folder):
+    assert events(folder, "time") == [("save", 1), ("exit", 1)]
+
+
+def test_skipping_training_evaluates_once(folder):
+    (valid,) = records(folder, "skip", "valid")
+    assert valid == records(folder, "whole", "valid")[-1]
+    assert records(folder, "skip", "train") == []
+    assert not list((folder / "skip").glob("iter_*"))
+
+
+def test_an_earlier_step_is_loaded(folder):
+    assert events(folder, "step")[0] == ("load", 3)
+    last, whole = records(folder, "step", "train")[-1], records(folder, "plain", "train")[-1]
+    assert (last["step"], last["loss"]) == (4, whole["loss"])
+
+
+def test_a_pretrained_checkpoint_gives_weights_until_there_is_one_to_go_on_from(folder):
+    loads = [record for record in records(folder, "tuned", "event") if record["event"] == "load"]
+    assert [(load["finetune"], load["step"]) for load in loads] == [(True, 0), (False, 1)]
+    assert loads[0]["path"].endswith("whole/iter_0000004")
+    assert loads[1]["path"].endswith("tuned/iter_0000001")
+    assert [record["step"] for record in records(folder, "tuned", "train")] == [1, 2]
+    first = records(folder, "tuned", "train")[0]
+    assert first["loss"] < records(folder, "plain", "train")[0]["loss"]

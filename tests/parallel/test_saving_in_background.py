@@ -1,0 +1,147 @@
+"""--async-save: what was saved is what was there, it counts when it is complete, and a failure costs nothing but it."""
+
+from pathlib import Path
+
+from conftest import run_on_ranks
+from run import arguments_for, open_dataset, plans_of
+
+OPTIONS = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --async-save --save"
+
+
+def _trainer(prefix, options, world):
+    import numpy as np
+
+    from mft_megatron.mcore.step import Trainer
+
+    arguments = arguments_for(prefix, options, world)
+    dataset = open_dataset(arguments)
+    return Trainer(arguments, dataset.vocab_size, np.ones(4)), dataset.split("train")
+
+
+def _info(step):
+    from mft_megatron.mcore import parallel
+    from mft_megatron.run_folder import CheckpointInfo
+
+    return CheckpointInfo(step, 0, {}, 500, {}, "", 1, 8, layout=parallel.layout())
+
+
+def _newest(folder):
+    tracker = Path(folder) / "latest_checkpointed_iteration.txt"
+    return tracker.read_text().strip() if tracker.exists() else None
+
+
+def _save_twice(prefix, folder, world):
+    """A step, a save in the background with two steps meanwhile, and another one; facts in the order of time."""
+    import dataclasses
+
+    from mft_megatron.mcore import checkpoint, parallel
+
+    arguments = arguments_for(prefix, f"{OPTIONS} {folder}", world)
+    facts = []
+    with parallel.process_groups(arguments.distributed, 1):
+        trainer, split = _trainer(prefix, f"{OPTIONS} {folder}", world)
+        plans = plans_of(split, 1)
+        trainer.train_step(split, plans[0])
+        at_once = dataclasses.replace(arguments.checkpoint, async_save=False)
+        checkpoint.save(Path(f"{folder}/at once"), trainer, _info(1), at_once)
+        writer = checkpoint.Writer(arguments.checkpoint)
+        writer.save(Path(folder), trainer, _info(1), None, lambda: facts.append("complete 1"))
+        facts.append(_newest(folder))
+        for plan in plans[1:3]:
+            trainer.train_step(split, plan)
+        parallel.wait()
+        facts.append("trained")
+        writer.save(Path(folder), trainer, _info(3), None, lambda: facts.append("complete 3"))
+        parallel.wait()
+        facts.append(_newest(folder))
+        parallel.wait()
+        while facts[-1] != "complete 3":
+            writer.poll()
+        facts.append(_newest(folder))
+        writer.finish()
+        return facts
+
+
+def test_a_checkpoint_is_what_was_there_and_counts_when_it_is_complete(dataset_prefix, tmp_path):
+    from test_checkpoints_of_distributed_optimizer import _tensors
+
+    for facts in run_on_ranks(2, _save_twice, dataset_prefix, str(tmp_path), 2):
+        assert facts == [None, "trained", "complete 1", "1", "complete 3", "3"]
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("1\n")
+    saved, expected = _tensors(tmp_path), _tensors(tmp_path / "at once")
+    assert saved.keys() == expected.keys()
+    assert all(saved[name].equal(expected[name]) for name in saved)
+
+
+def _die(*args, **kwargs):
+    import os
+
+    os._exit(1)
+
+
+def _lose_a_writer(prefix, folder, world):
+    """A save that is complete, and one whose writing process dies on one rank: what is said of it."""
+    from megatron.core.dist_checkpointing.strategies.async_utils import TemporalAsyncCaller
+
+    from mft_megatron.errors import InputError
+    from mft_megatron.mcore import checkpoint, parallel
+
+    arguments = arguments_for(prefix, f"{OPTIONS} {folder}", world)
+    with parallel.process_groups(arguments.distributed, 1):
+        trainer, split = _trainer(prefix, f"{OPTIONS} {folder}", world)
+        trainer.train_step(split, plans_of(split, 1)[0])
+        writer = checkpoint.Writer(arguments.checkpoint)
+        writer.save(Path(folder), trainer, _info(1))
+        writer.finish()
+        schedule = TemporalAsyncCaller.schedule_async_call
+        if not parallel.is_main():
+            TemporalAsyncCaller.schedule_async_call = lambda self, request: schedule(
+                self, request._replace(async_fn=_die, preload_fn=None)
+            )
+        writer.save(Path(folder), trainer, _info(2))
+        try:
+            writer.finish()
+        except InputError as error:
+            return str(error), _newest(folder)
+
+
+def test_a_save_that_fails_leaves_the_one_before(dataset_prefix, tmp_path):
+    for said, newest in run_on_ranks(2, _lose_a_writer, dataset_prefix, str(tmp_path), 2):
+        assert "iter_0000002: cannot be written in the background" in said
+        assert newest == "1"
+    assert not (tmp_path / "iter_0000002" / "mft_checkpoint.json").exists()
+
+
+def _diverge(prefix, folder):
+    """A run whose second evaluation is not finite, while the first checkpoint is still being written."""
+    import dataclasses
+
+    import torch
+
+    from mft_megatron.errors import InputError
+    from mft_megatron.mcore.step import Trainer
+    from mft_megatron.training.pretrain import pretrain
+    from mft_megatron.training.saving import Saver
+
+    evaluate, calls = Trainer.evaluate, []
+
+    def worse(self, *arguments):
+        calls.append(_newest(folder))
+        report = evaluate(self, *arguments)
+        return (
+            report if len(calls) < 2 else dataclasses.replace(report, loss_K=torch.full_like(report.loss_K, torch.nan))
+        )
+
+    Trainer.evaluate, Saver.poll = worse, lambda self: None
+    try:
+        pretrain(arguments_for(prefix, f"--eval-interval 1 --save-interval 1 --async-save --save {folder}", 1))
+    except InputError as error:
+        return calls, str(error)
+
+
+def test_a_run_that_diverges_completes_what_is_being_written(dataset_prefix, tmp_path):
+    calls, said = run_on_ranks(1, _diverge, dataset_prefix, str(tmp_path))[0]
+    assert calls == [None, None]
+    assert "step 2: a validation loss is not finite" in said
+    assert _newest(tmp_path) == "1"
+    assert (tmp_path / "iter_0000001" / "mft_checkpoint.json").exists()

@@ -1,0 +1,138 @@
+"""Pipeline stages of different numbers of layers: equal to one process, whatever the split."""
+
+import functools
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import run_on_ranks
+from run import arguments_for, open_dataset, plans_of
+
+PP2, PP4 = "--pipeline-model-parallel-size 2", "--pipeline-model-parallel-size 4"
+FIRST, LAST = "--decoder-first-pipeline-num-layers", "--decoder-last-pipeline-num-layers"
+EMBEDDING, LOSS = "--account-for-embedding-in-pipeline-split", "--account-for-loss-in-pipeline-split"
+LAYOUT = "--pipeline-model-parallel-layout"
+VPP2 = "--num-virtual-stages-per-pipeline-rank 2"
+# ranks, shape, layers, options, layers of each stage by rank
+CASES = {
+    "tied, embedding and loss alone": (2, "tied", 6, f"{PP2} {LAYOUT} E|t*3|tt|tL", [[0, 2], [3, 1]]),
+}
+MORE = {
+    "3 + 1": (2, "llama", 4, f"{PP2} {FIRST} 3", [[3], [1]]),
+    "1 + 3": (2, "llama", 4, f"{PP2} {LAST} 3", [[1], [3]]),
+    "tied 3 + 1": (2, "tied", 4, f"{PP2} {FIRST} 3", [[3], [1]]),
+    "2 + 1 + 1 + 2": (4, "llama", 6, f"{PP4} {FIRST} 2 {LAST} 2", [[2], [1], [1], [2]]),
+    "1 + 3 + 3 + 1": (4, "tied", 8, f"{PP4} {FIRST} 1 {LAST} 1", [[1], [3], [3], [1]]),
+    "4 + 2 in two chunks": (2, "llama", 6, f"{PP2} {FIRST} 4 {VPP2}", [[2, 2], [1, 1]]),
+    "embedding counted": (4, "llama", 7, f"{PP4} {EMBEDDING}", [[1], [2], [2], [2]]),
+    "loss counted": (2, "tied", 3, f"{PP2} {LOSS}", [[2], [1]]),
+    "both counted, in two chunks": (2, "llama", 6, f"{PP2} {EMBEDDING} {LOSS} {VPP2}", [[1, 2], [2, 1]]),
+    "both counted, two layers each": (
+        2,
+        "llama",
+        6,
+        f"{PP2} {EMBEDDING} {LOSS} --num-layers-per-virtual-pipeline-stage 2",
+        [[1, 2], [2, 1]],
+    ),
+    "stages without layers": (2, "tied", 2, f"{PP2} {LAYOUT} Et|(|)*1t|L", [[1, 1], [0, 0]]),
+    "TP2 SP 3 + 1": (
+        4,
+        "llama",
+        4,
+        f"{PP2} {FIRST} 3 --tensor-model-parallel-size 2 --sequence-parallel",
+        [[3], [1]],
+    ),
+}
+
+
+def _train(prefix, extra, world, shape, steps, folder=None, save_after=None):
+    """Layers of each chunk of this rank, and loss and gradient norm of each step; saved, or from what was saved."""
+    from mft_megatron.mcore import checkpoint, parallel
+    from mft_megatron.mcore.step import Trainer
+    from mft_megatron.run_folder import CheckpointInfo, latest_checkpoint
+
+    arguments = arguments_for(prefix, extra, world, shape)
+    dataset = open_dataset(arguments)
+    with parallel.process_groups(arguments.distributed, arguments.initialization.seed):
+        trainer = Trainer(arguments, dataset.vocab_size, np.array([1.0, 2.0, 0.5, 3.0]))
+        layers = [[layer.layer_number for layer in chunk.module.decoder.layers] for chunk in trainer.chunks]
+        curve, start = [], 0
+        if folder is not None and save_after is None:
+            path, info = latest_checkpoint(folder)
+            checkpoint.load(path, trainer, info, arguments.checkpoint)
+            start = info.iteration
+        for number, plan in enumerate(plans_of(dataset.split("train"), 1, steps)[start:], start + 1):
+            report = trainer.train_step(dataset.split("train"), plan)
+            curve.append((report.loss, report.grad_norm))
+            if number == save_after:
+                info = CheckpointInfo(number, 0, {}, dataset.vocab_size, {}, "", 1, 8, layout=parallel.layout())
+                checkpoint.save(Path(folder), trainer, info, arguments.checkpoint)
+        return layers, curve
+
+
+@functools.cache
+def one_process(prefix, shape, layers, steps):
+    return run_on_ranks(1, _train, prefix, f"--num-layers {layers} --micro-batch-size 8", 1, shape, steps)[0][1]
+
+
+def layers_of(stages):
+    """Numbers of the layers of each chunk of each pipeline rank: the ranks' first chunks come before their second."""
+    numbers, found = iter(range(1, 100)), [[] for _ in stages]
+    for chunk in range(len(stages[0])):
+        for rank, sizes in enumerate(stages):
+            found[rank].append([next(numbers) for _ in range(sizes[chunk])])
+    return found
+
+
+def compare(prefix, case, steps):
+    world, shape, layers, options, stages = case
+    expected = one_process(prefix, shape, layers, steps)
+    ranks = run_on_ranks(world, _train, prefix, f"--num-layers {layers} {options}", world, shape, steps)
+    for rank, (own, curve) in enumerate(ranks):
+        assert own == layers_of(stages)[rank * len(stages) // world]
+        for ours, theirs in zip(curve, expected, strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-6)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equals_one_process(dataset_prefix, case):
+    compare(dataset_prefix, CASES[case], 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", MORE)
+def test_more_splits(dataset_prefix, case):
+    compare(dataset_prefix, MORE[case], 5)
+
+
+@pytest.mark.parametrize("layout", [f"{PP2} {LAYOUT} Ett|t|t|L", pytest.param("", marks=pytest.mark.slow)])
+def test_a_checkpoint_goes_on_in_another_split(dataset_prefix, tmp_path, layout):
+    _, whole = run_on_ranks(2, _train, dataset_prefix, f"{PP2} {LAST} 3", 2, "llama", 3, str(tmp_path), 2)[0]
+    world = 2 if layout else 1
+    extra = f"{layout} --seed 7"  # what is not loaded would show
+    for _, rest in run_on_ranks(world, _train, dataset_prefix, extra, world, "llama", 3, str(tmp_path)):
+        (ours,), (theirs,) = rest, whole[2:]
+        assert ours == pytest.approx(theirs, rel=1e-6)
+
+
+def test_megatron_core_shares_out_the_same(monkeypatch):
+    """What the options' checks count with is what Megatron-Core builds."""
+    from mft_megatron.mcore.config import transformer_config  # first, for it readies Megatron-Core for this machine
+
+    from megatron.core import parallel_state  # isort: skip
+    from megatron.core.transformer.transformer_block import get_num_layers_to_build
+    from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+    for world, shape, layers, options, stages in {**CASES, **MORE}.values():
+        arguments = arguments_for("x", f"--num-layers {layers} {options}", world, shape)
+        virtual = arguments.distributed.num_virtual_stages_per_pipeline_rank
+        assert (virtual or 1) == len(stages[0])
+        monkeypatch.setattr(parallel_state, "get_virtual_pipeline_model_parallel_world_size", lambda v=virtual: v)
+        config = transformer_config(arguments)
+        for rank, sizes in enumerate(stages):
+            monkeypatch.setattr(parallel_state, "get_pipeline_model_parallel_rank", lambda rank=rank: rank)
+            for chunk, size in enumerate(sizes):
+                place = {"vp_stage": None if virtual is None else chunk}
+                assert get_num_layers_to_build(config, **place) == size
+                numbers = layers_of(stages)[rank][chunk]
+                assert not numbers or get_transformer_layer_offset(config, **place) == numbers[0] - 1

@@ -1,0 +1,77 @@
+"""The tests of ``tests/gpu`` where there is no GPU: skipped for that reason alone, and computing what they say.
+
+What they compare with is checked here on the CPU, with a fault planted where it is to be seen.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+GPU = Path(__file__).parent / "gpu"
+sys.path.insert(0, str(GPU))
+
+
+def test_all_are_collected_and_skipped_for_lack_of_a_gpu():
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "-W", "error", GPU]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=GPU.parent.parent)
+    assert process.returncode == 0, process.stdout + process.stderr
+    reasons = [line for line in process.stdout.splitlines() if line.startswith("SKIPPED")]
+    assert reasons
+    assert all(line.endswith(": needs a CUDA device") for line in reasons), reasons
+    skipped = sum(int(line.split("[")[1].split("]")[0]) for line in reasons)
+    assert process.stdout.splitlines()[-1].startswith(f"{skipped} skipped in"), process.stdout
+    assert skipped > 100
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("heads", ["grouped", "one group"])
+@pytest.mark.parametrize("pieces", ["segments", "fewer queries than keys"])
+def test_attention_is_compared_with_what_it_should_be(pieces, heads, window):
+    from test_cuda_attention import HEADS, PIECES, TOLERANCE, errors
+
+    from mft_megatron.mcore.sdpa import local
+
+    def with_a_larger_window(query, key, value, spans, scale, window, dropout):
+        return local(query, key, value, spans, scale, window + 1 if window is not None else 1, dropout)
+
+    for dtype in (torch.float32, torch.bfloat16):
+        arguments = (PIECES[pieces], HEADS[heads], 16, dtype, None, window, "cpu")
+        assert max(errors(local, *arguments)) < TOLERANCE[dtype]
+        assert max(errors(with_a_larger_window, *arguments)) > 2 * TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_token_losses_are_compared_with_what_they_should_be(dtype, known):
+    from test_cuda_cross_entropy import TOLERANCE, both
+
+    for ours, theirs in zip(*both(dtype, known, "cpu"), strict=True):
+        assert (ours.double() - theirs).abs().max() / theirs.abs().max() < TOLERANCE[dtype]
+        assert (1.1 * ours.double() - theirs).abs().max() / theirs.abs().max() > TOLERANCE[dtype]
+
+
+def test_differences_are_found_at_any_depth():
+    from device_runs import worst
+
+    assert worst([[1.0, 2.0], [4.0, 8.0]], [[1.0, 2.0], [4.0, 8.0]]) == 0
+    assert worst([[1.0, 2.0], [4.0, 9.0]], [[1.0, 2.0], [4.0, 8.0]]) == pytest.approx(1 / 8)
+    with pytest.raises(AssertionError):
+        worst([1.0], [1.0, 2.0])
+
+
+@pytest.mark.slow
+def test_runs_of_other_processes(dataset_prefix, tmp_path):
+    from device_runs import on, worst
+
+    run = on("cpu", "train", dataset_prefix, "")
+    assert (run["kernel"], run["allocated"]) == ("local", [0, 0])
+    assert worst(run["curve"], on("cpu", "train", dataset_prefix, "--cross-entropy-impl megatron")["curve"]) < 1e-5
+    assert worst(run["curve"], on("cpu", "train", dataset_prefix, "--window-size 20,0")["curve"]) > 1e-4
+    kept = on("cpu", "save", dataset_prefix, "", str(tmp_path))
+    assert on("cpu", "load", dataset_prefix, "", kept["path"])["third"] == kept["third"]
+    assert on("cpu", "collectives")["backend"] == "gloo"
