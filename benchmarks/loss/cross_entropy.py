@@ -24,8 +24,9 @@ from torch import Tensor
 from mft_megatron.arguments import DistributedArguments
 from mft_megatron.losses.objective import Slope
 from mft_megatron.mcore import parallel, platform
+from mft_megatron.mcore.config import TransformerConfig
 from mft_megatron.mcore.cross_entropy import FusedOutputLayer, Targets, vocab_parallel_nll
-from mft_megatron.mcore.model import DistributedDataParallel, DistributedDataParallelConfig, TransformerConfig
+from mft_megatron.mcore.data_parallel import DistributedDataParallel, DistributedDataParallelConfig
 
 MEGATRON, FUSED, RECOMPUTED = VARIANTS = ("megatron", "fused-linear", "recomputed")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
