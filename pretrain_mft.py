@@ -7,6 +7,7 @@ See ``--help`` for all options, and README.md for a whole run.
 
 import os
 import sys
+from pathlib import Path
 
 from mft_megatron.errors import run_command
 
@@ -21,7 +22,15 @@ def main() -> None:
     from mft_megatron.training.pretrain import pretrain
 
     source = open_source(arguments.checkpoint.hf_checkpoint) if arguments.starts_from_hf else None
-    pretrain(arguments, main_rank=os.environ.get("RANK", "0") == "0", source=source)
+    main_rank, hf = os.environ.get("RANK", "0") == "0", arguments.checkpoint.save_hf
+    if hf is not None:
+        from mft_megatron.convert.hf_export import export_newest, refuse_export
+
+        refuse_export(arguments.network, arguments.resume is not None and arguments.resume[1].source != "")
+    pretrain(arguments, main_rank, source)
+    if hf is not None and main_rank:
+        written = export_newest(Path(arguments.checkpoint.save), Path(hf))
+        print(f"--save-hf: {written or 'is there already'}", flush=True)
 
 
 def open_source(folder: str):

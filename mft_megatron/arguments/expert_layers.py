@@ -7,7 +7,8 @@ def expert_layers(num_layers: int, num_experts: int | None, frequency: int | str
     Args:
         num_layers: of the model.
         num_experts: of each layer that has any; ``None`` where none has.
-        frequency: from :func:`.layer_pattern.layer_frequency`. A list decides the length of the result, whatever ``num_layers``.
+        frequency: from :func:`.layer_pattern.layer_frequency`. A list decides the length of the result, whatever
+            ``num_layers``.
     """
     if num_experts is None:
         return (False,) * num_layers

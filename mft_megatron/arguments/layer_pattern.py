@@ -42,7 +42,7 @@ def _value(node: ast.expr) -> int | list[int]:
 
 
 def layer_frequency(text: str | int) -> int | str:
-    """The value of such an option as a checkpoint keeps it: a number, or a list of 0 and 1 spelt out, e.g. ``"[0,1,1]"``.
+    """The value of such an option as a checkpoint keeps it: a number, or a list of 0 and 1 spelt out: ``"[0,1,1]"``.
 
     Raises:
         ValueError: it is neither, or the number is below 1.

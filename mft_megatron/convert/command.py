@@ -24,6 +24,23 @@ class ExportOptions:
     max_shard_size: str = option("5GB", "Begin a new safetensors file at this size.")
 
 
+@dataclasses.dataclass(frozen=True)
+class ImportOptions:
+    """A Hugging Face folder becomes a checkpoint that any layout loads with --load. Runs on one process."""
+
+    hf: str | None = option(None, "Folder of the model: config.json and safetensors files.", type=str, metavar="DIR")
+    save: str | None = option(None, "Folder to write, to be given as --load; must not exist.", type=str, metavar="CKPT")
+
+
+def hf_to_mcore(command_line: Sequence[str]) -> None:
+    """Convert a model into a checkpoint."""
+    options = read_options(ImportOptions, command_line, "convert_checkpoint.py hf-to-mcore", required=("hf", "save"))
+    from mft_megatron.convert.hf_import import import_model
+
+    family, info = import_model(Path(options.hf), Path(options.save))
+    print(f"{options.hf} -> {options.save}: {family.name}, {info.precision}, vocabulary of {info.vocab_size:,}")
+
+
 def mcore_to_hf(command_line: Sequence[str]) -> None:
     """Export the model of a checkpoint."""
     options = read_options(ExportOptions, command_line, "convert_checkpoint.py mcore-to-hf", required=("load", "hf"))
@@ -37,7 +54,7 @@ def mcore_to_hf(command_line: Sequence[str]) -> None:
     print(f"{path} -> {options.hf}: {family.name}, iteration {info.iteration}")
 
 
-DIRECTIONS = {"mcore-to-hf": mcore_to_hf}
+DIRECTIONS = {"hf-to-mcore": hf_to_mcore, "mcore-to-hf": mcore_to_hf}
 
 
 def main(command_line: Sequence[str]) -> None:

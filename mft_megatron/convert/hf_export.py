@@ -1,30 +1,39 @@
 """A checkpoint as a Hugging Face folder that ``transformers.AutoModelForCausalLM.from_pretrained`` loads.
 
-Weights stream through memory one layer at a time into safetensors shards. The folder is written beside its final place
-and renamed when it is whole.
+Weights stream through memory one at a time into safetensors shards. The folder is written beside its final place and
+renamed when it is whole.
 """
 
+import contextlib
 import json
-import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from mft_megatron.arguments import NetworkArguments
-from mft_megatron.convert.families import Family, Row, all_families
+from mft_megatron.convert.families import family_for
+from mft_megatron.convert.family import Family, Row, comparable, places
+from mft_megatron.convert.hf_folder import CONFIG, is_of_tokenizer, keep, kept, read_architecture, same_tokenizer
+from mft_megatron.convert.hf_import import replacing
+from mft_megatron.convert.row_kinds import Sizes, sizes_of, split
+from mft_megatron.convert.safetensors_files import Planned, ShardWriter
 from mft_megatron.errors import InputError
 from mft_megatron.mcore.tensor_reader import TensorReader
-from mft_megatron.run_folder import TOKENIZER, CheckpointInfo, copy_tokenizer
+from mft_megatron.run_folder import HUGGINGFACE, TOKENIZER, CheckpointInfo, copy_tokenizer, latest_checkpoint
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+SHARD_SIZE = "5GB"
+VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
 def export(checkpoint: Path, info: CheckpointInfo, target: Path, tokenizer: Path | None, shard_bytes: int) -> Family:
     """Write the model of a checkpoint into the new folder ``target``, in this process alone.
+
+    A model that came from Hugging Face gets its configuration back byte by byte, and its tokenizer, unless it was
+    trained with another one.
 
     Args:
         checkpoint: an ``iter_NNNNNNN`` folder.
@@ -42,118 +51,150 @@ def export(checkpoint: Path, info: CheckpointInfo, target: Path, tokenizer: Path
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"--hf {target}: exists already; remove it or name another folder")
     architecture = NetworkArguments(**info.architecture)
-    family = _family(architecture)
+    source = checkpoint.parent / HUGGINGFACE
+    family = _family_of_source(source, architecture, checkpoint) if info.source else family_for(architecture)
     reader = TensorReader(checkpoint)
-    _refuse_mismatch(reader, family, architecture, checkpoint)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    partial.mkdir(parents=True)
-    try:
-        dtype = _write_weights(reader, family, architecture, info.vocab_size, partial, shard_bytes)
-        _write_config(family, architecture, info, dtype, partial)
-        if not copy_tokenizer(tokenizer or checkpoint.parent / TOKENIZER, partial) and tokenizer is not None:
-            raise InputError(f"--tokenizer-model {tokenizer}: no tokenizer files there; give the tokenizer's folder")
-        if target.exists():
-            target.rmdir()
-        os.replace(partial, target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    rows, sizes = family.rows(architecture), sizes_of(architecture, info.vocab_size)
+    _refuse_mismatch(reader, rows, architecture, sizes, family, checkpoint)
+    with replacing(target) as partial:
+        dtype = _write_weights(reader, rows, architecture, sizes, partial, shard_bytes)
+        if info.source:
+            keep(source, partial)
+        else:
+            _write_config(family, architecture, info, dtype, partial)
+        _write_tokenizer(checkpoint.parent, tokenizer, partial)
     return family
 
 
-def _family(architecture: NetworkArguments) -> Family:
-    objections = []
-    for family in all_families():
-        objection = family.refuses(architecture)
-        if objection is None:
-            return family
-        objections.append(f"{family.name}: {objection}")
-    raise InputError(f"no Hugging Face family fits this architecture ({'; '.join(objections)})")
+def export_newest(run: Path, target: Path) -> Path | None:
+    """Write the newest checkpoint of a run as ``target/iter_NNNNNNN``; ``None`` where that is there already."""
+    checkpoint, info = latest_checkpoint(run, "--save")
+    folder = target / checkpoint.name
+    if folder.exists():
+        return None
+    export(checkpoint, info, folder, None, parse_size(SHARD_SIZE))
+    return folder
 
 
-def _rows(family: Family, architecture: NetworkArguments) -> list[Row]:
-    return [row for row in family.rows if not (architecture.tie_embeddings and row.ours == family.tied_row)]
+def refuse_export(architecture: NetworkArguments, from_hugging_face: bool) -> None:
+    """Check before a run that its checkpoints can be exported.
+
+    Raises:
+        InputError: no family can express the architecture.
+    """
+    if not from_hugging_face:
+        try:
+            family_for(architecture)
+        except InputError as error:
+            raise InputError(f"--save-hf: {error}") from None
 
 
-def _refuse_mismatch(reader: TensorReader, family: Family, architecture: NetworkArguments, checkpoint: Path) -> None:
-    expected, found = {row.ours for row in _rows(family, architecture)}, set(reader.names())
+def _family_of_source(source: Path, architecture: NetworkArguments, checkpoint: Path) -> Family:
+    if not (source / CONFIG).is_file():
+        raise InputError(
+            f"{checkpoint}: came from Hugging Face, but {source / CONFIG} is gone; put the original's config.json there"
+        )
+    family, expected, _ = read_architecture(source)
+    ours, theirs = comparable(architecture), comparable(expected)
+    for name, value in ours.items():
+        if value != theirs.get(name):
+            raise InputError(
+                f"{source / CONFIG}: {name} is {theirs.get(name)}, the checkpoint has {value}; it is the configuration "
+                "of another model"
+            )
+    return family
+
+
+def _refuse_mismatch(
+    reader: TensorReader,
+    rows: Sequence[Row],
+    architecture: NetworkArguments,
+    sizes: Sizes,
+    family: Family,
+    checkpoint: Path,
+) -> None:
+    expected, found = {row.ours for row in rows}, set(reader.names())
     for names, what in ((expected - found, "has no"), (found - expected, f"has weights {family.name} has not:")):
         if names:
             raise InputError(f"{checkpoint}: {what} {', '.join(sorted(names))}; it was not written by this program")
-
-
-def _requests(rows: list[Row], num_layers: int) -> Iterator[list[tuple[Row, int | None]]]:
-    """What to read together: what comes before the layers, each layer, what comes after."""
-    first = next(number for number, row in enumerate(rows) if row.in_layers)
-    layer_rows = [row for row in rows if row.in_layers]
-    yield [(row, None) for row in rows[:first]]
-    for layer in range(num_layers):
-        yield [(row, layer) for row in layer_rows]
-    yield [(row, None) for row in rows[first + len(layer_rows) :]]
+    for row in rows:
+        shape, wanted = reader.entry(row.ours)[0], (*row.stack(architecture), *row.shape(sizes))
+        padded = row.ours in VOCABULARY and shape[0] >= wanted[0] and shape[1:] == wanted[1:]
+        if shape != wanted and not padded:
+            raise InputError(
+                f"{checkpoint}: {row.ours} has the shape {list(shape)}, its description says {list(wanted)}; the "
+                "checkpoint is damaged"
+            )
 
 
 def _write_weights(
     reader: TensorReader,
-    family: Family,
+    rows: Sequence[Row],
     architecture: NetworkArguments,
-    vocab_size: int,
+    sizes: Sizes,
     folder: Path,
     shard_bytes: int,
 ) -> torch.dtype:
-    shards: list[list[str]] = []
-    pending: dict[str, torch.Tensor] = {}
-    total = 0
-
-    def write_shard() -> None:
-        save_file(pending, folder / _shard_name(len(shards)), metadata={"format": "pt"})
-        shards.append(list(pending))
-        pending.clear()
-
-    for request in _requests(_rows(family, architecture), architecture.num_layers):
-        weights = reader.read([(row.ours, layer) for row, layer in request])
-        for (row, layer), weight in zip(request, weights, strict=True):
-            for name, part in zip(row.theirs, row.kind(weight, architecture, vocab_size), strict=True):
-                pending[name.format(layer)] = part.contiguous()
-                total += part.nbytes
-            if sum(part.nbytes for part in pending.values()) >= shard_bytes:
-                write_shard()
-    if pending:
-        write_shard()
-    _finish_shards(folder, shards, total)
-    return weight.dtype
+    """All weights, in the order of the model; the dtype of the last."""
+    in_order = _in_order(rows, architecture)
+    planned = [
+        Planned(name.format(*place), reader.entry(row.ours)[1], shape)
+        for row, place in in_order
+        for name, shape in zip(row.theirs, row.their_shapes(sizes), strict=True)
+    ]
+    with contextlib.closing(ShardWriter(folder, planned, shard_bytes)) as writer:
+        for row, place in in_order:
+            weight = reader.read([(row.ours, place)])[0]
+            if row.ours in VOCABULARY:
+                weight = weight[: sizes["vocab"]]  # without the rows that only pad
+            for name, content in zip(row.theirs, split(weight, row.blocks(sizes)), strict=True):
+                writer.write(name.format(*place), content)
+        writer.finish()
+    return reader.entry(rows[-1].ours)[1]
 
 
-def _shard_name(number: int, of: int | None = None) -> str:
-    if of is None:
-        return f"shard-{number}.safetensors"
-    return "model.safetensors" if of == 1 else f"model-{number + 1:05d}-of-{of:05d}.safetensors"
+def _in_order(rows: Sequence[Row], architecture: NetworkArguments) -> list[tuple[Row, tuple[int, ...]]]:
+    """What comes before the layers, each layer, what comes after."""
+    inside = [number for number, row in enumerate(rows) if row.in_layers]
 
+    def order(entry: tuple[int, tuple[int, ...]]) -> tuple[int, ...]:
+        number, place = entry
+        return (0 if number < inside[0] else 2 if number > inside[-1] else 1, *place[:1], number, *place[1:])
 
-def _finish_shards(folder: Path, shards: list[list[str]], total: int) -> None:
-    """Give shards the names that say how many there are, and write the index."""
-    index = {}
-    for number, names in enumerate(shards):
-        final = _shard_name(number, len(shards))
-        os.replace(folder / _shard_name(number), folder / final)
-        index.update(dict.fromkeys(names, final))
-    if len(shards) > 1:
-        content = {"metadata": {"total_size": total}, "weight_map": index}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(content, indent=2) + "\n")
+    everything = [(number, place) for number, row in enumerate(rows) for place in places(row, architecture)]
+    return [(rows[number], place) for number, place in sorted(everything, key=order)]
 
 
 def _write_config(
     family: Family, architecture: NetworkArguments, info: CheckpointInfo, dtype: torch.dtype, folder: Path
 ) -> None:
+    """Configurations of a model that was trained here from the beginning."""
     tokens = {
         name: info.tokenizer[name]
         for name in ("bos_token_id", "eos_token_id", "pad_token_id")
         if info.tokenizer.get(name) is not None
     }
-    config = {**family.config(architecture, info.vocab_size, DTYPES[dtype]), **tokens}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    config = {**family.write_config(architecture), "vocab_size": info.vocab_size}
+    config |= {"torch_dtype": DTYPES[dtype], "use_cache": True, **tokens}
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     # a chat model stops where a turn ends, not only where the text does
     stops = {"eos_token_id": info.tokenizer["stop_token_ids"]} if info.tokenizer.get("stop_token_ids") else {}
     (folder / "generation_config.json").write_text(json.dumps({**tokens, **stops}, indent=2) + "\n")
+
+
+def _write_tokenizer(run: Path, tokenizer: Path | None, folder: Path) -> None:
+    """The tokenizer that was asked for, that of the run, or else that of the source, which is there already."""
+    own = tokenizer or run / TOKENIZER
+    if tokenizer is None and same_tokenizer(own, folder):
+        return  # the source's may have more files, and all are to be given back
+    if own.exists():
+        for file in kept(folder):
+            if is_of_tokenizer(file):
+                file.unlink()
+        for emptied in folder.glob("additional_chat_templates"):
+            shutil.rmtree(emptied)
+    if not copy_tokenizer(own, folder) and tokenizer is not None:
+        raise InputError(f"--tokenizer-model {tokenizer}: no tokenizer files there; give the tokenizer's folder")
 
 
 def parse_size(text: str) -> int:

@@ -6,8 +6,8 @@
     T_i, M_i of the whole global batch, w_i ─► factors [K] ──────┴─► objective ─► backward, summed over ranks ─► Adam
 
 Every rank builds its micro-batches from the plan itself; nothing about the batch is ever sent, but widths of padded
-micro-batches between pipeline stages. Reports are sums over
-the whole global batch, in fp64, from one all-reduce after the schedule has run.
+micro-batches between pipeline stages. Reports are sums over the whole global batch, in fp64, from one all-reduce after
+the schedule has run.
 """
 
 import dataclasses

@@ -162,9 +162,7 @@ def model_vocab_size(arguments: Arguments, dataset: PackedDataset) -> int:
     return dataset.vocab_size if arguments.resume is None else arguments.resume[1].vocab_size
 
 
-def resume(
-    arguments: Arguments, trainer: Trainer, log: RunLog, source: Any = None
-) -> tuple[Progress, dict[str, Any]]:
+def resume(arguments: Arguments, trainer: Trainer, log: RunLog, source: Any = None) -> tuple[Progress, dict[str, Any]]:
     """Load the checkpoint of ``--load``, if there is one; where the run stands then, and the state it was saved with.
 
     Where the run starts from ``--hf-checkpoint``, ``source`` loads its weights.

@@ -307,6 +307,14 @@ def test_null_is_not_given(tmp_path):
         parse(f"--yaml-cfg {write(tmp_path, 'decoupled_lr: ~')} --decoupled-min-lr 1e-4")
 
 
+def test_an_edited_configuration_is_checked_too(tmp_path):
+    """There nobody asked for an option that has no effect, but it is there."""
+    a = parse("--save there --save-interval 2 --save-retain-interval 4")
+    options = {**a.as_options(), "save_interval": None}
+    with pytest.raises(InputError, match="--save-retain-interval 4 without --save-interval"):
+        read(write(tmp_path, effective_configuration(options, 1)))
+
+
 def test_a_configuration_goes_on_on_other_ranks(tmp_path):
     a = parse("--swiglu", 2)
     path = write(tmp_path, effective_configuration(a.as_options(), 2))

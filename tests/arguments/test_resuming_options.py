@@ -73,7 +73,7 @@ def test_without_an_optimizer_resuming_is_refused(tmp_path):
 def test_optimizers_of_an_earlier_format_are_refused(tmp_path):
     """Which stored them in another way; its weights are as they were."""
     folder = checkpoint(tmp_path, format_version=1)
-    with pytest.raises(InputError, match="earlier version .* --no-load-optim or --finetune"):
+    with pytest.raises(InputError, match=r"earlier version .* --no-load-optim or --finetune"):
         parse(f"--load {folder}", base=WITHOUT_SHAPE)
     for option in ("--no-load-optim", "--finetune"):
         assert parse(f"--load {folder} {option}", base=WITHOUT_SHAPE).resume is not None

@@ -25,6 +25,8 @@ def check_checkpointing(a: Arguments) -> str | None:
             f"--save-retain-interval {c.save_retain_interval} is not a multiple of --save-interval {c.save_interval}; "
             "change one of them"
         )
+    if c.save_hf is not None and c.save is None:
+        return f"--save-hf {c.save_hf} writes the run's last checkpoint, and without --save there is none; give both"
     if a.validation.skip_train and a.resume is None:
         return "--skip-train evaluates a checkpoint: give one with --load"
     if c.finetune and c.load is None:

@@ -41,6 +41,12 @@ class CheckpointArguments:
         type=str,
         metavar="DIR",
     )
+    save_hf: str | None = option(
+        None,
+        "When the run ends, write its last checkpoint as a Hugging Face model, too: DIR/iter_NNNNNNN. Not Megatron's.",
+        type=str,
+        metavar="DIR",
+    )
     exit_on_missing_checkpoint: bool = option(
         False, "A --load folder without a checkpoint is an error even where it is the --save folder, too."
     )

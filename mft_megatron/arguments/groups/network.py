@@ -36,7 +36,9 @@ class NetworkArguments:
         "Position embedding. Megatron's default is not what code LLMs use: they want rope.",
         choices=("learned_absolute", "rope", "none"),
     )
-    rotary_base: int = option(10000, "Base of the rotary frequencies.", at_least=2)
+    rotary_base: float = option(
+        10000.0, "Base of the rotary frequencies; unlike in Megatron it need not be a whole number.", at_least=2
+    )
     rotary_interleaved: bool = option(
         False, "Rotate neighbouring elements of a head together, not those of its two halves."
     )

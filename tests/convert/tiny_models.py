@@ -1,0 +1,173 @@
+"""Tiny random models of every family, written by transformers, and how Megatron-Core's logits compare."""
+
+import json
+from pathlib import Path
+
+TOKENS = 48
+SHAPE = {
+    "vocab_size": 131,  # padded for every tensor-parallel size
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
+# by name: the model's class in transformers, and what differs from SHAPE; scalings and windows show within TOKENS
+MODELS = {
+    "llama": ("Llama", {"head_dim": 16, "rms_norm_eps": 1e-3}),
+    "llama3 tied": (
+        "Llama",
+        {
+            "tie_word_embeddings": True,
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 500000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.5,
+                "high_freq_factor": 3.0,
+                "original_max_position_embeddings": 24,
+            },
+        },
+    ),
+    "deepseek-coder": (
+        "Llama",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 100000.0, "factor": 4.0}, "num_key_value_heads": 4},
+    ),
+    "llama with biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    "qwen2 tied": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen2 windows": (
+        "Qwen2",
+        {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1, "num_key_value_heads": 4},
+    ),
+    "qwen2 yarn": (
+        "Qwen2",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 16,
+                "beta_fast": 4.0,
+            }
+        },
+    ),
+    "qwen3": ("Qwen3", {"head_dim": 32}),
+    "mistral": ("Mistral", {"sliding_window": 9, "head_dim": 8}),
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "sliding_window": 13, "num_hidden_layers": 2}),
+    "gpt-neox": ("GPTNeoX", {"rope_parameters": {**PLAIN, "partial_rotary_factor": 0.5}}),
+    "gpt-neox in turn tied": (
+        "GPTNeoX",
+        {"use_parallel_residual": False, "tie_word_embeddings": True, "hidden_act": "gelu_new"},
+    ),
+    # StarCoder2-3B has a base that is no whole number
+    "starcoder2": (
+        "Starcoder2",
+        {"sliding_window": 11, "rope_parameters": {"rope_type": "default", "rope_theta": 99.4420358813}},
+    ),
+    "starcoder2 without biases": ("Starcoder2", {"use_bias": False, "tie_word_embeddings": False}),
+}
+
+
+def write_model(name: str, folder: Path, dtype: str = "float32") -> None:
+    """A model with weights that all matter: no norm is 1, no bias 0, and attention is far from even."""
+    import torch
+    import transformers
+
+    kind, changes = MODELS[name]
+    shape = SHAPE if kind != "GPTNeoX" else {key: n for key, n in SHAPE.items() if key != "num_key_value_heads"}
+    config = getattr(transformers, f"{kind}Config")(**{**shape, "rope_parameters": dict(PLAIN), **changes})
+    model = getattr(transformers, f"{kind}ForCausalLM")._from_config(config, attn_implementation="eager")
+    generator = torch.Generator().manual_seed(sum(name.encode()))
+    with torch.no_grad():
+        for key, weight in model.named_parameters():
+            noise = torch.randn(weight.shape, generator=generator)
+            weight.copy_(1 + 0.3 * noise if "norm" in key and key.endswith("weight") else 0.2 * noise)
+        torch.save(model.eval()(some_tokens()).logits[0], logits_file(folder))
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
+    (folder / "tokenizer.json").write_text('{"version": "1.0", "of": "nothing"}\n')
+    (folder / "tokenizer_config.json").write_text("{}")
+    (folder / "LICENSE").write_text("as it is\n")
+    # as published: another order and other spaces than json.dumps would make, and an entry that says nothing here
+    config = json.loads((folder / "config.json").read_text())
+    text = json.dumps({"use_cache": True, **config, "torch_dtype": dtype}, indent=1)
+    (folder / "config.json").write_text(text)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2,   3]}')
+
+
+def logits_file(folder) -> Path:
+    """Where transformers' logits of :func:`some_tokens` are: fp32 [TOKENS, vocabulary]."""
+    return Path(f"{folder}_logits.pt")
+
+
+def some_tokens():
+    import torch
+
+    return torch.randint(131, (1, TOKENS), generator=torch.Generator().manual_seed(5))
+
+
+def words_for(extra):
+    """A command line for a model that comes from elsewhere."""
+    words = (
+        f"--data-path none --seq-length {TOKENS} --micro-batch-size 1 --train-iters 1 --lr 1e-3 "
+        f"--make-vocab-size-divisible-by 8 --attention-dropout 0 --hidden-dropout 0 {extra}"
+    )
+    return words.split()
+
+
+def arguments_for(checkpoint, world_size, extra=""):
+    from mft_megatron.arguments import parse_arguments
+
+    return parse_arguments(words_for(f"--load {checkpoint} {extra}"), world_size)
+
+
+def logit_differences(layout, world_size, models):
+    """By name, on ranks of the last stage: largest difference of fp32 logits, and how far these are spread.
+
+    Args:
+        models: by name, checkpoint and Hugging Face folder.
+    """
+    from pathlib import Path
+
+    import numpy as np
+    import torch
+    from batches import one_segment
+    from megatron.core import parallel_state, tensor_parallel
+
+    from mft_megatron.mcore import checkpoint as checkpoints
+    from mft_megatron.mcore import parallel
+    from mft_megatron.mcore.step import Trainer, to_device
+
+    found = {}
+    first = arguments_for(next(iter(models.values()))[0], world_size, layout)
+    with parallel.process_groups(first.distributed, seed=99):
+        stages = parallel_state.get_pipeline_model_parallel_world_size()
+        stage = parallel_state.get_pipeline_model_parallel_rank()
+        for name, (folder, hf) in models.items():
+            arguments = arguments_for(folder, world_size, layout)
+            path, info = arguments.resume
+            trainer = Trainer(arguments, info.vocab_size, np.ones(1))
+            checkpoints.load(Path(path), trainer, info, arguments.checkpoint)
+            model = trainer.chunks[0].eval().module
+            batch = to_device(one_segment(some_tokens().numpy()))
+            share = arguments.distributed.tensor_model_parallel_size if arguments.distributed.sequence_parallel else 1
+            hidden = torch.empty(TOKENS // share, 1, arguments.network.hidden_size)
+            with torch.no_grad():
+                if stage > 0:
+                    torch.distributed.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank())
+                    model.set_input_tensor(hidden)
+                output = model.run(batch, with_loss=False)
+                if stage + 1 < stages:
+                    torch.distributed.send(output.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())
+                    continue
+                logits = tensor_parallel.gather_from_tensor_model_parallel_region(output)[0, :, : info.vocab_size]
+            expected = torch.load(logits_file(hf))
+            found[name] = float((logits - expected).abs().max()), float(expected.std())
+    return found
+
+
+def save_weights(weights, file):
+    from safetensors.torch import save_file
+
+    save_file({name: weight.contiguous() for name, weight in weights.items()}, file, metadata={"format": "pt"})

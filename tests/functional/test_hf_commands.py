@@ -1,0 +1,142 @@
+"""A model comes from Hugging Face, is trained, and goes back: the commands as a user runs them."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, run_tool, torchrun
+from safetensors.torch import load_file
+
+sys.path.insert(0, str(ROOT / "tests" / "convert"))
+
+RUN = (
+    "--tensor-model-parallel-size 2 --micro-batch-size 2 --global-batch-size 4 --train-iters 1 --eval-iters 0 "
+    "--attention-dropout 0 --hidden-dropout 0 --bf16"
+).split()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, tokenizer_folder):
+    """A Qwen2 with room for more tokens than the data set's tokenizer, 500, has."""
+    import tiny_models
+
+    folder = tmp_path_factory.mktemp("hf") / "model"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(tiny_models.SHAPE, "vocab_size", 511)
+        patch.setitem(tiny_models.SHAPE, "max_position_embeddings", 256)
+        tiny_models.write_model("qwen2 tied", folder, "bfloat16")
+    for file in tokenizer_folder.iterdir():
+        shutil.copyfile(file, folder / file.name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(model):
+    process = run_tool("tools/convert_checkpoint.py", "hf-to-mcore", "--hf", model, "--save", model.parent / "start")
+    assert process.returncode == 0, process.stderr
+    assert "Qwen2, bf16, vocabulary of 511" in process.stdout
+    return model.parent / "start"
+
+
+@pytest.mark.parametrize("start", ["--hf-checkpoint", pytest.param("--load", marks=pytest.mark.slow)])
+def test_trained_a_little_it_comes_back_whole(model, checkpoint, dataset_prefix, tmp_path, start):
+    """With steps too small for bf16 every weight must come back as it was, through both layouts and formats."""
+    source = model if start == "--hf-checkpoint" else checkpoint
+    words = (
+        "--data-path",
+        dataset_prefix,
+        start,
+        source,
+        "--save",
+        tmp_path / "run",
+        "--save-hf",
+        tmp_path / "exports",
+    )
+    process = torchrun(2, "pretrain_mft.py", *RUN, *words, "--lr", "1e-12")
+    assert process.returncode == 0, process.stderr
+    info = json.loads((tmp_path / "run" / "iter_0000001" / "mft_checkpoint.json").read_text())
+    assert (info["vocab_size"], info["source"], info["iteration"]) == (511, "Qwen2ForCausalLM", 1)
+    first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert (first["event"], first["finetune"]) == ("load", True)
+    words = ("mcore-to-hf", "--load", tmp_path / "run", "--hf", tmp_path / "hf")
+    if start == "--load":
+        process = run_tool("tools/convert_checkpoint.py", *words)
+        assert process.returncode == 0, process.stderr
+    else:
+        (tmp_path / "exports" / "iter_0000001").rename(tmp_path / "hf")
+    before, after = (load_file(folder / "model.safetensors") for folder in (model, tmp_path / "hf"))
+    assert before.keys() == after.keys()
+    assert all(before[name].equal(after[name]) for name in before)
+    names = {path.name for path in model.iterdir()}
+    assert {path.name for path in (tmp_path / "hf").iterdir()} == names
+    for name in names - {"model.safetensors"}:
+        assert (model / name).read_bytes() == (tmp_path / "hf" / name).read_bytes(), name
+
+
+def test_a_data_set_that_needs_more_tokens_is_refused(checkpoint, dataset_prefix, tmp_path):
+    from mft_megatron.arguments import parse_arguments
+    from mft_megatron.data.dataset import PackedDataset
+    from mft_megatron.errors import InputError
+    from mft_megatron.training.saving import refuse_other_data
+
+    small = tmp_path / "small"
+    shutil.copytree(checkpoint, small)
+    file = small / "iter_0000000" / "mft_checkpoint.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "vocab_size": 499}))
+    words = [*RUN[2:], "--data-path", str(dataset_prefix), "--lr", "1e-3", "--load"]
+    dataset = PackedDataset.open(str(dataset_prefix), 128)
+    with pytest.raises(InputError, match=r"vocabulary of 499, .* has 500; preprocess the data with the model's token"):
+        refuse_other_data(parse_arguments([*words, str(small)], 1, lambda prefix: [128]), dataset)
+    refuse_other_data(parse_arguments([*words, str(checkpoint)], 1, lambda prefix: [128]), dataset)
+
+
+def test_more_ranks_than_groups_are_refused(checkpoint, dataset_prefix):
+    from mft_megatron.arguments import parse_arguments
+    from mft_megatron.errors import InputError
+
+    words = [*RUN, "--data-path", str(dataset_prefix), "--lr", "1e-3", "--load", str(checkpoint)]
+    words[1] = "4"
+    with pytest.raises(InputError, match="4 does not divide --num-query-groups 2; use a divisor"):
+        parse_arguments(words, 4, lambda prefix: [128])
+
+
+def test_another_tokenizer_of_the_run_takes_the_place_of_the_sources(checkpoint, tokenizer_folder, tmp_path):
+    from mft_megatron.convert.command import mcore_to_hf
+
+    run = tmp_path / "run"
+    shutil.copytree(checkpoint, run)
+    (run / "huggingface" / "tokenizer.model").write_text("of the source")
+    shutil.copytree(tokenizer_folder, run / "tokenizer")
+    mcore_to_hf(["--load", str(run), "--hf", str(tmp_path / "same")])
+    assert (tmp_path / "same" / "tokenizer.model").read_text() == "of the source"
+    (run / "tokenizer" / "tokenizer.json").write_text("another")
+    mcore_to_hf(["--load", str(run), "--hf", str(tmp_path / "other")])
+    assert (tmp_path / "other" / "tokenizer.json").read_text() == "another"
+    assert not (tmp_path / "other" / "tokenizer.model").exists()
+    assert (tmp_path / "other" / "LICENSE").exists()
+
+
+def test_a_converted_checkpoint_is_a_start_not_a_resume(checkpoint, dataset_prefix):
+    from mft_megatron.arguments import parse_arguments
+
+    words = [*RUN, "--data-path", str(dataset_prefix), "--lr", "1e-3", "--load", str(checkpoint), "--seed", "7"]
+    arguments = parse_arguments(words, 2, lambda prefix: [128])
+    assert arguments.weights_alone
+    assert arguments.initialization.seed == 7
+    assert (arguments.network.add_qkv_bias, arguments.network.max_position_embeddings) == (True, 256)
+    assert Path(arguments.resume[0]).name == "iter_0000000"
+
+
+def test_what_cannot_be_exported_is_refused_before_the_run(checkpoint, tmp_path):
+    from mft_megatron.arguments import NetworkArguments
+    from mft_megatron.convert.hf_export import export_newest, refuse_export
+    from mft_megatron.errors import InputError
+
+    odd = NetworkArguments(num_layers=1, hidden_size=8, ffn_hidden_size=8, num_attention_heads=2, kv_channels=4)
+    with pytest.raises(InputError, match="--save-hf: no Hugging Face family fits this architecture"):
+        refuse_export(odd, from_hugging_face=False)
+    refuse_export(odd, from_hugging_face=True)
+    assert export_newest(checkpoint, tmp_path / "out") == tmp_path / "out" / "iter_0000000"
+    assert export_newest(checkpoint, tmp_path / "out") is None
