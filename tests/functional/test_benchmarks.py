@@ -64,3 +64,17 @@ def test_cross_entropy(tmp_path):
         assert all(numbers[key][clock] > 0 for key in ("seconds", "to_megatron") for clock in ("wall", "cpu"))
         assert numbers["peak_bytes"] >= 0
         assert f"| {name} |" in printed
+
+
+@pytest.mark.slow
+def test_recompute(tmp_path):
+    file = tmp_path / "numbers.json"
+    words = "--num-layers 2 --hidden-size 64 --vocab-size 100 --seq-length 64 --segment-length 32 --rounds 1 --warmup 0"
+    process = run_tool("benchmarks/recompute/layers.py", *words.split(), "--json", file)
+    assert process.returncode == 0, process.stderr
+    found = json.loads(file.read_text())["results"]
+    assert {"all kept", "core_attn", "layernorm", "mlp", "every layer"} <= found.keys()
+    for name, numbers in found.items():
+        assert numbers["milliseconds"]["wall"] > 0
+        assert numbers["peak_bytes"] > 0
+        assert f"| {name} |" in process.stdout

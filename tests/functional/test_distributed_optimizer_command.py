@@ -1,10 +1,10 @@
-"""fp16 with the distributed optimizer, overlapped messages and saves in the background, as a user runs them."""
+"""fp16 with the distributed optimizer, overlapped messages and saves in the background, in whole runs."""
 
 import itertools
 import json
 
 import pytest
-from conftest import refusal, run_tool, torchrun
+from conftest import refusal, run_on_ranks, run_tool
 
 from mft_megatron.run_folder import latest_checkpoint
 
@@ -26,12 +26,21 @@ def events(folder, event):
     return [record for record in records(folder, "event") if record["event"] == event]
 
 
+def pretrain(words):
+    """What the command does on a rank."""
+    import os
+
+    from mft_megatron.arguments import parse_arguments
+    from mft_megatron.training import pretrain
+
+    pretrain.pretrain(parse_arguments(words, 2, lambda prefix: [128]), os.environ["RANK"] == "0")
+
+
 def test_overflows_saves_in_the_background_and_goes_on(dataset_prefix, tmp_path):
     """The scale comes down from 2^22 step by step; skipped steps are counted, logged and not taken for divergence."""
     whole, again = tmp_path / "whole", tmp_path / "again"
-    words = ["pretrain_mft.py", *RUN, *FP16, *OVERLAP, "--data-path", dataset_prefix, "--train-iters", 15]
-    process = torchrun(2, *words, *MODEL, "--async-save", "--save", whole, "--save-interval", 11)
-    assert process.returncode == 0, process.stderr
+    words = [*RUN, *FP16, *OVERLAP, "--data-path", dataset_prefix, "--train-iters", "15", "--async-save"]
+    run_on_ranks(2, pretrain, [*words, *MODEL, "--save", str(whole), "--save-interval", "11"])
     skipped, trained = events(whole, "skip"), records(whole, "train")
     assert {record["reason"] for record in skipped} == {"gradients overflow at the loss scale"}
     steps = sorted([*skipped, *trained], key=lambda record: record["step"])
@@ -47,8 +56,7 @@ def test_overflows_saves_in_the_background_and_goes_on(dataset_prefix, tmp_path)
     path, info = latest_checkpoint(whole)
     assert (path.name, info.skipped_steps, info.optimizer_steps) == ("iter_0000015", len(skipped), len(trained))
     assert (info.precision, info.optimizer, info.distributed_optimizer) == ("fp16", "adam", True)
-    process = torchrun(2, *words, "--async-save", "--load", whole / "iter_0000011", "--save", again)
-    assert process.returncode == 0, process.stderr
+    run_on_ranks(2, pretrain, [*words, "--load", str(whole / "iter_0000011"), "--save", str(again)])
     resumed, expected = records(again, "train"), [record for record in trained if record["step"] > 11]
     assert all(record.pop("step_time") > 0 for record in resumed + expected)
     assert resumed == expected

@@ -18,7 +18,7 @@ MODES = {
 # focal-task looks back at the last step that had a task, and read is missing from the second and the fourth
 STEPS = {mode: 5 if "focal-task" in mode else 3 for mode in MODES}
 TOLERANCE = 1e-6
-GRADIENT_TOLERANCE = 2e-6  # of single elements, against the largest of the weight; seen: 9e-7
+GRADIENT_TOLERANCE = 3e-6  # of single elements, against the largest of the weight; seen: 2.1e-6, with eight layers
 
 
 def assert_same_step(of_ranks, expected, where, tolerance=TOLERANCE):

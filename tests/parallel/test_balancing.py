@@ -40,6 +40,9 @@ class Log:
     def write(self, record):
         self.records.append(record)
 
+    def draw(self, record, scalars):
+        pass
+
     def say(self, text):
         pass
 

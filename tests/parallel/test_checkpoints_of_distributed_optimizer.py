@@ -12,6 +12,7 @@ VPP = "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2
 SHARDED = "--use-distributed-optimizer --overlap-grad-reduce --ddp-bucket-size 30001"
 OVERLAP = f"{SHARDED} --overlap-param-gather"
 DROPOUT = "--hidden-dropout 0.1 --attention-dropout 0.1"
+FP16 = "--fp16 --initial-loss-scale 1024 --loss-scale-window 2"
 LAYOUTS = {
     "alone": (1, ""),
     "DP2": (2, "--ckpt-fully-parallel-load"),
@@ -101,6 +102,16 @@ def _tensors(folder):
     return state
 
 
+def _numbers(folder):
+    """What else the newest checkpoint says of the optimizer: steps of Adam, and the loss scale with its counts."""
+    import torch
+
+    from mft_megatron.run_folder import latest_checkpoint
+
+    of_optimizer = torch.load(latest_checkpoint(folder)[0] / "common.pt", weights_only=False)["optimizer"]
+    return {name: of_optimizer[name] for name in ("steps", "loss_scale")}
+
+
 def _exchange(prefix, folder, names, precision, with_step):
     """Each layout of ``names`` writes, each goes on from what each wrote."""
     for name in names:
@@ -112,11 +123,13 @@ def _exchange(prefix, folder, names, precision, with_step):
         run_on_ranks(world, _read, prefix, f"{options} {precision}", world, folders, with_step)
     for writer in names:
         saved = _tensors(f"{folder}/{writer}")
+        assert _numbers(f"{folder}/{writer}")["steps"] == 2
         kinds = {name.split(".")[2] for name in saved if name.startswith("optimizer.state.")}
         assert kinds == {"exp_avg", "exp_avg_sq", *(["fp32_param"] if precision else [])}
         for reader in names:
             again = _tensors(f"{folder}/{writer} to {reader}/again")
             assert again.keys() == saved.keys()
+            assert _numbers(f"{folder}/{writer} to {reader}/again") == _numbers(f"{folder}/{writer}")
             for name in saved:
                 assert again[name].equal(saved[name]), f"{writer} to {reader}: {name}"
         if not with_step:
@@ -130,14 +143,15 @@ def _exchange(prefix, folder, names, precision, with_step):
 
 
 def test_with_and_without_the_distributed_optimizer(dataset_prefix, tmp_path):
-    """Weights and moments are the same, bit for bit, in the checkpoint that the reader writes at once, and to rounding
-    after another step."""
-    _exchange(dataset_prefix, tmp_path, ("alone", "DP2 overlap"), "", True)
+    """Weights, moments, main weights, steps and the loss scale are the same, bit for bit, in the checkpoint that the
+    reader writes at once."""
+    _exchange(dataset_prefix, tmp_path, ("alone", "DP2 overlap"), FP16, False)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["", "--bf16", "--fp16 --initial-loss-scale 1024"])
+@pytest.mark.parametrize("precision", ["", "--bf16", FP16])
 def test_any_layout_goes_on_from_any_other(dataset_prefix, tmp_path, precision):
+    """As above, and in fp32 to rounding after another step."""
     _exchange(dataset_prefix, tmp_path, LAYOUTS, precision, not precision)
 
 

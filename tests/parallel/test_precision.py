@@ -148,7 +148,7 @@ def _sgd(prefix, momentum):
         return (weight - expected).abs().max().item(), expected.abs().max().item()
 
 
-@pytest.mark.parametrize("momentum", [0.9, 0.0])
+@pytest.mark.parametrize("momentum", [0.9, pytest.param(0.0, marks=pytest.mark.slow)])
 def test_sgd_is_sgd(dataset_prefix, momentum):
     error, size = run_on_ranks(1, _sgd, dataset_prefix, momentum)[0]
     assert error <= 1e-6 * size
