@@ -10,7 +10,7 @@ import hashlib
 import math
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -18,6 +18,8 @@ from megatron.core.tensor_parallel.layers import (
     set_tensor_model_parallel_attributes,
 )
 from torch import Tensor
+
+from .shards import shards_of
 
 SPLIT_AXIS = {VocabParallelEmbedding: 0, ColumnParallelLinear: 0, RowParallelLinear: 1}
 
@@ -42,22 +44,13 @@ def initialize_weights(
     """
     norm = 0.0 if model.config.layernorm_zero_centered_gamma else 1.0
     residual_std = std / math.sqrt(2 * model.config.num_layers)
-    for entry in model.sharded_state_dict().values():
-        if isinstance(entry, ShardedTensorFactory):
-            # one parameter in several pieces of the checkpoint (gate and up projection), each a view of it
-            parts = entry.build()
-            shards = parts if isinstance(parts, list) else list(parts.values())
-        elif isinstance(entry, ShardedTensor):
-            shards = [entry]
-        else:
-            continue
-        for shard in shards:
-            scale = residual_std if ".linear_proj." in shard.key or ".linear_fc2." in shard.key else std
-            if embedding_std is not None and shard.key.startswith("embedding."):
-                scale = embedding_std
-            elif xavier:
-                scale = None
-            shard.data.copy_(_draw(shard, seed, scale, norm))
+    for shard in shards_of(model):
+        scale = residual_std if ".linear_proj." in shard.key or ".linear_fc2." in shard.key else std
+        if embedding_std is not None and shard.key.startswith("embedding."):
+            scale = embedding_std
+        elif xavier:
+            scale = None
+        shard.data.copy_(_draw(shard, seed, scale, norm))
 
 
 def mark_split_weights(model: torch.nn.Module) -> None:

@@ -5,7 +5,7 @@ import json
 import pytest
 import tiny_models
 import torch
-from conftest import run_on_ranks
+from ranks import run_on_ranks
 from safetensors.torch import load_file
 from tiny_models import MODELS
 

@@ -2,7 +2,7 @@
 
 import pytest
 import tiny_models
-from conftest import run_on_ranks
+from ranks import run_on_ranks
 
 from mft_megatron.convert.command import hf_to_mcore
 

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import run_tool
+from ranks import run_tool
 
 from mft_megatron.loss_names import LOSSES
 

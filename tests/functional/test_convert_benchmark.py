@@ -1,7 +1,7 @@
 """benchmarks/convert runs, and compares what it has converted."""
 
 import pytest
-from conftest import run_tool
+from ranks import run_tool
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@
 
 import json
 
-from conftest import run_tool
+from ranks import run_tool
 
 
 def results(script, folder, options):

@@ -13,7 +13,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from ranks import ROOT
 
 from mft_megatron.data.command import inspect_main, pack_main, preprocess_main
 from mft_megatron.data.dataset import PackedDataset

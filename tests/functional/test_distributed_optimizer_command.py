@@ -4,7 +4,7 @@ import itertools
 import json
 
 import pytest
-from conftest import refusal, run_on_ranks, run_tool
+from ranks import refusal, run_on_ranks, run_tool
 
 from mft_megatron.run_folder import latest_checkpoint
 

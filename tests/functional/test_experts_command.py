@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import run_tool, torchrun
+from ranks import run_tool, torchrun
 
 MODEL = (
     "--num-layers 3 --hidden-size 64 --num-attention-heads 4 --swiglu --normalization RMSNorm --disable-bias-linear "

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_tool, torchrun
+from ranks import ROOT, run_tool, torchrun
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(ROOT / "tests" / "convert"))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import refusal, run_tool
+from ranks import refusal, run_tool
 
 from mft_megatron.arguments import parse_arguments
 from mft_megatron.errors import InputError

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import refusal, run_tool, torchrun
+from ranks import refusal, run_tool, torchrun
 from test_pretrain_command import MODEL, records
 
 RUN = "--global-batch-size 8 --lr 1e-3 --log-interval 1 --attention-dropout 0 --hidden-dropout 0".split()

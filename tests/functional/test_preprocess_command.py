@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, refusal, run_tool
+from ranks import ROOT, refusal, run_tool
 
 from mft_megatron.data.dataset import PackedDataset
 

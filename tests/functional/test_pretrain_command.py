@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 from batches import one_segment
-from conftest import refusal, run_on_ranks, run_tool, torchrun
+from ranks import refusal, run_on_ranks, run_tool, torchrun
 
 MODEL = (
     "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --group-query-attention --num-query-groups 2 --swiglu "

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from attention_reference import dense_attention
-from conftest import run_on_ranks
+from ranks import run_on_ranks
 
 LENGTHS = (7, 1, 16, 8)
 

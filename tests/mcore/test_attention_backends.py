@@ -13,7 +13,7 @@ import fake_kernels
 import numpy as np
 import pytest
 import torch
-from conftest import run_on_ranks
+from ranks import run_on_ranks
 
 from mft_megatron.arguments.attention import AttentionShape
 from mft_megatron.errors import InputError

@@ -8,7 +8,7 @@ import pytest
 import torch
 from attention_reference import dense_attention
 from batches import one_segment
-from conftest import run_on_ranks
+from ranks import run_on_ranks
 
 from mft_megatron.mcore.context import Share
 

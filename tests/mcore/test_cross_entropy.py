@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import run_on_ranks
+from ranks import run_on_ranks
 
 TOKENS, VOCAB, PADDED = 9, 131, 256
 

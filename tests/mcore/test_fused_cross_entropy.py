@@ -4,9 +4,9 @@ import functools
 
 import pytest
 import torch
-from conftest import run_on_ranks
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from ranks import run_on_ranks
 
 HIDDEN, VOCAB, PADDED, TOKENS = 24, 131, 256, 40
 # by name: which tokens are supervised

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from batches import one_segment
-from conftest import run_on_ranks
+from ranks import run_on_ranks
 
 BASE = (
     "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --group-query-attention --num-query-groups 2 --swiglu "

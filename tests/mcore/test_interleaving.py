@@ -1,7 +1,7 @@
 """Interleaved pipelines: what a rank holds, and how its messages may travel."""
 
 import pytest
-from conftest import run_on_ranks
+from ranks import run_on_ranks
 
 from mft_megatron.arguments import parse_arguments
 from mft_megatron.mcore import platform

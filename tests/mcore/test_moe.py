@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import run_on_ranks
 from moe_reference import gradients, router_loss
+from ranks import run_on_ranks
 
 from mft_megatron.batch import Batch
 

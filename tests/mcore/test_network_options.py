@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import run_on_ranks
+from ranks import run_on_ranks
 
 SHAPE = (
     "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --data-path data --seq-length 16 --micro-batch-size 1 "

@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from conftest import run_on_ranks
+from ranks import run_on_ranks
 
 LENGTHS = (7, 1, 16, 8, 40)
 DTYPES = (torch.float32, torch.bfloat16)

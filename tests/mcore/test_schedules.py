@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import run_on_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ranks import run_on_ranks
 
 from mft_megatron.arguments import parse_arguments
 from mft_megatron.mcore.optimizer import build_scheduler, learning_rate

@@ -9,7 +9,7 @@ from pathlib import Path
 import fake_kernels
 import pytest
 import torch
-from conftest import run_tool, torchrun
+from ranks import run_tool, torchrun
 
 from mft_megatron.errors import InputError
 

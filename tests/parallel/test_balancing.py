@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import run_on_ranks
+from ranks import run_on_ranks
 from run import arguments_for, open_dataset
 
 COBA = "--coba-warmup-steps 2 --coba-history-length 3 --coba-sample-valid-num 6"

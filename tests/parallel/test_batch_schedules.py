@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import _free_port, run_on_ranks
 from made_dataset import write_dataset
+from ranks import free_port, run_on_ranks
 from run import arguments_for
 
 # options, the sizes of steps, and after which step to break off: in the middle of a size, and where it changes
@@ -62,7 +62,7 @@ def folder(tmp_path_factory, prefix):
         resumed = f"{words} --save {folder}/resumed/{name} --load {folder}/resumed/{name}"
         of_two += [f"{resumed} --exit-interval {stop}", resumed]
     for world_size, runs in ((1, alone), (2, of_two)):
-        run_on_ranks(world_size, _run, prefix, [(words, _free_port()) for words in runs], world_size)
+        run_on_ranks(world_size, _run, prefix, [(words, free_port()) for words in runs], world_size)
     return folder
 
 

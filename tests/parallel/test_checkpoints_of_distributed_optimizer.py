@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from conftest import run_on_ranks
+from ranks import run_on_ranks
 from run import arguments_for, open_dataset
 
 TP2 = "--tensor-model-parallel-size 2"

@@ -10,8 +10,8 @@ import functools
 import numpy as np
 import pytest
 from batches import one_segment
-from conftest import run_on_ranks
 from made_dataset import write_dataset
+from ranks import run_on_ranks
 from run import arguments_for, open_dataset, plans_of, train
 
 CP2, CP4 = "--context-parallel-size 2", "--context-parallel-size 4"

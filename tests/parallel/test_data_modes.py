@@ -8,9 +8,9 @@ import itertools
 
 import numpy as np
 import pytest
-from conftest import run_on_ranks
 from layouts import Layout
 from made_dataset import write_dataset
+from ranks import run_on_ranks
 from run import arguments_for, data_seed, open_dataset, plans_of, train
 from test_balancing import Log
 

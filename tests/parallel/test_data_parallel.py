@@ -1,7 +1,7 @@
 """When gradients are reduced and weights gathered, and that nobody reads them at another time."""
 
 import pytest
-from conftest import run_on_ranks
+from ranks import run_on_ranks
 from run import arguments_for, open_dataset, plans_of
 
 REDUCE = "--overlap-grad-reduce --ddp-bucket-size 30001"

@@ -1,7 +1,7 @@
 """The distributed optimizer and the overlap of its messages change no number."""
 
 import pytest
-from conftest import run_on_ranks
+from ranks import run_on_ranks
 from run import train
 
 TP2, PP2 = "--tensor-model-parallel-size 2", "--pipeline-model-parallel-size 2"

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import run_on_ranks
+from ranks import run_on_ranks
 from run import arguments_for, open_dataset
 
 TP2_PP2 = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import run_on_ranks
+from ranks import run_on_ranks
 from run import arguments_for, open_dataset, plans_of
 
 BALANCED = "--moe-z-loss-coeff 1e-2"

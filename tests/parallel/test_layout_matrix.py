@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import run_on_ranks
 from layouts import LAYOUTS
 from modes import MODES, STEPS, TOLERANCE, assert_same_step
+from ranks import run_on_ranks
 from run import arguments_for, data_seed, lacks_tasks, open_dataset, plans_of, train_in_modes, train_on_everything
 
 from mft_megatron.loss_names import LOSSES

@@ -1,8 +1,8 @@
 """What the layout matrix does not see: messages that must not be batched, bf16, and scaled gradients."""
 
 import pytest
-from conftest import run_on_ranks
 from layouts import BY_NAME
+from ranks import run_on_ranks
 from run import train
 
 MEGATRON = "--cross-entropy-impl megatron"

@@ -4,8 +4,8 @@ import functools
 
 import numpy as np
 import pytest
-from conftest import run_on_ranks
 from modes import MODES, TOLERANCE, assert_same_gradients, assert_same_step
+from ranks import run_on_ranks
 from run import arguments_for, data_seed, open_dataset, plans_of, train_in_modes
 
 

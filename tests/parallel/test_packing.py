@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 from batches import one_segment
-from conftest import run_on_ranks
+from ranks import run_on_ranks
 from run import arguments_for, data_seed, open_dataset, plans_of
 
 from mft_megatron.loss_names import LOSSES

@@ -1,7 +1,7 @@
 """fp16 with a loss scale, gradients in bf16, SGD: what a step does and what it leaves alone."""
 
 import pytest
-from conftest import run_on_ranks
+from ranks import run_on_ranks
 from run import arguments_for, open_dataset, train
 
 TOO_HIGH = 2.0**40

@@ -1,7 +1,7 @@
 """Activations computed again: the same numbers, bit for bit, as when they are kept, with dropout and any layout."""
 
 import pytest
-from conftest import run_on_ranks
+from ranks import run_on_ranks
 
 FULL = "--recompute-granularity full --recompute-method"
 SELECTIVE = "--recompute-granularity selective --recompute-modules"

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import _free_port, run_on_ranks
 from made_dataset import write_dataset
+from ranks import free_port, run_on_ranks
 from run import arguments_for
 
 SMALL = "--num-layers 2 --hidden-size 32 --global-batch-size 8 --train-iters 4 --log-interval 2 --eval-interval 2"
@@ -57,7 +57,7 @@ def folder(tmp_path_factory):
     """Of two data-parallel ranks, by name of the run."""
     folder = tmp_path_factory.mktemp("runs")
     write_dataset(folder / "set", 128, longest=100, tasks={"completion": 2, "write": 5})
-    runs = [(words.replace("{}", str(folder)), disturbed, _free_port()) for _, words, disturbed in RUNS]
+    runs = [(words.replace("{}", str(folder)), disturbed, free_port()) for _, words, disturbed in RUNS]
     assert run_on_ranks(2, _run, str(folder / "set"), runs, 2, timeout=300) == [True, True]
     return folder
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from conftest import run_on_ranks
+from ranks import run_on_ranks
 from run import arguments_for, open_dataset, plans_of
 
 OPTIONS = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --async-save --save"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import run_on_ranks
+from ranks import run_on_ranks
 from run import arguments_for, open_dataset, plans_of
 
 PP2, PP4 = "--pipeline-model-parallel-size 2", "--pipeline-model-parallel-size 4"

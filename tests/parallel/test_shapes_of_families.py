@@ -1,7 +1,7 @@
 """Layers that families of Hugging Face need, trained on layouts: the parallel residual, tanh GELU, scaled rotation."""
 
 import pytest
-from conftest import run_on_ranks
+from ranks import run_on_ranks
 from run import train
 
 NEOX = (
