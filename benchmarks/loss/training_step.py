@@ -44,11 +44,11 @@ MODEL = (
 class PlainMean(Objective):
     """The mean of a micro-batch's supervised tokens, without coefficients and without anything to report."""
 
-    def of(self, factors, batch, loss_BS: Tensor) -> tuple[Tensor, Tensor]:
+    def of(self, factors, batch, loss_BS: Tensor, over_ranks=None) -> tuple[Tensor, Tensor]:
         mask_BS = batch.loss_mask_BS.float()
         return (loss_BS * mask_BS).sum() / mask_BS.sum().clamp(min=1), mask_BS
 
-    def sums(self, batch, loss_BS: Tensor, coefficient_BS: Tensor, num_tasks: int) -> Tensor:
+    def sums(self, batch, loss_BS: Tensor, coefficient_BS: Tensor, num_tasks: int, mine_BS=None) -> Tensor:
         return torch.zeros(len(SUMS), num_tasks, dtype=torch.float64, device=loss_BS.device)
 
 
@@ -79,8 +79,8 @@ def timed(objective: Objective, clock: Clock, names: tuple[str, ...] = TIMED) ->
 
     own = {name: counted(getattr(objective, name)) for name in names}
 
-    def of(factors, batch, loss_BS: Tensor) -> tuple[Tensor, Tensor]:
-        value, coefficient_BS = own["of"](factors, batch, _BackwardMark.apply(loss_BS, clock.stop))
+    def of(factors, batch, loss_BS: Tensor, over_ranks) -> tuple[Tensor, Tensor]:
+        value, coefficient_BS = own["of"](factors, batch, _BackwardMark.apply(loss_BS, clock.stop), over_ranks)
         return _BackwardMark.apply(value, clock.start), coefficient_BS
 
     for name, function in {**own, "of": of}.items():

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 
 from mft_megatron.arguments import Arguments
@@ -108,6 +109,8 @@ def loss_names(arguments: Arguments) -> list[str]:
 
 def begin_step(chunks: Iterable[torch.nn.Module], num_micro_batches: int) -> None:
     """Prepare the routers for a step of so many micro-batches, over all data-parallel ranks."""
+    # Megatron keeps the scale in the class, in whatever shape came first; the schedule sets it with each micro-batch
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None
     for router in routers(chunks):
         router.begin_step(1 / num_micro_batches)
 
