@@ -41,77 +41,62 @@ def train(
     """
     leaving, garbage = Leaving(arguments.training), GarbageCollection(arguments.training)
     with leaving, garbage, saver.completed_first():
-        return _steps(arguments, dataset, trainer, evaluation, epochs, saver, log, progress, leaving, garbage)
-
-
-def _steps(
-    arguments: Arguments,
-    dataset: PackedDataset,
-    trainer: Trainer,
-    evaluation: Evaluation,
-    epochs: EpochProof,
-    saver: Saver,
-    log: RunLog,
-    progress: Progress,
-    leaving: Leaving,
-    garbage: GarbageCollection,
-) -> Progress:
-    split, training, balance = dataset.split("train"), arguments.training, evaluation.balance
-    evaluation.begin(trainer, log, progress)
-    if evaluation.finished:
-        log.write(event_record(progress, "early stop", reason=evaluation.finished))
-        return progress
-    clock, due, unlogged, sizes = _Clock(), False, None, arguments.batch_sizes
-    while progress.step < training.train_iters:
-        batch_size = sizes.after(progress.consumed_samples)
-        plan = plan_step(
-            split,
-            seed=arguments.initialization.seed,
-            global_batch_size=batch_size,
-            consumed_samples=progress.consumed_samples,
-        )
-        report = trainer.train_step(split, plan)
-        skipped = report is None or report.overflow
-        before, progress = progress, progress.after_step(batch_size, skipped)
-        if skipped:
-            clock.leave_out()
-            log.write(_skip_record(progress, report))
-            _refuse_lasting_overflow(arguments.precision, progress, report)
-        else:
-            clock.count_step()
-            _refuse_divergence(progress, report.grad_norm)
-            unlogged = (progress, report, plan)
-        saver.poll()
-        epochs.after_step(trainer, log, before, progress)
-        if balance.after_step(trainer, log, progress):
-            clock.count_draw()
-        last = progress.step == training.train_iters
-        reason = leaving.reason(progress.step)
-        # where the step that is due was skipped, the last one before it is logged, or else the next
-        due = due or progress.step % arguments.logging.log_interval == 0 or last
-        drawn = progress.step % (arguments.logging.tensorboard_log_interval or arguments.logging.log_interval) == 0
-        if (due or drawn) and unlogged is not None:
-            _log_step(arguments, dataset, trainer, log, *unlogged, *clock.read(), due, drawn)
-            if due:
-                clock.restart()
-            due, unlogged = False, None
-        if progress.step % arguments.validation.eval_interval == 0 or last:
-            with garbage.around_evaluation():
-                evaluation.run(trainer, log, progress)
-        garbage.after_step(progress.step)
-        ending = last or reason is not None or evaluation.finished is not None
-        if saver.due(progress.step, ending, evaluation.to_keep(progress)):
-            state = {**evaluation.state(), "usage": epochs.state(trainer, progress)}
-            saver.save(trainer, progress, log, ending, evaluation.to_keep(progress), state)
-        clock.leave_out()
+        split, training, balance = dataset.split("train"), arguments.training, evaluation.balance
+        evaluation.begin(trainer, log, progress)
         if evaluation.finished:
             log.write(event_record(progress, "early stop", reason=evaluation.finished))
-            break
-        if reason is not None and not last:
-            log.write(event_record(progress, "exit", reason=reason))
-            break
-    saver.finish()
-    return progress
+            return progress
+        clock, due, unlogged, sizes = _Clock(), False, None, arguments.batch_sizes
+        while progress.step < training.train_iters:
+            batch_size = sizes.after(progress.consumed_samples)
+            plan = plan_step(
+                split,
+                seed=arguments.initialization.seed,
+                global_batch_size=batch_size,
+                consumed_samples=progress.consumed_samples,
+            )
+            report = trainer.train_step(split, plan)
+            skipped = report is None or report.overflow
+            before, progress = progress, progress.after_step(batch_size, skipped)
+            if skipped:
+                clock.leave_out()
+                log.write(_skip_record(progress, report))
+                _refuse_lasting_overflow(arguments.precision, progress, report)
+            else:
+                clock.count_step()
+                _refuse_divergence(progress, report.grad_norm)
+                unlogged = (progress, report, plan)
+            saver.poll()
+            epochs.after_step(trainer, log, before, progress)
+            if balance.after_step(trainer, log, progress):
+                clock.count_draw()
+            last = progress.step == training.train_iters
+            reason = leaving.reason(progress.step)
+            # where the step that is due was skipped, the last one before it is logged, or else the next
+            due = due or progress.step % arguments.logging.log_interval == 0 or last
+            drawn = progress.step % (arguments.logging.tensorboard_log_interval or arguments.logging.log_interval) == 0
+            if (due or drawn) and unlogged is not None:
+                _log_step(arguments, dataset, trainer, log, *unlogged, *clock.read(), due, drawn)
+                if due:
+                    clock.restart()
+                due, unlogged = False, None
+            if progress.step % arguments.validation.eval_interval == 0 or last:
+                with garbage.around_evaluation():
+                    evaluation.run(trainer, log, progress)
+            garbage.after_step(progress.step)
+            ending = last or reason is not None or evaluation.finished is not None
+            if saver.due(progress.step, ending, evaluation.to_keep(progress)):
+                state = {**evaluation.state(), "usage": epochs.state(trainer, progress)}
+                saver.save(trainer, progress, log, ending, evaluation.to_keep(progress), state)
+            clock.leave_out()
+            if evaluation.finished:
+                log.write(event_record(progress, "early stop", reason=evaluation.finished))
+                break
+            if reason is not None and not last:
+                log.write(event_record(progress, "exit", reason=reason))
+                break
+        saver.finish()
+        return progress
 
 
 def _log_step(

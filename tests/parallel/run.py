@@ -219,6 +219,37 @@ def whole(of_ranks):
     }
 
 
+def some_steps(prefix, extra, world_size, folder, save_after, steps, seed=1234):
+    """Losses, gradient norms and rates of some steps, saving after ``save_after`` or going on from what was saved."""
+    from pathlib import Path
+
+    import numpy as np
+
+    from mft_megatron.data.step_plan import plan_step
+    from mft_megatron.mcore import checkpoint, parallel
+    from mft_megatron.mcore.step import Trainer
+    from mft_megatron.run_folder import CheckpointInfo, latest_checkpoint
+
+    arguments = arguments_for(prefix, f"{extra} --seed {seed}", world_size)
+    dataset = open_dataset(arguments)
+    split = dataset.split("train")
+    with parallel.process_groups(arguments.distributed, arguments.initialization.seed):
+        trainer = Trainer(arguments, dataset.vocab_size, np.ones(4))
+        start, curve = 0, []
+        if save_after is None:
+            path, info = latest_checkpoint(folder)
+            checkpoint.load(path, trainer, info, arguments.checkpoint)
+            start = info.iteration
+        for step in range(start, steps):
+            plan = plan_step(split, seed=1, global_batch_size=8, consumed_samples=8 * step)
+            report = trainer.train_step(split, plan)
+            curve.append((report.loss, report.grad_norm, report.learning_rate))
+            if step + 1 == save_after:
+                info = CheckpointInfo(step + 1, 0, {}, dataset.vocab_size, {}, "", 1, 8, layout=parallel.layout())
+                checkpoint.save(Path(folder), trainer, info, arguments.checkpoint)
+        return curve
+
+
 def train_save_load(prefix, folder):
     """Two steps, a save, a third step; then the third step again from the save. Returns both third steps."""
     from pathlib import Path

@@ -12,7 +12,7 @@ import pytest
 from batches import one_segment
 from made_dataset import write_dataset
 from ranks import run_on_ranks
-from run import arguments_for, open_dataset, plans_of, train
+from run import arguments_for, open_dataset, plans_of, some_steps, train
 
 CP2, CP4 = "--context-parallel-size 2", "--context-parallel-size 4"
 LAYOUTS = {
@@ -195,40 +195,11 @@ def test_micro_batch_normalisation(dataset_prefix, layout):
             assert values == pytest.approx(expected_sums[name], rel=1e-6), name
 
 
-def _resume(prefix, extra, world_size, folder, save_after, steps, seed=1234):
-    """Losses and gradient norms of some steps; saved after ``save_after``, or going on from what is saved."""
-    from pathlib import Path
-
-    from mft_megatron.data.step_plan import plan_step
-    from mft_megatron.mcore import checkpoint, parallel
-    from mft_megatron.mcore.step import Trainer
-    from mft_megatron.run_folder import CheckpointInfo, latest_checkpoint
-
-    arguments = arguments_for(prefix, f"{extra} --seed {seed}", world_size)
-    dataset = open_dataset(arguments)
-    split = dataset.split("train")
-    with parallel.process_groups(arguments.distributed, arguments.initialization.seed):
-        trainer = Trainer(arguments, dataset.vocab_size, np.ones(4))
-        start, curve = 0, []
-        if save_after is None:
-            path, info = latest_checkpoint(folder)
-            checkpoint.load(path, trainer, info, arguments.checkpoint)
-            start = info.iteration
-        for step in range(start, steps):
-            plan = plan_step(split, seed=1, global_batch_size=8, consumed_samples=8 * step)
-            report = trainer.train_step(split, plan)
-            curve.append((report.loss, report.grad_norm))
-            if step + 1 == save_after:
-                info = CheckpointInfo(step + 1, 0, {}, dataset.vocab_size, {}, "", 1, 8, layout=parallel.layout())
-                checkpoint.save(Path(folder), trainer, info, arguments.checkpoint)
-        return curve
-
-
 def test_a_resumed_run_is_the_same_bit_by_bit(dataset_prefix, tmp_path):
     """With dropout, so that the random numbers of each rank must come back."""
     extra = f"{CP2} --hidden-dropout 0.1 --attention-dropout 0.1"
-    whole = run_on_ranks(2, _resume, dataset_prefix, extra, 2, str(tmp_path), 1, 2)
-    again = run_on_ranks(2, _resume, dataset_prefix, extra, 2, str(tmp_path), None, 2, 99)
+    whole = run_on_ranks(2, some_steps, dataset_prefix, extra, 2, str(tmp_path), 1, 2)
+    again = run_on_ranks(2, some_steps, dataset_prefix, extra, 2, str(tmp_path), None, 2, 99)
     assert again[0] == again[1] == whole[0][1:]
 
 
@@ -245,6 +216,6 @@ def test_a_resumed_run_is_the_same_bit_by_bit(dataset_prefix, tmp_path):
 def test_a_checkpoint_changes_its_layout(dataset_prefix, tmp_path, saved, loaded):
     """Written on some ranks, gone on with on others; with another seed, so that everything must come from it."""
     (world, extra), (other_world, other) = (LAYOUTS.get(name, (1, "")) for name in (saved, loaded))
-    whole = run_on_ranks(world, _resume, dataset_prefix, extra, world, str(tmp_path), 1, 2)[0]
-    for curve in run_on_ranks(other_world, _resume, dataset_prefix, other, other_world, str(tmp_path), None, 2, 99):
+    whole = run_on_ranks(world, some_steps, dataset_prefix, extra, world, str(tmp_path), 1, 2)[0]
+    for curve in run_on_ranks(other_world, some_steps, dataset_prefix, other, other_world, str(tmp_path), None, 2, 99):
         assert curve[0] == pytest.approx(whole[1], rel=1e-6)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from ranks import run_on_ranks
-from run import arguments_for, open_dataset
+from run import arguments_for, open_dataset, some_steps
 
 TP2_PP2 = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"
 PP2_VPP2 = "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2"
@@ -53,42 +53,13 @@ def test_the_whole_split_exactly_once(dataset_prefix, world_size, extra, loss):
     assert len(expected[3]) % 8 != 0  # or the filling up of the last batch would not be seen
 
 
-def _steps(prefix, extra, world_size, folder, save_after, steps, seed):
-    """Losses and gradient norms of some steps, saving after ``save_after`` or going on from what was saved."""
-    import numpy as np
-
-    from mft_megatron.data.step_plan import plan_step
-    from mft_megatron.mcore import checkpoint, parallel
-    from mft_megatron.mcore.step import Trainer
-    from mft_megatron.run_folder import CheckpointInfo, latest_checkpoint
-
-    arguments = arguments_for(prefix, f"{extra} --seed {seed}", world_size)
-    dataset = open_dataset(arguments)
-    split = dataset.split("train")
-    with parallel.process_groups(arguments.distributed, arguments.initialization.seed):
-        trainer = Trainer(arguments, dataset.vocab_size, np.ones(4))
-        start, curve = 0, []
-        if save_after is None:
-            path, info = latest_checkpoint(folder)
-            checkpoint.load(path, trainer, info, arguments.checkpoint)
-            start = info.iteration
-        for step in range(start, steps):
-            plan = plan_step(split, seed=1, global_batch_size=8, consumed_samples=8 * step)
-            report = trainer.train_step(split, plan)
-            curve.append((report.loss, report.grad_norm, report.learning_rate))
-            if step + 1 == save_after:
-                info = CheckpointInfo(step + 1, 0, {}, dataset.vocab_size, {}, "", 1, 8, layout=parallel.layout())
-                checkpoint.save(Path(folder), trainer, info, arguments.checkpoint)
-        return curve
-
-
 @pytest.mark.parametrize(("world_size", "layout"), [(4, TP2_PP2), (2, PP2_VPP2)])
 @pytest.mark.parametrize("precision", ["", "--bf16"])
 def test_resuming_is_bit_equal(dataset_prefix, tmp_path, precision, world_size, layout):
     """Weights, optimizer, schedule and dropout go on as if nothing had happened."""
     options = f"{layout} {DROPOUT} {precision}"
-    whole = run_on_ranks(world_size, _steps, dataset_prefix, options, world_size, str(tmp_path), 3, 5, 1)[0]
-    resumed = run_on_ranks(world_size, _steps, dataset_prefix, options, world_size, str(tmp_path), None, 5, 77)[0]
+    whole = run_on_ranks(world_size, some_steps, dataset_prefix, options, world_size, str(tmp_path), 3, 5, 1)[0]
+    resumed = run_on_ranks(world_size, some_steps, dataset_prefix, options, world_size, str(tmp_path), None, 5, 77)[0]
     assert resumed == whole[3:]
 
 
@@ -98,15 +69,15 @@ def test_resuming_is_bit_equal(dataset_prefix, tmp_path, precision, world_size, 
 )
 @pytest.mark.parametrize("writer", [TP2_PP2, f"{PP2_VPP2} --micro-batch-size 1"])
 def test_any_layout_loads_any_other(dataset_prefix, tmp_path, world_size, extra, writer):
-    whole = run_on_ranks(4, _steps, dataset_prefix, writer, 4, str(tmp_path), 3, 5, 1)[0]
-    resumed = run_on_ranks(world_size, _steps, dataset_prefix, extra, world_size, str(tmp_path), None, 5, 77)[0]
+    whole = run_on_ranks(4, some_steps, dataset_prefix, writer, 4, str(tmp_path), 3, 5, 1)[0]
+    resumed = run_on_ranks(world_size, some_steps, dataset_prefix, extra, world_size, str(tmp_path), None, 5, 77)[0]
     for ours, theirs in zip(resumed, whole[3:], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-6)
 
 
 def test_the_command_lines_learning_rate_holds_after_a_load(dataset_prefix, tmp_path):
-    whole = run_on_ranks(1, _steps, dataset_prefix, "", 1, str(tmp_path), 3, 5, 1)[0]
-    resumed = run_on_ranks(1, _steps, dataset_prefix, "--lr 5e-4", 1, str(tmp_path), None, 5, 1)[0]
+    whole = run_on_ranks(1, some_steps, dataset_prefix, "", 1, str(tmp_path), 3, 5, 1)[0]
+    resumed = run_on_ranks(1, some_steps, dataset_prefix, "--lr 5e-4", 1, str(tmp_path), None, 5, 1)[0]
     assert [rate for _, _, rate in resumed] == pytest.approx([rate / 2 for _, _, rate in whole[3:]])
 
 
@@ -141,8 +112,8 @@ def test_a_batch_with_nothing_to_learn_changes_nothing(dataset_prefix):
 
 def test_a_checkpoint_fills_a_model_with_more_padding(dataset_prefix, tmp_path):
     """Through --load, so that the weights hold anything before; rows that the checkpoint lacks must become numbers."""
-    whole = run_on_ranks(1, _steps, dataset_prefix, "", 1, str(tmp_path), 3, 5, 1)[0]
+    whole = run_on_ranks(1, some_steps, dataset_prefix, "", 1, str(tmp_path), 3, 5, 1)[0]
     options = f"--load {tmp_path} --make-vocab-size-divisible-by 1024 --tensor-model-parallel-size 2"
-    resumed = run_on_ranks(2, _steps, dataset_prefix, options, 2, str(tmp_path), None, 5, 1)[0]
+    resumed = run_on_ranks(2, some_steps, dataset_prefix, options, 2, str(tmp_path), None, 5, 1)[0]
     for ours, theirs in zip(resumed, whole[3:], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-6)
