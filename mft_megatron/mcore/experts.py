@@ -11,16 +11,28 @@ from torch import Tensor
 
 from mft_megatron.arguments import Arguments
 from mft_megatron.batch import Batch
+from mft_megatron.errors import InputError
 
 from . import platform
 from .router import BALANCING_LOSSES, Z_LOSS, PackedRouter
 
 
 def expert_options(arguments: Arguments) -> dict:
-    """The fields of Megatron-Core's configuration that concern experts."""
+    """The fields of Megatron-Core's configuration that concern experts.
+
+    Raises:
+        InputError: the dispatcher needs what gloo cannot do.
+    """
     network, moe, layout = arguments.network, arguments.moe, arguments.distributed
     if network.num_experts is None:
         return {}
+    shared = layout.expert_tensor_parallel_size or layout.tensor_model_parallel_size
+    sent = moe.moe_token_dispatcher_type == "alltoall" and layout.expert_model_parallel_size > 1
+    if sent and shared > 1 and platform.backend(layout.distributed_backend) == "gloo":
+        raise InputError(
+            f"--moe-token-dispatcher-type alltoall between ranks of which {shared} share each expert: those gather "
+            "different numbers of tokens, which gloo cannot; give --expert-tensor-parallel-size 1, or take allgather"
+        )
     kinds, factors = list(moe.moe_router_load_balancing_type), list(moe.moe_aux_loss_coeff)
     alone = len(kinds) == 1
     frequency = network.moe_layer_freq

@@ -284,6 +284,28 @@ def test_biases_count_real_tokens_in_fp32():
     assert made.local_tokens_per_expert.sum() == 2 * real.sum() == 2 * 599
 
 
+def test_gloo_cannot_gather_what_experts_in_parts_are_sent(monkeypatch):
+    """Different numbers of tokens; with experts that are whole, on NCCL and with the other dispatcher it can be."""
+    from mft_megatron.arguments import parse_arguments
+    from mft_megatron.errors import InputError
+    from mft_megatron.mcore import platform
+    from mft_megatron.mcore.experts import expert_options
+
+    def options(extra):
+        shared = (
+            "--tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 2 --micro-batch-size 1"
+        )
+        return expert_options(parse_arguments(f"{SMALL} --data-path x {shared} {extra}".split(), 4))
+
+    sent = "--moe-token-dispatcher-type alltoall"
+    with pytest.raises(InputError, match=r"2 share each expert.* gloo cannot; give --expert-tensor-parallel-size 1"):
+        options(sent)
+    assert options(f"{sent} --expert-tensor-parallel-size 1")["expert_tensor_parallel_size"] == 1
+    assert options("")["moe_token_dispatcher_type"] == "allgather"
+    monkeypatch.setattr(platform, "backend", lambda choice: "nccl")
+    assert options(sent)["moe_token_dispatcher_type"] == "alltoall"
+
+
 def test_padding_takes_no_ones_place():
     """An expert has room for as many tokens as there are places; padding would win all of them."""
     logits, rows, real = stream((6, 6))
