@@ -85,6 +85,7 @@ def _read(command_line: Sequence[str]) -> tuple[dict[str, Any], set[str]]:
     parser = build_parser(
         groups,
         prog="pretrain_mft.py",
+        usage="torchrun … pretrain_mft.py --data-path PREFIX --train-iters N --lr X --micro-batch-size N [options]",
         description="Multi-task fine-tuning on Megatron-Core. Start it with torchrun; option names, meanings and "
         "defaults are Megatron's unless the help says otherwise.",
         refused=MEGATRON_ONLY,
