@@ -132,23 +132,10 @@ def measured(name: str, source: Path, target: Path) -> dict[str, float]:
 
 def same_weights(one: Path, other: Path) -> bool:
     """Whether two folders hold the same bytes under the same names."""
-    import torch
-
-    from mft_megatron.convert.safetensors_files import DTYPES, WeightFiles
+    from mft_megatron.convert.safetensors_files import WeightFiles, same_content
 
     a, b = WeightFiles(one), WeightFiles(other)
-    if a.weights.keys() != b.weights.keys():
-        return False
-    for name, stored in a.weights.items():
-        step = max(1, BLOCK // stored.row_bytes)
-        for first in range(0, stored.shape[0], step):
-            rows = min(step, stored.shape[0] - first)
-            read = [torch.empty(rows, *stored.shape[1:], dtype=DTYPES[stored.dtype]) for _ in range(2)]
-            a.read_into(read[0], name, first)
-            b.read_into(read[1], name, first)
-            if not read[0].view(torch.int16).equal(read[1].view(torch.int16)):
-                return False
-    return True
+    return a.weights.keys() == b.weights.keys() and all(same_content(a, name, b, name) for name in a.weights)
 
 
 def main() -> None:

@@ -1,5 +1,7 @@
 """Which layers have experts, as ``--moe-layer-freq`` says it."""
 
+from .layer_pattern import numbers_of
+
 
 def expert_layers(num_layers: int, num_experts: int | None, frequency: int | str) -> tuple[bool, ...]:
     """Of each layer, whether it has experts.
@@ -12,6 +14,7 @@ def expert_layers(num_layers: int, num_experts: int | None, frequency: int | str
     """
     if num_experts is None:
         return (False,) * num_layers
-    if isinstance(frequency, int):
-        return tuple(layer % frequency == 0 for layer in range(num_layers))
-    return tuple(value == "1" for value in frequency.strip("[]").split(","))
+    numbers = numbers_of(frequency)
+    if isinstance(numbers, int):
+        return tuple(layer % numbers == 0 for layer in range(num_layers))
+    return tuple(map(bool, numbers))

@@ -1,6 +1,7 @@
 """Options that say which layers differ from the others, as Megatron writes them: every N-th, or a list."""
 
 import ast
+import json
 
 from mft_megatron.errors import InputError
 
@@ -62,3 +63,8 @@ def layer_frequency(text: str | int) -> int | str:
 
 # argparse names the function where it refuses a value
 layer_frequency.__name__ = "number or list of 0 and 1"
+
+
+def numbers_of(frequency: int | str | None) -> int | list[int] | None:
+    """What :func:`layer_frequency` yields, with its list as numbers, as Megatron-Core takes it; ``None`` stays."""
+    return json.loads(frequency) if isinstance(frequency, str) else frequency

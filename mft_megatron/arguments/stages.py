@@ -49,6 +49,22 @@ def virtual_stages(num_layers: int, layout: DistributedArguments) -> int | None:
     return None if stages == 1 else stages
 
 
+def layers_of_stages(num_layers: int, layout: DistributedArguments) -> list[int]:
+    """How many layers the stages have, virtual ones apart, in no order; the options have been checked."""
+    if layout.pipeline_model_parallel_layout is not None:
+        return [stage.count("t") for stage in layout_stages(layout.pipeline_model_parallel_layout)]
+    ranks, virtual = layout.pipeline_model_parallel_size, layout.num_virtual_stages_per_pipeline_rank or 1
+    first, last = layout.decoder_first_pipeline_num_layers, layout.decoder_last_pipeline_num_layers
+    own = [number for number in (first, last) if number is not None]
+    if own:
+        rest = ranks - len(own)
+        return [number // virtual for number in own + [(num_layers - sum(own)) // max(rest, 1)] * rest]
+    stages = [(num_layers + counted(layout)) // (ranks * virtual)] * (ranks * virtual)
+    stages[0] -= layout.account_for_embedding_in_pipeline_split
+    stages[-1] -= layout.account_for_loss_in_pipeline_split
+    return stages
+
+
 def counted(layout: DistributedArguments) -> int:
     """How many of embedding and loss are shared out like layers."""
     return sum(getattr(layout, name) for name, _ in COUNTED)

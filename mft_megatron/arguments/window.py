@@ -1,6 +1,4 @@
-"""Sliding windows of attention, as ``--window-size`` and ``--window-attn-skip-freq`` say them."""
-
-import json
+"""Sliding windows of attention, as ``--window-size`` says them."""
 
 
 def window_size(text: str) -> str:
@@ -17,8 +15,3 @@ def window_size(text: str) -> str:
 
 # argparse names the function where a value is refused
 window_size.__name__ = "LEFT,0 (at least 0, or -1 for all tokens; causal attention sees none to the right)"
-
-
-def window_layers(frequency: int | str | None) -> int | list[int] | None:
-    """``--window-attn-skip-freq`` as Megatron-Core takes it, from :func:`.layer_pattern.layer_frequency`."""
-    return json.loads(frequency) if isinstance(frequency, str) else frequency

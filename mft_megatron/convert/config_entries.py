@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from mft_megatron.arguments import NetworkArguments
-from mft_megatron.arguments.layer_pattern import layer_frequency
+from mft_megatron.arguments.layer_pattern import layer_frequency, numbers_of
 from mft_megatron.arguments.rope_scaling import read_rope_scaling
-from mft_megatron.arguments.window import window_layers
 from mft_megatron.errors import InputError
 
 Config = Mapping[str, Any]
@@ -329,7 +328,7 @@ class WindowOfSomeLayers:
 
 def windowed_layers(architecture: NetworkArguments) -> list[bool]:
     """Of each layer, whether it has a window."""
-    frequency = window_layers(architecture.window_attn_skip_freq)
+    frequency = numbers_of(architecture.window_attn_skip_freq)
     if architecture.window is None or frequency is None:
         return [architecture.window is not None] * architecture.num_layers
     if isinstance(frequency, int):

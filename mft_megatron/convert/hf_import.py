@@ -23,13 +23,12 @@ from mft_megatron.arguments import NetworkArguments
 from mft_megatron.convert.family import Family, Row, names_of, places
 from mft_megatron.convert.hf_folder import keep, read_architecture
 from mft_megatron.convert.row_kinds import Sizes, part, sizes_of
-from mft_megatron.convert.safetensors_files import DTYPES, WeightFiles
+from mft_megatron.convert.safetensors_files import DTYPES, PIECE_BYTES, WeightFiles, same_content
 from mft_megatron.errors import InputError
 from mft_megatron.mcore.tensor_writer import Piece, Weight, write_weights
 from mft_megatron.run_folder import HUGGINGFACE, TRACKER, CheckpointInfo, iteration_folder, replace_text, write_info
 
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-PIECE_BYTES = 128 * 2**20
 FILE_BYTES = 512 * 2**20
 OUTPUTS = {"lm_head.weight", "embed_out.weight"}
 # What old versions of transformers stored although it follows from the configuration.
@@ -106,7 +105,7 @@ def refuse_mismatch(files: WeightFiles, rows: Sequence[Row], architecture: Netwo
     for output in extra & OUTPUTS if architecture.tie_embeddings else ():
         extra.remove(output)
         embedding = next(row for row in rows if row.ours == "embedding.word_embeddings.weight").theirs[0]
-        if not _equal(files, output, embedding):
+        if not same_content(files, output, files, embedding):
             raise InputError(
                 f"{files.folder}: config.json ties the embeddings, but {output} differs from {embedding}; set "
                 "tie_word_embeddings to what the model was trained with"
@@ -130,21 +129,6 @@ def refuse_mismatch(files: WeightFiles, rows: Sequence[Row], architecture: Netwo
 def _some(names: Sequence[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"{', '.join(names[:3])}{more} {'is' if len(names) == 1 else 'are'}"
-
-
-def _equal(files: WeightFiles, name: str, other: str) -> bool:
-    a, b = files.weights[name], files.weights[other]
-    if (a.dtype, a.shape) != (b.dtype, b.shape):
-        return False
-    step = max(1, PIECE_BYTES // max(1, a.row_bytes))
-    for first in range(0, a.shape[0], step):
-        rows = min(step, a.shape[0] - first)
-        read = [torch.empty(rows, *a.shape[1:], dtype=DTYPES[a.dtype]) for _ in range(2)]
-        files.read_into(read[0], name, first)
-        files.read_into(read[1], other, first)
-        if not read[0].view(torch.uint8).equal(read[1].view(torch.uint8)):
-            return False
-    return True
 
 
 def _weight(row: Row, architecture: NetworkArguments, sizes: Sizes, files: WeightFiles) -> Weight:

@@ -28,6 +28,8 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 LONGEST_HEADER = 100 * 2**20
+# what is in memory of a weight at a time
+PIECE_BYTES = 128 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,3 +261,19 @@ def _shards(weights: Sequence[Planned], shard_bytes: int) -> Iterable[list[Plann
         shard.append(weight)
     if shard:
         yield shard
+
+
+def same_content(files: WeightFiles, name: str, other_files: WeightFiles, other_name: str) -> bool:
+    """Whether two stored weights have the same dtype, shape and bytes; read a piece at a time."""
+    a, b = files.weights[name], other_files.weights[other_name]
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    step = max(1, PIECE_BYTES // max(1, a.row_bytes))
+    for first in range(0, a.shape[0], step):
+        rows = min(step, a.shape[0] - first)
+        read = [torch.empty(rows, *a.shape[1:], dtype=DTYPES[a.dtype]) for _ in range(2)]
+        files.read_into(read[0], name, first)
+        other_files.read_into(read[1], other_name, first)
+        if not read[0].view(torch.uint8).equal(read[1].view(torch.uint8)):
+            return False
+    return True

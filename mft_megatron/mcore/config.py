@@ -11,8 +11,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from mft_megatron.arguments import Arguments, DistributedArguments, NetworkArguments
+from mft_megatron.arguments.layer_pattern import numbers_of
 from mft_megatron.arguments.stages import layout_stages
-from mft_megatron.arguments.window import window_layers
 
 from . import platform
 from .experts import expert_options
@@ -64,7 +64,7 @@ def _transformer_config(arguments: Arguments) -> TransformerConfig:
         pipeline_model_parallel_layout=pipeline_layout(layout),
         sequence_parallel=layout.sequence_parallel,
         window_size=None if network.window is None else (network.window, 0),
-        window_attn_skip_freq=window_layers(network.window_attn_skip_freq),
+        window_attn_skip_freq=numbers_of(network.window_attn_skip_freq),
         bf16=arguments.precision.bf16,
         fp16=arguments.precision.fp16,
         params_dtype=dtype_of(arguments),

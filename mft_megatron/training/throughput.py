@@ -7,7 +7,7 @@ Multiplications and additions of the matrix products, forward and backward, once
 import numpy as np
 
 from mft_megatron.arguments import Arguments, NetworkArguments
-from mft_megatron.arguments.window import window_layers
+from mft_megatron.arguments.layer_pattern import numbers_of
 from mft_megatron.data.dataset import PackedSplit
 
 
@@ -60,7 +60,7 @@ def _attended(network: NetworkArguments, lengths: np.ndarray) -> int:
         return network.num_layers * whole
     seen = np.minimum(lengths, network.window + 1)
     within = int((seen * (seen + 1) // 2 + (lengths - seen) * seen).sum())
-    frequency = window_layers(network.window_attn_skip_freq)
+    frequency = numbers_of(network.window_attn_skip_freq)
     if frequency is None:
         without = 0
     elif isinstance(frequency, int):

@@ -3,8 +3,7 @@
 import pytest
 
 from mft_megatron.arguments import parse_arguments
-from mft_megatron.arguments.layer_pattern import layer_pattern
-from mft_megatron.arguments.window import window_layers
+from mft_megatron.arguments.layer_pattern import layer_pattern, numbers_of
 from mft_megatron.errors import InputError
 
 WORDS = (
@@ -89,7 +88,7 @@ def test_tokens_that_cannot_be_shared(extra, world_size, words):
 def test_windows(extra, window, layers):
     network = parse(extra).network
     assert network.window == window
-    assert window_layers(network.window_attn_skip_freq) == layers
+    assert numbers_of(network.window_attn_skip_freq) == layers
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ RUN = (
     "--attention-dropout 0 --hidden-dropout 0 --make-vocab-size-divisible-by 128 --init-method-std 0.02 "
     "--seq-length 128 --train-iters 5 --lr 1e-3 --global-batch-size 8"
 )
-SHAPE = f"{SHAPES['llama']} {RUN}"
 # For comparing gradients: clipping would scale them in place; Adam would divide those near 0, which are rounding, by
 # their own size; and losses that differ from token to token show more.
 FOR_GRADIENTS = "--clip-grad 1e9 --adam-eps 1e-4 --init-method-std 0.05"

@@ -1,6 +1,6 @@
 """Whether what is to be computed again can be."""
 
-from mft_megatron.arguments.stages import counted, layout_stages
+from mft_megatron.arguments.stages import layers_of_stages
 from mft_megatron.arguments.table import Arguments
 
 
@@ -60,7 +60,7 @@ def _check_full(a: Arguments) -> str | None:
             "--recompute-granularity full needs --recompute-method uniform or block and --recompute-num-layers N; "
             "uniform with 1 takes least memory"
         )
-    stages, number = _layers_of_stages(a), r.recompute_num_layers
+    stages, number = layers_of_stages(a.network.num_layers, layout), r.recompute_num_layers
     wrong = next((layers for layers in stages if layers % number), None)
     if r.recompute_method == "uniform" and wrong is not None:
         return (
@@ -90,20 +90,3 @@ def _check_full(a: Arguments) -> str | None:
             f"--seq-length × --hidden-size = {size}; leave it out"
         )
     return None
-
-
-def _layers_of_stages(a: Arguments) -> list[int]:
-    """Layers of each stage of the pipeline, virtual ones apart."""
-    layout, layers = a.distributed, a.network.num_layers
-    if layout.pipeline_model_parallel_layout is not None:
-        return [stage.count("t") for stage in layout_stages(layout.pipeline_model_parallel_layout)]
-    ranks, virtual = layout.pipeline_model_parallel_size, layout.num_virtual_stages_per_pipeline_rank or 1
-    first, last = layout.decoder_first_pipeline_num_layers, layout.decoder_last_pipeline_num_layers
-    own = [number for number in (first, last) if number is not None]
-    if own:
-        rest = ranks - len(own)
-        return [number // virtual for number in own + [(layers - sum(own)) // max(rest, 1)] * rest]
-    stages = [(layers + counted(layout)) // (ranks * virtual)] * (ranks * virtual)
-    stages[0] -= layout.account_for_embedding_in_pipeline_split
-    stages[-1] -= layout.account_for_loss_in_pipeline_split
-    return stages

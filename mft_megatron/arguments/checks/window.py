@@ -1,11 +1,11 @@
 """Whether each layer is told if it has a window."""
 
+from mft_megatron.arguments.layer_pattern import numbers_of
 from mft_megatron.arguments.table import Arguments
-from mft_megatron.arguments.window import window_layers
 
 
 def check_window(a: Arguments) -> str | None:
-    layers = window_layers(a.network.window_attn_skip_freq)
+    layers = numbers_of(a.network.window_attn_skip_freq)
     if isinstance(layers, list) and len(layers) != a.network.num_layers:
         return (
             f"--window-attn-skip-freq is a list of {len(layers)} layers and --num-layers is {a.network.num_layers}; "
