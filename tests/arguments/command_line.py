@@ -1,8 +1,12 @@
-"""What tests of the command line share: options that are enough for a run, and a checkpoint to go on from."""
+"""What tests of the command line share: enough options for a run, how one is refused, a checkpoint to go on from."""
 
+import contextlib
 import dataclasses
 
+import pytest
+
 from mft_megatron.arguments import parse_arguments
+from mft_megatron.errors import InputError
 from mft_megatron.run_folder import TRACKER, CheckpointInfo, write_info
 
 BASE = (
@@ -14,6 +18,15 @@ WITHOUT_SHAPE = "--data-path data --seq-length 128 --micro-batch-size 2 --train-
 
 def parse(extra="", world_size=1, base=BASE, lengths=lambda prefix: [128]):
     return parse_arguments(f"{base} {extra}".split(), world_size, lengths)
+
+
+@contextlib.contextmanager
+def refused(words):
+    """What is done within is refused, in one line that has these words."""
+    with pytest.raises(InputError) as refusal:
+        yield
+    assert words in str(refusal.value)
+    assert "\n" not in str(refusal.value)
 
 
 def checkpoint(folder, **changes):

@@ -1,7 +1,7 @@
 """What is refused without a device: in one line, with the option, the number and the remedy."""
 
 import pytest
-from command_line import parse
+from command_line import parse, refused
 
 from mft_megatron.errors import InputError
 
@@ -188,10 +188,8 @@ REFUSED = {
 
 @pytest.mark.parametrize("extra", REFUSED)
 def test_refused_in_one_line(extra):
-    with pytest.raises(InputError) as refusal:
+    with refused(REFUSED[extra]):
         parse(extra, world_size=8)
-    assert REFUSED[extra] in str(refusal.value)
-    assert "\n" not in str(refusal.value)
 
 
 def test_too_few_ranks_are_named_whatever_follows_from_them():

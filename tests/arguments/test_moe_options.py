@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import pytest
+from command_line import refused
 
 from mft_megatron.arguments import parse_arguments
 from mft_megatron.arguments.layer_pattern import layer_frequency
@@ -161,10 +162,8 @@ def test_an_expert_is_as_large_as_an_mlp():
     ],
 )
 def test_refused(words, line):
-    with pytest.raises(InputError) as error:
+    with refused(line):
         parsed(words)
-    assert line in str(error.value)
-    assert "\n" not in str(error.value)
 
 
 def test_experts_have_no_bias():

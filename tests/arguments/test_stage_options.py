@@ -3,10 +3,10 @@
 import dataclasses
 
 import pytest
+from command_line import refused
 
 from mft_megatron.arguments import parse_arguments
 from mft_megatron.arguments.stages import layout_stages
-from mft_megatron.errors import InputError
 
 BASE = (
     "--hidden-size 64 --num-attention-heads 4 --data-path x --seq-length 8 --micro-batch-size 1 --train-iters 1 --lr 1"
@@ -103,7 +103,5 @@ def test_accepted(layers, words, virtual):
     ],
 )
 def test_refused(layers, words, line):
-    with pytest.raises(InputError) as error:
+    with refused(line):
         parsed(layers, words, world=None if "size" in words.split()[0] else 1)
-    assert line in str(error.value)
-    assert "\n" not in str(error.value)
