@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from mft_megatron.errors import run_command
+from mft_megatron.run_folder import CheckpointInfo
 
 
 def main() -> None:
@@ -18,19 +19,32 @@ def main() -> None:
     from mft_megatron.data.dataset import packed_lengths
 
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    arguments = parse_arguments(sys.argv[1:], world_size, packed_lengths, lambda folder: open_source(folder).info)
+    arguments = parse_arguments(
+        sys.argv[1:],
+        world_size,
+        packed_lengths,
+        lambda folder: open_source(folder).info,
+        lambda folder, info: open_adapter(folder, info).lora,
+    )
     from mft_megatron.training.pretrain import pretrain
+    from mft_megatron.training.saving import remove_exported
+    from mft_megatron.training.sources import Sources
 
-    source = open_source(arguments.checkpoint.hf_checkpoint) if arguments.starts_from_hf else None
+    model = open_source(arguments.checkpoint.hf_checkpoint) if arguments.reads_hf else None
+    adapter = open_adapter(arguments.lora.hf_adapter, arguments.resume[1]) if arguments.starts_from_adapter else None
     main_rank, hf = os.environ.get("RANK", "0") == "0", arguments.checkpoint.save_hf
     if hf is not None:
-        from mft_megatron.convert.hf_export import export_newest, refuse_export
+        from mft_megatron.convert.hf_export import refuse_export
 
         refuse_export(arguments.network, arguments.resume is not None and arguments.resume[1].source != "")
-    pretrain(arguments, main_rank, source)
-    if hf is not None and main_rank:
-        written = export_newest(Path(arguments.checkpoint.save), Path(hf))
-        print(f"--save-hf: {written or 'is there already'}", flush=True)
+    if hf is None or not main_rank:
+        pretrain(arguments, main_rank, Sources(model, adapter))
+        return
+    with open_exports(arguments) as exports:
+        pretrain(arguments, main_rank, Sources(model, adapter), exports)
+        exports.export_newest(Path(arguments.checkpoint.save))
+    remove_exported(arguments.checkpoint, exports.waiting)
+    exports.refuse_failures()
 
 
 def open_source(folder: str):
@@ -38,6 +52,21 @@ def open_source(folder: str):
     from mft_megatron.convert.hf_source import HuggingFaceSource
 
     return HuggingFaceSource(folder)
+
+
+def open_adapter(folder: str, info: CheckpointInfo):
+    """The adapter of ``--hf-adapter``, for the model that ``info`` describes."""
+    from mft_megatron.convert.peft_source import AdapterSource
+
+    return AdapterSource(folder, info)
+
+
+def open_exports(arguments):
+    """What writes checkpoints to ``--save-hf``: models, or adapters where those are what is trained."""
+    from mft_megatron.convert.exports import Exports
+
+    direction = "mcore-to-hf" if arguments.adapters is None else "lora-to-peft"
+    return Exports(Path(arguments.checkpoint.save_hf), Path(__file__).parent / "tools/convert_checkpoint.py", direction)
 
 
 # The guard matters: the checkpoint writer starts a process that imports this file again.

@@ -18,6 +18,7 @@ The files that name a checkpoint are written after it, and clearing up spares wh
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -52,6 +53,7 @@ TOKENIZER_FILES = (
 # 2: states of the optimizer are stored by weight, whatever optimizer wrote them; of 1 the weights can be read
 FORMAT_VERSION = 2
 READABLE_VERSIONS = (1, 2)
+_DIGEST_PIECES, _DIGEST_BYTES = 64, 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +71,10 @@ class CheckpointInfo:
     ``best``: its evaluation was the best of the run until then. ``asked_for``: it was due, at
     ``--save-interval`` or at an end of the run; one that was saved for being the best alone goes
     when a better one comes. ``source``: the Hugging Face architecture that the model came as, if
-    it did; its vocabulary may be larger than the tokenizer's.
+    it did; its vocabulary may be larger than the tokenizer's. ``lora``: what
+    :meth:`.lora.Lora.as_dict` says of its adapters, if it has any, and ``peft_type`` how they were
+    trained: lora or qlora. ``has_base``: or it holds the adapters alone. ``base``: the folder that
+    the model beside them was read from, ``base_digest`` its :func:`content_digest`.
     """
 
     iteration: int
@@ -91,6 +96,11 @@ class CheckpointInfo:
     best: bool = False
     asked_for: bool = True
     source: str = ""
+    lora: dict[str, Any] | None = None
+    peft_type: str = "none"
+    has_base: bool = True
+    base: str = ""
+    base_digest: str = ""
     format_version: int = FORMAT_VERSION
 
     @property
@@ -212,6 +222,22 @@ def _unnamed(folder: Path) -> list[tuple[Path, CheckpointInfo]]:
         if path == iteration_folder(folder, info.iteration):
             found.append((path, info))
     return found
+
+
+def content_digest(folder: Path) -> str:
+    """What tells one model's weight files from another's, in hex: their sizes, and some pieces of each.
+
+    Of a folder that holds a Hugging Face model or one checkpoint. Reads less than a mebibyte of each file.
+    """
+    digest = hashlib.sha256()
+    for file in sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".distcp")):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size} ".encode())
+        with open(file, "rb") as stream:
+            for place in range(_DIGEST_PIECES):
+                stream.seek(size * place // _DIGEST_PIECES)
+                digest.update(stream.read(_DIGEST_BYTES))
+    return digest.hexdigest()
 
 
 def remove_checkpoint(path: Path) -> None:

@@ -8,6 +8,7 @@ from .groups.fusions import FusionArguments as FusionArguments
 from .groups.initialization import InitializationArguments as InitializationArguments
 from .groups.learning_rate import LearningRateArguments as LearningRateArguments
 from .groups.logging import LoggingArguments as LoggingArguments
+from .groups.lora import LoraArguments as LoraArguments
 from .groups.mixed_precision import MixedPrecisionArguments as MixedPrecisionArguments
 from .groups.moe import MoEArguments as MoEArguments
 from .groups.multi_task import MultiTaskArguments as MultiTaskArguments

@@ -13,12 +13,14 @@ remedy. Where an option differs from Megatron's, its help says so.
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from mft_megatron.errors import InputError
 from mft_megatron.options import build_parser, fill, parse, spelling
-from mft_megatron.run_folder import CheckpointInfo, checkpoint_of, is_checkpoint, latest_checkpoint
+from mft_megatron.run_folder import CheckpointInfo, checkpoint_of, content_digest, is_checkpoint, latest_checkpoint
 
+from .adapters import from_adapter, from_checkpoint
 from .checks import CHECKS
 from .checks.batches import check_batch_schedule
 from .checks.layout import check_virtual_stages
@@ -35,7 +37,11 @@ from .without_effect import option_without_effect
 
 
 def parse_arguments(
-    command_line: Sequence[str], world_size: int = 1, packed_lengths: Any = None, describe_hf: Any = None
+    command_line: Sequence[str],
+    world_size: int = 1,
+    packed_lengths: Any = None,
+    describe_hf: Any = None,
+    describe_adapter: Any = None,
 ) -> Arguments:
     """Read, complete and check the command line of ``pretrain_mft.py``.
 
@@ -45,6 +51,8 @@ def parse_arguments(
         packed_lengths: function from a data prefix to the sequence lengths it is packed for; used where
             ``--seq-length`` is not given.
         describe_hf: function from a Hugging Face folder to its :class:`CheckpointInfo`; used with ``--hf-checkpoint``.
+        describe_adapter: function from a PEFT folder and the description of its model to a :class:`.lora.Lora`; used
+            with ``--hf-adapter``.
 
     Raises:
         InputError: an unknown, misspelt, missing or contradictory option, or a ``--load`` without a checkpoint.
@@ -58,6 +66,8 @@ def parse_arguments(
         given = {**_architecture_from(resume, given), **given}
         if not given.get("finetune") and not from_pretrained(resume, given.get("pretrained_checkpoint")):
             given["seed"] = _seed_from(resume, given)
+        given = {**given, **from_checkpoint(resume, given)}
+    given = {**given, **_from_adapter(given, resume, describe_adapter)}
     for name, hint in _REQUIRED.items():
         _need(given, name, hint)
     _expand_mftcoder_balancer(given)
@@ -65,7 +75,8 @@ def parse_arguments(
     groups = {
         field.name: fill(group, given) for field, (_, group) in zip(dataclasses.fields(Arguments), GROUPS, strict=False)
     }
-    arguments = Arguments(**groups, world_size=world_size, resume=resume)
+    base = _find_base(given, resume, describe_hf)
+    arguments = Arguments(**groups, world_size=world_size, resume=resume, base=base)
     # before anything is derived from these numbers; again below for the derived ones
     for check in (check_ranges, check_recompute_granularity, check_virtual_stages, check_batch_schedule):
         _refuse(check(arguments))
@@ -154,6 +165,53 @@ def _find_checkpoint(given: Mapping[str, Any], describe_hf: Any) -> tuple[str, C
     else:
         return None
     return str(found[0]), found[1]
+
+
+def _find_base(
+    given: Mapping[str, Any], resume: tuple[str, CheckpointInfo] | None, describe_hf: Any
+) -> tuple[str, CheckpointInfo] | None:
+    """The model whose weights are read name by name: see :class:`.table.Arguments`.
+
+    Raises:
+        InputError: a checkpoint that holds adapters alone, and no model for them, or another one than theirs.
+    """
+    if resume is None:
+        return None
+    path, info = resume
+    hf, pretrained = given.get("hf_checkpoint"), given.get("pretrained_checkpoint")
+    if info.has_base:
+        of_hf = hf is not None and os.path.abspath(hf) == path
+        return resume if of_hf or (info.lora is None and given.get("peft_type", "none") != "none") else None
+    if hf is None and pretrained is None:
+        raise InputError(
+            f"--load {path}: it holds adapters alone; give the model that they were trained beside with "
+            f"--hf-checkpoint or --pretrained-checkpoint (it was {info.base})"
+        )
+    if hf is not None:
+        base = os.path.abspath(hf), describe_hf(hf)
+    else:
+        found = latest_checkpoint(os.path.abspath(pretrained), "--pretrained-checkpoint")
+        base = str(found[0]), found[1]
+    if content_digest(Path(base[0])) != info.base_digest:
+        raise InputError(
+            f"{base[0]}: its weights are not those that the adapters of {path} were trained beside; give that model "
+            f"(it was {info.base})"
+        )
+    return base
+
+
+def _from_adapter(
+    given: Mapping[str, Any], resume: tuple[str, CheckpointInfo] | None, describe_adapter: Any
+) -> dict[str, Any]:
+    """Options that follow from the adapter of ``--hf-adapter``, unless a checkpoint has adapters already."""
+    folder = given.get("hf_adapter")
+    if folder is None or (resume is not None and resume[1].lora is not None):
+        return {}
+    if resume is None:
+        raise InputError(
+            f"--hf-adapter {folder} belongs to a model: give it with --hf-checkpoint, --pretrained-checkpoint or --load"
+        )
+    return from_adapter(folder, describe_adapter(folder, resume[1]), given)
 
 
 def _architecture_from(resume: tuple[str, CheckpointInfo], given: Mapping[str, Any]) -> dict[str, Any]:

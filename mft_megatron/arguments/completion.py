@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from .adapters import adapters_of
 from .groups.checkpointing import CheckpointArguments
 from .groups.distributed import DistributedArguments
 from .groups.learning_rate import LearningRateArguments
@@ -16,6 +17,7 @@ from .table import Arguments
 def complete(a: Arguments) -> Arguments:
     """The arguments with everything filled in; complete ones stay as they are."""
     a = dataclasses.replace(a, network=_network(a))
+    a = dataclasses.replace(a, adapters=adapters_of(a.lora, a.network))
     return dataclasses.replace(
         a,
         training=_training(a),

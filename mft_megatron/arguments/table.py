@@ -5,6 +5,7 @@ import os
 from typing import Any
 
 from mft_megatron.batch_sizes import BatchSizes, ramp_up, step_schedule
+from mft_megatron.lora import Lora
 from mft_megatron.run_folder import CheckpointInfo
 
 from .groups.checkpointing import CheckpointArguments
@@ -14,6 +15,7 @@ from .groups.fusions import FusionArguments
 from .groups.initialization import InitializationArguments
 from .groups.learning_rate import LearningRateArguments
 from .groups.logging import LoggingArguments
+from .groups.lora import LoraArguments
 from .groups.mixed_precision import MixedPrecisionArguments
 from .groups.moe import MoEArguments
 from .groups.multi_task import MultiTaskArguments
@@ -41,6 +43,7 @@ GROUPS: tuple[tuple[str, type], ...] = (
     ("logging", LoggingArguments),
     ("moe", MoEArguments),
     ("multi-task fine-tuning", MultiTaskArguments),
+    ("adapters", LoraArguments),
 )
 
 
@@ -49,6 +52,9 @@ class Arguments:
     """All options of a run, complete and checked.
 
     ``resume``: the checkpoint ``--load`` found: its folder and description; ``None`` for a run that starts anew.
+    ``base``: likewise the model whose weights are read name by name: one from Hugging Face, or that beside which
+    adapters are trained, unless it is in their own checkpoint. ``adapters``: what is trained beside the model, if not
+    the model.
     """
 
     network: NetworkArguments
@@ -67,8 +73,11 @@ class Arguments:
     logging: LoggingArguments
     moe: MoEArguments
     multi_task: MultiTaskArguments
+    lora: LoraArguments
     world_size: int
     resume: tuple[str, CheckpointInfo] | None = None
+    base: tuple[str, CheckpointInfo] | None = None
+    adapters: Lora | None = None
 
     @property
     def weights_alone(self) -> bool:
@@ -80,6 +89,22 @@ class Arguments:
         """Whether the weights come from the folder of ``--hf-checkpoint``."""
         given = self.checkpoint.hf_checkpoint
         return None not in (self.resume, given) and os.path.abspath(given) == self.resume[0]
+
+    @property
+    def reads_hf(self) -> bool:
+        """Whether weights are read from the folder of ``--hf-checkpoint``."""
+        given = self.checkpoint.hf_checkpoint
+        return None not in (self.base, given) and os.path.abspath(given) == self.base[0]
+
+    @property
+    def starts_from_adapter(self) -> bool:
+        """Whether adapters come from the folder of ``--hf-adapter``."""
+        return self.lora.hf_adapter is not None and (self.resume is None or self.resume[1].lora is None)
+
+    @property
+    def saves_base(self) -> bool:
+        """Whether checkpoints hold more than adapters."""
+        return not (self.lora.save_adapters_only or self.lora.peft_type == "qlora")
 
     @property
     def data_parallel_size(self) -> int:
@@ -110,13 +135,14 @@ class Arguments:
         without = self.training.optimizer == "sgd" and not self.regularization.sgd_momentum
         return f"{self.training.optimizer} without momentum" if without else self.training.optimizer
 
+    def groups(self) -> list[Any]:
+        """The groups of options, in the order of :data:`GROUPS`."""
+        return [getattr(self, field.name) for field, _ in zip(dataclasses.fields(self), GROUPS, strict=False)]
+
     def as_options(self) -> dict[str, Any]:
         """Every option's effective value by Megatron's name, for ``config.yaml``."""
         return {
-            field.name: getattr(getattr(self, group.name), field.name)
-            for group in dataclasses.fields(self)
-            if dataclasses.is_dataclass(getattr(self, group.name))
-            for field in dataclasses.fields(getattr(self, group.name))
+            field.name: getattr(group, field.name) for group in self.groups() for field in dataclasses.fields(group)
         }
 
 

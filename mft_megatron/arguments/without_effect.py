@@ -15,6 +15,7 @@ from mft_megatron.options import spelling
 from .table import GROUPS
 
 FP8_DELAYED = ("fp8_margin", "fp8_amax_history_len", "fp8_amax_compute_algo", "fp8_wgrad")
+ADAPTERS = ("lora_", "use_rslora", "loraplus_lr_ratio", "save_adapters_only")
 FP8 = ("fp8_recipe", "first_last_layers_bf16", *FP8_DELAYED)
 
 
@@ -98,6 +99,7 @@ def option_without_effect(given: Mapping[str, Any], asked_for: Collection[str]) 
         ("bias_swiglu_fusion", given.get("swiglu"), "--swiglu"),
         ("async_save", given.get("save"), "--save"),
         ("moe_", given.get("num_experts"), "--num-experts"),
+        *((name, given.get("peft_type", "none") != "none", "--peft-type lora or qlora") for name in ADAPTERS),
         ("moe_router_bias_update_rate", given.get("moe_router_enable_expert_bias"), "--moe-router-enable-expert-bias"),
         ("moe_token_drop_policy", given.get("moe_expert_capacity_factor"), "--moe-expert-capacity-factor"),
         ("weight_decay", growth == "constant", "--weight-decay-incr-style constant, which is the default"),

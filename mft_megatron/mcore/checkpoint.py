@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from mft_megatron.arguments import CheckpointArguments
 from mft_megatron.errors import InputError
+from mft_megatron.lora import is_adapter
 from mft_megatron.losses.focal import TaskStatistics
 from mft_megatron.run_folder import TRACKER, CheckpointInfo, iteration_folder, replace_text, write_info
 
@@ -42,12 +43,13 @@ class Writer:
     in :meth:`poll` or :meth:`finish`, that they have; a checkpoint counts from then on.
     """
 
-    def __init__(self, options: CheckpointArguments):
+    def __init__(self, options: CheckpointArguments, with_base: bool = True):
         """
         Args:
             options: how to write, and whether the optimizer and the random-number state are part of checkpoints.
+            with_base: whether all weights are, or those of adapters alone.
         """
-        self._options = options
+        self._options, self._with_base = options, with_base
         self._queue = AsyncCallsQueue() if options.async_save else None
         self._now = ""
 
@@ -90,7 +92,7 @@ class Writer:
 
         self._now = str(path)
         with trainer.weights.whole(), _quiet():
-            state = _state(trainer, self._options, training_state)
+            state = _state(trainer, self._options, training_state, self._with_base)
             request = dist_checkpointing.save(
                 state,
                 str(path),
@@ -135,16 +137,19 @@ def save(
     info: CheckpointInfo,
     options: CheckpointArguments,
     training_state: dict[str, Any] | None = None,
+    with_base: bool = True,
 ) -> Path:
     """Write a single checkpoint, as :meth:`Writer.save` does, and wait until it is complete."""
-    writer = Writer(options)
+    writer = Writer(options, with_base)
     path = writer.save(folder, trainer, info, training_state)
     writer.finish()
     return path
 
 
-def _state(trainer: Trainer, options: CheckpointArguments, training_state: dict[str, Any] | None) -> dict[str, Any]:
-    model_state = _model_state(trainer)
+def _state(
+    trainer: Trainer, options: CheckpointArguments, training_state: dict[str, Any] | None, with_base: bool
+) -> dict[str, Any]:
+    model_state = _model_state(trainer, with_base)
     state = {
         "model": model_state,
         "scheduler": trainer.scheduler.state_dict(),
@@ -177,7 +182,7 @@ def _replicas() -> torch.distributed.ProcessGroup:
 
 
 def load(path: Path, trainer: Trainer, info: CheckpointInfo, options: CheckpointArguments) -> dict[str, Any]:
-    """Load a checkpoint written at any layout into the trainer, in place.
+    """Load a checkpoint written at any layout into the trainer, in place; of one of adapters alone those.
 
     With ``--finetune`` only the weights; else also the optimizer, the schedule, the statistics of the focal loss and,
     on the same layout, the random-number state, unless the options leave them out.
@@ -188,7 +193,7 @@ def load(path: Path, trainer: Trainer, info: CheckpointInfo, options: Checkpoint
     Raises:
         InputError: the checkpoint does not hold what this model needs.
     """
-    model_state = _model_state(trainer)
+    model_state = _model_state(trainer, info.has_base)
     state = {"model": model_state}
     # says in one line if the index is damaged; Megatron-Core would go on without it for a while
     absent = _take_out_absent(model_state, TensorReader(path))
@@ -208,7 +213,8 @@ def load(path: Path, trainer: Trainer, info: CheckpointInfo, options: Checkpoint
         raise InputError(f"{path}: rank {rank} cannot load it ({_reason(error)})", always=True) from error
     for name, chunk in _named_chunks(trainer):
         own = chunk.state_dict()
-        chunk.load_state_dict({**loaded["model"][name], **{key: own[key] for key in absent[name]}})
+        kept = own.keys() - loaded["model"][name].keys() if not info.has_base else absent[name]
+        chunk.load_state_dict({**loaded["model"][name], **{key: own[key] for key in kept}})
     if whole and options.load_optim:
         trainer.scheduler.load_state_dict(loaded["scheduler"])
     if with_optimizer:
@@ -228,9 +234,13 @@ def _named_chunks(trainer: Trainer) -> Iterator[tuple[str, torch.nn.Module]]:
     return ((f"chunk{number}", chunk.module) for number, chunk in enumerate(trainer.chunks))
 
 
-def _model_state(trainer: Trainer) -> dict[str, dict]:
-    """Weights by chunk; the keys under which they are stored know the layers of the whole model, not the chunks."""
-    return {name: chunk.sharded_state_dict() for name, chunk in _named_chunks(trainer)}
+def _model_state(trainer: Trainer, with_base: bool) -> dict[str, dict]:
+    """Weights by chunk, or those of adapters alone; the keys under which they are stored know the layers of the whole
+    model, not the chunks."""
+    return {
+        name: {key: entry for key, entry in chunk.sharded_state_dict().items() if with_base or is_adapter(key)}
+        for name, chunk in _named_chunks(trainer)
+    }
 
 
 def _take_out_absent(model_state: dict[str, dict], reader: TensorReader) -> dict[str, list[str]]:

@@ -47,7 +47,7 @@ def _transformer_config(arguments: Arguments) -> TransformerConfig:
         add_bias_linear=network.add_bias_linear,
         add_qkv_bias=network.add_qkv_bias,
         qk_layernorm=network.qk_layernorm,
-        gated_linear_unit=network.swiglu,
+        gated_linear_unit=network.gated,
         activation_func=activation(network),
         softmax_scale=softmax_scale(network.kv_channels, network.scaling),
         attention_dropout=arguments.regularization.attention_dropout,

@@ -21,7 +21,8 @@ from mft_megatron.arguments import Arguments
 def wrap(arguments: Arguments, models: Sequence[torch.nn.Module]) -> list[DistributedDataParallel]:
     """This rank's chunks of the model, with buffers of gradients and, if that is distributed, for the optimizer."""
     _quiet()
-    config = data_parallel_config(arguments, sum(p.numel() for model in models for p in model.parameters()))
+    trained = sum(p.numel() for model in models for p in model.parameters() if p.requires_grad)
+    config = data_parallel_config(arguments, trained)
     chunks = [
         # only the first chunk's gradients come last, with nothing left to compute meanwhile
         DistributedDataParallel(config=model.config, ddp_config=config, module=model, disable_bucketing=number > 0)
@@ -36,7 +37,7 @@ def data_parallel_config(arguments: Arguments, num_parameters: int = 0) -> Distr
 
     Args:
         arguments: of the whole run.
-        num_parameters: of this rank's chunks, which ``--ddp-num-buckets`` divides.
+        num_parameters: that are trained, of this rank's chunks, which ``--ddp-num-buckets`` divides.
     """
     layout, size = arguments.distributed, arguments.distributed.ddp_bucket_size
     if layout.ddp_num_buckets is not None:

@@ -1,13 +1,18 @@
 """Weights of this rank filled from anywhere, by their place in a checkpoint: no checkpoint is needed.
 
-What part of each weight is this rank's, the sharded state dict knows; only that is asked for.
+What part of each weight is this rank's, the sharded state dict knows; only that is asked for. Of weights that are kept
+in 4 bits there is one at a time in memory.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 
+from mft_megatron.lora import is_adapter
+
+from .quantized import quantized_parts
 from .shards import shards_of
 from .step import Trainer
 
@@ -16,14 +21,30 @@ Read = Callable[[str, tuple[int, ...], tuple[int, ...], tuple[int, ...]], Tensor
 
 
 @torch.no_grad()
-def fill_weights(trainer: Trainer, read: Read) -> None:
-    """Fill all weights of the model, in place, and the optimizer's copies of them.
+def fill_weights(trainer: Trainer, read: Read, adapters: bool = False) -> None:
+    """Fill the weights of the model, in place, and the optimizer's copies of them.
 
     Args:
         read: the content of a part of a weight, of any dtype, on the CPU.
+        adapters: those of the adapters, or all others.
     """
-    for shard in (shard for chunk in trainer.chunks for shard in shards_of(chunk.module)):
-        stacked = shard.prepend_axis_num
-        place, first = shard.global_offset[:stacked], shard.global_offset[stacked:]
-        shard.data.copy_(read(shard.key, place, first, tuple(shard.data.shape)))
+    for chunk in trainer.chunks:
+        for shard in shards_of(chunk.module):
+            if is_adapter(shard.key) == adapters:
+                shard.data.copy_(_read(shard, read))
+        if not adapters:
+            for name, layer, shards in quantized_parts(chunk.module):
+                layer.hold_weight(_read_whole(shards, read), name.rpartition(".")[2])
     trainer.optimizer.reload_model_params()
+
+
+def _read_whole(shards: Sequence[ShardedTensor], read: Read) -> Tensor:
+    """This rank's part of a weight out of its pieces."""
+    pieces = [_read(shard, read) for shard in shards]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def _read(shard: ShardedTensor, read: Read) -> Tensor:
+    stacked = shard.prepend_axis_num
+    place, first = shard.global_offset[:stacked], shard.global_offset[stacked:]
+    return read(shard.key, place, first, tuple(shard.data.shape))

@@ -8,6 +8,7 @@ part" is, the sharded state dict knows already.
 
 import hashlib
 import math
+from collections.abc import Callable
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
@@ -19,6 +20,9 @@ from megatron.core.tensor_parallel.layers import (
 )
 from torch import Tensor
 
+from mft_megatron.lora import is_adapter
+
+from .lora import bound_of_a
 from .shards import shards_of
 
 SPLIT_AXIS = {VocabParallelEmbedding: 0, ColumnParallelLinear: 0, RowParallelLinear: 1}
@@ -45,12 +49,29 @@ def initialize_weights(
     norm = 0.0 if model.config.layernorm_zero_centered_gamma else 1.0
     residual_std = std / math.sqrt(2 * model.config.num_layers)
     for shard in shards_of(model):
+        if is_adapter(shard.key):
+            continue
         scale = residual_std if ".linear_proj." in shard.key or ".linear_fc2." in shard.key else std
         if embedding_std is not None and shard.key.startswith("embedding."):
             scale = embedding_std
         elif xavier:
             scale = None
         shard.data.copy_(_draw(shard, seed, scale, norm))
+
+
+@torch.no_grad()
+def initialize_adapters(model: torch.nn.Module, seed: int) -> None:
+    """Draw the matrices of adapters, in place: A as PEFT does, B 0, so that they begin as no change at all."""
+    for shard in shards_of(model):
+        if shard.key.endswith(".lora_b"):
+            shard.data.zero_()
+        elif is_adapter(shard.key):
+            bound = bound_of_a(shard.global_shape[-1])
+            shard.data.copy_(
+                _part_of_whole(
+                    shard, seed, lambda whole, generator, b=bound: whole.uniform_(-b, b, generator=generator)
+                )
+            )
 
 
 def mark_split_weights(model: torch.nn.Module) -> None:
@@ -70,14 +91,20 @@ def _draw(shard: ShardedTensor, seed: int, std: float | None, norm: float) -> Te
         return torch.zeros_like(shard.data)
     if "norm" in shard.key:
         return torch.full_like(shard.data, norm)
+    if std is None:
+        return _part_of_whole(
+            shard, seed, lambda whole, generator: torch.nn.init.xavier_uniform_(whole, generator=generator)
+        )
+    return _part_of_whole(shard, seed, lambda whole, generator: whole.normal_(0.0, std, generator=generator))
+
+
+def _part_of_whole(shard: ShardedTensor, seed: int, draw: Callable[[Tensor, torch.Generator], object]) -> Tensor:
+    """This rank's part of a parameter that is drawn as a whole, in place, from a random stream of its own."""
     stacked = shard.prepend_axis_num  # leading axes of the checkpoint that count layers
     name = f"{seed}/{shard.key}/{shard.global_offset[:stacked]}"
     generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") >> 1)
     whole = torch.empty(shard.global_shape[stacked:])
-    if std is None:
-        torch.nn.init.xavier_uniform_(whole, generator=generator)
-    else:
-        whole.normal_(0.0, std, generator=generator)
+    draw(whole, generator)
     part = tuple(
         slice(start, start + length)
         for start, length in zip(shard.global_offset[stacked:], shard.data.shape, strict=True)

@@ -7,7 +7,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mft_megatron.arguments import Arguments
 
-from . import platform
+from . import nf4, platform
 from .attention_backends import choose, shape_of
 from .packages import importable
 
@@ -72,4 +72,5 @@ def describe(arguments: Arguments, config: TransformerConfig) -> str:
     missing = ""
     if platform.HAS_CUDA and arguments.fusions.gradient_accumulation_fusion and not config.gradient_accumulation_fusion:
         missing = " (sums of gradients not: apex's kernel for it is not installed)"
-    return f"{attention.describe()}; linear layers: {linear}; fused: {fused}{missing}"
+    quantized = f"; {nf4.describe()}" if arguments.lora.peft_type == "qlora" else ""
+    return f"{attention.describe()}; linear layers: {linear}{quantized}; fused: {fused}{missing}"

@@ -13,6 +13,7 @@ from . import transformer_engine
 from .attention import PackedAttention
 from .norm import NORMS
 from .parallel_residual import ParallelResidualLayer
+from .quantized import quantize_layer
 from .router import PackedRouter
 
 
@@ -40,6 +41,8 @@ def _layer(config: TransformerConfig, arguments: Arguments, has_experts: bool) -
             qk_layernorm=network.qk_layernorm,
             normalization=network.normalization,
         )
+    if arguments.lora.peft_type == "qlora":
+        quantize_layer(layer)
     if has_experts:
         layer.submodules.mlp.submodules.router = PackedRouter
         # in a checkpoint the norm goes by the MLP's first matrix, and here there is none

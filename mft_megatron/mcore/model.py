@@ -26,9 +26,11 @@ from .attention import Packing
 from .config import dtype_of, transformer_config
 from .cross_entropy import FusedOutputLayer, Targets, vocab_parallel_nll
 from .data_parallel import wrap
+from .embedding import ScaledEmbedding
 from .experts import mark_expert_weights, rows_of_tokens
-from .initialize import initialize_weights, mark_split_weights
+from .initialize import initialize_adapters, initialize_weights, mark_split_weights
 from .layers import block_spec
+from .lora import add_adapters
 from .rope_frequencies import inverse_frequencies
 from .rotary import RotaryByPosition
 
@@ -65,12 +67,15 @@ class PackedGPTModel(GPTModel):
             vp_stage=virtual_stage,
         )
         self.real_vocab_size = vocab_size
+        self.has_adapters = arguments.adapters is not None
         if network.position_embedding_type == "rope":
             # Megatron makes this one itself, too
             self.rotary_pos_emb.__class__ = RotaryByPosition
             if network.scaling is not None:
                 rotated = int(network.kv_channels * network.rotary_percent)
                 self.rotary_pos_emb.inv_freq = inverse_frequencies(rotated, network.rotary_base, network.scaling)
+        if network.scale_embeddings_by_hidden_size and self.pre_process:
+            self.embedding.word_embeddings.__class__ = ScaledEmbedding
         self.fused = arguments.training.cross_entropy_impl == "fused-linear"
         if self.fused and self.post_process:
             # Megatron makes its output layer itself; this one has the same weights, names and hooks
@@ -112,8 +117,12 @@ class PackedGPTModel(GPTModel):
 
     def _preprocess(self, *, padding_mask: Tensor | None = None, **others) -> tuple:
         """Megatron's first step, on each stage; it would divide the mask for sequence parallelism on the first only."""
-        *prepared, _ = super()._preprocess(**others)
-        return *prepared, padding_mask
+        decoder_input, *prepared, _ = super()._preprocess(**others)
+        if decoder_input is not None and self.has_adapters and torch.is_grad_enabled():
+            # nothing before the first adapter is trained, and a layer that is to be computed again has gradients only
+            # if its input has
+            decoder_input.requires_grad_()
+        return decoder_input, *prepared, padding_mask
 
     def _targets(self, batch: Batch, slope: Callable[[Batch], Slope | None] | None) -> Tensor | Targets:
         """What goes through Megatron's forward pass, untouched by it, as labels."""
@@ -154,6 +163,9 @@ def _build_chunk(arguments: Arguments, vocab_size: int, virtual_stage: int | Non
     model = PackedGPTModel(arguments, vocab_size, virtual_stage).to(platform.device(), dtype_of(arguments))
     mark_split_weights(model)
     mark_expert_weights(model)
+    if arguments.adapters is not None:
+        add_adapters(model, arguments.adapters)
+        initialize_adapters(model, arguments.initialization.seed)
     if arguments.resume is None:
         how = arguments.initialization
         initialize_weights(

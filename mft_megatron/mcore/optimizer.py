@@ -13,6 +13,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import (
     MegatronOptimizer,
     OptimizerConfig,
+    ParamKey,
     get_megatron_optimizer,
     get_standard_config_overrides,
 )
@@ -60,6 +61,10 @@ def build_optimizer(arguments: Arguments, chunks: list[DistributedDataParallel])
         if "max_lr" in override:
             # by this Megatron-Core tells groups of a checkpoint apart, and leaves it to who has more than the usual two
             override["is_decoupled_lr"] = True
+    ratio = arguments.lora.loraplus_lr_ratio
+    if ratio is not None:
+        # LoRA+ (Hayou et al. 2024, arXiv 2402.12354)
+        overrides[ParamKey(name="*.lora_b")] = {"max_lr": ratio * config.lr, "min_lr": ratio * config.min_lr}
     return get_megatron_optimizer(config, chunks, config_overrides=overrides, use_gloo_process_groups=False)
 
 

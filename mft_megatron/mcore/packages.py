@@ -26,6 +26,8 @@ TRANSFORMER_ENGINE = Package(
     "2.9",
     "pip install --no-build-isolation 'transformer-engine[pytorch]>=2.9,<2.12'",
 )
+# its kernels are operators of torch since then
+BITSANDBYTES = Package("bitsandbytes", "bitsandbytes", "0.46", "pip install 'bitsandbytes>=0.46'")
 
 
 def missing(package: Package) -> str | None:

@@ -105,9 +105,12 @@ def counts_losses() -> bool:
     return is_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
 
 
-def count_parameters(chunks: Iterable[torch.nn.Module]) -> int:
-    """Parameters of the whole model over all ranks, each counted once; ``chunks`` are this rank's part."""
-    counted = _of_all_weights(chunks, lambda weight: weight.numel())
+def count_parameters(chunks: Iterable[torch.nn.Module], trained: bool = False) -> int:
+    """Parameters of the whole model over all ranks, each counted once, or those of them that are ``trained``.
+
+    ``chunks`` are this rank's part.
+    """
+    counted = _of_all_weights(chunks, lambda weight: weight.numel() * (weight.requires_grad or not trained))
     return round(counted)
 
 

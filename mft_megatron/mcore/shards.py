@@ -1,6 +1,7 @@
 """This rank's parts of a model's weights, and where in the checkpoint each of them lies."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
@@ -11,7 +12,12 @@ def shards_of(model: torch.nn.Module) -> Iterator[ShardedTensor]:
 
     A parameter that is several pieces of the checkpoint (gate and up projection) yields each of them.
     """
-    for entry in model.sharded_state_dict().values():
+    yield from shards_in(model.sharded_state_dict().values())
+
+
+def shards_in(entries: Iterable[Any]) -> Iterator[ShardedTensor]:
+    """Of the weights among entries of a sharded state dict."""
+    for entry in entries:
         if isinstance(entry, ShardedTensorFactory):
             parts = entry.build()
             yield from parts if isinstance(parts, list) else parts.values()

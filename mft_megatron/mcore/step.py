@@ -173,9 +173,10 @@ class Trainer:
         loss_K, tokens_K = sums[SUMS.index("loss_K")], sums[SUMS.index("tokens_K")]
         return (loss_K / tokens_K).cpu().numpy()
 
-    def num_parameters(self) -> int:
-        """Parameters of the whole model, padding of the vocabulary counted in and shared weights counted once."""
-        return parallel.count_parameters(self.chunks)
+    def num_parameters(self, trained: bool = False) -> int:
+        """Parameters of the whole model, or those that are ``trained``; padding of the vocabulary counted in and shared
+        weights counted once."""
+        return parallel.count_parameters(self.chunks, trained)
 
     def _factors(self, objective: Objective, plans: Sequence[StepPlan]) -> StepFactors:
         counts = (sum(plan.supervised_tokens_K for plan in plans), sum(plan.samples_K for plan in plans))

@@ -66,7 +66,7 @@ def train(
                 clock.count_step()
                 _refuse_divergence(progress, report.grad_norm)
                 unlogged = (progress, report, plan)
-            saver.poll()
+            saver.poll(progress, log)
             epochs.after_step(trainer, log, before, progress)
             if balance.after_step(trainer, log, progress):
                 clock.count_draw()

@@ -19,6 +19,7 @@ from mft_megatron.run_folder import CONFIG, effective_configuration, replace_tex
 from mft_megatron.training.epochs import EpochProof
 from mft_megatron.training.evaluation import Evaluation
 from mft_megatron.training.loop import train
+from mft_megatron.training.model_tokenizer import check_model_tokenizer
 from mft_megatron.training.run_log import RunLog
 from mft_megatron.training.saving import (
     Saver,
@@ -28,24 +29,27 @@ from mft_megatron.training.saving import (
     refuse_other_data,
     resume,
 )
+from mft_megatron.training.sources import NO_SOURCES, Sources
 from mft_megatron.training.task_weights import weights_of_data
 
 HASHED_BYTES = 16 * 2**30
 
 
-def pretrain(arguments: Arguments, main_rank: bool = True, source: Any = None) -> None:
+def pretrain(arguments: Arguments, main_rank: bool = True, sources: Sources = NO_SOURCES, exports: Any = None) -> None:
     """Train as the arguments say.
 
     Args:
         arguments: complete and checked.
         main_rank: whether this process is rank 0, which alone checks the content of the data set.
-        source: what ``--hf-checkpoint`` names: loads its weights into a trainer, and copies what is kept of it.
+        sources: what ``--hf-checkpoint`` and ``--hf-adapter`` name.
+        exports: takes the checkpoints of ``--save-hf-interval``, see :class:`.saving.Saver`; on rank 0 alone.
 
     Raises:
         InputError: the data set, the tokenizer, the weights or the checkpoint cannot be used, or training diverged.
     """
     dataset, checked = open_dataset(arguments, main_rank)
     _check_tokenizer(arguments, dataset)
+    of_model = check_model_tokenizer(arguments, dataset) if main_rank else ""
     refuse_other_data(arguments, dataset)
     _refuse_uneven_gathering(arguments, dataset)
     if arguments.validation.skip_train and "valid" not in dataset.splits:
@@ -58,6 +62,8 @@ def pretrain(arguments: Arguments, main_rank: bool = True, source: Any = None) -
             log.say(f"{arguments.world_size} rank(s) on {platform.describe()}")
             if not checked:
                 log.say("large data set: sizes of its files are checked, contents by tools/inspect_data.py --check")
+            if of_model:
+                log.say(of_model)
             trainer = Trainer(arguments, model_vocab_size(arguments, dataset), evaluation.balance.weight_K)
             log.say(_shape(arguments, dataset, trainer))
             log.say(kernels.describe(arguments, trainer.chunks[0].config))
@@ -67,15 +73,16 @@ def pretrain(arguments: Arguments, main_rank: bool = True, source: Any = None) -
             if of_data is not None:
                 log.say(of_data)
             if options.save is not None and parallel.is_main():
-                _describe_run(arguments, dataset, log, source)
-            progress, state = resume(arguments, trainer, log, source)
+                _describe_run(arguments, dataset, log, sources)
+            progress, state = resume(arguments, trainer, log, sources)
             evaluation.load(state, log, progress)
             if arguments.validation.skip_train:
                 evaluation.run(trainer, log, progress)
                 return
             epochs = EpochProof(arguments, dataset)
             epochs.load(state, log, progress)
-            train(arguments, dataset, trainer, evaluation, epochs, Saver(arguments, dataset), log, progress)
+            saver = Saver(arguments, dataset, exports)
+            train(arguments, dataset, trainer, evaluation, epochs, saver, log, progress)
         finally:
             log.close()
 
@@ -115,10 +122,10 @@ def _refuse_uneven_gathering(arguments: Arguments, dataset: PackedDataset) -> No
         )
 
 
-def _describe_run(arguments: Arguments, dataset: PackedDataset, log: RunLog, source: Any) -> None:
+def _describe_run(arguments: Arguments, dataset: PackedDataset, log: RunLog, sources: Sources) -> None:
     folder = Path(arguments.checkpoint.save)
     replace_text(folder / CONFIG, effective_configuration(arguments.as_options(), arguments.world_size))
-    keep_source(arguments, source)
+    keep_source(arguments, sources)
     keep_tokenizer(str(folder), arguments.data.tokenizer_model or dataset.ledger.tokenizer.model, log)
 
 
@@ -128,8 +135,11 @@ def _shape(arguments: Arguments, dataset: PackedDataset, trainer: Trainer) -> st
     experts = layout.expert_model_parallel_size
     shared = f" (experts over {experts})" if experts > 1 else ""
     context = f" × CP {layout.context_parallel_size}" if layout.context_parallel_size > 1 else ""
+    adapters = ""
+    if arguments.adapters is not None:
+        adapters = f", {trainer.num_parameters(trained=True):,} of them trained: {arguments.adapters.describe()}"
     return (
-        f"{trainer.num_parameters():,} parameters; TP {layout.tensor_model_parallel_size} × PP "
+        f"{trainer.num_parameters():,} parameters{adapters}; TP {layout.tensor_model_parallel_size} × PP "
         f"{layout.pipeline_model_parallel_size}{virtual}{context} × DP {arguments.data_parallel_size}{shared}; "
         f"{len(dataset.tasks)} tasks in {dataset.split('train').num_packs:,} training packs of "
         f"{arguments.data.seq_length}; objective {arguments.multi_task.mft_loss}, weights "

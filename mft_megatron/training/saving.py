@@ -4,19 +4,22 @@ import contextlib
 import dataclasses
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mft_megatron.arguments import Arguments
+from mft_megatron.arguments import Arguments, CheckpointArguments
 from mft_megatron.data.dataset import PackedDataset
 from mft_megatron.errors import InputError
 from mft_megatron.mcore import checkpoint, parallel
+from mft_megatron.mcore.checkpoint_source import CheckpointSource
+from mft_megatron.mcore.fill import fill_weights
 from mft_megatron.mcore.step import Trainer
 from mft_megatron.run_folder import (
     HUGGINGFACE,
     TOKENIZER,
     CheckpointInfo,
+    content_digest,
     copy_tokenizer,
     iteration_folder,
     not_retained,
@@ -28,15 +31,23 @@ from mft_megatron.run_folder import (
 from mft_megatron.training.progress import Progress
 from mft_megatron.training.records import event_record
 from mft_megatron.training.run_log import RunLog
+from mft_megatron.training.sources import Sources
 
 
 class Saver:
     """Writes checkpoints of a run into ``--save``; does nothing without it."""
 
-    def __init__(self, arguments: Arguments, dataset: PackedDataset):
+    def __init__(self, arguments: Arguments, dataset: PackedDataset, exports: Any = None):
+        """
+        Args:
+            exports: takes checkpoints that are to be exported while the run goes on (``add``), says which of them it
+                still needs (``waiting``) and what has become of the others (``poll``); on rank 0 alone.
+        """
         self._arguments = arguments
         self._dataset = dataset
-        self._writer = checkpoint.Writer(arguments.checkpoint)
+        self._exports = exports
+        self._base = _base_of_adapters(arguments)
+        self._writer = checkpoint.Writer(arguments.checkpoint, arguments.saves_base)
 
     def due(self, step: int, always: bool, best: bool = False) -> bool:
         """Whether to save after ``step``: at ``--save-interval``, ``always`` at an end of the run, and where its
@@ -61,22 +72,23 @@ class Saver:
             if best and parallel.is_main():
                 record_best(folder, progress.step)
             log.write(event_record(progress, "save", **details, **({"best": True} if best else {})))
+            if self._exports is not None and self._to_export(progress.step):
+                self._exports.add(path)
             if parallel.is_main():
                 if best:
-                    _remove(superseded(folder), "no longer the best checkpoint", progress, log)
+                    self._remove(superseded(folder), "no longer the best checkpoint", progress, log)
                 if retained is not None:
-                    _remove(
-                        not_retained(folder, retained),
-                        f"not retained by --save-retain-interval {retained}",
-                        progress,
-                        log,
-                    )
+                    reason = f"not retained by --save-retain-interval {retained}"
+                    self._remove(not_retained(folder, retained), reason, progress, log)
 
         self._writer.save(folder, trainer, self._info(progress, always, best), state, when_complete)
 
-    def poll(self) -> None:
-        """After each step: complete a checkpoint that was written in the background meanwhile."""
+    def poll(self, progress: Progress, log: RunLog) -> None:
+        """After each step: complete a checkpoint that was written in the background meanwhile, and tell of exports
+        that have ended."""
         self._writer.poll()
+        for details in self._exports.poll() if self._exports is not None else ():
+            log.write(event_record(progress, "export failed" if "failed" in details else "export", **details))
 
     def finish(self) -> None:
         """At an end of the run: wait for a checkpoint that is being written in the background."""
@@ -92,6 +104,21 @@ class Saver:
             if not error.always:
                 self.finish()
             raise
+
+    def _remove(self, paths: list[Path], reason: str, progress: Progress, log: RunLog) -> None:
+        """Remove checkpoints; one that is still to be exported goes with a later one."""
+        spared = self._exports.waiting if self._exports is not None else ()
+        for path in (path for path in paths if path not in spared):
+            try:
+                remove_checkpoint(path)
+            except OSError as error:  # a full disk is worse than an ended run, but not now
+                log.say(f"{path} is {reason} and cannot be removed ({error}); remove it")
+            else:
+                log.write(event_record(progress, "remove", path=str(path), reason=reason))
+
+    def _to_export(self, step: int) -> bool:
+        interval = self._arguments.checkpoint.save_hf_interval
+        return interval is not None and step % interval == 0
 
     def _asked_for(self, step: int, always: bool) -> bool:
         interval = self._arguments.checkpoint.save_interval
@@ -122,17 +149,27 @@ class Saver:
             best=best,
             asked_for=self._asked_for(progress.step, always),
             source=a.resume[1].source if a.resume is not None else "",
+            lora=a.adapters.as_dict() if a.adapters is not None else None,
+            peft_type=a.lora.peft_type,
+            has_base=a.saves_base,
+            **self._base,
         )
 
 
-def _remove(paths: list[Path], reason: str, progress: Progress, log: RunLog) -> None:
-    for path in paths:
-        try:
-            remove_checkpoint(path)
-        except OSError as error:  # a full disk is worse than an ended run, but not now
-            log.say(f"{path} is {reason} and cannot be removed ({error}); remove it")
-        else:
-            log.write(event_record(progress, "remove", path=str(path), reason=reason))
+def _base_of_adapters(arguments: Arguments) -> dict[str, str]:
+    """Of a run whose checkpoints hold adapters alone: what they belong to."""
+    if arguments.saves_base or arguments.base is None:
+        return {}
+    folder = arguments.base[0]
+    return {"base": folder, "base_digest": content_digest(Path(folder))}
+
+
+def remove_exported(options: CheckpointArguments, spared: Sequence[Path]) -> None:
+    """After the last export of a run: remove checkpoints that were only kept for it, but for ``spared``."""
+    if options.save_retain_interval is not None and options.save_hf_interval is not None:
+        for path in not_retained(Path(options.save), options.save_retain_interval):
+            if path not in spared:
+                remove_checkpoint(path)
 
 
 def refuse_other_data(arguments: Arguments, dataset: PackedDataset) -> None:
@@ -162,10 +199,10 @@ def model_vocab_size(arguments: Arguments, dataset: PackedDataset) -> int:
     return dataset.vocab_size if arguments.resume is None else arguments.resume[1].vocab_size
 
 
-def resume(arguments: Arguments, trainer: Trainer, log: RunLog, source: Any = None) -> tuple[Progress, dict[str, Any]]:
+def resume(arguments: Arguments, trainer: Trainer, log: RunLog, sources: Sources) -> tuple[Progress, dict[str, Any]]:
     """Load the checkpoint of ``--load``, if there is one; where the run stands then, and the state it was saved with.
 
-    Where the run starts from ``--hf-checkpoint``, ``source`` loads its weights.
+    Weights that are not in it come from ``sources``.
 
     A run that goes on in its own folder has the best checkpoint of the state it goes on from, not of a future that it
     is about to replace.
@@ -174,11 +211,15 @@ def resume(arguments: Arguments, trainer: Trainer, log: RunLog, source: Any = No
         return Progress(), {}
     path, info = arguments.resume
     options = dataclasses.replace(arguments.checkpoint, finetune=arguments.weights_alone)
-    if arguments.starts_from_hf:
-        source.load(trainer)
-        state = {}
-    else:
+    if arguments.reads_hf:
+        sources.model.load(trainer)
+    elif arguments.base is not None:
+        fill_weights(trainer, CheckpointSource(Path(arguments.base[0]), arguments.base[1]).read)
+    state = {}
+    if arguments.base != arguments.resume:
         state = checkpoint.load(Path(path), trainer, info, options)
+    if arguments.starts_from_adapter:
+        fill_weights(trainer, sources.adapter.read, adapters=True)
     progress = Progress()
     if not options.finetune:
         progress = Progress(info.iteration, info.consumed_samples, info.skipped_steps)
@@ -192,12 +233,12 @@ def resume(arguments: Arguments, trainer: Trainer, log: RunLog, source: Any = No
     return progress, state
 
 
-def keep_source(arguments: Arguments, hf: Any = None) -> None:
+def keep_source(arguments: Arguments, sources: Sources) -> None:
     """Copy what was kept of a model from Hugging Face into the run folder, so that an export gives it back."""
     if arguments.resume is None or not arguments.resume[1].source:
         return
     if arguments.starts_from_hf:
-        hf.keep(Path(arguments.checkpoint.save) / HUGGINGFACE)
+        sources.model.keep(Path(arguments.checkpoint.save) / HUGGINGFACE)
         return
     source, target = Path(arguments.resume[0]).parent / HUGGINGFACE, Path(arguments.checkpoint.save) / HUGGINGFACE
     if source.is_dir() and source.resolve() != target.resolve():

@@ -9,6 +9,7 @@ import numpy as np
 from mft_megatron.arguments import Arguments, NetworkArguments
 from mft_megatron.arguments.layer_pattern import numbers_of
 from mft_megatron.data.dataset import PackedSplit
+from mft_megatron.lora import Lora
 
 
 def step_operations(arguments: Arguments, lengths: np.ndarray, supervised_tokens: int, vocab_size: int) -> int:
@@ -25,8 +26,10 @@ def step_operations(arguments: Arguments, lengths: np.ndarray, supervised_tokens
     products = tokens * _layer_weights(network) + with_logits * network.hidden_size * vocab_size
     # a multiplication and an addition for each element; two products, with keys and with values
     attention = 2 * _attended(network, lengths) * network.num_attention_heads * network.kv_channels
-    # backward is twice as much: a gradient of each of the two factors
-    return 3 * 2 * (products + attention)
+    # backward is twice as much, a gradient of each of the two factors; of a frozen matrix there is one
+    if arguments.adapters is None:
+        return 3 * 2 * (products + attention)
+    return 2 * (2 * products + 3 * (attention + tokens * _adapter_weights(network, arguments.adapters)))
 
 
 def segment_lengths(split: PackedSplit, packs_G: np.ndarray) -> np.ndarray:
@@ -43,7 +46,7 @@ def _layer_weights(network: NetworkArguments) -> int:
     hidden = network.hidden_size
     heads, groups = network.num_attention_heads, network.num_query_groups
     attention = hidden * network.kv_channels * (2 * heads + 2 * groups)
-    matrices = 3 if network.swiglu else 2
+    matrices = 3 if network.gated else 2
     experts = sum(network.expert_layers)
     dense = hidden * network.ffn_hidden_size * matrices
     total = network.num_layers * attention + (network.num_layers - experts) * dense
@@ -51,6 +54,24 @@ def _layer_weights(network: NetworkArguments) -> int:
         own = network.moe_router_topk * network.moe_ffn_hidden_size + (network.moe_shared_expert_intermediate_size or 0)
         total += experts * hidden * (own * matrices + network.num_experts)
     return total
+
+
+def _adapter_weights(network: NetworkArguments, lora: Lora) -> int:
+    """Elements of the matrices of adapters that a token goes through in all layers, those of B that are 0 left out."""
+    head, heads, groups = network.kv_channels, network.num_attention_heads, network.num_query_groups
+    # columns of each matrix, and the rows of each of its sources
+    shapes = {
+        "linear_qkv": (network.hidden_size, (heads * head, groups * head, groups * head)),
+        "linear_proj": (heads * head, (network.hidden_size,)),
+        "linear_fc1": (network.hidden_size, (network.ffn_hidden_size,) * 2),
+        "linear_fc2": (network.ffn_hidden_size, (network.hidden_size,)),
+    }
+    total = 0
+    for target in lora.targets:
+        columns, rows = shapes[target.module]
+        for part in target.parts:
+            total += lora.rank * (columns + sum(rows[source] for source in part))
+    return network.num_layers * total
 
 
 def _attended(network: NetworkArguments, lengths: np.ndarray) -> int:

@@ -30,7 +30,7 @@ def slow(extra, supervised, vocab_size):
                 seen = min(token + 1, n.window + 1) if windowed else token + 1
                 multiplications += 2 * seen * n.kv_channels * n.num_attention_heads
                 multiplications += n.kv_channels * n.num_attention_heads * n.hidden_size
-                matrices = 3 if n.swiglu else 2
+                matrices = 3 if n.swiglu or "gated" in extra else 2
                 if "experts" in extra and layer > 0:
                     multiplications += n.hidden_size * 8 + matrices * n.hidden_size * (3 * 24 + 40)
                 else:
@@ -44,6 +44,7 @@ def slow(extra, supervised, vocab_size):
     [
         "",
         "--swiglu --group-query-attention --num-query-groups 2 --kv-channels 8",
+        "--gated-linear-unit --kv-channels 8",
         "--window-size 5,0",
         "--window-size 5,0 --window-attn-skip-freq 2",
         "--swiglu " + EXPERTS,
@@ -57,3 +58,14 @@ def test_every_product_is_counted(extra):
 def test_logits_of_all_tokens_are_counted_where_they_are_made():
     expected, counted = slow("--cross-entropy-impl megatron", LENGTHS.sum(), 100)
     assert counted == expected
+
+
+def test_frozen_matrices_have_one_gradient_and_adapters_two():
+    """q and up projections with rank 4, and what writes the MLP's output: A and B of each, three times."""
+    lora = "--swiglu --peft-type lora --lora-rank 4 --lora-target-modules q_proj up_proj linear_fc2"
+    whole, _ = slow("--swiglu", 20, 100)
+    _, counted = slow(lora, 20, 100)
+    pairs = sum(int(length) * (int(length) + 1) // 2 for length in LENGTHS)
+    attention = 3 * 2 * 2 * 16 * pairs
+    adapters = 3 * int(LENGTHS.sum()) * 4 * ((16 + 16) + (16 + 48) + (48 + 16))
+    assert counted == (whole - 3 * attention) // 3 * 2 + 3 * attention + 3 * 2 * adapters

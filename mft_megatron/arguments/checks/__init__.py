@@ -8,6 +8,7 @@ from .batches import check_batch_schedule, check_batches
 from .checkpointing import check_checkpointing
 from .context import check_context
 from .layout import check_experts_layout, check_layout, check_stages, check_virtual_stages
+from .lora import check_adapters
 from .moe import check_experts, check_routing
 from .multi_task import check_objective, check_stopping
 from .network import check_activation, check_heads, check_positions
@@ -41,6 +42,7 @@ CHECKS = (
     check_fp8,
     check_optimizer,
     check_data_parallelism,
+    check_adapters,
     check_checkpointing,
     check_objective,
     check_stopping,

@@ -27,10 +27,22 @@ def check_checkpointing(a: Arguments) -> str | None:
         )
     if c.save_hf is not None and c.save is None:
         return f"--save-hf {c.save_hf} writes the run's last checkpoint, and without --save there is none; give both"
+    if c.save_hf_interval is not None and (c.save_hf is None or c.save_interval is None):
+        missing = "--save-hf DIR" if c.save_hf is None else "--save-interval"
+        return f"--save-hf-interval {c.save_hf_interval} without {missing.split()[0]}: give {missing}, too"
+    if c.save_hf_interval is not None and c.save_hf_interval % c.save_interval:
+        return (
+            f"--save-hf-interval {c.save_hf_interval} is not a multiple of --save-interval {c.save_interval}, and "
+            "checkpoints are exported; change one of them"
+        )
     if a.validation.skip_train and a.resume is None:
         return "--skip-train evaluates a checkpoint: give one with --load"
     if c.finetune and c.load is None:
         return "--finetune without --load: give the checkpoint to start from"
+    if a.adapters is not None and not a.weights_alone and a.resume is not None and a.resume[1].lora is None:
+        return (
+            f"--peft-type {a.lora.peft_type}: --load {c.load} has no adapters; start from its weights with --finetune"
+        )
     if a.resume is None or a.weights_alone:
         return None
     if a.resume[1].iteration >= a.training.train_iters and not a.validation.skip_train:

@@ -35,6 +35,8 @@ def check_activation(a: Arguments) -> str | None:
     given = [name for name, chosen in kinds.items() if chosen]
     if len(given) > 1:
         return f"{' and '.join(given)} all set the activation function of the MLP; give one of them"
+    if n.swiglu and n.gated_linear_unit:
+        return "--swiglu is a gated linear unit, with SiLU; leave --gated-linear-unit out"
     return None
 
 

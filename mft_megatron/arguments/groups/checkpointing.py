@@ -47,6 +47,13 @@ class CheckpointArguments:
         type=str,
         metavar="DIR",
     )
+    save_hf_interval: int | None = option(
+        None,
+        "Write the checkpoints of iterations divisible by this to --save-hf, too, by a process beside the run, which "
+        "goes on meanwhile; a multiple of --save-interval. Not Megatron's.",
+        type=int,
+        at_least=1,
+    )
     exit_on_missing_checkpoint: bool = option(
         False, "A --load folder without a checkpoint is an error even where it is the --save folder, too."
     )

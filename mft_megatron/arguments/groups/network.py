@@ -78,6 +78,11 @@ class NetworkArguments:
     squared_relu: bool = option(False, "Squared ReLU in the MLP instead of GELU.")
     swiglu: bool = option(False, "Gated linear units with SiLU in the MLP instead of GELU.")
     openai_gelu: bool = option(False, "GELU by its tanh approximation; by default it is exact.")
+    gated_linear_unit: bool = option(
+        False,
+        "Gated linear units with the activation function that the other options say: GeGLU, with --openai-gelu by the "
+        "tanh approximation as in Gemma. SwiGLU is --swiglu. Not Megatron's; the name is that of its configuration.",
+    )
     parallel_residual: bool = option(
         False, "Attention and MLP side by side, both of what the layer is given, as in GPT-NeoX; not Megatron's."
     )
@@ -88,6 +93,11 @@ class NetworkArguments:
         True,
         "Output layer with weights of its own; by default it shares the embedding's.",
         flag="--untie-embeddings-and-output-weights",
+    )
+    scale_embeddings_by_hidden_size: bool = option(
+        False,
+        "Word embeddings times the square root of the hidden size, rounded to the weights' precision, as in Gemma; the "
+        "output layer is as it is. Not Megatron's; the name is Megatron-Bridge's.",
     )
     make_vocab_size_divisible_by: int = option(
         128,
@@ -134,6 +144,11 @@ class NetworkArguments:
         None, "Size of all shared experts together, which every token goes to. Not given: none.", type=int, at_least=1
     )
     moe_shared_expert_gate: bool = option(False, "A sigmoid gate on the shared experts' output.")
+
+    @property
+    def gated(self) -> bool:
+        """Whether MLPs have a gate: two matrices where others have one before the activation function."""
+        return self.swiglu or self.gated_linear_unit
 
     @property
     def window(self) -> int | None:

@@ -1,0 +1,59 @@
+"""Logits of a model that is only looked at: one process, no optimizer, no gradients, the memory of its weights."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mft_megatron.arguments import Arguments
+from mft_megatron.batch import Batch
+
+from . import parallel, platform
+from .config import dtype_of
+from .fill import Read
+from .model import PackedGPTModel
+from .shards import shards_of
+from .step import to_device
+
+
+@contextlib.contextmanager
+def model_of(arguments: Arguments, vocab_size: int, read: Read) -> Iterator[PackedGPTModel]:
+    """The model of these arguments on this process alone, with weights from anywhere, ready for :func:`logits_of`.
+
+    Args:
+        arguments: of one process.
+        vocab_size: real size of the vocabulary.
+        read: the content of a part of a weight, of any dtype, on the CPU; as of :func:`.fill.fill_weights`.
+
+    Raises:
+        InputError: a weight is missing or damaged.
+    """
+    with parallel.process_groups(arguments.distributed, seed=0), torch.no_grad():
+        model = PackedGPTModel(arguments, vocab_size).to(platform.device(), dtype_of(arguments)).eval()
+        for shard in shards_of(model):
+            stacked = shard.prepend_axis_num
+            place, first = shard.global_offset[:stacked], shard.global_offset[stacked:]
+            shard.data.copy_(read(shard.key, place, first, tuple(shard.data.shape)))
+        yield model
+
+
+def logits_of(model: PackedGPTModel, tokens: Sequence[int]) -> Tensor:
+    """Logits after each token of one text: fp32 [S, vocabulary], on the CPU, without padded rows."""
+    tokens_BS = np.asarray(tokens, np.int64)[None]
+    nothing = np.zeros_like(tokens_BS)
+    ends = np.array([0, tokens_BS.size], np.int32)
+    # what is not looked at for logits: labels, mask, task
+    batch = Batch(
+        tokens_BS,
+        nothing,
+        nothing.astype(np.uint8),
+        np.arange(tokens_BS.size)[None],
+        nothing,
+        nothing,
+        ends,
+        len(tokens),
+    )
+    logits = model.run(to_device(batch), with_loss=False)
+    return logits[0, :, : model.real_vocab_size].float().cpu()

@@ -1,0 +1,206 @@
+"""Options of adapters: names of matrices, what a checkpoint or an adapter fixes, what is refused."""
+
+import dataclasses
+import json
+
+import pytest
+from command_line import BASE, WITHOUT_SHAPE, checkpoint, parse, refused
+
+from mft_megatron.arguments import parse_arguments
+from mft_megatron.lora import Lora, Target, num_sources, read_targets
+from mft_megatron.run_folder import content_digest
+
+LORA = Lora(8, 16.0, read_targets(["q_proj", "linear_proj"], gated=True))
+EACH = (
+    Target("linear_qkv", 3, ((0,), (1,), (2,))),
+    Target("linear_proj", 1, ((0,),)),
+    Target("linear_fc1", 2, ((0,), (1,))),
+    Target("linear_fc2", 1, ((0,),)),
+)
+
+
+@pytest.mark.parametrize(
+    ("names", "gated", "expected"),
+    [
+        ("linear_qkv", True, (Target("linear_qkv", 3, ((0, 1, 2),)),)),
+        ("query_key_value dense", False, (Target("linear_qkv", 3, ((0, 1, 2),)), Target("linear_proj", 1, ((0,),)))),
+        ("v_proj q_proj", True, (Target("linear_qkv", 3, ((0,), (2,))),)),
+        ("linear_k", True, (Target("linear_qkv", 3, ((1,),)),)),
+        ("up_proj", True, (Target("linear_fc1", 2, ((1,),)),)),
+        ("c_fc c_proj", False, (Target("linear_fc1", 1, ((0,),)), Target("linear_fc2", 1, ((0,),)))),
+        ("dense_4h_to_h dense_h_to_4h", False, (Target("linear_fc1", 1, ((0,),)), Target("linear_fc2", 1, ((0,),)))),
+        ("linear_fc1", False, (Target("linear_fc1", 1, ((0,),)),)),
+        ("linear_fc1", True, (Target("linear_fc1", 2, ((0, 1),)),)),
+        ("all-linear", True, EACH),
+        ("all-linear", False, (*EACH[:2], Target("linear_fc1", 1, ((0,),)), EACH[3])),
+    ],
+)
+def test_names_of_matrices(names, gated, expected):
+    targets = read_targets(names.split(), gated)
+    assert targets == expected
+    assert all(target.sources == num_sources(target.module, gated) for target in targets)
+    assert read_targets([name for target in targets for name in target.names], gated) == targets
+    lora = Lora(4, 8.0, targets, 0.1, True)
+    assert Lora.from_dict(json.loads(json.dumps(lora.as_dict()))) == lora
+
+
+@pytest.mark.parametrize(
+    ("names", "extra", "words"),
+    [
+        ("embed_tokens", "", "--lora-target-modules: 'embed_tokens' cannot have an adapter; known are linear_qkv,"),
+        ("q_proj linear_qkv", "", "linear_qkv: is named twice, also as a part of linear_qkv; name it once"),
+        ("q_proj q_proj", "", "q_proj: is named twice"),
+        ("gate_proj", "", "gate_proj: the MLPs of this model are not gated; name linear_fc1"),
+        ("c_fc", "--swiglu", "c_fc: the MLPs of this model are gated; name gate_proj and up_proj"),
+        (
+            "linear_fc1",
+            "--num-experts 4 --disable-bias-linear",
+            "linear_fc1 of experts cannot have adapters; name those of attention alone",
+        ),
+    ],
+)
+def test_matrices_that_cannot_be_adapted(names, extra, words):
+    with refused(words):
+        parse(f"--peft-type lora {extra} --lora-target-modules {names}")
+
+
+def test_what_adapters_are_by_default():
+    assert parse().adapters is None
+    assert parse().saves_base
+    lora = parse("--peft-type lora").adapters
+    assert (lora.rank, lora.alpha, lora.dropout, lora.scale) == (32, 32.0, 0.0, 1.0)
+    assert [target.module for target in lora.targets] == ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
+    assert parse("--peft-type lora --lora-rank 16 --lora-alpha 8 --use-rslora").adapters.scale == 2.0
+    mftcoder = "--peft_type lora --lora_rank 8 --lora_alpha 4 --lora_dropout 0.05 --target_modules q_proj"
+    assert parse(mftcoder).adapters == Lora(8, 4.0, (Target("linear_qkv", 3, ((0,),)),), 0.05)
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        ("--lora-rank 4", "--lora-rank has no effect without --peft-type lora or qlora"),
+        ("--use-rslora", "--use-rslora has no effect without --peft-type lora or qlora"),
+        ("--peft-type lora --lora-rank 0", "--lora-rank 0"),
+        ("--peft-type lora --lora-dropout 1", "--lora-dropout 1"),
+        ("--peft-type lora --decoupled-lr 1", "--decoupled-lr is of embedding and output layer"),
+        ("--peft-type lora --bf16 --transformer-impl transformer_engine", "goes with --transformer-impl local"),
+        ("--peft-type qlora", "--peft-type qlora needs a model to start from"),
+        ("--peft-type lora --hf-adapter x", "--hf-adapter x belongs to a model: give it with --hf-checkpoint"),
+        ("--peft-type lora --save-adapters-only", "--save-adapters-only: the model is drawn from the seed"),
+    ],
+)
+def test_refused(extra, words):
+    with refused(words):
+        parse(extra)
+
+
+def _with_adapters(folder, **changes):
+    return checkpoint(folder, lora=LORA.as_dict(), peft_type="lora", **changes)
+
+
+def test_adapters_of_a_checkpoint_come_back(tmp_path):
+    folder = _with_adapters(tmp_path / "run")
+    for extra in ("", "--peft-type lora --lora-rank 8", "--lora-target-modules linear_proj linear_q", "--finetune"):
+        arguments = parse(f"--load {folder} {extra}", base=WITHOUT_SHAPE)
+        assert arguments.adapters == LORA
+        assert arguments.lora.peft_type == "lora"
+        assert arguments.base is None
+    assert parse(f"--load {folder} --lora-dropout 0.5", base=WITHOUT_SHAPE).adapters.dropout == 0.5
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        ("--lora-rank 4", "--lora-rank 4: the checkpoint"),
+        ("--lora-alpha 4", "has 16.0; leave the option out"),
+        ("--lora-target-modules q_proj v_proj", "--lora-target-modules q_proj v_proj: the checkpoint"),
+        ("--peft-type none", "--peft-type none: the checkpoint"),
+        ("--peft-type qlora", "was trained with lora; leave the option out"),
+    ],
+)
+def test_a_checkpoint_is_not_contradicted(tmp_path, extra, words):
+    folder = _with_adapters(tmp_path / "run")
+    with refused(words):
+        parse(f"--load {folder} {extra}", base=WITHOUT_SHAPE)
+
+
+def test_a_whole_model_gets_adapters_in_a_new_pass(tmp_path):
+    folder = checkpoint(tmp_path / "run")
+    with refused(f"--peft-type lora: --load {folder} has no adapters; start from its weights with --finetune"):
+        parse(f"--load {folder} --peft-type lora", base=WITHOUT_SHAPE)
+    for start in (f"--load {folder} --finetune", f"--pretrained-checkpoint {folder}"):
+        arguments = parse(f"{start} --peft-type lora", base=WITHOUT_SHAPE)
+        assert arguments.base == arguments.resume
+    assert parse(f"--pretrained-checkpoint {folder}", base=WITHOUT_SHAPE).base is None
+
+
+def test_adapters_alone_need_their_model(tmp_path):
+    model = checkpoint(tmp_path / "model")
+    weights = model / "iter_0000005" / "__0_0.distcp"
+    weights.write_bytes(bytes(range(256)) * 5000)
+    path = str(model / "iter_0000005")
+    digest = content_digest(model / "iter_0000005")
+    folder = _with_adapters(tmp_path / "run", has_base=False, base=path, base_digest=digest)
+    with refused(
+        f"it holds adapters alone; give the model that they were trained beside with --hf-checkpoint or "
+        f"--pretrained-checkpoint (it was {path})"
+    ):
+        parse(f"--load {folder}", base=WITHOUT_SHAPE)
+    arguments = parse(f"--load {folder} --pretrained-checkpoint {model}", base=WITHOUT_SHAPE)
+    assert arguments.base[0] == path
+    assert arguments.resume[1].lora is not None
+    assert not arguments.weights_alone
+    assert not arguments.saves_base
+    weights.write_bytes(bytes(255 - byte for byte in range(256)) * 5000)
+    with refused(f"{path}: its weights are not those that the adapters of"):
+        parse(f"--load {folder} --pretrained-checkpoint {model}", base=WITHOUT_SHAPE)
+
+
+def test_an_adapter_from_elsewhere_fixes_its_options(tmp_path):
+    folder = checkpoint(tmp_path / "model")
+    asked = []
+
+    def describe(adapter, info):
+        asked.append((adapter, info.iteration))
+        return dataclasses.replace(LORA, dropout=0.2)
+
+    def of(extra):
+        words = f"{WITHOUT_SHAPE} --pretrained-checkpoint {folder} --hf-adapter there {extra}".split()
+        return parse_arguments(words, describe_adapter=describe)
+
+    arguments = of("--peft-type qlora")
+    assert asked == [("there", 5)]
+    assert arguments.adapters == LORA
+    assert arguments.starts_from_adapter
+    with refused("--lora-rank 4: the adapter there has 8; leave the option out"):
+        of("--peft-type lora --lora-rank 4")
+    with refused("--hf-adapter there: adapters are trained with --peft-type lora or qlora; give one of them"):
+        of("")
+    # the command of a job that is started again: its own adapters come first
+    run = _with_adapters(tmp_path / "run")
+    again = f"{WITHOUT_SHAPE} --load {run} --pretrained-checkpoint {folder} --hf-adapter there --peft-type lora".split()
+    assert not parse_arguments(again, describe_adapter=describe).starts_from_adapter
+    assert len(asked) == 3
+
+
+def test_pieces_of_files_tell_models_apart(tmp_path):
+    (tmp_path / "a.safetensors").write_bytes(b"x" * 2_000_000)
+    digests = {content_digest(tmp_path)}
+    for place in (0, 999_999 // 4096 * 4096, 1_999_999):
+        changed = bytearray(b"x" * 2_000_000)
+        changed[place // 31250 * 31250 : place // 31250 * 31250 + 1] = b"y"
+        (tmp_path / "a.safetensors").write_bytes(changed)
+        digests.add(content_digest(tmp_path))
+    (tmp_path / "a.safetensors").write_bytes(b"x" * 2_000_001)
+    digests.add(content_digest(tmp_path))
+    (tmp_path / "config.json").write_text("says nothing about weights")
+    assert len(digests | {content_digest(tmp_path)}) == 5
+
+
+def test_options_are_read_again_from_a_configuration(tmp_path):
+    import yaml
+
+    arguments = parse("--peft-type lora --lora-rank 4 --lora-target-modules q_proj v_proj")
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump({"peft_type": "lora", "lora_rank": 4, "lora_target_modules": ["q_proj", "v_proj"]}))
+    assert parse_arguments(f"{BASE} --yaml-cfg {file}".split()).adapters == arguments.adapters

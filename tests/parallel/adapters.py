@@ -1,0 +1,96 @@
+"""What ranks do in tests of adapters: fill every matrix with numbers that all matter, take some steps, compare."""
+
+from run import FOR_GRADIENTS, arguments_for, data_seed, open_dataset, plans_of
+
+
+def content_of(name, place, first, shape):
+    """A part of A or B, the same whatever the layout; B is not 0, so that A has a gradient from the first step."""
+    import hashlib
+
+    import torch
+
+    seed = int.from_bytes(hashlib.sha256(f"{name}{place}".encode()).digest()[:4], "little")
+    whole = torch.randn(1024, 512, generator=torch.Generator().manual_seed(seed)) * 0.05
+    return whole[first[0] : first[0] + shape[0], first[1] : first[1] + shape[1]]
+
+
+def trainer_of(arguments, dataset):
+    """With adapters of known content; their base is drawn from the seed."""
+    import numpy as np
+
+    from mft_megatron.mcore.fill import fill_weights
+    from mft_megatron.mcore.step import Trainer
+
+    trainer = Trainer(arguments, dataset.vocab_size, np.array([1.0, 2.0, 0.5, 3.0]))
+    fill_weights(trainer, content_of, adapters=True)
+    return trainer
+
+
+def train_adapters(prefix, options, world_size, shape="llama", steps=3):
+    """Loss and gradient norm of each step; the adapters' gradients of the first step and the adapters after the last.
+
+    Gradients where each rank has them whole. Both by name: shards as (first row and column, array), to be put together
+    by :func:`whole_adapters`.
+    """
+    from mft_megatron.mcore import parallel
+
+    arguments = arguments_for(prefix, f"{FOR_GRADIENTS} --peft-type lora {options}", world_size, shape)
+    dataset = open_dataset(arguments)
+    split = dataset.split("train")
+    with parallel.process_groups(arguments.distributed, arguments.initialization.seed):
+        trainer = trainer_of(arguments, dataset)
+        curve, gradients = [], {}
+        for plan in plans_of(split, data_seed(split), steps):
+            report = trainer.train_step(split, plan)
+            curve.append((report.loss, report.grad_norm))
+            if not gradients and not arguments.distributed.use_distributed_optimizer:
+                gradients = _adapters(trainer, lambda parameter: parameter.main_grad)
+        with trainer.weights.whole():
+            return curve, gradients, _adapters(trainer, lambda parameter: parameter.detach())
+
+
+def _adapters(trainer, of):
+    """By name and layer, what ``of`` says of each adapter's matrix, with the place of this rank's part."""
+    from mft_megatron.lora import is_adapter
+    from mft_megatron.mcore.shards import shards_of
+
+    found = {}
+    for chunk in trainer.chunks:
+        places = {parameter.data_ptr(): parameter for parameter in chunk.parameters()}
+        for shard in shards_of(chunk.module):
+            if is_adapter(shard.key):
+                stacked = shard.prepend_axis_num
+                parameter, start = _owner(places, shard.data)
+                rows = of(parameter)[start : start + shard.data.shape[0]]
+                place = (shard.key, *shard.global_offset[:stacked])
+                found.setdefault(place, []).append((shard.global_offset[stacked:], rows.numpy().copy()))
+    return found
+
+
+def _owner(places, part):
+    """The parameter that ``part`` is a view of, and the row it begins at."""
+    for address, parameter in places.items():
+        offset = part.data_ptr() - address
+        if 0 <= offset < parameter.numel() * parameter.element_size():
+            return parameter, offset // (parameter.element_size() * parameter.shape[1])
+    raise AssertionError("no parameter")
+
+
+def whole_adapters(of_ranks):
+    """Whole matrices by name out of the parts of all ranks; what several have must be the same, bit by bit."""
+    import numpy as np
+
+    parts = {}
+    for found in of_ranks:
+        for name, pieces in found.items():
+            for first, content in pieces:
+                known = parts.setdefault(name, {}).setdefault(tuple(first), content)
+                assert np.array_equal(known, content), f"{name}: ranks differ"
+    matrices = {}
+    for name, pieces in parts.items():
+        rows = max(first[0] + content.shape[0] for first, content in pieces.items())
+        columns = max(first[1] + content.shape[1] for first, content in pieces.items())
+        matrices[name] = np.full((rows, columns), np.nan, dtype=np.float32)
+        for first, content in pieces.items():
+            matrices[name][first[0] : first[0] + content.shape[0], first[1] : first[1] + content.shape[1]] = content
+    return matrices

@@ -1,0 +1,305 @@
+"""Adapters: their gradients by the chain rule from those of the whole model, the same on every layout."""
+
+import functools
+
+import numpy as np
+import pytest
+from adapters import content_of, train_adapters, trainer_of, whole_adapters
+from layouts import Layout
+from ranks import run_on_ranks
+from run import FOR_GRADIENTS, arguments_for, data_seed, open_dataset, plans_of
+
+SHARED = "--lora-rank 4 --lora-alpha 8"
+# no adapter on keys and gates; each of the others has an A of its own
+APART = f"{SHARED} --use-rslora --lora-target-modules q_proj v_proj o_proj up_proj down_proj"
+ATTENTION = f"{SHARED} --lora-target-modules q_proj linear_proj"
+CASES = [
+    (Layout("TP2 SP MB2", quick=True), SHARED),
+    (Layout("TP2 PP2", quick=True), APART),
+    (Layout("CP2 TP2 SP"), APART),
+    (Layout("TP2 MB2"), APART),
+    (Layout("PP2 VPP2 MB2", quick=True), SHARED),
+    (Layout("DP2 overlap", quick=True), SHARED),
+    (Layout("DP2 DO"), APART),
+    (Layout("TP2 PP2 DP2 SP"), SHARED),
+    (Layout("TP2 PP2 VPP2"), APART),
+    (Layout("TP2 SP full"), SHARED),
+    (Layout("TP2 SP selective"), APART),
+    (Layout("TP2 norms SP"), APART),
+    (Layout("PP2 full", "tied", quick=True), SHARED),
+    (Layout("TP2 PP2", "tied"), SHARED),
+    (Layout("PP2 first3"), APART),
+    (Layout("TP2 PP2", "Megatron's defaults"), SHARED),
+    (Layout("TP2 PP2", "q/k norm"), SHARED),
+    (Layout("DP2 EP2", "experts"), ATTENTION),
+    (Layout("TP2 SP EP2 DP2", "experts", quick=True), ATTENTION),
+]
+
+
+@pytest.fixture(scope="module")
+def alone(dataset_prefix):
+    return functools.cache(lambda shape, options: run_on_ranks(1, train_adapters, dataset_prefix, options, 1, shape)[0])
+
+
+@pytest.mark.parametrize(
+    ("layout", "options"),
+    [pytest.param(*case, id=str(case[0]), marks=() if case[0].quick else pytest.mark.slow) for case in CASES],
+)
+def test_layouts_agree(alone, dataset_prefix, layout, options):
+    curve, gradients, adapters = alone(layout.shape, options)
+    words = f"{options} {layout.options}"
+    ranks = run_on_ranks(layout.world_size, train_adapters, dataset_prefix, words, layout.world_size, layout.shape)
+    for other, _, _ in ranks:
+        assert other == [pytest.approx(step, rel=1e-6) for step in curve]
+    expected, found = whole_adapters([adapters]), whole_adapters([rank[2] for rank in ranks])
+    assert found.keys() == expected.keys()
+    for name, matrix in found.items():
+        np.testing.assert_allclose(matrix, expected[name], rtol=0, atol=1e-6, err_msg=str(name))
+    if "overlap" in layout.name or "DO" in layout.name:
+        return
+    expected, found = whole_adapters([gradients]), whole_adapters([rank[1] for rank in ranks])
+    assert found.keys() == expected.keys()
+    for name, matrix in found.items():
+        largest = np.abs(expected[name]).max()
+        np.testing.assert_allclose(matrix, expected[name], rtol=0, atol=3e-6 * largest, err_msg=str(name))
+
+
+def _of_the_whole_model(prefix, options, shape):
+    """Loss and, by name and layer, gradients of the matrices of the whole model, in which the adapters are merged."""
+    from mft_megatron.mcore import parallel
+    from mft_megatron.mcore.step import Trainer
+
+    adapted = arguments_for(prefix, f"{FOR_GRADIENTS} --peft-type lora {options}", 1, shape).adapters
+    arguments = arguments_for(prefix, FOR_GRADIENTS, 1, shape)
+    dataset = open_dataset(arguments)
+    split = dataset.split("train")
+    with parallel.process_groups(arguments.distributed, arguments.initialization.seed):
+        trainer = Trainer(arguments, dataset.vocab_size, np.array([1.0, 2.0, 0.5, 3.0]))
+        model = trainer.chunks[0].module
+        for module, weight, place in _matrices(model):
+            weight.data += _update(adapted, module, weight.shape, place, arguments.network)
+        trainer.optimizer.reload_model_params()
+        report = trainer.train_step(split, plans_of(split, data_seed(split), 1)[0])
+        return report.loss, {place: weight.main_grad.numpy().copy() for _, weight, place in _matrices(model)}
+
+
+def _matrices(model):
+    """What may have an adapter: its name, its weight, and the weight's name and layer in a checkpoint."""
+    for number, layer in enumerate(model.decoder.layers):
+        for part, of in (("self_attention", layer.self_attention), ("mlp", layer.mlp)):
+            for module in ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"):
+                if hasattr(of, module):
+                    yield module, getattr(of, module).weight, (f"decoder.layers.{part}.{module}", number)
+
+
+def _source(module, row, network):
+    """Of which of Hugging Face's matrices a row of Megatron's is, by counting."""
+    if module == "linear_qkv":
+        head, queries = network.kv_channels, network.num_attention_heads // network.num_query_groups
+        within = row // head % (queries + 2)
+        return max(0, within - queries + 1)
+    return int(module == "linear_fc1" and network.swiglu and row >= network.ffn_hidden_size)
+
+
+def _factors(lora, module, shape, place, network):
+    """The A of each row, [out, r, in], and B [out, r], 0 where a row is not adapted; ``None`` without an adapter."""
+    target = lora.target(module)
+    if target is None:
+        return None
+    name, layer = place
+    rank = lora.rank
+    a = content_of(f"{name}.lora_a", (layer,), (0, 0), (len(target.parts) * rank, shape[1])).double().numpy()
+    b = content_of(f"{name}.lora_b", (layer,), (0, 0), (shape[0], rank)).double().numpy()
+    of_row = np.zeros((shape[0], rank, shape[1]))
+    for row in range(shape[0]):
+        for number, part in enumerate(target.parts):
+            if _source(module, row, network) in part:
+                of_row[row] = a[number * rank : (number + 1) * rank]
+    return of_row, b * of_row.any((1, 2))[:, None]
+
+
+def _update(lora, module, shape, place, network):
+    import torch
+
+    factors = _factors(lora, module, shape, place, network)
+    if factors is None:
+        return 0
+    of_row, b = factors
+    return torch.from_numpy(lora.scale * np.einsum("or,ori->oi", b, of_row)).float()
+
+
+@pytest.mark.parametrize(
+    ("options", "shape"), [(SHARED, "llama"), (APART, "llama"), (SHARED, "Megatron's defaults")], ids=str
+)
+def test_gradients_follow_from_those_of_the_whole_model(alone, dataset_prefix, options, shape):
+    """dA = scale · Σ B^T dW over the rows that an A serves, dB = scale · dW A^T; in fp64 of the whole model's dW."""
+    curve, gradients, _ = alone(shape, options)
+    loss, of_matrices = run_on_ranks(1, _of_the_whole_model, dataset_prefix, options, shape)[0]
+    assert curve[0][0] == pytest.approx(loss, rel=1e-6)
+    found, checked = whole_adapters([gradients]), set()
+    arguments = arguments_for(dataset_prefix, f"--peft-type lora {options}", 1, shape)
+    lora, network = arguments.adapters, arguments.network
+    for (name, layer), gradient in of_matrices.items():
+        module = name.rsplit(".", 1)[1]
+        factors = _factors(lora, module, gradient.shape, (name, layer), network)
+        if factors is None:
+            continue
+        of_row, b = factors
+        expected_b = lora.scale * np.einsum("oi,ori->or", gradient.astype(np.float64), of_row)
+        expected_a = np.zeros_like(found[f"{name}.lora_a", layer], dtype=np.float64)
+        for number, part in enumerate(lora.target(module).parts):
+            rows = [row for row in range(gradient.shape[0]) if _source(module, row, network) in part]
+            expected_a[number * lora.rank : (number + 1) * lora.rank] = lora.scale * b[rows].T @ gradient[rows]
+        for kind, expected in (("a", expected_a), ("b", expected_b)):
+            key = f"{name}.lora_{kind}", layer
+            np.testing.assert_allclose(found[key], expected, rtol=0, atol=1e-5 * np.abs(expected).max(), err_msg=key)
+            checked.add(key)
+    assert checked == found.keys()
+
+
+def _memory(prefix, options):
+    """Of a run with adapters: elements of gradient buffers, of optimizer states, and of what is trained."""
+    from mft_megatron.mcore import parallel
+
+    arguments = arguments_for(prefix, f"--peft-type lora {SHARED} {options}", 1)
+    dataset = open_dataset(arguments)
+    split = dataset.split("train")
+    with parallel.process_groups(arguments.distributed, arguments.initialization.seed):
+        trainer = trainer_of(arguments, dataset)
+        before = {name: p.detach().clone() for name, p in trainer.chunks[0].named_parameters() if not p.requires_grad}
+        trainer.train_step(split, plans_of(split, 1, 1)[0])
+        assert all(
+            p.grad is None and p.equal(before[n]) for n, p in trainer.chunks[0].named_parameters() if n in before
+        )
+        buffers = sum(buffer.grad_data.numel() for buffer in trainer.chunks[0].buffers)
+        (part,) = trainer.optimizer.chained_optimizers
+        states = [state["exp_avg"].numel() for state in part.optimizer.state.values()]
+        return buffers, sum(states), trainer.num_parameters(trained=True), trainer.num_parameters()
+
+
+@pytest.mark.parametrize("options", ["", "--bf16 --use-distributed-optimizer"])
+def test_the_base_has_no_gradients_and_no_states(dataset_prefix, options):
+    buffers, states, trained, parameters = run_on_ranks(1, _memory, dataset_prefix, options)[0]
+    # four layers of rank 4: qkv 64 -> 128, proj 64 -> 64, fc1 64 -> 2·128, fc2 128 -> 64
+    assert trained == 4 * 4 * (64 + 128 + 64 + 64 + 64 + 256 + 128 + 64)
+    assert parameters > 10 * trained
+    assert trained <= buffers < trained + 1000  # buffers are padded
+    assert states == trained
+
+
+def _starts(prefix, options, world_size, peft):
+    """Loss of a first step, and the adapters it began with."""
+    from adapters import _adapters
+
+    from mft_megatron.mcore import parallel
+    from mft_megatron.mcore.step import Trainer
+
+    arguments = arguments_for(prefix, f"{options} {peft}", world_size)
+    dataset = open_dataset(arguments)
+    split = dataset.split("train")
+    with parallel.process_groups(arguments.distributed, arguments.initialization.seed):
+        trainer = Trainer(arguments, dataset.vocab_size, np.ones(4))
+        adapters = _adapters(trainer, lambda parameter: parameter.detach())
+        return trainer.train_step(split, plans_of(split, 1, 1)[0]).loss, adapters
+
+
+def test_adapters_begin_as_no_change_and_alike_on_every_layout(dataset_prefix):
+    without, _ = run_on_ranks(1, _starts, dataset_prefix, "", 1, "")[0]
+    lora = f"--peft-type lora {SHARED}"
+    loss, adapters = run_on_ranks(1, _starts, dataset_prefix, "", 1, lora)[0]
+    assert loss == without
+    split = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"
+    expected = whole_adapters([adapters])
+    found = whole_adapters([parts for _, parts in run_on_ranks(4, _starts, dataset_prefix, split, 4, lora)])
+    assert found.keys() == expected.keys()
+    for (name, layer), matrix in expected.items():
+        assert np.array_equal(found[name, layer], matrix), name
+        assert matrix.any() == name.endswith("lora_a")
+        if matrix.any():  # Kaiming's bound, which PEFT takes
+            assert 0.9 < np.abs(matrix).max() * np.sqrt(matrix.shape[1]) <= 1
+    drawn = [matrix.tobytes() for matrix in expected.values() if matrix.any()]
+    assert len(set(drawn)) == len(drawn)
+
+
+RECOMPUTED = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+
+
+def test_recomputed_layers_give_the_same_bits_with_dropout(alone, dataset_prefix):
+    """With a frozen base Megatron's recompute yields no gradients at all unless the first layer's input has some."""
+    dropped = f"{SHARED} --lora-dropout 0.3"
+    curve, gradients, _ = alone("llama", dropped)
+    assert curve[0][0] != pytest.approx(alone("llama", SHARED)[0][0][0], rel=1e-4)
+    again = run_on_ranks(1, train_adapters, dataset_prefix, f"{dropped} {RECOMPUTED}", 1)[0]
+    assert again[0] == curve
+    for name, matrix in whole_adapters([gradients]).items():
+        assert np.array_equal(matrix, whole_adapters([again[1]])[name]), name
+    layout = "--tensor-model-parallel-size 2 --micro-batch-size 2"
+    for parallel in ("", "--sequence-parallel"):
+        plain = run_on_ranks(2, train_adapters, dataset_prefix, f"{dropped} {layout} {parallel}", 2)
+        recomputed = run_on_ranks(2, train_adapters, dataset_prefix, f"{dropped} {layout} {parallel} {RECOMPUTED}", 2)
+        assert [rank[0] for rank in plain] == [rank[0] for rank in recomputed]
+        for ours, theirs in zip(
+            whole_adapters([rank[1] for rank in plain]).items(),
+            whole_adapters([rank[1] for rank in recomputed]).items(),
+            strict=True,
+        ):
+            assert np.array_equal(ours[1], theirs[1]), ours[0]
+
+
+def _dropped(prefix):
+    """What A is given of ones on this rank, in a column-parallel and a row-parallel layer."""
+    import torch
+
+    from mft_megatron.mcore import parallel
+
+    split = "--tensor-model-parallel-size 2 --peft-type lora --lora-dropout 0.5"
+    arguments = arguments_for(prefix, split, 2)
+    with parallel.process_groups(arguments.distributed, arguments.initialization.seed):
+        trainer = trainer_of(arguments, open_dataset(arguments))
+        attention = trainer.chunks[0].train().module.decoder.layers[0].self_attention
+        ones = torch.ones(4, 1, 32)
+        return [layer.dropped(ones).flatten().tolist() for layer in (attention.linear_qkv, attention.linear_proj)]
+
+
+def test_ranks_drop_alike_what_they_have_alike_and_apart_what_they_share(dataset_prefix):
+    first, second = run_on_ranks(2, _dropped, dataset_prefix)
+    assert first[0] == second[0]
+    assert first[1] != second[1]
+    assert set(first[0]) == {0.0, 2.0}
+
+
+def _rates(prefix, options):
+    from mft_megatron.mcore import parallel
+
+    arguments = arguments_for(prefix, f"--peft-type lora {SHARED} {options}", 1)
+    dataset = open_dataset(arguments)
+    split = dataset.split("train")
+    with parallel.process_groups(arguments.distributed, arguments.initialization.seed):
+        trainer = trainer_of(arguments, dataset)
+        before = {name: p.detach().clone() for name, p in trainer.chunks[0].named_parameters()}
+        report = trainer.train_step(split, plans_of(split, 1, 1)[0])
+        moved = {}
+        for name, parameter in trainer.chunks[0].named_parameters():
+            change = (parameter.detach() - before[name]).abs()
+            moved.setdefault(name.rsplit(".", 1)[1], []).append(float(change.median()))
+        return report.learning_rate, np.median(moved["lora_a"]), np.median(moved["lora_b"])
+
+
+def test_lora_plus_has_larger_rates_for_b(dataset_prefix):
+    """Adam's first step moves every element by the rate."""
+    rate, a, b = run_on_ranks(1, _rates, dataset_prefix, "--loraplus-lr-ratio 16 --weight-decay 0 --adam-eps 1e-12")[0]
+    assert (rate, a, b) == (1e-3, pytest.approx(1e-3, rel=1e-3), pytest.approx(16e-3, rel=1e-3))
+
+
+@pytest.mark.slow
+def test_stages_without_layers_have_nothing_to_train(alone, dataset_prefix):
+    """A first stage of the embedding alone and a last one of the loss."""
+    stages = "--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout E|tt|tt|L"
+    overlap = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
+    curve, _, adapters = alone("llama", SHARED)
+    ranks = run_on_ranks(4, train_adapters, dataset_prefix, f"{SHARED} {stages} {overlap}", 4)
+    for other, _, _ in ranks:
+        assert other == [pytest.approx(step, rel=1e-6) for step in curve]
+    expected = whole_adapters([adapters])
+    for name, matrix in whole_adapters([rank[2] for rank in ranks]).items():
+        np.testing.assert_allclose(matrix, expected[name], rtol=0, atol=1e-6, err_msg=str(name))
