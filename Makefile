@@ -8,6 +8,10 @@ PIP_INSTALL = $(VENV)/bin/python -m pip install --disable-pip-version-check --no
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 STAMP := $(VENV)/.mft_megatron_installed
 
+# Each takes up to 2 GB and starts up to eight processes in turn; 0: no workers, one process, as pytest alone does.
+TEST_WORKERS ?= 2
+PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(TEST_WORKERS) --dist worksteal
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo mft-vs-mixed test test-all lint docs clean
 
@@ -22,11 +26,11 @@ demo: setup ## the main job on real input: tasks, tokenizer, training on four pr
 mft-vs-mixed: setup ## ten methods on the same unequal tasks and tiny model, three seeds each: table and plot
 	$(VENV)/bin/python examples/mft_vs_mixed/run.py
 
-test: setup ## the tests of every change
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not slow"
+test: setup ## the tests of every change, by TEST_WORKERS processes (2)
+	$(PYTEST) -m "not slow"
 
 test-all: setup ## all tests, those that take minutes too
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
+	$(PYTEST)
 
 lint: setup ## ruff's rules and formatting
 	$(VENV)/bin/ruff check

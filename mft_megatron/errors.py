@@ -2,7 +2,11 @@
 
 import os
 import sys
+import time
 from collections.abc import Callable
+
+# seconds that a silent rank gives the one that speaks
+PATIENCE = 5
 
 
 class InputError(Exception):
@@ -32,6 +36,9 @@ def run_command(main: Callable[[], int | None], quiet: bool = False) -> int:
     except InputError as error:
         if not quiet or error.always:
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        else:
+            # torchrun ends all ranks when the first one has left, and that should be the one that says why
+            time.sleep(PATIENCE)
         return 2
     except BrokenPipeError:
         # whoever read the output has seen enough; nothing is left to be flushed at exit

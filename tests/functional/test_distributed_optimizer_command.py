@@ -4,7 +4,7 @@ import itertools
 import json
 
 import pytest
-from ranks import refusal, run_on_ranks, run_tool
+from ranks import refusal, run_forked, run_on_ranks
 
 from mft_megatron.run_folder import latest_checkpoint
 
@@ -72,6 +72,6 @@ def test_overflows_saves_in_the_background_and_goes_on(dataset_prefix, tmp_path)
 )
 def test_a_scale_that_cannot_be_lowered_is_the_end(dataset_prefix, tmp_path, scale, remedy):
     words = ["pretrain_mft.py", *RUN, *MODEL, "--data-path", dataset_prefix, "--train-iters", 5, "--fp16", *scale]
-    line = refusal(run_tool(*words))
+    line = refusal(run_forked(*words))
     assert "gradients overflow at the loss scale 5.49756e+11, and it cannot be lowered" in line
     assert remedy in line

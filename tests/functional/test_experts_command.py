@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from ranks import run_tool, torchrun
+from ranks import run_forked
 
 MODEL = (
     "--num-layers 3 --hidden-size 64 --num-attention-heads 4 --swiglu --normalization RMSNorm --disable-bias-linear "
@@ -22,7 +22,7 @@ def run_folder(tmp_path_factory, dataset_prefix):
     """Two steps, experts over two ranks."""
     folder = tmp_path_factory.mktemp("run")
     words = [*MODEL, *RUN, *SHARED, "--train-iters", 2, "--data-path", dataset_prefix, "--save", folder]
-    process = torchrun(2, "pretrain_mft.py", *words)
+    process = run_forked("pretrain_mft.py", *words, world_size=2)
     assert process.returncode == 0, process.stderr
     assert "DP 2 (experts over 2)" in process.stdout
     return folder
@@ -50,7 +50,7 @@ def test_the_log_has_the_losses_of_routers(run_folder):
 @pytest.mark.slow
 def test_goes_on_in_one_process(run_folder, dataset_prefix):
     words = ["--train-iters", 3, "--data-path", dataset_prefix, "--save", run_folder, "--load", run_folder]
-    process = run_tool("pretrain_mft.py", *RUN, *words)
+    process = run_forked("pretrain_mft.py", *RUN, *words)
     assert process.returncode == 0, process.stderr
     assert [record["step"] for record in steps(run_folder)] == [1, 2, 3]
     assert "layers" not in steps(run_folder)[-1]["moe"]

@@ -1,4 +1,4 @@
-"""Losses, balancers, early stopping and the best checkpoint through pretrain_mft.py, as a user runs them."""
+"""Losses, balancers, early stopping and the best checkpoint through the command line of pretrain_mft.py."""
 
 import json
 import math
@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from ranks import refusal, run_tool, torchrun
+from ranks import refusal, run_forked, run_tool
 from test_pretrain_command import MODEL, records
 
 RUN = "--global-batch-size 8 --lr 1e-3 --log-interval 1 --attention-dropout 0 --hidden-dropout 0".split()
@@ -20,7 +20,7 @@ def command(prefix, folder, extra, iterations=6):
 
 
 def trained(prefix, folder, extra, iterations=6):
-    process = run_tool(*command(prefix, folder, extra, iterations))
+    process = run_forked(*command(prefix, folder, extra, iterations))
     assert process.returncode == 0, process.stderr
     return folder
 
@@ -30,14 +30,15 @@ def weights(record):
 
 
 def test_a_balanced_run_resumes_bit_equal(dataset_prefix, tmp_path):
-    """Saved between two draws, through torchrun; tests/parallel/test_balancing.py does the same with each balancer."""
+    """Saved between two draws; tests/parallel/test_balancing.py does the same with each balancer."""
     extra = f"{COBA} --pipeline-model-parallel-size 2 --save-interval 3 --eval-interval 3"
     whole = tmp_path / "whole"
-    process = torchrun(2, *command(dataset_prefix, whole, extra))
+    process = run_forked(*command(dataset_prefix, whole, extra), world_size=2)
     assert process.returncode == 0, process.stderr
     shutil.copytree(whole / "iter_0000003", tmp_path / "saved" / "iter_0000003")
     again = tmp_path / "again"
-    process = torchrun(2, *command(dataset_prefix, again, f"{extra} --load {tmp_path / 'saved' / 'iter_0000003'}"))
+    extra = f"{extra} --load {tmp_path / 'saved' / 'iter_0000003'}"
+    process = run_forked(*command(dataset_prefix, again, extra), world_size=2)
     assert process.returncode == 0, process.stderr
     expected, resumed = records(whole, "train")[3:], records(again, "train")
     for record in expected + resumed:
@@ -92,7 +93,7 @@ def test_focal_runs(dataset_prefix, tmp_path, loss):
 def test_micro_batch_normalisation_warns_that_shares_are_off(dataset_prefix, tmp_path):
     """MFTCoder's normalisation: a task that comes alone in its micro-batch counts by its frequency."""
     extra = "--mft-normalization micro-batch --micro-batch-size 1"
-    process = run_tool(*command(dataset_prefix, tmp_path / "run", extra, iterations=2))
+    process = run_forked(*command(dataset_prefix, tmp_path / "run", extra, iterations=2))
     assert process.returncode == 0, process.stderr
     warnings = [record for record in records(tmp_path / "run", "event") if record["event"] == "warning"]
     assert [warning["step"] for warning in warnings] == [1, 2]
@@ -125,14 +126,14 @@ def test_early_stopping_keeps_the_best_and_ends(dataset_prefix, tmp_path):
     assert {path.name for path in folder.glob("iter_*")} == {f"iter_{best:07d}", f"iter_{best + 2:07d}"}
 
     # a job that is restarted with the same command does not train on
-    again = run_tool(*command(dataset_prefix, folder, f"{extra} --load {folder}", iterations=40))
+    again = run_forked(*command(dataset_prefix, folder, f"{extra} --load {folder}", iterations=40))
     assert again.returncode == 0, again.stderr
     assert len(records(folder, "valid")) == len(valid)
     assert "early stop" in again.stdout
     for flag, iteration in (("--best", best), (None, best + 2)):
         hf = tmp_path / f"hf{iteration}"
         flags = [flag] if flag else []
-        process = run_tool("tools/convert_checkpoint.py", "mcore-to-hf", "--load", folder, "--hf", hf, *flags)
+        process = run_forked("tools/convert_checkpoint.py", "mcore-to-hf", "--load", folder, "--hf", hf, *flags)
         assert process.returncode == 0, process.stderr
         assert f"iteration {iteration}" in process.stdout
 
@@ -159,7 +160,7 @@ def test_early_stopping_on_one_task(dataset_prefix, tmp_path):
 
 def refused(prefix, *words):
     return refusal(
-        run_tool(
+        run_forked(
             "pretrain_mft.py", *MODEL, *RUN, "--micro-batch-size", 2, "--train-iters", 2, "--data-path", prefix, *words
         )
     )

@@ -1,4 +1,8 @@
-"""pretrain_mft.py and tools/convert_checkpoint.py through the command line, as a user runs them."""
+"""pretrain_mft.py and tools/convert_checkpoint.py through the command line, as a user runs them.
+
+With torchrun, alone, and leaving again, they are processes of their own; what they refuse, and what they say besides,
+is seen in forked ones.
+"""
 
 import json
 import shutil
@@ -7,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from batches import one_segment
-from ranks import refusal, run_on_ranks, run_tool, torchrun
+from ranks import refusal, run_forked, run_on_ranks, run_tool, torchrun
 
 MODEL = (
     "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --group-query-attention --num-query-groups 2 --swiglu "
@@ -81,10 +85,10 @@ def test_metrics_say_what_happened(run_folder, dataset_prefix):
 
 
 def test_resuming_is_bit_equal(run_folder, dataset_prefix, tmp_path):
-    process = torchrun(
-        4,
+    process = run_forked(
         *("pretrain_mft.py", *RUN, *LAYOUT, "--data-path", dataset_prefix),
         *("--load", run_folder / "iter_0000003", "--save", tmp_path / "again"),
+        world_size=4,
     )
     assert process.returncode == 0, process.stderr
     resumed, whole = records(tmp_path / "again", "train"), records(run_folder, "train")[3:]
@@ -176,7 +180,7 @@ def test_the_export_is_a_whole_hugging_face_folder(hf_folder, tokenizer_folder, 
 def test_export_in_shards_is_the_same_model(run_folder, hf_folder, tmp_path):
     from safetensors.torch import load_file
 
-    process = run_tool(
+    process = run_forked(
         *("tools/convert_checkpoint.py", "mcore-to-hf", "--load", run_folder, "--hf", tmp_path / "hf"),
         *("--max-shard-size", "100KB"),
     )
@@ -195,25 +199,25 @@ def test_export_in_shards_is_the_same_model(run_folder, hf_folder, tmp_path):
 
 def test_export_refuses_in_one_line(run_folder, hf_folder, tmp_path):
     tool = ("tools/convert_checkpoint.py", "mcore-to-hf")
-    assert "exists already" in refusal(run_tool(*tool, "--load", run_folder, "--hf", hf_folder))
-    assert "does not exist" in refusal(run_tool(*tool, "--load", tmp_path / "nothing", "--hf", tmp_path / "hf"))
-    assert "did you mean --load" in refusal(run_tool(*tool, "--laod", run_folder, "--hf", tmp_path / "hf"))
+    assert "exists already" in refusal(run_forked(*tool, "--load", run_folder, "--hf", hf_folder))
+    assert "does not exist" in refusal(run_forked(*tool, "--load", tmp_path / "nothing", "--hf", tmp_path / "hf"))
+    assert "did you mean --load" in refusal(run_forked(*tool, "--laod", run_folder, "--hf", tmp_path / "hf"))
     assert "--max-shard-size" in refusal(
-        run_tool(*tool, "--load", run_folder, "--hf", tmp_path / "hf", "--max-shard-size", "5")
+        run_forked(*tool, "--load", run_folder, "--hf", tmp_path / "hf", "--max-shard-size", "5")
     )
-    assert "unknown direction" in refusal(run_tool("tools/convert_checkpoint.py", "hf-to-gguf"))
+    assert "unknown direction" in refusal(run_forked("tools/convert_checkpoint.py", "hf-to-gguf"))
     other = tmp_path / "gelu"
     shutil.copytree(run_folder, other)
     info = other / "iter_0000005" / "mft_checkpoint.json"
     content = json.loads(info.read_text())
     info.write_text(json.dumps({**content, "architecture": {**content["architecture"], "swiglu": False}}))
-    line = refusal(run_tool(*tool, "--load", other, "--hf", tmp_path / "hf"))
+    line = refusal(run_forked(*tool, "--load", other, "--hf", tmp_path / "hf"))
     assert "swiglu is False, Llama has True" in line
     assert not list(tmp_path.glob("*hf*"))
 
 
 def refused(*words):
-    return refusal(run_tool("pretrain_mft.py", *words))
+    return refusal(run_forked("pretrain_mft.py", *words))
 
 
 def test_bad_input_is_refused_in_one_line(dataset_prefix, tmp_path):
@@ -317,7 +321,7 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(run_folder, dataset_prefix,
     line = refused(*words)
     assert str(path) in line
     assert ("cannot load it" if change != "no index" else "its index .metadata cannot be read") in line
-    line = refusal(run_tool("tools/convert_checkpoint.py", "mcore-to-hf", "--load", path, "--hf", tmp_path / "hf"))
+    line = refusal(run_forked("tools/convert_checkpoint.py", "mcore-to-hf", "--load", path, "--hf", tmp_path / "hf"))
     assert str(path) in line
     assert "damaged" in line
     assert not (tmp_path / "hf").exists()
@@ -328,7 +332,7 @@ def test_an_export_with_another_models_tokenizer_keeps_its_own_configuration(run
     shutil.copytree(tokenizer_folder, other)
     for name in ("config.json", "generation_config.json", "model.safetensors.index.json"):
         (other / name).write_text("{}")
-    process = run_tool(
+    process = run_forked(
         *("tools/convert_checkpoint.py", "mcore-to-hf", "--load", run_folder, "--hf", tmp_path / "hf"),
         *("--tokenizer-model", other),
     )

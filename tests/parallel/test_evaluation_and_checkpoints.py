@@ -1,5 +1,6 @@
 """Evaluation and checkpoints do not depend on the layout either."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -10,9 +11,11 @@ from run import arguments_for, open_dataset, some_steps
 TP2_PP2 = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"
 PP2_VPP2 = "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2"
 DROPOUT = "--hidden-dropout 0.1 --attention-dropout 0.1"
+EVALUATED = ("task-token", "sample")
 
 
 def _evaluate(prefix, extra, world_size):
+    """What each loss reports of the whole validation split, and which packs it has seen."""
     import numpy as np
 
     from mft_megatron.mcore import parallel
@@ -20,14 +23,23 @@ def _evaluate(prefix, extra, world_size):
     from mft_megatron.training.evaluation import evaluation_plans
 
     arguments = arguments_for(prefix, extra, world_size)
-    dataset = open_dataset(arguments)
+    dataset, reports = open_dataset(arguments), {}
     split = dataset.split("valid")
     with parallel.process_groups(arguments.distributed, arguments.initialization.seed):
-        trainer = Trainer(arguments, dataset.vocab_size, np.array([1.0, 2.0, 0.5, 3.0]))
-        plans = list(evaluation_plans(arguments, split, limit=None))
-        report = trainer.evaluate(split, plans)
-        used = np.concatenate([plan.packs_G for plan in plans])
-        return report.loss, report.loss_K.tolist(), report.tokens_K.tolist(), sorted(used[used >= 0].tolist())
+        for loss in EVALUATED:
+            arguments = arguments_for(prefix, f"{extra} --mft-loss {loss}", world_size)
+            trainer = Trainer(arguments, dataset.vocab_size, np.array([1.0, 2.0, 0.5, 3.0]))
+            plans = list(evaluation_plans(arguments, split, limit=None))
+            report = trainer.evaluate(split, plans)
+            used = np.concatenate([plan.packs_G for plan in plans])
+            numbers = report.loss, report.loss_K.tolist(), report.tokens_K.tolist()
+            reports[loss] = *numbers, sorted(used[used >= 0].tolist())
+    return reports
+
+
+@functools.cache
+def evaluated_by_one_process(prefix):
+    return run_on_ranks(1, _evaluate, prefix, "--micro-batch-size 8", 1)[0]
 
 
 @pytest.mark.parametrize(
@@ -40,17 +52,19 @@ def _evaluate(prefix, extra, world_size):
         (2, f"{PP2_VPP2} --micro-batch-size 1 --global-batch-size 24 {DROPOUT}"),
     ],
 )
-@pytest.mark.parametrize("loss", ["task-token", "sample"])
-def test_the_whole_split_exactly_once(dataset_prefix, world_size, extra, loss):
-    expected = run_on_ranks(1, _evaluate, dataset_prefix, f"--micro-batch-size 8 --mft-loss {loss}", 1)[0]
-    for result in run_on_ranks(world_size, _evaluate, dataset_prefix, f"{extra} --mft-loss {loss}", world_size):
-        assert result[0] == pytest.approx(expected[0], rel=1e-6)
-        assert result[1] == pytest.approx(expected[1], rel=1e-6)
-        assert result[2:] == expected[2:]
-    ledger = json.loads(Path(f"{dataset_prefix}_dataset.json").read_text())
-    assert sum(expected[2]) == ledger["lengths"]["128"]["packs"]["valid"]["supervised_tokens"]
-    assert expected[3] == list(range(ledger["lengths"]["128"]["packs"]["valid"]["packs"]))
-    assert len(expected[3]) % 8 != 0  # or the filling up of the last batch would not be seen
+def test_the_whole_split_exactly_once(dataset_prefix, world_size, extra):
+    results = run_on_ranks(world_size, _evaluate, dataset_prefix, extra, world_size)
+    packs = json.loads(Path(f"{dataset_prefix}_dataset.json").read_text())["lengths"]["128"]["packs"]["valid"]
+    for loss, expected in evaluated_by_one_process(dataset_prefix).items():
+        for result in (of_rank[loss] for of_rank in results):
+            assert result[0] == pytest.approx(expected[0], rel=1e-6), loss
+            assert result[1] == pytest.approx(expected[1], rel=1e-6), loss
+            assert result[2:] == expected[2:], loss
+        assert sum(expected[2]) == packs["supervised_tokens"]
+        assert expected[3] == list(range(packs["packs"]))
+        assert len(expected[3]) % 8 != 0  # or the filling up of the last batch would not be seen
+    token, sample = (evaluated_by_one_process(dataset_prefix)[loss][0] for loss in EVALUATED)
+    assert token != pytest.approx(sample, rel=1e-4)  # two losses, not one
 
 
 @pytest.mark.parametrize(("world_size", "layout"), [(4, TP2_PP2), (2, PP2_VPP2)])
@@ -63,21 +77,33 @@ def test_resuming_is_bit_equal(dataset_prefix, tmp_path, precision, world_size, 
     assert resumed == whole[3:]
 
 
+@pytest.fixture(scope="module")
+def saved(dataset_prefix, tmp_path_factory):
+    """Five steps of a layout, saved after the third: the folder and the steps' records; each layout trains once."""
+
+    @functools.cache
+    def train(world_size, options):
+        folder = str(tmp_path_factory.mktemp("saved"))
+        return folder, run_on_ranks(world_size, some_steps, dataset_prefix, options, world_size, folder, 3, 5, 1)[0]
+
+    return train
+
+
 @pytest.mark.parametrize(
     ("world_size", "extra"),
     [(1, ""), (2, "--tensor-model-parallel-size 2"), (2, "--pipeline-model-parallel-size 2"), (2, ""), (2, PP2_VPP2)],
 )
 @pytest.mark.parametrize("writer", [TP2_PP2, f"{PP2_VPP2} --micro-batch-size 1"])
-def test_any_layout_loads_any_other(dataset_prefix, tmp_path, world_size, extra, writer):
-    whole = run_on_ranks(4, some_steps, dataset_prefix, writer, 4, str(tmp_path), 3, 5, 1)[0]
-    resumed = run_on_ranks(world_size, some_steps, dataset_prefix, extra, world_size, str(tmp_path), None, 5, 77)[0]
+def test_any_layout_loads_any_other(dataset_prefix, saved, world_size, extra, writer):
+    folder, whole = saved(4, writer)
+    resumed = run_on_ranks(world_size, some_steps, dataset_prefix, extra, world_size, folder, None, 5, 77)[0]
     for ours, theirs in zip(resumed, whole[3:], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-6)
 
 
-def test_the_command_lines_learning_rate_holds_after_a_load(dataset_prefix, tmp_path):
-    whole = run_on_ranks(1, some_steps, dataset_prefix, "", 1, str(tmp_path), 3, 5, 1)[0]
-    resumed = run_on_ranks(1, some_steps, dataset_prefix, "--lr 5e-4", 1, str(tmp_path), None, 5, 1)[0]
+def test_the_command_lines_learning_rate_holds_after_a_load(dataset_prefix, saved):
+    folder, whole = saved(1, "")
+    resumed = run_on_ranks(1, some_steps, dataset_prefix, "--lr 5e-4", 1, folder, None, 5, 1)[0]
     assert [rate for _, _, rate in resumed] == pytest.approx([rate / 2 for _, _, rate in whole[3:]])
 
 
@@ -110,10 +136,10 @@ def test_a_batch_with_nothing_to_learn_changes_nothing(dataset_prefix):
     assert run_on_ranks(2, _skip, dataset_prefix) == [(None, True, 0)] * 2
 
 
-def test_a_checkpoint_fills_a_model_with_more_padding(dataset_prefix, tmp_path):
+def test_a_checkpoint_fills_a_model_with_more_padding(dataset_prefix, saved):
     """Through --load, so that the weights hold anything before; rows that the checkpoint lacks must become numbers."""
-    whole = run_on_ranks(1, some_steps, dataset_prefix, "", 1, str(tmp_path), 3, 5, 1)[0]
-    options = f"--load {tmp_path} --make-vocab-size-divisible-by 1024 --tensor-model-parallel-size 2"
-    resumed = run_on_ranks(2, some_steps, dataset_prefix, options, 2, str(tmp_path), None, 5, 1)[0]
+    folder, whole = saved(1, "")
+    options = f"--load {folder} --make-vocab-size-divisible-by 1024 --tensor-model-parallel-size 2"
+    resumed = run_on_ranks(2, some_steps, dataset_prefix, options, 2, folder, None, 5, 1)[0]
     for ours, theirs in zip(resumed, whole[3:], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-6)
