@@ -1,9 +1,12 @@
 """Convert between Megatron-Core distributed checkpoints and Hugging Face folders; see --help."""
 
+import signal
 import sys
 
 from mft_megatron.convert.command import main
 from mft_megatron.errors import run_command
 
 if __name__ == "__main__":
+    # torchrun ends a run's exports with it, and they are to leave nothing half-written behind
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(run_command(lambda: main(sys.argv[1:])))

@@ -90,6 +90,7 @@ def to_hf(source: Path, target: Path) -> None:
 
 
 def imports(source: Path, target: Path) -> None:
+    import mft_megatron.convert.command
     import mft_megatron.convert.hf_export
     import mft_megatron.convert.hf_import  # noqa: F401
 

@@ -217,7 +217,9 @@ def _from_adapter(
 def _architecture_from(resume: tuple[str, CheckpointInfo], given: Mapping[str, Any]) -> dict[str, Any]:
     path, info = resume
     known = {field.name: field for field in dataclasses.fields(NetworkArguments)}
-    architecture = {name: value for name, value in info.architecture.items() if name in known}
+    # what a description from an earlier version leaves out was as its default says
+    younger = {name: field.default for name, field in known.items() if field.default is not None}
+    architecture = {**younger, **{name: value for name, value in info.architecture.items() if name in known}}
     # these shape no weight: the length, where positions are not learned, follows --seq-length when it is not given
     free = {"make_vocab_size_divisible_by"}
     if architecture.get("position_embedding_type") != "learned_absolute":

@@ -274,6 +274,31 @@ class Activation:
         return {self.theirs[0]: "gelu_pytorch_tanh" if architecture.openai_gelu else "gelu"}
 
 
+class TanhGelu:
+    """Gemma's activation function, GELU by its tanh approximation, which published configurations also call "gelu".
+
+    transformers 4 goes by ``hidden_activation``, by its word, and takes the approximation where that is missing or
+    null; transformers 5 goes by ``hidden_act`` and takes "gelu" for the approximation. What both take for it is read.
+    """
+
+    _NAMES = ("gelu_pytorch_tanh", "gelu_new")
+
+    def __init__(self, name: str, name_in_4: str):
+        self.theirs = (name, name_in_4)
+
+    def read(self, config: Config, found: Mapping[str, Any]) -> dict[str, Any]:
+        for name, allowed in zip(self.theirs, ((*self._NAMES, "gelu"), (*self._NAMES, None)), strict=True):
+            value = config.get(name, self._NAMES[0])
+            if value not in allowed:
+                raise InputError(
+                    f"{name} is {value!r}, which this program cannot express in this family; only {self._NAMES[0]!r}"
+                )
+        return {"openai_gelu": True}
+
+    def write(self, architecture: NetworkArguments) -> dict[str, Any]:
+        return dict.fromkeys(self.theirs, self._NAMES[0])
+
+
 class Window:
     """A sliding window on every layer: ``sliding_window`` tokens, oneself among them."""
 

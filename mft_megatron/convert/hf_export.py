@@ -21,11 +21,10 @@ from mft_megatron.convert.row_kinds import Sizes, sizes_of, split
 from mft_megatron.convert.safetensors_files import Planned, ShardWriter
 from mft_megatron.errors import InputError
 from mft_megatron.mcore.tensor_reader import TensorReader
-from mft_megatron.run_folder import HUGGINGFACE, TOKENIZER, CheckpointInfo, copy_tokenizer, latest_checkpoint
+from mft_megatron.run_folder import HUGGINGFACE, TOKENIZER, CheckpointInfo, copy_tokenizer
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
-SHARD_SIZE = "5GB"
 VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
@@ -64,16 +63,6 @@ def export(checkpoint: Path, info: CheckpointInfo, target: Path, tokenizer: Path
             _write_config(family, architecture, info, dtype, partial)
         _write_tokenizer(checkpoint.parent, tokenizer, partial)
     return family
-
-
-def export_newest(run: Path, target: Path) -> Path | None:
-    """Write the newest checkpoint of a run as ``target/iter_NNNNNNN``; ``None`` where that is there already."""
-    checkpoint, info = latest_checkpoint(run, "--save")
-    folder = target / checkpoint.name
-    if folder.exists():
-        return None
-    export(checkpoint, info, folder, None, parse_size(SHARD_SIZE))
-    return folder
 
 
 def refuse_export(architecture: NetworkArguments, from_hugging_face: bool) -> None:

@@ -19,10 +19,6 @@ class _Marked:
         for parameter in self.parameters():
             parameter.sequence_parallel = config.sequence_parallel
 
-    def scale(self) -> Tensor:
-        """What normalised hidden states are multiplied by."""
-        return self.weight + self.shift if self.shift else self.weight
-
 
 class RMSNorm(torch.nn.RMSNorm, _Marked):
     """Root-mean-square norm, computed in fp32 whatever the input's dtype."""
@@ -36,7 +32,10 @@ class RMSNorm(torch.nn.RMSNorm, _Marked):
         # residual stream's comes in: then a norm that is computed again gives the same gradient, bit for bit
         hidden = hidden.view_as(hidden)
         normed = torch.nn.functional.rms_norm(hidden.float(), self.normalized_shape, None, self.eps)
-        return normed.to(hidden.dtype) * self.scale()
+        if self.shift:
+            # as Gemma and Transformer Engine do: 1 + weight in bf16 would lose the digits that the storage is for
+            return (normed * (self.weight.float() + self.shift)).to(hidden.dtype)
+        return normed.to(hidden.dtype) * self.weight
 
 
 class LayerNorm(torch.nn.LayerNorm, _Marked):
@@ -47,7 +46,11 @@ class LayerNorm(torch.nn.LayerNorm, _Marked):
         self._mark(config)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return torch.nn.functional.layer_norm(hidden, self.normalized_shape, self.scale(), self.bias, self.eps)
+        if not self.shift:
+            return torch.nn.functional.layer_norm(hidden, self.normalized_shape, self.weight, self.bias, self.eps)
+        weight, bias = self.weight.float() + self.shift, self.bias.float()
+        normed = torch.nn.functional.layer_norm(hidden.float(), self.normalized_shape, weight, bias, self.eps)
+        return normed.to(hidden.dtype)
 
 
 NORMS = {"RMSNorm": RMSNorm, "LayerNorm": LayerNorm}

@@ -31,7 +31,7 @@ from mft_megatron.run_folder import (
 from mft_megatron.training.progress import Progress
 from mft_megatron.training.records import event_record
 from mft_megatron.training.run_log import RunLog
-from mft_megatron.training.sources import Sources
+from mft_megatron.training.sources import NO_SOURCES, Sources
 
 
 class Saver:
@@ -199,7 +199,9 @@ def model_vocab_size(arguments: Arguments, dataset: PackedDataset) -> int:
     return dataset.vocab_size if arguments.resume is None else arguments.resume[1].vocab_size
 
 
-def resume(arguments: Arguments, trainer: Trainer, log: RunLog, sources: Sources) -> tuple[Progress, dict[str, Any]]:
+def resume(
+    arguments: Arguments, trainer: Trainer, log: RunLog, sources: Sources = NO_SOURCES
+) -> tuple[Progress, dict[str, Any]]:
     """Load the checkpoint of ``--load``, if there is one; where the run stands then, and the state it was saved with.
 
     Weights that are not in it come from ``sources``.

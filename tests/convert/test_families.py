@@ -52,15 +52,17 @@ UNEVEN = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --deco
 
 
 def test_logits_on_a_layout(converted):
-    some = {name: converted[name] for name in ("llama3 tied", "qwen2 windows", "starcoder2", "gpt-neox")}
+    some = {
+        name: converted[name] for name in ("llama3 tied", "qwen2 windows", "starcoder2", "gpt-neox", "gemma in groups")
+    }
     check_logits(run_on_ranks(4, tiny_models.logit_differences, UNEVEN, 4, some), some)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("extra", ["", " --sequence-parallel"])
 def test_logits_of_all_on_a_layout(converted, extra):
-    # experts under tensor parallelism want sequence parallelism
-    some = {name: folders for name, folders in converted.items() if extra or name != "mixtral"}
+    # experts under tensor parallelism want sequence parallelism; one group of heads cannot be split
+    some = {name: folders for name, folders in converted.items() if name != "gemma" and (extra or name != "mixtral")}
     check_logits(run_on_ranks(4, tiny_models.logit_differences, UNEVEN + extra, 4, some), some)
 
 
@@ -200,6 +202,69 @@ def test_a_configuration_of_our_own_is_read_back_by_transformers(converted, name
     assert family_for(architecture).refuses(architecture) is None
 
 
+CODEGEMMA = {  # as it was published, without what says nothing about the model
+    "architectures": ["GemmaForCausalLM"],
+    "attention_bias": False,
+    "head_dim": 256,
+    "hidden_act": "gelu_pytorch_tanh",
+    "hidden_activation": "gelu_pytorch_tanh",
+    "hidden_size": 2048,
+    "intermediate_size": 16384,
+    "max_position_embeddings": 8192,
+    "model_type": "gemma",
+    "num_attention_heads": 8,
+    "num_hidden_layers": 18,
+    "num_key_value_heads": 1,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 10000.0,
+    "vocab_size": 256000,
+}
+
+
+def test_published_configurations_of_gemma_are_one_architecture():
+    found = family_of(CODEGEMMA).read_config(CODEGEMMA)
+    assert (found.num_query_groups, found.kv_channels, found.openai_gelu, found.tie_embeddings) == (1, 256, True, True)
+    # the first releases said "gelu" and meant the approximation; transformers 4 took that where the new name is missing
+    for changes in ({"hidden_act": "gelu"}, {"hidden_activation": None}, {"hidden_act": "gelu_new"}):
+        assert family_of(CODEGEMMA).read_config({**CODEGEMMA, **changes}) == found
+    del (old := dict(CODEGEMMA))["hidden_activation"]
+    assert family_of(old).read_config(old) == found
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        # transformers 4 would take the exact GELU, transformers 5 the approximation
+        ({"hidden_activation": "gelu"}, "hidden_activation is 'gelu', which this program cannot express in this"),
+        ({"hidden_act": "silu"}, "hidden_act is 'silu', which"),
+        ({"hidden_act": None}, "hidden_act is None, which"),
+        ({"attention_bias": True}, "attention_bias is True"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
+        ({"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"]}, "Gemma2ForCausalLM is not supported"),
+        ({"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}, "Gemma3ForCausalLM is not supported"),
+        ({"model_type": "gemma3", "architectures": None}, "model_type 'gemma3' is not supported; known are Llama"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping: not understood for Gemma"),
+    ],
+)
+def test_what_is_not_gemma_is_refused(changes, reason):
+    config = {**CODEGEMMA, **changes}
+    with pytest.raises(InputError, match=reason):
+        family_of(config).read_config(config)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_embeddings_are_scaled_in_the_precision_of_the_model(dtype):
+    from transformers.models.gemma.modeling_gemma import GemmaTextScaledWordEmbedding
+
+    from mft_megatron.mcore.embedding import scale
+
+    theirs = GemmaTextScaledWordEmbedding(7, 3072, 0, embed_scale=3072**0.5).to(dtype)
+    scaled = torch.nn.functional.embedding(torch.arange(7), theirs.weight) * scale(3072, dtype)
+    assert scaled.dtype == dtype
+    assert scaled.equal(theirs(torch.arange(7)))
+
+
 def test_a_family_is_chosen_by_what_it_can_express():
     base = {
         "num_layers": 2,
@@ -215,6 +280,13 @@ def test_a_family_is_chosen_by_what_it_can_express():
         "max_position_embeddings": 64,
     }
     gelu = {"normalization": "LayerNorm", "swiglu": False, "openai_gelu": True}
+    gemma = {
+        "swiglu": False,
+        "gated_linear_unit": True,
+        "openai_gelu": True,
+        "apply_layernorm_1p": True,
+        "scale_embeddings_by_hidden_size": True,
+    }
     for changes, name in (
         ({}, "Llama"),
         ({"add_bias_linear": True}, "Llama"),
@@ -224,6 +296,7 @@ def test_a_family_is_chosen_by_what_it_can_express():
         ({"window_size": "7,0", "window_attn_skip_freq": 2, "add_qkv_bias": True}, "Qwen2"),
         ({**gelu, "add_bias_linear": True}, "StarCoder2"),
         ({"num_experts": 4}, "Mixtral"),
+        (gemma, "Gemma"),
         ({"normalization": "LayerNorm", "swiglu": False, **NEOX}, "GPT-NeoX"),
         ({"normalization": "LayerNorm", "swiglu": False, **NEOX, "rotary_percent": 1.0}, "GPT-NeoX"),
     ):
@@ -233,6 +306,9 @@ def test_a_family_is_chosen_by_what_it_can_express():
         ({"normalization": "LayerNorm"}, "Llama: normalization is LayerNorm, Llama has RMSNorm"),
         ({**gelu, "openai_gelu": False}, "StarCoder2: openai_gelu is False, StarCoder2 has True"),
         ({"num_experts": 4, "moe_layer_freq": 2}, "Mixtral: moe_layer_freq is 2, Mixtral has 1"),
+        ({**gemma, "openai_gelu": False}, "Gemma: openai_gelu is False, Gemma has True"),
+        ({**gemma, "apply_layernorm_1p": False}, "Gemma: apply_layernorm_1p is False, Gemma has True"),
+        ({"scale_embeddings_by_hidden_size": True}, "Llama: scale_embeddings_by_hidden_size is True, Llama has False"),
         ({"rotary_percent": 0.5}, "Llama: rotary_percent is 0.5, Llama has 1.0"),
         ({"position_embedding_type": "learned_absolute"}, "position_embedding_type is learned_absolute"),
     ):

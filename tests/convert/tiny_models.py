@@ -55,6 +55,8 @@ MODELS = {
     ),
     "qwen3": ("Qwen3", {"head_dim": 32}),
     "mistral": ("Mistral", {"sliding_window": 9, "head_dim": 8}),
+    "gemma": ("Gemma", {"num_key_value_heads": 1, "head_dim": 32, "rms_norm_eps": 1e-3}),
+    "gemma in groups": ("Gemma", {"head_dim": 16, "hidden_act": "gelu", "hidden_activation": None}),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "sliding_window": 13, "num_hidden_layers": 2}),
     "gpt-neox": ("GPTNeoX", {"rope_parameters": {**PLAIN, "partial_rotary_factor": 0.5}}),
     "gpt-neox in turn tied": (
@@ -83,7 +85,8 @@ def write_model(name: str, folder: Path, dtype: str = "float32") -> None:
     with torch.no_grad():
         for key, weight in model.named_parameters():
             noise = torch.randn(weight.shape, generator=generator)
-            weight.copy_(1 + 0.3 * noise if "norm" in key and key.endswith("weight") else 0.2 * noise)
+            is_norm = "norm" in key and key.endswith("weight")
+            weight.copy_(0.3 * noise + (kind != "Gemma") if is_norm else 0.2 * noise)  # Gemma's are stored less 1
         torch.save(model.eval()(some_tokens()).logits[0], logits_file(folder))
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     (folder / "tokenizer.json").write_text('{"version": "1.0", "of": "nothing"}\n')

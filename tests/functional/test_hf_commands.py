@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(ROOT / "tests" / "convert"))
 
 RUN = (
-    "--tensor-model-parallel-size 2 --micro-batch-size 2 --global-batch-size 4 --train-iters 1 --eval-iters 0 "
+    "--tensor-model-parallel-size 2 --micro-batch-size 2 --global-batch-size 4 --train-iters 2 --eval-iters 0 "
     "--attention-dropout 0 --hidden-dropout 0 --bf16"
 ).split()
 
@@ -42,7 +42,10 @@ def checkpoint(model):
 
 @pytest.mark.parametrize("start", ["--hf-checkpoint", pytest.param("--load", marks=pytest.mark.slow)])
 def test_trained_a_little_it_comes_back_whole(model, checkpoint, dataset_prefix, tmp_path, start):
-    """With steps too small for bf16 every weight must come back as it was, through both layouts and formats."""
+    """With steps too small for bf16 every weight must come back as it was, through both layouts and formats.
+
+    The first checkpoint is exported while the run goes on, and goes when that is done.
+    """
     source = model if start == "--hf-checkpoint" else checkpoint
     words = (
         "--data-path",
@@ -54,10 +57,13 @@ def test_trained_a_little_it_comes_back_whole(model, checkpoint, dataset_prefix,
         "--save-hf",
         tmp_path / "exports",
     )
+    if start == "--hf-checkpoint":
+        words += tuple("--save-interval 1 --save-hf-interval 1 --save-retain-interval 2".split())
     process = torchrun(2, "pretrain_mft.py", *RUN, *words, "--lr", "1e-12")
     assert process.returncode == 0, process.stderr
-    info = json.loads((tmp_path / "run" / "iter_0000001" / "mft_checkpoint.json").read_text())
-    assert (info["vocab_size"], info["source"], info["iteration"]) == (511, "Qwen2ForCausalLM", 1)
+    assert [path.name for path in (tmp_path / "run").glob("iter_*")] == ["iter_0000002"]
+    info = json.loads((tmp_path / "run" / "iter_0000002" / "mft_checkpoint.json").read_text())
+    assert (info["vocab_size"], info["source"], info["iteration"]) == (511, "Qwen2ForCausalLM", 2)
     first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
     assert (first["event"], first["finetune"]) == ("load", True)
     words = ("mcore-to-hf", "--load", tmp_path / "run", "--hf", tmp_path / "hf")
@@ -65,14 +71,17 @@ def test_trained_a_little_it_comes_back_whole(model, checkpoint, dataset_prefix,
         process = run_tool("tools/convert_checkpoint.py", *words)
         assert process.returncode == 0, process.stderr
     else:
-        (tmp_path / "exports" / "iter_0000001").rename(tmp_path / "hf")
-    before, after = (load_file(folder / "model.safetensors") for folder in (model, tmp_path / "hf"))
-    assert before.keys() == after.keys()
-    assert all(before[name].equal(after[name]) for name in before)
-    names = {path.name for path in model.iterdir()}
-    assert {path.name for path in (tmp_path / "hf").iterdir()} == names
-    for name in names - {"model.safetensors"}:
-        assert (model / name).read_bytes() == (tmp_path / "hf" / name).read_bytes(), name
+        (tmp_path / "exports" / "iter_0000002").rename(tmp_path / "hf")
+    exports = [tmp_path / "hf", *(tmp_path / "exports").glob("*")]
+    assert len(exports) == 2
+    before, names = load_file(model / "model.safetensors"), {path.name for path in model.iterdir()}
+    for folder in exports:
+        after = load_file(folder / "model.safetensors")
+        assert before.keys() == after.keys()
+        assert all(before[name].equal(after[name]) for name in before)
+        assert {path.name for path in folder.iterdir()} == names
+        for name in names - {"model.safetensors"}:
+            assert (model / name).read_bytes() == (folder / name).read_bytes(), name
 
 
 def test_a_data_set_that_needs_more_tokens_is_refused(checkpoint, dataset_prefix, tmp_path):
@@ -90,6 +99,24 @@ def test_a_data_set_that_needs_more_tokens_is_refused(checkpoint, dataset_prefix
     with pytest.raises(InputError, match=r"vocabulary of 499, .* has 500; preprocess the data with the model's token"):
         refuse_other_data(parse_arguments([*words, str(small)], 1, lambda prefix: [128]), dataset)
     refuse_other_data(parse_arguments([*words, str(checkpoint)], 1, lambda prefix: [128]), dataset)
+
+
+@pytest.mark.parametrize("start", ["--hf-checkpoint", "--load"])
+def test_a_data_set_of_another_tokenizer_is_refused(model, checkpoint, dataset_prefix, tmp_path, start):
+    from mft_megatron.arguments import parse_arguments
+    from mft_megatron.convert.hf_source import HuggingFaceSource
+    from mft_megatron.errors import InputError
+    from mft_megatron.training.pretrain import pretrain
+
+    source = shutil.copytree(model if start == "--hf-checkpoint" else checkpoint, tmp_path / "start")
+    (file,) = source.glob("tokenizer.json" if start == "--hf-checkpoint" else "huggingface/tokenizer.json")
+    content = json.loads(file.read_text())
+    content["model"]["merges"].pop()
+    file.write_text(json.dumps(content))
+    words = [*RUN[2:], "--data-path", str(dataset_prefix), "--lr", "1e-3", start, str(source)]
+    arguments = parse_arguments(words, 1, lambda prefix: [128], lambda folder: HuggingFaceSource(folder).info)
+    with pytest.raises(InputError, match=r"the model's tokenizer is another one than .* was made with: "):
+        pretrain(arguments)
 
 
 def test_more_ranks_than_groups_are_refused(checkpoint, dataset_prefix):
@@ -129,14 +156,45 @@ def test_a_converted_checkpoint_is_a_start_not_a_resume(checkpoint, dataset_pref
     assert Path(arguments.resume[0]).name == "iter_0000000"
 
 
-def test_what_cannot_be_exported_is_refused_before_the_run(checkpoint, tmp_path):
+def test_what_cannot_be_exported_is_refused_before_the_run():
     from mft_megatron.arguments import NetworkArguments
-    from mft_megatron.convert.hf_export import export_newest, refuse_export
+    from mft_megatron.convert.hf_export import refuse_export
     from mft_megatron.errors import InputError
 
     odd = NetworkArguments(num_layers=1, hidden_size=8, ffn_hidden_size=8, num_attention_heads=2, kv_channels=4)
     with pytest.raises(InputError, match="--save-hf: no Hugging Face family fits this architecture"):
         refuse_export(odd, from_hugging_face=False)
     refuse_export(odd, from_hugging_face=True)
-    assert export_newest(checkpoint, tmp_path / "out") == tmp_path / "out" / "iter_0000000"
-    assert export_newest(checkpoint, tmp_path / "out") is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("in_the_way", [False, True])
+def test_a_run_exports_while_it_goes_on(checkpoint, dataset_prefix, tmp_path, in_the_way):
+    """Checkpoints are exported before they go; what cannot be exported stays, and the run ends with a line about it."""
+    from mft_megatron.convert.command import mcore_to_hf
+
+    run, exports = tmp_path / "run", tmp_path / "exports"
+    words = ("--data-path", dataset_prefix, "--load", checkpoint, "--save", run, "--save-hf", exports, *RUN[2:])
+    words += tuple("--save-interval 1 --save-hf-interval 2 --save-retain-interval 3 --lr 1e-3".split())
+    exports.mkdir()
+    if in_the_way:
+        (exports / "iter_0000002").write_text("of someone else")
+    process = torchrun(1, "pretrain_mft.py", *words, "--finetune", "--train-iters", "3")
+    refusals = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
+    if in_the_way:
+        assert process.returncode != 0
+        assert len(refusals) == 1
+        assert "iter_0000002 was not exported (--hf " in refusals[0]
+        assert "exists already; remove it" in refusals[0]
+        assert f"--load {run / 'iter_0000002'} --hf {exports / 'iter_0000002'} will do it" in refusals[0]
+    else:
+        assert process.returncode == 0, process.stderr
+        early, late = (load_file(exports / f"iter_000000{n}" / "model.safetensors") for n in (2, 3))
+        assert not early["model.norm.weight"].equal(late["model.norm.weight"])
+        mcore_to_hf(["--load", str(run), "--hf", str(tmp_path / "by hand")])
+        by_hand = load_file(tmp_path / "by hand" / "model.safetensors")
+        assert by_hand.keys() == late.keys()
+        assert all(by_hand[name].equal(late[name]) for name in late)
+    left = {"iter_0000003"} | ({"iter_0000002"} if in_the_way else set())
+    assert {path.name for path in run.glob("iter_*")} == left
+    assert {path.name for path in exports.iterdir()} == {"iter_0000002", "iter_0000003"}

@@ -91,3 +91,21 @@ def test_rotations():
     assert not torch.allclose(plain, neighbours, atol=1e-7)
     assert plain[0, 0].equal(longer[0, 0])  # the first token, at position 0
     assert plain[0, 0].equal(neighbours[0, 0])
+
+
+def test_norms_stored_less_one_are_gemmas_in_bf16():
+    """Bit for bit: 1 + weight would lose digits if it were rounded to bf16."""
+    import torch
+    from megatron.core.transformer.transformer_config import TransformerConfig
+    from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+
+    from mft_megatron.mcore.norm import RMSNorm
+
+    config = TransformerConfig(num_layers=1, hidden_size=96, num_attention_heads=4, layernorm_zero_centered_gamma=True)
+    ours, theirs = RMSNorm(config, 96, 1e-6).bfloat16(), GemmaRMSNorm(96, 1e-6).bfloat16()
+    generator = torch.Generator().manual_seed(1)
+    weight = (torch.randn(96, generator=generator) * 0.05).bfloat16()
+    with torch.no_grad():
+        ours.weight.copy_(weight), theirs.weight.copy_(weight)
+        hidden = torch.randn(50, 96, generator=generator).bfloat16()
+        assert torch.equal(ours(hidden), theirs(hidden))

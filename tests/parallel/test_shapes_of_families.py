@@ -1,4 +1,5 @@
-"""Layers that families of Hugging Face need, trained on layouts: the parallel residual, tanh GELU, scaled rotation."""
+"""Layers that families of Hugging Face need, trained on layouts: the parallel residual, tanh GELU, scaled rotation,
+gates with GELU, scaled embeddings."""
 
 import pytest
 from ranks import run_on_ranks
@@ -8,6 +9,12 @@ NEOX = (
     "--position-embedding-type rope --normalization LayerNorm --openai-gelu --parallel-residual --rotary-percent 0.5 "
     '--rope-scaling {"rope_type":"linear","factor":4}'
 )
+GEMMA = (
+    "--position-embedding-type rope --normalization RMSNorm --apply-layernorm-1p --openai-gelu --gated-linear-unit "
+    "--scale-embeddings-by-hidden-size --kv-channels 32 --group-query-attention --num-query-groups 2 "
+    "--disable-bias-linear"
+)
+FAMILIES = {"GPT-NeoX": NEOX, "Gemma": GEMMA}
 LAYOUTS = (
     "--tensor-model-parallel-size 2 --sequence-parallel --recompute-granularity selective "
     "--recompute-modules layernorm",
@@ -21,16 +28,32 @@ def _train(prefix, options, world_size):
 
 @pytest.fixture(scope="module")
 def alone(dataset_prefix):
-    return run_on_ranks(1, _train, dataset_prefix, NEOX, 1)[0]
+    return {name: run_on_ranks(1, _train, dataset_prefix, options, 1)[0] for name, options in FAMILIES.items()}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts_agree(alone, dataset_prefix, layout):
-    for curve in run_on_ranks(2, _train, dataset_prefix, f"{NEOX} {layout}", 2):
-        for ours, theirs in zip(curve, alone, strict=True):
-            assert ours == pytest.approx(theirs, rel=1e-6)
+CASES = [
+    ("GPT-NeoX", LAYOUTS[0]),
+    ("GPT-NeoX", LAYOUTS[1]),
+    pytest.param("Gemma", LAYOUTS[0], marks=pytest.mark.slow),
+    ("Gemma", LAYOUTS[1]),
+]
 
 
-def test_the_residual_is_another_function(alone, dataset_prefix):
-    in_turn = run_on_ranks(1, _train, dataset_prefix, NEOX.replace("--parallel-residual ", ""), 1)[0]
-    assert in_turn[0][0] != pytest.approx(alone[0][0], rel=1e-5)
+@pytest.mark.parametrize(("family", "layout"), CASES)
+def test_layouts_agree(alone, dataset_prefix, family, layout):
+    for curve in run_on_ranks(2, _train, dataset_prefix, f"{FAMILIES[family]} {layout}", 2):
+        for ours, theirs in zip(curve, alone[family], strict=True):
+            assert ours == (pytest.approx(theirs[0], rel=1e-6), pytest.approx(theirs[1], rel=3e-6))
+
+
+@pytest.mark.parametrize(
+    ("family", "option"),
+    [
+        ("GPT-NeoX", "--parallel-residual"),
+        pytest.param("Gemma", "--scale-embeddings-by-hidden-size", marks=pytest.mark.slow),
+        pytest.param("Gemma", "--gated-linear-unit", marks=pytest.mark.slow),
+    ],
+)
+def test_each_option_is_another_function(alone, dataset_prefix, family, option):
+    without = run_on_ranks(1, _train, dataset_prefix, FAMILIES[family].replace(option, ""), 1)[0]
+    assert without[0] != pytest.approx(alone[family][0], rel=1e-5)

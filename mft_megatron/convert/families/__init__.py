@@ -8,6 +8,7 @@ from mft_megatron.convert.config_entries import IRRELEVANT, OFF
 from mft_megatron.convert.family import Family
 from mft_megatron.errors import InputError
 
+from .gemma import GEMMA
 from .gpt_neox import GPT_NEOX
 from .llama import LLAMA
 from .mistral import MISTRAL
@@ -18,7 +19,7 @@ from .starcoder2 import STARCODER2
 
 # in the order in which they are asked whether they can express an architecture
 FAMILIES: dict[str, Family] = {
-    family.model_type: family for family in (LLAMA, QWEN2, QWEN3, MISTRAL, MIXTRAL, STARCODER2, GPT_NEOX)
+    family.model_type: family for family in (LLAMA, QWEN2, QWEN3, MISTRAL, MIXTRAL, GEMMA, STARCODER2, GPT_NEOX)
 }
 
 

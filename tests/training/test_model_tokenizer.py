@@ -1,0 +1,216 @@
+"""Tokenizers of a model and of a data set: the same ids for texts are asked for, nothing more."""
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from mft_megatron.data.tokenizer import load_tokenizer
+from mft_megatron.errors import InputError
+from mft_megatron.training.model_tokenizer import check_model_tokenizer, difference
+
+
+@pytest.fixture
+def model(tokenizer_folder, tmp_path):
+    """A copy of the data set's tokenizer, to be changed."""
+    return shutil.copytree(tokenizer_folder, tmp_path / "model")
+
+
+def change(folder, edit, **dumps):
+    content = json.loads((folder / "tokenizer.json").read_text())
+    edit(content)
+    (folder / "tokenizer.json").write_text(json.dumps(content, **dumps))
+
+
+def check(model, data, *, run=None, tokenizer_model=None, kind="HuggingFaceTokenizer", **info):
+    """As a run would whose data set was made with the tokenizer of the folder ``data``."""
+    made_with = load_tokenizer(kind, data)
+    entry = SimpleNamespace(type=kind, model=str(data), fingerprint=made_with.fingerprint)
+    if tokenizer_model is not None:  # it has moved since
+        entry.model = "/nowhere"
+    known = SimpleNamespace(**{"dataset_hash": "", "tokenizer": {}, **info})
+    path = model if run is None else run / "iter_0000000"
+    arguments = SimpleNamespace(
+        resume=(str(path), known),
+        base=None,
+        starts_from_hf=run is None,
+        reads_hf=run is None,
+        data=SimpleNamespace(data_path="DATA", tokenizer_model=tokenizer_model),
+    )
+    ledger = SimpleNamespace(tokenizer=entry)
+    return check_model_tokenizer(arguments, SimpleNamespace(dataset_hash="d", ledger=ledger))
+
+
+def refusal(*folders, **others):
+    with pytest.raises(InputError) as caught:
+        check(*folders, **others)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def add_tokens(*names, special=True, start=500):
+    def edit(content):
+        for number, name in enumerate(names, start):
+            flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+            content["added_tokens"].append({"id": number, "content": name, "special": special, **flags})
+
+    return edit
+
+
+def test_the_same_tokenizer_needs_no_word(model, tokenizer_folder):
+    assert check(model, tokenizer_folder) == ""
+    (model / "LICENSE").write_text("beside it")
+    assert check(model, tokenizer_folder) == ""
+
+
+def test_the_same_tokenizer_in_other_words(model, tokenizer_folder):
+    change(model, lambda content: content, indent=7)
+    assert check(model, tokenizer_folder).endswith("with the same ids for texts")
+    (model / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
+    assert check(model, tokenizer_folder).endswith("with the same ids for texts")
+
+
+def test_special_tokens_may_be_added_and_renamed(model, tokenizer_folder, tmp_path):
+    data = shutil.copytree(tokenizer_folder, tmp_path / "data")
+    change(data, add_tokens("<|tool|>", "<|fim|>"))
+    assert check(model, data).endswith(
+        "with the same ids for texts; it knows these special tokens besides: <|fim|>, <|tool|>"
+    )
+    change(data, lambda content: content["added_tokens"][3].update(content="<|turn|>"))
+    change(
+        data,
+        lambda content: content["model"]["vocab"].update({"<|turn|>": content["model"]["vocab"].pop("<|im_end|>")}),
+    )
+    assert check(model, data).endswith("<|fim|>, <|tool|>, <|turn|>")
+    # those of the model that the data set does not use are no one's concern
+    assert check(data, model).endswith("besides: <|im_end|>")
+
+
+def swap_two(content):
+    vocabulary = content["model"]["vocab"]
+    one, other = [name for name, number in vocabulary.items() if number in (300, 400)]
+    vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+
+
+def lose_last_merge(content):
+    content["model"]["merges"].pop()
+
+
+def single_spaces(content):
+    spaces = {"type": "Split", "pattern": {"String": " "}, "behavior": "Isolated", "invert": False}
+    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [spaces, content["pre_tokenizer"]]}
+
+
+def lower(content):
+    content["normalizer"] = {"type": "Lowercase"}
+
+
+def move_special(content):
+    content["added_tokens"][2]["content"], content["added_tokens"][3]["content"] = "<|im_end|>", "<|im_start|>"
+    vocabulary = content["model"]["vocab"]
+    vocabulary["<|im_end|>"], vocabulary["<|im_start|>"] = vocabulary["<|im_start|>"], vocabulary["<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (swap_two, " in the data. Preprocess the data with --tokenizer-type HuggingFaceTokenizer --tokenizer-model "),
+        (lose_last_merge, " to the model and 499 in the data"),
+        (single_spaces, "to the model and"),
+        (lower, "to the model and"),
+        (move_special, "<|im_end|> is 2 in the model and 3 in the data"),
+        (add_tokens("return", special=False), " to the model and "),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_other_ids_are_refused(model, tokenizer_folder, edit, words):
+    change(model, edit)
+    line = refusal(model, tokenizer_folder)
+    assert words in line
+    assert str(model) in line
+    assert "DATA" in line
+    assert "special tokens alone may be added" in line
+
+
+def test_what_cannot_be_compared_is_said(model, tokenizer_folder):
+    (model / "tokenizer.json").write_text("{}")
+    assert "is not known: " in (line := check(model, tokenizer_folder))
+    assert "not a tokenizer" in line
+    (model / "tokenizer.json").unlink()
+    assert check(model, tokenizer_folder).endswith(f"{model} has no tokenizer.json or tokenizer.model")
+
+
+def test_a_data_set_whose_tokenizer_has_moved(model, tokenizer_folder, tmp_path):
+    assert check(model, tokenizer_folder, tokenizer_model="/nowhere") == ""
+    change(model, lambda content: content, indent=1)
+    line = refusal(model, tokenizer_folder, tokenizer_model="/nowhere")
+    assert "no longer at /nowhere" in line
+    assert "say with --tokenizer-model where it is" in line
+    assert check(model, tokenizer_folder, tokenizer_model=tokenizer_folder).endswith("the same ids for texts")
+    # or something else is there now
+    assert f"no longer at {model}" in refusal(model, tokenizer_folder, tokenizer_model=model)
+
+
+def test_a_converted_checkpoint_has_its_tokenizer_beside_it(model, tokenizer_folder, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(model, run / "huggingface")
+    assert check(None, tokenizer_folder, run=run) == ""
+    change(run / "huggingface", swap_two)
+    assert str(run / "huggingface") in refusal(None, tokenizer_folder, run=run)
+    # one that was trained since has that of its data set, and one that goes on with the same data set has nothing new
+    fingerprint = load_tokenizer("HuggingFaceTokenizer", tokenizer_folder).fingerprint
+    assert check(None, tokenizer_folder, run=run, tokenizer={"fingerprint": fingerprint}) == ""
+    assert "run/tokenizer has no" in check(None, tokenizer_folder, run=run, tokenizer={"fingerprint": "x"})
+    assert check(None, tokenizer_folder, run=run, dataset_hash="d") == ""
+
+
+def test_both_kinds_of_one_vocabulary(tmp_path):
+    """A SentencePiece model, and the same vocabulary and rules as transformers write them."""
+    import sentencepiece
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    from tokenizers.processors import TemplateProcessing
+
+    folder = tmp_path / "model"
+    folder.mkdir()
+    text = Path(__file__).read_text()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text.splitlines(keepends=True)),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=500,
+        model_type="bpe",
+        byte_fallback=True,
+        minloglevel=2,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+    )
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    vocabulary = {pieces.id_to_piece(number): number for number in range(500)}
+    splits = [
+        (name[:cut], name[cut:], number)
+        for name, number in vocabulary.items()
+        for cut in range(1, len(name))
+        if pieces.is_control(number) is False and name[:cut] in vocabulary and name[cut:] in vocabulary
+    ]
+    merges = [(a, b) for a, b, _ in sorted(splits, key=lambda split: split[2])]
+    theirs = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    theirs.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    theirs.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    theirs.add_special_tokens(["<unk>", "<s>", "</s>"])
+    theirs.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    (data := tmp_path / "data").mkdir()
+    theirs.save(str(data / "tokenizer.json"))
+    (data / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", "bos_token": "<s>"}))
+    assert check(folder, data).endswith("with the same ids for texts; it knows these special tokens besides: <unk>")
+    change(data, lambda content: content["model"]["merges"].reverse())
+    assert "to the model and" in refusal(folder, data)
+
+
+def test_the_texts_of_a_difference_are_short(tokenizer_folder, model):
+    change(model, single_spaces)
+    found = difference(*(load_tokenizer("HuggingFaceTokenizer", folder) for folder in (model, tokenizer_folder)))
+    assert len(found) < 120
