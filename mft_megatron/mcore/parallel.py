@@ -18,6 +18,7 @@ from mft_megatron.batch import Ranks
 from mft_megatron.errors import InputError
 
 from . import platform
+from .quantized import QuantizedLinear, quantized_layers
 
 
 @contextlib.contextmanager
@@ -110,17 +111,29 @@ def count_parameters(chunks: Iterable[torch.nn.Module], trained: bool = False) -
 
     ``chunks`` are this rank's part.
     """
-    counted = _of_all_weights(chunks, lambda weight: weight.numel() * (weight.requires_grad or not trained))
+    counted = _of_all_weights(
+        chunks,
+        lambda weight: weight.numel() * (weight.requires_grad or not trained),
+        lambda layer: 0 if trained else layer.weight.numel(),
+    )
     return round(counted)
 
 
 def weight_norm(chunks: Iterable[torch.nn.Module]) -> float:
     """L2 norm of all weights of the model over all ranks, each counted once, in fp64; a collective."""
-    return math.sqrt(_of_all_weights(chunks, lambda weight: weight.detach().double().square().sum().item()))
+
+    def squared(weight: Tensor) -> float:
+        return weight.detach().double().square().sum().item()
+
+    return math.sqrt(_of_all_weights(chunks, squared, lambda layer: squared(layer.quantized.dequantize(torch.float32))))
 
 
-def _of_all_weights(chunks: Iterable[torch.nn.Module], number: Callable[[Tensor], float]) -> float:
-    """The sum of a number of each weight of the model."""
+def _of_all_weights(
+    chunks: Iterable[torch.nn.Module],
+    number: Callable[[Tensor], float],
+    of_quantized: Callable[[QuantizedLinear], float],
+) -> float:
+    """The sum of a number of each weight of the model, whether it is a parameter or kept in 4 bits."""
     # by how many ranks have the same: experts are shared out among data-parallel ranks
     copies = {
         True: parallel_state.get_data_parallel_world_size(with_context_parallel=True),
@@ -132,6 +145,8 @@ def _of_all_weights(chunks: Iterable[torch.nn.Module], number: Callable[[Tensor]
             counted = tensor_parallel.param_is_not_tensor_parallel_duplicate(parameter)
             if counted and not getattr(parameter, "shared", False):
                 mine[getattr(parameter, "allreduce", True)] += number(parameter)
+        # of those each tensor-parallel rank has a part of its own
+        mine[True] += sum(map(of_quantized, quantized_layers(chunk).values()))
     total = sum_over_world(torch.tensor(list(mine.values()), device=platform.device(), dtype=torch.float64))
     return sum(count / size for count, size in zip(total.tolist(), copies.values(), strict=True))
 

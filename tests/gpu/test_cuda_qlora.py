@@ -1,0 +1,135 @@
+"""A model in 4 bits on CUDA: the library's kernels against the reference, a run against the CPU's, and memory.
+
+This file is also the program of the processes that compute on one device or the other, as in :mod:`device_runs`.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+TESTS = Path(__file__).parent.parent
+LARGE = "--hidden-size 1024 --ffn-hidden-size 2816 --bf16 --micro-batch-size 1"
+
+
+def on(device, function, *arguments):
+    """What a function of this file returns in a process on ``cpu`` or ``cuda``."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if device == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    command = [sys.executable, "-W", "ignore", __file__, function, json.dumps(arguments)]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert process.returncode == 0, process.stderr[-4000:]
+    found = json.loads(next(line for line in process.stdout.splitlines() if line.startswith("FOUND "))[6:])
+    assert found["device"] == device
+    return found["result"]
+
+
+def curve(prefix, options):
+    """Loss and gradient norm of two steps, and what computed the first level."""
+    from run import data_seed, open_dataset, plans_of
+    from test_qlora import make_trainer, qlora_arguments
+
+    from mft_megatron.mcore import nf4, parallel
+
+    arguments = qlora_arguments(prefix, options, 1)
+    dataset = open_dataset(arguments)
+    split = dataset.split("train")
+    with parallel.process_groups(arguments.distributed, arguments.initialization.seed):
+        trainer = make_trainer(arguments, dataset)
+        reports = [trainer.train_step(split, plan) for plan in plans_of(split, data_seed(split), 2)]
+        return [[[report.loss, float(report.grad_norm)] for report in reports], nf4.kernels().name]
+
+
+def memory(prefix, options, peft):
+    """Bytes on the GPU when the base is filled, the most until then, and the most in a step; elements in 4 bits, and of
+    the largest matrix."""
+    import numpy as np
+    from run import data_seed, open_dataset, plans_of
+    from test_qlora import qlora_arguments, reader
+
+    from mft_megatron.mcore import parallel, quantized
+    from mft_megatron.mcore.fill import fill_weights
+    from mft_megatron.mcore.step import Trainer
+
+    arguments = qlora_arguments(prefix, options, 1, peft)
+    dataset = open_dataset(arguments)
+    split = dataset.split("train")
+    with parallel.process_groups(arguments.distributed, arguments.initialization.seed):
+        trainer = Trainer(arguments, dataset.vocab_size, np.ones(4))
+        fill_weights(trainer, reader(arguments.network, False))
+        filled, filling = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        trainer.train_step(split, next(iter(plans_of(split, data_seed(split), 1))))
+        layers = quantized.quantized_layers(trainer.chunks[0].module).values()
+        elements = [layer.weight.numel() for layer in layers]
+        return [filled, filling, torch.cuda.max_memory_allocated(), sum(elements), max(elements, default=0)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(64, 64), (300, 192), (1024, 2816), (3, 128)])
+def test_kernels(shape, dtype):
+    """Codes are the reference's but for elements in the middle of two values; what is made of codes is the same."""
+    pytest.importorskip("bitsandbytes")
+    from mft_megatron.mcore import nf4
+
+    weight = (0.05 * torch.randn(shape, generator=torch.Generator().manual_seed(1))).to(dtype)
+    kernels, reference = nf4.Bitsandbytes(), nf4.Reference()
+    codes, magnitudes = (found.cpu() for found in kernels.quantize(weight.cuda()))
+    ours = reference.quantize(weight)
+    assert magnitudes.equal(ours[1])
+    assert (codes != ours[0]).sum() <= codes.numel() // 10000
+    again = kernels.dequantize(codes.cuda(), magnitudes.cuda(), shape, dtype)
+    assert again.cpu().equal(reference.dequantize(codes, magnitudes, shape, dtype))
+    assert again.shape == shape
+
+
+def test_second_level():
+    """The mean is summed in another order: a magnitude in the middle of two 8-bit numbers may fall to either."""
+    from mft_megatron.mcore import nf4
+
+    magnitudes = torch.rand(20_000, generator=torch.Generator().manual_seed(1)) + 0.01
+    here, there = nf4.compress(magnitudes), nf4.compress(magnitudes.cuda())
+    assert (here.codes != there.codes.cpu()).sum() <= 20
+    torch.testing.assert_close(there.largest.cpu(), here.largest, rtol=1e-5, atol=0)
+    apart = nf4.expand_all(there).cpu() - nf4.expand_all(here)
+    assert (apart.abs() > 1e-6).sum() <= 20
+
+
+@pytest.mark.parametrize(
+    "options", ["", "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"]
+)
+def test_a_run(dataset_prefix, options):
+    pytest.importorskip("bitsandbytes")
+    there, kernels = on("cuda", "curve", dataset_prefix, options)
+    here, reference = on("cpu", "curve", dataset_prefix, options)
+    assert kernels.startswith("bitsandbytes")
+    assert reference == "torch"
+    for ours, theirs in zip(there, here, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3)
+
+
+def test_memory(dataset_prefix):
+    """Of the base there are 4 bits and little more, when it is filled and between forward and backward passes."""
+    pytest.importorskip("bitsandbytes")
+    filled, filling, step, elements, largest = on("cuda", "memory", dataset_prefix, LARGE, "qlora")
+    whole, _, whole_step, *_ = on("cuda", "memory", dataset_prefix, LARGE, "lora")
+    saved = 0.98 * (2 - 0.53) * elements
+    assert whole - filled > saved
+    # one matrix at a time: as read, fp32, and what quantising needs beside it
+    assert filling - filled < 12 * largest
+    # one matrix at a time in 16 bits, with fp32 magnitudes of its blocks
+    assert whole_step - step > saved - 4 * largest
+
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(TESTS), str(TESTS / "parallel")]
+    name, arguments = sys.argv[1], json.loads(sys.argv[2])
+    found = {"result": globals()[name](*arguments)}
+    from mft_megatron.mcore import platform
+
+    print("FOUND", json.dumps({**found, "device": platform.device().type}))

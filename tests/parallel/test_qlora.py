@@ -1,0 +1,284 @@
+"""Adapters beside a model in 4 bits: as beside the model that its numbers stand for, on every layout."""
+
+import functools
+
+import numpy as np
+import pytest
+from adapters import FOR_GRADIENTS, _adapters, content_of, whole_adapters
+from layouts import Layout
+from ranks import run_on_ranks
+from run import arguments_for, data_seed, open_dataset, plans_of
+
+# Two ranks have whole blocks of 64 of each row; and groups of 256 blocks end within rows, in the second rank's part.
+SHAPE = "--hidden-size 128 --ffn-hidden-size 384 --num-layers 2 --lora-rank 4"
+MATRICES = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+
+
+def base_content(network, name, place):
+    """A whole weight of the base, fp32, in Megatron's order of rows; no two blocks have the same magnitude."""
+    import hashlib
+
+    import torch
+
+    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(f"{name}{place}".encode()).digest()[:4]))
+    hidden, ffn, heads = network.hidden_size, network.ffn_hidden_size, network.num_attention_heads
+    groups, head = network.num_query_groups, network.kv_channels
+    rows, columns = {
+        "linear_qkv": ((heads + 2 * groups) * head, hidden),
+        "linear_proj": (hidden, heads * head),
+        "linear_fc1": (ffn * (2 if network.gated else 1), hidden),
+        "linear_fc2": (hidden, ffn),
+    }.get(name.split(".")[-2], (1024, hidden))
+    if "norm" in name:
+        return 1 + 0.1 * torch.randn(hidden, generator=generator)
+    if name.endswith("bias"):
+        return 0.02 * torch.randn(rows, generator=generator)
+    weight = torch.randn(rows, columns, generator=generator)
+    return 0.05 * weight * torch.rand(rows, 1, generator=generator) * torch.rand(columns, generator=generator)
+
+
+def rows_of_sources(network, name, rows):
+    """By matrix of Hugging Face's, the rows that it has in Megatron's; slow and obvious."""
+    if "linear_qkv" in name:
+        sources, row = ([], [], []), 0
+        for _ in range(network.num_query_groups):
+            for _ in range(network.num_attention_heads // network.num_query_groups):
+                sources[0].extend(range(row, row := row + network.kv_channels))
+            sources[1].extend(range(row, row := row + network.kv_channels))
+            sources[2].extend(range(row, row := row + network.kv_channels))
+        return sources
+    if "linear_fc1" in name and network.gated:
+        return list(range(rows // 2)), list(range(rows // 2, rows))
+    return (list(range(rows)),)
+
+
+def through_four_bits(network, name, weight):
+    """A whole weight after each of its matrices has been quantised by itself."""
+    import torch
+
+    from mft_megatron.mcore import nf4
+
+    reference, again = nf4.Reference(), torch.empty_like(weight)
+    for rows in rows_of_sources(network, name, len(weight)):
+        codes, magnitudes = reference.quantize(weight[rows])
+        rounded = nf4.expand_all(nf4.compress(magnitudes))
+        again[rows] = reference.dequantize(codes, rounded, weight[rows].shape, weight.dtype)
+    return again
+
+
+def reader(network, quantized):
+    """What fills the base: a part of a weight, or of what is left of it after 4 bits."""
+
+    @functools.cache
+    def whole(name, place):
+        weight = base_content(network, name, place)
+        matrix = name.split(".")[-2] in MATRICES and name.endswith(".weight") and "experts" not in name
+        has_codes = quantized and matrix
+        return through_four_bits(network, name, weight) if has_codes else weight
+
+    def read(name, place, first, shape):
+        return whole(name, place)[tuple(slice(at, at + n) for at, n in zip(first, shape, strict=True))]
+
+    return read
+
+
+def qlora_arguments(prefix, options, world_size, peft="qlora", shape="llama"):
+    """Of a run with adapters. By commands a model in 4 bits is from a folder; here it is filled by hand."""
+    import dataclasses
+
+    arguments = arguments_for(prefix, f"{FOR_GRADIENTS} {SHAPE} --peft-type lora {options}", world_size, shape)
+    return dataclasses.replace(arguments, lora=dataclasses.replace(arguments.lora, peft_type=peft))
+
+
+def make_trainer(arguments, dataset, quantized=False):
+    """Its base filled, and adapters that all matter. ``quantized``: what it is filled with went through 4 bits."""
+    from mft_megatron.mcore.fill import fill_weights
+    from mft_megatron.mcore.step import Trainer
+
+    trainer = Trainer(arguments, dataset.vocab_size, np.array([1.0, 2.0, 0.5, 3.0]))
+    fill_weights(trainer, reader(arguments.network, quantized))
+    fill_weights(trainer, content_of, adapters=True)
+    return trainer
+
+
+def train(prefix, options, world_size, peft, quantized, steps=2, shape="llama"):
+    """Losses and gradient norms, the adapters' gradients of the first step, and the adapters after the last."""
+    from mft_megatron.mcore import parallel
+
+    arguments = qlora_arguments(prefix, options, world_size, peft, shape)
+    dataset = open_dataset(arguments)
+    split = dataset.split("train")
+    with parallel.process_groups(arguments.distributed, arguments.initialization.seed):
+        trainer = make_trainer(arguments, dataset, quantized)
+        curve, gradients = [], None
+        for plan in plans_of(split, data_seed(split), steps):
+            report = trainer.train_step(split, plan)
+            curve.append((report.loss, report.grad_norm))
+            gradients = gradients or _adapters(trainer, lambda parameter: parameter.main_grad)
+        return curve, gradients, _adapters(trainer, lambda parameter: parameter.detach())
+
+
+def assert_same(ranks, expected):
+    for curve, _, _ in ranks:
+        np.testing.assert_allclose(curve, expected[0], rtol=1e-6)
+    # ranks add up in another order; Adam divides gradients, rounding and all, by their own size
+    for place, tolerance in ((1, 5e-6), (2, 2e-5)):
+        found = whole_adapters([rank[place] for rank in ranks])
+        assert found.keys() == expected[place].keys()
+        for name, matrix in expected[place].items():
+            np.testing.assert_allclose(found[name], matrix, rtol=0, atol=tolerance * abs(matrix).max(), err_msg=name)
+
+
+@functools.cache
+def one_process(prefix, peft="lora", quantized=True, options="--micro-batch-size 1", shape="llama"):
+    """By default adapters beside a whole model that has the numbers of the one in 4 bits."""
+    curve, gradients, adapters = run_on_ranks(1, train, prefix, options, 1, peft, quantized, 2, shape)[0]
+    return curve, whole_adapters([gradients]), whole_adapters([adapters])
+
+
+LAYOUTS = [
+    Layout("MB2", quick=True),
+    Layout("TP2 SP", quick=True),
+    Layout("TP2"),
+    Layout("PP2"),
+    Layout("DP2"),
+    Layout("CP2"),
+    Layout("MB1 full"),
+    Layout("MB1 selective"),
+    Layout("TP2 SP norms"),
+    Layout("TP2 PP2 DO"),
+    Layout("PP2 VPP2", "llama"),
+]
+
+
+@pytest.mark.parametrize(
+    "layout", [pytest.param(each, marks=() if each.quick else pytest.mark.slow, id=str(each)) for each in LAYOUTS]
+)
+def test_numbers_are_those_of_the_model_they_stand_for(dataset_prefix, layout):
+    """Losses and gradients of adapters beside the whole model: bit by bit on the same layout, nearly on one process."""
+    size, deep = layout.world_size, " --num-layers 4" if "VPP" in layout.name else ""
+    ranks, whole = (
+        run_on_ranks(size, train, dataset_prefix, layout.options + deep, size, peft, peft == "lora")
+        for peft in ("qlora", "lora")
+    )
+    for mine, theirs in zip(ranks, whole, strict=True):
+        np.testing.assert_equal(mine, theirs)
+    expected = one_process(dataset_prefix, options=f"--micro-batch-size 1{deep}")
+    if layout.name.endswith("DO"):
+        ranks, expected = [(curve, {}, adapters) for curve, _, adapters in ranks], (expected[0], {}, expected[2])
+    assert_same(ranks, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layout", "shape", "targets"),
+    [
+        ("--tensor-model-parallel-size 2 --sequence-parallel", "llama", "q_proj v_proj up_proj"),
+        ("--tensor-model-parallel-size 2", "Megatron's defaults", "linear_fc2"),
+        ("--expert-model-parallel-size 2 --num-layers 4", "experts", "linear_qkv linear_proj"),
+    ],
+)
+def test_matrices_without_adapters_are_in_four_bits_too(dataset_prefix, layout, shape, targets):
+    """But for those of experts."""
+    options = f"--lora-target-modules {targets} --micro-batch-size 1"
+    deep = " --num-layers 4" if shape == "experts" else ""
+    ranks = run_on_ranks(2, train, dataset_prefix, f"{options} {layout}", 2, "qlora", False, 2, shape)
+    assert_same(ranks, one_process(dataset_prefix, options=options + deep, shape=shape))
+
+
+@pytest.mark.slow
+def test_four_bits_are_other_numbers(dataset_prefix):
+    """So that the comparisons above say something."""
+    rounded = one_process(dataset_prefix)[0]
+    exact = one_process(dataset_prefix, quantized=False)[0]
+    assert abs(rounded[0][0] - exact[0][0]) > 1e-5 * exact[0][0]
+
+
+def inspect(prefix, options, world_size, shape):
+    """Names of matrices that are not what they should be; bytes for each of their elements; and of two steps' forward
+    and backward passes, how many whole matrices were made and how many were there when the next was made."""
+    import weakref
+
+    import torch
+
+    from mft_megatron.mcore import parallel, quantized
+    from mft_megatron.mcore.fill import fill_weights
+
+    arguments = qlora_arguments(prefix, options, world_size, shape=shape)
+    dataset = open_dataset(arguments)
+    split, made, there, read = dataset.split("train"), [], [], []
+    dequantize, expected = quantized.QuantizedWeight.dequantize, reader(arguments.network, True)
+
+    def watched(*args):
+        there.append(sum(weight() is not None for weight in made))
+        weight = dequantize(*args)
+        made.append(weakref.ref(weight))
+        return weight
+
+    def reading(*where):
+        part = reader(arguments.network, False)(*where).clone()
+        read.append(weakref.ref(part))
+        most.append(sum(weight() is not None for weight in read))
+        return part
+
+    most = []
+    with parallel.process_groups(arguments.distributed, arguments.initialization.seed):
+        trainer = make_trainer(arguments, dataset)
+        fill_weights(trainer, reading)
+        model = trainer.chunks[0].module
+        wrong = []
+        for name, layer, shards in quantized.quantized_parts(model):
+            place, first = shards[0].global_offset[:1], [shard.global_offset[1:] for shard in shards]
+            parts = [
+                expected(shards[0].key, place, start, shard.data.shape)
+                for start, shard in zip(first, shards, strict=True)
+            ]
+            if not torch.cat(parts).equal(layer.quantized.dequantize(torch.float32)):
+                wrong.append(name)
+        layers = quantized.quantized_layers(model).values()
+        assert not any("weight" in dict(layer.named_parameters()) for layer in layers)
+        size = sum(layer.quantized.nbytes for layer in layers) / quantized.count_quantized(model)
+        quantized.QuantizedWeight.dequantize = watched
+        for plan in plans_of(split, data_seed(split), 2):
+            trainer.train_step(split, plan)
+        micro_batches = 2 * arguments.training.global_batch_size // arguments.training.micro_batch_size
+        return wrong, size, len(made) / (micro_batches * len(layers)), max(there), max(most)
+
+
+@pytest.mark.parametrize(
+    ("options", "shape"),
+    [
+        pytest.param("", "llama", marks=pytest.mark.slow),
+        ("--tensor-model-parallel-size 2", "llama"),
+        pytest.param("--tensor-model-parallel-size 2", "Megatron's defaults", marks=pytest.mark.slow),
+        pytest.param("--hidden-size 256 --num-query-groups 4", "llama", marks=pytest.mark.slow),
+    ],
+)
+def test_memory(dataset_prefix, options, shape):
+    """Parts are those of the whole matrices, bit by bit; at any time there is at most one in 16 or 32 bits."""
+    world_size = 2 if options.startswith("--tensor") else 1
+    for wrong, size, times, there, read in run_on_ranks(
+        world_size, inspect, dataset_prefix, options, world_size, shape
+    ):
+        assert wrong == []
+        # codes, magnitudes, rows of 128 elements at the least, and two numbers for some of a group's blocks
+        assert 0.5 + 1 / 64 < size < 0.5 + 1 / 64 + 4 / 64 + 0.01
+        assert (times, there) == (2, 0)
+        assert read <= 2  # gate and up projection
+
+
+def count(prefix, options, world_size, peft, quantized):
+    from mft_megatron.mcore import parallel
+
+    arguments = qlora_arguments(prefix, options, world_size, peft)
+    dataset = open_dataset(arguments)
+    with parallel.process_groups(arguments.distributed, arguments.initialization.seed):
+        trainer = make_trainer(arguments, dataset, quantized)
+        return trainer.num_parameters(), trainer.num_parameters(trained=True), parallel.weight_norm(trainer.chunks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["--tensor-model-parallel-size 2", "--pipeline-model-parallel-size 2", ""])
+def test_weights_in_four_bits_are_counted(dataset_prefix, layout):
+    found, expected = (run_on_ranks(2, count, dataset_prefix, layout, 2, p, p == "lora")[0] for p in ("qlora", "lora"))
+    assert found == pytest.approx(expected, rel=1e-12)
