@@ -36,7 +36,7 @@ def main() -> None:
     if hf is not None:
         from mft_megatron.convert.hf_export import refuse_export
 
-        refuse_export(arguments.network, arguments.resume is not None and arguments.resume[1].source != "")
+        refuse_export(arguments.network, arguments.resume is not None and arguments.resume[1].from_hugging_face)
     if hf is None or not main_rank:
         pretrain(arguments, main_rank, Sources(model, adapter))
         return

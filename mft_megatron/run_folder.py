@@ -22,6 +22,7 @@ import hashlib
 import json
 import os
 import shutil
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,8 @@ TOKENIZER_FILES = (
 # 2: states of the optimizer are stored by weight, whatever optimizer wrote them; of 1 the weights can be read
 FORMAT_VERSION = 2
 READABLE_VERSIONS = (1, 2)
+# source of a model from Megatron-LM that no architecture of Hugging Face expresses
+OF_NO_FAMILY = "Megatron-LM"
 _DIGEST_PIECES, _DIGEST_BYTES = 64, 4096
 
 
@@ -107,6 +110,11 @@ class CheckpointInfo:
     def is_converted(self) -> bool:
         """Whether it was made from a Hugging Face model, has no run behind it, and a run starts from it."""
         return self.source != "" and self.dataset_hash == ""
+
+    @property
+    def from_hugging_face(self) -> bool:
+        """Whether an export gets the configuration of the model that it came as."""
+        return self.source not in ("", OF_NO_FAMILY)
 
     @property
     def optimizer_steps(self) -> int:
@@ -169,6 +177,8 @@ def _named_checkpoint(
         what = "does not exist" if not folder.exists() else f"has no {file_name}, so {absent}"
         raise InputError(f"{option} {folder}: {what}; {remedy}")
     text = file.read_text().strip()
+    if text == "release" and is_of_megatron(folder / text):
+        return folder / text, read_info(folder / text, option)
     if not text.isdecimal():
         raise InputError(f"{file}: {text!r} is not an iteration number; write the number of an existing iter_ folder")
     path = iteration_folder(folder, int(text))
@@ -257,12 +267,29 @@ def read_info(path: Path, option: str = "--load") -> CheckpointInfo:
         content = json.loads(file.read_text())
         info = CheckpointInfo(**content)
     except FileNotFoundError:
+        if is_of_megatron(path):
+            raise InputError(
+                f"{option} {path}: Megatron-LM or Megatron-Bridge wrote it; convert it first: "
+                f"tools/convert_checkpoint.py megatron-to-mcore --load {path} --save CKPT"
+            ) from None
         raise InputError(f"{option} {path}: no {INFO}, so this save was never finished; use another one") from None
     except (ValueError, TypeError) as error:
         raise InputError(f"{file}: not a checkpoint description ({error}); the file is damaged") from None
     if info.format_version not in READABLE_VERSIONS:
         raise InputError(f"{file}: format version {info.format_version}, this program reads {FORMAT_VERSION}")
     return info
+
+
+def is_of_megatron(path: Path) -> bool:
+    """Whether another program on Megatron-Core wrote the checkpoint ``path``: Megatron-Bridge leaves its configuration
+    there, Megatron-LM its arguments in ``common.pt``, which is looked through without being unpickled."""
+    if (path / "run_config.yaml").is_file():
+        return True
+    try:
+        with zipfile.ZipFile(path / "common.pt") as archive:
+            return any(b"argparse" in archive.read(name) for name in archive.namelist() if name.endswith("/data.pkl"))
+    except (OSError, zipfile.BadZipFile):
+        return False
 
 
 def write_info(path: Path, info: CheckpointInfo) -> None:

@@ -159,3 +159,28 @@ def test_an_export_of_the_best_is_refused_where_none_was_kept(tmp_path):
     checkpoint(tmp_path / "run", 10)
     with pytest.raises(InputError, match=f"--load .*run: has no {BEST}"):
         mcore_to_hf(["--load", str(tmp_path / "run"), "--hf", str(tmp_path / "hf"), "--best"])
+
+
+@pytest.mark.parametrize("name", ["iter_0000007", "release"])
+def test_a_checkpoint_of_megatron_lm_is_told_from_an_unfinished_save(tmp_path, name):
+    """By the arguments in its common state, which is not unpickled."""
+    import argparse
+
+    import torch
+
+    from mft_megatron.run_folder import TRACKER, latest_checkpoint
+
+    path = tmp_path / name
+    path.mkdir()
+    (tmp_path / TRACKER).write_text("release" if name == "release" else "7")
+    torch.save({"args": argparse.Namespace(num_layers=2), "iteration": 7}, path / "common.pt")
+    with pytest.raises(
+        InputError, match=rf"{name}: Megatron-LM or Megatron-Bridge wrote it; convert it first: .* megatron-to-"
+    ):
+        latest_checkpoint(tmp_path)
+    torch.save({"iteration": 7}, path / "common.pt")
+    with pytest.raises(InputError, match=r"never finished|is not an iteration number"):
+        latest_checkpoint(tmp_path)
+    (path / "run_config.yaml").write_text("model: {}")
+    with pytest.raises(InputError, match="Megatron-Bridge wrote it"):
+        latest_checkpoint(tmp_path)

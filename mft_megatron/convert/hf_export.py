@@ -15,7 +15,15 @@ import torch
 from mft_megatron.arguments import NetworkArguments
 from mft_megatron.convert.families import family_for
 from mft_megatron.convert.family import Family, Row, comparable, places
-from mft_megatron.convert.hf_folder import CONFIG, is_of_tokenizer, keep, kept, read_architecture, same_tokenizer
+from mft_megatron.convert.hf_folder import (
+    CONFIG,
+    GENERATION,
+    is_of_tokenizer,
+    keep,
+    kept,
+    read_architecture,
+    same_tokenizer,
+)
 from mft_megatron.convert.hf_import import replacing
 from mft_megatron.convert.row_kinds import Sizes, sizes_of, split
 from mft_megatron.convert.safetensors_files import Planned, ShardWriter
@@ -51,16 +59,18 @@ def export(checkpoint: Path, info: CheckpointInfo, target: Path, tokenizer: Path
         raise InputError(f"--hf {target}: exists already; remove it or name another folder")
     architecture = NetworkArguments(**info.architecture)
     source = checkpoint.parent / HUGGINGFACE
-    family = _family_of_source(source, architecture, checkpoint) if info.source else family_for(architecture)
+    family = _family_of_source(source, architecture, checkpoint) if info.from_hugging_face else family_for(architecture)
     reader = TensorReader(checkpoint)
     rows, sizes = family.rows(architecture), sizes_of(architecture, info.vocab_size)
     _refuse_mismatch(reader, rows, architecture, sizes, family, checkpoint)
     with replacing(target) as partial:
         dtype = _write_weights(reader, rows, architecture, sizes, partial, shard_bytes)
-        if info.source:
+        if info.from_hugging_face:
             keep(source, partial)
         else:
             _write_config(family, architecture, info, dtype, partial)
+        if not (partial / GENERATION).is_file():
+            _write_generation_config(info, partial)
         _write_tokenizer(checkpoint.parent, tokenizer, partial)
     return family
 
@@ -157,18 +167,23 @@ def _in_order(rows: Sequence[Row], architecture: NetworkArguments) -> list[tuple
 def _write_config(
     family: Family, architecture: NetworkArguments, info: CheckpointInfo, dtype: torch.dtype, folder: Path
 ) -> None:
-    """Configurations of a model that was trained here from the beginning."""
-    tokens = {
-        name: info.tokenizer[name]
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id")
-        if info.tokenizer.get(name) is not None
-    }
+    """Configuration of a model that was trained here from the beginning."""
     config = {**family.write_config(architecture), "vocab_size": info.vocab_size}
-    config |= {"torch_dtype": DTYPES[dtype], "use_cache": True, **tokens}
+    config |= {"torch_dtype": DTYPES[dtype], "use_cache": True, **_special_tokens(info)}
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _write_generation_config(info: CheckpointInfo, folder: Path) -> None:
+    """For a model that has none of its own and was trained here: where it is to stop."""
     # a chat model stops where a turn ends, not only where the text does
     stops = {"eos_token_id": info.tokenizer["stop_token_ids"]} if info.tokenizer.get("stop_token_ids") else {}
-    (folder / "generation_config.json").write_text(json.dumps({**tokens, **stops}, indent=2) + "\n")
+    if tokens := {**_special_tokens(info), **stops}:
+        (folder / GENERATION).write_text(json.dumps(tokens, indent=2) + "\n")
+
+
+def _special_tokens(info: CheckpointInfo) -> dict[str, int]:
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {name: info.tokenizer[name] for name in names if info.tokenizer.get(name) is not None}
 
 
 def _write_tokenizer(run: Path, tokenizer: Path | None, folder: Path) -> None:

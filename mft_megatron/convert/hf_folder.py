@@ -13,7 +13,8 @@ from mft_megatron.errors import InputError
 from mft_megatron.run_folder import TOKENIZER_FILES
 
 CONFIG = "config.json"
-_KEPT = (CONFIG, "generation_config.json", *TOKENIZER_FILES)
+GENERATION = "generation_config.json"
+_KEPT = (CONFIG, GENERATION, *TOKENIZER_FILES)
 _KEPT_BEGINNINGS = ("tokenizer", "tokenization_", "chat_template", "LICENSE", "NOTICE")
 _FOLDERS = ("additional_chat_templates",)
 

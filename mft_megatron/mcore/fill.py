@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
 from mft_megatron.lora import is_adapter
@@ -20,22 +21,28 @@ from .step import Trainer
 Read = Callable[[str, tuple[int, ...], tuple[int, ...], tuple[int, ...]], Tensor]
 
 
-@torch.no_grad()
 def fill_weights(trainer: Trainer, read: Read, adapters: bool = False) -> None:
-    """Fill the weights of the model, in place, and the optimizer's copies of them.
+    """Fill the weights of the trainer's model as :func:`fill_model` does, and the optimizer's copies of them."""
+    for chunk in trainer.chunks:
+        fill_model(chunk.module, read, adapters)
+    trainer.optimizer.reload_model_params()
+
+
+@torch.no_grad()
+def fill_model(model: GPTModel, read: Read, adapters: bool = False) -> None:
+    """Fill the weights of a model, in place.
 
     Args:
+        model: this rank's, or a stage of it.
         read: the content of a part of a weight, of any dtype, on the CPU.
         adapters: those of the adapters, or all others.
     """
-    for chunk in trainer.chunks:
-        for shard in shards_of(chunk.module):
-            if is_adapter(shard.key) == adapters:
-                shard.data.copy_(_read(shard, read))
-        if not adapters:
-            for name, layer, shards in quantized_parts(chunk.module):
-                layer.hold_weight(_read_whole(shards, read), name.rpartition(".")[2])
-    trainer.optimizer.reload_model_params()
+    for shard in shards_of(model):
+        if is_adapter(shard.key) == adapters:
+            shard.data.copy_(_read(shard, read))
+    if not adapters:
+        for name, layer, shards in quantized_parts(model):
+            layer.hold_weight(_read_whole(shards, read), name.rpartition(".")[2])
 
 
 def _read_whole(shards: Sequence[ShardedTensor], read: Read) -> Tensor:

@@ -12,9 +12,8 @@ from mft_megatron.batch import Batch
 
 from . import parallel, platform
 from .config import dtype_of
-from .fill import Read
+from .fill import Read, fill_model
 from .model import PackedGPTModel
-from .shards import shards_of
 from .step import to_device
 
 
@@ -32,10 +31,7 @@ def model_of(arguments: Arguments, vocab_size: int, read: Read) -> Iterator[Pack
     """
     with parallel.process_groups(arguments.distributed, seed=0), torch.no_grad():
         model = PackedGPTModel(arguments, vocab_size).to(platform.device(), dtype_of(arguments)).eval()
-        for shard in shards_of(model):
-            stacked = shard.prepend_axis_num
-            place, first = shard.global_offset[:stacked], shard.global_offset[stacked:]
-            shard.data.copy_(read(shard.key, place, first, tuple(shard.data.shape)))
+        fill_model(model, read)
         yield model
 
 

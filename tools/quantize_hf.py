@@ -1,0 +1,9 @@
+"""Round the weights of a Hugging Face folder to 4 bits; runs in an environment of its own. See --help."""
+
+import sys
+
+from mft_megatron.convert.quantize_command import main
+from mft_megatron.errors import run_command
+
+if __name__ == "__main__":
+    sys.exit(run_command(lambda: main(sys.argv[1:])))
