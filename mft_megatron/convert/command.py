@@ -4,6 +4,9 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+from mft_megatron.convert.check_command import check
+from mft_megatron.convert.lora_commands import list_adapters, lora_to_peft, merge_lora, refuse_adapters
+from mft_megatron.convert.megatron_command import megatron_to_mcore
 from mft_megatron.errors import InputError
 from mft_megatron.options import option, read_options
 from mft_megatron.run_folder import best_checkpoint, latest_checkpoint
@@ -45,6 +48,7 @@ def mcore_to_hf(command_line: Sequence[str]) -> None:
     """Export the model of a checkpoint."""
     options = read_options(ExportOptions, command_line, "convert_checkpoint.py mcore-to-hf", required=("load", "hf"))
     path, info = (best_checkpoint if options.best else latest_checkpoint)(options.load)
+    refuse_adapters(path, info)
     # torch only now: what can be refused without it has been
     from mft_megatron.convert.hf_export import export, parse_size
 
@@ -54,7 +58,15 @@ def mcore_to_hf(command_line: Sequence[str]) -> None:
     print(f"{path} -> {options.hf}: {family.name}, iteration {info.iteration}")
 
 
-DIRECTIONS = {"hf-to-mcore": hf_to_mcore, "mcore-to-hf": mcore_to_hf}
+DIRECTIONS = {
+    "hf-to-mcore": hf_to_mcore,
+    "mcore-to-hf": mcore_to_hf,
+    "check": check,
+    "megatron-to-mcore": megatron_to_mcore,
+    "lora-to-peft": lora_to_peft,
+    "merge-lora": merge_lora,
+    "adapters": list_adapters,
+}
 
 
 def main(command_line: Sequence[str]) -> None:

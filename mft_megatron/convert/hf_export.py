@@ -58,20 +58,15 @@ def export(checkpoint: Path, info: CheckpointInfo, target: Path, tokenizer: Path
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"--hf {target}: exists already; remove it or name another folder")
     architecture = NetworkArguments(**info.architecture)
-    source = checkpoint.parent / HUGGINGFACE
-    family = _family_of_source(source, architecture, checkpoint) if info.from_hugging_face else family_for(architecture)
+    family = family_of_checkpoint(checkpoint, info)
     reader = TensorReader(checkpoint)
     rows, sizes = family.rows(architecture), sizes_of(architecture, info.vocab_size)
-    _refuse_mismatch(reader, rows, architecture, sizes, family, checkpoint)
+    refuse_mismatch(reader, rows, architecture, sizes, family, checkpoint)
     with replacing(target) as partial:
         dtype = _write_weights(reader, rows, architecture, sizes, partial, shard_bytes)
-        if info.from_hugging_face:
-            keep(source, partial)
-        else:
-            _write_config(family, architecture, info, dtype, partial)
-        if not (partial / GENERATION).is_file():
-            _write_generation_config(info, partial)
-        _write_tokenizer(checkpoint.parent, tokenizer, partial)
+        write_config(checkpoint, info, family, dtype, partial)
+        write_generation_config(info, partial)
+        write_tokenizer(checkpoint.parent, tokenizer, partial)
     return family
 
 
@@ -88,7 +83,15 @@ def refuse_export(architecture: NetworkArguments, from_hugging_face: bool) -> No
             raise InputError(f"--save-hf: {error}") from None
 
 
-def _family_of_source(source: Path, architecture: NetworkArguments, checkpoint: Path) -> Family:
+def family_of_checkpoint(checkpoint: Path, info: CheckpointInfo) -> Family:
+    """What the model of a checkpoint is written as: what it came as, or the first family that can express it.
+
+    Raises:
+        InputError: there is none, or the configuration it came with is gone or another one's.
+    """
+    architecture, source = NetworkArguments(**info.architecture), checkpoint.parent / HUGGINGFACE
+    if not info.from_hugging_face:
+        return family_for(architecture)
     if not (source / CONFIG).is_file():
         raise InputError(
             f"{checkpoint}: came from Hugging Face, but {source / CONFIG} is gone; put the original's config.json there"
@@ -104,7 +107,7 @@ def _family_of_source(source: Path, architecture: NetworkArguments, checkpoint: 
     return family
 
 
-def _refuse_mismatch(
+def refuse_mismatch(
     reader: TensorReader,
     rows: Sequence[Row],
     architecture: NetworkArguments,
@@ -135,14 +138,14 @@ def _write_weights(
     shard_bytes: int,
 ) -> torch.dtype:
     """All weights, in the order of the model; the dtype of the last."""
-    in_order = _in_order(rows, architecture)
+    everything = in_order(rows, architecture)
     planned = [
         Planned(name.format(*place), reader.entry(row.ours)[1], shape)
-        for row, place in in_order
+        for row, place in everything
         for name, shape in zip(row.theirs, row.their_shapes(sizes), strict=True)
     ]
     with contextlib.closing(ShardWriter(folder, planned, shard_bytes)) as writer:
-        for row, place in in_order:
+        for row, place in everything:
             weight = reader.read([(row.ours, place)])[0]
             if row.ours in VOCABULARY:
                 weight = weight[: sizes["vocab"]]  # without the rows that only pad
@@ -152,7 +155,7 @@ def _write_weights(
     return reader.entry(rows[-1].ours)[1]
 
 
-def _in_order(rows: Sequence[Row], architecture: NetworkArguments) -> list[tuple[Row, tuple[int, ...]]]:
+def in_order(rows: Sequence[Row], architecture: NetworkArguments) -> list[tuple[Row, tuple[int, ...]]]:
     """What comes before the layers, each layer, what comes after."""
     inside = [number for number, row in enumerate(rows) if row.in_layers]
 
@@ -164,17 +167,20 @@ def _in_order(rows: Sequence[Row], architecture: NetworkArguments) -> list[tuple
     return [(rows[number], place) for number, place in sorted(everything, key=order)]
 
 
-def _write_config(
-    family: Family, architecture: NetworkArguments, info: CheckpointInfo, dtype: torch.dtype, folder: Path
-) -> None:
-    """Configuration of a model that was trained here from the beginning."""
-    config = {**family.write_config(architecture), "vocab_size": info.vocab_size}
+def write_config(checkpoint: Path, info: CheckpointInfo, family: Family, dtype: torch.dtype, folder: Path) -> None:
+    """What the model came with besides weights, or the configuration that follows from its description."""
+    if info.from_hugging_face:
+        keep(checkpoint.parent / HUGGINGFACE, folder)
+        return
+    config = {**family.write_config(NetworkArguments(**info.architecture)), "vocab_size": info.vocab_size}
     config |= {"torch_dtype": DTYPES[dtype], "use_cache": True, **_special_tokens(info)}
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _write_generation_config(info: CheckpointInfo, folder: Path) -> None:
-    """For a model that has none of its own and was trained here: where it is to stop."""
+def write_generation_config(info: CheckpointInfo, folder: Path) -> None:
+    """For a model that came with none and was trained here: where it is to stop."""
+    if (folder / GENERATION).is_file():
+        return
     # a chat model stops where a turn ends, not only where the text does
     stops = {"eos_token_id": info.tokenizer["stop_token_ids"]} if info.tokenizer.get("stop_token_ids") else {}
     if tokens := {**_special_tokens(info), **stops}:
@@ -186,7 +192,7 @@ def _special_tokens(info: CheckpointInfo) -> dict[str, int]:
     return {name: info.tokenizer[name] for name in names if info.tokenizer.get(name) is not None}
 
 
-def _write_tokenizer(run: Path, tokenizer: Path | None, folder: Path) -> None:
+def write_tokenizer(run: Path, tokenizer: Path | None, folder: Path) -> None:
     """The tokenizer that was asked for, that of the run, or else that of the source, which is there already."""
     own = tokenizer or run / TOKENIZER
     if tokenizer is None and same_tokenizer(own, folder):

@@ -157,11 +157,11 @@ class Saver:
 
 
 def _base_of_adapters(arguments: Arguments) -> dict[str, str]:
-    """Of a run whose checkpoints hold adapters alone: what they belong to."""
-    if arguments.saves_base or arguments.base is None:
+    """Of a run with adapters: what they belong to, and by what it is known again where checkpoints do not hold it."""
+    if arguments.adapters is None or arguments.resume is None:
         return {}
-    folder = arguments.base[0]
-    return {"base": folder, "base_digest": content_digest(Path(folder))}
+    folder = arguments.base[0] if arguments.base is not None else arguments.resume[1].base
+    return {"base": folder, "base_digest": "" if arguments.saves_base else content_digest(Path(folder))}
 
 
 def remove_exported(options: CheckpointArguments, spared: Sequence[Path]) -> None:
