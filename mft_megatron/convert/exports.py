@@ -10,7 +10,6 @@ have a time limit.
 """
 
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -139,7 +138,8 @@ class Exports:
         if self._now is None:
             return
         process = self._now[1]
-        process.send_signal(signal.SIGINT)
+        # not an interrupt, which processes started in the background of a shell do not hear
+        process.terminate()
         try:
             process.wait(30)
         except subprocess.TimeoutExpired:

@@ -11,7 +11,8 @@ from mft_megatron.convert.exports import Exports
 from mft_megatron.errors import InputError
 
 PROGRAM = """
-import json, os, pathlib, sys, time
+import json, os, pathlib, signal, sys, time
+signal.signal(signal.SIGTERM, signal.default_int_handler)
 direction, _, checkpoint, _, folder = sys.argv[1:]
 checkpoint = pathlib.Path(checkpoint)
 (checkpoint / "begun").touch()

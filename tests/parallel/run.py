@@ -220,6 +220,7 @@ def whole(of_ranks):
 
 def some_steps(prefix, extra, world_size, folder, save_after, steps, seed=1234):
     """Losses, gradient norms and rates of some steps, saving after ``save_after`` or going on from what was saved."""
+    import dataclasses
     from pathlib import Path
 
     import numpy as np
@@ -244,7 +245,8 @@ def some_steps(prefix, extra, world_size, folder, save_after, steps, seed=1234):
             report = trainer.train_step(split, plan)
             curve.append((report.loss, report.grad_norm, report.learning_rate))
             if step + 1 == save_after:
-                info = CheckpointInfo(step + 1, 0, {}, dataset.vocab_size, {}, "", 1, 8, layout=parallel.layout())
+                network = dataclasses.asdict(arguments.network)
+                info = CheckpointInfo(step + 1, 0, network, dataset.vocab_size, {}, "", 1, 8, layout=parallel.layout())
                 checkpoint.save(Path(folder), trainer, info, arguments.checkpoint)
         return curve
 

@@ -132,7 +132,7 @@ def _diverge(prefix, folder):
             report if len(calls) < 2 else dataclasses.replace(report, loss_K=torch.full_like(report.loss_K, torch.nan))
         )
 
-    Trainer.evaluate, Saver.poll = worse, lambda self: None
+    Trainer.evaluate, Saver.poll = worse, lambda *_: None
     try:
         pretrain(arguments_for(prefix, f"--eval-interval 1 --save-interval 1 --async-save --save {folder}", 1))
     except InputError as error:
