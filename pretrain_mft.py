@@ -5,6 +5,7 @@
 See ``--help`` for all options, and README.md for a whole run.
 """
 
+import functools
 import os
 import sys
 from pathlib import Path
@@ -18,32 +19,43 @@ def main() -> None:
     from mft_megatron.arguments import parse_arguments
     from mft_megatron.data.dataset import packed_lengths
 
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
     arguments = parse_arguments(
         sys.argv[1:],
-        world_size,
+        int(os.environ.get("WORLD_SIZE", 1)),
         packed_lengths,
         lambda folder: open_source(folder).info,
         lambda folder, info: open_adapter(folder, info).lora,
     )
     from mft_megatron.training.pretrain import pretrain
-    from mft_megatron.training.saving import remove_exported
     from mft_megatron.training.sources import Sources
 
     model = open_source(arguments.checkpoint.hf_checkpoint) if arguments.reads_hf else None
     adapter = open_adapter(arguments.lora.hf_adapter, arguments.resume[1]) if arguments.starts_from_adapter else None
-    main_rank, hf = os.environ.get("RANK", "0") == "0", arguments.checkpoint.save_hf
-    if hf is not None:
-        from mft_megatron.convert.hf_export import refuse_export
+    main_rank = os.environ.get("RANK", "0") == "0"
+    run = functools.partial(pretrain, arguments, main_rank, Sources(model, adapter))
+    # an evaluation alone saves nothing that could be exported
+    if arguments.checkpoint.save_hf is None or arguments.validation.skip_train:
+        run()
+    else:
+        run_and_export(arguments, main_rank, run)
 
-        refuse_export(arguments.network, arguments.resume is not None and arguments.resume[1].from_hugging_face)
-    if hf is None or not main_rank:
-        pretrain(arguments, main_rank, Sources(model, adapter))
+
+def run_and_export(arguments, main_rank: bool, run) -> None:
+    """``--save-hf``: rank 0 has checkpoints exported while the run goes on, and the newest at its end."""
+    from mft_megatron.convert.hf_export import refuse_export
+    from mft_megatron.training.saving import remove_exported
+
+    options, resume = arguments.checkpoint, arguments.resume
+    refuse_export(arguments.network, resume is not None and resume[1].from_hugging_face)
+    if not main_rank:
+        run()
         return
     with open_exports(arguments) as exports:
-        pretrain(arguments, main_rank, Sources(model, adapter), exports)
-        exports.export_newest(Path(arguments.checkpoint.save))
-    remove_exported(arguments.checkpoint, exports.waiting)
+        if options.save_hf_interval is not None and resume is not None and not arguments.weights_alone:
+            exports.catch_up(Path(options.save), options.save_hf_interval, Path(resume[0]))
+        run(exports)
+        exports.export_newest(Path(options.save))
+    remove_exported(options, exports.waiting)
     exports.refuse_failures()
 
 

@@ -30,6 +30,7 @@ from typing import Any
 import yaml
 
 from .errors import InputError
+from .lora import Lora
 
 TRACKER = "latest_checkpointed_iteration.txt"
 BEST = "best_checkpointed_iteration.txt"
@@ -266,6 +267,8 @@ def read_info(path: Path, option: str = "--load") -> CheckpointInfo:
     try:
         content = json.loads(file.read_text())
         info = CheckpointInfo(**content)
+        if info.lora is not None:
+            Lora.from_dict(info.lora)
     except FileNotFoundError:
         if is_of_megatron(path):
             raise InputError(
@@ -273,7 +276,7 @@ def read_info(path: Path, option: str = "--load") -> CheckpointInfo:
                 f"tools/convert_checkpoint.py megatron-to-mcore --load {path} --save CKPT"
             ) from None
         raise InputError(f"{option} {path}: no {INFO}, so this save was never finished; use another one") from None
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"{file}: not a checkpoint description ({error}); the file is damaged") from None
     if info.format_version not in READABLE_VERSIONS:
         raise InputError(f"{file}: format version {info.format_version}, this program reads {FORMAT_VERSION}")

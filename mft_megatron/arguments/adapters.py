@@ -1,10 +1,10 @@
 """Adapters of a run: what the options say, a checkpoint that has some, or an adapter from elsewhere."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mft_megatron.errors import InputError
-from mft_megatron.lora import Lora, read_targets
+from mft_megatron.lora import Lora, Target, read_targets
 from mft_megatron.run_folder import CheckpointInfo
 
 from .groups.lora import LoraArguments
@@ -19,15 +19,19 @@ def adapters_of(options: LoraArguments, network: NetworkArguments) -> Lora | Non
     """
     if options.peft_type == "none":
         return None
-    try:
-        targets = read_targets(options.lora_target_modules, network.gated)
-    except InputError as error:
-        raise InputError(f"--lora-target-modules: {error}") from None
+    targets = _read_targets(options.lora_target_modules, network.gated)
     return Lora(options.lora_rank, options.lora_alpha, targets, options.lora_dropout, options.use_rslora)
 
 
-def from_checkpoint(resume: tuple[str, CheckpointInfo], given: Mapping[str, Any]) -> dict[str, Any]:
+def from_checkpoint(
+    resume: tuple[str, CheckpointInfo], given: Mapping[str, Any], weights_alone: bool
+) -> dict[str, Any]:
     """Options that follow from the adapters of a checkpoint; nothing where it has none.
+
+    Args:
+        resume: its folder and description.
+        given: what the command line says.
+        weights_alone: whether a new pass starts from it, which may keep the model in 4 bits or not.
 
     Raises:
         InputError: the command line says otherwise.
@@ -40,16 +44,17 @@ def from_checkpoint(resume: tuple[str, CheckpointInfo], given: Mapping[str, Any]
             f"--peft-type none: the checkpoint {path} has adapters, and training goes on with them; leave the option "
             "out, or merge them first with tools/convert_checkpoint.py merge-lora"
         )
-    if given.get("peft_type", info.peft_type) != info.peft_type and not given.get("finetune"):
+    peft_type = given.get("peft_type", info.peft_type)
+    if peft_type != info.peft_type and not weights_alone:
         raise InputError(
-            f"--peft-type {given['peft_type']}: the checkpoint {path} was trained with {info.peft_type}; leave the "
+            f"--peft-type {peft_type}: the checkpoint {path} was trained with {info.peft_type}; leave the "
             "option out, or start a new pass with --finetune"
         )
     known = _as_options(Lora.from_dict(info.lora))
     _refuse_contradiction(known, given, _gated(info.architecture), f"the checkpoint {path}")
     if not info.has_base:
         known["save_adapters_only"] = True  # as it has been
-    return {"peft_type": info.peft_type, **known}
+    return {"peft_type": peft_type, **known}
 
 
 def from_adapter(folder: str, lora: Lora, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -65,6 +70,13 @@ def from_adapter(folder: str, lora: Lora, given: Mapping[str, Any]) -> dict[str,
     known = _as_options(lora)
     _refuse_contradiction(known, given, _gated(given), f"the adapter {folder}")
     return known
+
+
+def _read_targets(names: Sequence[str], gated: bool) -> tuple[Target, ...]:
+    try:
+        return read_targets(names, gated)
+    except InputError as error:
+        raise InputError(f"--lora-target-modules: {error}") from None
 
 
 def _gated(network: Mapping[str, Any]) -> bool:
@@ -86,7 +98,7 @@ def _refuse_contradiction(known: Mapping[str, Any], given: Mapping[str, Any], ga
     for name, value in known.items():
         if name not in given or given[name] == value:
             continue
-        if name == "lora_target_modules" and read_targets(given[name], gated) == read_targets(value, gated):
+        if name == "lora_target_modules" and _read_targets(given[name], gated) == read_targets(value, gated):
             continue
         option = "--" + name.replace("_", "-")
         shown, said = (" ".join(v) if isinstance(v, tuple) else v for v in (value, given[name]))

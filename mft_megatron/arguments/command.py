@@ -64,9 +64,10 @@ def parse_arguments(
         given["seq_length"] = _only_packed_length(given["data_path"], packed_lengths(given["data_path"]))
     if resume is not None:
         given = {**_architecture_from(resume, given), **given}
-        if not given.get("finetune") and not from_pretrained(resume, given.get("pretrained_checkpoint")):
+        weights_alone = given.get("finetune") or from_pretrained(resume, given.get("pretrained_checkpoint"))
+        if not weights_alone:
             given["seed"] = _seed_from(resume, given)
-        given = {**given, **from_checkpoint(resume, given)}
+        given = {**given, **from_checkpoint(resume, given, weights_alone)}
     given = {**given, **_from_adapter(given, resume, describe_adapter)}
     for name, hint in _REQUIRED.items():
         _need(given, name, hint)
@@ -192,10 +193,16 @@ def _find_base(
     else:
         found = latest_checkpoint(os.path.abspath(pretrained), "--pretrained-checkpoint")
         base = str(found[0]), found[1]
+        if not found[1].has_base:
+            raise InputError(
+                f"--pretrained-checkpoint {found[0]}: it holds adapters alone; give it with --load and --finetune, and "
+                f"the model that they were trained beside with --hf-checkpoint or --pretrained-checkpoint (it was "
+                f"{found[1].base})"
+            )
     if content_digest(Path(base[0])) != info.base_digest:
         raise InputError(
-            f"{base[0]}: its weights are not those that the adapters of {path} were trained beside; give that model "
-            f"(it was {info.base})"
+            f"{base[0]}: its weight files are not those that the adapters of {path} were trained beside; give these or "
+            f"a copy (they were in {info.base}): the same model in other files counts as another"
         )
     return base
 

@@ -104,7 +104,8 @@ class Arguments:
     @property
     def saves_base(self) -> bool:
         """Whether checkpoints hold more than adapters."""
-        return not (self.lora.save_adapters_only or self.lora.peft_type == "qlora")
+        kind = self.lora.peft_type
+        return kind == "none" or not (self.lora.save_adapters_only or kind == "qlora")
 
     @property
     def data_parallel_size(self) -> int:

@@ -33,6 +33,7 @@ def option_without_effect(given: Mapping[str, Any], asked_for: Collection[str]) 
     dynamic = given.get("fp16") and given.get("loss_scale") is None
     precise, offload = given.get("use_precision_aware_optimizer"), given.get("optimizer_cpu_offload")
     buckets, sharded = given.get("overlap_grad_reduce"), given.get("use_distributed_optimizer")
+    adapters = given.get("peft_type", "none") != "none"
     rope = given.get("position_embedding_type") == "rope"
     board = given.get("save") or given.get("tensorboard_dir") or given.get("wandb_project")
     owners = (
@@ -54,6 +55,7 @@ def option_without_effect(given: Mapping[str, Any], asked_for: Collection[str]) 
             not given.get("init_method_xavier_uniform"),
             "a normal distribution, and --init-method-xavier-uniform is another",
         ),
+        ("save_hf", not given.get("skip_train"), "training, which --skip-train leaves out"),
         ("ckpt_step", given.get("load"), "--load"),
         ("exit_on_missing_checkpoint", given.get("load"), "--load"),
         ("save_retain_interval", given.get("save_interval"), "--save-interval"),
@@ -99,7 +101,8 @@ def option_without_effect(given: Mapping[str, Any], asked_for: Collection[str]) 
         ("bias_swiglu_fusion", given.get("swiglu"), "--swiglu"),
         ("async_save", given.get("save"), "--save"),
         ("moe_", given.get("num_experts"), "--num-experts"),
-        *((name, given.get("peft_type", "none") != "none", "--peft-type lora or qlora") for name in ADAPTERS),
+        *((name, adapters, "--peft-type lora or qlora") for name in ADAPTERS),
+        ("moe_router_bias_update_rate", not adapters, "training of the routers, which adapters leave as they are"),
         ("moe_router_bias_update_rate", given.get("moe_router_enable_expert_bias"), "--moe-router-enable-expert-bias"),
         ("moe_token_drop_policy", given.get("moe_expert_capacity_factor"), "--moe-expert-capacity-factor"),
         ("weight_decay", growth == "constant", "--weight-decay-incr-style constant, which is the default"),

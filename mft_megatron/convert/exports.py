@@ -20,7 +20,7 @@ from typing import IO, Any
 
 from mft_megatron.convert.command import main
 from mft_megatron.errors import InputError
-from mft_megatron.run_folder import latest_checkpoint
+from mft_megatron.run_folder import INFO, iteration_folder, latest_checkpoint, read_info
 
 # what makes a process one of torchrun's ranks
 _RANKS = ("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
@@ -55,6 +55,22 @@ class Exports:
         self._queue.append(checkpoint)
         if self._now is None:
             self._begin()
+
+    def catch_up(self, run: Path, interval: int, resumed: Path) -> None:
+        """Add what a job before this one saved and was ended before it had exported.
+
+        Args:
+            run: folder of the run.
+            interval: iterations divisible by this are exported.
+            resumed: checkpoint that this job goes on from; later ones will be saved again, and nothing is added where
+                it is of another run.
+        """
+        if resumed.resolve().parent != run.resolve():
+            return
+        for iteration in range(interval, read_info(resumed).iteration + 1, interval):
+            path = iteration_folder(run, iteration)
+            if (path / INFO).is_file() and not self._folder(path).exists():
+                self.add(path)
 
     def poll(self) -> list[dict[str, Any]]:
         """What has ended since the last call: the folder with its seconds, or the reason why it failed."""

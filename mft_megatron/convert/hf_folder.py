@@ -28,7 +28,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     file = folder / CONFIG
     if not file.is_file():
         what = f"has no {CONFIG}; give the folder of a model" if folder.is_dir() else "is no folder"
-        raise InputError(f"--hf {folder}: {what}")
+        raise InputError(f"{folder}: {what}")
     try:
         content = json.loads(file.read_text())
     except ValueError as error:

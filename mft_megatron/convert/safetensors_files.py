@@ -64,11 +64,11 @@ class WeightFiles:
             self.weights = read_header(single)
         elif any(folder.glob("*.bin")):
             raise InputError(
-                f"--hf {folder}: its weights are no safetensors files; load the model with transformers and write it "
+                f"{folder}: its weights are no safetensors files; load the model with transformers and write it "
                 "again with save_pretrained"
             )
         else:
-            raise InputError(f"--hf {folder}: has neither {SINGLE} nor {INDEX}; give the folder of a model")
+            raise InputError(f"{folder}: has neither {SINGLE} nor {INDEX}; give the folder of a model")
 
     def read_into(self, rows: Tensor, name: str, first: int) -> None:
         """Fill ``rows``, contiguous and of the weight's dtype, with as many rows of a weight, from ``first`` on.

@@ -197,6 +197,8 @@ def load(path: Path, trainer: Trainer, info: CheckpointInfo, options: Checkpoint
     state = {"model": model_state}
     # says in one line if the index is damaged; Megatron-Core would go on without it for a while
     absent = _take_out_absent(model_state, TensorReader(path))
+    if not (path / "common.pt").is_file():
+        raise InputError(f"{path}: common.pt is missing; the checkpoint is damaged")
     whole = not options.finetune and not info.is_converted
     with_optimizer = whole and options.load_optim and info.has_optimizer
     with_rng = whole and options.load_rng and info.has_rng and info.layout == parallel.layout()

@@ -56,7 +56,8 @@ def expert_options(arguments: Arguments) -> dict:
         "moe_aux_loss_coeff": factors[0] if alone else factors,
         "moe_z_loss_coeff": moe.moe_z_loss_coeff,
         "moe_input_jitter_eps": moe.moe_input_jitter_eps,
-        "moe_router_bias_update_rate": moe.moe_router_bias_update_rate,
+        # a bias of the frozen model stays as it is; checkpoints of adapters alone have no place for another
+        "moe_router_bias_update_rate": 0.0 if arguments.adapters is not None else moe.moe_router_bias_update_rate,
         "moe_router_dtype": moe.moe_router_dtype,
         "moe_token_dispatcher_type": moe.moe_token_dispatcher_type,
         "moe_expert_capacity_factor": None if factor is None or factor < 0 else factor,

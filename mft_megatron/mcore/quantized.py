@@ -187,8 +187,3 @@ def quantized_parts(model: GPTModel) -> Iterator[tuple[str, QuantizedLinear, lis
         for layer in layers.values():
             del layer._parameters["weight"]
     return ((name, layer, list(shards_in([state[f"{name}.weight"]]))) for name, layer in layers.items())
-
-
-def count_quantized(model: torch.nn.Module) -> int:
-    """Elements of this rank's quantised weights."""
-    return sum(layer.weight.numel() for layer in quantized_layers(model).values())

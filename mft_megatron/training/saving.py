@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -160,7 +161,7 @@ def _base_of_adapters(arguments: Arguments) -> dict[str, str]:
     """Of a run with adapters: what they belong to, and by what it is known again where checkpoints do not hold it."""
     if arguments.adapters is None or arguments.resume is None:
         return {}
-    folder = arguments.base[0] if arguments.base is not None else arguments.resume[1].base
+    folder = os.path.abspath(arguments.base[0]) if arguments.base is not None else arguments.resume[1].base
     return {"base": folder, "base_digest": "" if arguments.saves_base else content_digest(Path(folder))}
 
 
@@ -225,7 +226,10 @@ def resume(
     progress = Progress()
     if not options.finetune:
         progress = Progress(info.iteration, info.consumed_samples, info.skipped_steps)
-    log.write(event_record(progress, "load", path=path, finetune=options.finetune))
+    also = {"adapter": arguments.lora.hf_adapter} if arguments.starts_from_adapter else {}
+    if arguments.base not in (None, arguments.resume):
+        also["base"] = arguments.base[0]
+    log.write(event_record(progress, "load", path=path, finetune=options.finetune, **also))
     best = state.get("stopping", {}).get("run", {}).get("step")
     if options.save is not None and Path(path).resolve().parent == Path(options.save).resolve():
         if parallel.is_main():

@@ -19,6 +19,7 @@ SAVE = "--save x --save-hf y"
             "6 is not a multiple of --save-interval 4, and checkpoints are",
         ),
         (f"{SAVE} --save-interval 4 --save-hf-interval 0", "--save-hf-interval 0: must be at least 1"),
+        (f"{SAVE} --skip-train", "--save-hf has no effect without training, which --skip-train leaves out"),
         ("--swiglu --gated-linear-unit", "--swiglu is a gated linear unit, with SiLU; leave --gated-linear-unit out"),
     ],
 )

@@ -8,7 +8,7 @@ from command_line import BASE, WITHOUT_SHAPE, checkpoint, parse, refused
 
 from mft_megatron.arguments import parse_arguments
 from mft_megatron.lora import Lora, Target, num_sources, read_targets
-from mft_megatron.run_folder import content_digest
+from mft_megatron.run_folder import content_digest, effective_configuration
 
 LORA = Lora(8, 16.0, read_targets(["q_proj", "linear_proj"], gated=True))
 EACH = (
@@ -78,6 +78,11 @@ def test_what_adapters_are_by_default():
 @pytest.mark.parametrize(
     ("extra", "words"),
     [
+        (
+            "--peft-type lora --num-experts 2 --moe-router-score-function sigmoid --moe-router-enable-expert-bias "
+            "--moe-router-bias-update-rate 0.1",
+            "--moe-router-bias-update-rate has no effect without training of the routers",
+        ),
         ("--lora-rank 4", "--lora-rank has no effect without --peft-type lora or qlora"),
         ("--use-rslora", "--use-rslora has no effect without --peft-type lora or qlora"),
         ("--peft-type lora --lora-rank 0", "--lora-rank 0"),
@@ -115,12 +120,15 @@ def test_adapters_of_a_checkpoint_come_back(tmp_path):
         ("--lora-alpha 4", "has 16.0; leave the option out"),
         ("--lora-target-modules q_proj v_proj", "--lora-target-modules q_proj v_proj: the checkpoint"),
         ("--peft-type none", "--peft-type none: the checkpoint"),
+        ("--lora-target-modules foo", "--lora-target-modules: 'foo' cannot have an adapter"),
         ("--peft-type qlora", "was trained with lora; leave the option out"),
+        ("--peft-type qlora --finetune", "start from the model itself with --hf-adapter"),
+        ("--save-adapters-only", "--save-adapters-only: {path} holds model and adapters"),
     ],
 )
 def test_a_checkpoint_is_not_contradicted(tmp_path, extra, words):
     folder = _with_adapters(tmp_path / "run")
-    with refused(words):
+    with refused(words.format(path=folder / "iter_0000005")):
         parse(f"--load {folder} {extra}", base=WITHOUT_SHAPE)
 
 
@@ -151,9 +159,48 @@ def test_adapters_alone_need_their_model(tmp_path):
     assert arguments.resume[1].lora is not None
     assert not arguments.weights_alone
     assert not arguments.saves_base
+    with refused(f"--pretrained-checkpoint {folder}/iter_0000005: it holds adapters alone; give it with --load and"):
+        parse(f"--pretrained-checkpoint {folder}", base=WITHOUT_SHAPE)
     weights.write_bytes(bytes(255 - byte for byte in range(256)) * 5000)
-    with refused(f"{path}: its weights are not those that the adapters of"):
+    with refused(f"{path}: its weight files are not those that the adapters of"):
         parse(f"--load {folder} --pretrained-checkpoint {model}", base=WITHOUT_SHAPE)
+
+
+@pytest.mark.parametrize(("before", "now"), [("lora", "qlora"), ("qlora", "lora")])
+def test_a_new_pass_may_keep_the_model_otherwise(tmp_path, before, now):
+    model = checkpoint(tmp_path / "model")
+    known = {"has_base": False, "base_digest": content_digest(model / "iter_0000005")}
+    folder = checkpoint(tmp_path / "run", lora=LORA.as_dict(), peft_type=before, **known)
+    words = f"--load {folder} --pretrained-checkpoint {model}"
+    with refused(f"--peft-type {now}: the checkpoint {folder}/iter_0000005 was trained with {before}"):
+        parse(f"{words} --peft-type {now}", base=WITHOUT_SHAPE)
+    assert parse(f"{words} --finetune", base=WITHOUT_SHAPE).lora.peft_type == before
+    arguments = parse(f"{words} --finetune --peft-type {now}", base=WITHOUT_SHAPE)
+    assert arguments.lora.peft_type == now
+    assert arguments.adapters == LORA
+    assert arguments.weights_alone
+
+
+def test_adapters_do_not_replace_their_model(tmp_path):
+    """Their checkpoints begin at iteration 0 again: one would have taken the place of the model they need."""
+    folder = checkpoint(tmp_path / "run")
+    (tmp_path / "link").symlink_to(folder)
+    words = f"--load {folder} --finetune --peft-type lora"
+    for save in (folder, f"{tmp_path}/link/"):
+        with refused(f"--save {save}: the model {folder}/iter_0000005 is in that folder"):
+            parse(f"{words} --save-adapters-only --save {save}", base=WITHOUT_SHAPE)
+    assert parse(f"{words} --save {folder}", base=WITHOUT_SHAPE).saves_base
+    assert not parse(f"{words} --save-adapters-only --save {tmp_path}/other", base=WITHOUT_SHAPE).saves_base
+
+
+def test_damaged_adapters_are_a_damaged_description(tmp_path):
+    folder = _with_adapters(tmp_path / "run")
+    file = folder / "iter_0000005" / "mft_checkpoint.json"
+    content = json.loads(file.read_text())
+    del content["lora"]["targets"]
+    file.write_text(json.dumps(content))
+    with refused("mft_checkpoint.json: not a checkpoint description ('targets'); the file is damaged"):
+        parse(f"--load {folder}", base=WITHOUT_SHAPE)
 
 
 def test_an_adapter_from_elsewhere_fixes_its_options(tmp_path):
@@ -204,3 +251,13 @@ def test_options_are_read_again_from_a_configuration(tmp_path):
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump({"peft_type": "lora", "lora_rank": 4, "lora_target_modules": ["q_proj", "v_proj"]}))
     assert parse_arguments(f"{BASE} --yaml-cfg {file}".split()).adapters == arguments.adapters
+
+
+def test_a_whole_model_is_saved_whole_whatever_the_configuration_of_a_run_with_adapters(tmp_path):
+    """What stands in a run's own config.yaml is not refused for having no effect, and must have none."""
+    file = tmp_path / "config.yaml"
+    options = parse("--peft-type lora --lora-rank 4").as_options()
+    file.write_text(effective_configuration({**options, "save_adapters_only": True}, 1))
+    arguments = parse_arguments(["--yaml-cfg", str(file), "--peft-type", "none"])
+    assert arguments.adapters is None
+    assert arguments.saves_base

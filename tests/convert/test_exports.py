@@ -9,6 +9,7 @@ import pytest
 from mft_megatron.convert import exports as module
 from mft_megatron.convert.exports import Exports
 from mft_megatron.errors import InputError
+from mft_megatron.run_folder import CheckpointInfo, write_info
 
 PROGRAM = """
 import json, os, pathlib, signal, sys, time
@@ -147,3 +148,19 @@ def test_the_newest_is_exported_once(exports, tmp_path, monkeypatch, capsys):
     exports.export_newest(tmp_path / "run")
     assert len(done) == 1
     assert "iter_0000002 is there already" in capsys.readouterr().out
+
+
+def test_what_a_job_before_left_is_made_up_for(exports, tmp_path):
+    """Not what is exported, was not asked for, is unfinished or will be saved again; not of another run."""
+    run = tmp_path / "run"
+    for number in (1, 2, 4, 6, 8):
+        path = checkpoint(tmp_path, number)
+        info = CheckpointInfo(number, 0, {}, 0, {}, "", 0, 1)
+        if number != 4:
+            write_info(path, info)
+    (tmp_path / "out" / "iter_0000002").mkdir(parents=True)
+    with exports:
+        exports.catch_up(run, 2, tmp_path / "other" / "iter_0000006")
+        assert exports.waiting == ()
+        exports.catch_up(run, 2, run / "iter_0000006")
+        assert exports.waiting == (run / "iter_0000006",)

@@ -90,7 +90,7 @@ def test_adapters_without_their_model_are_refused(run, model, dataset_prefix, tm
     content[-1] ^= 1
     content[len(content) // 64 * 40] ^= 1
     (other / "model.safetensors").write_bytes(content)
-    with pytest.raises(InputError, match=r"other: its weights are not those that the adapters of .* were trained"):
+    with pytest.raises(InputError, match=r"other: its weight files are not those that the adapters of .* were trained"):
         parse_arguments(
             [*words, "--hf-checkpoint", str(other)], 1, lambda prefix: [128], lambda hf: HuggingFaceSource(hf).info
         )

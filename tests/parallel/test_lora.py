@@ -291,6 +291,32 @@ def test_lora_plus_has_larger_rates_for_b(dataset_prefix):
     assert (rate, a, b) == (1e-3, pytest.approx(1e-3, rel=1e-3), pytest.approx(16e-3, rel=1e-3))
 
 
+def _biases(prefix):
+    """Of experts, after a step of the whole model and one of adapters."""
+    from mft_megatron.mcore import parallel
+    from mft_megatron.mcore.step import Trainer
+
+    found = []
+    for peft in ("", f"--peft-type lora {ATTENTION}"):
+        words = f"--moe-router-score-function sigmoid --moe-router-enable-expert-bias {peft}"
+        arguments = arguments_for(prefix, words, 1, "experts")
+        dataset = open_dataset(arguments)
+        split = dataset.split("train")
+        with parallel.process_groups(arguments.distributed, arguments.initialization.seed):
+            trainer = Trainer(arguments, dataset.vocab_size, np.ones(4))
+            trainer.train_step(split, plans_of(split, 1, 1)[0])
+            buffers = trainer.chunks[0].module.named_buffers()
+            found.append([bool(buffer.any()) for name, buffer in buffers if name.endswith("expert_bias")])
+    return found
+
+
+def test_biases_of_experts_belong_to_the_frozen_model(dataset_prefix):
+    """Megatron moves them after each step, and a checkpoint of adapters alone does not have them."""
+    moved, frozen = run_on_ranks(1, _biases, dataset_prefix)[0]
+    assert any(moved)
+    assert frozen == [False] * len(moved)
+
+
 @pytest.mark.slow
 def test_stages_without_layers_have_nothing_to_train(alone, dataset_prefix):
     """A first stage of the embedding alone and a last one of the loss."""

@@ -237,7 +237,7 @@ def inspect(prefix, options, world_size, shape):
                 wrong.append(name)
         layers = quantized.quantized_layers(model).values()
         assert not any("weight" in dict(layer.named_parameters()) for layer in layers)
-        size = sum(layer.quantized.nbytes for layer in layers) / quantized.count_quantized(model)
+        size = sum(layer.quantized.nbytes for layer in layers) / sum(layer.weight.numel() for layer in layers)
         quantized.QuantizedWeight.dequantize = watched
         for plan in plans_of(split, data_seed(split), 2):
             trainer.train_step(split, plan)

@@ -324,3 +324,13 @@ def test_old_descriptions_are_asked_for(job):
     assert (content.pop("best"), content.pop("asked_for")) == (True, False)
     file.write_text(json.dumps(content))
     assert run.step(20, best=True) == [10, 20]
+
+
+def test_adapters_name_their_model_by_its_whole_path(job, tmp_path, monkeypatch):
+    """It is read again from elsewhere."""
+    job().step(1, always=True)
+    monkeypatch.chdir(tmp_path)
+    words = "--data-path data --seq-length 128 --micro-batch-size 2 --train-iters 10 --lr 1e-3 --save other --load run"
+    arguments = parse_arguments(f"{words} --finetune --peft-type lora --save-adapters-only".split())
+    assert arguments.base[0] == "run/iter_0000001"
+    assert saving._base_of_adapters(arguments)["base"] == str(tmp_path / "run" / "iter_0000001")

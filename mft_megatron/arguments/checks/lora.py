@@ -1,5 +1,7 @@
 """Whether adapters can be trained as the options say."""
 
+import os
+
 from mft_megatron.arguments.table import Arguments
 from mft_megatron.lora import MLP
 
@@ -23,7 +25,7 @@ def check_adapters(a: Arguments) -> str | None:
         )
     if a.learning_rate.decoupled_lr is not None:
         return "--decoupled-lr is of embedding and output layer, which adapters leave as they are; leave it out"
-    return _check_quantized(a) if a.lora.peft_type == "qlora" else _check_base(a)
+    return (_check_quantized(a) if a.lora.peft_type == "qlora" else _check_base(a)) or _check_place(a)
 
 
 def _check_base(a: Arguments) -> str | None:
@@ -31,13 +33,30 @@ def _check_base(a: Arguments) -> str | None:
         return "--save-adapters-only: the model is drawn from the seed, and would be in no checkpoint; leave it out"
     if a.base is None and a.resume is not None and not a.saves_base:
         return (
-            f"--load {a.checkpoint.load}: it holds model and adapters, and checkpoints of adapters alone belong to a "
-            "model in a folder of its own; leave --save-adapters-only out"
+            f"--save-adapters-only: {a.resume[0]} holds model and adapters, and checkpoints of adapters alone belong "
+            "to a model in a folder of its own; leave the option out"
         )
     return None
 
 
+def _check_place(a: Arguments) -> str | None:
+    """What checkpoints of adapters need must not be overwritten by them, or removed as one of them."""
+    if a.base is None or a.saves_base or a.reads_hf or a.checkpoint.save is None:
+        return None
+    if os.path.dirname(os.path.realpath(a.base[0])) != os.path.realpath(a.checkpoint.save):
+        return None
+    return (
+        f"--save {a.checkpoint.save}: the model {a.base[0]} is in that folder, and checkpoints of its adapters would "
+        "replace it; save to another folder"
+    )
+
+
 def _check_quantized(a: Arguments) -> str | None:
+    if a.base is None and a.resume is not None and a.resume[1].lora is not None:
+        return (
+            f"--peft-type qlora: {a.resume[0]} holds model and adapters; write the adapters with "
+            "tools/convert_checkpoint.py lora-to-peft and start from the model itself with --hf-adapter"
+        )
     if a.base is None:
         return (
             "--peft-type qlora needs a model to start from: give --hf-checkpoint DIR or --pretrained-checkpoint CKPT, "
@@ -45,14 +64,15 @@ def _check_quantized(a: Arguments) -> str | None:
         )
     n, ranks = a.network, a.distributed.tensor_model_parallel_size
     rows = {
-        "linear_qkv": n.hidden_size,
-        "linear_proj": n.num_attention_heads * n.kv_channels // ranks,
-        "linear_fc2": BLOCK if all(n.expert_layers) else n.ffn_hidden_size // ranks,
+        "linear_qkv": (n.hidden_size, 1),
+        "linear_proj": (n.num_attention_heads * n.kv_channels, ranks),
+        "linear_fc2": (BLOCK * ranks if all(n.expert_layers) else n.ffn_hidden_size, ranks),
     }
-    for module, columns in rows.items():
-        if columns % BLOCK:
+    for module, (columns, parts) in rows.items():
+        if columns // parts % BLOCK:
+            fewer = "a smaller --tensor-model-parallel-size, or " if columns % BLOCK == 0 else ""
             return (
-                f"--peft-type qlora: rows of {module} have {columns} elements on a rank, which are no whole blocks of "
-                f"{BLOCK}; take a smaller --tensor-model-parallel-size, or --peft-type lora"
+                f"--peft-type qlora: rows of {module} have {columns // parts} elements on a rank, which are no whole "
+                f"blocks of {BLOCK}; take {fewer}--peft-type lora"
             )
     return None
