@@ -89,10 +89,11 @@ class Family:
             expressed = self.read_config(self.write_config(architecture))
         except InputError as error:
             return str(error)
-        for name, value in comparable(architecture).items():
-            if comparable(expressed).get(name) != value:
-                return f"{name} is {value}, {self.name} has {comparable(expressed).get(name)}"
-        return None
+        difference = first_difference(architecture, expressed)
+        if difference is None:
+            return None
+        name, wanted, has = difference
+        return f"{name} is {wanted}, {self.name} has {has}"
 
     def reads(self) -> set[str]:
         """Names of the entries of ``config.json`` that this family understands."""
@@ -113,6 +114,12 @@ def comparable(architecture: NetworkArguments) -> dict[str, Any]:
     if architecture.swiglu:
         del content["openai_gelu"]
     return content
+
+
+def first_difference(ours: NetworkArguments, theirs: NetworkArguments) -> tuple[str, Any, Any] | None:
+    """The first entry in which two architectures differ in function: its name and both values."""
+    here, there = comparable(ours), comparable(theirs)
+    return next(((name, value, there.get(name)) for name, value in here.items() if there.get(name) != value), None)
 
 
 def names_of(rows: Sequence[Row], architecture: NetworkArguments) -> set[str]:

@@ -14,7 +14,7 @@ import torch
 
 from mft_megatron.arguments import NetworkArguments
 from mft_megatron.convert.families import family_for
-from mft_megatron.convert.family import Family, Row, comparable, places
+from mft_megatron.convert.family import Family, Row, first_difference, places
 from mft_megatron.convert.hf_folder import (
     CONFIG,
     GENERATION,
@@ -24,7 +24,7 @@ from mft_megatron.convert.hf_folder import (
     read_architecture,
     same_tokenizer,
 )
-from mft_megatron.convert.hf_import import replacing
+from mft_megatron.convert.replacing import replacing
 from mft_megatron.convert.row_kinds import Sizes, sizes_of, split
 from mft_megatron.convert.safetensors_files import Planned, ShardWriter
 from mft_megatron.errors import InputError
@@ -97,13 +97,11 @@ def family_of_checkpoint(checkpoint: Path, info: CheckpointInfo) -> Family:
             f"{checkpoint}: came from Hugging Face, but {source / CONFIG} is gone; put the original's config.json there"
         )
     family, expected, _ = read_architecture(source)
-    ours, theirs = comparable(architecture), comparable(expected)
-    for name, value in ours.items():
-        if value != theirs.get(name):
-            raise InputError(
-                f"{source / CONFIG}: {name} is {theirs.get(name)}, the checkpoint has {value}; it is the configuration "
-                "of another model"
-            )
+    if difference := first_difference(architecture, expected):
+        name, has, says = difference
+        raise InputError(
+            f"{source / CONFIG}: {name} is {says}, the checkpoint has {has}; it is the configuration of another model"
+        )
     return family
 
 

@@ -11,8 +11,6 @@ whole; within it the checkpoint's description comes last.
 import contextlib
 import dataclasses
 import math
-import os
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -22,6 +20,7 @@ from torch import Tensor
 from mft_megatron.arguments import NetworkArguments
 from mft_megatron.convert.family import Family, Row, names_of, places
 from mft_megatron.convert.hf_folder import keep, read_architecture
+from mft_megatron.convert.replacing import replacing
 from mft_megatron.convert.row_kinds import Sizes, part, sizes_of
 from mft_megatron.convert.safetensors_files import DTYPES, PIECE_BYTES, WeightFiles, same_content
 from mft_megatron.errors import InputError
@@ -58,7 +57,7 @@ def _convert(
     rows, sizes = family.rows(architecture), sizes_of(architecture, vocab_size)
     refuse_mismatch(files, rows, architecture, sizes)
     weights = {row.ours: _weight(row, architecture, sizes, files) for row in rows}
-    info = describe(family, architecture, vocab_size, _dtype(list(weights.values())))
+    info = describe(family.architecture, architecture, vocab_size, _dtype(list(weights.values())))
     with replacing(target) as partial:
         path = iteration_folder(partial, 0)
         path.mkdir()
@@ -72,24 +71,6 @@ def _convert(
         write_info(path, info)
         replace_text(partial / TRACKER, "0\n")
     return info
-
-
-@contextlib.contextmanager
-def replacing(target: Path) -> Iterator[Path]:
-    """A hidden folder beside ``target`` that becomes it when the work is done, and vanishes when it is not."""
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        if target.exists():
-            target.rmdir()
-        os.replace(partial, target)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError) and error.filename is None:
-            # a full disk is met while writing into an open file, which has no name then
-            raise InputError(f"{target}: {error.strerror}; nothing was completed there") from None
-        raise
 
 
 def refuse_mismatch(files: WeightFiles, rows: Sequence[Row], architecture: NetworkArguments, sizes: Sizes) -> None:
@@ -144,8 +125,8 @@ def _dtype(weights: Sequence[Weight]) -> torch.dtype:
     return max(weights, key=lambda weight: math.prod(weight.shape)).dtype
 
 
-def describe(family: Family, architecture: NetworkArguments, vocab_size: int, dtype: torch.dtype) -> CheckpointInfo:
-    """The description of a model that has no run behind it."""
+def describe(source: str, architecture: NetworkArguments, vocab_size: int, dtype: torch.dtype) -> CheckpointInfo:
+    """The description of a model that has no run behind it; ``source``: what it came as."""
     return CheckpointInfo(
         iteration=0,
         consumed_samples=0,
@@ -158,7 +139,7 @@ def describe(family: Family, architecture: NetworkArguments, vocab_size: int, dt
         has_optimizer=False,
         has_rng=False,
         precision=PRECISIONS[dtype],
-        source=family.architecture,
+        source=source,
     )
 
 

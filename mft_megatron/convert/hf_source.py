@@ -29,7 +29,7 @@ class HuggingFaceSource:
             refuse_mismatch(files, list(self._rows.values()), architecture, self._sizes)
             self._files = files
         dtypes = {DTYPES[files.weights[row.theirs[0].format(0, 0)].dtype] for row in self._rows.values()}
-        self.info: CheckpointInfo = describe(family, architecture, vocab_size, _largest(dtypes))
+        self.info: CheckpointInfo = describe(family.architecture, architecture, vocab_size, _largest(dtypes))
 
     def load(self, trainer: object) -> None:
         """Fill the trainer's model; each rank reads no more than its part."""

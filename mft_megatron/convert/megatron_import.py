@@ -5,7 +5,6 @@ the same rows. What differs is what stands around them (who says the architectur
 that is padded to the layout, and states that belong to a run there. Weights stream through memory one at a time.
 """
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,12 @@ from torch import Tensor
 from mft_megatron.arguments import NetworkArguments
 from mft_megatron.convert.common_state import COMMON, read_args, read_common
 from mft_megatron.convert.families import family_for
-from mft_megatron.convert.family import comparable
+from mft_megatron.convert.family import first_difference
 from mft_megatron.convert.hf_folder import CONFIG, keep, read_architecture
-from mft_megatron.convert.hf_import import FILE_BYTES, PRECISIONS, replacing
+from mft_megatron.convert.hf_import import FILE_BYTES, PRECISIONS, describe
 from mft_megatron.convert.megatron_arguments import read_bridge, read_megatron_lm
 from mft_megatron.convert.megatron_weights import VOCABULARY, Stored, names_there, weights_of
+from mft_megatron.convert.replacing import replacing
 from mft_megatron.errors import InputError
 from mft_megatron.mcore.tensor_reader import TensorReader
 from mft_megatron.mcore.tensor_writer import Piece, Weight, write_weights
@@ -82,20 +82,7 @@ def import_megatron(
         written.mkdir()
         write_weights(written, weights, pieces, read, FILE_BYTES)
         source = _keep(hf, architecture, vocab_size, partial / HUGGINGFACE)
-        info = CheckpointInfo(
-            iteration=0,
-            consumed_samples=0,
-            architecture=dataclasses.asdict(architecture),
-            vocab_size=vocab_size,
-            tokenizer={},
-            dataset_hash="",
-            seed=0,
-            global_batch_size=0,
-            has_optimizer=False,
-            has_rng=False,
-            precision=PRECISIONS[weights[VOCABULARY[0]].dtype],
-            source=source,
-        )
+        info = describe(source, architecture, vocab_size, weights[VOCABULARY[0]].dtype)
         write_info(written, info)
         replace_text(partial / TRACKER, "0\n")
     return path, info
@@ -171,12 +158,9 @@ def _of_hf(hf: Path | None, architecture: NetworkArguments) -> int | None:
     if hf is None:
         return None
     _, expected, vocab_size = read_architecture(hf)
-    ours, theirs = comparable(architecture), comparable(expected)
-    for name, value in ours.items():
-        if value != theirs.get(name):
-            raise InputError(
-                f"--hf {hf}: {name} is {theirs.get(name)}, the checkpoint has {value}; it is another model"
-            )
+    if difference := first_difference(architecture, expected):
+        name, has, says = difference
+        raise InputError(f"--hf {hf}: {name} is {says}, the checkpoint has {has}; it is another model")
     return vocab_size
 
 

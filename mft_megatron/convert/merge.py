@@ -17,9 +17,10 @@ from torch import Tensor
 
 from mft_megatron.arguments import NetworkArguments
 from mft_megatron.convert import hf_export
-from mft_megatron.convert.family import Family, Row, comparable
+from mft_megatron.convert.family import Family, Row, first_difference
 from mft_megatron.convert.hf_folder import CONFIG, keep, read_architecture, same_tokenizer
-from mft_megatron.convert.hf_import import describe, refuse_mismatch, replacing
+from mft_megatron.convert.hf_import import describe, refuse_mismatch
+from mft_megatron.convert.replacing import replacing
 from mft_megatron.convert.row_kinds import sizes_of, split
 from mft_megatron.convert.safetensors_files import DTYPES, Planned, ShardWriter, WeightFiles
 from mft_megatron.errors import InputError
@@ -78,7 +79,7 @@ class FolderBase:
             refuse_mismatch(self._files, rows, self.architecture, self._sizes)
         dtypes = {DTYPES[self._files.weights[row.theirs[0].format(0, 0)].dtype] for row in rows}
         dtype = max(dtypes, key=lambda dtype: dtype.itemsize)
-        self.info = describe(self.family, self.architecture, vocab_size, dtype)
+        self.info = describe(self.family.architecture, self.architecture, vocab_size, dtype)
 
     def planned(self, row: Row, place: tuple[int, ...]) -> list[Planned]:
         names = [name.format(*place) for name in row.theirs]
@@ -164,11 +165,12 @@ def refuse_other_model(base: Base, info: CheckpointInfo, what: str) -> None:
     Raises:
         InputError: it is of another one.
     """
-    ours, theirs = comparable(base.architecture), comparable(NetworkArguments(**info.architecture))
-    ours["vocab_size"], theirs["vocab_size"] = base.info.vocab_size, info.vocab_size
-    for name, value in theirs.items():
-        if ours.get(name) != value:
-            raise InputError(f"{what}: {name} is {ours.get(name)}, the adapters were trained with {value}")
+    difference = first_difference(NetworkArguments(**info.architecture), base.architecture)
+    if difference is None and base.info.vocab_size != info.vocab_size:
+        difference = "vocab_size", info.vocab_size, base.info.vocab_size
+    if difference is not None:
+        name, trained, has = difference
+        raise InputError(f"{what}: {name} is {has}, the adapters were trained with {trained}")
 
 
 def merge(

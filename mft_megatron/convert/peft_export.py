@@ -8,8 +8,8 @@ from pathlib import Path
 
 from mft_megatron.convert.adapter_reader import AdapterReader
 from mft_megatron.convert.hf_folder import is_of_tokenizer, kept, same_tokenizer
-from mft_megatron.convert.hf_import import replacing
 from mft_megatron.convert.peft_config import CONFIG, WEIGHTS, config_of
+from mft_megatron.convert.replacing import replacing
 from mft_megatron.convert.safetensors_files import SINGLE, Planned, ShardWriter
 from mft_megatron.errors import InputError
 from mft_megatron.lora import Lora

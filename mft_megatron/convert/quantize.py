@@ -8,18 +8,16 @@ The library that rounds, llmcompressor, wants other versions of torch and transf
 an environment of its own (examples/int4/requirements.txt), where of this project only what needs numpy is imported.
 """
 
-import contextlib
 import dataclasses
 import json
-import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mft_megatron.convert.hf_folder import CONFIG, kept, read_config
+from mft_megatron.convert.replacing import replacing
 from mft_megatron.data.dataset import PackedDataset
 from mft_megatron.errors import InputError
 
@@ -111,7 +109,7 @@ def quantize(source: Path, target: Path, method: str, texts: list[np.ndarray]) -
         recipe=_recipe(method),
         num_calibration_samples=len(rows),
     )
-    with _replacing(target) as partial:
+    with replacing(target) as partial:
         model.save_pretrained(partial, save_compressed=True)
         for file in kept(source):
             copy = partial / file.relative_to(source)
@@ -146,18 +144,3 @@ def _recipe(method: str) -> list[Any]:
     from llmcompressor.modifiers.transform.awq import AWQModifier
 
     return [AWQModifier(), QuantizationModifier(targets=["Linear"], scheme="W4A16_ASYM", ignore=list(IGNORED))]
-
-
-@contextlib.contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
-    """A hidden folder beside ``target`` that becomes it when the work is done, and vanishes when it is not."""
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        if target.exists():
-            target.rmdir()
-        os.replace(partial, target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise

@@ -189,7 +189,7 @@ def no_adapters(info, weights):
 
 def damaged_description(info, weights):
     del info["lora"]["targets"]
-    return info, "its description of the adapters is damaged"
+    return info, "not a checkpoint description ('targets'); the file is damaged"
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Tiny random models of every family, written by transformers, and how Megatron-Core's logits compare."""
 
 import json
+import shutil
 from pathlib import Path
 
 TOKENS = 48
@@ -72,13 +73,17 @@ MODELS = {
 }
 
 
-def write_model(name: str, folder: Path, dtype: str = "float32") -> None:
-    """A model with weights that all matter: no norm is 1, no bias 0, and attention is far from even."""
+def write_model(name: str, folder: Path, dtype: str = "float32", tokenizer: Path | None = None, **sizes: int) -> None:
+    """A model with weights that all matter: no norm is 1, no bias 0, and attention is far from even.
+
+    With the files of a tokenizer's folder, or some that only look like it; ``sizes`` differ from SHAPE.
+    """
     import torch
     import transformers
 
     kind, changes = MODELS[name]
-    shape = SHAPE if kind != "GPTNeoX" else {key: n for key, n in SHAPE.items() if key != "num_key_value_heads"}
+    without = ("num_key_value_heads",) if kind == "GPTNeoX" else ()
+    shape = {key: n for key, n in {**SHAPE, **sizes}.items() if key not in without}
     config = getattr(transformers, f"{kind}Config")(**{**shape, "rope_parameters": dict(PLAIN), **changes})
     model = getattr(transformers, f"{kind}ForCausalLM")._from_config(config, attn_implementation="eager")
     generator = torch.Generator().manual_seed(sum(name.encode()))
@@ -91,6 +96,8 @@ def write_model(name: str, folder: Path, dtype: str = "float32") -> None:
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     (folder / "tokenizer.json").write_text('{"version": "1.0", "of": "nothing"}\n')
     (folder / "tokenizer_config.json").write_text("{}")
+    for file in tokenizer.iterdir() if tokenizer is not None else ():
+        shutil.copyfile(file, folder / file.name)
     (folder / "LICENSE").write_text("as it is\n")
     # as published: another order and other spaces than json.dumps would make, and an entry that says nothing here
     config = json.loads((folder / "config.json").read_text())

@@ -21,11 +21,7 @@ def models(tmp_path_factory, tokenizer_folder):
     from mft_megatron.convert.command import hf_to_mcore
 
     folder = tmp_path_factory.mktemp("check")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(tiny_models.SHAPE, "vocab_size", 511)
-        tiny_models.write_model("qwen2 tied", folder / "model")
-    for file in tokenizer_folder.iterdir():
-        shutil.copyfile(file, folder / "model" / file.name)
+    tiny_models.write_model("qwen2 tied", folder / "model", tokenizer=tokenizer_folder, vocab_size=511)
     config = json.loads((folder / "model" / "tokenizer_config.json").read_text())
     config["chat_template"] = "{% for message in messages %}<|im_start|>{{ message.content }}<|im_end|>{% endfor %}"
     (folder / "model" / "tokenizer_config.json").write_text(json.dumps(config))

@@ -23,12 +23,8 @@ def model(tmp_path_factory, tokenizer_folder):
     import tiny_models
 
     folder = tmp_path_factory.mktemp("hf") / "model"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(tiny_models.SHAPE, "vocab_size", 511)
-        patch.setitem(tiny_models.SHAPE, "max_position_embeddings", 256)
-        tiny_models.write_model("qwen2 tied", folder, "bfloat16")
-    for file in tokenizer_folder.iterdir():
-        shutil.copyfile(file, folder / file.name)
+    sizes = {"vocab_size": 511, "max_position_embeddings": 256}
+    tiny_models.write_model("qwen2 tied", folder, "bfloat16", tokenizer_folder, **sizes)
     return folder
 
 

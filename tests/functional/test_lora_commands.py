@@ -93,12 +93,8 @@ def test_trained_on_several_ranks_and_exported(dataset_prefix, tokenizer_folder,
     import tiny_models
     from peft import PeftModel
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(tiny_models.SHAPE, "vocab_size", 500)
-        patch.setitem(tiny_models.SHAPE, "max_position_embeddings", 256)
-        tiny_models.write_model("llama", tmp_path / "hf")
-    for file in tokenizer_folder.iterdir():
-        shutil.copyfile(file, tmp_path / "hf" / file.name)
+    sizes = {"vocab_size": 500, "max_position_embeddings": 256}
+    tiny_models.write_model("llama", tmp_path / "hf", tokenizer=tokenizer_folder, **sizes)
     process = torchrun(
         2,
         "pretrain_mft.py",

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 import sys
 
 import pytest
@@ -25,12 +24,7 @@ def model(tmp_path_factory, tokenizer_folder):
 
     folder = tmp_path_factory.mktemp("hf") / "model"
     sizes = {"vocab_size": 511, "max_position_embeddings": 256, "hidden_size": 128, "intermediate_size": 256}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, size in sizes.items():
-            patch.setitem(tiny_models.SHAPE, name, size)
-        tiny_models.write_model("llama with biases", folder, "bfloat16")
-    for file in tokenizer_folder.iterdir():
-        shutil.copyfile(file, folder / file.name)
+    tiny_models.write_model("llama with biases", folder, "bfloat16", tokenizer_folder, **sizes)
     return folder
 
 

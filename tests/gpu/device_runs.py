@@ -14,12 +14,15 @@ TESTS = Path(__file__).parent.parent
 PATHS = [str(TESTS), str(TESTS / "parallel")]
 
 
-def on(device, function, *arguments):
-    """What a function of this file returns in a process on ``cpu`` or ``cuda``; arguments and results are JSON's."""
+def on(device, function, *arguments, program=__file__):
+    """What a function of this file, or of another ``program``, returns in a process on ``cpu`` or ``cuda``.
+
+    Arguments and results are JSON's.
+    """
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
-    command = [sys.executable, "-W", "ignore", __file__, function, json.dumps(arguments)]
+    command = [sys.executable, "-W", "ignore", program, function, json.dumps(arguments)]
     process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert process.returncode == 0, process.stderr[-4000:]
     found = json.loads(next(line for line in process.stdout.splitlines() if line.startswith("FOUND "))[6:])
@@ -127,11 +130,14 @@ def worst(ours, theirs):
     return abs(ours - theirs) / max(abs(theirs), 1e-30)
 
 
-if __name__ == "__main__":
+def answer(functions):
+    """Of a program's process: call the function that :func:`on` names."""
     sys.path[:0] = PATHS
-    name, arguments = sys.argv[1], json.loads(sys.argv[2])
-    found = {"result": globals()[name](*arguments)}
+    result = functions[sys.argv[1]](*json.loads(sys.argv[2]))
     from mft_megatron.mcore import platform
 
-    found["device"] = platform.device().type
-    print("FOUND", json.dumps(found))
+    print("FOUND", json.dumps({"result": result, "device": platform.device().type}))
+
+
+if __name__ == "__main__":
+    answer(globals())

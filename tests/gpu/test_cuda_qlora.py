@@ -3,30 +3,15 @@
 This file is also the program of the processes that compute on one device or the other, as in :mod:`device_runs`.
 """
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+import functools
 
+import device_runs
 import pytest
 import torch
+from device_runs import answer
 
-TESTS = Path(__file__).parent.parent
+on = functools.partial(device_runs.on, program=__file__)
 LARGE = "--hidden-size 1024 --ffn-hidden-size 2816 --bf16 --micro-batch-size 1"
-
-
-def on(device, function, *arguments):
-    """What a function of this file returns in a process on ``cpu`` or ``cuda``."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    if device == "cpu":
-        environment["CUDA_VISIBLE_DEVICES"] = ""
-    command = [sys.executable, "-W", "ignore", __file__, function, json.dumps(arguments)]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert process.returncode == 0, process.stderr[-4000:]
-    found = json.loads(next(line for line in process.stdout.splitlines() if line.startswith("FOUND "))[6:])
-    assert found["device"] == device
-    return found["result"]
 
 
 def curve(prefix, options):
@@ -127,9 +112,4 @@ def test_memory(dataset_prefix):
 
 
 if __name__ == "__main__":
-    sys.path[:0] = [str(TESTS), str(TESTS / "parallel")]
-    name, arguments = sys.argv[1], json.loads(sys.argv[2])
-    found = {"result": globals()[name](*arguments)}
-    from mft_megatron.mcore import platform
-
-    print("FOUND", json.dumps({**found, "device": platform.device().type}))
+    answer(globals())
