@@ -154,6 +154,8 @@ def main() -> None:
     heads = options.hidden // 64
     small = (options.hidden, options.hidden * 11 // 4, heads, heads // 2, 32016)
     models = [(small, layers) for layers in options.layers] + ([(HUGE, 1)] if options.largest else [])
+    if options.folder is not None:
+        options.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         root = Path(folder)
         base = measured("imports", root, root / "none")["peak"]

@@ -163,8 +163,7 @@ def test_what_cannot_be_exported_is_refused_before_the_run():
     refuse_export(odd, from_hugging_face=True)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("in_the_way", [False, True])
+@pytest.mark.parametrize("in_the_way", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_run_exports_while_it_goes_on(checkpoint, dataset_prefix, tmp_path, in_the_way):
     """Checkpoints are exported before they go; what cannot be exported stays, and the run ends with a line about it."""
     from mft_megatron.convert.command import mcore_to_hf

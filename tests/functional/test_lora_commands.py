@@ -84,9 +84,14 @@ def test_refused(words, reason, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of transformers and PEFT
-@pytest.mark.parametrize("alone", [(), ("--save-adapters-only",)], ids=["with the model", "alone"])
+@pytest.mark.parametrize(
+    "alone",
+    [
+        pytest.param((), marks=pytest.mark.slow, id="with the model"),
+        pytest.param(("--save-adapters-only",), id="alone"),
+    ],
+)
 def test_trained_on_several_ranks_and_exported(dataset_prefix, tokenizer_folder, tmp_path, alone):
     """What two ranks trained is, as PEFT has it and merged, the same model, and another than before."""
     import made_adapters
