@@ -258,7 +258,11 @@ def _dropped(prefix):
         trainer = trainer_of(arguments, open_dataset(arguments))
         attention = trainer.chunks[0].train().module.decoder.layers[0].self_attention
         ones = torch.ones(4, 1, 32)
-        return [layer.dropped(ones).flatten().tolist() for layer in (attention.linear_qkv, attention.linear_proj)]
+        layers = attention.linear_qkv, attention.linear_proj
+        found = [layer.dropped(ones).flatten().tolist() for layer in layers]
+        attention.eval()
+        assert all(layer.dropped(ones) is ones for layer in layers)
+        return found
 
 
 def test_ranks_drop_alike_what_they_have_alike_and_apart_what_they_share(dataset_prefix):
