@@ -11,14 +11,12 @@ remedy. Where an option differs from Megatron's, its help says so.
 """
 
 import dataclasses
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from mft_megatron.errors import InputError
-from mft_megatron.options import build_parser, fill, parse, spelling
-from mft_megatron.run_folder import CheckpointInfo, checkpoint_of, content_digest, is_checkpoint, latest_checkpoint
+from mft_megatron.options import build_parser, fill, parse
+from mft_megatron.run_folder import CheckpointInfo
 
 from .adapters import from_adapter, from_checkpoint
 from .checks import CHECKS
@@ -30,8 +28,8 @@ from .completion import complete
 from .config_file import read_config_file
 from .groups.config_file import ConfigFileArguments
 from .groups.multi_task import MFTCODER_BALANCERS
-from .groups.network import NetworkArguments
 from .megatron_only import MEGATRON_ONLY
+from .start import architecture_from, find_base, find_checkpoint, seed_from
 from .table import GROUPS, Arguments, from_pretrained
 from .without_effect import option_without_effect
 
@@ -58,15 +56,15 @@ def parse_arguments(
         InputError: an unknown, misspelt, missing or contradictory option, or a ``--load`` without a checkpoint.
     """
     given, asked_for = _read(command_line)
-    resume = _find_checkpoint(given, describe_hf)
+    resume = find_checkpoint(given, describe_hf)
     _need(given, "data_path", "--data-path PREFIX: the --output-prefix given to tools/preprocess_data.py")
     if "seq_length" not in given and packed_lengths is not None:
         given["seq_length"] = _only_packed_length(given["data_path"], packed_lengths(given["data_path"]))
     if resume is not None:
-        given = {**_architecture_from(resume, given), **given}
+        given = {**architecture_from(resume, given), **given}
         weights_alone = given.get("finetune") or from_pretrained(resume, given.get("pretrained_checkpoint"))
         if not weights_alone:
-            given["seed"] = _seed_from(resume, given)
+            given["seed"] = seed_from(resume, given)
         given = {**given, **from_checkpoint(resume, given, weights_alone)}
     given = {**given, **_from_adapter(given, resume, describe_adapter)}
     for name, hint in _REQUIRED.items():
@@ -76,7 +74,7 @@ def parse_arguments(
     groups = {
         field.name: fill(group, given) for field, (_, group) in zip(dataclasses.fields(Arguments), GROUPS, strict=False)
     }
-    base = _find_base(given, resume, describe_hf)
+    base = find_base(given, resume, describe_hf)
     arguments = Arguments(**groups, world_size=world_size, resume=resume, base=base)
     # before anything is derived from these numbers; again below for the derived ones
     for check in (check_ranges, check_recompute_granularity, check_virtual_stages, check_batch_schedule):
@@ -148,65 +146,6 @@ def _need(given: Mapping[str, Any], name: str, hint: str) -> None:
         raise InputError(f"missing option: give {hint}")
 
 
-def _find_checkpoint(given: Mapping[str, Any], describe_hf: Any) -> tuple[str, CheckpointInfo] | None:
-    """The checkpoint of ``--load``, else of ``--pretrained-checkpoint`` or the model of ``--hf-checkpoint``; ``None``
-    for a run that starts from nothing."""
-    hf = given.get("hf_checkpoint")
-    if hf is not None and given.get("pretrained_checkpoint") is not None:
-        raise InputError("--hf-checkpoint and --pretrained-checkpoint both say what to start from; leave one out")
-    load, step, pretrained = (given.get(name) for name in ("load", "ckpt_step", "pretrained_checkpoint"))
-    # The idiom of a job that is restarted with the same command line: nothing saved yet means "start".
-    same = None not in (load, given.get("save")) and os.path.abspath(load) == os.path.abspath(given["save"])
-    if load is not None and (is_checkpoint(load) or not same or given.get("exit_on_missing_checkpoint")):
-        found = latest_checkpoint(load) if step is None else checkpoint_of(load, step)
-    elif pretrained is not None:
-        found = latest_checkpoint(os.path.abspath(pretrained), "--pretrained-checkpoint")
-    elif hf is not None:
-        found = os.path.abspath(hf), describe_hf(hf)
-    else:
-        return None
-    return str(found[0]), found[1]
-
-
-def _find_base(
-    given: Mapping[str, Any], resume: tuple[str, CheckpointInfo] | None, describe_hf: Any
-) -> tuple[str, CheckpointInfo] | None:
-    """The model whose weights are read name by name: see :class:`.table.Arguments`.
-
-    Raises:
-        InputError: a checkpoint that holds adapters alone, and no model for them, or another one than theirs.
-    """
-    if resume is None:
-        return None
-    path, info = resume
-    hf, pretrained = given.get("hf_checkpoint"), given.get("pretrained_checkpoint")
-    if info.has_base:
-        of_hf = hf is not None and os.path.abspath(hf) == path
-        return resume if of_hf or (info.lora is None and given.get("peft_type", "none") != "none") else None
-    if hf is None and pretrained is None:
-        raise InputError(
-            f"--load {path}: it holds adapters alone; give the model that they were trained beside with "
-            f"--hf-checkpoint or --pretrained-checkpoint (it was {info.base})"
-        )
-    if hf is not None:
-        base = os.path.abspath(hf), describe_hf(hf)
-    else:
-        found = latest_checkpoint(os.path.abspath(pretrained), "--pretrained-checkpoint")
-        base = str(found[0]), found[1]
-        if not found[1].has_base:
-            raise InputError(
-                f"--pretrained-checkpoint {found[0]}: it holds adapters alone; give it with --load and --finetune, and "
-                f"the model that they were trained beside with --hf-checkpoint or --pretrained-checkpoint (it was "
-                f"{found[1].base})"
-            )
-    if content_digest(Path(base[0])) != info.base_digest:
-        raise InputError(
-            f"{base[0]}: its weight files are not those that the adapters of {path} were trained beside; give these or "
-            f"a copy (they were in {info.base}): the same model in other files counts as another"
-        )
-    return base
-
-
 def _from_adapter(
     given: Mapping[str, Any], resume: tuple[str, CheckpointInfo] | None, describe_adapter: Any
 ) -> dict[str, Any]:
@@ -219,38 +158,6 @@ def _from_adapter(
             f"--hf-adapter {folder} belongs to a model: give it with --hf-checkpoint, --pretrained-checkpoint or --load"
         )
     return from_adapter(folder, describe_adapter(folder, resume[1]), given)
-
-
-def _architecture_from(resume: tuple[str, CheckpointInfo], given: Mapping[str, Any]) -> dict[str, Any]:
-    path, info = resume
-    known = {field.name: field for field in dataclasses.fields(NetworkArguments)}
-    # what a description from an earlier version leaves out was as its default says
-    younger = {name: field.default for name, field in known.items() if field.default is not None}
-    architecture = {**younger, **{name: value for name, value in info.architecture.items() if name in known}}
-    # these shape no weight: the length, where positions are not learned, follows --seq-length when it is not given
-    free = {"make_vocab_size_divisible_by"}
-    if architecture.get("position_embedding_type") != "learned_absolute":
-        free.add("max_position_embeddings")
-        longest = max(architecture.pop("max_position_embeddings", 0), given.get("seq_length", 0))
-        architecture["max_position_embeddings"] = longest or None
-    for name, value in architecture.items():
-        if name not in free and name in given and given[name] != value:
-            raise InputError(
-                f"{spelling(known[name])} gives {name} = {given[name]}, but the checkpoint {path} has {value}; leave "
-                "the option out, the architecture comes from the checkpoint"
-            )
-    return architecture
-
-
-def _seed_from(resume: tuple[str, CheckpointInfo], given: Mapping[str, Any]) -> int:
-    """The seed fixes the order of the data, which a resumed run goes on following."""
-    path, info = resume
-    if given.get("seed", info.seed) != info.seed:
-        raise InputError(
-            f"--seed {given['seed']}: the checkpoint {path} follows the data order of seed {info.seed}; leave "
-            "the option out, or start a new pass with --finetune"
-        )
-    return info.seed
 
 
 def _only_packed_length(prefix: str, lengths: Sequence[int]) -> int:
