@@ -19,18 +19,25 @@ def main() -> None:
     from mft_megatron.arguments import parse_arguments
     from mft_megatron.data.dataset import packed_lengths
 
+    # options depend on the adapter, and opening it reads its matrices: once
+    adapters = {}
+
+    def describe_adapter(folder: str, info: CheckpointInfo):
+        adapters[folder] = open_adapter(folder, info)
+        return adapters[folder].lora
+
     arguments = parse_arguments(
         sys.argv[1:],
         int(os.environ.get("WORLD_SIZE", 1)),
         packed_lengths,
         lambda folder: open_source(folder).info,
-        lambda folder, info: open_adapter(folder, info).lora,
+        describe_adapter,
     )
     from mft_megatron.training.pretrain import pretrain
     from mft_megatron.training.sources import Sources
 
     model = open_source(arguments.checkpoint.hf_checkpoint) if arguments.reads_hf else None
-    adapter = open_adapter(arguments.lora.hf_adapter, arguments.resume[1]) if arguments.starts_from_adapter else None
+    adapter = adapters.get(arguments.lora.hf_adapter)
     main_rank = os.environ.get("RANK", "0") == "0"
     run = functools.partial(pretrain, arguments, main_rank, Sources(model, adapter))
     # an evaluation alone saves nothing that could be exported
@@ -59,6 +66,7 @@ def run_and_export(arguments, main_rank: bool, run) -> None:
     exports.refuse_failures()
 
 
+@functools.cache
 def open_source(folder: str):
     """The model of ``--hf-checkpoint``; imported only where it is asked for."""
     from mft_megatron.convert.hf_source import HuggingFaceSource

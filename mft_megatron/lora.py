@@ -21,6 +21,8 @@ from .errors import InputError
 
 # by matrix: how many sources it has, without a gate and with one
 SOURCES = {"linear_qkv": (3, 3), "linear_proj": (1, 1), "linear_fc1": (1, 2), "linear_fc2": (1, 1)}
+# what the names of A and B in a checkpoint end with, after that of their matrix
+LORA_A, LORA_B = ".lora_a", ".lora_b"
 MLP = ("linear_fc1", "linear_fc2")
 # Names of single sources: Hugging Face's (Llama's and its kin's, GPT-NeoX's, StarCoder2's), Megatron-Bridge's.
 _SOURCE_NAMES = {
@@ -43,7 +45,7 @@ KNOWN_TARGETS = (*SOURCES, *_NAMES, "query_key_value", ALL_LINEAR)
 
 def is_adapter(weight: str) -> bool:
     """Whether a weight of a checkpoint belongs to an adapter, by its name."""
-    return weight.endswith((".lora_a", ".lora_b"))
+    return weight.endswith((LORA_A, LORA_B))
 
 
 @dataclasses.dataclass(frozen=True)

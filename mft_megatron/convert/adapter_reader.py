@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mft_megatron.convert.adapter_rows import LORA_A, LORA_B, AdaptedRow, Matrix, adapted_rows, family_of_info
+from mft_megatron.convert.adapter_rows import AdaptedRow, Matrix, adapted_rows, family_of_info
 from mft_megatron.errors import InputError
-from mft_megatron.lora import Lora, is_adapter
+from mft_megatron.lora import LORA_A, LORA_B, Lora, is_adapter
 from mft_megatron.mcore.tensor_reader import TensorReader
 from mft_megatron.run_folder import CheckpointInfo
 

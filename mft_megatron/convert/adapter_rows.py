@@ -23,7 +23,7 @@ from mft_megatron.convert.families import FAMILIES, family_for
 from mft_megatron.convert.family import Family, Row
 from mft_megatron.convert.row_kinds import Block, Blocks, Sizes, glu, qkv, rows_of, sizes_of, split
 from mft_megatron.errors import InputError
-from mft_megatron.lora import Lora, Target
+from mft_megatron.lora import LORA_A, LORA_B, Lora, Target
 from mft_megatron.run_folder import CheckpointInfo
 
 # by module: where it is in a layer, without the layer
@@ -33,7 +33,6 @@ PLACES = {
     "linear_fc1": "decoder.layers.mlp.linear_fc1",
     "linear_fc2": "decoder.layers.mlp.linear_fc2",
 }
-LORA_A, LORA_B = ".lora_a", ".lora_b"
 
 
 @dataclasses.dataclass(frozen=True)

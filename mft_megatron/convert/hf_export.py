@@ -24,7 +24,7 @@ from mft_megatron.convert.hf_folder import (
     read_architecture,
     same_tokenizer,
 )
-from mft_megatron.convert.replacing import replacing
+from mft_megatron.convert.replacing import refuse_content, replacing
 from mft_megatron.convert.row_kinds import Sizes, sizes_of, split
 from mft_megatron.convert.safetensors_files import Planned, ShardWriter
 from mft_megatron.errors import InputError
@@ -55,8 +55,7 @@ def export(checkpoint: Path, info: CheckpointInfo, target: Path, tokenizer: Path
     Raises:
         InputError: no family can express the architecture, a weight is missing or left over, or ``target`` has content.
     """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"--hf {target}: exists already; remove it or name another folder")
+    refuse_content(target, "--hf")
     architecture = NetworkArguments(**info.architecture)
     family = family_of_checkpoint(checkpoint, info)
     reader = TensorReader(checkpoint)

@@ -29,12 +29,21 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         what = f"has no {CONFIG}; give the folder of a model" if folder.is_dir() else "is no folder"
         raise InputError(f"{folder}: {what}")
+    return read_object(file, "download it again")
+
+
+def read_object(file: Path, remedy: str) -> dict[str, Any]:
+    """The content of a JSON file that is an object.
+
+    Raises:
+        InputError: it is none; with the remedy.
+    """
     try:
         content = json.loads(file.read_text())
     except ValueError as error:
-        raise InputError(f"{file}: not JSON ({error}); download it again") from None
+        raise InputError(f"{file}: not JSON ({error}); {remedy}") from None
     if not isinstance(content, dict):
-        raise InputError(f"{file}: not a JSON object; download it again")
+        raise InputError(f"{file}: not a JSON object; {remedy}")
     return content
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from mft_megatron.arguments import NetworkArguments
 from mft_megatron.convert.family import Family, Row, names_of, places
 from mft_megatron.convert.hf_folder import keep, read_architecture
-from mft_megatron.convert.replacing import replacing
+from mft_megatron.convert.replacing import refuse_content, replacing
 from mft_megatron.convert.row_kinds import Sizes, part, sizes_of
 from mft_megatron.convert.safetensors_files import DTYPES, PIECE_BYTES, WeightFiles, same_content
 from mft_megatron.errors import InputError
@@ -44,8 +44,7 @@ def import_model(source: Path, target: Path) -> tuple[Family, CheckpointInfo]:
         InputError: the architecture is not supported, a weight is missing, left over, damaged or of another shape than
             ``config.json`` says, or ``target`` has content.
     """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"--save {target}: exists already; remove it or name another folder")
+    refuse_content(target, "--save")
     family, architecture, vocab_size = read_architecture(source)
     with contextlib.closing(WeightFiles(source)) as files:
         return family, _convert(source, target, files, family, architecture, vocab_size)

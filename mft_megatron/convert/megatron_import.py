@@ -21,7 +21,7 @@ from mft_megatron.convert.hf_folder import CONFIG, keep, read_architecture
 from mft_megatron.convert.hf_import import FILE_BYTES, PRECISIONS, describe
 from mft_megatron.convert.megatron_arguments import read_bridge, read_megatron_lm
 from mft_megatron.convert.megatron_weights import VOCABULARY, Stored, names_there, weights_of
-from mft_megatron.convert.replacing import replacing
+from mft_megatron.convert.replacing import refuse_content, replacing
 from mft_megatron.errors import InputError
 from mft_megatron.mcore.tensor_reader import TensorReader
 from mft_megatron.mcore.tensor_writer import Piece, Weight, write_weights
@@ -60,8 +60,7 @@ def import_megatron(
         InputError: it is no such checkpoint, cannot be expressed, lacks a weight or has one too many or of another
             shape, or ``target`` has content.
     """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"--save {target}: exists already; remove it or name another folder")
+    refuse_content(target, "--save")
     path = find_checkpoint(folder, step)
     architecture, known = read_description(path)
     reader = TensorReader(path)

@@ -20,7 +20,7 @@ from mft_megatron.convert import hf_export
 from mft_megatron.convert.family import Family, Row, first_difference
 from mft_megatron.convert.hf_folder import CONFIG, keep, read_architecture, same_tokenizer
 from mft_megatron.convert.hf_import import describe, refuse_mismatch
-from mft_megatron.convert.replacing import replacing
+from mft_megatron.convert.replacing import refuse_content, replacing
 from mft_megatron.convert.row_kinds import sizes_of, split
 from mft_megatron.convert.safetensors_files import DTYPES, Planned, ShardWriter, WeightFiles
 from mft_megatron.errors import InputError
@@ -195,8 +195,7 @@ def merge(
     Raises:
         InputError: ``target`` has content, or a file is damaged.
     """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"--hf {target}: exists already; remove it or name another folder")
+    refuse_content(target, "--hf")
     rows = base.family.rows(base.architecture)
     in_order = hf_export.in_order(rows, base.architecture)
     planned = [weight for row, place in in_order for weight in base.planned(row, place)]

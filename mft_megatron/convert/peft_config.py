@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mft_megatron.convert.adapter_rows import Matrix
+from mft_megatron.convert.hf_folder import read_object
 from mft_megatron.errors import InputError
 from mft_megatron.lora import Lora
 
@@ -125,12 +126,7 @@ def read_config(folder: Path) -> PeftConfig:
     if not file.is_file():
         what = "has no adapter_config.json" if folder.is_dir() else "is no folder"
         raise InputError(f"{folder}: {what}; give the folder of a PEFT adapter")
-    try:
-        content = json.loads(file.read_text())
-    except ValueError as error:
-        raise InputError(f"{file}: not JSON ({error}); write the adapter again") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{file}: not a JSON object; write the adapter again")
+    content = read_object(file, "write the adapter again")
     try:
         _refuse_what_differs(content)
         return _read(content)

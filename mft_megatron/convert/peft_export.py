@@ -9,7 +9,8 @@ from pathlib import Path
 from mft_megatron.convert.adapter_reader import AdapterReader
 from mft_megatron.convert.hf_folder import is_of_tokenizer, kept, same_tokenizer
 from mft_megatron.convert.peft_config import CONFIG, WEIGHTS, config_of
-from mft_megatron.convert.replacing import replacing
+from mft_megatron.convert.peft_weights import key_of
+from mft_megatron.convert.replacing import refuse_content, replacing
 from mft_megatron.convert.safetensors_files import SINGLE, Planned, ShardWriter
 from mft_megatron.errors import InputError
 from mft_megatron.lora import Lora
@@ -41,8 +42,7 @@ def export_adapter(
         InputError: the checkpoint has no adapters or is damaged, no family can express the architecture, or ``target``
             has content.
     """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"--hf {target}: exists already; remove it or name another folder")
+    refuse_content(target, "--hf")
     reader = AdapterReader(checkpoint, info)
     matrices = [matrix for row in reader.rows for matrix in row.matrices.values()]
     config = config_of(reader.lora, matrices, base_model_name or _base_model(info))
@@ -63,7 +63,7 @@ def _write_weights(reader: AdapterReader, folder: Path) -> None:
     planned, names = [], []
     for layer, matrix in reader.matrices():
         name, rank = matrix.name.format(layer), len(matrix.parts) * reader.lora.rank
-        keys = tuple(f"base_model.model.{name}.lora_{letter}.weight" for letter in "AB")
+        keys = tuple(key_of(name, letter) for letter in "AB")
         shapes = (rank, matrix.shape[1]), (matrix.shape[0], rank)
         planned += [Planned(key, reader.dtype, shape) for key, shape in zip(keys, shapes, strict=True)]
         names.append((f"{name}.weight", keys))

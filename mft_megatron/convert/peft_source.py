@@ -14,8 +14,6 @@ import torch
 from torch import Tensor
 
 from mft_megatron.convert.adapter_rows import (
-    LORA_A,
-    LORA_B,
     AdaptedRow,
     adapted_rows,
     family_of_info,
@@ -27,7 +25,7 @@ from mft_megatron.convert.peft_config import PeftConfig, read_config
 from mft_megatron.convert.peft_weights import PeftWeights
 from mft_megatron.convert.row_kinds import Block, Blocks, part, sizes_of
 from mft_megatron.errors import InputError
-from mft_megatron.lora import Lora, Target, num_sources
+from mft_megatron.lora import LORA_A, LORA_B, Lora, Target, num_sources
 from mft_megatron.run_folder import CheckpointInfo
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from mft_megatron.convert.hf_folder import CONFIG, kept, read_config
-from mft_megatron.convert.replacing import replacing
+from mft_megatron.convert.replacing import refuse_content, replacing
 from mft_megatron.data.dataset import PackedDataset
 from mft_megatron.errors import InputError
 
@@ -87,8 +87,7 @@ def quantize(source: Path, target: Path, method: str, texts: list[np.ndarray]) -
         InputError: llmcompressor is not installed here, ``target`` has content, or a weight cannot be divided in
             groups.
     """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"--out {target}: exists already; remove it or name another folder")
+    refuse_content(target, "--out")
     refuse_odd_sizes(source)
     try:
         import llmcompressor

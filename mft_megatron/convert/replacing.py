@@ -9,6 +9,16 @@ from pathlib import Path
 from mft_megatron.errors import InputError
 
 
+def refuse_content(target: Path, option: str) -> None:
+    """Check, before there is work to lose, that a folder can be made or is empty.
+
+    Raises:
+        InputError: it has content; ``option`` named it.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"{option} {target}: exists already; remove it or name another folder")
+
+
 @contextlib.contextmanager
 def replacing(target: Path) -> Iterator[Path]:
     """A hidden folder beside ``target`` that becomes it when the work is done, and vanishes when it is not."""

@@ -20,7 +20,7 @@ from megatron.core.tensor_parallel.layers import (
 )
 from torch import Tensor
 
-from mft_megatron.lora import is_adapter
+from mft_megatron.lora import LORA_B, is_adapter
 
 from .lora import bound_of_a
 from .shards import shards_of
@@ -63,7 +63,7 @@ def initialize_weights(
 def initialize_adapters(model: torch.nn.Module, seed: int) -> None:
     """Draw the matrices of adapters, in place: A as PEFT does, B 0, so that they begin as no change at all."""
     for shard in shards_of(model):
-        if shard.key.endswith(".lora_b"):
+        if shard.key.endswith(LORA_B):
             shard.data.zero_()
         elif is_adapter(shard.key):
             bound = bound_of_a(shard.global_shape[-1])
