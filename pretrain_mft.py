@@ -16,8 +16,8 @@ from mft_megatron.run_folder import CheckpointInfo
 
 def main() -> None:
     """Check every option first; only then load torch and start process groups."""
-    from mft_megatron.arguments import parse_arguments
-    from mft_megatron.data.dataset import packed_lengths
+    from mft_megatron.arguments.command import parse_arguments
+    from mft_megatron.data.loading.dataset import packed_lengths
 
     # options depend on the adapter, and opening it reads its matrices: once
     adapters = {}
@@ -49,7 +49,7 @@ def main() -> None:
 
 def run_and_export(arguments, main_rank: bool, run) -> None:
     """``--save-hf``: rank 0 has checkpoints exported while the run goes on, and the newest at its end."""
-    from mft_megatron.convert.hf_export import refuse_export
+    from mft_megatron.convert.huggingface.model_export import refuse_export
     from mft_megatron.training.saving import remove_exported
 
     options, resume = arguments.checkpoint, arguments.resume
@@ -69,21 +69,21 @@ def run_and_export(arguments, main_rank: bool, run) -> None:
 @functools.cache
 def open_source(folder: str):
     """The model of ``--hf-checkpoint``; imported only where it is asked for."""
-    from mft_megatron.convert.hf_source import HuggingFaceSource
+    from mft_megatron.convert.huggingface.weight_source import HuggingFaceSource
 
     return HuggingFaceSource(folder)
 
 
 def open_adapter(folder: str, info: CheckpointInfo):
     """The adapter of ``--hf-adapter``, for the model that ``info`` describes."""
-    from mft_megatron.convert.peft_source import AdapterSource
+    from mft_megatron.convert.peft.weight_source import AdapterSource
 
     return AdapterSource(folder, info)
 
 
 def open_exports(arguments):
     """What writes checkpoints to ``--save-hf``: models, or adapters where those are what is trained."""
-    from mft_megatron.convert.exports import Exports
+    from mft_megatron.convert.background_export import Exports
 
     direction = "mcore-to-hf" if arguments.adapters is None else "lora-to-peft"
     return Exports(Path(arguments.checkpoint.save_hf), Path(__file__).parent / "tools/convert_checkpoint.py", direction)

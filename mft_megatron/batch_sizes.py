@@ -13,7 +13,7 @@ import decimal
 import itertools
 from collections.abc import Sequence
 
-from .errors import InputError
+from mft_megatron.errors import InputError
 
 _SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 

@@ -14,7 +14,7 @@ import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from .errors import InputError
+from mft_megatron.errors import InputError
 
 
 def option(

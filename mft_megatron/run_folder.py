@@ -29,8 +29,8 @@ from typing import Any
 
 import yaml
 
-from .errors import InputError
-from .lora import Lora
+from mft_megatron.errors import InputError
+from mft_megatron.lora import Lora
 
 TRACKER = "latest_checkpointed_iteration.txt"
 BEST = "best_checkpointed_iteration.txt"

@@ -4,17 +4,13 @@ import argparse
 import ast
 import json
 import os
-import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# what tests import from beside them: ranks, batches, made_dataset …
-sys.path.insert(0, str(Path(__file__).parent))
-
-from ranks import run_tool
+from tests.ranks import run_tool
 
 # no test asserts a time
 settings.register_profile("without clocks", deadline=None)

@@ -193,7 +193,7 @@ def install(monkeypatch, versions=None, **replaced):
     ``versions``: others than :data:`VERSIONS`; ``None`` there for a package that is absent. ``replaced``: functions by
     name, in place of those here.
     """
-    from mft_megatron.mcore import platform
+    from mft_megatron.mcore.platform import devices
 
     versions = {**VERSIONS, **(versions or {})}
     functions = {
@@ -202,7 +202,7 @@ def install(monkeypatch, versions=None, **replaced):
         "DotProductAttention": DotProductAttention,
         **replaced,
     }
-    monkeypatch.setattr(platform, "HAS_CUDA", True)
+    monkeypatch.setattr(devices, "HAS_CUDA", True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", functions["varlen_attn"])
     modules = {

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from mft_megatron.data.files import DatasetFiles
-from mft_megatron.data.layout import Layout, write_layout
-from mft_megatron.data.ledger import Ledger, TokenizerEntry
-from mft_megatron.data.store import StoreWriter, TaskTally
+from mft_megatron.data.packing.build_packs import Layout, write_layout
+from mft_megatron.data.storage.dataset_writer import DatasetFiles
+from mft_megatron.data.storage.ledger import Ledger, TokenizerEntry
+from mft_megatron.data.storage.sample_writer import StoreWriter, TaskTally
 
 VOCABULARY = 257  # all bytes, and padding
 TASKS = {"completion": 1, "explain": 2, "write": 4, "read": 9}  # one in how many functions a task has

@@ -3,11 +3,11 @@
 import dataclasses
 
 import torch
-from batches import as_batch, by_sample, counted, random_batch
 
 from mft_megatron.loss_names import FOCAL, LOSSES
 from mft_megatron.losses.focal import TaskStatistics
 from mft_megatron.losses.objective import Objective
+from tests.batches import as_batch, by_sample, counted, random_batch
 
 TASKS = 4
 OBJECTIVES = [

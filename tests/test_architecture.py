@@ -1,12 +1,42 @@
-"""The rooms of docs/DESIGN.md §2: a file imports its own floor's folder and lower ones, never upward or sideways."""
+"""The rooms of docs/ARCHITECTURE.md: what a file may import, how large a folder may be, what an ``__init__`` holds."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "mft_megatron"
 FLOORS = {"": 0, "arguments": 1, "data": 1, "losses": 1, "mcore": 2, "convert": 3, "training": 3, "planning": 3}
+# A file imports from its own sub-package and from those listed before it; "a|b" are modules at the top of the room.
+ORDER = {
+    "data": (
+        "sample_slices|permutation|_sample_index",
+        *("storage", "tokenizers", "records", "chat_templates", "packing", "tasks", "loading", "preprocessing"),
+        "command|inspect",
+    ),
+    "mcore": (
+        *("platform", "parallel", "attention", "moe", "output_layer", "adapters", "model", "optim"),
+        *("trainer", "checkpointing", "inference"),
+    ),
+    "convert": (*("atomic_folder", "huggingface", "peft", "megatron", "serving", "commands", "background_export"),),
+    "arguments": (
+        *("values", "groups", "stages|table|megatron_only|without_effect", "checks"),
+        "adapters|start|completion|config_file|reference|command",
+    ),
+    "losses": ("segments|coefficients|focal|objective", "balancers"),
+}
+# Importing one of these imports no Megatron-Core and replaces nothing in torch.
+WITHOUT_MEGATRON = (
+    "mcore.checkpointing.tensor_reader",
+    "mcore.platform.optional_packages",
+    "mcore.model.rope_frequencies",
+    "mcore.parallel.attention_spans",
+)
+# tables of alike files may be longer than a glance
+MOST_MODULES = 16
+TABLES = ("arguments/groups", "arguments/checks", "convert/huggingface/families")
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -29,8 +59,17 @@ def imported_modules(path: Path) -> set[str]:
     return names
 
 
+def step_of(room: str, name: str) -> int:
+    """Where a sub-package, or a module at the top of a room, stands in the room's order."""
+    for number, names in enumerate(ORDER[room]):
+        if name in names.split("|"):
+            return number
+    raise AssertionError(f"mft_megatron/{room}/{name} is not in ORDER: say which sub-packages it stands on")
+
+
 def forbidden(path: Path) -> list[str]:
     room = room_of(path)
+    inner = path.relative_to(PACKAGE).parts[1:]
     found = []
     for name in sorted(imported_modules(path)):
         parts = name.split(".")
@@ -42,10 +81,47 @@ def forbidden(path: Path) -> list[str]:
             found.append(f"{name}: the data room and floor 0 work without torch")
         if name.startswith("torch.distributed") and room == "losses":
             found.append(f"{name}: losses know no process groups")
-        other = parts[1] if parts[0] == "mft_megatron" and len(parts) > 1 else room
+        if parts[0] != "mft_megatron" or len(parts) < 2:
+            continue
+        other = parts[1]
         if other in FLOORS and other != room and FLOORS[other] >= FLOORS[room]:
             found.append(f"{name}: {room or 'floor 0'} may not import {other}")
+        inside = other == room and room in ORDER and len(parts) > 2 and path.name != "__init__.py"
+        if inside and step_of(room, parts[2]) > step_of(room, inner[0].removesuffix(".py")):
+            found.append(f"{name}: {room}/{inner[0]} may not import {parts[2]}, which stands on it")
     return found
+
+
+def modules_of(path: Path) -> set[Path]:
+    """Files of the package that a file imports."""
+    found = set()
+    for name in imported_modules(path):
+        parts = name.split(".")
+        if parts[0] == "mft_megatron":
+            for end in (len(parts), len(parts) - 1):
+                candidate = PACKAGE.joinpath(*parts[1:end]).with_suffix(".py")
+                if candidate.is_file():
+                    found.add(candidate)
+                    break
+    return found - {path}
+
+
+def a_circle(graph: dict[Path, set[Path]]) -> list[Path]:
+    """A chain of imports that ends where it begins; empty where there is none."""
+    done: set[Path] = set()
+
+    def visit(path: Path, chain: list[Path]) -> list[Path]:
+        if path in chain:
+            return [*chain[chain.index(path) :], path]
+        if path in done:
+            return []
+        for other in sorted(graph.get(path, ())):
+            if circle := visit(other, [*chain, path]):
+                return circle
+        done.add(path)
+        return []
+
+    return next((circle for path in sorted(graph) if (circle := visit(path, []))), [])
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
@@ -53,24 +129,45 @@ def test_imports_go_downward(path):
     assert forbidden(path) == []
 
 
+def test_no_circles():
+    assert a_circle({path: modules_of(path) for path in FILES}) == []
+
+
 @pytest.mark.parametrize(
     ("place", "source"),
     [
-        ("data/x.py", "import torch"),
-        ("data/x.py", "from mft_megatron.losses import coefficients"),
-        ("losses/x.py", "import torch.distributed as dist"),
-        ("losses/x.py", "def f():\n    from ..mcore import parallel"),
+        ("data/inspect.py", "import torch"),
+        ("data/inspect.py", "from mft_megatron.losses import coefficients"),
+        ("losses/focal.py", "import torch.distributed as dist"),
+        ("losses/focal.py", "def f():\n    from ..mcore import parallel"),
         ("training/x.py", "from megatron.core import parallel_state"),
-        ("training/x.py", "from mft_megatron.convert import hf_export"),
+        ("training/x.py", "from mft_megatron.convert import huggingface"),
         ("training/x.py", "import torch.cuda"),
         ("batch.py", "from .data import dataset"),
+        ("data/storage/ledger.py", "from mft_megatron.data.packing import packs"),
+        ("data/storage/ledger.py", "def f():\n    from mft_megatron.data import command"),
+        ("mcore/parallel/data_parallel.py", "from mft_megatron.mcore.adapters.lora import add_adapters"),
+        ("mcore/optim/optimizer.py", "import mft_megatron.mcore.trainer"),
+        ("convert/huggingface/family.py", "from mft_megatron.convert.peft import merge"),
+        ("arguments/values/window.py", "from mft_megatron.arguments.table import Arguments"),
     ],
 )
 def test_the_rule_sees_a_breach(place, source, tmp_path, monkeypatch):
     monkeypatch.setattr(f"{__name__}.PACKAGE", tmp_path)
-    (tmp_path / place).parent.mkdir(exist_ok=True)
+    (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / place).write_text(source)
     assert forbidden(tmp_path / place)
+
+
+def test_the_rule_sees_a_circle():
+    a, b, c = (Path(name) for name in "abc")
+    assert a_circle({a: {b}, b: {c}, c: {a}}) == [a, b, c, a]
+    assert a_circle({a: {b, c}, b: {c}}) == []
+
+
+def test_a_new_place_must_have_its_step():
+    with pytest.raises(AssertionError, match="mft_megatron/data/extras is not in ORDER"):
+        step_of("data", "extras")
 
 
 def test_cuda_is_asked_for_in_one_room_only():
@@ -78,3 +175,43 @@ def test_cuda_is_asked_for_in_one_room_only():
     for path in FILES:
         if room_of(path) != "mcore":
             assert "torch.cuda" not in path.read_text(), path
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.name == "__init__.py"], ids=str)
+def test_a_package_hands_out_no_names(path):
+    """Each thing has one address: an ``__init__.py`` holds its docstring, and at the top the version."""
+    docstring, *others = ast.parse(path.read_text()).body
+    assert isinstance(docstring, ast.Expr)
+    version = [f"{target.id}" for node in others if isinstance(node, ast.Assign) for target in node.targets]
+    assert version == (["__version__"] if path.parent == PACKAGE else []), path
+    assert len(others) == len(version), path
+
+
+def test_folders_hold_no_more_than_a_glance():
+    folders = {path.parent for path in FILES}
+    for folder in folders:
+        modules = [path for path in folder.glob("*.py") if path.name != "__init__.py"]
+        assert len(modules) <= MOST_MODULES or str(folder.relative_to(PACKAGE)) in TABLES, folder
+
+
+def test_megatron_core_is_made_ready_before_it_is_imported():
+    """A module that imports Megatron-Core imports ``mcore.platform.patched`` first."""
+    ready = "mft_megatron.mcore.platform.patched"
+    for path in FILES:
+        if "platform" in path.parts:
+            continue
+        lines = path.read_text().splitlines()
+        imports = [line for line in lines if line.lstrip().startswith(("import ", "from "))]
+        if any(line.split()[1].split(".")[0] == "megatron" for line in imports):
+            assert imports[0].split()[1] == ready, f"{path}: the first import has to be {ready}"
+
+
+@pytest.mark.parametrize("module", WITHOUT_MEGATRON)
+def test_what_needs_no_megatron_core_imports_none(module):
+    code = (
+        f"import sys, torch; before = torch.Tensor.type; import mft_megatron.{module}\n"
+        "assert not [name for name in sys.modules if name.split('.')[0] == 'megatron']\n"
+        "assert torch.Tensor.type is before"
+    )
+    process = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr

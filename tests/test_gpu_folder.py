@@ -12,7 +12,6 @@ import pytest
 import torch
 
 GPU = Path(__file__).parent / "gpu"
-sys.path.insert(0, str(GPU))
 
 
 def test_all_are_collected_and_skipped_for_lack_of_a_gpu():
@@ -32,9 +31,8 @@ def test_all_are_collected_and_skipped_for_lack_of_a_gpu():
 @pytest.mark.parametrize("heads", ["grouped", "one group"])
 @pytest.mark.parametrize("pieces", ["segments", "fewer queries than keys"])
 def test_attention_is_compared_with_what_it_should_be(pieces, heads, window):
-    from test_cuda_attention import HEADS, PIECES, TOLERANCE, errors
-
-    from mft_megatron.mcore.sdpa import local
+    from mft_megatron.mcore.attention.sdpa import local
+    from tests.gpu.test_cuda_attention import HEADS, PIECES, TOLERANCE, errors
 
     def with_a_larger_window(query, key, value, spans, scale, window, dropout):
         return local(query, key, value, spans, scale, window + 1 if window is not None else 1, dropout)
@@ -48,7 +46,7 @@ def test_attention_is_compared_with_what_it_should_be(pieces, heads, window):
 @pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_token_losses_are_compared_with_what_they_should_be(dtype, known):
-    from test_cuda_cross_entropy import TOLERANCE, both
+    from tests.gpu.test_cuda_cross_entropy import TOLERANCE, both
 
     for ours, theirs in zip(*both(dtype, known, "cpu"), strict=True):
         assert (ours.double() - theirs).abs().max() / theirs.abs().max() < TOLERANCE[dtype]
@@ -56,7 +54,7 @@ def test_token_losses_are_compared_with_what_they_should_be(dtype, known):
 
 
 def test_differences_are_found_at_any_depth():
-    from device_runs import worst
+    from tests.gpu.device_runs import worst
 
     assert worst([[1.0, 2.0], [4.0, 8.0]], [[1.0, 2.0], [4.0, 8.0]]) == 0
     assert worst([[1.0, 2.0], [4.0, 9.0]], [[1.0, 2.0], [4.0, 8.0]]) == pytest.approx(1 / 8)
@@ -66,7 +64,7 @@ def test_differences_are_found_at_any_depth():
 
 @pytest.mark.slow
 def test_runs_of_other_processes(dataset_prefix, tmp_path):
-    from device_runs import on, worst
+    from tests.gpu.device_runs import on, worst
 
     run = on("cpu", "train", dataset_prefix, "")
     assert (run["kernel"], run["allocated"]) == ("local", [0, 0])

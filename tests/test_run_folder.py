@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from mft_megatron.convert.command import mcore_to_hf
-from mft_megatron.convert.families.llama import LLAMA
+from mft_megatron.convert.commands.convert import mcore_to_hf
+from mft_megatron.convert.huggingface.families.llama import LLAMA
 from mft_megatron.errors import InputError
 from mft_megatron.run_folder import (
     BEST,
@@ -150,7 +150,7 @@ def test_an_export_takes_the_newest_or_the_best(tmp_path, monkeypatch, words, ex
         exported.append((path, info.iteration))
         return LLAMA
 
-    monkeypatch.setattr("mft_megatron.convert.hf_export.export", export)
+    monkeypatch.setattr("mft_megatron.convert.huggingface.model_export.export", export)
     mcore_to_hf(["--load", str(tmp_path / "run"), "--hf", str(tmp_path / "hf"), *words])
     assert exported == [(iteration_folder(tmp_path / "run", expected), expected)]
 

@@ -3,7 +3,7 @@
 import signal
 import sys
 
-from mft_megatron.convert.command import main
+from mft_megatron.convert.commands.convert import main
 from mft_megatron.errors import run_command
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import sys
 
-from mft_megatron.convert.quantize_command import main
+from mft_megatron.convert.commands.quantize import main
 from mft_megatron.errors import run_command
 
 if __name__ == "__main__":

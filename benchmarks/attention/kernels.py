@@ -24,11 +24,11 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent / "loss"))
 from clock import Clock, machine, median_of, ratio_of, telling
 
-from mft_megatron.arguments.attention import AttentionShape
-from mft_megatron.mcore import platform
-from mft_megatron.mcore.attention_backends import KERNELS, choose, unavailable
-from mft_megatron.mcore.context import own_ranges
-from mft_megatron.mcore.spans import Pieces, Spans, pieces
+from mft_megatron.arguments.values.attention import AttentionShape
+from mft_megatron.mcore.attention.backends import KERNELS, choose, unavailable
+from mft_megatron.mcore.parallel.attention_spans import Pieces, Spans, pieces
+from mft_megatron.mcore.parallel.context_parallel import own_ranges
+from mft_megatron.mcore.platform import devices
 
 LOCAL, REPEATED, MASK = "local", "repeated keys", "explicit mask"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -75,14 +75,14 @@ class Case:
         own = [pieces(cu_seqlens, own_ranges(options.tokens, rank, size)) for rank in range(size)]
         # pairs of query and key that attention is about
         busiest = max(own, key=_pairs)
-        self.pairs, self.spans = _pairs(busiest), busiest.spans(platform.device())
+        self.pairs, self.spans = _pairs(busiest), busiest.spans(devices.device())
         self.dtype, self.tolerance = DTYPES[options.precision], TOLERANCE[options.precision]
         generator = torch.Generator().manual_seed(options.seed)
         queries, keys = sum(self.spans.lengths_q), sum(self.spans.lengths_k)
         heads, groups, width = options.heads, options.groups, options.head_size
         shapes = ((queries, heads, width), (keys, groups, width), (keys, groups, width), (queries, heads, width))
         *inputs, self.upstream = (
-            torch.randn(shape, generator=generator).to(platform.device(), self.dtype) for shape in shapes
+            torch.randn(shape, generator=generator).to(devices.device(), self.dtype) for shape in shapes
         )
         self.inputs = [tensor.requires_grad_() for tensor in inputs]
         shape = AttentionShape(options.precision, width, context_parallel=size > 1)
@@ -153,14 +153,14 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--groups", type=int, default=2, help="heads of keys and values")
     parser.add_argument("--head-size", type=int, default=64)
-    precision = "bf16" if platform.HAS_CUDA else "fp32"
+    precision = "bf16" if devices.HAS_CUDA else "fp32"
     parser.add_argument("--precision", choices=DTYPES, default=precision)
     parser.add_argument("--context-parallel-size", type=int, default=1)
     parser.add_argument("--repeat", type=int, default=5, help="rounds; the median is reported")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
     options = parser.parse_args()
-    platform.use_device()
+    devices.use_device()
     print(machine())
     print(
         f"{options.tokens} tokens over {options.context_parallel_size} rank(s), {options.heads} heads of "

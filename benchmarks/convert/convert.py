@@ -32,10 +32,10 @@ def write_model(folder: Path, shape: tuple[int, ...], layers: int) -> int:
     """Random weights in shards; bytes of the weights."""
     import torch
 
-    from mft_megatron.convert.families.llama import LLAMA
-    from mft_megatron.convert.family import places
-    from mft_megatron.convert.row_kinds import sizes_of
-    from mft_megatron.convert.safetensors_files import Planned, ShardWriter
+    from mft_megatron.convert.huggingface.families.llama import LLAMA
+    from mft_megatron.convert.huggingface.family import places
+    from mft_megatron.convert.huggingface.row_layouts import sizes_of
+    from mft_megatron.convert.huggingface.safetensors_files import Planned, ShardWriter
 
     hidden, ffn, heads, groups, vocabulary = shape
     config = {
@@ -78,21 +78,21 @@ def copy(source: Path, target: Path) -> None:
 
 
 def to_mcore(source: Path, target: Path) -> None:
-    from mft_megatron.convert.command import hf_to_mcore
+    from mft_megatron.convert.commands.convert import hf_to_mcore
 
     hf_to_mcore(["--hf", str(source), "--save", str(target)])
 
 
 def to_hf(source: Path, target: Path) -> None:
-    from mft_megatron.convert.command import mcore_to_hf
+    from mft_megatron.convert.commands.convert import mcore_to_hf
 
     mcore_to_hf(["--load", str(source), "--hf", str(target), "--max-shard-size", SHARD])
 
 
 def imports(source: Path, target: Path) -> None:
-    import mft_megatron.convert.command
-    import mft_megatron.convert.hf_export
-    import mft_megatron.convert.hf_import  # noqa: F401
+    import mft_megatron.convert.commands.convert
+    import mft_megatron.convert.huggingface.model_export
+    import mft_megatron.convert.huggingface.model_import  # noqa: F401
 
 
 WORK: dict[str, Callable[[Path, Path], None]] = {
@@ -133,7 +133,7 @@ def measured(name: str, source: Path, target: Path) -> dict[str, float]:
 
 def same_weights(one: Path, other: Path) -> bool:
     """Whether two folders hold the same bytes under the same names."""
-    from mft_megatron.convert.safetensors_files import WeightFiles, same_content
+    from mft_megatron.convert.huggingface.safetensors_files import WeightFiles, same_content
 
     a, b = WeightFiles(one), WeightFiles(other)
     return a.weights.keys() == b.weights.keys() and all(same_content(a, name, b, name) for name in a.weights)

@@ -18,7 +18,7 @@ from stopwatch import in_turn, machine, median_of
 
 from mft_megatron.batch import Ranks, StepPlan
 from mft_megatron.data._sample_index import best_fit_decreasing
-from mft_megatron.data.step_plan import deal_plan
+from mft_megatron.data.loading.step_plan import deal_plan
 
 
 def sample_lengths(samples: int, seq_length: int, seed: int) -> np.ndarray:

@@ -23,9 +23,13 @@ from balance import sample_lengths
 from stopwatch import in_turn, machine, median_of, peak_memory, timed
 
 from mft_megatron.data._sample_index import best_fit_decreasing
-from mft_megatron.data.dataset import PackedDataset
-from mft_megatron.data.indexed_dataset import _HEADER, CODES, MAGIC, VERSION
-from mft_megatron.data.ledger import (
+from mft_megatron.data.loading.dataset import PackedDataset
+from mft_megatron.data.loading.step_plan import plan_step
+from mft_megatron.data.loading.usage import planned_usage
+from mft_megatron.data.packing.packs import pack_split
+from mft_megatron.data.sample_slices import Pieces
+from mft_megatron.data.storage.indexed_dataset import _HEADER, CODES, MAGIC, VERSION
+from mft_megatron.data.storage.ledger import (
     ArrayEntry,
     Ledger,
     LengthEntry,
@@ -35,10 +39,6 @@ from mft_megatron.data.ledger import (
     TokenizerEntry,
     ledger_path,
 )
-from mft_megatron.data.packing import pack_split
-from mft_megatron.data.pieces import Pieces
-from mft_megatron.data.step_plan import plan_step
-from mft_megatron.data.usage import planned_usage
 
 TASKS, VOCABULARY = 5, 50_000
 # what runs in the peers' interpreter: lengths on standard input, one JSON object out

@@ -22,13 +22,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "loss"))
 from clock import Clock, machine, median_of, ratio_of, telling
 
-from mft_megatron.arguments import parse_arguments
+from mft_megatron.arguments.command import parse_arguments
 from mft_megatron.batch import Batch
-from mft_megatron.convert.hf_source import HuggingFaceSource
-from mft_megatron.mcore import parallel, platform
-from mft_megatron.mcore.fill import fill_model
-from mft_megatron.mcore.model import build_model
-from mft_megatron.mcore.step import to_device
+from mft_megatron.convert.huggingface.weight_source import HuggingFaceSource
+from mft_megatron.mcore.checkpointing.load_weights import fill_model
+from mft_megatron.mcore.model.gpt import build_model
+from mft_megatron.mcore.parallel import process_groups
+from mft_megatron.mcore.platform import devices
+from mft_megatron.mcore.trainer import to_device
 
 RANK = "--lora-rank 16 --lora-alpha 32"
 OURS = {
@@ -80,9 +81,9 @@ class Peft:
         dtype = torch.bfloat16 if bf16 else torch.float32
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
         config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-        self.model = get_peft_model(model, config).to(platform.device()).train()
-        self.tokens = torch.from_numpy(tokens_BS).to(platform.device())
-        self.labels = torch.from_numpy(np.roll(tokens_BS, -1, 1)).to(platform.device())
+        self.model = get_peft_model(model, config).to(devices.device()).train()
+        self.tokens = torch.from_numpy(tokens_BS).to(devices.device())
+        self.labels = torch.from_numpy(np.roll(tokens_BS, -1, 1)).to(devices.device())
 
     def run(self) -> float:
         """Forward and backward. Returns the sum of the losses."""
@@ -170,15 +171,15 @@ def main() -> None:
     parser.add_argument("--peak-of", choices=(*OURS, PEER), help=argparse.SUPPRESS)
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    platform.use_device()
+    devices.use_device()
     layout = parse_arguments(
         f"{RUN} --num-layers 1 --hidden-size 64 --num-attention-heads 1 --seq-length 8".split()
     ).distributed
-    with parallel.process_groups(layout, options.seed), tempfile.TemporaryDirectory() as place:
+    with process_groups.process_groups(layout, options.seed), tempfile.TemporaryDirectory() as place:
         if options.peak_of:
             import peft  # noqa: F401  (what is imported is no part of it)
 
-            print(platform.peak_memory_of(lambda: case_of(options.peak_of, options.model, options).run()))
+            print(devices.peak_memory_of(lambda: case_of(options.peak_of, options.model, options).run()))
             return
         folder = Path(place) / "model"
         write_model(folder, options)

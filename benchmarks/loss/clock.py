@@ -9,7 +9,7 @@ import statistics
 import time
 from pathlib import Path
 
-from mft_megatron.mcore import platform
+from mft_megatron.mcore.platform import devices
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
@@ -24,13 +24,13 @@ class Clock:
     def start(self) -> None:
         self._depth += 1
         if self._depth == 1:
-            platform.synchronize()
+            devices.synchronize()
             self._started = {name: now() for name, now in CLOCKS.items()}
 
     def stop(self) -> None:
         self._depth -= 1
         if self._depth == 0:
-            platform.synchronize()
+            devices.synchronize()
             for name, now in CLOCKS.items():
                 self.seconds[name] += now() - self._started[name]
 
@@ -60,11 +60,11 @@ def ratio_of(readings: list[dict[str, float]], others: list[dict[str, float]]) -
 
 def telling() -> str:
     """The clock to compare by: CPU time where the process computes itself, wall time where it waits for a GPU."""
-    return "cpu" if platform.device().type == "cpu" else "wall"
+    return "cpu" if devices.device().type == "cpu" else "wall"
 
 
 def machine() -> str:
     """Processor, device and versions in a line."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{len(names)} × {names[0]}; {platform.describe()}" if names else f"{host.machine()}; {platform.describe()}"
+    return f"{len(names)} × {names[0]}; {devices.describe()}" if names else f"{host.machine()}; {devices.describe()}"

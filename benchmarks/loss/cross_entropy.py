@@ -21,12 +21,13 @@ import torch
 from clock import Clock, machine, median_of, ratio_of, telling
 from torch import Tensor
 
-from mft_megatron.arguments import DistributedArguments
+from mft_megatron.arguments.groups.distributed import DistributedArguments
 from mft_megatron.losses.objective import Slope
-from mft_megatron.mcore import parallel, platform
-from mft_megatron.mcore.config import TransformerConfig
-from mft_megatron.mcore.cross_entropy import FusedOutputLayer, Targets, vocab_parallel_nll
-from mft_megatron.mcore.data_parallel import DistributedDataParallel, DistributedDataParallelConfig
+from mft_megatron.mcore.model.config import TransformerConfig
+from mft_megatron.mcore.output_layer.cross_entropy import FusedOutputLayer, Targets, vocab_parallel_nll
+from mft_megatron.mcore.parallel import process_groups
+from mft_megatron.mcore.parallel.data_parallel import DistributedDataParallel, DistributedDataParallelConfig
+from mft_megatron.mcore.platform import devices
 
 MEGATRON, FUSED, RECOMPUTED = VARIANTS = ("megatron", "fused-linear", "recomputed")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -36,14 +37,14 @@ class Case:
     """An output layer under Megatron's data parallelism, hidden states and a micro-batch's labels and coefficients."""
 
     def __init__(self, vocabulary: int, tokens: int, precision: str, supervised: float, hidden_size: int, seed: int):
-        dtype, device = DTYPES[precision], platform.device()
+        dtype, device = DTYPES[precision], devices.device()
         config = TransformerConfig(
             num_layers=1,
             hidden_size=hidden_size,
             num_attention_heads=1,
             params_dtype=dtype,
             bf16=precision == "bf16",
-            use_cpu_initialization=not platform.HAS_CUDA,
+            use_cpu_initialization=not devices.HAS_CUDA,
             perform_initialization=False,
             calculate_per_token_loss=True,
             gradient_accumulation_fusion=False,
@@ -162,15 +163,15 @@ def main() -> None:
         for precision in options.precisions
         for supervised in options.supervised
     ]
-    platform.use_device()
-    with parallel.process_groups(DistributedArguments(), options.seed):
+    devices.use_device()
+    with process_groups.process_groups(DistributedArguments(), options.seed):
         if options.peak_of:
             (shape,) = shapes
             # code is loaded and buffers of libraries are made before the count
             Case(256, 64, *shape[2:], options.hidden_size, options.seed).once(options.peak_of)
             case = Case(*shape, options.hidden_size, options.seed)
             case.layer.weight.main_grad.fill_(0)
-            print(platform.peak_memory_of(lambda: case.once(options.peak_of)))
+            print(devices.peak_memory_of(lambda: case.once(options.peak_of)))
             return
         print(machine())
         print(f"hidden size {options.hidden_size}, {telling()} time; memory of a fresh process\n")

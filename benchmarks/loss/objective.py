@@ -26,7 +26,7 @@ from mft_megatron.loss_names import LOSSES
 from mft_megatron.losses.focal import TaskStatistics
 from mft_megatron.losses.objective import Objective
 from mft_megatron.losses.segments import counts
-from mft_megatron.mcore import platform
+from mft_megatron.mcore.platform import devices
 
 PLAIN, LOOP = "plain mean", "loop over tasks"
 
@@ -54,10 +54,10 @@ def packed_batch(tasks: int, rows: int, seq_length: int, mean_length: float, see
             position += length
     cu_seqlens = torch.tensor([*starts, rows * seq_length], dtype=torch.int32)
     arrays = (torch.from_numpy(array) for array in (mask.astype(np.uint8), sample_ids, task_ids))
-    there = (tensor.to(platform.device()) for tensor in (*arrays, cu_seqlens))
+    there = (tensor.to(devices.device()) for tensor in (*arrays, cu_seqlens))
     mask_BS, sample_ids_BS, task_ids_BS, cu_seqlens = there
     batch = Batch(None, None, mask_BS, None, sample_ids_BS, task_ids_BS, cu_seqlens, 0)
-    loss_BS = torch.from_numpy(rng.gamma(1.0, 1.5, (rows, seq_length)).astype(np.float32)).to(platform.device())
+    loss_BS = torch.from_numpy(rng.gamma(1.0, 1.5, (rows, seq_length)).astype(np.float32)).to(devices.device())
     return batch, loss_BS.requires_grad_()
 
 
@@ -193,7 +193,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
     options = parser.parse_args()
-    platform.use_device()
+    devices.use_device()
     print(machine())
     print(f"{options.rows} rows of {options.seq_length} tokens; ratios are those of {telling()} time\n")
     results = []

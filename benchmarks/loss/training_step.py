@@ -24,13 +24,14 @@ import torch
 from clock import Clock, machine, median_of, ratio_of, telling
 from torch import Tensor
 
-from mft_megatron.arguments import parse_arguments
-from mft_megatron.data.dataset import PackedDataset
-from mft_megatron.data.step_plan import plan_step
+from mft_megatron.arguments.command import parse_arguments
+from mft_megatron.data.loading.dataset import PackedDataset
+from mft_megatron.data.loading.step_plan import plan_step
 from mft_megatron.loss_names import LOSSES
 from mft_megatron.losses.objective import SUMS, Objective
-from mft_megatron.mcore import parallel, platform
-from mft_megatron.mcore.step import Trainer
+from mft_megatron.mcore.parallel import process_groups
+from mft_megatron.mcore.platform import devices
+from mft_megatron.mcore.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAIN = "plain mean"
@@ -152,7 +153,7 @@ def measure(prefix: str, tasks: int, options: argparse.Namespace) -> dict:
     compared.update({mode: timed(Objective(mode), clock) for mode in LOSSES})
     inside, steps = {name: [] for name in compared}, {name: [] for name in compared}
     present = []
-    with parallel.process_groups(arguments.distributed, options.seed):
+    with process_groups.process_groups(arguments.distributed, options.seed):
         trainer = Trainer(arguments, dataset.vocab_size, np.random.default_rng(options.seed).uniform(0.5, 2.0, tasks))
         for number in range(options.warmup + options.steps):
             # the modes of a round share their batch
@@ -217,7 +218,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
     options = parser.parse_args()
-    platform.use_device()
+    devices.use_device()
     print(machine())
     print(
         f"steps of {options.global_batch_size} rows of {options.seq_length} tokens, {options.micro_batch_size} a time\n"

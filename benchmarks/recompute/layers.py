@@ -19,11 +19,12 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "loss"))
 from clock import Clock, machine, median_of, ratio_of, telling
 
-from mft_megatron.arguments import parse_arguments
+from mft_megatron.arguments.command import parse_arguments
 from mft_megatron.batch import Batch
-from mft_megatron.mcore import parallel, platform
-from mft_megatron.mcore.model import build_model
-from mft_megatron.mcore.step import to_device
+from mft_megatron.mcore.model.gpt import build_model
+from mft_megatron.mcore.parallel import process_groups
+from mft_megatron.mcore.platform import devices
+from mft_megatron.mcore.trainer import to_device
 
 FULL, SELECTIVE = "--recompute-granularity full --recompute-method", "--recompute-granularity selective"
 KEPT = "all kept"
@@ -119,11 +120,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
     parser.add_argument("--peak-of", choices=VARIANTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    platform.use_device()
+    devices.use_device()
     layout = parse_arguments(f"{MODEL} --num-layers 1 --hidden-size 64 --seq-length 8".split()).distributed
-    with parallel.process_groups(layout, options.seed):
+    with process_groups.process_groups(layout, options.seed):
         if options.peak_of:
-            print(platform.peak_memory_of(Case(options.peak_of, options).run))
+            print(devices.peak_memory_of(Case(options.peak_of, options).run))
             return
         print(machine())
         readings = measure_time(options)

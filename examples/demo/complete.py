@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from mft_megatron.data.dataset import PackedDataset, packed_lengths
+from mft_megatron.data.loading.dataset import PackedDataset, packed_lengths
 
 
 def held_out_samples(prefix: str, longest_prompt: int):

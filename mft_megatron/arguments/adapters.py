@@ -3,12 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mft_megatron.arguments.groups.lora import LoraArguments
+from mft_megatron.arguments.groups.network import NetworkArguments
 from mft_megatron.errors import InputError
 from mft_megatron.lora import Lora, Target, read_targets
 from mft_megatron.run_folder import CheckpointInfo
-
-from .groups.lora import LoraArguments
-from .groups.network import NetworkArguments
 
 
 def adapters_of(options: LoraArguments, network: NetworkArguments) -> Lora | None:

@@ -14,20 +14,20 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mft_megatron.arguments.checks.batches import check_batch_schedule
+from mft_megatron.arguments.checks.parallel_layout import check_virtual_stages
+from mft_megatron.arguments.checks.ranges import check_ranges
+from mft_megatron.arguments.checks.recompute import check_recompute_granularity
+from mft_megatron.arguments.checks.table import CHECKS
+from mft_megatron.arguments.groups.config_file import ConfigFileArguments
+from mft_megatron.arguments.groups.multi_task import MFTCODER_BALANCERS
 from mft_megatron.errors import InputError
 from mft_megatron.options import build_parser, fill, parse
 from mft_megatron.run_folder import CheckpointInfo
 
 from .adapters import from_adapter, from_checkpoint
-from .checks import CHECKS
-from .checks.batches import check_batch_schedule
-from .checks.layout import check_virtual_stages
-from .checks.ranges import check_ranges
-from .checks.recompute import check_recompute_granularity
 from .completion import complete
 from .config_file import read_config_file
-from .groups.config_file import ConfigFileArguments
-from .groups.multi_task import MFTCODER_BALANCERS
 from .megatron_only import MEGATRON_ONLY
 from .start import architecture_from, find_base, find_checkpoint, seed_from
 from .table import GROUPS, Arguments, from_pretrained

@@ -2,15 +2,16 @@
 
 import dataclasses
 
+from mft_megatron.arguments.groups.checkpointing import CheckpointArguments
+from mft_megatron.arguments.groups.distributed import DistributedArguments
+from mft_megatron.arguments.groups.learning_rate import LearningRateArguments
+from mft_megatron.arguments.groups.mixed_precision import MixedPrecisionArguments
+from mft_megatron.arguments.groups.network import NetworkArguments
+from mft_megatron.arguments.groups.recompute import RecomputeArguments
+from mft_megatron.arguments.groups.training import TrainingArguments
+from mft_megatron.arguments.stages import virtual_stages
+
 from .adapters import adapters_of
-from .groups.checkpointing import CheckpointArguments
-from .groups.distributed import DistributedArguments
-from .groups.learning_rate import LearningRateArguments
-from .groups.mixed_precision import MixedPrecisionArguments
-from .groups.network import NetworkArguments
-from .groups.recompute import RecomputeArguments
-from .groups.training import TrainingArguments
-from .stages import virtual_stages
 from .table import Arguments
 
 

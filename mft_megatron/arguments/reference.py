@@ -4,9 +4,9 @@ import dataclasses
 import re
 import sys
 
+from mft_megatron.arguments.groups.config_file import ConfigFileArguments
 from mft_megatron.options import spelling
 
-from .groups.config_file import ConfigFileArguments
 from .megatron_only import MEGATRON_ONLY
 from .table import GROUPS
 

@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mft_megatron.arguments.groups.network import NetworkArguments
 from mft_megatron.errors import InputError
 from mft_megatron.options import spelling
 from mft_megatron.run_folder import CheckpointInfo, checkpoint_of, content_digest, is_checkpoint, latest_checkpoint
-
-from .groups.network import NetworkArguments
 
 
 def find_checkpoint(given: Mapping[str, Any], describe_hf: Any) -> tuple[str, CheckpointInfo] | None:

@@ -4,27 +4,26 @@ import dataclasses
 import os
 from typing import Any
 
+from mft_megatron.arguments.groups.checkpointing import CheckpointArguments
+from mft_megatron.arguments.groups.data import DataArguments
+from mft_megatron.arguments.groups.distributed import DistributedArguments
+from mft_megatron.arguments.groups.fusions import FusionArguments
+from mft_megatron.arguments.groups.initialization import InitializationArguments
+from mft_megatron.arguments.groups.learning_rate import LearningRateArguments
+from mft_megatron.arguments.groups.logging import LoggingArguments
+from mft_megatron.arguments.groups.lora import LoraArguments
+from mft_megatron.arguments.groups.mixed_precision import MixedPrecisionArguments
+from mft_megatron.arguments.groups.moe import MoEArguments
+from mft_megatron.arguments.groups.multi_task import MultiTaskArguments
+from mft_megatron.arguments.groups.network import NetworkArguments
+from mft_megatron.arguments.groups.recompute import RecomputeArguments
+from mft_megatron.arguments.groups.regularization import RegularizationArguments
+from mft_megatron.arguments.groups.training import TrainingArguments
+from mft_megatron.arguments.groups.transformer_engine import TransformerEngineArguments
+from mft_megatron.arguments.groups.validation import ValidationArguments
 from mft_megatron.batch_sizes import BatchSizes, ramp_up, step_schedule
 from mft_megatron.lora import Lora
 from mft_megatron.run_folder import CheckpointInfo
-
-from .groups.checkpointing import CheckpointArguments
-from .groups.data import DataArguments
-from .groups.distributed import DistributedArguments
-from .groups.fusions import FusionArguments
-from .groups.initialization import InitializationArguments
-from .groups.learning_rate import LearningRateArguments
-from .groups.logging import LoggingArguments
-from .groups.lora import LoraArguments
-from .groups.mixed_precision import MixedPrecisionArguments
-from .groups.moe import MoEArguments
-from .groups.multi_task import MultiTaskArguments
-from .groups.network import NetworkArguments
-from .groups.recompute import RecomputeArguments
-from .groups.regularization import RegularizationArguments
-from .groups.training import TrainingArguments
-from .groups.transformer_engine import TransformerEngineArguments
-from .groups.validation import ValidationArguments
 
 GROUPS: tuple[tuple[str, type], ...] = (
     ("network", NetworkArguments),

@@ -10,20 +10,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mft_megatron.data.backends import BACKENDS
-from mft_megatron.data.chat_format import FORMATS
-from mft_megatron.data.cutting import OVERLONG
-from mft_megatron.data.inspect import check, ledger_table, show_histograms, show_samples
-from mft_megatron.data.layout import Layout
-from mft_megatron.data.ledger import Ledger, read_ledger
-from mft_megatron.data.packing import PADDING_MODES
-from mft_megatron.data.preprocess import Recipe, preprocess
-from mft_megatron.data.repack import add_length, merge
-from mft_megatron.data.sources import TaskSource, parse_tasks
-from mft_megatron.data.task_file import read_task_file
-from mft_megatron.data.tokenizer import TOKENIZERS
+from mft_megatron.data.chat_templates.formats import FORMATS
+from mft_megatron.data.packing.build_packs import Layout
+from mft_megatron.data.packing.cutting import OVERLONG
+from mft_megatron.data.packing.packs import PADDING_MODES
+from mft_megatron.data.preprocessing.preprocess import Recipe, preprocess
+from mft_megatron.data.preprocessing.repack import add_length, merge
+from mft_megatron.data.storage.ledger import Ledger, read_ledger
+from mft_megatron.data.tasks.task_file import read_task_file
+from mft_megatron.data.tasks.task_files import TaskSource, parse_tasks
+from mft_megatron.data.tokenizers.backends import BACKENDS
+from mft_megatron.data.tokenizers.tokenizer import TOKENIZERS
 from mft_megatron.errors import InputError
 from mft_megatron.options import option, read_groups, read_options
+
+from .inspect import check, ledger_table, show_histograms, show_samples
 
 
 @dataclasses.dataclass(frozen=True)

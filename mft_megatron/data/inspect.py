@@ -6,13 +6,14 @@ from pathlib import Path
 
 import numpy as np
 
-from mft_megatron.data.dataset import PackedDataset, check_files
-from mft_megatron.data.indexed_dataset import IndexedDataset
-from mft_megatron.data.layout import Layout, lay_out
-from mft_megatron.data.ledger import Ledger, LengthEntry
-from mft_megatron.data.packing import SPLITS
-from mft_megatron.data.repack import read_stored
-from mft_megatron.data.tokenizer import load_tokenizer
+from mft_megatron.data.loading.dataset import PackedDataset
+from mft_megatron.data.packing.build_packs import Layout, lay_out
+from mft_megatron.data.packing.packs import SPLITS
+from mft_megatron.data.storage.arrays import check_files
+from mft_megatron.data.storage.indexed_dataset import IndexedDataset
+from mft_megatron.data.storage.ledger import Ledger, LengthEntry
+from mft_megatron.data.storage.stored_samples import read_stored
+from mft_megatron.data.tokenizers.tokenizer import load_tokenizer
 from mft_megatron.errors import InputError
 
 _CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}

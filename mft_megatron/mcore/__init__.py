@@ -1,12 +1,6 @@
-"""The engine room: the only place that imports Megatron-Core or asks for CUDA (docs/DESIGN.md §5).
+"""The engine room: the only place that imports Megatron-Core or asks for CUDA (docs/ARCHITECTURE.md).
 
 ::
 
-    platform (device, backend, replacements) ─► parallel (ranks) ─► model, optimizer ─► step ─► checkpoint
-
-Importing anything from this package first makes Megatron-Core fit for the machine: see :mod:`.platform`.
+    platform ─► parallel ─► attention, moe, output_layer, adapters ─► model ─► optim ─► trainer ─► checkpointing
 """
-
-from . import platform
-
-platform.prepare()

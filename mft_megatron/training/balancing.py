@@ -15,18 +15,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from mft_megatron.arguments import Arguments, MultiTaskArguments
-from mft_megatron.data.dataset import PackedDataset
-from mft_megatron.data.validation_draw import ValidationDraws
+from mft_megatron.arguments.groups.multi_task import MultiTaskArguments
+from mft_megatron.arguments.table import Arguments
+from mft_megatron.data.loading.dataset import PackedDataset
+from mft_megatron.data.loading.validation_sampling import ValidationDraws
 from mft_megatron.errors import InputError
-from mft_megatron.losses.balancers import BALANCERS
 from mft_megatron.losses.balancers.participation import mean_for_others
-from mft_megatron.mcore import parallel
-from mft_megatron.mcore.step import Trainer
-from mft_megatron.training.progress import Progress
-from mft_megatron.training.records import event_record
-from mft_megatron.training.run_log import RunLog
-from mft_megatron.training.task_weights import initial_weights, task_numbers
+from mft_megatron.losses.balancers.table import BALANCERS
+from mft_megatron.mcore.parallel import process_groups
+from mft_megatron.mcore.trainer import Trainer
+
+from .progress import Progress
+from .records import event_record
+from .run_log import RunLog
+from .task_weights import initial_weights, task_numbers
 
 # forward passes are about a third of a training step
 FORWARD_SHARE = 1 / 3
@@ -136,7 +138,7 @@ class TaskBalance:
             )
         known_K = torch.from_numpy(self._known_K)
         weight_K = mean_for_others(weight, known_K)
-        self.weight_K = parallel.from_main(weight_K).numpy()
+        self.weight_K = process_groups.from_main(weight_K).numpy()
         self._name_those_left_out(took_part, log, progress)
 
     def _name_those_left_out(self, took_part: torch.Tensor, log: RunLog, progress: Progress) -> None:

@@ -12,15 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from mft_megatron.arguments import Arguments
-from mft_megatron.data.dataset import PackedDataset
-from mft_megatron.data.usage import Usage, planned_usage
+from mft_megatron.arguments.table import Arguments
+from mft_megatron.data.loading.dataset import PackedDataset
+from mft_megatron.data.loading.usage import Usage, planned_usage
 from mft_megatron.errors import InputError
-from mft_megatron.mcore import parallel
-from mft_megatron.mcore.step import Trainer
-from mft_megatron.training.progress import Progress
-from mft_megatron.training.records import event_record
-from mft_megatron.training.run_log import RunLog
+from mft_megatron.mcore.parallel import process_groups
+from mft_megatron.mcore.trainer import Trainer
+
+from .progress import Progress
+from .records import event_record
+from .run_log import RunLog
 
 
 class EpochProof:
@@ -87,7 +88,7 @@ class EpochProof:
         own = trainer.usage.of(epoch)
         # halves of digests, so that no sum overflows
         parts = np.stack([own.pieces_K, own.digest_K & 0xFFFFFFFF, own.digest_K >> 32]).astype(np.int64)
-        pieces_K, low_K, high_K = parallel.sum_over_data(parts)
+        pieces_K, low_K, high_K = process_groups.sum_over_data(parts)
         digest_K = (high_K.astype(np.uint64) << np.uint64(32)) + low_K.astype(np.uint64)
         used = Usage(pieces_K, digest_K)
         counted, before = self._before
@@ -97,7 +98,7 @@ class EpochProof:
         planned = self._planned
         differs_K = used.differs_from(planned)
         # another tensor-parallel rank or pipeline stage may see what this one does not
-        if not parallel.any_rank(bool(differs_K.any())):
+        if not process_groups.any_rank(bool(differs_K.any())):
             return
         tasks = [
             f"{self._tasks[k]} used {used.pieces_K[k]} pieces of {planned.pieces_K[k]}"

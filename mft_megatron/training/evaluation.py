@@ -12,17 +12,18 @@ from typing import Any
 
 import numpy as np
 
-from mft_megatron.arguments import Arguments
+from mft_megatron.arguments.table import Arguments
 from mft_megatron.batch import StepPlan
-from mft_megatron.data.dataset import PackedDataset, PackedSplit
-from mft_megatron.data.step_plan import plan_evaluation
+from mft_megatron.data.loading.dataset import PackedDataset, PackedSplit
+from mft_megatron.data.loading.step_plan import plan_evaluation
 from mft_megatron.errors import InputError
-from mft_megatron.mcore.step import Trainer
-from mft_megatron.training.balancing import TaskBalance
-from mft_megatron.training.early_stopping import EarlyStopping
-from mft_megatron.training.progress import Progress
-from mft_megatron.training.records import event_record, valid_record
-from mft_megatron.training.run_log import RunLog
+from mft_megatron.mcore.trainer import Trainer
+
+from .balancing import TaskBalance
+from .early_stopping import EarlyStopping
+from .progress import Progress
+from .records import event_record, valid_record
+from .run_log import RunLog
 
 
 class Evaluation:

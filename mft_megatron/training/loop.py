@@ -4,23 +4,26 @@ import math
 import time
 from typing import Any
 
-from mft_megatron.arguments import Arguments, MixedPrecisionArguments
+from mft_megatron.arguments.groups.mixed_precision import MixedPrecisionArguments
+from mft_megatron.arguments.table import Arguments
 from mft_megatron.batch import StepPlan
-from mft_megatron.data.dataset import PackedDataset
-from mft_megatron.data.step_plan import plan_step
+from mft_megatron.data.loading.dataset import PackedDataset
+from mft_megatron.data.loading.step_plan import plan_step
 from mft_megatron.errors import InputError
 from mft_megatron.loss_names import WEIGHTED
-from mft_megatron.mcore import parallel, platform
-from mft_megatron.mcore.step import StepReport, Trainer
-from mft_megatron.training.epochs import EpochProof
-from mft_megatron.training.evaluation import Evaluation
-from mft_megatron.training.garbage import GarbageCollection
-from mft_megatron.training.leaving import Leaving
-from mft_megatron.training.progress import Progress
-from mft_megatron.training.records import event_record, share_warning, train_record
-from mft_megatron.training.run_log import RunLog
-from mft_megatron.training.saving import Saver
-from mft_megatron.training.throughput import segment_lengths, step_operations
+from mft_megatron.mcore.model.parameters import weight_norm
+from mft_megatron.mcore.platform import devices
+from mft_megatron.mcore.trainer import StepReport, Trainer
+
+from .epochs import EpochProof
+from .evaluation import Evaluation
+from .exit_conditions import Leaving
+from .garbage_collection import GarbageCollection
+from .progress import Progress
+from .records import event_record, share_warning, train_record
+from .run_log import RunLog
+from .saving import Saver
+from .throughput import segment_lengths, step_operations
 
 
 def train(
@@ -120,7 +123,7 @@ def _log_step(
     record = train_record(progress, report, plan, tokens, step_time, balance_time, dataset.tasks, weighted, each_layer)
     if options.log_params_norm:
         with trainer.weights.whole():
-            record["params_norm"] = parallel.weight_norm(trainer.chunks)
+            record["params_norm"] = weight_norm(trainer.chunks)
     if options.log_throughput:
         lengths = segment_lengths(split, plan.packs_G)
         operations = step_operations(arguments, lengths, record["supervised_tokens"], dataset.vocab_size)
@@ -141,7 +144,7 @@ def _of_the_machine(arguments: Arguments) -> dict[str, float]:
     if arguments.logging.log_world_size_to_tensorboard:
         scalars["world-size"] = arguments.world_size
     if arguments.logging.log_memory_to_tensorboard:
-        scalars |= {f"memory/{name}": value for name, value in platform.memory().items()}
+        scalars |= {f"memory/{name}": value for name, value in devices.memory().items()}
     return scalars
 
 
@@ -180,7 +183,7 @@ class _Clock:
         self._steps, self._seconds, self._balance, self._since = 0, 0.0, 0.0, time.perf_counter()
 
     def count_step(self) -> None:
-        platform.synchronize()
+        devices.synchronize()
         self._seconds += self._lap()
         self._steps += 1
 

@@ -7,9 +7,9 @@ data. What matters is that a text is the same ids for both, or the model is trai
 from collections.abc import Iterator
 from pathlib import Path
 
-from mft_megatron.arguments import Arguments
-from mft_megatron.data.dataset import PackedDataset
-from mft_megatron.data.tokenizer import TOKENIZERS, Tokenizer, load_tokenizer
+from mft_megatron.arguments.table import Arguments
+from mft_megatron.data.loading.dataset import PackedDataset
+from mft_megatron.data.tokenizers.tokenizer import TOKENIZERS, Tokenizer, load_tokenizer
 from mft_megatron.errors import InputError
 from mft_megatron.run_folder import HUGGINGFACE, TOKENIZER
 

@@ -8,29 +8,25 @@
 from pathlib import Path
 from typing import Any
 
-from mft_megatron.arguments import Arguments
-from mft_megatron.data.dataset import PackedDataset
-from mft_megatron.data.ledger import read_ledger
-from mft_megatron.data.tokenizer import load_tokenizer
+from mft_megatron.arguments.table import Arguments
+from mft_megatron.data.loading.dataset import PackedDataset
+from mft_megatron.data.storage.ledger import read_ledger
+from mft_megatron.data.tokenizers.tokenizer import load_tokenizer
 from mft_megatron.errors import InputError
-from mft_megatron.mcore import kernels, parallel, platform
-from mft_megatron.mcore.step import Trainer
+from mft_megatron.mcore.model import kernels
+from mft_megatron.mcore.parallel import process_groups
+from mft_megatron.mcore.platform import devices
+from mft_megatron.mcore.trainer import Trainer
 from mft_megatron.run_folder import CONFIG, effective_configuration, replace_text
-from mft_megatron.training.epochs import EpochProof
-from mft_megatron.training.evaluation import Evaluation
-from mft_megatron.training.loop import train
-from mft_megatron.training.model_tokenizer import check_model_tokenizer
-from mft_megatron.training.run_log import RunLog
-from mft_megatron.training.saving import (
-    Saver,
-    keep_source,
-    keep_tokenizer,
-    model_vocab_size,
-    refuse_other_data,
-    resume,
-)
-from mft_megatron.training.sources import NO_SOURCES, Sources
-from mft_megatron.training.task_weights import weights_of_data
+
+from .epochs import EpochProof
+from .evaluation import Evaluation
+from .loop import train
+from .model_tokenizer import check_model_tokenizer
+from .run_log import RunLog
+from .saving import Saver, keep_source, keep_tokenizer, model_vocab_size, refuse_other_data, resume
+from .sources import NO_SOURCES, Sources
+from .task_weights import weights_of_data
 
 HASHED_BYTES = 16 * 2**30
 
@@ -55,11 +51,11 @@ def pretrain(arguments: Arguments, main_rank: bool = True, sources: Sources = NO
     if arguments.validation.skip_train and "valid" not in dataset.splits:
         raise InputError(f"--skip-train: {dataset.prefix} has no validation split; preprocess it with --split 98,2,0")
     evaluation = Evaluation(arguments, dataset)
-    with parallel.process_groups(arguments.distributed, arguments.initialization.seed):
+    with process_groups.process_groups(arguments.distributed, arguments.initialization.seed):
         options = arguments.checkpoint
-        log = RunLog(parallel.is_main(), options.save, arguments.logging)
+        log = RunLog(process_groups.is_main(), options.save, arguments.logging)
         try:
-            log.say(f"{arguments.world_size} rank(s) on {platform.describe()}")
+            log.say(f"{arguments.world_size} rank(s) on {devices.describe()}")
             if not checked:
                 log.say("large data set: sizes of its files are checked, contents by tools/inspect_data.py --check")
             if of_model:
@@ -72,7 +68,7 @@ def pretrain(arguments: Arguments, main_rank: bool = True, sources: Sources = NO
             )
             if of_data is not None:
                 log.say(of_data)
-            if options.save is not None and parallel.is_main():
+            if options.save is not None and process_groups.is_main():
                 _describe_run(arguments, dataset, log, sources)
             progress, state = resume(arguments, trainer, log, sources)
             evaluation.load(state, log, progress)

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from mft_megatron.batch import StepPlan
-from mft_megatron.mcore.step import StepReport
-from mft_megatron.training.progress import Progress
+from mft_megatron.mcore.trainer import StepReport
+
+from .progress import Progress
 
 # a realised share of the objective that is further from its target, as a part of it, is worth a warning
 SHARE_TOLERANCE = 0.05

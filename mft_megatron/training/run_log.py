@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mft_megatron.arguments import LoggingArguments
+from mft_megatron.arguments.groups.logging import LoggingArguments
 from mft_megatron.errors import InputError
 from mft_megatron.run_folder import METRICS, TENSORBOARD
 

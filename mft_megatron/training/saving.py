@@ -9,13 +9,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mft_megatron.arguments import Arguments, CheckpointArguments
-from mft_megatron.data.dataset import PackedDataset
+from mft_megatron.arguments.groups.checkpointing import CheckpointArguments
+from mft_megatron.arguments.table import Arguments
+from mft_megatron.data.loading.dataset import PackedDataset
 from mft_megatron.errors import InputError
-from mft_megatron.mcore import checkpoint, parallel
-from mft_megatron.mcore.checkpoint_source import CheckpointSource
-from mft_megatron.mcore.fill import fill_weights
-from mft_megatron.mcore.step import Trainer
+from mft_megatron.mcore.checkpointing import checkpoint
+from mft_megatron.mcore.checkpointing.load_weights import fill_weights
+from mft_megatron.mcore.checkpointing.weight_source import CheckpointSource
+from mft_megatron.mcore.parallel import process_groups
+from mft_megatron.mcore.trainer import Trainer
 from mft_megatron.run_folder import (
     HUGGINGFACE,
     TOKENIZER,
@@ -29,10 +31,11 @@ from mft_megatron.run_folder import (
     restore_best,
     superseded,
 )
-from mft_megatron.training.progress import Progress
-from mft_megatron.training.records import event_record
-from mft_megatron.training.run_log import RunLog
-from mft_megatron.training.sources import NO_SOURCES, Sources
+
+from .progress import Progress
+from .records import event_record
+from .run_log import RunLog
+from .sources import NO_SOURCES, Sources
 
 
 class Saver:
@@ -70,12 +73,12 @@ class Saver:
 
         def when_complete() -> None:
             details = {"path": str(path), "seconds": round(time.perf_counter() - start, 3)}
-            if best and parallel.is_main():
+            if best and process_groups.is_main():
                 record_best(folder, progress.step)
             log.write(event_record(progress, "save", **details, **({"best": True} if best else {})))
             if self._exports is not None and self._to_export(progress.step):
                 self._exports.add(path)
-            if parallel.is_main():
+            if process_groups.is_main():
                 if best:
                     self._remove(superseded(folder), "no longer the best checkpoint", progress, log)
                 if retained is not None:
@@ -146,7 +149,7 @@ class Saver:
             optimizer=a.optimizer_states,
             distributed_optimizer=a.distributed.use_distributed_optimizer,
             decoupled_lr=a.learning_rate.decoupled_lr is not None,
-            layout=parallel.layout(),
+            layout=process_groups.layout(),
             best=best,
             asked_for=self._asked_for(progress.step, always),
             source=a.resume[1].source if a.resume is not None else "",
@@ -232,7 +235,7 @@ def resume(
     log.write(event_record(progress, "load", path=path, finetune=options.finetune, **also))
     best = state.get("stopping", {}).get("run", {}).get("step")
     if options.save is not None and Path(path).resolve().parent == Path(options.save).resolve():
-        if parallel.is_main():
+        if process_groups.is_main():
             restore_best(Path(options.save), best)
     elif best is not None:
         log.say(f"the best evaluation so far was at step {best}; a checkpoint of it is in {Path(path).parent} alone")

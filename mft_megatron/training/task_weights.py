@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mft_megatron.arguments import MultiTaskArguments
+from mft_megatron.arguments.groups.multi_task import MultiTaskArguments
 from mft_megatron.errors import InputError
 from mft_megatron.loss_names import FOCAL, WEIGHTED
 from mft_megatron.options import number_list

@@ -6,9 +6,10 @@ Multiplications and additions of the matrix products, forward and backward, once
 
 import numpy as np
 
-from mft_megatron.arguments import Arguments, NetworkArguments
-from mft_megatron.arguments.layer_pattern import numbers_of
-from mft_megatron.data.dataset import PackedSplit
+from mft_megatron.arguments.groups.network import NetworkArguments
+from mft_megatron.arguments.table import Arguments
+from mft_megatron.arguments.values.layer_pattern import numbers_of
+from mft_megatron.data.loading.dataset import PackedSplit
 from mft_megatron.lora import Lora
 
 

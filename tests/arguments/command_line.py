@@ -5,7 +5,7 @@ import dataclasses
 
 import pytest
 
-from mft_megatron.arguments import parse_arguments
+from mft_megatron.arguments.command import parse_arguments
 from mft_megatron.errors import InputError
 from mft_megatron.run_folder import TRACKER, CheckpointInfo, write_info
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mft_megatron.arguments import parse_arguments
+from mft_megatron.arguments.command import parse_arguments
 from mft_megatron.errors import InputError
 
 BASE = (

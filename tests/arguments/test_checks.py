@@ -1,9 +1,9 @@
 """What is refused without a device: in one line, with the option, the number and the remedy."""
 
 import pytest
-from command_line import parse, refused
 
 from mft_megatron.errors import InputError
+from tests.arguments.command_line import parse, refused
 
 PP2 = "--global-batch-size 8 --pipeline-model-parallel-size 2"
 FULL = "--recompute-granularity full --recompute-method"

@@ -1,10 +1,10 @@
 """The command line of pretrain_mft.py, without a device: what is accepted and filled in."""
 
 import pytest
-from command_line import BASE, parse
 
 from mft_megatron.errors import InputError
 from mft_megatron.loss_names import LOSSES
+from tests.arguments.command_line import BASE, parse
 
 
 def test_defaults_are_megatrons():

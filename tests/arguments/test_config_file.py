@@ -5,13 +5,13 @@ import json
 
 import pytest
 import yaml
-from command_line import BASE, checkpoint, parse, refused
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mft_megatron.arguments import GROUPS, Arguments
+from mft_megatron.arguments.table import GROUPS, Arguments
 from mft_megatron.errors import InputError
 from mft_megatron.run_folder import effective_configuration
+from tests.arguments.command_line import BASE, checkpoint, parse, refused
 
 NEEDED = {
     "num_layers": 4,

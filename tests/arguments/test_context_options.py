@@ -1,11 +1,11 @@
 """Options of context parallelism and of attention windows: what follows from them, and what is refused."""
 
 import pytest
-from command_line import refused
 
-from mft_megatron.arguments import parse_arguments
-from mft_megatron.arguments.layer_pattern import layer_pattern, numbers_of
+from mft_megatron.arguments.command import parse_arguments
+from mft_megatron.arguments.values.layer_pattern import layer_pattern, numbers_of
 from mft_megatron.errors import InputError
+from tests.arguments.command_line import refused
 
 WORDS = (
     "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --data-path data --seq-length 128 --micro-batch-size 1 "

@@ -1,7 +1,8 @@
 """Options of exports and of Gemma's layers, refused in one line where they do not go together."""
 
 import pytest
-from command_line import parse, refused
+
+from tests.arguments.command_line import parse, refused
 
 SAVE = "--save x --save-hf y"
 

@@ -4,11 +4,11 @@ import dataclasses
 import json
 
 import pytest
-from command_line import BASE, WITHOUT_SHAPE, checkpoint, parse, refused
 
-from mft_megatron.arguments import parse_arguments
+from mft_megatron.arguments.command import parse_arguments
 from mft_megatron.lora import Lora, Target, num_sources, read_targets
 from mft_megatron.run_folder import content_digest, effective_configuration
+from tests.arguments.command_line import BASE, WITHOUT_SHAPE, checkpoint, parse, refused
 
 LORA = Lora(8, 16.0, read_targets(["q_proj", "linear_proj"], gated=True))
 EACH = (

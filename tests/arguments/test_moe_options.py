@@ -4,12 +4,12 @@ import dataclasses
 import json
 
 import pytest
-from command_line import refused
 
-from mft_megatron.arguments import parse_arguments
-from mft_megatron.arguments.layer_pattern import layer_frequency
+from mft_megatron.arguments.command import parse_arguments
+from mft_megatron.arguments.values.layer_pattern import layer_frequency
 from mft_megatron.errors import InputError
 from mft_megatron.run_folder import INFO, TRACKER, CheckpointInfo, iteration_folder, write_info
+from tests.arguments.command_line import refused
 
 BASE = (
     "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --ffn-hidden-size 96 --data-path x --seq-length 128 "
@@ -54,7 +54,9 @@ def test_which_layers_have_experts():
 
 
 def test_defaults_are_megatrons():
-    from mft_megatron.mcore.config import transformer_config  # first, for it readies Megatron-Core for this machine
+    from mft_megatron.mcore.model.config import (
+        transformer_config,  # first, for it readies Megatron-Core for this machine
+    )
 
     from megatron.core.transformer.transformer_config import TransformerConfig  # isort: skip
 
@@ -66,7 +68,7 @@ def test_defaults_are_megatrons():
 
 
 def test_every_option_reaches_megatron():
-    from mft_megatron.mcore.config import transformer_config
+    from mft_megatron.mcore.model.config import transformer_config
 
     words = {
         "moe_ffn_hidden_size": 48,

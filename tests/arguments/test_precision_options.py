@@ -1,12 +1,12 @@
 """Number formats, the optimizer and data parallelism on the command line: what is known without a device."""
 
 import pytest
-from command_line import refused
 
-from mft_megatron.arguments import parse_arguments
+from mft_megatron.arguments.command import parse_arguments
 from mft_megatron.errors import InputError
-from mft_megatron.mcore.data_parallel import data_parallel_config
+from mft_megatron.mcore.parallel.data_parallel import data_parallel_config
 from mft_megatron.run_folder import TRACKER, CheckpointInfo, write_info
+from tests.arguments.command_line import refused
 
 BASE = (
     "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --data-path data --seq-length 128 --micro-batch-size 2 "

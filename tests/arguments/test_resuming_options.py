@@ -4,10 +4,10 @@ import dataclasses
 import json
 
 import pytest
-from command_line import WITHOUT_SHAPE, checkpoint, parse
 
 from mft_megatron.errors import InputError
 from mft_megatron.run_folder import INFO, TRACKER
+from tests.arguments.command_line import WITHOUT_SHAPE, checkpoint, parse
 
 
 def test_architecture_and_seed_come_from_the_checkpoint(tmp_path):

@@ -3,10 +3,10 @@
 import dataclasses
 
 import pytest
-from command_line import refused
 
-from mft_megatron.arguments import parse_arguments
+from mft_megatron.arguments.command import parse_arguments
 from mft_megatron.arguments.stages import layout_stages
+from tests.arguments.command_line import refused
 
 BASE = (
     "--hidden-size 64 --num-attention-heads 4 --data-path x --seq-length 8 --micro-batch-size 1 --train-iters 1 --lr 1"
@@ -43,7 +43,7 @@ def test_a_layout(text, stages):
 
 
 def test_as_megatron_core_reads_it():
-    from mft_megatron.mcore.config import pipeline_layout  # first, for it readies Megatron-Core for this machine
+    from mft_megatron.mcore.model.config import pipeline_layout  # first, for it readies Megatron-Core for this machine
 
     from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout  # isort: skip
 

@@ -7,16 +7,15 @@ import re
 from pathlib import Path
 
 import pytest
-from command_line import parse
 
-from mft_megatron.arguments import GROUPS
 from mft_megatron.arguments.groups.config_file import ConfigFileArguments
 from mft_megatron.arguments.megatron_only import MEGATRON_ONLY
 from mft_megatron.arguments.reference import markdown
-from mft_megatron.arguments.table import Arguments
+from mft_megatron.arguments.table import GROUPS, Arguments
 from mft_megatron.errors import InputError
 from mft_megatron.options import build_parser, fill, out_of_range, spelling
 from mft_megatron.options import parse as parse_words
+from tests.arguments.command_line import parse
 
 FIELDS = {field.name: (group, field) for _, group in GROUPS for field in dataclasses.fields(group)}
 SOURCES = (("configuration file", ConfigFileArguments), *GROUPS)

@@ -3,19 +3,19 @@
 import dataclasses
 from pathlib import Path
 
-import tiny_models
+from tests.convert import tiny_models
 
 RANK = 3
 
 
 def info_of(hf):
-    from mft_megatron.convert.hf_source import HuggingFaceSource
+    from mft_megatron.convert.huggingface.weight_source import HuggingFaceSource
 
     return HuggingFaceSource(str(hf)).info
 
 
 def lora_for(info, names, rank=RANK, alpha=5.0, rslora=False):
-    from mft_megatron.arguments import NetworkArguments
+    from mft_megatron.arguments.groups.network import NetworkArguments
     from mft_megatron.lora import Lora, read_targets
 
     gated = NetworkArguments(**info.architecture).gated
@@ -47,7 +47,7 @@ def random_adapters(info, lora, dtype="float32", seed=0, size=0.4):
     """By name: A and B of all layers, as a checkpoint has them; rows that no A serves are 0."""
     import torch
 
-    from mft_megatron.arguments import NetworkArguments
+    from mft_megatron.arguments.groups.network import NetworkArguments
 
     architecture = NetworkArguments(**info.architecture)
     generator, found = torch.Generator().manual_seed(seed), {}
@@ -66,7 +66,7 @@ def random_adapters(info, lora, dtype="float32", seed=0, size=0.4):
 
 def write_run(run, info, weights, iteration=7, **changes):
     """A run folder with one checkpoint of these weights, whole or in pieces; returns the checkpoint's description."""
-    from mft_megatron.mcore.tensor_writer import Piece, Weight, write_weights
+    from mft_megatron.mcore.checkpointing.tensor_writer import Piece, Weight, write_weights
     from mft_megatron.run_folder import TRACKER, iteration_folder, write_info
 
     run = Path(run)
@@ -90,7 +90,7 @@ def their_deltas(info, lora, weights):
     """By name of a Hugging Face weight: what the adapters add to it, in fp64."""
     import torch
 
-    from mft_megatron.arguments import NetworkArguments
+    from mft_megatron.arguments.groups.network import NetworkArguments
 
     architecture = NetworkArguments(**info.architecture)
     found = {}

@@ -127,7 +127,7 @@ def words_for(extra):
 
 
 def arguments_for(checkpoint, world_size, extra=""):
-    from mft_megatron.arguments import parse_arguments
+    from mft_megatron.arguments.command import parse_arguments
 
     return parse_arguments(words_for(f"--load {checkpoint} {extra}"), world_size)
 
@@ -142,16 +142,16 @@ def logit_differences(layout, world_size, models):
 
     import numpy as np
     import torch
-    from batches import one_segment
     from megatron.core import parallel_state, tensor_parallel
 
-    from mft_megatron.mcore import checkpoint as checkpoints
-    from mft_megatron.mcore import parallel
-    from mft_megatron.mcore.step import Trainer, to_device
+    from mft_megatron.mcore.checkpointing import checkpoint as checkpoints
+    from mft_megatron.mcore.parallel import process_groups
+    from mft_megatron.mcore.trainer import Trainer, to_device
+    from tests.batches import one_segment
 
     found = {}
     first = arguments_for(next(iter(models.values()))[0], world_size, layout)
-    with parallel.process_groups(first.distributed, seed=99):
+    with process_groups.process_groups(first.distributed, seed=99):
         stages = parallel_state.get_pipeline_model_parallel_world_size()
         stage = parallel_state.get_pipeline_model_parallel_rank()
         for name, (folder, hf) in models.items():

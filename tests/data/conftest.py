@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from mft_megatron.data.dataset import PackedDataset
-from mft_megatron.data.layout import Layout
-from mft_megatron.data.preprocess import Recipe, preprocess
-from mft_megatron.data.sources import TaskSource
-from mft_megatron.data.tokenizer import load_tokenizer
+from mft_megatron.data.loading.dataset import PackedDataset
+from mft_megatron.data.packing.build_packs import Layout
+from mft_megatron.data.preprocessing.preprocess import Recipe, preprocess
+from mft_megatron.data.tasks.task_files import TaskSource
+from mft_megatron.data.tokenizers.tokenizer import load_tokenizer
 
 SOURCES = [Path(module.__file__).read_text() for module in (argparse, ast, shutil)]
 

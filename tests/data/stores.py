@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from mft_megatron.data.layout import Stored
-from mft_megatron.data.ledger import TaskEntry
+from mft_megatron.data.storage.ledger import TaskEntry
+from mft_megatron.data.storage.stored_samples import Stored
 
 
 def entry(name, samples, tokens, supervised, documents=False, **given):

@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from ranks import run_tool
+
+from tests.ranks import run_tool
 
 TINY = "--tokens 96 --mean-lengths 10 0 --heads 4 --groups 2 --head-size 8 --repeat 1 --precision fp32"
 
@@ -42,7 +43,7 @@ def test_a_kernel_that_differs_ends_it(monkeypatch):
     import argparse
     import importlib.util
 
-    from ranks import ROOT
+    from tests.ranks import ROOT
 
     spec = importlib.util.spec_from_file_location("kernels_benchmark", ROOT / "benchmarks/attention/kernels.py")
     benchmark = importlib.util.module_from_spec(spec)

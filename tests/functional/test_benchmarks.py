@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from ranks import run_tool
 
 from mft_megatron.loss_names import LOSSES
+from tests.ranks import run_tool
 
 
 def results(script, folder, options):

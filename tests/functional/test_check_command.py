@@ -4,21 +4,19 @@ import contextlib
 import io
 import json
 import shutil
-import sys
 
 import pytest
-from ranks import ROOT, run_on_ranks
 
-sys.path.insert(0, str(ROOT / "tests" / "convert"))
+from tests.ranks import run_on_ranks
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory, tokenizer_folder):
     """A Qwen2 with tokenizer and chat template, its checkpoint, and a checkpoint of it with one weight changed."""
-    import tiny_models
     from safetensors.torch import load_file, save_file
 
-    from mft_megatron.convert.command import hf_to_mcore
+    from mft_megatron.convert.commands.convert import hf_to_mcore
+    from tests.convert import tiny_models
 
     folder = tmp_path_factory.mktemp("check")
     tiny_models.write_model("qwen2 tied", folder / "model", tokenizer=tokenizer_folder, vocab_size=511)
@@ -38,8 +36,8 @@ def _check(commands, folder):
     """By number: what was printed, and the refusal; and whether logits in 16 bits are such."""
     from pathlib import Path
 
-    from mft_megatron.convert.command import main
-    from mft_megatron.convert.serving_check import engine_logits
+    from mft_megatron.convert.commands.convert import main
+    from mft_megatron.convert.serving.logits_check import engine_logits
     from mft_megatron.errors import InputError
 
     found = []

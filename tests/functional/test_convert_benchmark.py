@@ -1,7 +1,8 @@
 """benchmarks/convert runs, and compares what it has converted."""
 
 import pytest
-from ranks import run_tool
+
+from tests.ranks import run_tool
 
 
 @pytest.mark.slow

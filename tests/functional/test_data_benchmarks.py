@@ -2,7 +2,7 @@
 
 import json
 
-from ranks import run_tool
+from tests.ranks import run_tool
 
 
 def results(script, folder, options):

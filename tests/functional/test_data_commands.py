@@ -13,12 +13,12 @@ import time
 
 import numpy as np
 import pytest
-from ranks import ROOT
 
 from mft_megatron.data.command import inspect_main, pack_main, preprocess_main
-from mft_megatron.data.dataset import PackedDataset
-from mft_megatron.data.tokenizer import load_tokenizer
+from mft_megatron.data.loading.dataset import PackedDataset
+from mft_megatron.data.tokenizers.tokenizer import load_tokenizer
 from mft_megatron.errors import run_command
+from tests.ranks import ROOT
 
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"
@@ -142,7 +142,7 @@ def test_megatron_and_mftcoder_token_files_are_taken_over(command):
 
 
 def test_ids_outside_the_vocabulary_are_refused(command):
-    from mft_megatron.data.indexed_dataset import IndexedDatasetWriter
+    from mft_megatron.data.storage.indexed_dataset import IndexedDatasetWriter
 
     size = load_tokenizer("HuggingFaceTokenizer", command.tokenizer).vocab_size
     for last, code in ((size - 1, 0), (size, 2)):

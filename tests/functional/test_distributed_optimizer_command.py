@@ -4,9 +4,9 @@ import itertools
 import json
 
 import pytest
-from ranks import refusal, run_forked, run_on_ranks
 
 from mft_megatron.run_folder import latest_checkpoint
+from tests.ranks import refusal, run_forked, run_on_ranks
 
 MODEL = (
     "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --swiglu --normalization RMSNorm "
@@ -30,7 +30,7 @@ def pretrain(words):
     """What the command does on a rank."""
     import os
 
-    from mft_megatron.arguments import parse_arguments
+    from mft_megatron.arguments.command import parse_arguments
     from mft_megatron.training import pretrain
 
     pretrain.pretrain(parse_arguments(words, 2, lambda prefix: [128]), os.environ["RANK"] == "0")

@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from ranks import run_forked
+
+from tests.ranks import run_forked
 
 MODEL = (
     "--num-layers 3 --hidden-size 64 --num-attention-heads 4 --swiglu --normalization RMSNorm --disable-bias-linear "

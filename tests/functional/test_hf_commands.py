@@ -2,14 +2,12 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
-from ranks import ROOT, run_tool, torchrun
 from safetensors.torch import load_file
 
-sys.path.insert(0, str(ROOT / "tests" / "convert"))
+from tests.ranks import run_tool, torchrun
 
 RUN = (
     "--tensor-model-parallel-size 2 --micro-batch-size 2 --global-batch-size 4 --train-iters 2 --eval-iters 0 "
@@ -20,7 +18,7 @@ RUN = (
 @pytest.fixture(scope="module")
 def model(tmp_path_factory, tokenizer_folder):
     """A Qwen2 with room for more tokens than the data set's tokenizer, 500, has."""
-    import tiny_models
+    from tests.convert import tiny_models
 
     folder = tmp_path_factory.mktemp("hf") / "model"
     sizes = {"vocab_size": 511, "max_position_embeddings": 256}
@@ -81,8 +79,8 @@ def test_trained_a_little_it_comes_back_whole(model, checkpoint, dataset_prefix,
 
 
 def test_a_data_set_that_needs_more_tokens_is_refused(checkpoint, dataset_prefix, tmp_path):
-    from mft_megatron.arguments import parse_arguments
-    from mft_megatron.data.dataset import PackedDataset
+    from mft_megatron.arguments.command import parse_arguments
+    from mft_megatron.data.loading.dataset import PackedDataset
     from mft_megatron.errors import InputError
     from mft_megatron.training.saving import refuse_other_data
 
@@ -99,8 +97,8 @@ def test_a_data_set_that_needs_more_tokens_is_refused(checkpoint, dataset_prefix
 
 @pytest.mark.parametrize("start", ["--hf-checkpoint", "--load"])
 def test_a_data_set_of_another_tokenizer_is_refused(model, checkpoint, dataset_prefix, tmp_path, start):
-    from mft_megatron.arguments import parse_arguments
-    from mft_megatron.convert.hf_source import HuggingFaceSource
+    from mft_megatron.arguments.command import parse_arguments
+    from mft_megatron.convert.huggingface.weight_source import HuggingFaceSource
     from mft_megatron.errors import InputError
     from mft_megatron.training.pretrain import pretrain
 
@@ -116,7 +114,7 @@ def test_a_data_set_of_another_tokenizer_is_refused(model, checkpoint, dataset_p
 
 
 def test_more_ranks_than_groups_are_refused(checkpoint, dataset_prefix):
-    from mft_megatron.arguments import parse_arguments
+    from mft_megatron.arguments.command import parse_arguments
     from mft_megatron.errors import InputError
 
     words = [*RUN, "--data-path", str(dataset_prefix), "--lr", "1e-3", "--load", str(checkpoint)]
@@ -126,7 +124,7 @@ def test_more_ranks_than_groups_are_refused(checkpoint, dataset_prefix):
 
 
 def test_another_tokenizer_of_the_run_takes_the_place_of_the_sources(checkpoint, tokenizer_folder, tmp_path):
-    from mft_megatron.convert.command import mcore_to_hf
+    from mft_megatron.convert.commands.convert import mcore_to_hf
 
     run = tmp_path / "run"
     shutil.copytree(checkpoint, run)
@@ -142,7 +140,7 @@ def test_another_tokenizer_of_the_run_takes_the_place_of_the_sources(checkpoint,
 
 
 def test_a_converted_checkpoint_is_a_start_not_a_resume(checkpoint, dataset_prefix):
-    from mft_megatron.arguments import parse_arguments
+    from mft_megatron.arguments.command import parse_arguments
 
     words = [*RUN, "--data-path", str(dataset_prefix), "--lr", "1e-3", "--load", str(checkpoint), "--seed", "7"]
     arguments = parse_arguments(words, 2, lambda prefix: [128])
@@ -153,8 +151,8 @@ def test_a_converted_checkpoint_is_a_start_not_a_resume(checkpoint, dataset_pref
 
 
 def test_what_cannot_be_exported_is_refused_before_the_run():
-    from mft_megatron.arguments import NetworkArguments
-    from mft_megatron.convert.hf_export import refuse_export
+    from mft_megatron.arguments.groups.network import NetworkArguments
+    from mft_megatron.convert.huggingface.model_export import refuse_export
     from mft_megatron.errors import InputError
 
     odd = NetworkArguments(num_layers=1, hidden_size=8, ffn_hidden_size=8, num_attention_heads=2, kv_channels=4)
@@ -166,7 +164,7 @@ def test_what_cannot_be_exported_is_refused_before_the_run():
 @pytest.mark.parametrize("in_the_way", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_run_exports_while_it_goes_on(checkpoint, dataset_prefix, tmp_path, in_the_way):
     """Checkpoints are exported before they go; what cannot be exported stays, and the run ends with a line about it."""
-    from mft_megatron.convert.command import mcore_to_hf
+    from mft_megatron.convert.commands.convert import mcore_to_hf
 
     run, exports = tmp_path / "run", tmp_path / "exports"
     words = ("--data-path", dataset_prefix, "--load", checkpoint, "--save", run, "--save-hf", exports, *RUN[2:])

@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from ranks import run_tool
+
+from tests.ranks import run_tool
 
 TINY = "--num-layers 2 --hidden-size 128 --vocab-size 512 --segments 2 --segment-length 32 --warmup 0 --rounds 1"
 

@@ -1,13 +1,11 @@
 """Adapters come from PEFT, go through a checkpoint, and go back; merged or listed: the commands as a user runs them."""
 
 import shutil
-import sys
 
 import pytest
-from ranks import ROOT, refusal, run_forked, torchrun
 from safetensors.torch import load_file
 
-sys.path.insert(0, str(ROOT / "tests" / "convert"))
+from tests.ranks import refusal, run_forked, torchrun
 
 TOOL = "tools/convert_checkpoint.py"
 
@@ -15,8 +13,7 @@ TOOL = "tools/convert_checkpoint.py"
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run folder of adapters alone, two checkpoints, beside the folder of its model."""
-    import made_adapters
-    import tiny_models
+    from tests.convert import made_adapters, tiny_models
 
     root = tmp_path_factory.mktemp("adapters")
     tiny_models.write_model("qwen2 tied", root / "hf")
@@ -94,9 +91,9 @@ def test_refused(words, reason, tmp_path):
 )
 def test_trained_on_several_ranks_and_exported(dataset_prefix, tokenizer_folder, tmp_path, alone):
     """What two ranks trained is, as PEFT has it and merged, the same model, and another than before."""
-    import made_adapters
-    import tiny_models
     from peft import PeftModel
+
+    from tests.convert import made_adapters, tiny_models
 
     sizes = {"vocab_size": 500, "max_position_embeddings": 256}
     tiny_models.write_model("llama", tmp_path / "hf", tokenizer=tokenizer_folder, **sizes)

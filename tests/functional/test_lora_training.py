@@ -2,12 +2,10 @@
 
 import json
 import shutil
-import sys
 
 import pytest
-from ranks import ROOT, torchrun
 
-sys.path.insert(0, str(ROOT / "tests" / "convert"))
+from tests.ranks import torchrun
 
 RUN = (
     "--micro-batch-size 2 --global-batch-size 4 --train-iters 4 --eval-iters 0 --attention-dropout 0 "
@@ -20,7 +18,7 @@ TP2 = ("--tensor-model-parallel-size", "2")
 @pytest.fixture(scope="module")
 def model(tmp_path_factory, tokenizer_folder):
     """A Llama of bf16 weights."""
-    import tiny_models
+    from tests.convert import tiny_models
 
     folder = tmp_path_factory.mktemp("lora") / "model"
     sizes = {"vocab_size": 500, "max_position_embeddings": 256}
@@ -50,7 +48,7 @@ def _records(folder):
 
 def test_only_adapters_are_saved(run):
     from mft_megatron.lora import is_adapter
-    from mft_megatron.mcore.tensor_reader import TensorReader
+    from mft_megatron.mcore.checkpointing.tensor_reader import TensorReader
 
     info = json.loads((run / "iter_0000004" / "mft_checkpoint.json").read_text())
     assert (info["has_base"], info["peft_type"], info["lora"]["rank"]) == (False, "lora", 4)
@@ -73,8 +71,8 @@ def test_adapters_alone_go_on_bit_by_bit(run, model, dataset_prefix, tmp_path):
 
 
 def test_adapters_without_their_model_are_refused(run, model, dataset_prefix, tmp_path):
-    from mft_megatron.arguments import parse_arguments
-    from mft_megatron.convert.hf_source import HuggingFaceSource
+    from mft_megatron.arguments.command import parse_arguments
+    from mft_megatron.convert.huggingface.weight_source import HuggingFaceSource
     from mft_megatron.errors import InputError
 
     words = [*RUN, "--data-path", str(dataset_prefix), "--load", str(run), "--train-iters", "5"]

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ranks import refusal, run_tool
 
-from mft_megatron.arguments import parse_arguments
+from mft_megatron.arguments.command import parse_arguments
 from mft_megatron.errors import InputError
 from mft_megatron.run_folder import CheckpointInfo, write_info
+from tests.ranks import refusal, run_tool
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "mft_vs_mixed"
 

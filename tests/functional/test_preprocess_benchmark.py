@@ -2,7 +2,7 @@
 
 import json
 
-from ranks import run_tool
+from tests.ranks import run_tool
 
 OURS = ["preprocess_data.py, auto", "preprocess_data.py, hf"]
 BARE = ["tokenizers.encode_batch", "gigatoken"]

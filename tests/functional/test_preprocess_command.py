@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from ranks import ROOT, refusal, run_tool
 
-from mft_megatron.data.dataset import PackedDataset
+from mft_megatron.data.loading.dataset import PackedDataset
+from tests.ranks import ROOT, refusal, run_tool
 
 GOOD = '{"prompt": "def f(", "completion": "x): return x"}\n'
 RECORDS = {

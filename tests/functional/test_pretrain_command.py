@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from batches import one_segment
-from ranks import refusal, run_forked, run_on_ranks, run_tool, torchrun
+
+from tests.batches import one_segment
+from tests.ranks import refusal, run_forked, run_on_ranks, run_tool, torchrun
 
 MODEL = (
     "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --group-query-attention --num-query-groups 2 --swiglu "
@@ -103,17 +104,17 @@ def _hf_difference(checkpoint, hf, prefix):
     import torch
     from megatron.core import parallel_state, tensor_parallel
 
-    from mft_megatron.arguments import parse_arguments
-    from mft_megatron.data.dataset import PackedDataset
-    from mft_megatron.mcore import checkpoint as checkpoints
-    from mft_megatron.mcore import parallel
-    from mft_megatron.mcore.step import Trainer, to_device
+    from mft_megatron.arguments.command import parse_arguments
+    from mft_megatron.data.loading.dataset import PackedDataset
+    from mft_megatron.mcore.checkpointing import checkpoint as checkpoints
+    from mft_megatron.mcore.parallel import process_groups
+    from mft_megatron.mcore.trainer import Trainer, to_device
     from mft_megatron.run_folder import latest_checkpoint
 
     words = [*RUN, *LAYOUT, "--data-path", prefix, "--load", str(checkpoint), "--finetune", "--seed", "99"]
     arguments = parse_arguments(words, 4, lambda prefix: [128])
     dataset = PackedDataset.open(prefix, 128)
-    with parallel.process_groups(arguments.distributed, seed=99):
+    with process_groups.process_groups(arguments.distributed, seed=99):
         trainer = Trainer(arguments, dataset.vocab_size, np.ones(4))
         path, info = latest_checkpoint(checkpoint)
         checkpoints.load(path, trainer, info, arguments.checkpoint)
@@ -134,7 +135,7 @@ def _hf_difference(checkpoint, hf, prefix):
                         )
                 elif parallel_state.get_pipeline_model_parallel_rank() == stage + 1:
                     torch.distributed.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank())
-        if not parallel.is_last_stage():
+        if not process_groups.is_last_stage():
             return None
         logits = tensor_parallel.gather_from_tensor_model_parallel_region(output)[0, :, : dataset.vocab_size]
         from transformers import AutoModelForCausalLM

@@ -2,12 +2,10 @@
 
 import dataclasses
 import json
-import sys
 
 import pytest
-from ranks import ROOT, run_forked
 
-sys.path.insert(0, str(ROOT / "tests" / "convert"))
+from tests.ranks import run_forked
 
 RUN = (
     "--micro-batch-size 1 --global-batch-size 4 --train-iters 4 --eval-iters 0 --lr 1e-2 --log-interval 1 "
@@ -20,7 +18,7 @@ TWO = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
 @pytest.fixture(scope="module")
 def model(tmp_path_factory, tokenizer_folder):
     """A Llama whose rows are whole blocks on two ranks."""
-    import tiny_models
+    from tests.convert import tiny_models
 
     folder = tmp_path_factory.mktemp("hf") / "model"
     sizes = {"vocab_size": 511, "max_position_embeddings": 256, "hidden_size": 128, "intermediate_size": 256}
@@ -55,7 +53,7 @@ def test_it_is_said_what_computes(whole_run):
 
 
 def test_checkpoints_have_adapters_alone(whole_run):
-    from mft_megatron.mcore.tensor_reader import TensorReader
+    from mft_megatron.mcore.checkpointing.tensor_reader import TensorReader
 
     checkpoint = whole_run[0] / "iter_0000004"
     info = json.loads((checkpoint / "mft_checkpoint.json").read_text())
@@ -74,7 +72,7 @@ def test_goes_on_as_if_it_had_not_stopped(whole_run, model, dataset_prefix, tmp_
 @pytest.mark.slow
 def test_on_two_ranks(model, dataset_prefix, tmp_path):
     """From a converted checkpoint as from the model, bit for bit; in 16 bits; and near to one process."""
-    from mft_megatron.convert.command import hf_to_mcore
+    from mft_megatron.convert.commands.convert import hf_to_mcore
 
     hf_to_mcore(["--hf", str(model), "--save", str(tmp_path / "start")])
     hf, checkpoint = ("--hf-checkpoint", model), ("--pretrained-checkpoint", tmp_path / "start")
@@ -111,8 +109,8 @@ def test_on_two_ranks(model, dataset_prefix, tmp_path):
     ],
 )
 def test_rows_that_are_no_whole_blocks_are_refused(model, sizes, ranks, complaint):
-    from mft_megatron.arguments import parse_arguments
-    from mft_megatron.convert.hf_source import HuggingFaceSource
+    from mft_megatron.arguments.command import parse_arguments
+    from mft_megatron.convert.huggingface.weight_source import HuggingFaceSource
     from mft_megatron.errors import InputError
 
     def describe(folder):
@@ -129,7 +127,7 @@ def test_rows_that_are_no_whole_blocks_are_refused(model, sizes, ranks, complain
 
 
 def test_a_model_is_needed(dataset_prefix):
-    from mft_megatron.arguments import parse_arguments
+    from mft_megatron.arguments.command import parse_arguments
     from mft_megatron.errors import InputError
 
     words = [*RUN, *QLORA, "--data-path", "none", *"--num-layers 1 --hidden-size 64 --num-attention-heads 1".split()]

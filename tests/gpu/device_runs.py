@@ -10,8 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-TESTS = Path(__file__).parent.parent
-PATHS = [str(TESTS), str(TESTS / "parallel")]
+ROOT = Path(__file__).parents[2]
 
 
 def on(device, function, *arguments, program=__file__):
@@ -19,7 +18,7 @@ def on(device, function, *arguments, program=__file__):
 
     Arguments and results are JSON's.
     """
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     if device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
     command = [sys.executable, "-W", "ignore", program, function, json.dumps(arguments)]
@@ -32,9 +31,9 @@ def on(device, function, *arguments, program=__file__):
 
 def _trainer(prefix, options):
     import numpy as np
-    from run import arguments_for, open_dataset
 
-    from mft_megatron.mcore.step import Trainer
+    from mft_megatron.mcore.trainer import Trainer
+    from tests.parallel.run import arguments_for, open_dataset
 
     arguments = arguments_for(prefix, options, 1)
     dataset = open_dataset(arguments)
@@ -42,16 +41,15 @@ def _trainer(prefix, options):
 
 
 def _groups(prefix, options):
-    from run import arguments_for
-
-    from mft_megatron.mcore import parallel
+    from mft_megatron.mcore.parallel import process_groups
+    from tests.parallel.run import arguments_for
 
     arguments = arguments_for(prefix, options, 1)
-    return parallel.process_groups(arguments.distributed, arguments.initialization.seed)
+    return process_groups.process_groups(arguments.distributed, arguments.initialization.seed)
 
 
 def _step(trainer, split, number):
-    from mft_megatron.data.step_plan import plan_step
+    from mft_megatron.data.loading.step_plan import plan_step
 
     size = trainer.arguments.training.global_batch_size
     report = trainer.train_step(split, plan_step(split, seed=1, global_batch_size=size, consumed_samples=size * number))
@@ -76,15 +74,15 @@ def train(prefix, options, steps=2):
 
 
 def _info():
-    from mft_megatron.mcore import parallel
+    from mft_megatron.mcore.parallel import process_groups
     from mft_megatron.run_folder import CheckpointInfo
 
-    return CheckpointInfo(2, 16, {}, 1, {}, "", 1, 8, layout=parallel.layout())
+    return CheckpointInfo(2, 16, {}, 1, {}, "", 1, 8, layout=process_groups.layout())
 
 
 def save(prefix, options, folder):
     """Two steps and a save; ``third``: the third step, ``path``: of the checkpoint."""
-    from mft_megatron.mcore import checkpoint
+    from mft_megatron.mcore.checkpointing import checkpoint
 
     with _groups(prefix, options):
         trainer, split, arguments = _trainer(prefix, options)
@@ -96,7 +94,7 @@ def save(prefix, options, folder):
 
 def load(prefix, options, path):
     """The third step after a checkpoint's two."""
-    from mft_megatron.mcore import checkpoint
+    from mft_megatron.mcore.checkpointing import checkpoint
 
     with _groups(prefix, options):
         trainer, split, arguments = _trainer(prefix, options)
@@ -110,15 +108,15 @@ def collectives():
     import torch
     import torch.distributed as dist
 
-    from mft_megatron.arguments import DistributedArguments
-    from mft_megatron.mcore import parallel
+    from mft_megatron.arguments.groups.distributed import DistributedArguments
+    from mft_megatron.mcore.parallel import process_groups
 
-    with parallel.process_groups(DistributedArguments(), seed=1):
+    with process_groups.process_groups(DistributedArguments(), seed=1):
         return {
             "backend": dist.get_backend(),
-            "sum": parallel.sum_over_data(np.arange(3)).tolist(),
-            "any": [parallel.any_rank(True), parallel.any_rank(False)],
-            "main": parallel.from_main(torch.arange(3)).tolist(),
+            "sum": process_groups.sum_over_data(np.arange(3)).tolist(),
+            "any": [process_groups.any_rank(True), process_groups.any_rank(False)],
+            "main": process_groups.from_main(torch.arange(3)).tolist(),
         }
 
 
@@ -132,11 +130,10 @@ def worst(ours, theirs):
 
 def answer(functions):
     """Of a program's process: call the function that :func:`on` names."""
-    sys.path[:0] = PATHS
     result = functions[sys.argv[1]](*json.loads(sys.argv[2]))
-    from mft_megatron.mcore import platform
+    from mft_megatron.mcore.platform import devices
 
-    print("FOUND", json.dumps({"result": result, "device": platform.device().type}))
+    print("FOUND", json.dumps({"result": result, "device": devices.device().type}))
 
 
 if __name__ == "__main__":

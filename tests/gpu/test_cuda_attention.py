@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from fake_kernels import dense
 
-from mft_megatron.arguments.attention import AttentionShape
+from mft_megatron.arguments.values.attention import AttentionShape
+from tests.fake_kernels import dense
 
 # queries and keys of each piece
 PIECES = {
@@ -22,7 +22,7 @@ PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp3
 
 def errors(kernel, pieces, heads, size, dtype, scale, window, device="cuda"):
     """Largest error of output and gradients, of the largest value; inputs are rounded to ``dtype`` first."""
-    from mft_megatron.mcore.spans import Spans
+    from mft_megatron.mcore.parallel.attention_spans import Spans
 
     generator = torch.Generator().manual_seed(0)
     queries, keys = map(sum, pieces)
@@ -42,7 +42,7 @@ def errors(kernel, pieces, heads, size, dtype, scale, window, device="cuda"):
 
 
 def kernel_of(backend, dtype, size):
-    from mft_megatron.mcore.attention_backends import choose, unavailable
+    from mft_megatron.mcore.attention.backends import choose, unavailable
 
     shape = AttentionShape(PRECISIONS[dtype], size)
     reason = unavailable(backend, shape)
@@ -82,7 +82,7 @@ def test_local_in_fp32(pieces, heads, window):
 @pytest.mark.parametrize("backend", ["local", "flash", "fused"])
 def test_dropout_drops_its_share(backend):
     """Of values that are all 1 each output is the sum of a row's weights: 1 in the mean, and not in each row."""
-    from mft_megatron.mcore.spans import Spans
+    from mft_megatron.mcore.parallel.attention_spans import Spans
 
     kernel = kernel_of(backend, torch.bfloat16, 64)
     lengths = np.full(4, 512)
@@ -96,7 +96,7 @@ def test_dropout_drops_its_share(backend):
 
 @pytest.mark.parametrize("backend", ["varlen", "flash", "fused"])
 def test_neighbours_do_not_matter(backend):
-    from mft_megatron.mcore.spans import Spans
+    from mft_megatron.mcore.parallel.attention_spans import Spans
 
     kernel = kernel_of(backend, torch.bfloat16, 64)
     lengths = np.array([100, 300, 50])

@@ -1,7 +1,8 @@
 """A mixture of experts on a GPU computes what it does on the CPU."""
 
 import pytest
-from device_runs import on
+
+from tests.gpu.device_runs import on
 
 EXPERTS = (
     "--num-experts 4 --moe-ffn-hidden-size 96 --moe-router-load-balancing-type seq_aux_loss --moe-aux-loss-coeff 1e-2 "

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from objective_step import OBJECTIVES, inputs, run
+
+from tests.objective_step import OBJECTIVES, inputs, run
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=str)

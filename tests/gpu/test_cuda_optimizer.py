@@ -1,7 +1,8 @@
 """Optimizers on CUDA: the distributed one, its states in the host's memory, a loss scale, and their checkpoints."""
 
 import pytest
-from device_runs import on, worst
+
+from tests.gpu.device_runs import on, worst
 
 SHARDED = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 30001"
 OFFLOAD = f"{SHARDED} --use-precision-aware-optimizer --optimizer-cpu-offload"

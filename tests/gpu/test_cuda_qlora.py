@@ -5,10 +5,11 @@ This file is also the program of the processes that compute on one device or the
 
 import functools
 
-import device_runs
 import pytest
 import torch
-from device_runs import answer
+
+from tests.gpu import device_runs
+from tests.gpu.device_runs import answer
 
 on = functools.partial(device_runs.on, program=__file__)
 LARGE = "--hidden-size 1024 --ffn-hidden-size 2816 --bf16 --micro-batch-size 1"
@@ -16,15 +17,15 @@ LARGE = "--hidden-size 1024 --ffn-hidden-size 2816 --bf16 --micro-batch-size 1"
 
 def curve(prefix, options):
     """Loss and gradient norm of two steps, and what computed the first level."""
-    from run import data_seed, open_dataset, plans_of
-    from test_qlora import make_trainer, qlora_arguments
-
-    from mft_megatron.mcore import nf4, parallel
+    from mft_megatron.mcore.adapters import nf4
+    from mft_megatron.mcore.parallel import process_groups
+    from tests.parallel.run import data_seed, open_dataset, plans_of
+    from tests.parallel.test_qlora import make_trainer, qlora_arguments
 
     arguments = qlora_arguments(prefix, options, 1)
     dataset = open_dataset(arguments)
     split = dataset.split("train")
-    with parallel.process_groups(arguments.distributed, arguments.initialization.seed):
+    with process_groups.process_groups(arguments.distributed, arguments.initialization.seed):
         trainer = make_trainer(arguments, dataset)
         reports = [trainer.train_step(split, plan) for plan in plans_of(split, data_seed(split), 2)]
         return [[[report.loss, float(report.grad_norm)] for report in reports], nf4.kernels().name]
@@ -34,23 +35,24 @@ def memory(prefix, options, peft):
     """Bytes on the GPU when the base is filled, the most until then, and the most in a step; elements in 4 bits, and of
     the largest matrix."""
     import numpy as np
-    from run import data_seed, open_dataset, plans_of
-    from test_qlora import qlora_arguments, reader
 
-    from mft_megatron.mcore import parallel, quantized
-    from mft_megatron.mcore.fill import fill_weights
-    from mft_megatron.mcore.step import Trainer
+    from mft_megatron.mcore.adapters import quantized_linear
+    from mft_megatron.mcore.checkpointing.load_weights import fill_weights
+    from mft_megatron.mcore.parallel import process_groups
+    from mft_megatron.mcore.trainer import Trainer
+    from tests.parallel.run import data_seed, open_dataset, plans_of
+    from tests.parallel.test_qlora import qlora_arguments, reader
 
     arguments = qlora_arguments(prefix, options, 1, peft)
     dataset = open_dataset(arguments)
     split = dataset.split("train")
-    with parallel.process_groups(arguments.distributed, arguments.initialization.seed):
+    with process_groups.process_groups(arguments.distributed, arguments.initialization.seed):
         trainer = Trainer(arguments, dataset.vocab_size, np.ones(4))
         fill_weights(trainer, reader(arguments.network, False))
         filled, filling = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         trainer.train_step(split, next(iter(plans_of(split, data_seed(split), 1))))
-        layers = quantized.quantized_layers(trainer.chunks[0].module).values()
+        layers = quantized_linear.quantized_layers(trainer.chunks[0].module).values()
         elements = [layer.weight.numel() for layer in layers]
         return [filled, filling, torch.cuda.max_memory_allocated(), sum(elements), max(elements, default=0)]
 
@@ -60,7 +62,7 @@ def memory(prefix, options, peft):
 def test_kernels(shape, dtype):
     """Codes are the reference's but for elements in the middle of two values; what is made of codes is the same."""
     pytest.importorskip("bitsandbytes")
-    from mft_megatron.mcore import nf4
+    from mft_megatron.mcore.adapters import nf4
 
     weight = (0.05 * torch.randn(shape, generator=torch.Generator().manual_seed(1))).to(dtype)
     kernels, reference = nf4.Bitsandbytes(), nf4.Reference()
@@ -75,7 +77,7 @@ def test_kernels(shape, dtype):
 
 def test_second_level():
     """The mean is summed in another order: a magnitude in the middle of two 8-bit numbers may fall to either."""
-    from mft_megatron.mcore import nf4
+    from mft_megatron.mcore.adapters import nf4
 
     magnitudes = torch.rand(20_000, generator=torch.Generator().manual_seed(1)) + 0.01
     here, there = nf4.compress(magnitudes), nf4.compress(magnitudes.cuda())

@@ -1,8 +1,9 @@
 """The trainer on CUDA against the trainer on the CPU."""
 
 import pytest
-from device_runs import on, worst
-from made_dataset import write_dataset
+
+from tests.gpu.device_runs import on, worst
+from tests.made_dataset import write_dataset
 
 BACKENDS = ("local", "varlen", "flash", "fused")
 MODES = {
@@ -23,8 +24,8 @@ def padded(tmp_path_factory):
 
 
 def skip_if_unavailable(backend):
-    from mft_megatron.arguments.attention import AttentionShape
-    from mft_megatron.mcore.attention_backends import unavailable
+    from mft_megatron.arguments.values.attention import AttentionShape
+    from mft_megatron.mcore.attention.backends import unavailable
 
     reason = unavailable(backend, AttentionShape("bf16", 16))
     if reason is not None:

@@ -7,15 +7,15 @@ import math
 import numpy as np
 import pytest
 import torch
-from balancer_reference import GOLDEN, GOLDEN_FOLDER, famo, reference, slope, softmax
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mft_megatron.losses.balancers import BALANCERS
 from mft_megatron.losses.balancers.coba import Coba
 from mft_megatron.losses.balancers.famo import Famo
 from mft_megatron.losses.balancers.participation import mean_for_others
 from mft_megatron.losses.balancers.self_paced import SelfPaced
+from mft_megatron.losses.balancers.table import BALANCERS
+from tests.losses.balancer_reference import GOLDEN, GOLDEN_FOLDER, famo, reference, slope, softmax
 
 # name of the case: balancer, options, steps between draws
 CASES = {

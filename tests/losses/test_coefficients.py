@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from batches import by_sample, counted, random_batch
-from reference import reference_loss
 
 from mft_megatron.losses.coefficients import SHARED_BY_SAMPLE, coefficients, task_factors
 from mft_megatron.losses.segments import counts, task_sums
+from tests.batches import by_sample, counted, random_batch
+from tests.reference import reference_loss
 
 LINEAR = ("token", "sample", "task-token", "task-sample")
 

@@ -5,10 +5,10 @@ The step runs on the meta device, whose tensors have shapes and no numbers: what
 
 import pytest
 import torch
-from objective_step import OBJECTIVES, inputs, run
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mft_megatron.losses.objective import Objective
+from tests.objective_step import OBJECTIVES, inputs, run
 
 
 class NoBlockingCopies(TorchDispatchMode):

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from batches import as_batch, by_sample, counted, random_batch
-from reference import reference_focal_surrogate, reference_loss
 
 from mft_megatron.loss_names import FOCAL, LOSSES
 from mft_megatron.losses.focal import TaskStatistics
 from mft_megatron.losses.objective import SUMS, Objective
+from tests.batches import as_batch, by_sample, counted, random_batch
+from tests.reference import reference_focal_surrogate, reference_loss
 
 WEIGHTS = (0.5, 3.0, 1.25, 2.0)
 

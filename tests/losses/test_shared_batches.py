@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 import torch
-from batches import as_batch, by_sample, counted, random_batch
 
 from mft_megatron.loss_names import FOCAL, LOSSES
 from mft_megatron.losses.focal import TaskStatistics
 from mft_megatron.losses.objective import Objective
+from tests.batches import as_batch, by_sample, counted, random_batch
 
 TASKS, RANKS = 4, 3
 OBJECTIVES = [

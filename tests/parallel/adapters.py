@@ -1,6 +1,6 @@
 """What ranks do in tests of adapters: fill every matrix with numbers that all matter, take some steps, compare."""
 
-from run import FOR_GRADIENTS, arguments_for, data_seed, open_dataset, plans_of
+from tests.parallel.run import FOR_GRADIENTS, arguments_for, data_seed, open_dataset, plans_of
 
 
 def content_of(name, place, first, shape):
@@ -18,8 +18,8 @@ def trainer_of(arguments, dataset):
     """With adapters of known content; their base is drawn from the seed."""
     import numpy as np
 
-    from mft_megatron.mcore.fill import fill_weights
-    from mft_megatron.mcore.step import Trainer
+    from mft_megatron.mcore.checkpointing.load_weights import fill_weights
+    from mft_megatron.mcore.trainer import Trainer
 
     trainer = Trainer(arguments, dataset.vocab_size, np.array([1.0, 2.0, 0.5, 3.0]))
     fill_weights(trainer, content_of, adapters=True)
@@ -32,12 +32,12 @@ def train_adapters(prefix, options, world_size, shape="llama", steps=3):
     Gradients where each rank has them whole. Both by name: shards as (first row and column, array), to be put together
     by :func:`whole_adapters`.
     """
-    from mft_megatron.mcore import parallel
+    from mft_megatron.mcore.parallel import process_groups
 
     arguments = arguments_for(prefix, f"{FOR_GRADIENTS} --peft-type lora {options}", world_size, shape)
     dataset = open_dataset(arguments)
     split = dataset.split("train")
-    with parallel.process_groups(arguments.distributed, arguments.initialization.seed):
+    with process_groups.process_groups(arguments.distributed, arguments.initialization.seed):
         trainer = trainer_of(arguments, dataset)
         curve, gradients = [], {}
         for plan in plans_of(split, data_seed(split), steps):
@@ -52,7 +52,7 @@ def train_adapters(prefix, options, world_size, shape="llama", steps=3):
 def _adapters(trainer, of):
     """By name and layer, what ``of`` says of each adapter's matrix, with the place of this rank's part."""
     from mft_megatron.lora import is_adapter
-    from mft_megatron.mcore.shards import shards_of
+    from mft_megatron.mcore.parallel.sharded_weights import shards_of
 
     found = {}
     for chunk in trainer.chunks:

@@ -1,7 +1,8 @@
 """Every loss, as options, and when two steps are the same."""
 
 import numpy as np
-from run import whole
+
+from tests.parallel.run import whole
 
 WEIGHTS = "completion=1 explain=2 write=0.5 read=3"
 MODES = {

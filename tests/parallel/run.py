@@ -1,6 +1,6 @@
 """What the ranks of a layout test do: a short run through the trainer's own parts."""
 
-from layouts import SHAPES
+from tests.parallel.layouts import SHAPES
 
 RUN = (
     "--attention-dropout 0 --hidden-dropout 0 --make-vocab-size-divisible-by 128 --init-method-std 0.02 "
@@ -14,7 +14,7 @@ BY_TASK = ("loss_K", "tokens_K", "objective_K", "share_K")
 
 def arguments_for(prefix, extra, world_size, shape="llama"):
     """Arguments of a short run on a model of one of :data:`layouts.SHAPES`; of options given twice the last holds."""
-    from mft_megatron.arguments import parse_arguments
+    from mft_megatron.arguments.command import parse_arguments
 
     words = f"{SHAPES[shape]} {RUN} --data-path {prefix} {extra}".split()
     if "--micro-batch-size" not in words:
@@ -23,7 +23,7 @@ def arguments_for(prefix, extra, world_size, shape="llama"):
 
 
 def open_dataset(arguments):
-    from mft_megatron.data.dataset import PackedDataset
+    from mft_megatron.data.loading.dataset import PackedDataset
 
     return PackedDataset.open(arguments.data.data_path, arguments.data.seq_length)
 
@@ -37,7 +37,7 @@ def data_seed(split):
 
 
 def plans_of(split, seed, steps=5):
-    from mft_megatron.data.step_plan import plan_step
+    from mft_megatron.data.loading.step_plan import plan_step
 
     return [plan_step(split, seed=seed, global_batch_size=8, consumed_samples=8 * step) for step in range(steps)]
 
@@ -52,7 +52,7 @@ def lacks_tasks(plans, split):
     import numpy as np
 
     from mft_megatron.batch import Ranks
-    from mft_megatron.data.step_plan import deal_plan
+    from mft_megatron.data.loading.step_plan import deal_plan
 
     tokens = np.array([plan.supervised_tokens_K for plan in plans])
     present, last = tokens > 0, split.num_tasks - 1
@@ -81,13 +81,13 @@ def train(prefix, extra, world_size, weights=(1.0, 2.0, 0.5, 3.0), steps=5, shap
     """Loss and gradient norm of each step, and the per-task sums of the last."""
     import numpy as np
 
-    from mft_megatron.mcore import parallel
-    from mft_megatron.mcore.step import Trainer
+    from mft_megatron.mcore.parallel import process_groups
+    from mft_megatron.mcore.trainer import Trainer
 
     arguments = arguments_for(prefix, extra, world_size, shape)
     dataset = open_dataset(arguments)
     split = dataset.split("train")
-    with parallel.process_groups(arguments.distributed, arguments.initialization.seed):
+    with process_groups.process_groups(arguments.distributed, arguments.initialization.seed):
         trainer = Trainer(arguments, dataset.vocab_size, np.array(weights))
         curve = []
         for plan in plans_of(split, data_seed(split), steps):
@@ -107,16 +107,16 @@ def train_in_modes(prefix, layout, world_size, modes, steps, shape="llama"):
         by mode a list of steps, each a dict of loss, gradient norm and sums by task; the first and the last with
         gradients, the last with weights (:func:`chosen_weights`).
     """
-    from mft_megatron.data.step_plan import plan_step
-    from mft_megatron.mcore import parallel
-    from mft_megatron.mcore.step import Trainer
+    from mft_megatron.data.loading.step_plan import plan_step
+    from mft_megatron.mcore.parallel import process_groups
+    from mft_megatron.mcore.trainer import Trainer
     from mft_megatron.training.task_weights import initial_weights
 
     arguments = arguments_for(prefix, layout, world_size, shape)
     dataset = open_dataset(arguments)
     split, size, curves = dataset.split("train"), arguments.training.global_batch_size, {}
     seed = data_seed(split)
-    with parallel.process_groups(arguments.distributed, arguments.initialization.seed):
+    with process_groups.process_groups(arguments.distributed, arguments.initialization.seed):
         for mode, extra in modes.items():
             arguments = arguments_for(prefix, f"{layout} {FOR_GRADIENTS} {extra}", world_size, shape)
             trainer = Trainer(arguments, dataset.vocab_size, initial_weights(arguments.multi_task, dataset.tasks))
@@ -135,14 +135,14 @@ def train_on_everything(prefix, layout, world_size, modes, shape="llama"):
     """One step in each mode on all rows of the training split; a dict of loss, gradient norm, sums and gradients."""
     import numpy as np
 
-    from mft_megatron.data.step_plan import plan_evaluation
-    from mft_megatron.mcore import parallel
-    from mft_megatron.mcore.step import Trainer
+    from mft_megatron.data.loading.step_plan import plan_evaluation
+    from mft_megatron.mcore.parallel import process_groups
+    from mft_megatron.mcore.trainer import Trainer
 
     arguments = arguments_for(prefix, layout, world_size, shape)
     split, records = open_dataset(arguments).split("train"), {}
     (plan,) = plan_evaluation(split, -(-split.num_packs // 8) * 8)
-    with parallel.process_groups(arguments.distributed, arguments.initialization.seed):
+    with process_groups.process_groups(arguments.distributed, arguments.initialization.seed):
         for mode, extra in modes.items():
             arguments = arguments_for(prefix, f"{layout} {FOR_GRADIENTS} {extra}", world_size, shape)
             trainer = Trainer(arguments, split.dataset.vocab_size, np.array([1.0, 2.0, 0.5, 3.0]))
@@ -225,15 +225,16 @@ def some_steps(prefix, extra, world_size, folder, save_after, steps, seed=1234):
 
     import numpy as np
 
-    from mft_megatron.data.step_plan import plan_step
-    from mft_megatron.mcore import checkpoint, parallel
-    from mft_megatron.mcore.step import Trainer
+    from mft_megatron.data.loading.step_plan import plan_step
+    from mft_megatron.mcore.checkpointing import checkpoint
+    from mft_megatron.mcore.parallel import process_groups
+    from mft_megatron.mcore.trainer import Trainer
     from mft_megatron.run_folder import CheckpointInfo, latest_checkpoint
 
     arguments = arguments_for(prefix, f"{extra} --seed {seed}", world_size)
     dataset = open_dataset(arguments)
     split = dataset.split("train")
-    with parallel.process_groups(arguments.distributed, arguments.initialization.seed):
+    with process_groups.process_groups(arguments.distributed, arguments.initialization.seed):
         trainer = Trainer(arguments, dataset.vocab_size, np.ones(4))
         start, curve = 0, []
         if save_after is None:
@@ -246,7 +247,9 @@ def some_steps(prefix, extra, world_size, folder, save_after, steps, seed=1234):
             curve.append((report.loss, report.grad_norm, report.learning_rate))
             if step + 1 == save_after:
                 network = dataclasses.asdict(arguments.network)
-                info = CheckpointInfo(step + 1, 0, network, dataset.vocab_size, {}, "", 1, 8, layout=parallel.layout())
+                info = CheckpointInfo(
+                    step + 1, 0, network, dataset.vocab_size, {}, "", 1, 8, layout=process_groups.layout()
+                )
                 checkpoint.save(Path(folder), trainer, info, arguments.checkpoint)
         return curve
 
@@ -257,15 +260,16 @@ def train_save_load(prefix, folder):
 
     import numpy as np
 
-    from mft_megatron.data.step_plan import plan_step
-    from mft_megatron.mcore import checkpoint, parallel
-    from mft_megatron.mcore.step import Trainer
+    from mft_megatron.data.loading.step_plan import plan_step
+    from mft_megatron.mcore.checkpointing import checkpoint
+    from mft_megatron.mcore.parallel import process_groups
+    from mft_megatron.mcore.trainer import Trainer
     from mft_megatron.run_folder import CheckpointInfo
 
     arguments = arguments_for(prefix, "--hidden-dropout 0.1 --attention-dropout 0.1", 1)
     dataset = open_dataset(arguments)
     split = dataset.split("train")
-    with parallel.process_groups(arguments.distributed, arguments.initialization.seed):
+    with process_groups.process_groups(arguments.distributed, arguments.initialization.seed):
 
         def step(trainer, number):
             plan = plan_step(split, seed=1, global_batch_size=8, consumed_samples=8 * number)
@@ -273,7 +277,7 @@ def train_save_load(prefix, folder):
 
         trainer = Trainer(arguments, dataset.vocab_size, np.ones(4))
         step(trainer, 0), step(trainer, 1)
-        info = CheckpointInfo(2, 16, {}, 1, {}, "", 1, 8, layout=parallel.layout())
+        info = CheckpointInfo(2, 16, {}, 1, {}, "", 1, 8, layout=process_groups.layout())
         path = checkpoint.save(Path(folder), trainer, info, arguments.checkpoint)
         third = step(trainer, 2)
         again = Trainer(arguments, dataset.vocab_size, np.ones(4))

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ranks import run_on_ranks
-from run import arguments_for, open_dataset
+
+from tests.parallel.run import arguments_for, open_dataset
+from tests.ranks import run_on_ranks
 
 COBA = "--coba-warmup-steps 2 --coba-history-length 3 --coba-sample-valid-num 6"
 BALANCERS = {
@@ -62,7 +63,7 @@ def _run(prefix, extra, world_size, rising=None):
 
     import torch
 
-    from mft_megatron.mcore.step import Trainer
+    from mft_megatron.mcore.trainer import Trainer
     from mft_megatron.training.epochs import EpochProof
     from mft_megatron.training.evaluation import Evaluation
     from mft_megatron.training.loop import train
@@ -97,9 +98,9 @@ def _run(prefix, extra, world_size, rising=None):
 
 def _runs(prefix, layout, world_size, runs, **options):
     """Logs and draws of several runs by name; ``runs``: their options."""
-    from mft_megatron.mcore import parallel
+    from mft_megatron.mcore.parallel import process_groups
 
-    with parallel.process_groups(arguments_for(prefix, layout, world_size).distributed, seed=1234):
+    with process_groups.process_groups(arguments_for(prefix, layout, world_size).distributed, seed=1234):
         return {name: _run(prefix, f"{layout} {extra}", world_size, **options) for name, extra in runs.items()}
 
 
@@ -186,9 +187,9 @@ def without_validation(dataset_prefix, tokenizer_folder, tmp_path_factory):
 
 
 def _preprocessed(prefix, tokenizer_folder, output, more_tasks, split):
-    from mft_megatron.data.layout import Layout
-    from mft_megatron.data.preprocess import Recipe, preprocess
-    from mft_megatron.data.sources import TaskSource
+    from mft_megatron.data.packing.build_packs import Layout
+    from mft_megatron.data.preprocessing.preprocess import Recipe, preprocess
+    from mft_megatron.data.tasks.task_files import TaskSource
 
     files = {name: Path(prefix).with_name(f"{name}.jsonl") for name in ("completion", "explain", "write", "read")}
     tasks = {name: TaskSource(name, (file,)) for name, file in (files | more_tasks).items()}

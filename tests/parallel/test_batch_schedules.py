@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-from made_dataset import write_dataset
-from ranks import free_port, run_on_ranks
-from run import arguments_for
+
+from tests.made_dataset import write_dataset
+from tests.parallel.run import arguments_for
+from tests.ranks import free_port, run_on_ranks
 
 # options, the sizes of steps, and after which step to break off: in the middle of a size, and where it changes
 BATCHES = {

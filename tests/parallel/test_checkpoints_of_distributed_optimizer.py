@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import pytest
-from ranks import run_on_ranks
-from run import arguments_for, open_dataset
+
+from tests.parallel.run import arguments_for, open_dataset
+from tests.ranks import run_on_ranks
 
 TP2 = "--tensor-model-parallel-size 2"
 VPP = "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2 --micro-batch-size 1"
@@ -26,7 +27,7 @@ LAYOUTS = {
 def _trainer(prefix, options, world):
     import numpy as np
 
-    from mft_megatron.mcore.step import Trainer
+    from mft_megatron.mcore.trainer import Trainer
 
     arguments = arguments_for(prefix, options, world)
     dataset = open_dataset(arguments)
@@ -34,7 +35,7 @@ def _trainer(prefix, options, world):
 
 
 def _step(trainer, split, number):
-    from mft_megatron.data.step_plan import plan_step
+    from mft_megatron.data.loading.step_plan import plan_step
 
     plan = plan_step(split, seed=1, global_batch_size=8, consumed_samples=8 * number)
     report = trainer.train_step(split, plan)
@@ -42,15 +43,16 @@ def _step(trainer, split, number):
 
 
 def _save(trainer, folder, step):
-    from mft_megatron.mcore import checkpoint, parallel
+    from mft_megatron.mcore.checkpointing import checkpoint
+    from mft_megatron.mcore.parallel import process_groups
     from mft_megatron.run_folder import CheckpointInfo
 
-    info = CheckpointInfo(step, 0, {}, 500, {}, "", 1, 8, layout=parallel.layout())
+    info = CheckpointInfo(step, 0, {}, 500, {}, "", 1, 8, layout=process_groups.layout())
     checkpoint.save(Path(folder), trainer, info, trainer.arguments.checkpoint)
 
 
 def _load(trainer, folder):
-    from mft_megatron.mcore import checkpoint
+    from mft_megatron.mcore.checkpointing import checkpoint
     from mft_megatron.run_folder import latest_checkpoint
 
     path, info = latest_checkpoint(folder)
@@ -59,10 +61,10 @@ def _load(trainer, folder):
 
 def _write(prefix, options, world, folder, steps):
     """Some steps and a save."""
-    from mft_megatron.mcore import parallel
+    from mft_megatron.mcore.parallel import process_groups
 
     arguments = arguments_for(prefix, options, world)
-    with parallel.process_groups(arguments.distributed, arguments.initialization.seed):
+    with process_groups.process_groups(arguments.distributed, arguments.initialization.seed):
         trainer, split = _trainer(prefix, options, world)
         for number in range(steps):
             _step(trainer, split, number)
@@ -71,10 +73,10 @@ def _write(prefix, options, world, folder, steps):
 
 def _read(prefix, options, world, folders, with_step):
     """From each folder a model of another seed goes on: saved again at once, and after another step."""
-    from mft_megatron.mcore import parallel
+    from mft_megatron.mcore.parallel import process_groups
 
     arguments = arguments_for(prefix, options, world)
-    with parallel.process_groups(arguments.distributed, arguments.initialization.seed):
+    with process_groups.process_groups(arguments.distributed, arguments.initialization.seed):
         for source, target in folders.items():
             trainer, split = _trainer(prefix, f"{options} --seed 77", world)
             _load(trainer, source)
@@ -175,10 +177,10 @@ def test_shared_reading_still_needs_its_replacement_without_cuda(dataset_prefix,
 
 def _resume(prefix, options, world, folder, save_after):
     """Steps 0 to 4 with a save after ``save_after``, or those that are left after it."""
-    from mft_megatron.mcore import parallel
+    from mft_megatron.mcore.parallel import process_groups
 
     arguments = arguments_for(prefix, options, world)
-    with parallel.process_groups(arguments.distributed, arguments.initialization.seed):
+    with process_groups.process_groups(arguments.distributed, arguments.initialization.seed):
         trainer, split = _trainer(prefix, f"{options} --seed {1 if save_after else 77}", world)
         start, curve = 0, []
         if save_after is None:

@@ -9,10 +9,11 @@ import functools
 
 import numpy as np
 import pytest
-from batches import one_segment
-from made_dataset import write_dataset
-from ranks import run_on_ranks
-from run import arguments_for, open_dataset, plans_of, some_steps, train
+
+from tests.batches import one_segment
+from tests.made_dataset import write_dataset
+from tests.parallel.run import arguments_for, open_dataset, plans_of, some_steps, train
+from tests.ranks import run_on_ranks
 
 CP2, CP4 = "--context-parallel-size 2", "--context-parallel-size 4"
 LAYOUTS = {
@@ -36,9 +37,10 @@ def short(tmp_path_factory):
 def _steps(prefix, extra, world_size, modes):
     """Loss and gradient norm of a step of each mode, and of each micro-batch on this rank: own tokens, those among
     them that are no padding, and those with a target."""
-    from mft_megatron.data.step_plan import plan_step
-    from mft_megatron.mcore import parallel, step
-    from mft_megatron.mcore.step import Trainer
+    from mft_megatron.data.loading.step_plan import plan_step
+    from mft_megatron.mcore import trainer as step
+    from mft_megatron.mcore.parallel import process_groups
+    from mft_megatron.mcore.trainer import Trainer
 
     arguments = arguments_for(prefix, extra, world_size)
     dataset = open_dataset(arguments)
@@ -56,7 +58,7 @@ def _steps(prefix, extra, world_size, modes):
         return there
 
     step.to_device, step.WIDTH_MULTIPLE = kept, 128  # all rows as wide as they can be
-    with parallel.process_groups(arguments.distributed, arguments.initialization.seed):
+    with process_groups.process_groups(arguments.distributed, arguments.initialization.seed):
         for mode in modes:
             trainer = Trainer(arguments_for(prefix, f"{extra} {mode}", world_size), dataset.vocab_size, np.ones(4))
             report = trainer.train_step(split, plan_step(split, seed=1, global_batch_size=4, consumed_samples=0))
@@ -99,14 +101,14 @@ def _token_losses(prefix, extra, world_size, shape, alone):
     """
     import torch
 
-    from mft_megatron.mcore import parallel
-    from mft_megatron.mcore.initialize import initialize_weights
-    from mft_megatron.mcore.model import PackedGPTModel
-    from mft_megatron.mcore.step import to_device
+    from mft_megatron.mcore.model.gpt import PackedGPTModel
+    from mft_megatron.mcore.model.initialize import initialize_weights
+    from mft_megatron.mcore.parallel import process_groups
+    from mft_megatron.mcore.trainer import to_device
 
     arguments = arguments_for(prefix, extra, world_size, shape)
     dataset = open_dataset(arguments)
-    with parallel.process_groups(arguments.distributed, arguments.initialization.seed):
+    with process_groups.process_groups(arguments.distributed, arguments.initialization.seed):
         model = PackedGPTModel(arguments, dataset.vocab_size)
         initialize_weights(model, arguments.initialization.seed, arguments.initialization.init_method_std)
         model.eval()
@@ -148,14 +150,14 @@ def test_packed_equals_unpacked(dataset_prefix, shape, layout):
 
 def _evaluate(prefix, extra, world_size):
     """Objective, sums and the balancers' losses of the validation split, and what a step of training used."""
-    from mft_megatron.mcore import parallel
-    from mft_megatron.mcore.step import Trainer
+    from mft_megatron.mcore.parallel import process_groups
+    from mft_megatron.mcore.trainer import Trainer
     from mft_megatron.training.evaluation import evaluation_plans
 
     arguments, found = arguments_for(prefix, extra, world_size), []
     dataset = open_dataset(arguments)
     train, valid = dataset.split("train"), dataset.split("valid")
-    with parallel.process_groups(arguments.distributed, arguments.initialization.seed):
+    with process_groups.process_groups(arguments.distributed, arguments.initialization.seed):
         for mode in ("focal-sample", "focal-task"):
             arguments = arguments_for(prefix, f"{extra} --mft-loss {mode}", world_size)
             trainer = Trainer(arguments, dataset.vocab_size, np.array(WEIGHTS))
@@ -164,7 +166,7 @@ def _evaluate(prefix, extra, world_size):
             found += [report.loss, *report.loss_K.tolist(), *report.tokens_K.tolist(), *draw.tolist()]
             trainer.train_step(train, plans_of(train, 1, 1)[0])
             # a sample that several ranks share was used once
-            found += [*parallel.sum_over_data(trainer.usage.of(0).pieces_K).tolist(), trainer.num_parameters()]
+            found += [*process_groups.sum_over_data(trainer.usage.of(0).pieces_K).tolist(), trainer.num_parameters()]
     return found
 
 

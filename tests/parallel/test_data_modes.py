@@ -8,11 +8,12 @@ import itertools
 
 import numpy as np
 import pytest
-from layouts import Layout
-from made_dataset import write_dataset
-from ranks import run_on_ranks
-from run import arguments_for, data_seed, open_dataset, plans_of, train
-from test_balancing import Log
+
+from tests.made_dataset import write_dataset
+from tests.parallel.layouts import Layout
+from tests.parallel.run import arguments_for, data_seed, open_dataset, plans_of, train
+from tests.parallel.test_balancing import Log
+from tests.ranks import run_on_ranks
 
 MULTIPLE = 8  # instead of 64, or rows of 128 tokens would have two widths
 TOLERANCE = 1e-6
@@ -44,7 +45,7 @@ def packed(tmp_path_factory):
 
 def _train(prefix, extra, world_size, dynamic=True):
     """Curve and sums of :func:`run.train`, and the shapes of the micro-batches."""
-    from mft_megatron.mcore import step
+    from mft_megatron.mcore import trainer as step
 
     step.WIDTH_MULTIPLE = MULTIPLE if dynamic else 128
     shapes, to_device = [], step.to_device
@@ -124,8 +125,8 @@ LOOP = "--log-interval 100 --eval-interval 100 --global-batch-size 8"  # records
 def _run(prefix, extra, world_size, fault=None):
     """A run as pretrain_mft.py does it; its log, or the message with which it was refused."""
     from mft_megatron.errors import InputError
-    from mft_megatron.mcore import parallel
-    from mft_megatron.mcore.step import Trainer
+    from mft_megatron.mcore.parallel import process_groups
+    from mft_megatron.mcore.trainer import Trainer
     from mft_megatron.training.epochs import EpochProof
     from mft_megatron.training.evaluation import Evaluation
     from mft_megatron.training.loop import train as train_loop
@@ -135,7 +136,7 @@ def _run(prefix, extra, world_size, fault=None):
         _plant(fault)
     arguments = arguments_for(prefix, f"{LOOP} {extra}", world_size)
     dataset = open_dataset(arguments)
-    with parallel.process_groups(arguments.distributed, arguments.initialization.seed):
+    with process_groups.process_groups(arguments.distributed, arguments.initialization.seed):
         evaluation, epochs, log = Evaluation(arguments, dataset), EpochProof(arguments, dataset), Log()
         trainer = Trainer(arguments, dataset.vocab_size, evaluation.balance.weight_K)
         progress, state = resume(arguments, trainer, log)
@@ -152,8 +153,8 @@ def _run(prefix, extra, world_size, fault=None):
 
 def _plant(fault):
     """Something that a program could do wrong with the third global batch, on one rank."""
-    from mft_megatron.mcore import step
-    from mft_megatron.mcore.parallel import ranks
+    from mft_megatron.mcore import trainer as step
+    from mft_megatron.mcore.parallel.process_groups import ranks
 
     rows_of_plan, steps = step._rows, itertools.count()
 
@@ -193,7 +194,7 @@ def epochs_of(prefix, layout, epochs=2):
 
 @pytest.mark.parametrize("layout", ["DP2", "PP2 VPP2", pytest.param("TP2 DP2", marks=pytest.mark.slow)])
 def test_every_layout_uses_the_data_as_planned(packed, layout):
-    from mft_megatron.data.usage import planned_usage
+    from mft_megatron.data.loading.usage import planned_usage
 
     dataset = open_dataset(arguments_for(packed, "", 1))
     planned = planned_usage(dataset.split("train"))

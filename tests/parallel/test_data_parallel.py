@@ -1,8 +1,9 @@
 """When gradients are reduced and weights gathered, and that nobody reads them at another time."""
 
 import pytest
-from ranks import run_on_ranks
-from run import arguments_for, open_dataset, plans_of
+
+from tests.parallel.run import arguments_for, open_dataset, plans_of
+from tests.ranks import run_on_ranks
 
 REDUCE = "--overlap-grad-reduce --ddp-bucket-size 30001"
 OVERLAP = f"--use-distributed-optimizer {REDUCE} --overlap-param-gather"
@@ -11,7 +12,7 @@ OVERLAP = f"--use-distributed-optimizer {REDUCE} --overlap-param-gather"
 def _trainer(prefix, options, world, shape="llama"):
     import numpy as np
 
-    from mft_megatron.mcore.step import Trainer
+    from mft_megatron.mcore.trainer import Trainer
 
     arguments = arguments_for(prefix, options, world, shape)
     dataset = open_dataset(arguments)
@@ -19,10 +20,10 @@ def _trainer(prefix, options, world, shape="llama"):
 
 
 def _groups(prefix, options, world):
-    from mft_megatron.mcore import parallel
+    from mft_megatron.mcore.parallel import process_groups
 
     arguments = arguments_for(prefix, options, world)
-    return parallel.process_groups(arguments.distributed, 1)
+    return process_groups.process_groups(arguments.distributed, 1)
 
 
 def _reductions(prefix, options, shape):

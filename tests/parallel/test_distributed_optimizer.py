@@ -1,8 +1,9 @@
 """The distributed optimizer and the overlap of its messages change no number."""
 
 import pytest
-from ranks import run_on_ranks
-from run import train
+
+from tests.parallel.run import train
+from tests.ranks import run_on_ranks
 
 TP2, PP2 = "--tensor-model-parallel-size 2", "--pipeline-model-parallel-size 2"
 VPP = f"{PP2} --num-virtual-stages-per-pipeline-rank 2 --micro-batch-size 1"
@@ -79,16 +80,15 @@ def _refused(prefix, options, world):
     import importlib.util
     from unittest import mock
 
-    from run import arguments_for
-
     from mft_megatron.errors import InputError
-    from mft_megatron.mcore import parallel
+    from mft_megatron.mcore.parallel import process_groups
+    from tests.parallel.run import arguments_for
 
     arguments = arguments_for(prefix, options, world)
     try:
         with (
             mock.patch.object(importlib.util, "find_spec", return_value=None),
-            parallel.process_groups(arguments.distributed, 1),
+            process_groups.process_groups(arguments.distributed, 1),
         ):
             pass
     except InputError as error:

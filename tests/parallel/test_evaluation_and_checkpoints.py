@@ -5,8 +5,9 @@ import json
 from pathlib import Path
 
 import pytest
-from ranks import run_on_ranks
-from run import arguments_for, open_dataset, some_steps
+
+from tests.parallel.run import arguments_for, open_dataset, some_steps
+from tests.ranks import run_on_ranks
 
 TP2_PP2 = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"
 PP2_VPP2 = "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2"
@@ -18,14 +19,14 @@ def _evaluate(prefix, extra, world_size):
     """What each loss reports of the whole validation split, and which packs it has seen."""
     import numpy as np
 
-    from mft_megatron.mcore import parallel
-    from mft_megatron.mcore.step import Trainer
+    from mft_megatron.mcore.parallel import process_groups
+    from mft_megatron.mcore.trainer import Trainer
     from mft_megatron.training.evaluation import evaluation_plans
 
     arguments = arguments_for(prefix, extra, world_size)
     dataset, reports = open_dataset(arguments), {}
     split = dataset.split("valid")
-    with parallel.process_groups(arguments.distributed, arguments.initialization.seed):
+    with process_groups.process_groups(arguments.distributed, arguments.initialization.seed):
         for loss in EVALUATED:
             arguments = arguments_for(prefix, f"{extra} --mft-loss {loss}", world_size)
             trainer = Trainer(arguments, dataset.vocab_size, np.array([1.0, 2.0, 0.5, 3.0]))
@@ -111,14 +112,14 @@ def _skip(prefix):
     """A step on a batch that supervises nothing of a weighted task."""
     import numpy as np
 
-    from mft_megatron.data.step_plan import plan_step
-    from mft_megatron.mcore import parallel
-    from mft_megatron.mcore.step import Trainer
+    from mft_megatron.data.loading.step_plan import plan_step
+    from mft_megatron.mcore.parallel import process_groups
+    from mft_megatron.mcore.trainer import Trainer
 
     arguments = arguments_for(prefix, "", 2)
     dataset = open_dataset(arguments)
     split = dataset.split("train")
-    with parallel.process_groups(arguments.distributed, 1):
+    with process_groups.process_groups(arguments.distributed, 1):
         trainer = Trainer(arguments, dataset.vocab_size, np.array([0.0, 0.0, 0.0, 1.0]))
         before = [parameter.detach().clone() for parameter in trainer.chunks[0].parameters()]
         only_others = next(

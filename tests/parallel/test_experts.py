@@ -1,6 +1,7 @@
 """Experts on several ranks: equal to one process, and a checkpoint of any layout goes on in any other.
 
-:mod:`.test_layout_matrix` has every loss on layouts with experts, ``tests/mcore/test_moe.py`` gradients by the book.
+:mod:`.test_layout_matrix` has every loss on layouts with experts, ``tests/mcore/moe/test_experts.py`` gradients by
+the book.
 """
 
 import functools
@@ -9,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ranks import run_on_ranks
-from run import arguments_for, open_dataset, plans_of
+
+from tests.parallel.run import arguments_for, open_dataset, plans_of
+from tests.ranks import run_on_ranks
 
 BALANCED = "--moe-z-loss-coeff 1e-2"
 # one row in a micro-batch, so that ranks have parts of it
@@ -85,13 +87,14 @@ MORE = {
 
 def _train(prefix, extra, world, steps, shape="experts", seed=None, folder=None, save_after=None):
     """Parameters, and loss, gradient norm and router losses of each step; saved, or gone on from what was saved."""
-    from mft_megatron.mcore import checkpoint, parallel
-    from mft_megatron.mcore.step import Trainer
+    from mft_megatron.mcore.checkpointing import checkpoint
+    from mft_megatron.mcore.parallel import process_groups
+    from mft_megatron.mcore.trainer import Trainer
     from mft_megatron.run_folder import CheckpointInfo, latest_checkpoint
 
     arguments = arguments_for(prefix, extra if seed is None else f"{extra} --seed {seed}", world, shape)
     dataset = open_dataset(arguments)
-    with parallel.process_groups(arguments.distributed, arguments.initialization.seed):
+    with process_groups.process_groups(arguments.distributed, arguments.initialization.seed):
         trainer = Trainer(arguments, dataset.vocab_size, np.array([1.0, 2.0, 0.5, 3.0]))
         curve, start = [], 0
         if folder is not None and save_after is None:
@@ -102,7 +105,7 @@ def _train(prefix, extra, world, steps, shape="experts", seed=None, folder=None,
             report = trainer.train_step(dataset.split("train"), plan)
             curve.append((report.loss, report.grad_norm, {k: v.tolist() for k, v in report.expert_losses.items()}))
             if number == save_after:
-                info = CheckpointInfo(number, 0, {}, dataset.vocab_size, {}, "", 1, 8, layout=parallel.layout())
+                info = CheckpointInfo(number, 0, {}, dataset.vocab_size, {}, "", 1, 8, layout=process_groups.layout())
                 checkpoint.save(Path(folder), trainer, info, arguments.checkpoint)
         return trainer.num_parameters(), curve
 
@@ -149,15 +152,16 @@ def test_parameters_are_counted_once(dataset_prefix):
 
 def _weights(prefix, extra, world, folder):
     """Fresh weights as a checkpoint has them, whole."""
-    from mft_megatron.mcore import checkpoint, parallel
-    from mft_megatron.mcore.step import Trainer
-    from mft_megatron.mcore.tensor_reader import TensorReader
+    from mft_megatron.mcore.checkpointing import checkpoint
+    from mft_megatron.mcore.checkpointing.tensor_reader import TensorReader
+    from mft_megatron.mcore.parallel import process_groups
+    from mft_megatron.mcore.trainer import Trainer
     from mft_megatron.run_folder import CheckpointInfo
 
     arguments = arguments_for(prefix, extra, world, "experts")
-    with parallel.process_groups(arguments.distributed, arguments.initialization.seed):
+    with process_groups.process_groups(arguments.distributed, arguments.initialization.seed):
         trainer = Trainer(arguments, 500, np.ones(4))
-        info = CheckpointInfo(0, 0, {}, 500, {}, "", 0, 8, layout=parallel.layout())
+        info = CheckpointInfo(0, 0, {}, 500, {}, "", 0, 8, layout=process_groups.layout())
         reader = TensorReader(checkpoint.save(Path(folder), trainer, info, arguments.checkpoint))
         names = sorted(reader.names())
         return dict(zip(names, reader.read([(name, None) for name in names]), strict=True))
@@ -221,7 +225,7 @@ def test_more_checkpoints(dataset_prefix, tmp_path, case):
 
 def _train_as_megatron_fetches(prefix, extra, world):
     """With the function that is replaced where there is no CUDA put back."""
-    from mft_megatron.mcore import step  # noqa: F401  (readies Megatron-Core for this machine)
+    from mft_megatron.mcore import trainer as step  # noqa: F401  (readies Megatron-Core for this machine)
 
     from megatron.core.transformer.moe import moe_utils, token_dispatcher  # isort: skip
 
@@ -235,14 +239,14 @@ def _train_as_megatron_fetches(prefix, extra, world):
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="nothing is replaced where there is CUDA")
 def test_the_replacement_is_still_needed(dataset_prefix):
-    """``tests/mcore/test_without_cuda.py`` has the others; this one takes two ranks that share experts to see."""
+    """``tests/mcore/platform/test_without_cuda.py`` has the others; this one takes two ranks with experts to see."""
     for reason in run_on_ranks(2, _train_as_megatron_fetches, dataset_prefix, f"{EP} {SENT}", 2):
         assert reason is not None
 
 
 def _train_padded(prefix, extra, world):
     """Losses, gradient norms, and widths of the micro-batches."""
-    from mft_megatron.mcore import step
+    from mft_megatron.mcore import trainer as step
 
     step.WIDTH_MULTIPLE, widths, to_device = 8, [], step.to_device
 
@@ -257,7 +261,7 @@ def _train_padded(prefix, extra, world):
 @pytest.mark.slow
 def test_padded_rows(tmp_path):
     """Ranks that share experts have micro-batches of different widths at the same time."""
-    from made_dataset import write_dataset
+    from tests.made_dataset import write_dataset
 
     prefix = str(tmp_path / "set")
     write_dataset(tmp_path / "set", 128, longest=300, split=(80, 20, 0), padding_mode="padding", overlong="truncate")

@@ -11,12 +11,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from layouts import LAYOUTS
-from modes import MODES, STEPS, TOLERANCE, assert_same_step
-from ranks import run_on_ranks
-from run import arguments_for, data_seed, lacks_tasks, open_dataset, plans_of, train_in_modes, train_on_everything
 
 from mft_megatron.loss_names import LOSSES
+from tests.parallel.layouts import LAYOUTS
+from tests.parallel.modes import MODES, STEPS, TOLERANCE, assert_same_step
+from tests.parallel.run import (
+    arguments_for,
+    data_seed,
+    lacks_tasks,
+    open_dataset,
+    plans_of,
+    train_in_modes,
+    train_on_everything,
+)
+from tests.ranks import run_on_ranks
 
 # Gradients that are clipped, in five steps of Adam as users have it, with Megatron-Core's cross entropy.
 USUAL = "usual"
@@ -106,10 +114,10 @@ def test_tasks_are_missing_wherever_they_can(dataset_prefix):
 @pytest.fixture(scope="module")
 def same_samples(dataset_prefix, tokenizer_folder, tmp_path_factory):
     """Prefixes of the same few samples, by name: packed for 128 tokens, for 192, and each in a row of its own."""
-    from mft_megatron.data.layout import Layout
-    from mft_megatron.data.preprocess import Recipe, preprocess
-    from mft_megatron.data.repack import add_length
-    from mft_megatron.data.sources import TaskSource
+    from mft_megatron.data.packing.build_packs import Layout
+    from mft_megatron.data.preprocessing.preprocess import Recipe, preprocess
+    from mft_megatron.data.preprocessing.repack import add_length
+    from mft_megatron.data.tasks.task_files import TaskSource
 
     folder = tmp_path_factory.mktemp("same_samples")
     tasks = {}

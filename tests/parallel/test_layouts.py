@@ -1,9 +1,10 @@
 """What the layout matrix does not see: messages that must not be batched, bf16, and scaled gradients."""
 
 import pytest
-from layouts import BY_NAME
-from ranks import run_on_ranks
-from run import train
+
+from tests.parallel.layouts import BY_NAME
+from tests.parallel.run import train
+from tests.ranks import run_on_ranks
 
 MEGATRON = "--cross-entropy-impl megatron"
 INTERLEAVED = BY_NAME["PP2 VPP2 MB2"]
@@ -12,10 +13,10 @@ INTERLEAVED = BY_NAME["PP2 VPP2 MB2"]
 def _train_with_batched_messages(prefix, extra, world):
     import dataclasses
 
-    from mft_megatron.mcore import model
+    from mft_megatron.mcore.model import gpt
 
-    ours = model.transformer_config
-    model.transformer_config = lambda arguments: dataclasses.replace(
+    ours = gpt.transformer_config
+    gpt.transformer_config = lambda arguments: dataclasses.replace(
         ours(arguments), batch_p2p_comm=True, overlap_p2p_comm=False
     )
     return train(prefix, extra, world)
@@ -43,7 +44,8 @@ def test_bf16_stays_close(dataset_prefix):
 def _scaled(prefix, world, scale, modes):
     """Loss and gradient norm of a step of each mode with gradients times a number, as a grad scaler has them."""
     from megatron.core.optimizer import FP32Optimizer
-    from run import train_in_modes
+
+    from tests.parallel.run import train_in_modes
 
     FP32Optimizer.get_loss_scale = lambda self: scale_tensor(scale)
     curves = train_in_modes(prefix, "--pipeline-model-parallel-size 2", world, modes, dict.fromkeys(modes, 1))

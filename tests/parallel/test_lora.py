@@ -4,10 +4,11 @@ import functools
 
 import numpy as np
 import pytest
-from adapters import content_of, train_adapters, trainer_of, whole_adapters
-from layouts import Layout
-from ranks import run_on_ranks
-from run import FOR_GRADIENTS, arguments_for, data_seed, open_dataset, plans_of
+
+from tests.parallel.adapters import content_of, train_adapters, trainer_of, whole_adapters
+from tests.parallel.layouts import Layout
+from tests.parallel.run import FOR_GRADIENTS, arguments_for, data_seed, open_dataset, plans_of
+from tests.ranks import run_on_ranks
 
 SHARED = "--lora-rank 4 --lora-alpha 8"
 # no adapter on keys and gates; each of the others has an A of its own
@@ -66,8 +67,8 @@ def test_layouts_agree(alone, dataset_prefix, layout, options):
 
 def _of_the_whole_model(prefix, options, shape):
     """Loss and, by name and layer, gradients of the matrices of the whole model, in which the adapters are merged."""
-    from mft_megatron.mcore import parallel
-    from mft_megatron.mcore.step import Trainer
+    from mft_megatron.mcore.parallel import process_groups as parallel
+    from mft_megatron.mcore.trainer import Trainer
 
     adapted = arguments_for(prefix, f"{FOR_GRADIENTS} --peft-type lora {options}", 1, shape).adapters
     arguments = arguments_for(prefix, FOR_GRADIENTS, 1, shape)
@@ -159,7 +160,7 @@ def test_gradients_follow_from_those_of_the_whole_model(alone, dataset_prefix, o
 
 def _memory(prefix, options):
     """Of a run with adapters: elements of gradient buffers, of optimizer states, and of what is trained."""
-    from mft_megatron.mcore import parallel
+    from mft_megatron.mcore.parallel import process_groups as parallel
 
     arguments = arguments_for(prefix, f"--peft-type lora {SHARED} {options}", 1)
     dataset = open_dataset(arguments)
@@ -189,10 +190,9 @@ def test_the_base_has_no_gradients_and_no_states(dataset_prefix, options):
 
 def _starts(prefix, options, world_size, peft):
     """Loss of a first step, and the adapters it began with."""
-    from adapters import _adapters
-
-    from mft_megatron.mcore import parallel
-    from mft_megatron.mcore.step import Trainer
+    from mft_megatron.mcore.parallel import process_groups as parallel
+    from mft_megatron.mcore.trainer import Trainer
+    from tests.parallel.adapters import _adapters
 
     arguments = arguments_for(prefix, f"{options} {peft}", world_size)
     dataset = open_dataset(arguments)
@@ -250,7 +250,7 @@ def _dropped(prefix):
     """What A is given of ones on this rank, in a column-parallel and a row-parallel layer."""
     import torch
 
-    from mft_megatron.mcore import parallel
+    from mft_megatron.mcore.parallel import process_groups as parallel
 
     split = "--tensor-model-parallel-size 2 --peft-type lora --lora-dropout 0.5"
     arguments = arguments_for(prefix, split, 2)
@@ -273,7 +273,7 @@ def test_ranks_drop_alike_what_they_have_alike_and_apart_what_they_share(dataset
 
 
 def _rates(prefix, options):
-    from mft_megatron.mcore import parallel
+    from mft_megatron.mcore.parallel import process_groups as parallel
 
     arguments = arguments_for(prefix, f"--peft-type lora {SHARED} {options}", 1)
     dataset = open_dataset(arguments)
@@ -297,8 +297,8 @@ def test_lora_plus_has_larger_rates_for_b(dataset_prefix):
 
 def _biases(prefix):
     """Of experts, after a step of the whole model and one of adapters."""
-    from mft_megatron.mcore import parallel
-    from mft_megatron.mcore.step import Trainer
+    from mft_megatron.mcore.parallel import process_groups as parallel
+    from mft_megatron.mcore.trainer import Trainer
 
     found = []
     for peft in ("", f"--peft-type lora {ATTENTION}"):

@@ -4,9 +4,10 @@ import functools
 
 import numpy as np
 import pytest
-from modes import MODES, TOLERANCE, assert_same_gradients, assert_same_step
-from ranks import run_on_ranks
-from run import arguments_for, data_seed, open_dataset, plans_of, train_in_modes
+
+from tests.parallel.modes import MODES, TOLERANCE, assert_same_gradients, assert_same_step
+from tests.parallel.run import arguments_for, data_seed, open_dataset, plans_of, train_in_modes
+from tests.ranks import run_on_ranks
 
 
 def _micro_batch_normalisation(prefix):
@@ -75,8 +76,8 @@ def _in_fp64(arguments, dataset):
     """The model in fp64; its norms no longer round to fp32 on the way."""
     import torch
 
-    from mft_megatron.mcore.model import PackedGPTModel
-    from mft_megatron.mcore.norm import RMSNorm
+    from mft_megatron.mcore.model.gpt import PackedGPTModel
+    from mft_megatron.mcore.model.norm import RMSNorm
 
     model = PackedGPTModel(arguments, dataset.vocab_size).double().eval()
     for norm in (module for module in model.modules() if isinstance(module, RMSNorm)):
@@ -89,7 +90,7 @@ def _in_fp64(arguments, dataset):
 
 def _token_losses(model, dataset, split, packs):
     """(task, losses of the supervised tokens) of each sample of some packs, from fp64 logits."""
-    from mft_megatron.mcore.step import to_device
+    from mft_megatron.mcore.trainer import to_device
 
     samples = []
     for pack in packs:
@@ -108,17 +109,17 @@ def _token_losses(model, dataset, split, packs):
 def _against_fp64(prefix, modes, steps):
     """By mode and step: what the trainer reports, and what the book says at the trainer's weights in fp64."""
     import torch
-    from reference import reference_loss
-    from run import FOR_GRADIENTS, chosen_gradients
 
-    from mft_megatron.mcore import parallel
-    from mft_megatron.mcore.step import Trainer
+    from mft_megatron.mcore.parallel import process_groups
+    from mft_megatron.mcore.trainer import Trainer
     from mft_megatron.training.task_weights import initial_weights
+    from tests.parallel.run import FOR_GRADIENTS, chosen_gradients
+    from tests.reference import reference_loss
 
     arguments = arguments_for(prefix, "", 1)
     dataset = open_dataset(arguments)
     split, pairs = dataset.split("train"), {}
-    with parallel.process_groups(arguments.distributed, arguments.initialization.seed):
+    with process_groups.process_groups(arguments.distributed, arguments.initialization.seed):
         exact = _in_fp64(arguments, dataset)
         for mode, extra in modes.items():
             arguments = arguments_for(prefix, f"{FOR_GRADIENTS} {extra}", 1)

@@ -4,16 +4,16 @@ import dataclasses
 
 import numpy as np
 import pytest
-from batches import one_segment
-from ranks import run_on_ranks
-from run import arguments_for, data_seed, open_dataset, plans_of
 
 from mft_megatron.loss_names import LOSSES
+from tests.batches import one_segment
+from tests.parallel.run import arguments_for, data_seed, open_dataset, plans_of
+from tests.ranks import run_on_ranks
 
 
 def _model(prefix):
-    from mft_megatron.mcore.initialize import initialize_weights
-    from mft_megatron.mcore.model import PackedGPTModel
+    from mft_megatron.mcore.model.gpt import PackedGPTModel
+    from mft_megatron.mcore.model.initialize import initialize_weights
 
     arguments = arguments_for(prefix, "", 1)
     dataset = open_dataset(arguments)
@@ -26,7 +26,7 @@ def _token_losses(model, batch):
     """Of all tokens, supervised or not."""
     import torch
 
-    from mft_megatron.mcore.step import to_device
+    from mft_megatron.mcore.trainer import to_device
 
     batch = dataclasses.replace(batch, loss_mask_BS=np.ones_like(batch.loss_mask_BS))
     with torch.no_grad():
@@ -34,9 +34,9 @@ def _token_losses(model, batch):
 
 
 def _in_process_groups(function, prefix):
-    from mft_megatron.mcore import parallel
+    from mft_megatron.mcore.parallel import process_groups
 
-    with parallel.process_groups(arguments_for(prefix, "", 1).distributed, seed=1):
+    with process_groups.process_groups(arguments_for(prefix, "", 1).distributed, seed=1):
         return function(*_model(prefix))
 
 
@@ -91,7 +91,7 @@ def _book_losses(arguments, dataset, model):
     """(task, token losses in fp64 from the model's logits) of every sample of the first global batch."""
     import torch
 
-    from mft_megatron.mcore.step import to_device
+    from mft_megatron.mcore.trainer import to_device
 
     split = dataset.split("train")
     plan = plans_of(split, data_seed(split))[0]
@@ -112,8 +112,8 @@ def _book_losses(arguments, dataset, model):
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_one_process_equals_the_book(dataset_prefix, loss):
-    from reference import reference_loss
-    from run import train
+    from tests.parallel.run import train
+    from tests.reference import reference_loss
 
     samples = run_on_ranks(1, _in_process_groups, _book_losses, dataset_prefix)[0]
     weights = (1.0, 2.0, 0.5, 3.0)

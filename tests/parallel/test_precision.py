@@ -1,8 +1,9 @@
 """fp16 with a loss scale, gradients in bf16, SGD: what a step does and what it leaves alone."""
 
 import pytest
-from ranks import run_on_ranks
-from run import arguments_for, open_dataset, train
+
+from tests.parallel.run import arguments_for, open_dataset, train
+from tests.ranks import run_on_ranks
 
 TOO_HIGH = 2.0**40
 
@@ -10,7 +11,7 @@ TOO_HIGH = 2.0**40
 def _trainer(prefix, options, world=1):
     import numpy as np
 
-    from mft_megatron.mcore.step import Trainer
+    from mft_megatron.mcore.trainer import Trainer
 
     arguments = arguments_for(prefix, options, world)
     dataset = open_dataset(arguments)
@@ -18,18 +19,18 @@ def _trainer(prefix, options, world=1):
 
 
 def _plans(split, steps):
-    from mft_megatron.data.step_plan import plan_step
+    from mft_megatron.data.loading.step_plan import plan_step
 
     return [plan_step(split, seed=1, global_batch_size=8, consumed_samples=8 * step) for step in range(steps)]
 
 
 def _overflow(prefix, options, world):
     """Per step: whether it overflowed, its loss scale, whether weights moved, steps of the schedule and of Adam."""
-    from mft_megatron.mcore import parallel
-    from mft_megatron.mcore.optimizer_state import stored_state
+    from mft_megatron.mcore.optim.checkpointed_state import stored_state
+    from mft_megatron.mcore.parallel import process_groups
 
     arguments = arguments_for(prefix, options, world)
-    with parallel.process_groups(arguments.distributed, 1):
+    with process_groups.process_groups(arguments.distributed, 1):
         trainer, split = _trainer(prefix, options, world)
         facts = []
         for plan in _plans(split, 5):
@@ -109,10 +110,10 @@ def test_half_precision_stays_close_to_fp32(dataset_prefix, options, tolerance):
 
 
 def _gradient_dtypes(prefix, options):
-    from mft_megatron.mcore import parallel
+    from mft_megatron.mcore.parallel import process_groups
 
     arguments = arguments_for(prefix, options, 1)
-    with parallel.process_groups(arguments.distributed, 1):
+    with process_groups.process_groups(arguments.distributed, 1):
         trainer, _ = _trainer(prefix, options)
         chunk = trainer.chunks[0]
         return {str(parameter.main_grad.dtype) for parameter in chunk.parameters()}, chunk.config.params_dtype
@@ -133,11 +134,11 @@ def _sgd(prefix, momentum):
     """Weights after two steps of the optimizer, and of SGD by hand with what the gradients were."""
     import torch
 
-    from mft_megatron.mcore import parallel
+    from mft_megatron.mcore.parallel import process_groups
 
     options = f"--optimizer sgd --sgd-momentum {momentum} --clip-grad 0 --lr-decay-style constant --lr 0.1"
     arguments = arguments_for(prefix, options, 1)
-    with parallel.process_groups(arguments.distributed, 1):
+    with process_groups.process_groups(arguments.distributed, 1):
         trainer, split = _trainer(prefix, options)
         weight = trainer.chunks[0].module.output_layer.weight
         expected, velocity = weight.detach().clone(), torch.zeros_like(weight)
@@ -155,10 +156,10 @@ def test_sgd_is_sgd(dataset_prefix, momentum):
 
 
 def _zeros(prefix, options, world):
-    from mft_megatron.mcore import parallel
+    from mft_megatron.mcore.parallel import process_groups
 
     arguments = arguments_for(prefix, f"{options} --log-num-zeros-in-grad", world)
-    with parallel.process_groups(arguments.distributed, 1):
+    with process_groups.process_groups(arguments.distributed, 1):
         trainer, split = _trainer(prefix, f"{options} --log-num-zeros-in-grad", world)
         report = trainer.train_step(split, _plans(split, 1)[0])
         counted = [int((p.main_grad == 0).sum()) for p in trainer.chunks[0].parameters()]
@@ -174,10 +175,10 @@ def test_zeros_of_gradients_are_counted(dataset_prefix):
 
 def _refused(prefix, options):
     from mft_megatron.errors import InputError
-    from mft_megatron.mcore import parallel
+    from mft_megatron.mcore.parallel import process_groups
 
     arguments = arguments_for(prefix, options, 1)
-    with parallel.process_groups(arguments.distributed, 1):
+    with process_groups.process_groups(arguments.distributed, 1):
         try:
             _trainer(prefix, options)
         except InputError as error:

@@ -4,10 +4,12 @@ import functools
 
 import numpy as np
 import pytest
-from adapters import FOR_GRADIENTS, _adapters, content_of, whole_adapters
-from layouts import Layout
-from ranks import run_on_ranks
-from run import arguments_for, data_seed, open_dataset, plans_of
+
+from mft_megatron.mcore.model.parameters import weight_norm
+from tests.parallel.adapters import FOR_GRADIENTS, _adapters, content_of, whole_adapters
+from tests.parallel.layouts import Layout
+from tests.parallel.run import arguments_for, data_seed, open_dataset, plans_of
+from tests.ranks import run_on_ranks
 
 # Two ranks have whole blocks of 64 of each row; and groups of 256 blocks end within rows, in the second rank's part.
 SHAPE = "--hidden-size 128 --ffn-hidden-size 384 --num-layers 2 --lora-rank 4"
@@ -56,7 +58,7 @@ def through_four_bits(network, name, weight):
     """A whole weight after each of its matrices has been quantised by itself."""
     import torch
 
-    from mft_megatron.mcore import nf4
+    from mft_megatron.mcore.adapters import nf4
 
     reference, again = nf4.Reference(), torch.empty_like(weight)
     for rows in rows_of_sources(network, name, len(weight)):
@@ -92,8 +94,8 @@ def qlora_arguments(prefix, options, world_size, peft="qlora", shape="llama"):
 
 def make_trainer(arguments, dataset, quantized=False):
     """Its base filled, and adapters that all matter. ``quantized``: what it is filled with went through 4 bits."""
-    from mft_megatron.mcore.fill import fill_weights
-    from mft_megatron.mcore.step import Trainer
+    from mft_megatron.mcore.checkpointing.load_weights import fill_weights
+    from mft_megatron.mcore.trainer import Trainer
 
     trainer = Trainer(arguments, dataset.vocab_size, np.array([1.0, 2.0, 0.5, 3.0]))
     fill_weights(trainer, reader(arguments.network, quantized))
@@ -103,12 +105,12 @@ def make_trainer(arguments, dataset, quantized=False):
 
 def train(prefix, options, world_size, peft, quantized, steps=2, shape="llama"):
     """Losses and gradient norms, the adapters' gradients of the first step, and the adapters after the last."""
-    from mft_megatron.mcore import parallel
+    from mft_megatron.mcore.parallel import process_groups
 
     arguments = qlora_arguments(prefix, options, world_size, peft, shape)
     dataset = open_dataset(arguments)
     split = dataset.split("train")
-    with parallel.process_groups(arguments.distributed, arguments.initialization.seed):
+    with process_groups.process_groups(arguments.distributed, arguments.initialization.seed):
         trainer = make_trainer(arguments, dataset, quantized)
         curve, gradients = [], None
         for plan in plans_of(split, data_seed(split), steps):
@@ -201,8 +203,9 @@ def inspect(prefix, options, world_size, shape):
 
     import torch
 
-    from mft_megatron.mcore import parallel, quantized
-    from mft_megatron.mcore.fill import fill_weights
+    from mft_megatron.mcore.adapters import quantized_linear as quantized
+    from mft_megatron.mcore.checkpointing.load_weights import fill_weights
+    from mft_megatron.mcore.parallel import process_groups
 
     arguments = qlora_arguments(prefix, options, world_size, shape=shape)
     dataset = open_dataset(arguments)
@@ -222,7 +225,7 @@ def inspect(prefix, options, world_size, shape):
         return part
 
     most = []
-    with parallel.process_groups(arguments.distributed, arguments.initialization.seed):
+    with process_groups.process_groups(arguments.distributed, arguments.initialization.seed):
         trainer = make_trainer(arguments, dataset)
         fill_weights(trainer, reading)
         model = trainer.chunks[0].module
@@ -268,13 +271,17 @@ def test_memory(dataset_prefix, options, shape):
 
 
 def count(prefix, options, world_size, peft, quantized):
-    from mft_megatron.mcore import parallel
+    from mft_megatron.mcore.parallel import process_groups
 
     arguments = qlora_arguments(prefix, options, world_size, peft)
     dataset = open_dataset(arguments)
-    with parallel.process_groups(arguments.distributed, arguments.initialization.seed):
+    with process_groups.process_groups(arguments.distributed, arguments.initialization.seed):
         trainer = make_trainer(arguments, dataset, quantized)
-        return trainer.num_parameters(), trainer.num_parameters(trained=True), parallel.weight_norm(trainer.chunks)
+        return (
+            trainer.num_parameters(),
+            trainer.num_parameters(trained=True),
+            weight_norm(trainer.chunks),
+        )
 
 
 @pytest.mark.slow

@@ -1,7 +1,8 @@
 """Activations computed again: the same numbers, bit for bit, as when they are kept, with dropout and any layout."""
 
 import pytest
-from ranks import run_on_ranks
+
+from tests.ranks import run_on_ranks
 
 FULL = "--recompute-granularity full --recompute-method"
 SELECTIVE = "--recompute-granularity selective --recompute-modules"
@@ -45,12 +46,12 @@ def steps_of(prefix, layout, world_size, variants, shape="llama"):
     from megatron.core import tensor_parallel
     from megatron.core.transformer.mlp import MLP
     from megatron.core.transformer.transformer_layer import TransformerLayer
-    from run import arguments_for, open_dataset, plans_of
 
-    from mft_megatron.mcore import parallel
-    from mft_megatron.mcore.attention import PackedAttention
-    from mft_megatron.mcore.norm import LayerNorm, RMSNorm
-    from mft_megatron.mcore.step import Trainer
+    from mft_megatron.mcore.attention.packed_attention import PackedAttention
+    from mft_megatron.mcore.model.norm import LayerNorm, RMSNorm
+    from mft_megatron.mcore.parallel import process_groups
+    from mft_megatron.mcore.trainer import Trainer
+    from tests.parallel.run import arguments_for, open_dataset, plans_of
 
     def count(owner, method, name):
         original = getattr(owner, method)
@@ -75,7 +76,7 @@ def steps_of(prefix, layout, world_size, variants, shape="llama"):
     arguments = arguments_for(prefix, layout, world_size, shape)
     dataset = open_dataset(arguments)
     split = dataset.split("train")
-    with parallel.process_groups(arguments.distributed, arguments.initialization.seed):
+    with process_groups.process_groups(arguments.distributed, arguments.initialization.seed):
         for name, extra in variants.items():
             torch.manual_seed(5)
             tensor_parallel.model_parallel_cuda_manual_seed(5, force_reset_rng=True)

@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-from made_dataset import write_dataset
-from ranks import free_port, run_on_ranks
-from run import arguments_for
+
+from tests.made_dataset import write_dataset
+from tests.parallel.run import arguments_for
+from tests.ranks import free_port, run_on_ranks
 
 SMALL = "--num-layers 2 --hidden-size 32 --global-batch-size 8 --train-iters 4 --log-interval 2 --eval-interval 2"
 WHOLE = (
@@ -33,7 +34,7 @@ def _run(prefix, runs, world_size):
     import os
     import signal
 
-    from mft_megatron.mcore.step import Trainer
+    from mft_megatron.mcore.trainer import Trainer
     from mft_megatron.training.pretrain import pretrain
 
     train_step = Trainer.train_step
@@ -107,7 +108,7 @@ def test_what_is_logged_changes_no_number(folder):
 
 
 def test_the_norm_of_all_weights(folder):
-    from mft_megatron.mcore.tensor_reader import TensorReader
+    from mft_megatron.mcore.checkpointing.tensor_reader import TensorReader
 
     reader = TensorReader(folder / "whole" / "iter_0000004")
     names = [name for name in reader.names() if name.startswith(("embedding.", "decoder.", "output_layer."))]

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from ranks import run_on_ranks
-from run import arguments_for, open_dataset, plans_of
+from tests.parallel.run import arguments_for, open_dataset, plans_of
+from tests.ranks import run_on_ranks
 
 OPTIONS = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --async-save --save"
 
@@ -11,7 +11,7 @@ OPTIONS = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gat
 def _trainer(prefix, options, world):
     import numpy as np
 
-    from mft_megatron.mcore.step import Trainer
+    from mft_megatron.mcore.trainer import Trainer
 
     arguments = arguments_for(prefix, options, world)
     dataset = open_dataset(arguments)
@@ -19,10 +19,10 @@ def _trainer(prefix, options, world):
 
 
 def _info(step):
-    from mft_megatron.mcore import parallel
+    from mft_megatron.mcore.parallel import process_groups
     from mft_megatron.run_folder import CheckpointInfo
 
-    return CheckpointInfo(step, 0, {}, 500, {}, "", 1, 8, layout=parallel.layout())
+    return CheckpointInfo(step, 0, {}, 500, {}, "", 1, 8, layout=process_groups.layout())
 
 
 def _newest(folder):
@@ -34,11 +34,12 @@ def _save_twice(prefix, folder, world):
     """A step, a save in the background with two steps meanwhile, and another one; facts in the order of time."""
     import dataclasses
 
-    from mft_megatron.mcore import checkpoint, parallel
+    from mft_megatron.mcore.checkpointing import checkpoint
+    from mft_megatron.mcore.parallel import process_groups
 
     arguments = arguments_for(prefix, f"{OPTIONS} {folder}", world)
     facts = []
-    with parallel.process_groups(arguments.distributed, 1):
+    with process_groups.process_groups(arguments.distributed, 1):
         trainer, split = _trainer(prefix, f"{OPTIONS} {folder}", world)
         plans = plans_of(split, 1)
         trainer.train_step(split, plans[0])
@@ -49,12 +50,12 @@ def _save_twice(prefix, folder, world):
         facts.append(_newest(folder))
         for plan in plans[1:3]:
             trainer.train_step(split, plan)
-        parallel.wait()
+        process_groups.wait()
         facts.append("trained")
         writer.save(Path(folder), trainer, _info(3), None, lambda: facts.append("complete 3"))
-        parallel.wait()
+        process_groups.wait()
         facts.append(_newest(folder))
-        parallel.wait()
+        process_groups.wait()
         while facts[-1] != "complete 3":
             writer.poll()
         facts.append(_newest(folder))
@@ -84,17 +85,18 @@ def _lose_a_writer(prefix, folder, world):
     from megatron.core.dist_checkpointing.strategies.async_utils import TemporalAsyncCaller
 
     from mft_megatron.errors import InputError
-    from mft_megatron.mcore import checkpoint, parallel
+    from mft_megatron.mcore.checkpointing import checkpoint
+    from mft_megatron.mcore.parallel import process_groups
 
     arguments = arguments_for(prefix, f"{OPTIONS} {folder}", world)
-    with parallel.process_groups(arguments.distributed, 1):
+    with process_groups.process_groups(arguments.distributed, 1):
         trainer, split = _trainer(prefix, f"{OPTIONS} {folder}", world)
         trainer.train_step(split, plans_of(split, 1)[0])
         writer = checkpoint.Writer(arguments.checkpoint)
         writer.save(Path(folder), trainer, _info(1))
         writer.finish()
         schedule = TemporalAsyncCaller.schedule_async_call
-        if not parallel.is_main():
+        if not process_groups.is_main():
             TemporalAsyncCaller.schedule_async_call = lambda self, request: schedule(
                 self, request._replace(async_fn=_die, preload_fn=None)
             )
@@ -119,7 +121,7 @@ def _diverge(prefix, folder):
     import torch
 
     from mft_megatron.errors import InputError
-    from mft_megatron.mcore.step import Trainer
+    from mft_megatron.mcore.trainer import Trainer
     from mft_megatron.training.pretrain import pretrain
     from mft_megatron.training.saving import Saver
 

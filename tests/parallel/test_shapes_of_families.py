@@ -2,8 +2,9 @@
 gates with GELU, scaled embeddings."""
 
 import pytest
-from ranks import run_on_ranks
-from run import train
+
+from tests.parallel.run import train
+from tests.ranks import run_on_ranks
 
 NEOX = (
     "--position-embedding-type rope --normalization LayerNorm --openai-gelu --parallel-residual --rotary-percent 0.5 "

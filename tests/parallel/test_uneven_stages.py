@@ -5,8 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ranks import run_on_ranks
-from run import arguments_for, open_dataset, plans_of
+
+from tests.parallel.run import arguments_for, open_dataset, plans_of
+from tests.ranks import run_on_ranks
 
 PP2, PP4 = "--pipeline-model-parallel-size 2", "--pipeline-model-parallel-size 4"
 FIRST, LAST = "--decoder-first-pipeline-num-layers", "--decoder-last-pipeline-num-layers"
@@ -47,13 +48,14 @@ MORE = {
 
 def _train(prefix, extra, world, shape, steps, folder=None, save_after=None):
     """Layers of each chunk of this rank, and loss and gradient norm of each step; saved, or from what was saved."""
-    from mft_megatron.mcore import checkpoint, parallel
-    from mft_megatron.mcore.step import Trainer
+    from mft_megatron.mcore.checkpointing import checkpoint
+    from mft_megatron.mcore.parallel import process_groups
+    from mft_megatron.mcore.trainer import Trainer
     from mft_megatron.run_folder import CheckpointInfo, latest_checkpoint
 
     arguments = arguments_for(prefix, extra, world, shape)
     dataset = open_dataset(arguments)
-    with parallel.process_groups(arguments.distributed, arguments.initialization.seed):
+    with process_groups.process_groups(arguments.distributed, arguments.initialization.seed):
         trainer = Trainer(arguments, dataset.vocab_size, np.array([1.0, 2.0, 0.5, 3.0]))
         layers = [[layer.layer_number for layer in chunk.module.decoder.layers] for chunk in trainer.chunks]
         curve, start = [], 0
@@ -65,7 +67,7 @@ def _train(prefix, extra, world, shape, steps, folder=None, save_after=None):
             report = trainer.train_step(dataset.split("train"), plan)
             curve.append((report.loss, report.grad_norm))
             if number == save_after:
-                info = CheckpointInfo(number, 0, {}, dataset.vocab_size, {}, "", 1, 8, layout=parallel.layout())
+                info = CheckpointInfo(number, 0, {}, dataset.vocab_size, {}, "", 1, 8, layout=process_groups.layout())
                 checkpoint.save(Path(folder), trainer, info, arguments.checkpoint)
         return layers, curve
 
@@ -117,7 +119,9 @@ def test_a_checkpoint_goes_on_in_another_split(dataset_prefix, tmp_path, layout)
 
 def test_megatron_core_shares_out_the_same(monkeypatch):
     """What the options' checks count with is what Megatron-Core builds."""
-    from mft_megatron.mcore.config import transformer_config  # first, for it readies Megatron-Core for this machine
+    from mft_megatron.mcore.model.config import (
+        transformer_config,  # first, for it readies Megatron-Core for this machine
+    )
 
     from megatron.core import parallel_state  # isort: skip
     from megatron.core.transformer.transformer_block import get_num_layers_to_build

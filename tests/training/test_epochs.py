@@ -5,15 +5,15 @@ import types
 
 import numpy as np
 import pytest
-from made_dataset import write_dataset
 
-from mft_megatron.data.dataset import PackedDataset
-from mft_megatron.data.step_plan import plan_step
-from mft_megatron.data.usage import UsageByEpoch, planned_usage
+from mft_megatron.data.loading.dataset import PackedDataset
+from mft_megatron.data.loading.step_plan import plan_step
+from mft_megatron.data.loading.usage import UsageByEpoch, planned_usage
 from mft_megatron.errors import InputError
 from mft_megatron.training import epochs
 from mft_megatron.training.epochs import EpochProof
 from mft_megatron.training.progress import Progress
+from tests.made_dataset import write_dataset
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +25,8 @@ def dataset(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def one_rank(monkeypatch):
-    monkeypatch.setattr(epochs.parallel, "sum_over_data", lambda values: values.copy())
-    monkeypatch.setattr(epochs.parallel, "any_rank", bool)
+    monkeypatch.setattr(epochs.process_groups, "sum_over_data", lambda values: values.copy())
+    monkeypatch.setattr(epochs.process_groups, "any_rank", bool)
 
 
 class Log(list):

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from mft_megatron.arguments import parse_arguments
-from mft_megatron.data.dataset import PackedDataset
+from mft_megatron.arguments.command import parse_arguments
+from mft_megatron.data.loading.dataset import PackedDataset
 from mft_megatron.errors import InputError
 from mft_megatron.training import evaluation
 from mft_megatron.training.evaluation import Evaluation

@@ -10,7 +10,7 @@ import torch
 
 from mft_megatron.batch import StepPlan
 from mft_megatron.errors import InputError
-from mft_megatron.mcore.step import StepReport
+from mft_megatron.mcore.trainer import StepReport
 from mft_megatron.training import pretrain
 from mft_megatron.training.progress import Progress
 from mft_megatron.training.records import train_record

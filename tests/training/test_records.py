@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from mft_megatron.arguments import LoggingArguments
+from mft_megatron.arguments.groups.logging import LoggingArguments
 from mft_megatron.batch import StepPlan
 from mft_megatron.errors import InputError
-from mft_megatron.mcore.step import StepReport
+from mft_megatron.mcore.trainer import StepReport
 from mft_megatron.training.progress import Progress
 from mft_megatron.training.records import event_record, share_warning, train_record, valid_record
 from mft_megatron.training.run_log import RunLog

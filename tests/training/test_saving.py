@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from mft_megatron.arguments import parse_arguments
-from mft_megatron.data.dataset import PackedDataset
+from mft_megatron.arguments.command import parse_arguments
+from mft_megatron.data.loading.dataset import PackedDataset
 from mft_megatron.errors import InputError
-from mft_megatron.mcore import checkpoint, parallel
+from mft_megatron.mcore.checkpointing import checkpoint
+from mft_megatron.mcore.parallel import process_groups
 from mft_megatron.run_folder import (
     INFO,
     TRACKER,
@@ -81,12 +82,12 @@ class Killed(BaseException):
 
 
 def fake_load(path, trainer, info, options):
-    """What :func:`mft_megatron.mcore.checkpoint.load` returns."""
+    """What :func:`mft_megatron.mcore.checkpointing.checkpoint.load` returns."""
     return {} if options.finetune else json.loads((path / "weights").read_text())
 
 
 def fake_save(writer, folder, trainer, info, state, when_complete):
-    """What :meth:`mft_megatron.mcore.checkpoint.Writer.save` does with the run folder."""
+    """What :meth:`mft_megatron.mcore.checkpointing.checkpoint.Writer.save` does with the run folder."""
     path = iteration_folder(folder, info.iteration)
     path.mkdir(parents=True, exist_ok=True)
     (path / "weights").write_text(json.dumps(state))
@@ -132,8 +133,8 @@ def job(dataset_prefix, tmp_path, monkeypatch):
     """Start a job, or start it again; all have the same run folder."""
     monkeypatch.setattr(checkpoint.Writer, "save", fake_save)
     monkeypatch.setattr(checkpoint, "load", fake_load)
-    monkeypatch.setattr(parallel, "layout", dict)
-    monkeypatch.setattr(parallel, "is_main", lambda: True)
+    monkeypatch.setattr(process_groups, "layout", dict)
+    monkeypatch.setattr(process_groups, "is_main", lambda: True)
     return lambda words="": Job(dataset_prefix, tmp_path / "run", words)
 
 
@@ -180,7 +181,7 @@ def test_a_run_without_a_folder_saves_nothing(dataset_prefix):
 def test_other_ranks_touch_nothing(job, monkeypatch):
     run = job()
     run.step(10, best=True)
-    monkeypatch.setattr(parallel, "is_main", lambda: False)
+    monkeypatch.setattr(process_groups, "is_main", lambda: False)
     assert run.step(20, best=True) == [10, 20]
     assert run.best() == 10
     again = job()

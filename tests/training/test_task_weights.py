@@ -2,7 +2,7 @@
 
 import pytest
 
-from mft_megatron.arguments import MultiTaskArguments
+from mft_megatron.arguments.groups.multi_task import MultiTaskArguments
 from mft_megatron.errors import InputError
 from mft_megatron.training.task_weights import initial_weights, task_numbers, weights_of_data
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mft_megatron.arguments import parse_arguments
+from mft_megatron.arguments.command import parse_arguments
 from mft_megatron.training.throughput import step_operations
 
 WORDS = (

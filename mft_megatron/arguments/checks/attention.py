@@ -1,7 +1,7 @@
 """Whether the kernel that is asked for can compute this model's attention."""
 
-from mft_megatron.arguments.attention import AttentionShape, limit_of
 from mft_megatron.arguments.table import Arguments
+from mft_megatron.arguments.values.attention import AttentionShape, limit_of
 
 
 def check_attention(a: Arguments) -> str | None:

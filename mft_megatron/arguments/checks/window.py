@@ -1,7 +1,7 @@
 """Whether each layer is told if it has a window."""
 
-from mft_megatron.arguments.layer_pattern import numbers_of
 from mft_megatron.arguments.table import Arguments
+from mft_megatron.arguments.values.layer_pattern import numbers_of
 
 
 def check_window(a: Arguments) -> str | None:

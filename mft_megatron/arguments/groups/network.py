@@ -3,10 +3,10 @@
 import dataclasses
 import json
 
-from mft_megatron.arguments.expert_layers import expert_layers
-from mft_megatron.arguments.layer_pattern import layer_frequency
-from mft_megatron.arguments.rope_scaling import RopeScaling, read_rope_scaling, rope_scaling
-from mft_megatron.arguments.window import window_size
+from mft_megatron.arguments.values.expert_layers import expert_layers
+from mft_megatron.arguments.values.layer_pattern import layer_frequency
+from mft_megatron.arguments.values.rope_scaling import RopeScaling, read_rope_scaling, rope_scaling
+from mft_megatron.arguments.values.window import window_size
 from mft_megatron.options import option
 
 

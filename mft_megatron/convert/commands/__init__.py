@@ -1,0 +1,1 @@
+"""Command lines of ``tools/convert_checkpoint.py`` and ``tools/quantize_hf.py``."""

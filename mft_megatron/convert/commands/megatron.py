@@ -1,0 +1,46 @@
+"""``tools/convert_checkpoint.py megatron-to-mcore``."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from mft_megatron.options import option, read_options
+
+
+@dataclasses.dataclass(frozen=True)
+class MegatronOptions:
+    """A torch_dist checkpoint of Megatron-LM or Megatron-Bridge becomes one that --load takes; the weights alone."""
+
+    load: str | None = option(
+        None,
+        "Folder with latest_checkpointed_iteration.txt, or one iter_NNNNNNN or release folder.",
+        type=str,
+        metavar="DIR",
+    )
+    save: str | None = option(None, "Folder to write, to be given as --load; must not exist.", type=str, metavar="CKPT")
+    ckpt_step: int | None = option(None, "Take this iteration instead of the newest.", type=int, at_least=0)
+    vocab_size: int | None = option(
+        None,
+        "Tokens of the tokenizer; rows beyond them pad the vocabulary there and are left out.",
+        type=int,
+        at_least=1,
+    )
+    hf: str | None = option(
+        None,
+        "Hugging Face folder of the same architecture: an export gets its configuration and tokenizer, and its "
+        "vocab_size is taken.",
+        type=str,
+        metavar="DIR",
+    )
+
+
+def megatron_to_mcore(command_line: Sequence[str]) -> None:
+    """Convert a checkpoint that another program on Megatron-Core wrote."""
+    program = "convert_checkpoint.py megatron-to-mcore"
+    options = read_options(MegatronOptions, command_line, program, required=("load", "save"))
+    from mft_megatron.convert.megatron.model_import import import_megatron
+
+    hf = Path(options.hf) if options.hf else None
+    path, info = import_megatron(Path(options.load), Path(options.save), options.vocab_size, hf, options.ckpt_step)
+    layers = info.architecture["num_layers"]
+    print(f"{path} -> {options.save}: {layers} layers, {info.precision}, vocabulary of {info.vocab_size:,}")

@@ -1,0 +1,1 @@
+"""Hugging Face models, both ways: folders, configurations, families, weights."""

@@ -1,0 +1,1 @@
+"""Model families: one declarative table a file; ``table`` lists them by ``model_type``."""

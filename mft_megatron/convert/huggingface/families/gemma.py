@@ -1,0 +1,34 @@
+"""Gemma and CodeGemma: like Llama, with GELU in the gate, scaled embeddings, norms less 1, heads of their own size.
+
+Gemma 2 and 3 norm what leaves attention and MLP, too, and cap or mix attention; they are other architectures.
+"""
+
+from mft_megatron.convert.huggingface.config_entries import Fixed, Flag, Heads, Number, Only, Rope, TanhGelu
+from mft_megatron.convert.huggingface.family import Family
+
+from .llama import SHAPE, llama_rows
+
+GEMMA = Family(
+    name="Gemma",
+    model_type="gemma",
+    architecture="GemmaForCausalLM",
+    rows=llama_rows,
+    entries=(
+        *SHAPE,
+        Fixed(
+            normalization="RMSNorm",
+            apply_layernorm_1p=True,
+            gated_linear_unit=True,
+            scale_embeddings_by_hidden_size=True,
+            add_bias_linear=False,
+        ),
+        TanhGelu("hidden_act", "hidden_activation"),
+        Number("norm_epsilon", "rms_norm_eps", 1e-6, float),
+        Only("attention_bias", False),
+        Only("use_bidirectional_attention", False, None),
+        Heads(groups=16, head=256),
+        Number("max_position_embeddings", "max_position_embeddings", 8192),
+        Rope(),
+        Flag("tie_embeddings", "tie_word_embeddings", True),
+    ),
+)

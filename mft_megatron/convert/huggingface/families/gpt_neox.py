@@ -1,0 +1,66 @@
+"""GPT-NeoX and Pythia: LayerNorm, GELU, biases everywhere, partly rotated heads, attention and MLP side by side."""
+
+from mft_megatron.arguments.groups.network import NetworkArguments
+from mft_megatron.convert.huggingface.config_entries import (
+    Activation,
+    Fixed,
+    Flag,
+    Heads,
+    Number,
+    Only,
+    PartialRope,
+    Vocabulary,
+)
+from mft_megatron.convert.huggingface.family import Family, Row
+from mft_megatron.convert.huggingface.row_layouts import qkv_in_groups, whole
+
+_OURS = "decoder.layers."
+_THEIRS = "gpt_neox.layers.{}."
+# of ours, of theirs, rows, columns; each with a bias
+_LINEAR = (
+    ("self_attention.linear_qkv.", "attention.query_key_value.", qkv_in_groups, "hidden"),
+    ("self_attention.linear_proj.", "attention.dense.", whole("hidden"), "attention"),
+    ("mlp.linear_fc1.", "mlp.dense_h_to_4h.", whole("ffn"), "hidden"),
+    ("mlp.linear_fc2.", "mlp.dense_4h_to_h.", whole("hidden"), "ffn"),
+)
+_NORMS = (
+    (_OURS + "self_attention.linear_qkv.layer_norm_", _THEIRS + "input_layernorm."),
+    (_OURS + "mlp.linear_fc1.layer_norm_", _THEIRS + "post_attention_layernorm."),
+    ("decoder.final_layernorm.", "gpt_neox.final_layer_norm."),
+)
+
+
+def _rows(architecture: NetworkArguments) -> tuple[Row, ...]:
+    rows = [Row("embedding.word_embeddings.weight", ("gpt_neox.embed_in.weight",), whole("vocab"), "hidden")]
+    for ours, theirs, kind, columns in _LINEAR:
+        rows.append(Row(f"{_OURS}{ours}weight", (f"{_THEIRS}{theirs}weight",), kind, columns))
+        rows.append(Row(f"{_OURS}{ours}bias", (f"{_THEIRS}{theirs}bias",), kind))
+    rows += [
+        Row(ours + part, (theirs + part,), whole("hidden")) for ours, theirs in _NORMS for part in ("weight", "bias")
+    ]
+    if not architecture.tie_embeddings:
+        rows.append(Row("output_layer.weight", ("embed_out.weight",), whole("vocab"), "hidden"))
+    return tuple(rows)
+
+
+GPT_NEOX = Family(
+    name="GPT-NeoX",
+    model_type="gpt_neox",
+    architecture="GPTNeoXForCausalLM",
+    rows=_rows,
+    entries=(
+        Vocabulary(),
+        Number("num_layers", "num_hidden_layers"),
+        Number("hidden_size", "hidden_size"),
+        Number("ffn_hidden_size", "intermediate_size"),
+        Fixed(normalization="LayerNorm", add_bias_linear=True),
+        Only("attention_bias", True),
+        Activation("hidden_act"),
+        Number("norm_epsilon", "layer_norm_eps", 1e-5, float),
+        Heads(has_groups=False),
+        Number("max_position_embeddings", "max_position_embeddings", 2048),
+        PartialRope(),
+        Flag("parallel_residual", "use_parallel_residual", True),
+        Flag("tie_embeddings", "tie_word_embeddings", False),
+    ),
+)

@@ -1,0 +1,23 @@
+"""Mistral: like Llama, with a sliding window."""
+
+from mft_megatron.convert.huggingface.config_entries import Fixed, Flag, Heads, Number, Rope, Window
+from mft_megatron.convert.huggingface.family import Family
+
+from .llama import GATED, SHAPE, llama_rows
+
+MISTRAL = Family(
+    name="Mistral",
+    model_type="mistral",
+    architecture="MistralForCausalLM",
+    rows=llama_rows,
+    entries=(
+        *SHAPE,
+        *GATED,
+        Fixed(add_bias_linear=False),
+        Heads(groups=8),
+        Number("max_position_embeddings", "max_position_embeddings", 131072),
+        Rope(),
+        Window(default=4096),
+        Flag("tie_embeddings", "tie_word_embeddings", False),
+    ),
+)

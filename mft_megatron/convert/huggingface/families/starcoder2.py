@@ -1,0 +1,44 @@
+"""StarCoder2: LayerNorm, GELU by its tanh approximation, biases everywhere, a sliding window, tied embeddings."""
+
+from mft_megatron.arguments.groups.network import NetworkArguments
+from mft_megatron.convert.huggingface.config_entries import Biases, Fixed, Flag, Heads, Number, Only, Rope, Window
+from mft_megatron.convert.huggingface.family import Family, Row
+from mft_megatron.convert.huggingface.row_layouts import whole
+
+from .llama import SHAPE, model_rows
+
+_OURS = "decoder.layers.mlp."
+_THEIRS = "model.layers.{}.mlp."
+
+
+def _rows(architecture: NetworkArguments) -> tuple[Row, ...]:
+    rows = [
+        Row(_OURS + "linear_fc1.weight", (_THEIRS + "c_fc.weight",), whole("ffn"), "hidden"),
+        Row(_OURS + "linear_fc2.weight", (_THEIRS + "c_proj.weight",), whole("hidden"), "ffn"),
+    ]
+    if architecture.add_bias_linear:
+        rows.append(Row(_OURS + "linear_fc1.bias", (_THEIRS + "c_fc.bias",), whole("ffn")))
+        rows.append(Row(_OURS + "linear_fc2.bias", (_THEIRS + "c_proj.bias",), whole("hidden")))
+    return model_rows(architecture, tuple(rows))
+
+
+STARCODER2 = Family(
+    name="StarCoder2",
+    model_type="starcoder2",
+    architecture="Starcoder2ForCausalLM",
+    rows=_rows,
+    entries=(
+        *SHAPE,
+        Fixed(normalization="LayerNorm", openai_gelu=True),
+        Only("hidden_act", "gelu_pytorch_tanh", "gelu_new"),
+        Only("mlp_type", "default"),
+        Only("norm_type", "layer_norm"),
+        Number("norm_epsilon", "norm_epsilon", 1e-5, float),
+        Heads(groups=2),
+        Number("max_position_embeddings", "max_position_embeddings", 4096),
+        Rope(),
+        Window(default=None),
+        Biases("use_bias", default=True),
+        Flag("tie_embeddings", "tie_word_embeddings", True),
+    ),
+)

@@ -1,0 +1,1 @@
+"""Adapters in PEFT's format, both ways; listing and merging them."""

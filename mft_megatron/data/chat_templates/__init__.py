@@ -1,0 +1,1 @@
+"""Turns of a conversation to text in which the supervised spans are known."""

@@ -1,0 +1,98 @@
+"""What each step consumes: a pure function of (data set, split, seed, global batch size, consumed samples).
+
+The packs form an endless stream: epoch after epoch, each in an order of its own. A global batch takes the next packs of
+the stream, so an epoch uses every pack exactly once, for any data-parallel size, and the last, incomplete global batch
+of an epoch is filled from the next. Every rank computes the same plan; resuming needs one number.
+
+Which rank gets which rows of a global batch is decided by what they cost (:func:`deal_plan`). That changes nothing but
+the order of a sum.
+"""
+
+import functools
+from collections.abc import Iterator
+
+import numpy as np
+
+from mft_megatron.batch import Ranks, StepPlan
+from mft_megatron.data import _sample_index
+from mft_megatron.data.permutation import named_order
+
+from .dataset import PackedSplit
+
+
+def plan_step(split: PackedSplit, *, seed: int, global_batch_size: int, consumed_samples: int) -> StepPlan:
+    """The plan of the step that comes after ``consumed_samples`` packs.
+
+    Raises:
+        ValueError: ``consumed_samples`` is negative or ``global_batch_size`` below 1.
+    """
+    if consumed_samples < 0 or global_batch_size < 1:
+        raise ValueError(f"consumed_samples {consumed_samples}, global_batch_size {global_batch_size}")
+    stream = np.arange(consumed_samples, consumed_samples + global_batch_size)
+    epochs_G, places = np.divmod(stream, split.num_packs)
+    packs_G = np.empty(global_batch_size, np.int64)
+    for epoch in np.unique(epochs_G):
+        order = epoch_order(split.dataset.dataset_hash, split.name, seed, int(epoch), split.num_packs)
+        packs_G[epochs_G == epoch] = order[places[epochs_G == epoch]]
+    return _plan(split, packs_G, epochs_G)
+
+
+def plan_evaluation(split: PackedSplit, global_batch_size: int) -> Iterator[StepPlan]:
+    """Plans that go through the whole split once, in order; the last is filled up with empty rows."""
+    for start in range(0, split.num_packs, global_batch_size):
+        packs_G = np.arange(start, start + global_batch_size)
+        packs_G[packs_G >= split.num_packs] = -1
+        yield _plan(split, packs_G, np.zeros_like(packs_G))
+
+
+def _plan(split: PackedSplit, packs_G: np.ndarray, epochs_G: np.ndarray) -> StepPlan:
+    return StepPlan(packs_G, *split.counts(packs_G), epochs_G, row_costs(split, packs_G))
+
+
+def row_costs(split: PackedSplit, packs_G: np.ndarray) -> np.ndarray:
+    """What each row costs to compute, int64 [G]; 0 for -1, the empty pack.
+
+    Packed rows differ in their attention alone: Σ length² of their segments. Padded rows differ in everything, since
+    they are only as wide as they must be: their length.
+    """
+    pieces, number = split.pieces_of_packs(packs_G)
+    row = np.repeat(np.arange(len(packs_G)), number)
+    lengths = pieces.lengths if split.dataset.joined or split.dataset.padded else pieces.lengths**2
+    costs_G = np.zeros(len(packs_G), np.int64)
+    np.add.at(costs_G, row, lengths)
+    return costs_G**2 if split.dataset.joined else costs_G
+
+
+def deal_plan(plan: StepPlan, ranks: Ranks, micro_batch_size: int, padded: bool) -> np.ndarray:
+    """The rows of one data-parallel rank: places in the plan, int64 [micro-batches, ``micro_batch_size``].
+
+    All ranks get the same number of rows of about the same cost, from the dearest to the cheapest, so that what
+    computes at the same time costs about the same. A rank alone takes packed rows as they come.
+
+    Args:
+        plan: of the step; empty rows cost nothing and are dealt like all others.
+        ranks: which rank of how many.
+        micro_batch_size: rows of a micro-batch.
+        padded: a micro-batch is as wide as its longest row, so rows of like length share one, and micro-batches are
+            dealt instead of rows.
+
+    Raises:
+        ValueError: G is not a multiple of ``micro_batch_size * data_size``.
+    """
+    if len(plan.packs_G) % (micro_batch_size * ranks.data_size):
+        raise ValueError(f"{len(plan.packs_G)} rows for {ranks.data_size} ranks, {micro_batch_size} at a time")
+    if padded:
+        micro_batches = np.argsort(-plan.costs_G, kind="stable").reshape(-1, micro_batch_size)
+        widths = np.ascontiguousarray(plan.costs_G[micro_batches[:, 0]])
+        return micro_batches[_sample_index.balance(widths, ranks.data_size)[ranks.data_rank]]
+    if ranks.data_size == 1:
+        return np.arange(len(plan.packs_G)).reshape(-1, micro_batch_size)
+    return _sample_index.balance(plan.costs_G, ranks.data_size)[ranks.data_rank].reshape(-1, micro_batch_size)
+
+
+@functools.lru_cache(maxsize=4)
+def epoch_order(dataset_hash: str, split: str, seed: int, epoch: int, num_packs: int) -> np.ndarray:
+    """Order of the packs in one epoch, int64 [packs], not to be written to."""
+    order = named_order(f"{dataset_hash}/{split}/{seed}/{epoch}", num_packs)
+    order.setflags(write=False)
+    return order

@@ -1,0 +1,1 @@
+"""Stored samples to packs of one sequence length: cut, split, sample, pack."""

@@ -1,0 +1,240 @@
+"""From stored samples to rows for one length: cut, split, sample, pack. No text and no tokenizer is needed.
+
+::
+
+    samples ─cut─► pieces ─assign_splits─► train, valid, test ─uses_of_samples─► groups ─pack_split─► packs, counts
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from mft_megatron.data.permutation import named_order
+from mft_megatron.data.sample_slices import Pieces
+from mft_megatron.data.storage.dataset_writer import DatasetFiles
+from mft_megatron.data.storage.ledger import LengthEntry, PackEntry, TaskCut, TaskEntry
+from mft_megatron.data.storage.stored_samples import Stored
+from mft_megatron.errors import InputError
+
+from .cutting import DROPPED, KEPT, OVERLONG, TRUNCATED, WINDOWED, Cut, cut
+from .packs import PADDING_MODES, SPLITS, SplitPacks, concatenate, pack_split
+from .sampling import task_ratios, uses_of_samples
+from .splitting import assign_splits
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How stored samples become rows: the packing options of the commands, parsed.
+
+    ``split``: weights of train, valid and test. ``overlong``: of :data:`.cutting.OVERLONG`; a task may have its own.
+    ``packing``: "mixed" or "per-task". ``task_sampling``: ratios by the task's name; see :mod:`.packing.sampling`.
+    """
+
+    seq_length: int
+    split: tuple[float, float, float] = (98.0, 2.0, 0.0)
+    seed: int = 1234
+    overlong: str = OVERLONG[0]
+    padding_mode: str = PADDING_MODES[0]
+    packing: str = "mixed"
+    task_sampling: dict[str, float] = dataclasses.field(default_factory=dict)
+    sampling_temperature: float | None = None
+    sampling_max_epochs: float | None = None
+    sampling_epochs: int = 1
+
+    @classmethod
+    def of(cls, entry: LengthEntry, where: str) -> "Layout":
+        """As a data set was packed for one length.
+
+        Raises:
+            InputError: the ledger says something else than options; ``where`` names it.
+        """
+        try:
+            return cls(**{**entry.options, "split": tuple(entry.options["split"])})
+        except (TypeError, KeyError) as error:
+            raise InputError(f"{where}: packing options that cannot be read ({error}); preprocess again") from None
+
+
+def lay_out(stored: Stored, layout: Layout) -> tuple[dict[str, SplitPacks], LengthEntry, list[str]]:
+    """Rows of every split that has samples, their entry for the ledger, and what the user should know of them.
+
+    Raises:
+        InputError: options that contradict each other or the data, or a task of which nothing is left.
+    """
+    check_layout(layout, stored.tasks)
+    overlong = [task.overlong or layout.overlong for task in stored.tasks]
+    if layout.padding_mode == "concat":
+        overlong = ["split"] * len(stored.tasks)  # borders do not matter: nothing is too long
+    made = cut(stored.lengths, stored.supervised, stored.mask, stored.task_ids, layout.seq_length, overlong)
+    split_of_sample = np.concatenate(
+        [assign_splits(task.kept, layout.split, layout.seed, task.name) for task in stored.tasks]
+    )
+    uses = _uses(stored, layout, made, split_of_sample)
+    cuts = [
+        _task_cut(task, own, made, split_of_sample, uses, layout)
+        for task, own in zip(stored.tasks, _samples_of_tasks(stored.tasks), strict=True)
+    ]
+    _refuse_empty(stored.tasks, cuts, layout)
+    packs = {}
+    for number, name in enumerate(SPLITS):
+        packed = _pack(stored, layout, made, split_of_sample == number, uses if name == "train" else None)
+        if packed is not None:
+            packs[name] = packed
+    options = dataclasses.asdict(layout) | {"split": list(layout.split)}
+    entries = {name: _pack_entry(packed, layout.seq_length) for name, packed in packs.items()}
+    return packs, LengthEntry(options, cuts, entries), _notices(stored.tasks, cuts, layout)
+
+
+def write_layout(stored: Stored, layout: Layout, files: DatasetFiles) -> tuple[LengthEntry, list[str]]:
+    """:func:`lay_out`, with the arrays written among ``files``; the entry, and what the user should know."""
+    packs, entry, notices = lay_out(stored, layout)
+    for split, packed in packs.items():
+        for end, values in packed.files(split, layout.seq_length).items():
+            files.save(end, values)
+    return entry, notices
+
+
+def check_layout(layout: Layout, tasks: Sequence[TaskEntry] = ()) -> None:
+    """Refuse options that contradict each other or, where ``tasks`` are known, the data.
+
+    Raises:
+        InputError: the first contradiction.
+    """
+    if layout.sampling_temperature is not None and layout.task_sampling:
+        raise InputError("--sampling-temperature: gives every task its ratio; leave --task-sampling out, or it")
+    if layout.padding_mode == "concat" and layout.sampling_epochs != 1:
+        raise InputError("--padding-mode concat: every token is used once; leave the sampling options out")
+    sampled = layout.task_sampling or layout.sampling_temperature or layout.sampling_max_epochs
+    if layout.padding_mode == "concat" and sampled:
+        raise InputError("--padding-mode concat: every token is used once; leave the sampling options out")
+    own = [task.name for task in tasks if task.sampling is not None and task.name not in layout.task_sampling]
+    if own and (layout.padding_mode == "concat" or layout.sampling_temperature is not None):
+        option = "--padding-mode concat" if layout.padding_mode == "concat" else "--sampling-temperature"
+        raise InputError(f"{option}: the task file has a sampling of its own for task {own[0]}; leave one of them out")
+    names = [task.name for task in tasks]
+    unknown = [name for name in layout.task_sampling if name not in names]
+    if tasks and unknown:
+        raise InputError(f"--task-sampling {unknown[0]}: no such task; there are {', '.join(names)}")
+    partly = [task.name for task in tasks if not task.documents]
+    if layout.padding_mode == "concat" and partly:
+        raise InputError(
+            f"--padding-mode concat: task {partly[0]} is not of text alone, and cutting through a conversation would "
+            "train on answers without their questions; use pack"
+        )
+
+
+def _uses(stored: Stored, layout: Layout, made: Cut, split_of_sample: np.ndarray) -> np.ndarray:
+    """How often one pass uses each sample, int64; 0 for those that are not in the training split."""
+    usable = (made.outcome <= WINDOWED) & (split_of_sample == 0)
+    samples_K = np.bincount(stored.task_ids[usable], minlength=len(stored.tasks))
+    given = {
+        number: layout.task_sampling.get(task.name, task.sampling)
+        for number, task in enumerate(stored.tasks)
+        if task.name in layout.task_sampling or task.sampling is not None
+    }
+    ratios = task_ratios(samples_K, given, layout.sampling_temperature, layout.sampling_max_epochs)
+    uses = np.zeros(len(stored.lengths), np.int64)
+    for number, (task, samples) in enumerate(zip(stored.tasks, _samples_of_tasks(stored.tasks), strict=True)):
+        own = samples.start + np.flatnonzero(usable[samples])
+        name = f"{layout.seed}/{task.name}/sampling"
+        uses[own] = uses_of_samples(len(own), float(ratios[number]), layout.sampling_epochs, name)
+    return uses
+
+
+def _pack(
+    stored: Stored, layout: Layout, made: Cut, in_split: np.ndarray, uses: np.ndarray | None
+) -> SplitPacks | None:
+    """Rows of one split; ``None`` where it has no sample."""
+    if layout.padding_mode == "concat":
+        return _concatenate(stored, layout, in_split)
+    own = in_split[made.pieces.samples]
+    pieces, supervised = made.pieces.take(own), made.supervised[own]
+    tasks = stored.task_ids[pieces.samples]
+    copies = np.ones(len(tasks), np.int64) if uses is None else uses[pieces.samples]
+    groups = []
+    for copy in range(int(copies.max(initial=0))):
+        places = np.flatnonzero(copies > copy)
+        groups += [places] if layout.packing == "mixed" else [places[tasks[places] == t] for t in np.unique(tasks)]
+    groups = [group for group in groups if len(group)]
+    if not groups:
+        return None
+    return pack_split(pieces, supervised, tasks, groups, layout.seq_length, layout.padding_mode, stored.lengths)
+
+
+def _concatenate(stored: Stored, layout: Layout, in_split: np.ndarray) -> SplitPacks | None:
+    documents, tasks = [], []
+    for number, (task, samples) in enumerate(zip(stored.tasks, _samples_of_tasks(stored.tasks), strict=True)):
+        own = samples.start + np.flatnonzero(in_split[samples])
+        if len(own):
+            own = own[named_order(f"{layout.seed}/{task.name}/concat", len(own))]
+            documents.append(Pieces(own, np.zeros(len(own), np.int64), stored.lengths[own].astype(np.int64)))
+            tasks.append(number)
+    return concatenate(documents, tasks, layout.seq_length, stored.lengths) if documents else None
+
+
+def _samples_of_tasks(tasks: Sequence[TaskEntry]) -> list[slice]:
+    """Where the samples of each task are: they are stored task by task."""
+    ends = np.cumsum([task.kept for task in tasks]).tolist()
+    return [slice(end - task.kept, end) for task, end in zip(tasks, ends, strict=True)]
+
+
+def _task_cut(
+    task: TaskEntry, own: slice, made: Cut, split_of_sample: np.ndarray, uses: np.ndarray, layout: Layout
+) -> TaskCut:
+    outcome, concat = made.outcome[own], layout.padding_mode == "concat"
+    kept = np.isin(outcome, (KEPT, TRUNCATED, WINDOWED)) | concat
+    in_split = np.bincount(split_of_sample[own][kept], minlength=len(SPLITS))
+    trained = split_of_sample[own] == 0
+    times, samples = np.unique(uses[own][kept & trained], return_counts=True)
+    # pieces are in the order of their samples
+    pieces = slice(*np.searchsorted(made.pieces.samples, [own.start, own.stop]))
+    windows = made.outcome[made.pieces.samples[pieces]] == WINDOWED
+    return TaskCut(
+        kept=int(kept.sum()),
+        tokens=task.tokens if concat else int(made.pieces.lengths[pieces].sum()),
+        supervised_tokens=task.supervised_tokens if concat else int(made.supervised[pieces].sum()),
+        truncated=0 if concat else int((outcome == TRUNCATED).sum()),
+        windowed=0 if concat else int((outcome == WINDOWED).sum()),
+        windows=0 if concat else int(windows.sum()),
+        unsupervised_windows=0 if concat else int(made.unsupervised_windows[own].sum()),
+        dropped={} if concat else {name: n for code, name in DROPPED.items() if (n := int((outcome == code).sum()))},
+        splits=dict(zip(SPLITS, in_split.tolist(), strict=True)),
+        uses={str(time): int(n) for time, n in zip(times, samples, strict=True)},
+    )
+
+
+def _refuse_empty(tasks: Sequence[TaskEntry], cuts: Sequence[TaskCut], layout: Layout) -> None:
+    for task, made in zip(tasks, cuts, strict=True):
+        if made.kept == 0:
+            reasons = ", ".join(f"{reason} {n}" for reason, n in made.dropped.items())
+            raise InputError(
+                f"task {task.name} is empty at --seq-length {layout.seq_length}: {task.kept} samples, none kept "
+                f"({reasons}); raise --seq-length, choose another --overlong, or leave the task out"
+            )
+        if layout.split[0] > 0 and made.splits["train"] == 0:
+            raise InputError(
+                f"task {task.name}: none of its samples in the train split fits into --seq-length {layout.seq_length} "
+                f"({made.kept} of {task.kept} samples do); raise it, or choose another --overlong"
+            )
+
+
+def _notices(tasks: Sequence[TaskEntry], cuts: Sequence[TaskCut], layout: Layout) -> list[str]:
+    """Lines for the user: splits that got nothing of a task, samples that sampling leaves out."""
+    lines = []
+    for task, made in zip(tasks, cuts, strict=True):
+        for number, name in enumerate(SPLITS):
+            if layout.split[number] > 0 and made.splits[name] == 0:
+                why = "too few samples" if made.kept == task.kept else "too few samples that fit"
+                lines.append(f"task {task.name}: {why} to have any in the {name} split")
+        if unused := made.uses.get("0", 0):
+            lines.append(
+                f"task {task.name}: sampling leaves out {unused:,} of {made.splits['train']:,} training samples; "
+                "--sampling-epochs would use them in turn"
+            )
+    return lines
+
+
+def _pack_entry(packed: SplitPacks, seq_length: int) -> PackEntry:
+    packs, tokens = len(packed.offsets) - 1, packed.pieces.num_tokens
+    samples = len(packed.pieces.samples)
+    return PackEntry(packs, samples, tokens, int(packed.counts[2].sum()), tokens / (packs * seq_length))

@@ -1,0 +1,1 @@
+"""What the data commands do: encode records, cache, store, pack again."""

@@ -1,0 +1,141 @@
+"""Packing stored samples anew, without tokenising: for another length, with other options, or several data sets as one.
+
+The samples of a data set do not depend on a length. Packing one for a second length adds a few arrays and an entry to
+its ledger; merging copies the samples of several data sets, task by task.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from mft_megatron.data.packing.build_packs import Layout, check_layout, write_layout
+from mft_megatron.data.packing.packs import SPLITS, pack_files
+from mft_megatron.data.storage.arrays import check_files
+from mft_megatron.data.storage.dataset_writer import DatasetFiles, disk_full_named, refuse_too_small_a_disk
+from mft_megatron.data.storage.indexed_dataset import IndexedDataset
+from mft_megatron.data.storage.ledger import Ledger, TaskEntry, read_ledger
+from mft_megatron.data.storage.sample_writer import StoreWriter, TaskTally
+from mft_megatron.data.storage.stored_samples import SAMPLES_AT_ONCE, Stored, read_samples, read_stored
+from mft_megatron.errors import InputError
+
+
+def add_length(prefix: str, layout: Layout) -> tuple[Ledger, list[str]]:
+    """Pack the data set ``prefix`` for ``layout.seq_length``, beside the lengths it has; the same length is replaced.
+
+    Returns:
+        its new ledger, and lines that the user should read.
+
+    Raises:
+        InputError: no such data set, options that cannot be, a full disk.
+    """
+    before = read_ledger(prefix)
+    check_layout(layout, before.tasks)
+    check_files(prefix, before.arrays, hashes=False)
+    length = str(layout.seq_length)
+    with disk_full_named(Path(prefix)), DatasetFiles(prefix) as files:
+        entry, notices = write_layout(read_stored(prefix, before), layout, files)
+        own = {end for split in SPLITS for end in pack_files(split, layout.seq_length)}
+        for end, array in before.arrays.items():
+            if end not in own:
+                files.keep(end, array)
+        ledger = dataclasses.replace(before, lengths={**before.lengths, length: entry}, arrays=files.entries())
+        files.publish(ledger)
+    return ledger, notices
+
+
+def merge(prefixes: Sequence[str], output_prefix: Path, layout: Layout) -> tuple[Ledger, list[str]]:
+    """One data set of the tasks of several; a task that is in more than one has the samples of all.
+
+    Returns:
+        its ledger, and lines that the user should read.
+
+    Raises:
+        InputError: data sets of different tokenizers or chat formats, the output among the inputs, or as
+            :func:`add_length`.
+    """
+    twice = [prefix for n, prefix in enumerate(prefixes) if Path(prefix).resolve() in _resolved(prefixes[:n])]
+    if twice:
+        raise InputError(f"--data-path {twice[0]}: is given twice")
+    ledgers = {prefix: read_ledger(prefix) for prefix in prefixes}
+    _refuse_strangers(ledgers, output_prefix)
+    check_layout(layout)
+    for prefix, ledger in ledgers.items():
+        check_files(prefix, ledger.arrays, hashes=False)
+    first = next(iter(ledgers.values()))
+    stored = ("_input_ids.bin", "_loss_mask.bin")
+    needed = sum(ledger.arrays[name].size for ledger in ledgers.values() for name in stored)
+    refuse_too_small_a_disk(output_prefix.parent, needed)
+    with disk_full_named(output_prefix), DatasetFiles(output_prefix) as files:
+        stored = _copy(ledgers, files)
+        entry, notices = write_layout(stored, layout, files)
+        stops = sorted({number for ledger in ledgers.values() for number in ledger.chat_template["stop_token_ids"]})
+        ledger = Ledger(
+            tasks=list(stored.tasks),
+            tokenizer=first.tokenizer,
+            chat_template={**first.chat_template, "stop_token_ids": stops},
+            lengths={str(layout.seq_length): entry},
+            arrays=files.entries(),
+        )
+        files.publish(ledger)
+    return ledger, notices
+
+
+def _resolved(prefixes: Sequence[str]) -> set[Path]:
+    return {Path(prefix).resolve() for prefix in prefixes}
+
+
+def _refuse_strangers(ledgers: dict[str, Ledger], output_prefix: Path) -> None:
+    (first_prefix, first), *others = ledgers.items()
+    for prefix, ledger in others:
+        if ledger.tokenizer.fingerprint != first.tokenizer.fingerprint:
+            raise InputError(
+                f"--data-path {prefix}: made with another tokenizer ({ledger.tokenizer.model}) than {first_prefix} "
+                f"({first.tokenizer.model}); preprocess one of them again"
+            )
+    for prefix in ledgers:
+        if Path(prefix).resolve() == output_prefix.resolve():
+            raise InputError(f"--output-prefix {output_prefix}: is one of the data sets to merge; choose a new one")
+
+
+def _copy(ledgers: dict[str, Ledger], files: DatasetFiles) -> Stored:
+    """Copy the samples of all data sets, task by task."""
+    writer = StoreWriter(files, next(iter(ledgers.values())).tokenizer.vocab_size)
+    names = list(dict.fromkeys(task.name for ledger in ledgers.values() for task in ledger.tasks))
+    try:
+        for name in names:
+            tally: TaskTally | None = None
+            for prefix, ledger in ledgers.items():
+                number = next((n for n, task in enumerate(ledger.tasks) if task.name == name), None)
+                if number is None:
+                    continue
+                task = ledger.tasks[number]
+                if tally is None:
+                    tally = TaskTally(name, task.encoding, task.weight, task.sampling, task.overlong)
+                    writer.begin(tally)
+                _add_counts(tally, task, prefix)
+                first = sum(before.kept for before in ledger.tasks[:number])
+                ids, mask = (IndexedDataset(f"{prefix}_{kind}") for kind in ("input_ids", "loss_mask"))
+                for start in range(first, first + task.kept, SAMPLES_AT_ONCE):
+                    end = min(start + SAMPLES_AT_ONCE, first + task.kept)
+                    items, lengths = read_samples(ids, start, end)
+                    writer.add(items, read_samples(mask, start, end)[0], lengths)
+        return writer.finish()
+    finally:
+        writer.close()
+
+
+def _add_counts(tally: TaskTally, task: TaskEntry, prefix: str) -> None:
+    for what in ("encoding", "weight", "sampling", "overlong"):
+        before, here = getattr(tally, what), getattr(task, what)
+        if what == "encoding" and before != here:
+            what, before, here = next((k, before.get(k), here.get(k)) for k in here if before.get(k) != here[k])
+        if before != here:
+            raise InputError(
+                f"--data-path {prefix}: task {task.name} was made with {what} {here}, and with {before} in a data set "
+                "before it; preprocess one of them again"
+            )
+    tally.samples_in += task.samples_in
+    tally.documents += task.kept if task.documents else 0
+    tally.filled += task.filled
+    tally.dropped.update(task.dropped)
+    tally.sources += task.sources

@@ -1,0 +1,1 @@
+"""One record: its conversation, then supervised segments of text."""

@@ -1,0 +1,1 @@
+"""Bytes on disk: indexed files, the ledger, atomic writing, stored samples."""

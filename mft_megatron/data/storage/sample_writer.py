@@ -1,0 +1,116 @@
+"""Writing the stored samples of a data set: ids, masks and tasks, in whole samples, task by task."""
+
+import collections
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from mft_megatron.data.sample_slices import supervised_tokens
+from mft_megatron.data.storage.stored_samples import Stored
+from mft_megatron.errors import InputError
+
+from .dataset_writer import DatasetFiles
+from .indexed_dataset import IndexedDataset, IndexedDatasetWriter, token_dtype
+from .ledger import SourceFile, TaskEntry
+
+MOST_TASKS = 1 << 16  # task numbers are uint16
+
+
+@dataclasses.dataclass
+class TaskTally:
+    """What has become of a task's records so far."""
+
+    name: str
+    encoding: dict[str, Any]
+    weight: float | None = None
+    sampling: float | None = None
+    overlong: str | None = None
+    samples_in: int = 0
+    kept: int = 0
+    documents: int = 0
+    filled: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+    stopped: bool = False  # whether a token that ends a turn was supervised anywhere
+    dropped: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    sources: list[SourceFile] = dataclasses.field(default_factory=list)
+
+    def entry(self) -> TaskEntry:
+        """For the ledger."""
+        return TaskEntry(
+            name=self.name,
+            samples_in=self.samples_in,
+            kept=self.kept,
+            dropped=dict(sorted(self.dropped.items())),
+            tokens=self.tokens,
+            supervised_tokens=self.supervised_tokens,
+            documents=self.documents == self.kept,
+            filled=self.filled,
+            encoding=self.encoding,
+            weight=self.weight,
+            sampling=self.sampling,
+            overlong=self.overlong,
+            sources=self.sources,
+        )
+
+
+class StoreWriter:
+    """Appends samples; memory grows by some bytes a sample, not with their tokens."""
+
+    def __init__(self, files: DatasetFiles, vocab_size: int):
+        self._files = files
+        kinds = {"input_ids": token_dtype(vocab_size), "loss_mask": np.dtype(np.uint8)}
+        self._writers = [
+            IndexedDatasetWriter(files.new(f"_{name}.bin"), files.new(f"_{name}.idx"), kind)
+            for name, kind in kinds.items()
+        ]
+        self._lengths: list[np.ndarray] = []
+        self._supervised: list[np.ndarray] = []
+        self.tasks: list[TaskTally] = []
+
+    def begin(self, tally: TaskTally) -> None:
+        """What follows belongs to this task.
+
+        Raises:
+            InputError: there are as many tasks as numbers for them.
+        """
+        if len(self.tasks) == MOST_TASKS:
+            raise InputError(f"task {tally.name}: a data set holds no more than {MOST_TASKS} tasks; put some together")
+        self.tasks.append(tally)
+
+    def add(self, ids: np.ndarray, mask: np.ndarray, lengths: np.ndarray) -> None:
+        """Append samples that lie one behind the other: ``ids`` and ``mask`` [tokens], ``lengths`` int32 [samples]."""
+        tally = self.tasks[-1]
+        supervised = supervised_tokens(mask, lengths)
+        for writer, items in zip(self._writers, (ids, mask), strict=True):
+            writer.add(items, lengths)
+        self._lengths.append(lengths.astype(np.int32))
+        self._supervised.append(supervised.astype(np.int32))
+        tally.kept += len(lengths)
+        tally.tokens += len(ids)
+        tally.supervised_tokens += int(supervised.sum())
+
+    def finish(self) -> Stored:
+        """Complete the files; what is known of the samples."""
+        for writer in self._writers:
+            writer.finish()
+        task_ids = np.repeat(np.arange(len(self.tasks), dtype=np.uint16), [tally.kept for tally in self.tasks])
+        self._files.save("_task_ids.npy", task_ids)
+        mask = IndexedDataset(bin_path=self._writers[1].bin_path, idx_path=self._writers[1].idx_path)
+        return Stored(
+            tasks=[tally.entry() for tally in self.tasks],
+            lengths=_joined(self._lengths, np.int32),
+            supervised=_joined(self._supervised, np.int64),
+            task_ids=task_ids,
+            mask=mask,
+        )
+
+    def close(self) -> None:
+        """Let go of the files, complete or not."""
+        for writer in self._writers:
+            writer.close()
+
+
+def _joined(parts: list[np.ndarray], dtype: type) -> np.ndarray:
+    return np.concatenate([np.zeros(0, dtype), *parts], dtype=dtype)

@@ -1,0 +1,1 @@
+"""The files of a task, and batches of records read from them."""

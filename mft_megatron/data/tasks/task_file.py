@@ -1,0 +1,203 @@
+"""``--task-file tasks.yaml``: many tasks, each with its files and what is set for it alone.
+
+::
+
+    code:                              # a mapping from names to settings, or a list of settings with `name`
+      paths: [code/*.jsonl, more.parquet]
+      weight: 2.0
+    chat: chats/                       # the path alone will do
+
+Paths, and the template where it is a file, are relative to the file's own folder.
+"""
+
+import difflib
+import glob
+import math
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from mft_megatron.data.packing.cutting import OVERLONG
+from mft_megatron.data.records.conversation import SHAPES
+from mft_megatron.errors import InputError
+
+from .task_files import TaskSource, check_task_name, expand_path, unite_files, usable_files
+
+
+def read_task_file(path: str | Path) -> dict[str, TaskSource]:
+    """The tasks of a YAML file, in its order.
+
+    Raises:
+        InputError: it cannot be read, or a setting is unknown, missing or wrong: ``tasks.yaml:LINE: task NAME: …``.
+    """
+    import yaml
+
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise InputError(f"--task-file {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
+    try:
+        loader = yaml.SafeLoader(text)
+        root = loader.get_single_node()
+        tasks: dict[str, TaskSource] = {}
+        for name, name_node, settings in _tasks(loader, root, path):
+            where = f"{_place(path, name_node)}: task {name}"
+            check_task_name(name, _place(path, name_node))
+            if name in tasks:
+                raise InputError(f"{where}: is there twice; give all its files in one place")
+            tasks[name] = _task(loader, name, settings, path, where)
+        return tasks
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f":{mark.line + 1}" if mark else ""
+        raise InputError(f"{path}{line}: not YAML that can be read ({error.problem or error.context})") from None
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise InputError(f"{path}: not YAML that can be read ({reason})") from None
+
+
+def _tasks(loader: Any, root: Any, path: Path) -> Iterator[tuple[str, Any, Any]]:
+    """Name, the node to blame for it, and the node of the settings, of each task."""
+    import yaml
+
+    if isinstance(root, yaml.MappingNode):
+        for key, settings in root.value:
+            yield _name(loader, key, path), key, settings
+    elif isinstance(root, yaml.SequenceNode):
+        for node in root.value:
+            if not isinstance(node, yaml.MappingNode):
+                raise InputError(f"{_place(path, node)}: a task in a list is a mapping of settings with its name")
+            named = [value for key, value in node.value if key.value == "name"]
+            if not named:
+                raise InputError(f"{_place(path, node)}: a task without a name; add name: …")
+            yield _name(loader, named[0], path), node, node
+    if not isinstance(root, (yaml.MappingNode, yaml.SequenceNode)) or not root.value:
+        raise InputError(f"{path}: holds no task; write a mapping from names of tasks to their settings")
+
+
+def _name(loader: Any, node: Any, path: Path) -> str:
+    name = loader.construct_object(node, deep=True)
+    if not isinstance(name, str):
+        shown = getattr(node, "value", "") if isinstance(getattr(node, "value", ""), str) else "…"
+        raise InputError(f"{_place(path, node)}: a task's name is text; write it in quotes: '{shown[:40]}'")
+    return name
+
+
+def _task(loader: Any, name: str, node: Any, path: Path, where: str) -> TaskSource:
+    import yaml
+
+    if not isinstance(node, yaml.MappingNode):
+        files = _files(loader.construct_object(node, deep=True), path.parent, where)
+        return TaskSource(name, tuple(files))
+    given: dict[str, tuple[Any, str]] = {}
+    for key_node, value_node in _pairs(loader, node, where):
+        key = str(key_node.value) if isinstance(key_node, yaml.ScalarNode) else "…"
+        place = f"{_place(path, key_node)}: task {name}"
+        if key not in _KEYS:
+            near = difflib.get_close_matches(key, _KEYS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(_KEYS)}"
+            raise InputError(f"{place}: unknown setting {key[:40]!r}; {hint}")
+        given[key] = loader.construct_object(value_node, deep=True), place
+    if given.get("name", (name,))[0] != name:
+        raise InputError(f"{given['name'][1]}: name says otherwise; leave it out")
+    given.pop("name", None)
+    paths = [given.pop(key) for key in ("path", "paths") if key in given]
+    if len(paths) != 1:
+        raise InputError(f"{where}: give path or paths" + (", not both" if paths else ""))
+    files = _files(paths[0][0], path.parent, paths[0][1])
+    settings = {}
+    for key, (value, place) in given.items():
+        field, check = _SETTINGS[key]
+        settings[field] = check(value, f"{place}: {key}", path.parent)
+    return TaskSource(name, tuple(files), **settings)
+
+
+def _pairs(loader: Any, node: Any, where: str) -> list[Any]:
+    """Keys and values of a mapping, what it merges (``<<``) included; its own keys come once and win."""
+    own = [key.value for key, _ in node.value if isinstance(key.value, str)]
+    twice = [key for key in own if own.count(key) > 1]
+    if twice:
+        raise InputError(f"{where}: {twice[0]} is given twice")
+    loader.flatten_mapping(node)
+    return node.value
+
+
+def _place(path: Path, node: Any) -> str:
+    return f"{path}:{node.start_mark.line + 1}"
+
+
+def _files(value: Any, folder: Path, where: str) -> list[Path]:
+    """The files of a path, or of several, each of which may be a pattern."""
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text for text in texts):
+        raise InputError(f"{where}: a path is text, paths are a list of texts with at least one")
+    files: list[Path] = []
+    for text in texts:
+        if "\0" in text:
+            raise InputError(f"{where}: no such file or folder: {text!r}")
+        text = os.path.expanduser(text)
+        if glob.has_magic(text) and not (folder / text).exists():
+            found = _matching(text, folder, where)
+        else:
+            found = expand_path(folder / text, where)
+        files = unite_files(files, found, where)
+    return files
+
+
+def _matching(pattern: str, folder: Path, where: str) -> list[Path]:
+    """The usable files among those that match, and below the folders that do."""
+    matched = sorted(folder / match for match in glob.glob(pattern, root_dir=folder, recursive=True))
+    if not matched:
+        raise InputError(f"{where}: no file matches {pattern}")
+    return list(dict.fromkeys(usable_files(matched, f"{where}: {pattern}")))  # ** gives a folder, and what is in it
+
+
+# --------------------------------------------------------------------------------------------------------- the settings
+
+
+def _shape(value: Any, where: str, folder: Path) -> str:
+    return _choice(value, where, ("auto", *SHAPES))
+
+
+def _overlong(value: Any, where: str, folder: Path) -> str:
+    return _choice(value, where, OVERLONG)
+
+
+def _choice(value: Any, where: str, choices: tuple[str, ...]) -> str:
+    if not isinstance(value, str) or value not in choices:
+        near = difflib.get_close_matches(str(value), choices, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(choices)}"
+        raise InputError(f"{where}: unknown value {str(value)[:40]!r}; {hint}")
+    return value
+
+
+def _template(value: Any, where: str, folder: Path) -> str:
+    if not isinstance(value, str) or not value:
+        raise InputError(f"{where} must be text: a template's name, or the path of a .jinja file")
+    return str(folder / os.path.expanduser(value)) if value.endswith(".jinja") else value
+
+
+def _number(value: Any, where: str, ask: str, fits: Callable[[float], bool]) -> float:
+    try:
+        # YAML reads 1e-3 as text
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not (math.isfinite(number) and fits(number)):
+        raise InputError(f"{where} must be {ask}, not {str(value)[:40]!r}")
+    return number
+
+
+_SETTINGS: dict[str, tuple[str, Callable[[Any, str, Path], Any]]] = {
+    "weight": ("weight", lambda value, where, _: _number(value, where, "a number, 0 or more", lambda x: x >= 0)),
+    "format": ("shape", _shape),
+    "template": ("template", _template),
+    "sampling": ("sampling", lambda value, where, _: _number(value, where, "a number above 0", lambda x: x > 0)),
+    "overlong": ("overlong", _overlong),
+    "fim_rate": ("fim_rate", lambda value, where, _: _number(value, where, "from 0 to 1", lambda x: 0 <= x <= 1)),
+}
+_KEYS = ("name", "path", "paths", *_SETTINGS)

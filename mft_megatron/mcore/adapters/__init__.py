@@ -1,0 +1,1 @@
+"""LoRA adapters and 4-bit base weights."""

@@ -1,0 +1,1 @@
+"""A GPT model made of Megatron-Core's layers."""

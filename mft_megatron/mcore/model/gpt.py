@@ -1,0 +1,176 @@
+"""The GPT model of Megatron-Core for one set of arguments: configuration, layer specification, loss per token.
+
+::
+
+    NetworkArguments ─► TransformerConfig ─┐
+    norm, attention  ─► layer spec ────────┴─► GPTModel (a stage of this rank) ─► DistributedDataParallel
+
+Called with labels the model yields the negative log-likelihood of every supervised token, fp32 [1, T]; the objective is
+not its business.
+"""
+
+import mft_megatron.mcore.platform.patched  # noqa: F401  (before Megatron-Core)
+
+from collections.abc import Callable
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.models.gpt.gpt_model import GPTModel
+from torch import Tensor
+
+from mft_megatron.arguments.table import Arguments
+from mft_megatron.batch import Batch
+from mft_megatron.losses.objective import Slope
+from mft_megatron.mcore.adapters.lora import add_adapters
+from mft_megatron.mcore.attention.packed_attention import Packing
+from mft_megatron.mcore.moe.experts import mark_expert_weights, rows_of_tokens
+from mft_megatron.mcore.output_layer.cross_entropy import FusedOutputLayer, Targets, vocab_parallel_nll
+from mft_megatron.mcore.parallel.data_parallel import wrap
+from mft_megatron.mcore.platform import devices
+
+from .config import dtype_of, transformer_config
+from .embedding import ScaledEmbedding
+from .initialize import initialize_adapters, initialize_weights, mark_split_weights
+from .layer_spec import block_spec
+from .rope_frequencies import inverse_frequencies
+from .rotary import RotaryByPosition
+
+
+def padded_vocab_size(vocab_size: int, divisible_by: int, tensor_parallel_size: int) -> int:
+    """Rows of the embedding: Megatron pads to a multiple of ``divisible_by · tensor_parallel_size``."""
+    multiple = divisible_by * tensor_parallel_size
+    return -(-vocab_size // multiple) * multiple
+
+
+class PackedGPTModel(GPTModel):
+    """Megatron-Core's GPT over packed micro-batches, with padded vocabulary rows kept out of the softmax.
+
+    One stage of the pipeline: this rank's, or where stages are interleaved the ``virtual_stage``-th of this rank's.
+    """
+
+    def __init__(self, arguments: Arguments, vocab_size: int, virtual_stage: int | None = None):
+        network = arguments.network
+        config = transformer_config(arguments)
+        super().__init__(
+            config=config,
+            transformer_layer_spec=block_spec(config, arguments, virtual_stage),
+            vocab_size=padded_vocab_size(
+                vocab_size, network.make_vocab_size_divisible_by, config.tensor_model_parallel_size
+            ),
+            max_sequence_length=network.max_position_embeddings,
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=virtual_stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=virtual_stage),
+            share_embeddings_and_output_weights=network.tie_embeddings,
+            position_embedding_type=network.position_embedding_type,
+            rotary_percent=network.rotary_percent,
+            rotary_base=network.rotary_base,
+            seq_len_interpolation_factor=network.rotary_seq_len_interpolation_factor,
+            vp_stage=virtual_stage,
+        )
+        self.real_vocab_size = vocab_size
+        self.has_adapters = arguments.adapters is not None
+        if network.position_embedding_type == "rope":
+            # Megatron makes this one itself, too
+            self.rotary_pos_emb.__class__ = RotaryByPosition
+            if network.scaling is not None:
+                rotated = int(network.kv_channels * network.rotary_percent)
+                self.rotary_pos_emb.inv_freq = inverse_frequencies(rotated, network.rotary_base, network.scaling)
+        if network.scale_embeddings_by_hidden_size and self.pre_process:
+            self.embedding.word_embeddings.__class__ = ScaledEmbedding
+        self.fused = arguments.training.cross_entropy_impl == "fused-linear"
+        if self.fused and self.post_process:
+            # Megatron makes its output layer itself; this one has the same weights, names and hooks
+            self.output_layer.__class__ = FusedOutputLayer
+
+    def run(self, batch: Batch, with_loss: bool = True, slope: Callable[[Batch], Slope | None] | None = None) -> Tensor:
+        """Forward pass of a micro-batch as one stream of T = B·S tokens.
+
+        Args:
+            batch: on this process's device, with its share.
+            with_loss: or logits.
+            slope: what is known of the gradient that the token losses will get, before Megatron scales it. Asked for
+                where a backward pass follows and it saves one computation of the logits.
+
+        Returns:
+            on the last pipeline stage token losses fp32 [1, T], 0 for tokens of other context-parallel ranks (or
+            without loss the own tokens' logits [1, T / CP, vocabulary / TP]), elsewhere hidden states. Losses of
+            unsupervised tokens have no meaning; fused, they are 0.
+        """
+        share = batch.share
+        positions = share.part(batch.position_ids_BS)
+        output = self(
+            input_ids=share.part(batch.tokens_BS)[None],
+            position_ids=positions[None],
+            attention_mask=None,
+            labels=self._targets(batch, slope) if with_loss else None,
+            packed_seq_params=Packing(share=share, positions=positions),
+            padding_mask=self._rows(batch),
+        )
+        if not self.post_process or not with_loss:
+            return output
+        return share.whole(output[0], batch.tokens_BS.numel())[None]
+
+    def _rows(self, batch: Batch) -> Tensor | None:
+        """What routers of experts are told of each token, as Megatron hands a padding mask on to them."""
+        if self.config.num_moe_experts is None:
+            return None
+        return rows_of_tokens(batch, self.config.sequence_parallel)
+
+    def _preprocess(self, *, padding_mask: Tensor | None = None, **others) -> tuple:
+        """Megatron's first step, on each stage; it would divide the mask for sequence parallelism on the first only."""
+        decoder_input, *prepared, _ = super()._preprocess(**others)
+        if decoder_input is not None and self.has_adapters and torch.is_grad_enabled():
+            # nothing before the first adapter is trained, and a layer that is to be computed again has gradients only
+            # if its input has
+            decoder_input.requires_grad_()
+        return decoder_input, *prepared, padding_mask
+
+    def _targets(self, batch: Batch, slope: Callable[[Batch], Slope | None] | None) -> Tensor | Targets:
+        """What goes through Megatron's forward pass, untouched by it, as labels."""
+        if not self.fused or not self.post_process:
+            return batch.share.part(batch.labels_BS)[None]
+        known = slope(batch) if slope is not None and torch.is_grad_enabled() else None
+        if known is not None:
+            known = known.take(batch.share.supervised_places())
+            if self.config.grad_scale_func is not None:
+                known = known.times(self.config.grad_scale_func(torch.ones_like(known.linear[:1])))
+        labels_T = batch.share.part(batch.labels_BS)
+        return Targets(labels_T, batch.share.supervised_N, known, self.real_vocab_size)
+
+    def _postprocess(self, hidden_states: Tensor, *, labels: Tensor | Targets | None, **others) -> Tensor:
+        """Megatron's last step: logits, or losses of logits; here also losses of hidden states."""
+        if not isinstance(labels, Targets):
+            return super()._postprocess(hidden_states=hidden_states, labels=labels, **others)
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        return self.output_layer(hidden_states, weight=weight, targets=labels)
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """Negative log-likelihood per token: labels [1, T], logits [T, 1, vocabulary / TP] -> fp32 [1, T]."""
+        return vocab_parallel_nll(logits, labels.transpose(0, 1), self.real_vocab_size).transpose(0, 1)
+
+
+def build_model(arguments: Arguments, vocab_size: int) -> list[DistributedDataParallel]:
+    """This rank's chunks of the model, one for each of its stages, wrapped for data parallelism; their weights come
+    from the seed, or hold nothing yet where ``--load`` is about to fill them all.
+
+    Gradients are summed over data-parallel ranks and micro-batches, never averaged.
+    """
+    count = arguments.distributed.num_virtual_stages_per_pipeline_rank
+    stages = [None] if count is None else range(count)
+    return wrap(arguments, [_build_chunk(arguments, vocab_size, stage) for stage in stages])
+
+
+def _build_chunk(arguments: Arguments, vocab_size: int, virtual_stage: int | None) -> PackedGPTModel:
+    model = PackedGPTModel(arguments, vocab_size, virtual_stage).to(devices.device(), dtype_of(arguments))
+    mark_split_weights(model)
+    mark_expert_weights(model)
+    if arguments.adapters is not None:
+        add_adapters(model, arguments.adapters)
+        initialize_adapters(model, arguments.initialization.seed)
+    if arguments.resume is None:
+        how = arguments.initialization
+        initialize_weights(
+            model, how.seed, how.init_method_std, how.embedding_init_method_std, how.init_method_xavier_uniform
+        )
+    return model

@@ -1,0 +1,78 @@
+"""Which kernels a run computes with: attention, linear layers, fused operations, fp8; and a line about it.
+
+What is missing on a machine is left out where nothing but time is lost, and refused where it was asked for.
+"""
+
+import mft_megatron.mcore.platform.patched  # noqa: F401  (before Megatron-Core)
+
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from mft_megatron.arguments.table import Arguments
+from mft_megatron.mcore.adapters import nf4
+from mft_megatron.mcore.attention.backends import choose, shape_of
+from mft_megatron.mcore.platform import devices
+from mft_megatron.mcore.platform.optional_packages import importable
+
+# apex's kernel that adds a weight's gradient to its sum while it computes it
+WEIGHT_GRADIENT = "fused_weight_gradient_mlp_cuda"
+
+
+def fusions(arguments: Arguments) -> dict[str, bool]:
+    """The fields of Megatron-Core's configuration that are about fused operations; all off on the CPU."""
+    wanted = arguments.fusions
+    return {
+        "gradient_accumulation_fusion": (
+            devices.HAS_CUDA and wanted.gradient_accumulation_fusion and importable(WEIGHT_GRADIENT)
+        ),
+        # the fused GELU is the tanh approximation: another function than the CPU computes
+        "bias_activation_fusion": (devices.HAS_CUDA and wanted.bias_swiglu_fusion and arguments.network.swiglu),
+        "bias_dropout_fusion": devices.HAS_CUDA and wanted.bias_dropout_fusion,
+        # of Megatron's own attention, rotary embedding and norms, which are not used here
+        "masked_softmax_fusion": False,
+        "apply_rope_fusion": False,
+        "persist_layer_norm": False,
+    }
+
+
+def fp8_options(arguments: Arguments) -> dict[str, object]:
+    """The fields of Megatron-Core's configuration that are about fp8."""
+    options = arguments.transformer_engine
+    if options.fp8_format is None:
+        return {}
+    return {
+        "fp8": options.fp8_format,
+        "fp8_recipe": options.fp8_recipe,
+        "fp8_margin": options.fp8_margin,
+        "fp8_amax_history_len": options.fp8_amax_history_len,
+        "fp8_amax_compute_algo": options.fp8_amax_compute_algo,
+        "fp8_wgrad": options.fp8_wgrad,
+        "first_last_layers_bf16": options.first_last_layers_bf16,
+        "num_layers_at_start_in_bf16": options.num_layers_at_start_in_bf16,
+        "num_layers_at_end_in_bf16": options.num_layers_at_end_in_bf16,
+    }
+
+
+def describe(arguments: Arguments, config: TransformerConfig) -> str:
+    """What computes this run, in a line for the log.
+
+    Args:
+        config: of the arguments.
+
+    Raises:
+        InputError: the attention kernel that was asked for cannot compute this, or not here.
+    """
+    attention = choose(arguments.training.attention_backend, shape_of(config, config.attention_dropout))
+    linear = {"local": "Megatron-Core", "transformer_engine": "Transformer Engine"}[config.transformer_impl]
+    if config.fp8:
+        linear += f" in fp8 ({config.fp8}, {config.fp8_recipe})"
+    names = {
+        "bias_activation_fusion": "bias and SwiGLU",
+        "bias_dropout_fusion": "bias and dropout",
+        "gradient_accumulation_fusion": "sums of gradients",
+    }
+    fused = ", ".join(words for name, words in names.items() if getattr(config, name)) or "nothing"
+    missing = ""
+    if devices.HAS_CUDA and arguments.fusions.gradient_accumulation_fusion and not config.gradient_accumulation_fusion:
+        missing = " (sums of gradients not: apex's kernel for it is not installed)"
+    quantized = f"; {nf4.describe()}" if arguments.lora.peft_type == "qlora" else ""
+    return f"{attention.describe()}; linear layers: {linear}{quantized}; fused: {fused}{missing}"

@@ -1,0 +1,62 @@
+"""What the layers are made of: Megatron-Core's layer specification with this project's norms and attention."""
+
+import mft_megatron.mcore.platform.patched  # noqa: F401  (before Megatron-Core)
+
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+from mft_megatron.arguments.table import Arguments
+from mft_megatron.mcore.adapters.quantized_linear import quantize_layer
+from mft_megatron.mcore.attention.packed_attention import PackedAttention
+from mft_megatron.mcore.moe.router import PackedRouter
+
+from . import transformer_engine
+from .norm import NORMS
+from .parallel_residual import ParallelResidualLayer
+
+
+def block_spec(
+    config: TransformerConfig, arguments: Arguments, virtual_stage: int | None
+) -> TransformerBlockSubmodules:
+    """The layers of this rank's stage, or of its ``virtual_stage``-th."""
+    first = get_transformer_layer_offset(config, virtual_stage)
+    own = arguments.network.expert_layers[first : first + get_num_layers_to_build(config, virtual_stage)]
+    kinds = {has_experts: _layer(config, arguments, has_experts) for has_experts in sorted(set(own))}
+    return TransformerBlockSubmodules(
+        layer_specs=[kinds[has_experts] for has_experts in own], layer_norm=NORMS[arguments.network.normalization]
+    )
+
+
+def _layer(config: TransformerConfig, arguments: Arguments, has_experts: bool) -> ModuleSpec:
+    network = arguments.network
+    norm = NORMS[network.normalization]
+    if arguments.transformer_engine.transformer_impl == "transformer_engine":
+        transformer_engine.require(arguments)
+        layer = transformer_engine.layer_spec(config, has_experts)
+    else:
+        layer = get_gpt_layer_local_spec(
+            num_experts=network.num_experts if has_experts else None,
+            qk_layernorm=network.qk_layernorm,
+            normalization=network.normalization,
+        )
+    if arguments.lora.peft_type == "qlora":
+        quantize_layer(layer)
+    if has_experts:
+        layer.submodules.mlp.submodules.router = PackedRouter
+        # in a checkpoint the norm goes by the MLP's first matrix, and here there is none
+        layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
+    if network.parallel_residual:
+        layer.module = ParallelResidualLayer
+    # Transformer Engine has most norms inside its linear layers
+    for place in ("input_layernorm", "pre_mlp_layernorm"):
+        if getattr(layer.submodules, place) is not IdentityOp:
+            setattr(layer.submodules, place, norm)
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = ModuleSpec(PackedAttention, {"backend": arguments.training.attention_backend})
+    if network.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = norm
+    return layer

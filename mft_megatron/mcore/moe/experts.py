@@ -1,0 +1,148 @@
+"""A mixture of experts as part of a step: its layers, its weights, its losses over all ranks."""
+
+import mft_megatron.mcore.platform.patched  # noqa: F401  (before Megatron-Core)
+
+from collections.abc import Iterable, Iterator
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from torch import Tensor
+
+from mft_megatron.arguments.table import Arguments
+from mft_megatron.batch import Batch
+from mft_megatron.errors import InputError
+from mft_megatron.mcore.platform import devices
+
+from .router import BALANCING_LOSSES, Z_LOSS, PackedRouter
+
+
+def expert_options(arguments: Arguments) -> dict:
+    """The fields of Megatron-Core's configuration that concern experts.
+
+    Raises:
+        InputError: the dispatcher needs what gloo cannot do.
+    """
+    network, moe, layout = arguments.network, arguments.moe, arguments.distributed
+    if network.num_experts is None:
+        return {}
+    shared = layout.expert_tensor_parallel_size or layout.tensor_model_parallel_size
+    sent = moe.moe_token_dispatcher_type == "alltoall" and layout.expert_model_parallel_size > 1
+    if sent and shared > 1 and devices.backend(layout.distributed_backend) == "gloo":
+        raise InputError(
+            f"--moe-token-dispatcher-type alltoall between ranks of which {shared} share each expert: those gather "
+            "different numbers of tokens, which gloo cannot; give --expert-tensor-parallel-size 1, or take allgather"
+        )
+    kinds, factors = list(moe.moe_router_load_balancing_type), list(moe.moe_aux_loss_coeff)
+    alone = len(kinds) == 1
+    frequency = network.moe_layer_freq
+    if not isinstance(frequency, int):
+        frequency = [int(has) for has in network.expert_layers]
+    factor = moe.moe_expert_capacity_factor
+    return {
+        "num_moe_experts": network.num_experts,
+        "moe_layer_freq": frequency,
+        "moe_ffn_hidden_size": network.moe_ffn_hidden_size,
+        "moe_router_topk": network.moe_router_topk,
+        "moe_router_pre_softmax": network.moe_router_pre_softmax,
+        "moe_router_score_function": network.moe_router_score_function,
+        "moe_router_topk_scaling_factor": network.moe_router_topk_scaling_factor,
+        "moe_router_num_groups": network.moe_router_num_groups,
+        "moe_router_group_topk": network.moe_router_group_topk,
+        "moe_router_enable_expert_bias": network.moe_router_enable_expert_bias,
+        "moe_shared_expert_intermediate_size": network.moe_shared_expert_intermediate_size,
+        "moe_shared_expert_gate": network.moe_shared_expert_gate,
+        "moe_router_load_balancing_type": kinds[0] if alone else kinds,
+        "moe_aux_loss_coeff": factors[0] if alone else factors,
+        "moe_z_loss_coeff": moe.moe_z_loss_coeff,
+        "moe_input_jitter_eps": moe.moe_input_jitter_eps,
+        # a bias of the frozen model stays as it is; checkpoints of adapters alone have no place for another
+        "moe_router_bias_update_rate": 0.0 if arguments.adapters is not None else moe.moe_router_bias_update_rate,
+        "moe_router_dtype": moe.moe_router_dtype,
+        "moe_token_dispatcher_type": moe.moe_token_dispatcher_type,
+        "moe_expert_capacity_factor": None if factor is None or factor < 0 else factor,
+        "moe_pad_expert_input_to_capacity": moe.moe_pad_expert_input_to_capacity,
+        "moe_token_drop_policy": moe.moe_token_drop_policy,
+        "moe_shared_expert_overlap": moe.moe_shared_expert_overlap,
+        "expert_model_parallel_size": layout.expert_model_parallel_size,
+        "expert_tensor_parallel_size": layout.expert_tensor_parallel_size,
+    }
+
+
+def rows_of_tokens(batch: Batch, sequence_parallel: bool) -> Tensor:
+    """Which row each of this rank's tokens belongs to, for its routers.
+
+    Returns:
+        bool [B, tokens of this rank]; nowhere True for padding.
+    """
+    number_B1 = torch.arange(len(batch.tokens_BS), device=batch.tokens_BS.device)[:, None]
+    row_BS = number_B1.expand_as(batch.tokens_BS)
+    if batch.lengths_B is not None:
+        places_S = torch.arange(batch.tokens_BS.shape[1], device=batch.tokens_BS.device)
+        row_BS = row_BS.masked_fill(places_S >= batch.lengths_B[:, None], -1)
+    row_T = batch.share.part(row_BS)
+    if sequence_parallel:
+        row_T = row_T.chunk(parallel_state.get_tensor_model_parallel_world_size())[
+            parallel_state.get_tensor_model_parallel_rank()
+        ]
+    return row_T == number_B1
+
+
+def mark_expert_weights(model: torch.nn.Module) -> None:
+    """Say which weights are experts', so that their gradients are reduced, and counted, over the experts' own groups.
+
+    Megatron does so only where expert-parallel ranks share them. Experts that are split over another number of
+    tensor-parallel ranks than the rest have other groups, too; without the mark their gradients lack other ranks' part.
+    """
+    tensor_size = parallel_state.get_tensor_model_parallel_world_size()
+    split_alike = parallel_state.get_expert_tensor_parallel_world_size() == tensor_size
+    if split_alike and parallel_state.get_expert_model_parallel_world_size() == 1:
+        return
+    for module in model.modules():
+        if isinstance(module, MoELayer):
+            for parameter in module.experts.parameters():
+                parameter.allreduce = False
+
+
+def routers(chunks: Iterable[torch.nn.Module]) -> Iterator[PackedRouter]:
+    """Of this rank's layers."""
+    for chunk in chunks:
+        yield from (module for module in chunk.modules() if isinstance(module, PackedRouter))
+
+
+def loss_names(arguments: Arguments) -> list[str]:
+    """Names of the losses of experts that the run has."""
+    moe = arguments.moe
+    if arguments.network.num_experts is None:
+        return []
+    balancing = zip(moe.moe_router_load_balancing_type, moe.moe_aux_loss_coeff, strict=True)
+    names = [BALANCING_LOSSES[kind] for kind, factor in balancing if kind in BALANCING_LOSSES and factor > 0]
+    return [*names, *([Z_LOSS] if moe.moe_z_loss_coeff else [])]
+
+
+def begin_step(chunks: Iterable[torch.nn.Module], num_micro_batches: int) -> None:
+    """Prepare the routers for a step of so many micro-batches, over all data-parallel ranks."""
+    # Megatron keeps the scale in the class, in whatever shape came first; the schedule sets it with each micro-batch
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None
+    for router in routers(chunks):
+        router.begin_step(1 / num_micro_batches)
+
+
+def losses_of_step(chunks: Iterable[torch.nn.Module], arguments: Arguments) -> dict[str, Tensor]:
+    """Balancing and z losses of each layer without coefficient, means over the step; the same on every rank.
+
+    Returns:
+        by name fp64 [layers], NaN for layers without experts; empty for a model that has no such losses.
+    """
+    names = loss_names(arguments)
+    values = torch.zeros(len(names), arguments.network.num_layers, dtype=torch.float64, device=devices.device())
+    for router in routers(chunks):
+        for number, name in enumerate(names):
+            if name in router.losses:
+                values[number, router.layer_number - 1] += router.losses[name]
+    if names:
+        dist.all_reduce(values)
+    dense = torch.tensor([not has_experts for has_experts in arguments.network.expert_layers], device=values.device)
+    return dict(zip(names, values.masked_fill(dense, torch.nan), strict=True))

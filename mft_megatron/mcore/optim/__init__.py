@@ -1,0 +1,1 @@
+"""The optimizer, its schedules and its state in checkpoints."""

@@ -1,0 +1,1 @@
+"""Hidden states to token losses: vocabulary-parallel cross entropy."""

@@ -1,0 +1,135 @@
+"""Process groups and Megatron's model-parallel ranks: made, asked and taken down here."""
+
+import mft_megatron.mcore.platform.patched  # noqa: F401  (before Megatron-Core)
+
+import contextlib
+import datetime
+import importlib.util
+import os
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from torch import Tensor
+
+from mft_megatron.arguments.groups.distributed import DistributedArguments
+from mft_megatron.batch import Ranks
+from mft_megatron.errors import InputError
+from mft_megatron.mcore.platform import devices
+
+
+@contextlib.contextmanager
+def process_groups(layout: DistributedArguments, seed: int) -> Iterator[None]:
+    """Start the process groups of ``layout``, seed this rank's random numbers, and take all down at the end.
+
+    Ranks come from torchrun's environment; without it the process is a world of one. Dropout in regions that tensor
+    parallelism splits differs between its ranks; everywhere else it is the same, as in Megatron.
+
+    Raises:
+        InputError: Megatron-Core lacks a package that this layout needs.
+    """
+    devices.use_device()
+    if layout.num_distributed_optimizer_instances > 1 and importlib.util.find_spec("einops") is None:
+        raise InputError(
+            "--num-distributed-optimizer-instances: Megatron-Core makes its groups of ranks with einops; install that "
+            "with pip install einops, or leave the option out"
+        )
+    started = not dist.is_initialized()
+    if started:
+        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+            os.environ.setdefault(name, value)
+        dist.init_process_group(
+            devices.backend(layout.distributed_backend),
+            timeout=datetime.timedelta(minutes=layout.distributed_timeout_minutes),
+        )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor_model_parallel_size,
+        pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=layout.num_virtual_stages_per_pipeline_rank,
+        context_parallel_size=layout.context_parallel_size,
+        expert_model_parallel_size=layout.expert_model_parallel_size,
+        expert_tensor_parallel_size=layout.expert_tensor_parallel_size,
+        num_distributed_optimizer_instances=layout.num_distributed_optimizer_instances,
+        # a second, gloo copy of each data-parallel group is for an optimizer that is not used here
+        create_gloo_process_groups=False,
+        distributed_timeout_minutes=layout.distributed_timeout_minutes,
+    )
+    stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+    torch.manual_seed(stage_seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(stage_seed, force_reset_rng=True)
+    try:
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        if started:
+            dist.destroy_process_group()
+
+
+def ranks() -> Ranks:
+    """Where this process stands in the data-parallel group; context-parallel ranks are one place in it."""
+    return Ranks(parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size())
+
+
+def layout() -> dict[str, int | str]:
+    """Sizes of this run's layout by name, and its kind of device: what a random-number state belongs to."""
+    return {
+        "device": devices.device().type,
+        "world": dist.get_world_size(),
+        "tensor": parallel_state.get_tensor_model_parallel_world_size(),
+        "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
+        "virtual": parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
+        "context": parallel_state.get_context_parallel_world_size(),
+        "data": parallel_state.get_data_parallel_world_size(),
+        "expert": parallel_state.get_expert_model_parallel_world_size(),
+        "expert tensor": parallel_state.get_expert_tensor_parallel_world_size(),
+    }
+
+
+def is_main() -> bool:
+    """Whether this process writes the log and the run folder."""
+    return dist.get_rank() == 0
+
+
+def is_last_stage() -> bool:
+    """Whether this process has the output layer, in the last of its chunks where stages are interleaved."""
+    return parallel_state.is_pipeline_last_stage()
+
+
+def counts_losses() -> bool:
+    """Whether this process adds its losses to the log: one tensor-parallel rank of the last pipeline stage.
+
+    Of context-parallel ranks each adds those of its own tokens.
+    """
+    return is_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
+
+
+def sum_over_world(value: Tensor) -> Tensor:
+    """Sum of a tensor over all processes, in place."""
+    dist.all_reduce(value)
+    return value
+
+
+def sum_over_data(values: np.ndarray) -> np.ndarray:
+    """Sum of an int64 array over the data-parallel ranks; the argument stays as it is."""
+    total = torch.from_numpy(values).to(devices.device(), copy=True)
+    dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
+    return total.cpu().numpy()
+
+
+def any_rank(value: bool) -> bool:
+    """Whether it is true on any process."""
+    return sum_over_world(torch.tensor(int(value), device=devices.device())).item() > 0
+
+
+def from_main(value: Tensor) -> Tensor:
+    """The main process's value of a CPU tensor, on every process."""
+    there = value.to(devices.device())
+    dist.broadcast(there, src=0)
+    return there.cpu()
+
+
+def wait() -> None:
+    """Wait for all processes."""
+    dist.barrier()

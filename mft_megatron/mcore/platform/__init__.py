@@ -1,0 +1,1 @@
+"""This machine: its devices, optional packages, and every replacement inside Megatron-Core and torch."""

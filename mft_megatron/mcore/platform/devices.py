@@ -1,0 +1,126 @@
+"""CPU with gloo or CUDA with NCCL: the one place that knows which, and what Megatron-Core needs for it.
+
+Everything else asks :func:`device` and :func:`backend`. Replacements inside Megatron-Core and torch come in two kinds,
+kept apart: those for a machine without CUDA (:mod:`.without_cuda`, never active with CUDA) and those for an
+environment without Transformer Engine and apex, with or without CUDA (in :mod:`.model.norm` and
+:mod:`.attention.packed_attention`).
+"""
+
+import importlib.metadata
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import torch
+
+from mft_megatron.errors import InputError
+
+HAS_CUDA = torch.cuda.is_available()
+
+
+def prepare() -> None:
+    """Make ``import megatron.core`` work here; call before the first such import.
+
+    Raises:
+        InputError: Transformer Engine is installed in part, which breaks Megatron-Core's own import.
+    """
+    with warnings.catch_warnings():
+        # Megatron-Core says on import that Transformer Engine and apex are missing; that is a supported state here.
+        warnings.simplefilter("ignore")
+        try:
+            if not HAS_CUDA:
+                from . import without_cuda
+
+                without_cuda.replace()
+            import megatron.core.models.gpt.gpt_layer_specs
+            import megatron.core.optimizer  # noqa: F401
+        except Exception as error:
+            if not _installed("transformer-engine"):
+                raise
+            raise InputError(
+                f"Transformer Engine is installed only in part ({type(error).__name__}: {error}); install it whole "
+                "with pip install --no-build-isolation 'transformer-engine[pytorch]', or uninstall transformer-engine"
+            ) from error
+
+
+def _installed(package: str) -> bool:
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def device() -> torch.device:
+    """Where this process computes: its own GPU (torchrun's ``LOCAL_RANK``), or the CPU."""
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if HAS_CUDA else torch.device("cpu")
+
+
+def backend(choice: str = "auto") -> str:
+    """The process-group backend for ``--distributed-backend``.
+
+    Raises:
+        InputError: nccl is asked for where there is no CUDA.
+    """
+    if choice == "nccl" and not HAS_CUDA:
+        raise InputError("--distributed-backend nccl: no CUDA device here; use gloo or leave the option out")
+    if choice == "auto":
+        return "nccl" if HAS_CUDA else "gloo"
+    return choice
+
+
+def use_device() -> None:
+    """Bind this process to its device."""
+    # Megatron-Core wants collectives and kernels in one hardware queue, and says so at every rank's first step.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if HAS_CUDA:
+        torch.cuda.set_device(device())
+
+
+def synchronize() -> None:
+    """Wait for the device; for clocks only."""
+    if HAS_CUDA:
+        torch.cuda.synchronize()
+
+
+def peak_memory_of(call: Callable[[], object]) -> int:
+    """Bytes that a call needs at its peak on top of what there is before; for benchmarks.
+
+    Of the GPU what torch has allocated; otherwise what is resident (Linux), best in a process that has done little yet.
+    """
+    if HAS_CUDA:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    before = _resident("VmRSS")
+    call()
+    return _resident("VmHWM") - before
+
+
+def memory() -> dict[str, int]:
+    """Bytes that this process has: of the GPU what torch has allocated and reserved, otherwise what is resident."""
+    if HAS_CUDA:
+        return {
+            "allocated": torch.cuda.memory_allocated(),
+            "max-allocated": torch.cuda.max_memory_allocated(),
+            "reserved": torch.cuda.memory_reserved(),
+        }
+    usage = psutil.Process().memory_info()
+    return {"resident": usage.rss}
+
+
+def _resident(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+
+
+def describe() -> str:
+    """Device, backend and versions in a line, for the log."""
+    import megatron.core
+
+    name = torch.cuda.get_device_name(device()) if HAS_CUDA else f"CPU, {torch.get_num_threads()} thread(s) a rank"
+    return f"{name}; torch {torch.__version__}, Megatron-Core {megatron.core.__version__}"

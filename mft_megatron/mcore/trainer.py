@@ -1,0 +1,309 @@
+"""One optimizer step and one evaluation pass: pipeline schedule, objective, reduction.
+
+::
+
+    StepPlan ─► rows of this rank ─► Batch ─► token losses l_t ──┐
+    T_i, M_i of the whole global batch, w_i ─► factors [K] ──────┴─► objective ─► backward, summed over ranks ─► Adam
+
+Every rank builds its micro-batches from the plan itself; nothing about the batch is ever sent, but widths of padded
+micro-batches between pipeline stages. Reports are sums over the whole global batch, in fp64, from one all-reduce after
+the schedule has run.
+"""
+
+import mft_megatron.mcore.platform.patched  # noqa: F401  (before Megatron-Core)
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from mft_megatron.arguments.table import Arguments
+from mft_megatron.batch import Batch, StepPlan
+from mft_megatron.data.loading.dataset import PackedDataset, PackedSplit, rows_of
+from mft_megatron.data.loading.step_plan import deal_plan
+from mft_megatron.data.loading.usage import UsageByEpoch
+from mft_megatron.data.loading.validation_sampling import deal
+from mft_megatron.data.sample_slices import Pieces
+from mft_megatron.losses.focal import TaskStatistics
+from mft_megatron.losses.objective import SUMS, Objective, StepFactors
+from mft_megatron.mcore.model.gpt import build_model
+from mft_megatron.mcore.model.parameters import count_parameters
+from mft_megatron.mcore.optim.optimizer import build_optimizer, build_scheduler, learning_rate, loss_scale
+from mft_megatron.mcore.parallel.context_parallel import share_of
+from mft_megatron.mcore.parallel.data_parallel import WeightGathering
+
+from .moe import experts
+from .parallel import process_groups
+from .platform import devices
+
+# the pieces of each row of each micro-batch
+MicroBatches = Sequence[Sequence[Pieces]]
+# a padded micro-batch is as wide as a multiple of this many tokens
+WIDTH_MULTIPLE = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class StepReport:
+    """What a step (or an evaluation) did, summed over all ranks; tensors stay on the device until they are read.
+
+    ``loss_K``: Σ l_t over supervised tokens of each task. ``tokens_K``: how many those are.
+    ``objective_K``: each task's part of the objective; ``share_K``: Σ c_t of each task. All fp64 [K].
+    ``weight_K``: the tasks' weights w_i that held. ``grad_norm``: before clipping. ``learning_rate``: of this step.
+    ``loss_scale``: that the step was computed at, where there is one. ``overflow``: gradients were too large for it, so
+    that nothing was updated; then there is no gradient norm, and losses may be no numbers. ``zeros_in_grad``: elements
+    of the gradients that are 0, where they are counted.
+    ``expert_losses``: balancing and z losses by Megatron's name, fp64 [layers], without coefficient; means over the
+    step's micro-batches. NaN for layers without experts.
+    """
+
+    loss_K: Tensor
+    tokens_K: Tensor
+    objective_K: Tensor
+    share_K: Tensor
+    weight_K: np.ndarray | None = None
+    grad_norm: float | None = None
+    learning_rate: float | None = None
+    loss_scale: float | None = None
+    overflow: bool = False
+    zeros_in_grad: int | None = None
+    expert_losses: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+
+    @property
+    def loss(self) -> float:
+        """The objective."""
+        return self.objective_K.sum().item()
+
+
+class Trainer:
+    """A model, its optimizer and its schedule on this rank, and the things one does with them.
+
+    ``usage``: what this rank has trained on. ``weights``: who reads weights between steps does so within
+    ``weights.whole()``; see :class:`.parallel.data_parallel.WeightGathering`.
+    """
+
+    def __init__(self, arguments: Arguments, vocab_size: int, weight_K: np.ndarray):
+        """
+        Args:
+            arguments: of the whole run.
+            vocab_size: real size of the vocabulary.
+            weight_K: fp64 [K], weight ``w_i`` of each task, ``alpha_i`` of the focal losses; may be replaced between
+                steps.
+        """
+        self.arguments = arguments
+        self.weight_K = weight_K
+        options = arguments.multi_task
+        self.objective = Objective(
+            options.mft_loss, options.focal_gamma, options.focal_detach, options.mft_normalization == "micro-batch"
+        )
+        self.statistics = TaskStatistics.none(len(weight_K), devices.device())
+        self.usage = UsageByEpoch(len(weight_K))
+        self.chunks: list[DistributedDataParallel] = build_model(arguments, vocab_size)
+        self.optimizer: MegatronOptimizer = build_optimizer(arguments, self.chunks)
+        self.scheduler: OptimizerParamScheduler = build_scheduler(arguments, self.optimizer)
+        self.weights = WeightGathering(arguments, self.chunks)
+        self.ranks = process_groups.ranks()
+        self._schedule = get_forward_backward_func()
+        for chunk in self.chunks:
+            chunk.config.finalize_model_grads_func = _finalize_without_rescaling
+            chunk.config.grad_scale_func = self.optimizer.scale_loss
+
+    def train_step(self, split: PackedSplit, plan: StepPlan) -> StepReport | None:
+        """Consume one global batch and update the weights.
+
+        Returns:
+            the report, or ``None`` where the batch has nothing to learn from (no supervised token of a task with a
+            weight): then nothing is changed, on every rank alike. Where gradients overflow nothing but the loss scale
+            is changed.
+        """
+        factors = self._factors(self.objective, [plan])
+        places = self._places(split, plan)
+        micro_batches, used = _rows(split, plan, places), []
+        if not factors.base_K.any():
+            self._count_usage(split, plan, places, micro_batches, range(len(places)))
+            return None
+        for chunk in self.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        experts.begin_step(self.chunks, len(plan.packs_G) // self.arguments.training.micro_batch_size)
+        sums = self._run(self.objective, factors, split.dataset, micro_batches, forward_only=False, used=used)
+        self._count_usage(split, plan, places, micro_batches, used)
+        samples_K = torch.from_numpy(plan.samples_K)
+        report = dataclasses.replace(
+            _report(self.objective, factors, sums, samples_K),
+            weight_K=self.weight_K,
+            learning_rate=learning_rate(self.optimizer),
+            loss_scale=loss_scale(self.optimizer),
+            expert_losses=experts.losses_of_step(self.chunks, self.arguments),
+        )
+        updated, grad_norm, zeros = self.optimizer.step()
+        # experts have an optimizer of their own, which not all ranks share
+        if report.loss_scale is not None and process_groups.any_rank(not updated):
+            return dataclasses.replace(report, overflow=True)
+        self.weights.after_update()
+        self.scheduler.step(increment=1)
+        self.statistics = self.objective.statistics_after(self.statistics, sums, samples_K)
+        return dataclasses.replace(report, grad_norm=grad_norm, zeros_in_grad=zeros)
+
+    def evaluate(self, split: PackedSplit, plans: Sequence[StepPlan]) -> StepReport:
+        """Token losses of every task over the given batches, without changing anything.
+
+        The objective is that of all batches as one, whatever ``--mft-normalization`` says: their counts are added up
+        first.
+        """
+        objective = dataclasses.replace(self.objective, per_micro_batch=False)
+        factors = self._factors(objective, plans)
+        batches = (_rows(split, plan, self._places(split, plan)) for plan in plans)
+        sums = sum(self._forward_only(objective, factors, split.dataset, micro_batches) for micro_batches in batches)
+        return _report(objective, factors, sums, torch.from_numpy(sum(plan.samples_K for plan in plans)))
+
+    def task_losses(self, dataset: PackedDataset, rows: list[Pieces]) -> np.ndarray:
+        """Mean token loss of each task over some rows, without changing anything.
+
+        Returns:
+            fp64 [K], the same on every rank; NaN for a task without a supervised token in these rows.
+        """
+        nothing = torch.zeros(len(self.weight_K), dtype=torch.float64)
+        micro_batches = deal(rows, self.ranks, self.arguments.training.micro_batch_size, self.arguments.batch_multiple)
+        sums = self._forward_only(Objective("token"), StepFactors(nothing, nothing, nothing), dataset, micro_batches)
+        loss_K, tokens_K = sums[SUMS.index("loss_K")], sums[SUMS.index("tokens_K")]
+        return (loss_K / tokens_K).cpu().numpy()
+
+    def num_parameters(self, trained: bool = False) -> int:
+        """Parameters of the whole model, or those that are ``trained``; padding of the vocabulary counted in and shared
+        weights counted once."""
+        return count_parameters(self.chunks, trained)
+
+    def _factors(self, objective: Objective, plans: Sequence[StepPlan]) -> StepFactors:
+        counts = (sum(plan.supervised_tokens_K for plan in plans), sum(plan.samples_K for plan in plans))
+        num_micro_batches = sum(len(plan.packs_G) for plan in plans) // self.arguments.training.micro_batch_size
+        numbers = (torch.from_numpy(values) for values in (*counts, self.weight_K))
+        return objective.before_step(*numbers, self.statistics, num_micro_batches)
+
+    def _places(self, split: PackedSplit, plan: StepPlan) -> np.ndarray:
+        return deal_plan(plan, self.ranks, self.arguments.training.micro_batch_size, split.dataset.padded)
+
+    def _count_usage(
+        self,
+        split: PackedSplit,
+        plan: StepPlan,
+        places: np.ndarray,
+        micro_batches: MicroBatches,
+        used: Sequence[int],
+    ) -> None:
+        """Add the micro-batches of these numbers to :attr:`usage`."""
+        rows = [row for number in used for row in micro_batches[number]]
+        self.usage.add(rows, plan.epochs_G[places[list(used)]].ravel(), split.dataset.task_ids)
+
+    def _forward_only(
+        self, objective: Objective, factors: StepFactors, dataset: PackedDataset, micro_batches: MicroBatches
+    ) -> Tensor:
+        for chunk in self.chunks:
+            chunk.eval()
+        with torch.no_grad(), self.weights.whole():
+            return self._run(objective, factors, dataset, micro_batches, forward_only=True)
+
+    def _run(
+        self,
+        objective: Objective,
+        factors: StepFactors,
+        dataset: PackedDataset,
+        micro_batches: MicroBatches,
+        forward_only: bool,
+        used: list[int] | None = None,
+    ) -> Tensor:
+        """Take this rank's micro-batches through the pipeline; the sums over all ranks, fp64 [len(SUMS), K].
+
+        The number of each micro-batch that the model is given is appended to ``used``.
+        """
+        for chunk in self.chunks:
+            # stages then tell each other the width of each micro-batch, which only rows of padded data sets differ in
+            chunk.config.variable_seq_lengths = dataset.padded
+        batches = _batches(dataset, micro_batches, self._width_multiple(), [] if used is None else used)
+        sums = torch.zeros(len(SUMS), len(self.weight_K), dtype=torch.float64, device=devices.device())
+        factors = factors.to(sums.device)
+        slope = partial(objective.slope, factors)
+        self._schedule(
+            forward_step_func=partial(_forward, partial(_objective, objective, factors, sums), slope),
+            # every chunk goes through the same micro-batches, each at its own pace
+            data_iterator=list(itertools.tee(batches, len(self.chunks))),
+            model=self.chunks,
+            num_microbatches=len(micro_batches),
+            # a micro-batch travels through the pipeline as one stream of tokens; of padded ones no one asks this length
+            seq_length=self.arguments.training.micro_batch_size * self.arguments.data.seq_length,
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+        return process_groups.sum_over_world(sums)
+
+    def _width_multiple(self) -> int:
+        """What the width of a padded micro-batch is a multiple of, so that context-parallel ranks and, with sequence
+        parallelism, tensor-parallel ranks can share it."""
+        return math.lcm(WIDTH_MULTIPLE, self.arguments.distributed.stream_multiple)
+
+
+def _report(objective: Objective, factors: StepFactors, sums: Tensor, samples_K: Tensor) -> StepReport:
+    named = dict(zip(SUMS, sums, strict=True))
+    by_task_K = objective.by_task(factors, sums, samples_K)
+    return StepReport(named["loss_K"], named["tokens_K"], by_task_K, named["share_K"])
+
+
+def _rows(split: PackedSplit, plan: StepPlan, places: np.ndarray) -> MicroBatches:
+    return [[split.pieces_of(pack) for pack in packs_B] for packs_B in plan.packs_G[places]]
+
+
+def _batches(dataset: PackedDataset, micro_batches: MicroBatches, multiple: int, used: list[int]) -> Iterator[Batch]:
+    for number, rows in enumerate(micro_batches):
+        used.append(number)
+        yield to_device(rows_of(dataset, rows, _width(dataset, rows, multiple)))
+
+
+def _width(dataset: PackedDataset, rows: Sequence[Pieces], multiple: int) -> int:
+    """Positions of a row: the sequence length, or in a padded data set no more than the longest row needs."""
+    if not dataset.padded:
+        return dataset.seq_length
+    longest = max(row.num_tokens for row in rows)
+    return min(max(-(-longest // multiple), 1) * multiple, dataset.seq_length)
+
+
+def to_device(batch: Batch) -> Batch:
+    """The same micro-batch as tensors on this process's device, with what this process computes of it."""
+    arrays = {
+        field.name: torch.from_numpy(getattr(batch, field.name)).to(devices.device(), non_blocking=True)
+        for field in dataclasses.fields(batch)
+        if field.name not in ("max_seqlen", "share") and getattr(batch, field.name) is not None
+    }
+    return Batch(**arrays, max_seqlen=batch.max_seqlen, share=share_of(batch, devices.device()))
+
+
+def _forward(loss_function, slope, batches: Iterator[Batch], model: DistributedDataParallel):
+    """Megatron's forward step: the stage's output, and how the last stage makes a loss of it."""
+    batch = next(batches)
+    return model.module.run(batch, slope=slope), partial(loss_function, batch)
+
+
+def _objective(objective: Objective, factors: StepFactors, sums: Tensor, batch: Batch, loss_BS: Tensor):
+    """The objective of one micro-batch; adds the micro-batch's sums per task to ``sums`` [len(SUMS), K].
+
+    The 3-tuple tells Megatron to add micro-batches and ranks up and to leave the result alone.
+    """
+    loss_BS = loss_BS.view(batch.labels_BS.shape)
+    share = batch.share
+    value, coefficient_BS = objective.of(factors, batch, loss_BS, share.sum)
+    if process_groups.counts_losses():
+        sums += objective.sums(batch, loss_BS, coefficient_BS, sums.shape[1], share.mine(loss_BS.shape))
+    return value, torch.zeros([], dtype=torch.int, device=value.device), {}
+
+
+def _finalize_without_rescaling(model, num_tokens=None, **groups) -> None:
+    """Reduce gradients over ranks as plain sums; Megatron would divide by the number of tokens here."""
+    finalize_model_grads(model, None, **groups)

@@ -1,0 +1,349 @@
+"""Whatever is wrong with a folder is refused in one line, and nothing is left behind."""
+
+import contextlib
+import json
+import resource
+import shutil
+import struct
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mft_megatron.convert.commands.convert import hf_to_mcore, mcore_to_hf
+from mft_megatron.convert.huggingface import model_import
+from mft_megatron.convert.huggingface.safetensors_files import Planned, ShardWriter, WeightFiles
+from mft_megatron.errors import InputError, run_command
+from tests.convert import tiny_models
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An untied Llama in several shards."""
+    root = tmp_path_factory.mktemp("whole")
+    tiny_models.write_model("llama", root / "one")
+    hf_to_mcore(["--hf", str(root / "one"), "--save", str(root / "checkpoint")])
+    mcore_to_hf(["--load", str(root / "checkpoint"), "--hf", str(root / "hf"), "--max-shard-size", "60KB"])
+    return root
+
+
+@pytest.fixture
+def model(whole, tmp_path):
+    shutil.copytree(whole / "hf", tmp_path / "hf")
+    return tmp_path / "hf"
+
+
+def refusal(model, *words):
+    """The line that refuses a folder."""
+    target = model.parent / "checkpoint"
+    with pytest.raises(InputError) as caught:
+        hf_to_mcore(["--hf", str(model), "--save", str(target), *words])
+    assert [path.name for path in model.parent.iterdir()] == [model.name]
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def change_config(model, **changes):
+    config = json.loads((model / "config.json").read_text())
+    config.update(changes)
+    (model / "config.json").write_text(json.dumps({name: v for name, v in config.items() if v != "absent"}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (
+            {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]},
+            "GPT2LMHeadModel is not supported; known are Ll",
+        ),
+        ({"model_type": "absent", "architectures": []}, "model_type None is not supported"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification is not supported"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantised weights cannot be converted"),
+        ({"embedding_multiplier": 12.0}, "embedding_multiplier: not understood for Llama"),
+        ({"logits_scaling": False}, "logits_scaling: not understood for Llama"),
+        ({"is_encoder_decoder": True}, "is_encoder_decoder: not understood"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu', which this program cannot express; only 'silu'"),
+        ({"mlp_bias": True}, "attention_bias false and mlp_bias true"),
+        ({"mlp_bias": 1}, "mlp_bias is 1; it must be true or false"),
+        ({"hidden_size": "absent"}, "no hidden_size"),
+        ({"hidden_size": "48"}, "hidden_size is '48'; it must be a number"),
+        ({"hidden_size": 48.0}, "hidden_size is 48.0; it must be a number"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0, which is too small"),
+        ({"vocab_size": "absent"}, "no vocab_size"),
+        ({"num_key_value_heads": 3}, "num_attention_heads 4 is not divisible by num_key_value_heads 3"),
+        ({"head_dim": None, "num_attention_heads": 5}, "hidden_size 48 is not divisible by num_attention_heads 5"),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
+            "rope_type 'dynamic': give one of linear, llama3",
+        ),
+        ({"rope_parameters": {"rope_type": "linear"}}, "linear needs factor"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": -1}}, "factor is -1; it must be a number above 0"),
+        ({"rope_parameters": {"rope_type": "default", "mrope_section": [1]}}, "unknown mrope_section"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2, "long": 1}}, "yarn has no long"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "differ from layer to layer"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": "1e4"}},
+            "rope_theta is '1e4'; it must be a number",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1.5}},
+            "rope_theta is 1.5; it must be a number from 2",
+        ),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling and rope_parameters say different things"),
+        ({"num_hidden_layers": 4}, "model.layers.3.input_layernorm.weight, model.layers.3.mlp.down_proj.weight"),
+        ({"num_hidden_layers": 2}, "not known in this architecture"),
+        ({"vocab_size": 132}, "embed_tokens.weight has the shape [131, 48], config.json says [132, 48]"),
+        ({"head_dim": 8}, "self_attn.q_proj.weight has the shape [64, 48], config.json says [32, 48]"),
+        ({"tie_word_embeddings": True}, "lm_head.weight differs from model.embed_tokens.weight"),
+    ],
+    ids=lambda value: value[:25].replace(" ", "-") if isinstance(value, str) else "",
+)
+def test_configurations(model, changes, reason):
+    change_config(model, **changes)
+    assert reason in refusal(model)
+
+
+def shards(model):
+    return sorted(model.glob("*.safetensors"))
+
+
+def lose_shard(model):
+    shards(model)[1].unlink()
+    return "names model-00002-of"
+
+
+def cut_off(model):
+    shard = shards(model)[0]
+    shard.write_bytes(shard.read_bytes()[:-100])
+    return "its header says"
+
+
+def cut_off_header(model):
+    shard = shards(model)[0]
+    shard.write_bytes(shard.read_bytes()[:60])
+    return "cut off, or no safetensors file"
+
+
+def empty(model):
+    shards(model)[0].write_bytes(b"")
+    return "cut off, or no safetensors file"
+
+
+def too_long(model):
+    shard = shards(model)[0]
+    shard.write_bytes(shard.read_bytes() + b"\0" * 4)
+    return "its header says"
+
+
+def garble_header(model):
+    shard = shards(model)[0]
+    content = bytearray(shard.read_bytes())
+    content[8] = ord("?")
+    shard.write_bytes(content)
+    return "its header is damaged"
+
+
+def wrong_offsets(model):
+    header = json.dumps({"model.norm.weight": {"dtype": "F32", "shape": [48], "data_offsets": [0, 4]}}).encode()
+    shards(model)[0].write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 4)
+    return "model.norm.weight has 4 bytes for (48,)"
+
+
+def fp8(model):
+    header = json.dumps({"model.norm.weight": {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}}).encode()
+    shards(model)[0].write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 4)
+    return "model.norm.weight is F8_E4M3; only F32, BF16, F16 can be converted"
+
+
+def change_weights(model, change):
+    weights = load_file(shards(model)[0])
+    change(weights)
+    tiny_models.save_weights(weights, shards(model)[0])
+
+
+def lack_weight(model):
+    change_weights(model, lambda weights: weights.pop("model.embed_tokens.weight"))
+    return "lacks model.embed_tokens.weight, which model.safetensors.index.json says is there"
+
+
+def extra_weight(model):
+    change_weights(model, lambda weights: weights.update(stray=torch.zeros(3)))
+    return "has stray, which model.safetensors.index.json does not say is there"
+
+
+def another_dtype(model):
+    change_weights(
+        model, lambda w: w.update({name: weight.half() for name, weight in w.items() if "embed" not in name})
+    )
+    return "and its like are F16 and F32; use one"
+
+
+def garble_index(model):
+    (model / "model.safetensors.index.json").write_text("[]")
+    return "not an index of weights"
+
+
+def index_outside(model):
+    (model / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../a.safetensors"}}')
+    return "which is no file of this folder"
+
+
+def no_weights(model):
+    for shard in [*shards(model), model / "model.safetensors.index.json"]:
+        shard.unlink()
+    return "has neither model.safetensors nor model.safetensors.index.json"
+
+
+def only_pickles(model):
+    no_weights(model)
+    (model / "pytorch_model.bin").write_bytes(b"")
+    return "save_pretrained"
+
+
+def no_config(model):
+    (model / "config.json").unlink()
+    return "has no config.json"
+
+
+def garble_config(model):
+    (model / "config.json").write_text("{")
+    return "not JSON"
+
+
+def list_config(model):
+    (model / "config.json").write_text("[]")
+    return "not a JSON object"
+
+
+DAMAGES = [
+    lose_shard,
+    cut_off,
+    cut_off_header,
+    empty,
+    too_long,
+    garble_header,
+    wrong_offsets,
+    fp8,
+    lack_weight,
+    extra_weight,
+    another_dtype,
+    garble_index,
+    index_outside,
+    no_weights,
+    only_pickles,
+    no_config,
+    garble_config,
+    list_config,
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_damaged_folders(model, damage):
+    reason = damage(model)
+    assert reason in refusal(model)
+
+
+def test_a_shard_cut_off_while_it_is_read(model, monkeypatch):
+    """After the headers were compared with the sizes: nothing is left that looks like a checkpoint."""
+    shard = shards(model)[-1]
+    check = model_import.refuse_mismatch
+
+    def cut_off_then(*arguments):
+        check(*arguments)
+        shard.write_bytes(shard.read_bytes()[:-8])
+
+    monkeypatch.setattr(model_import, "refuse_mismatch", cut_off_then)
+    assert "the file is cut off" in refusal(model)
+
+
+@contextlib.contextmanager
+def no_room(size):
+    """No file can grow beyond ``size`` bytes, as if the disk were full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("size", [30, 3000, 100_000])
+def test_a_full_disk_leaves_nothing(model, capsys, size):
+    words = ["--hf", str(model), "--save", str(model.parent / "checkpoint")]
+    with no_room(size):
+        assert run_command(lambda: hf_to_mcore(words)) == 2
+    assert "File too large" in capsys.readouterr().err
+    assert [path.name for path in model.parent.iterdir()] == [model.name]
+
+
+@pytest.mark.parametrize("size", [30, 3000, 100_000])
+def test_a_full_disk_leaves_no_export(whole, tmp_path, capsys, size):
+    words = ["--load", str(whole / "checkpoint"), "--hf", str(tmp_path / "back")]
+    with no_room(size):
+        assert run_command(lambda: mcore_to_hf(words)) == 2
+    assert "File too large" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device", "some file")])
+def test_an_interrupted_export_leaves_nothing(whole, tmp_path, monkeypatch, error):
+    def fail(self):
+        raise error
+
+    monkeypatch.setattr(ShardWriter, "finish", fail)
+    with pytest.raises((KeyboardInterrupt, OSError)):
+        mcore_to_hf(["--load", str(whole / "checkpoint"), "--hf", str(tmp_path / "back")])
+    assert not list(tmp_path.iterdir())
+
+
+def test_folders_with_content_are_not_touched(model, tmp_path):
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "mine").write_text("x")
+    with pytest.raises(InputError, match="exists already"):
+        hf_to_mcore(["--hf", str(model), "--save", str(tmp_path / "checkpoint")])
+    assert (tmp_path / "checkpoint" / "mine").read_text() == "x"
+
+
+def test_no_folder_at_all(tmp_path):
+    with pytest.raises(InputError, match="is no folder"):
+        hf_to_mcore(["--hf", str(tmp_path / "nothing"), "--save", str(tmp_path / "checkpoint")])
+
+
+def test_what_old_versions_stored_besides_is_passed_over(model):
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    change_weights(model, lambda weights: weights.update({name: torch.ones(8)}))
+    index = model / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"][name] = shards(model)[0].name
+    index.write_text(json.dumps(content))
+    hf_to_mcore(["--hf", str(model), "--save", str(model.parent / "checkpoint")])
+
+
+def test_an_export_of_another_models_configuration_is_refused(whole, tmp_path):
+    shutil.copytree(whole / "checkpoint", tmp_path / "checkpoint")
+    kept = tmp_path / "checkpoint" / "huggingface"
+    change_config(kept, rms_norm_eps=1e-5)
+    words = ["--load", str(tmp_path / "checkpoint"), "--hf", str(tmp_path / "back")]
+    with pytest.raises(InputError, match=r"norm_epsilon is 1e-05, the checkpoint has 0.001"):
+        mcore_to_hf(words)
+    (kept / "config.json").unlink()
+    with pytest.raises(InputError, match=r"is gone; put the original's config.json there"):
+        mcore_to_hf(words)
+
+
+def test_a_writer_wants_every_weight_as_announced(tmp_path):
+    writer = ShardWriter(tmp_path, [Planned("a", torch.float32, (2, 3)), Planned("b", torch.float32, (2,))], 10**9)
+    with pytest.raises(ValueError, match="where"):
+        writer.write("a", torch.zeros(3, 2))
+    writer.close()
+    writer = ShardWriter(tmp_path, [Planned("a", torch.float32, (2, 3)), Planned("b", torch.float32, (2,))], 10**9)
+    writer.write("b", torch.tensor([1.0, 2.0]))
+    with pytest.raises(ValueError, match="never written: a"):
+        writer.finish()
+    writer.write("a", torch.arange(6.0).view(2, 3))
+    writer.finish()
+    assert load_file(tmp_path / "model.safetensors")["b"].tolist() == [1, 2]
+    assert WeightFiles(tmp_path).weights["a"].shape == (2, 3)

@@ -1,0 +1,106 @@
+"""Row kinds against weights laid out by hand."""
+
+import pytest
+import torch
+
+from mft_megatron.arguments.groups.network import NetworkArguments
+from mft_megatron.convert.huggingface.families.llama import LLAMA
+from mft_megatron.convert.huggingface.model_export import parse_size
+from mft_megatron.convert.huggingface.row_layouts import (
+    Block,
+    glu,
+    part,
+    qkv,
+    qkv_in_groups,
+    rows_of,
+    rows_of_sources,
+    sizes_of,
+    split,
+    whole,
+)
+from mft_megatron.convert.huggingface.safetensors_files import Planned, ShardWriter, read_header
+from mft_megatron.errors import InputError
+
+SHAPE = NetworkArguments(
+    num_layers=2,
+    hidden_size=6,
+    ffn_hidden_size=5,
+    num_attention_heads=4,
+    num_query_groups=2,
+    kv_channels=3,
+    add_bias_linear=False,
+    tie_embeddings=False,
+    normalization="RMSNorm",
+    swiglu=True,
+)
+SIZES = sizes_of(SHAPE, 7)
+
+
+def test_qkv_is_grouped_by_key_value_head():
+    names = [f"{part}{d}" for part in ("q0", "q1", "k0", "v0", "q2", "q3", "k1", "v1") for d in range(3)]
+    weight = torch.arange(24.0)[:, None].expand(24, 6)
+    query, key, value = split(weight, qkv(SIZES))
+    for piece, heads in ((query, ("q0", "q1", "q2", "q3")), (key, ("k0", "k1")), (value, ("v0", "v1"))):
+        expected = [names.index(f"{head}{d}") for head in heads for d in range(3)]
+        assert piece[:, 0].tolist() == expected
+        assert piece.shape == (len(expected), 6)
+        assert piece.is_contiguous()
+
+
+def test_qkv_takes_a_bias():
+    query, key, value = split(torch.arange(24.0), qkv(SIZES))
+    assert (query.shape, key.shape, value.shape) == ((12,), (6,), (6,))
+    assert key.tolist() == [6, 7, 8, 18, 19, 20]
+
+
+def test_glu_and_whole():
+    weight = torch.arange(10.0)[:, None]
+    gate, up = split(weight, glu("ffn")(SIZES))
+    assert (gate[:, 0].tolist(), up[:, 0].tolist()) == ([0, 1, 2, 3, 4], [5, 6, 7, 8, 9])
+    assert whole("vocab")(SIZES) == (Block(0, 0, 7),)
+    assert qkv_in_groups(SIZES) == (Block(0, 0, 24),)
+
+
+@pytest.mark.parametrize("kind", [qkv, glu("ffn"), whole("vocab"), qkv_in_groups])
+def test_any_part_is_the_same_rows_as_of_the_whole(kind):
+    """What is split into the sources and read back by blocks, in whatever parts, is what was there."""
+    blocks = kind(SIZES)
+    weight = torch.arange(float(rows_of(blocks)))
+    sources = split(weight, blocks)
+    assert [len(source) for source in sources] == rows_of_sources(blocks)
+    for first in range(len(weight) + 1):
+        for last in range(first, len(weight) + 1):
+            found = [sources[b.source][b.start : b.start + b.rows] for b in part(blocks, first, last)]
+            assert torch.cat([torch.empty(0), *found]).equal(weight[first:last])
+
+
+def test_the_llama_table_covers_a_model():
+    names = [name for row in LLAMA.rows(SHAPE) for name in row.theirs]
+    assert len(names) == len(set(names)) == 12
+    assert not any(".bias" in name or "_norm." in name.replace("model.norm", "") for name in names)
+    shapes = {n: s for row in LLAMA.rows(SHAPE) for n, s in zip(row.theirs, row.their_shapes(SIZES), strict=True)}
+    assert shapes["model.layers.{}.self_attn.k_proj.weight"] == (6, 6)
+    assert shapes["model.layers.{}.self_attn.o_proj.weight"] == (6, 12)
+    assert shapes["model.layers.{}.mlp.down_proj.weight"] == (6, 5)
+    assert shapes["lm_head.weight"] == (7, 6)
+
+
+def test_shards_end_before_they_are_too_large(tmp_path):
+    weights = [Planned(name, torch.float16, (size,)) for name, size in (("a", 4), ("b", 4), ("c", 20), ("d", 1))]
+    writer = ShardWriter(tmp_path, weights, 16)
+    for weight in reversed(weights):
+        writer.write(weight.name, torch.full(weight.shape, float(ord(weight.name)), dtype=torch.float16))
+    writer.finish()
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert [sorted(read_header(file)) for file in files] == [["a", "b"], ["c"], ["d"]]
+    assert [file.name for file in files] == [f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("text", ["5", "GB", "0GB", "-1MB", "5 TB", "1.5GB"])
+def test_sizes_that_are_none(text):
+    with pytest.raises(InputError, match="--max-shard-size"):
+        parse_size(text)
+
+
+def test_sizes():
+    assert [parse_size(text) for text in ("5GB", "200MB", "64 kb")] == [5 * 10**9, 200 * 10**6, 64_000]

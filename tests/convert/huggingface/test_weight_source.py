@@ -1,0 +1,81 @@
+"""Weights read directly from a Hugging Face folder are those of a converted checkpoint, whatever the layout."""
+
+import pytest
+
+from mft_megatron.convert.commands.convert import hf_to_mcore
+from tests.convert import tiny_models
+from tests.ranks import run_on_ranks
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers
+NAMES = ("llama3 tied", "qwen2 windows", "gpt-neox", "mixtral")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    root, folders = tmp_path_factory.mktemp("source"), []
+    for number, name in enumerate(NAMES):
+        tiny_models.write_model(name, root / f"hf{number}", "bfloat16" if number == 1 else "float32")
+        hf_to_mcore(["--hf", str(root / f"hf{number}"), "--save", str(root / f"checkpoint{number}")])
+        folders.append((str(root / f"checkpoint{number}"), str(root / f"hf{number}")))
+    return folders
+
+
+def _compare(layout, world_size, folders):
+    """Names of parameters and whether they agree, and how much of the files was read."""
+    from pathlib import Path
+
+    import numpy as np
+    import torch
+
+    from mft_megatron.arguments.command import parse_arguments
+    from mft_megatron.convert.huggingface.weight_source import HuggingFaceSource
+    from mft_megatron.mcore.checkpointing import checkpoint as checkpoints
+    from mft_megatron.mcore.parallel import process_groups
+    from mft_megatron.mcore.trainer import Trainer
+
+    found = []
+    first = tiny_models.arguments_for(folders[0][0], world_size, layout)
+    with process_groups.process_groups(first.distributed, seed=3):
+        for checkpoint, hf in folders:
+            loaded = tiny_models.arguments_for(checkpoint, world_size, layout)
+            words = tiny_models.words_for(f"--hf-checkpoint {hf} {layout}")
+            arguments = parse_arguments(words, world_size, None, lambda folder: HuggingFaceSource(folder).info)
+            assert arguments.starts_from_hf
+            assert arguments.weights_alone
+            assert arguments.network == loaded.network
+            source, read = HuggingFaceSource(hf), []
+            whole = source._files.read_part
+            source._files.read_part = lambda part, *where, whole=whole, read=read: (
+                read.append(part.nbytes),
+                whole(part, *where),
+            )
+            one, other = (Trainer(a, source.info.vocab_size, np.ones(1)) for a in (loaded, arguments))
+            for parameter in other.chunks[0].parameters():
+                torch.nn.init.constant_(parameter, 7.0)
+            checkpoints.load(Path(loaded.resume[0]), one, loaded.resume[1], loaded.checkpoint)
+            source.load(other)
+            pairs = zip(one.chunks[0].named_parameters(), other.chunks[0].parameters(), strict=True)
+            same = [name for (name, a), b in pairs if not a.equal(b)]
+            total = sum(stored.row_bytes * stored.shape[0] for stored in source._files.weights.values())
+            found.append((same, sum(read) / total))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("layout", "size", "share"),
+    [
+        ("", 1, 1.0),
+        ("--tensor-model-parallel-size 2 --sequence-parallel", 2, 0.56),
+        pytest.param(
+            "--pipeline-model-parallel-size 2 --decoder-last-pipeline-num-layers 1", 2, 0.75, marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_weights_are_those_of_the_checkpoint(models, layout, size, share):
+    some = [
+        folders for folders, name in zip(models, NAMES, strict=True) if "pipeline" not in layout or name != "mixtral"
+    ]
+    for result in run_on_ranks(size, _compare, layout, size, some):
+        for differing, read in result:
+            assert differing == []
+            assert read <= share + 1e-9

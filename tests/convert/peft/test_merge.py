@@ -1,0 +1,281 @@
+"""Adapters merged into their model: what PEFT makes of them, what the formula says, and nothing else is touched."""
+
+import json
+import resource
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mft_megatron.convert.commands.convert import hf_to_mcore, lora_to_peft, merge_lora
+from mft_megatron.convert.peft import merge
+from mft_megatron.errors import InputError
+from mft_megatron.mcore.checkpointing.tensor_reader import TensorReader
+from mft_megatron.run_folder import HUGGINGFACE, TOKENIZER, content_digest
+from tests.convert import made_adapters, tiny_models
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers and PEFT
+FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "LICENSE")
+# by model: dtype, what is adapted, and whether by rsLoRA
+CASES = {
+    "llama with biases": ("float32", ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"), True),
+    "qwen2 tied": ("bfloat16", ("q_proj", "v_proj", "linear_fc1"), False),
+    "gpt-neox": ("float32", ("k_proj", "v_proj", "linear_fc2"), False),
+    "mixtral": ("bfloat16", ("linear_qkv", "linear_proj"), False),
+}
+
+
+class Case:
+    """A model with adapters, in every form. ``hf``, ``start``: the model; ``adapters``: a run of adapters alone,
+    ``whole``: with the model; ``peft``: the adapters as PEFT has them; ``expected``: what they add, in fp64."""
+
+    def __init__(self, name, root):
+        dtype, names, rslora = CASES[name]
+        self.hf, self.start, self.adapters, self.whole, self.peft = (
+            root / part for part in ("hf", "start", "adapters", "whole", "peft")
+        )
+        tiny_models.write_model(name, self.hf, dtype)
+        hf_to_mcore(["--hf", str(self.hf), "--save", str(self.start)])
+        self.info = made_adapters.info_of(self.hf)
+        lora = made_adapters.lora_for(self.info, names, rslora=rslora)
+        weights = made_adapters.random_adapters(self.info, lora)
+        base = {"base": str(self.hf), "base_digest": content_digest(self.hf)}
+        made_adapters.write_adapters(self.adapters, self.info, lora, weights, **base)
+        reader = TensorReader(self.start / "iter_0000000")
+        model = {key: reader.read([(key, ())])[0] for key in reader.names()}
+        made_adapters.write_run(self.whole, self.info, {**model, **weights}, lora=lora.as_dict())
+        for run in (self.adapters, self.whole):
+            shutil.copytree(self.start / HUGGINGFACE, run / HUGGINGFACE)
+        lora_to_peft(["--load", str(self.adapters), "--hf", str(self.peft)])
+        self.named_as_exported = root / "iter_0000003"
+        self.named_as_exported.symlink_to(self.hf)
+        self.deltas = made_adapters.their_deltas(self.info, lora, weights)
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory):
+    found = {}
+
+    def case(name):
+        if name not in found:
+            found[name] = Case(name, tmp_path_factory.mktemp("merge"))
+        return found[name]
+
+    return case
+
+
+def weights_of(folder):
+    return {name: weight for file in folder.glob("*.safetensors") for name, weight in load_file(file).items()}
+
+
+def check(case, folder):
+    """Every weight that has an adapter is the rounded sum, bit by bit; all others, and all files, are as they were."""
+    before, after = weights_of(case.hf), weights_of(folder)
+    assert before.keys() == after.keys()
+    for name, weight in before.items():
+        expected = weight if name not in case.deltas else (weight.double() + case.deltas[name]).to(weight.dtype)
+        assert after[name].dtype == weight.dtype
+        difference = (after[name].double() - expected.double()).abs()
+        # fp64 sums in another order may round to the neighbouring number
+        assert (difference == 0).double().mean() > 0.999, name
+        assert (difference <= 2**-7 * expected.double().abs() * (weight.dtype == torch.bfloat16) + 3e-7).all(), name
+        assert name not in case.deltas or not after[name].equal(weight)
+    for file in FILES:
+        assert (case.hf / file).read_bytes() == (folder / file).read_bytes(), file
+
+
+SOURCES = {
+    "its own model": lambda case: ("--load", case.whole),
+    "the folder it came from": lambda case: ("--load", case.adapters),
+    "a folder": lambda case: ("--load", case.adapters, "--base", case.named_as_exported),
+    "a checkpoint": lambda case: ("--load", case.adapters, "--base", case.start),
+    "PEFT and a folder": lambda case: ("--adapter", case.peft, "--base", case.hf),
+    "PEFT and a checkpoint": lambda case: ("--adapter", case.peft, "--base", case.start),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_merged_is_the_sum(cases, name, tmp_path, monkeypatch):
+    """Wherever adapters and model come from, and also through pieces of a few rows."""
+    case = cases(name)
+    for number, words in enumerate(SOURCES.values()):
+        monkeypatch.setattr(merge, "PIECE_BYTES", (2**26, 5 * 8 * 48)[number % 2])
+        merge_lora([*map(str, words(case)), "--hf", str(tmp_path / str(number)), "--max-shard-size", "60KB"])
+        check(case, tmp_path / str(number))
+    assert len(list((tmp_path / "0").glob("*.safetensors"))) > 1
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if CASES[name][0] == "float32"])
+def test_as_peft_merges(cases, name, tmp_path):
+    from peft import PeftModel
+
+    case = cases(name)
+    merge_lora(["--load", str(case.adapters), "--hf", str(tmp_path / "merged")])
+    theirs = PeftModel.from_pretrained(made_adapters.load(case.hf, "float32"), case.peft).merge_and_unload()
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours, expected = weights_of(tmp_path / "merged"), weights_of(tmp_path / "theirs")
+    assert ours.keys() == expected.keys()
+    for weight, content in ours.items():
+        assert (content - expected[weight]).abs().max() <= 3e-6, weight
+    assert any(not content.equal(weights_of(case.hf)[weight]) for weight, content in ours.items())
+
+
+def test_the_model_that_is_named_goes_before_the_checkpoints_own(cases, tmp_path):
+    case = cases("qwen2 tied")
+    shutil.copytree(case.hf, tmp_path / "hf")
+    weights = load_file(tmp_path / "hf" / "model.safetensors")
+    weights["model.norm.weight"] += 1
+    tiny_models.save_weights(weights, tmp_path / "hf" / "model.safetensors")
+    merge_lora(["--load", str(case.whole), "--base", str(tmp_path / "hf"), "--hf", str(tmp_path / "merged")])
+    assert weights_of(tmp_path / "merged")["model.norm.weight"].equal(weights["model.norm.weight"])
+
+
+def test_several_are_added(cases, tmp_path, capsys):
+    case = cases("qwen2 tied")
+    lora = made_adapters.lora_for(case.info, ("linear_qkv",), rank=2, alpha=3.0)
+    weights = made_adapters.random_adapters(case.info, lora, seed=5)
+    made_adapters.write_adapters(tmp_path / "other", case.info, lora, weights)
+    lora_to_peft(["--load", str(tmp_path / "other"), "--hf", str(tmp_path / "peft")])
+    words = ("--adapter", case.peft, tmp_path / "peft", "--base", case.hf, "--hf", tmp_path / "merged")
+    merge_lora(list(map(str, words)))
+    out = capsys.readouterr().out
+    assert f"{case.peft}: LoRA of rank 3, alpha 5, on q_proj, v_proj" in out
+    assert f"{tmp_path / 'peft'}: LoRA of rank 2, alpha 3, on linear_qkv" in out
+    assert f"{case.hf} with 2 adapters -> " in out
+    more = made_adapters.their_deltas(case.info, lora, weights)
+    before, after = weights_of(case.hf), weights_of(tmp_path / "merged")
+    both = 0
+    for name in case.deltas | more:
+        deltas = [of[name] for of in (case.deltas, more) if name in of]
+        expected = (before[name].double() + sum(deltas)).to(torch.bfloat16)
+        assert (after[name] == expected).double().mean() > 0.999, name
+        both += len(deltas) == 2
+    assert both == 2 * 3  # q and v of each layer
+
+
+def test_a_model_that_was_trained_from_the_beginning(tmp_path):
+    """Configuration and tokenizer are those of the run."""
+    tiny_models.write_model("llama", tmp_path / "hf")
+    hf_to_mcore(["--hf", str(tmp_path / "hf"), "--save", str(tmp_path / "start")])
+    info = made_adapters.info_of(tmp_path / "hf")
+    reader = TensorReader(tmp_path / "start" / "iter_0000000")
+    lora = made_adapters.lora_for(info, ("linear_proj",))
+    weights = {key: reader.read([(key, ())])[0] for key in reader.names()}
+    weights["embedding.word_embeddings.weight"] = torch.cat([weights["embedding.word_embeddings.weight"]] * 2)[:136]
+    weights |= made_adapters.random_adapters(info, lora)
+    tokens = {"eos_token_id": 3, "stop_token_ids": [3, 7]}
+    made_adapters.write_run(tmp_path / "run", info, weights, lora=lora.as_dict(), source="", tokenizer=tokens)
+    (tmp_path / "run" / TOKENIZER).mkdir()
+    (tmp_path / "run" / TOKENIZER / "tokenizer.json").write_text("its own")
+    merge_lora(["--load", str(tmp_path / "run"), "--hf", str(tmp_path / "merged")])
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert (config["model_type"], config["torch_dtype"], config["vocab_size"]) == ("llama", "float32", 131)
+    assert json.loads((tmp_path / "merged" / "generation_config.json").read_text())["eos_token_id"] == [3, 7]
+    assert (tmp_path / "merged" / "tokenizer.json").read_text() == "its own"
+    assert weights_of(tmp_path / "merged")["model.embed_tokens.weight"].shape == (131, 48)
+
+
+@pytest.mark.parametrize(("with_own", "asked_for"), [(False, False), (True, False), (True, True)])
+def test_the_tokenizer_of_a_peft_folder(cases, tmp_path, with_own, asked_for):
+    case = cases("qwen2 tied")
+    shutil.copytree(case.peft, tmp_path / "peft")
+    for folder, there, text in ((tmp_path / "peft", with_own, "adapter's"), (tmp_path / "third", asked_for, "third")):
+        folder.mkdir(exist_ok=True)
+        for file in folder.glob("tokenizer*"):
+            file.unlink()
+        if there:
+            (folder / "tokenizer.json").write_text(text)
+    words = ["--adapter", tmp_path / "peft", "--base", case.hf, "--hf", tmp_path / "merged"]
+    words += ["--tokenizer-model", tmp_path / "third"] if asked_for else []
+    merge_lora(list(map(str, words)))
+    expected = "third" if asked_for else "adapter's" if with_own else (case.hf / "tokenizer.json").read_text()
+    assert (tmp_path / "merged" / "tokenizer.json").read_text() == expected
+    assert (tmp_path / "merged" / "tokenizer_config.json").exists() != with_own
+
+
+def test_where_a_model_without_generation_configuration_stops(cases, tmp_path):
+    """As the run that trained the adapters says; PEFT folders do not say it."""
+    case = cases("qwen2 tied")
+    shutil.copytree(case.hf, tmp_path / "hf", ignore=shutil.ignore_patterns("generation_config.json"))
+    shutil.copytree(case.adapters, tmp_path / "run")
+    file = tmp_path / "run" / "iter_0000007" / "mft_checkpoint.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "tokenizer": {"stop_token_ids": [5, 9]}}))
+    for number, words in enumerate((("--load", tmp_path / "run"), ("--adapter", case.peft))):
+        merge_lora([*map(str, words), "--base", str(tmp_path / "hf"), "--hf", str(tmp_path / str(number))])
+    assert json.loads((tmp_path / "0" / "generation_config.json").read_text()) == {"eos_token_id": [5, 9]}
+    assert not (tmp_path / "1" / "generation_config.json").exists()
+
+
+def refusal(target, *words):
+    with pytest.raises(InputError) as caught:
+        merge_lora([*map(str, words), "--hf", str(target)])
+    assert not target.exists()
+    assert not list(target.parent.glob(".*partial"))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_what_does_not_go_together(cases, tmp_path):
+    case, target = cases("qwen2 tied"), tmp_path / "merged"
+    assert "give --load CKPT or --adapter DIR" in refusal(target)
+    assert "one of the two" in refusal(target, "--load", case.adapters, "--adapter", case.peft, "--base", case.hf)
+    assert "--adapter: give --base, the model" in refusal(target, "--adapter", case.peft)
+    assert "--best is of --load" in refusal(target, "--adapter", case.peft, "--base", case.hf, "--best")
+    assert "named twice" in refusal(target, "--adapter", case.peft, case.peft, "--base", case.hf)
+    assert "has no adapters; mcore-to-hf exports" in refusal(target, "--load", case.start)
+    assert "has adapters of its own; merge them first" in refusal(target, "--load", case.adapters, "--base", case.whole)
+    for base, reason in (
+        (tmp_path / "absent", "is no folder"),
+        (tmp_path, "is neither a Hugging Face folder nor a checkpoint"),
+        (case.peft, "is neither a Hugging Face folder nor a checkpoint"),
+    ):
+        assert f"--base {base}: {reason}" in refusal(target, "--load", case.adapters, "--base", base)
+    other = cases("mixtral")
+    for words in (("--base", other.hf), ("--base", other.start)):
+        line = refusal(target, "--load", case.adapters, *words)
+        assert "num_layers is 2, the adapters were trained with 3" in line
+        assert "of another model" in refusal(target, "--adapter", case.peft, *words)
+    (tmp_path / "hf").mkdir()
+    shutil.copyfile(case.hf / "config.json", tmp_path / "hf" / "config.json")
+    assert "no safetensors files there" in refusal(target, "--load", case.adapters, "--base", tmp_path / "hf")
+
+
+def test_the_target_must_be_new(cases, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="exists already; remove it or name another folder"):
+        merge_lora(["--load", str(cases("qwen2 tied").adapters), "--hf", str(tmp_path)])
+
+
+def test_a_model_that_is_gone_or_another(cases, tmp_path, capsys):
+    """What the checkpoint remembers is compared; what somebody names is taken, and told of."""
+    case, target = cases("qwen2 tied"), tmp_path / "merged"
+    shutil.copytree(case.adapters, tmp_path / "run")
+    file = tmp_path / "run" / "iter_0000007" / "mft_checkpoint.json"
+    description = json.loads(file.read_text())
+    for changes, reason in (
+        ({"base": ""}, "does not say of which model; give --base"),
+        ({"base": str(tmp_path / "gone")}, "which is gone; give --base, where it is now"),
+        ({"base_digest": "0"}, "has changed since; give --base, the one that the adapters were trained on"),
+    ):
+        file.write_text(json.dumps({**description, **changes}))
+        assert reason in refusal(target, "--load", tmp_path / "run")
+    merge_lora(["--load", str(tmp_path / "run"), "--base", str(case.hf), "--hf", str(target)])
+    assert f"note: --base {case.hf} holds other files than" in capsys.readouterr().out
+    check(case, target)
+
+
+def test_a_full_disk_leaves_nothing(cases, tmp_path):
+    case = cases("qwen2 tied")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    import signal
+
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        with pytest.raises((InputError, OSError)):
+            merge_lora(["--load", str(case.adapters), "--hf", str(tmp_path / "merged")])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,166 @@
+"""The serving check's numbers against slow ones, and what it says of folders that a server would stumble over."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+
+from mft_megatron.convert.serving.folder_check import findings
+from mft_megatron.convert.serving.logits_check import PROMPTS, compare, encode, read_prompts, together
+from mft_megatron.errors import InputError
+from tests.convert import tiny_models
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers
+
+
+def _slowly(theirs, ours):
+    """Largest difference, mean KL divergence, agreement: one position and token at a time."""
+    largest, divergence, agreeing = 0.0, 0.0, 0
+    for p_V, q_V in zip(theirs.tolist(), ours.tolist(), strict=True):
+        p_sum, q_sum = (math.fsum(map(math.exp, row)) for row in (p_V, q_V))
+        for p, q in zip(p_V, q_V, strict=True):
+            largest = max(largest, abs(p - q))
+            divergence += math.exp(p) / p_sum * (p - math.log(p_sum) - q + math.log(q_sum))
+        agreeing += p_V.index(max(p_V)) == q_V.index(max(q_V))
+    return largest, divergence / len(theirs), agreeing / len(theirs)
+
+
+def test_numbers_are_those_of_a_slow_reference():
+    generator = torch.Generator().manual_seed(2)
+    theirs = 3 * torch.randn(70, 19, generator=generator)  # more rows than are taken at once
+    ours = theirs + 0.7 * torch.randn(70, 19, generator=generator)
+    found = compare(theirs, ours)
+    expected = _slowly(theirs, ours)
+    assert (found.largest, found.divergence, found.agreement) == pytest.approx(expected, rel=1e-12)
+    assert found.divergence != pytest.approx(_slowly(ours, theirs)[1], rel=1e-2)
+    assert 0.3 < found.agreement < 1
+    assert compare(theirs, theirs) == type(found)(70, 0.0, 0.0, 1.0)
+    parts = [compare(theirs[:9], ours[:9]), compare(theirs[9:], ours[9:])]
+    total = together(parts)
+    assert (total.tokens, total.largest) == (70, found.largest)
+    assert (total.divergence, total.agreement) == pytest.approx((found.divergence, found.agreement), rel=1e-12)
+
+
+def test_no_number_is_never_small():
+    theirs = torch.zeros(5, 4)
+    broken = theirs.clone()
+    broken[3, 2] = math.nan
+    found = compare(theirs, broken)
+    assert math.isnan(found.largest)
+    assert math.isnan(found.divergence)
+    assert math.isnan(together([compare(theirs, theirs), found]).largest)
+    assert math.isnan(together([found, compare(theirs, theirs)]).largest)
+
+
+class _Letters:
+    """A tokenizer of letters, as far as it is asked."""
+
+    chat_template = None
+
+    def __len__(self):
+        return 131
+
+    def __call__(self, text, add_special_tokens=True):
+        return {"input_ids": [min(ord(letter), 130) for letter in text]}
+
+    def convert_ids_to_tokens(self, ids):
+        return [chr(number) for number in ids]
+
+    def apply_chat_template(self, messages, tokenize, add_generation_prompt):
+        assert not tokenize
+        return self.chat_template.format(messages[0]["content"])
+
+
+def test_prompts(tmp_path):
+    tokenizer = _Letters()
+    assert encode(tokenizer, None, 131, 8).keys() == PROMPTS.keys()
+    tokenizer.chat_template = "<{}>"
+    encoded = encode(tokenizer, None, 131, 8)
+    assert encoded["chat"] == [ord(letter) for letter in "<Write a"]
+    random = encode(None, None, 50, 8)
+    assert random == encode(None, None, 50, 8)
+    assert {len(text) for text in random.values()} == {8}
+    assert max(map(max, random.values())) < 50
+    with pytest.raises(InputError, match="gives token 130, the vocabulary has 130"):
+        encode(tokenizer, {"one": "é"}, 130, 8)
+    with pytest.raises(InputError, match="prompt one: the tokenizer makes no tokens"):
+        encode(tokenizer, {"one": ""}, 131, 8)
+    file = tmp_path / "prompts"
+    file.write_text('def f():\n\n"two\\nlines"\n17\n')
+    assert read_prompts(file) == {"line 1": "def f():", "line 3": "two\nlines", "line 4": "17"}
+    file.write_text("\n \n")
+    for wrong in (file, tmp_path / "none"):
+        with pytest.raises(InputError, match="one prompt a line"):
+            read_prompts(wrong)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("served") / "model"
+    tiny_models.write_model("qwen2 tied", folder)
+    return folder
+
+
+@pytest.fixture
+def model(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def words(folder, tokenizer=None):
+    return {finding.what: (finding.word, finding.text) for finding in findings(folder, tokenizer, "none there")}
+
+
+def test_a_good_folder(model):
+    tokenizer = _Letters()
+    tokenizer.chat_template = "<{}>"
+    found = words(model, tokenizer)
+    assert {word for word, _ in found.values()} == {"ok"}
+    assert found["vocabulary"][1] == "131 rows, none is padding of a training layout"
+    assert found["stop tokens"][1] == "2, 3: \x02 \x03"
+    assert list(words(model)) == list(found)
+    assert words(model)["tokenizer"] == ("missing", "none there; random tokens are compared")
+
+
+def change(file, **changes):
+    content = {**json.loads(file.read_text()), **changes}
+    file.write_text(json.dumps({name: value for name, value in content.items() if value != "absent"}))
+
+
+def test_what_is_missing_or_wrong(model):
+    config, generation = model / "config.json", model / "generation_config.json"
+
+    def one(what, tokenizer=None):
+        return words(model, tokenizer)[what]
+
+    change(config, torch_dtype="bfloat16", dtype="bfloat16")
+    assert one("dtype") == ("note", "config.json says bfloat16, the weights are F32; give the server its --dtype")
+    change(config, torch_dtype="absent", dtype="absent")
+    assert one("dtype")[0] == "missing"
+    change(generation, eos_token_id=[2, 131])
+    assert one("stop tokens") == ("wrong", "[131] not in the vocabulary of 131; correct eos_token_id")
+    generation.write_text("[")
+    assert one("generation_config.json")[0] == "wrong"
+    generation.unlink()
+    change(config, eos_token_id=7)
+    assert one("generation_config.json")[0] == "missing"
+    assert one("stop tokens") == ("ok", "7")
+    change(config, eos_token_id=None)
+    assert one("stop tokens")[0] == "missing"
+    tokenizer = _Letters()
+    assert one("chat template", tokenizer)[0] == "missing"
+    tokenizer.chat_template = "{} {"
+    assert one("chat template", tokenizer)[0] == "wrong"
+    change(config, vocab_size=130)
+    assert one("weights")[0] == "wrong"  # one row too many, such as padding would be
+    assert "embed_tokens.weight has the shape [131, 48], config.json says [130, 48]" in one("weights")[1]
+    assert "vocabulary" not in words(model)
+    config.unlink()
+    assert one("config.json")[0] == "wrong"
+
+
+def test_a_tokenizer_that_is_larger_than_the_model(model, monkeypatch):
+    monkeypatch.setattr(_Letters, "__len__", lambda self: 132)
+    assert words(model, _Letters())["tokenizer"] == ("wrong", "132 tokens, the model has 131; it is another's")

@@ -1,0 +1,149 @@
+"""Which text shows the library that rounds weights what matters, and what is done around it.
+
+The library itself lives in an environment of its own; a stand-in takes its place here.
+"""
+
+import json
+import subprocess
+import sys
+import types
+
+import numpy as np
+import pytest
+
+from mft_megatron.convert.commands.quantize import main
+from mft_megatron.convert.serving.quantize import GROUP, IGNORED, calibration, quantize
+from mft_megatron.data.loading.dataset import PackedDataset
+from mft_megatron.errors import InputError
+from tests import made_dataset
+from tests.ranks import ROOT
+
+
+@pytest.fixture(scope="module")
+def prefix(tmp_path_factory):
+    prefix = str(tmp_path_factory.mktemp("data") / "d")
+    made_dataset.write_dataset(prefix, 512)
+    return prefix
+
+
+def test_every_task_has_its_say(prefix):
+    dataset = PackedDataset.open(prefix, 512)
+    pieces = dataset.split("train").pieces(slice(None))
+    of_task = [set() for _ in dataset.tasks]
+    for sample, start, length in zip(*pieces, strict=True):
+        begin = dataset.tokens.start_of(sample) + start
+        of_task[dataset.task_ids[sample]].add(bytes(dataset.tokens.items[begin : begin + length].astype(np.uint8)))
+    there = [int((dataset.task_ids[pieces.samples] == task).sum()) for task in range(4)]
+    smallest = min(there)
+    found = calibration(dataset, "train", 4 * smallest)
+    assert list(found.by_task.values()) == [smallest] * 4
+    at = 0
+    for texts, count in zip(of_task, found.by_task.values(), strict=True):
+        taken = [bytes(text.astype(np.uint8)) for text in found.texts[at : at + count]]
+        at += count
+        assert set(taken) <= texts
+        assert len(set(taken)) > 0.9 * count  # spread, not the same again
+    assert all(text.dtype == np.int64 for text in found.texts)
+    # what a small task has not, larger ones give; all there is, and no more
+    assert sum(calibration(dataset, "train", 4 * smallest + 3).by_task.values()) == 4 * smallest + 3
+    assert list(calibration(dataset, "train", 10**6).by_task.values()) == there
+    assert list(calibration(dataset, "train", 2).by_task.values()) == [1, 1, 0, 0]
+
+
+@pytest.mark.slow  # imports torch once more
+def test_it_needs_no_megatron_core():
+    """In the library's environment there is none."""
+    code = (
+        "import sys; sys.modules['megatron'] = None; import mft_megatron.convert.commands.quantize; "
+        "print([name for name in sys.modules if name.startswith(('megatron.', 'transformers'))])"
+    )
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert process.stdout.strip() == "[]"
+
+
+class _Model:
+    """What the stand-in rounds."""
+
+    quantized = True
+
+    def save_pretrained(self, folder, save_compressed):
+        assert save_compressed
+        entries = {"quantization_config": {"quant_method": "compressed-tensors"}} if self.quantized else {}
+        (folder / "config.json").write_text(json.dumps({"of": "the library", **entries}))
+        (folder / "generation_config.json").write_text("of the library")
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What the stand-in for the library was asked to do."""
+    found = {}
+    loader = types.SimpleNamespace(from_pretrained=lambda folder, dtype: _Model())
+    modules = {
+        "llmcompressor": {"oneshot": lambda **words: found.update(words) or words["model"]},
+        "llmcompressor.modifiers": {},
+        "transformers": {"AutoModelForCausalLM": loader},
+        "llmcompressor.modifiers.gptq": {"GPTQModifier": dict},
+    }
+    for name, content in modules.items():
+        module = types.ModuleType(name)
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+    return found
+
+
+@pytest.fixture
+def model(tmp_path):
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"vocab_size": 257, "hidden_size": 2 * GROUP}))
+    for name in ("generation_config.json", "tokenizer.json", "LICENSE"):
+        (folder / name).write_text("as it is")
+    return folder
+
+
+def test_what_the_library_is_given_and_what_is_written(prefix, asked, model, tmp_path, capsys):
+    words = ("--hf", model, "--out", tmp_path / "out", "--data-path", prefix, "--split", "train", "--samples", "8")
+    main([str(word) for word in words])
+    assert "calibration: 8 samples" in capsys.readouterr().out
+    recipe = asked["recipe"][0]
+    assert (recipe["scheme"], recipe["targets"], recipe["ignore"]) == ("W4A16", "Linear", list(IGNORED))
+    rows = list(asked["dataset"])
+    expected = calibration(PackedDataset.open(prefix, 512), "train", 8).texts
+    assert [row["input_ids"][0].tolist() for row in rows] == [text.tolist() for text in expected]
+    assert all(row["attention_mask"].all() and row["attention_mask"].shape[0] == 1 for row in rows)
+    written = {file.name: file.read_text() for file in (tmp_path / "out").iterdir()}
+    assert sorted(written) == ["LICENSE", "config.json", "generation_config.json", "tokenizer.json"]
+    assert json.loads(written["config.json"])["of"] == "the library"
+    assert written["generation_config.json"] == "of the library"
+
+
+def test_nothing_is_left_of_a_model_that_was_not_rounded(asked, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(_Model, "quantized", False)
+    with pytest.raises(InputError, match="left the model as it was"):
+        quantize(model, tmp_path / "out", "gptq", [np.arange(5)])
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_refusals(prefix, model, tmp_path, monkeypatch):
+    def refused(**changes):
+        options = {"--hf": model, "--out": tmp_path / "out", "--data-path": prefix, **changes}
+        with pytest.raises(InputError) as caught:
+            main([str(word) for pair in options.items() for word in pair])
+        assert "\n" not in str(caught.value)
+        assert not (tmp_path / "out").exists()
+        return str(caught.value)
+
+    monkeypatch.setitem(sys.modules, "llmcompressor", None)
+    assert "pip install -r examples/int4/requirements.txt" in refused()
+    assert "has no test split" in refused(**{"--split": "test"})
+    assert "is packed for 512" in refused(**{"--seq-length": 256})
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    assert "exists already" in refused(**{"--out": tmp_path / "full"})
+    for changes, reason in (
+        ({"hidden_size": 100}, "hidden_size 100 is not a multiple of 128"),
+        ({"vocab_size": 256}, "vocabulary of 256, the data set .* needs 257"),
+    ):
+        (model / "config.json").write_text(json.dumps({"vocab_size": 257, **changes}))
+        with pytest.raises(InputError, match=reason):
+            main(["--hf", str(model), "--out", str(tmp_path / "out"), "--data-path", prefix])

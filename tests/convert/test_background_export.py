@@ -1,0 +1,166 @@
+"""Exports beside a run, with a program that takes as long as it is told to, and fails where it is."""
+
+import json
+import os
+import time
+
+import pytest
+
+from mft_megatron.convert import background_export as module
+from mft_megatron.convert.background_export import Exports
+from mft_megatron.errors import InputError
+from mft_megatron.run_folder import CheckpointInfo, write_info
+
+PROGRAM = """
+import json, os, pathlib, signal, sys, time
+signal.signal(signal.SIGTERM, signal.default_int_handler)
+direction, _, checkpoint, _, folder = sys.argv[1:]
+checkpoint = pathlib.Path(checkpoint)
+(checkpoint / "begun").touch()
+try:
+    while (checkpoint / "slow").exists():
+        time.sleep(0.01)
+except KeyboardInterrupt:
+    (checkpoint / "interrupted").touch()
+    sys.exit(130)
+if (checkpoint / "bad").exists():
+    print("warning: before")
+    print("error: no room")
+    print("and a word after")
+    sys.exit(2)
+if (checkpoint / "killed").exists():
+    os.abort()
+words = [direction, sys.argv[3], os.environ.get("RANK"), os.environ["CUDA_VISIBLE_DEVICES"]]
+os.makedirs(folder)
+pathlib.Path(folder, "words.json").write_text(json.dumps(words))
+"""
+
+
+@pytest.fixture
+def exports(tmp_path, monkeypatch):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    monkeypatch.setenv("RANK", "0")
+    return Exports(tmp_path / "out", tmp_path / "program.py", "mcore-to-hf")
+
+
+def checkpoint(tmp_path, number, *marks):
+    path = tmp_path / "run" / f"iter_{number:07d}"
+    path.mkdir(parents=True)
+    for mark in marks:
+        (path / mark).touch()
+    return path
+
+
+def until(condition):
+    end = time.monotonic() + 30
+    while not (found := condition()):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    return found
+
+
+def within(exports, run):
+    with exports:
+        run()
+    exports.refuse_failures()
+
+
+def test_one_after_the_other(exports, tmp_path):
+    first, second = checkpoint(tmp_path, 2, "slow"), checkpoint(tmp_path, 4, "slow")
+    with exports:
+        exports.add(first)
+        exports.add(second)
+        assert exports.waiting == (first, second)
+        until((first / "begun").exists)
+        assert exports.poll() == []
+        assert not (second / "begun").exists()
+        (first / "slow").unlink()
+        (done,) = until(exports.poll)
+        assert (done["path"], done["seconds"] > 0) == (str(tmp_path / "out" / first.name), True)
+        assert exports.waiting == (second,)
+        (second / "slow").unlink()
+    assert exports.waiting == ()
+    for path in (first, second):
+        words = json.loads((tmp_path / "out" / path.name / "words.json").read_text())
+        assert words == ["mcore-to-hf", str(path), None, ""]
+    assert os.environ["RANK"] == "0"
+
+
+def test_a_failure_is_told_of_and_those_after_it_go_on(exports, tmp_path, capfd):
+    bad, killed, good = checkpoint(tmp_path, 2, "bad"), checkpoint(tmp_path, 4, "killed"), checkpoint(tmp_path, 6)
+
+    def run():
+        for path in (bad, killed, good):
+            exports.add(path)
+        assert until(exports.poll) == [{"path": str(tmp_path / "out" / bad.name), "failed": "no room"}]
+        assert exports.waiting[0] == bad  # so that it can be done by hand
+
+    with pytest.raises(InputError) as caught:
+        within(exports, run)
+    line = str(caught.value)
+    assert "\n" not in line
+    assert f"{bad} was not exported (no room); later program.py mcore-to-hf --load {bad} --hf " in line
+    assert f"{killed} was not exported (exit code -6)" in line
+    assert (tmp_path / "out" / good.name / "words.json").exists()
+    assert f"--save-hf: path {tmp_path / 'out' / good.name}, seconds" in capfd.readouterr().out
+
+
+def test_the_error_of_the_run_is_the_one_that_counts(exports, tmp_path):
+    bad, good = checkpoint(tmp_path, 2, "bad"), checkpoint(tmp_path, 4)
+
+    def run():
+        exports.add(bad)
+        exports.add(good)
+        raise InputError("diverged")
+
+    with pytest.raises(InputError, match="diverged"):
+        within(exports, run)
+    assert (tmp_path / "out" / good.name / "words.json").exists()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupted_run_ends_its_exports(exports, tmp_path, error):
+    first, second = checkpoint(tmp_path, 2, "slow"), checkpoint(tmp_path, 4)
+
+    def run():
+        exports.add(first)
+        exports.add(second)
+        until((first / "begun").exists)
+        raise error
+
+    with pytest.raises(error):
+        within(exports, run)
+    assert (first / "interrupted").exists()
+    assert not (second / "begun").exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_newest_is_exported_once(exports, tmp_path, monkeypatch, capsys):
+    path, done = checkpoint(tmp_path, 2, "slow"), []
+    monkeypatch.setattr(module, "latest_checkpoint", lambda run, option: (path, None))
+    monkeypatch.setattr(module, "main", done.append)
+    exports.export_newest(tmp_path / "run")
+    assert done == [["mcore-to-hf", "--load", str(path), "--hf", str(tmp_path / "out" / path.name)]]
+    with exports:
+        exports.add(path)
+        exports.export_newest(tmp_path / "run")  # is under way
+        (path / "slow").unlink()
+    exports.export_newest(tmp_path / "run")
+    assert len(done) == 1
+    assert "iter_0000002 is there already" in capsys.readouterr().out
+
+
+def test_what_a_job_before_left_is_made_up_for(exports, tmp_path):
+    """Not what is exported, was not asked for, is unfinished or will be saved again; not of another run."""
+    run = tmp_path / "run"
+    for number in (1, 2, 4, 6, 8):
+        path = checkpoint(tmp_path, number)
+        info = CheckpointInfo(number, 0, {}, 0, {}, "", 0, 1)
+        if number != 4:
+            write_info(path, info)
+    (tmp_path / "out" / "iter_0000002").mkdir(parents=True)
+    with exports:
+        exports.catch_up(run, 2, tmp_path / "other" / "iter_0000006")
+        assert exports.waiting == ()
+        exports.catch_up(run, 2, run / "iter_0000006")
+        assert exports.waiting == (run / "iter_0000006",)

@@ -1,0 +1,189 @@
+"""From stored samples to packs: every piece as often as planned, whatever the mode, against counting by hand."""
+
+import collections
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mft_megatron.data.packing.build_packs import Layout, lay_out
+from mft_megatron.errors import InputError
+from tests.data.stores import stored_of
+
+MASK = st.lists(st.integers(0, 1), min_size=2, max_size=25).filter(lambda mask: any(mask[1:]))
+TASKS = st.dictionaries(st.sampled_from("abcd"), st.lists(MASK, min_size=1, max_size=12), min_size=1)
+DOCUMENTS = st.dictionaries(
+    st.sampled_from("ab"), st.lists(st.integers(2, 30).map(lambda n: [1] * n), min_size=1, max_size=9), min_size=1
+)
+
+
+def pieces_of(packed):
+    """(sample, start, length) of each piece, by pack."""
+    flat = list(zip(*(values.tolist() for values in packed.pieces), strict=True))
+    return [flat[start:end] for start, end in zip(packed.offsets[:-1], packed.offsets[1:], strict=True)]
+
+
+@settings(deadline=None)
+@given(TASKS, st.sampled_from(["pack", "padding"]), st.sampled_from(["mixed", "per-task"]), st.integers(25, 60))
+def test_every_sample_is_in_one_row_of_one_split(tasks, padding_mode, packing, seq_length):
+    stored = stored_of(tasks)
+    layout = Layout(seq_length, split=(3, 1, 1), padding_mode=padding_mode, packing=packing)
+    packs, made, _ = lay_out(stored, layout)
+    rows = [row for packed in packs.values() for row in pieces_of(packed)]
+    samples = sorted(sample for row in rows for sample, _, _ in row)
+    assert samples == list(range(len(stored.lengths)))
+    assert all(sum(length for _, _, length in row) <= seq_length for row in rows)
+    assert all(packed.whole for packed in packs.values())
+    if padding_mode == "padding":
+        assert all(len(row) == 1 for row in rows)
+    if packing == "per-task":
+        assert all(len({stored.task_ids[sample] for sample, _, _ in row}) == 1 for row in rows)
+    for number, task in enumerate(made.tasks):
+        own = stored.task_ids == number
+        assert (task.kept, task.tokens) == (own.sum(), stored.lengths[own].sum())
+        assert sum(task.splits.values()) == task.kept
+    for name, packed in packs.items():
+        assert made.packs[name].samples == len(packed.pieces.samples)
+
+
+def recount(stored, packed):
+    """Rows of the counts: (pack, task, supervised tokens, samples that have any)."""
+    rows = []
+    for number, pack in enumerate(pieces_of(packed)):
+        by_task = collections.defaultdict(lambda: [0, 0])
+        for sample, start, length in pack:
+            first = int(stored.mask.start_of(sample)) + start
+            targets = int(stored.mask.items[first + 1 : first + length].sum())
+            by_task[int(stored.task_ids[sample])][0] += targets
+            by_task[int(stored.task_ids[sample])][1] += targets > 0
+        rows += [(number, task, *counts) for task, counts in sorted(by_task.items())]
+    return rows
+
+
+@settings(deadline=None)
+@given(TASKS, st.integers(2, 30), st.sampled_from(["truncate", "truncate-left", "split"]))
+def test_counts_are_those_of_the_pieces(tasks, seq_length, overlong):
+    stored = stored_of(tasks)
+    try:
+        packs, made, _ = lay_out(stored, Layout(seq_length, split=(1, 1, 0), overlong=overlong))
+    except InputError as error:
+        # most examples are not refused
+        assert any(why in str(error) for why in ("is empty at --seq-length", "none of its samples in the train split"))  # noqa: PT017
+        return
+    for packed in packs.values():
+        assert [tuple(row) for row in packed.counts.T.tolist()] == recount(stored, packed)
+    targets = sum(entry.supervised_tokens for entry in made.packs.values())
+    assert targets == sum(task.supervised_tokens for task in made.tasks)
+    for task, cut in zip(stored.tasks, made.tasks, strict=True):
+        assert task.kept == cut.kept + sum(cut.dropped.values())
+
+
+@settings(deadline=None)
+@given(TASKS, st.floats(0.2, 4), st.integers(1, 3), st.sampled_from(["mixed", "per-task"]))
+def test_samples_are_used_as_often_as_the_ledger_says(tasks, ratio, epochs, packing):
+    stored = stored_of(tasks)
+    chosen = next(iter(tasks))
+    layout = Layout(25, split=(4, 1, 0), packing=packing, task_sampling={chosen: ratio}, sampling_epochs=epochs)
+    packs, made, notices = lay_out(stored, layout)
+    used = collections.Counter(packs["train"].pieces.samples.tolist())
+    for row in pieces_of(packs["train"]):
+        assert len({sample for sample, _, _ in row}) == len(row)  # no row holds a sample twice
+    for number, (task, cut) in enumerate(zip(stored.tasks, made.tasks, strict=True)):
+        own = [used[sample] for sample in used if stored.task_ids[sample] == number]
+        expected = ratio if task.name == chosen else 1
+        assert sum(own) == max(round(expected * epochs * cut.splits["train"]), 1)
+        times = collections.Counter(map(str, own))
+        assert {time: n for time, n in cut.uses.items() if time != "0"} == times
+        unused = cut.splits["train"] - len(own)
+        assert cut.uses.get("0", 0) == unused
+        assert any(f"task {task.name}: sampling leaves out {unused:,}" in line for line in notices) == (unused > 0)
+    if "valid" in packs:
+        assert collections.Counter(packs["valid"].pieces.samples.tolist()).most_common(1)[0][1] == 1
+
+
+@settings(deadline=None)
+@given(DOCUMENTS, st.integers(2, 20))
+def test_joined_rows_are_full_and_hold_every_token_as_a_target_once(documents, seq_length):
+    stored = stored_of(documents)
+    packs, made, _ = lay_out(stored, Layout(seq_length, split=(1, 0, 0), padding_mode="concat"))
+    packed = packs["train"]
+    rows = pieces_of(packed)
+    tasks = [{int(stored.task_ids[sample]) for sample, _, _ in row} for row in rows]
+    assert all(len(own) == 1 for own in tasks)
+    seen = collections.Counter()
+    for number, row in enumerate(rows):
+        tokens = [(sample, place) for sample, start, length in row for place in range(start, start + length)]
+        last_of_task = number + 1 == len(rows) or tasks[number + 1] != tasks[number]
+        assert len(tokens) == seq_length or last_of_task
+        seen.update(tokens[1:])  # a row's first token is no target
+    for number, task in enumerate(stored.tasks):
+        own = np.flatnonzero(stored.task_ids == number)
+        targets = [n for (sample, _), n in seen.items() if sample in own]
+        assert set(targets) == {1}
+        assert len(targets) == task.tokens - 1
+    assert packed.counts[2].sum() == sum(task.tokens - 1 for task in stored.tasks)
+    assert packed.counts[1].tolist() == [next(iter(own)) for own in tasks]
+    assert (packed.counts[3] == 1).all()
+    assert packed.counts[0].tolist() == list(range(len(rows)))
+    assert packed.pieces.lengths.min() > 0
+    assert [cut.kept for cut in made.tasks] == [task.kept for task in stored.tasks]
+
+
+def test_documents_are_joined_in_an_order_that_the_seed_decides():
+    stored = stored_of({"a": [[1] * 4] * 50})
+
+    def order(seed):
+        packs, _, _ = lay_out(stored, Layout(4, split=(1, 0, 0), padding_mode="concat", seed=seed))
+        return list(dict.fromkeys(packs["train"].pieces.samples.tolist()))
+
+    assert order(1) == order(1)
+    assert sorted(order(1)) == list(range(50))
+    assert len({tuple(order(1)), tuple(order(2)), tuple(range(50))}) == 3
+
+
+def test_a_task_may_have_its_own_sampling_and_its_own_way_with_long_samples():
+    masks = [[0, 1, 1, 1, 1, 1]] * 4
+    stored = stored_of({"a": masks, "b": masks}, a={"sampling": 2.0, "overlong": "split"}, b={"overlong": "truncate"})
+    _, made, _ = lay_out(stored, Layout(4, split=(1, 0, 0)))
+    assert [(cut.uses, cut.windowed, cut.truncated) for cut in made.tasks] == [({"2": 4}, 4, 0), ({"1": 4}, 0, 4)]
+    _, made, _ = lay_out(stored, Layout(4, split=(1, 0, 0), task_sampling={"a": 3.0}))
+    assert made.tasks[0].uses == {"3": 4}
+
+
+def test_small_tasks_without_a_validation_sample_are_named():
+    stored = stored_of({"large": [[0, 1]] * 50, "tiny": [[0, 1]]})
+    _, made, notices = lay_out(stored, Layout(8))
+    assert [cut.splits["valid"] for cut in made.tasks] == [1, 0]
+    assert notices == ["task tiny: too few samples to have any in the valid split"]
+
+
+CONTRADICTIONS = [
+    ({"padding_mode": "concat"}, "--padding-mode concat: task a is not of text alone"),
+    ({"padding_mode": "concat", "task_sampling": {"a": 2.0}}, "--padding-mode concat: every token is used once"),
+    ({"padding_mode": "concat", "sampling_epochs": 2}, "--padding-mode concat: every token is used once"),
+    ({"task_sampling": {"x": 2.0}}, "--task-sampling x: no such task; there are a"),
+    ({"task_sampling": {"a": 2.0}, "sampling_temperature": 2.0}, "--sampling-temperature: gives every task its ratio"),
+    ({"seq_length": 3, "split": (1.0, 1.0, 0.0), "seed": 0}, "task b: none of its samples in the train split fits"),
+    ({"seq_length": 2}, "task a is empty at --seq-length 2: 1 samples, none kept (overlong 1)"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), CONTRADICTIONS)
+def test_contradictions_are_refused(options, message):
+    tasks = {"a": [[0, 1, 1]]} if options.get("seq_length") != 3 else {"b": [[0, 1], [0, 1, 1, 1]]}
+    stored = stored_of(tasks)
+    with pytest.raises(InputError) as error:
+        lay_out(stored, Layout(**{"seq_length": 8, **options}))
+    assert message in str(error.value)
+
+
+def test_a_task_files_sampling_contradicts_what_cannot_keep_it():
+    documents = stored_of({"a": [[1, 1]] * 3}, a={"sampling": 2.0})
+    for options, message in (
+        ({"padding_mode": "concat"}, "--padding-mode concat: the task file has a sampling of its own for task a"),
+        ({"sampling_temperature": 2.0}, "--sampling-temperature: the task file has a sampling of its own for task a"),
+    ):
+        with pytest.raises(InputError) as error:
+            lay_out(documents, Layout(8, **options))
+        assert message in str(error.value)

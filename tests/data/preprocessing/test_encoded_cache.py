@@ -1,0 +1,133 @@
+"""Encoded parts are found again by content, and are never taken when they are damaged or of something else."""
+
+import json
+
+import numpy as np
+import pytest
+
+from mft_megatron.data.loading.dataset import PackedDataset
+from mft_megatron.data.preprocessing.encoded_cache import Parts
+from mft_megatron.data.preprocessing.encoding import Drop, EncodedChunk, Encoder
+from mft_megatron.data.tasks.record_batches import Chunk
+from mft_megatron.errors import InputError
+
+ENCODED = EncodedChunk(
+    ids=np.array([5, 6, 7], np.int32),
+    mask=np.array([0, 1, 1], np.uint8),
+    lengths=np.array([3], np.int32),
+    records=2,
+    documents=0,
+    drops=[Drop("a", 12, "wrong_type", "text must be a string")],
+)
+CHUNK = Chunk("a", 11, [b'{"text": "x"}\n', b'{"text": 3}\n'])
+
+
+def assert_same(one, other):
+    for name in ("ids", "mask", "lengths"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+        assert getattr(one, name).dtype == getattr(other, name).dtype
+    assert (one.records, one.documents, one.drops) == (other.records, other.documents, other.drops)
+
+
+def test_a_part_comes_back_as_it_was_with_the_lines_of_where_it_is_now(tmp_path):
+    parts = Parts(tmp_path / "parts")
+    key = parts.key(CHUNK, "how")
+    assert parts.read(key, CHUNK) is None
+    parts.write(key, CHUNK, ENCODED)
+    assert_same(parts.read(key, CHUNK), ENCODED)
+    elsewhere = Chunk("b", 101, CHUNK.lines)
+    assert parts.key(elsewhere, "how") == key
+    assert parts.read(key, elsewhere).drops == [Drop("b", 102, "wrong_type", "text must be a string")]
+    assert parts.reused == 2
+    parts.remove()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_content_and_another_way_to_encode_it_are_other_parts():
+    parts = Parts(None)
+    rows = Chunk("a", 1, [{"text": "x"}])
+    keys = [parts.key(CHUNK, "how"), parts.key(CHUNK, "else"), parts.key(rows, "how")]
+    others = [b"x\n"], [b"y\n"], [b"x\n", b"\n"], [b"\n", b"x\n"], []
+    keys += [parts.key(Chunk("a", 1, lines), "how") for lines in others]
+    assert len(set(keys)) == len(keys)
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda b: b[:-20], lambda b: b"", lambda b: b.replace(b"\x05\0\0\0", b"\x09\0\0\0")]
+)
+def test_a_damaged_part_is_none(tmp_path, damage):
+    parts = Parts(tmp_path)
+    key = parts.key(CHUNK, "how")
+    parts.write(key, CHUNK, ENCODED)
+    (path,) = tmp_path.rglob("*.npz")
+    content = path.read_bytes()
+    assert damage(content) != content
+    path.write_bytes(damage(content))
+    assert parts.read(key, CHUNK) is None
+    assert parts.reused == 0
+    assert not path.exists()
+
+
+# ------------------------------------------------------------------------------------------------ through preprocess
+
+
+@pytest.fixture
+def encoded_texts(monkeypatch):
+    """Counts the lines that are really encoded."""
+    lines = []
+    encode = Encoder.encode
+
+    def counting(self, task, chunk):
+        lines.extend(chunk.lines)
+        return encode(self, task, chunk)
+
+    monkeypatch.setattr(Encoder, "encode", counting)
+    return lines
+
+
+def records(*texts):
+    return [{"text": text} for text in texts]
+
+
+def test_a_task_that_is_added_is_all_that_is_tokenised(make_dataset, tmp_path, encoded_texts):
+    cache = tmp_path / "cache"
+    first = {"a": records("x = 1", "y = 2")}
+    make_dataset(first, cache_dir=cache, split=(1, 0, 0))
+    assert len(encoded_texts) == 2
+    both = {**first, "b": records("z = 3")}
+    _, ledger = make_dataset(both, cache_dir=cache, split=(1, 0, 0))
+    assert [json.loads(line)["text"] for line in encoded_texts[2:]] == ["z = 3"]
+    _, expected = make_dataset(both, split=(1, 0, 0))
+    assert ledger.arrays == expected.arrays
+    make_dataset(both, cache_dir=cache, split=(1, 0, 0), chat_template="mftcoder")
+    assert len(encoded_texts) == 9  # 3, then 3 for the comparison, and 3 that are encoded another way
+
+
+def test_a_killed_run_goes_on_from_what_it_had(make_dataset, tmp_path, encoded_texts, monkeypatch):
+    from mft_megatron.data.preprocessing import preprocess as module
+
+    tasks = {"a": records("x = 1", "y = 2"), "b": records("z = 3")}
+
+    class Killed(BaseException):
+        """Not even cleaned up after, as when a process is killed."""
+
+    def die(self, *_):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.StoreWriter, "finish", die)
+        with pytest.raises(Killed):
+            make_dataset(tasks, output_prefix=tmp_path / "set", split=(1, 0, 0))
+    assert not list(tmp_path.glob("set*"))
+    before = len(encoded_texts)
+    prefix, ledger = make_dataset(tasks, output_prefix=tmp_path / "set", split=(1, 0, 0))
+    assert len(encoded_texts) == before
+    assert ledger.arrays == make_dataset(tasks, split=(1, 0, 0))[1].arrays
+    PackedDataset.open(prefix, 256, check="hashes")
+    assert {path.name for path in tmp_path.iterdir()} == {f"set{end}" for end in (*ledger.arrays, "_dataset.json")}
+
+
+def test_a_run_that_fails_leaves_no_part(make_dataset, tmp_path):
+    with pytest.raises(InputError, match="task b"):
+        make_dataset({"a": records("x"), "b": []}, output_prefix=tmp_path / "set")
+    assert list(tmp_path.iterdir()) == []

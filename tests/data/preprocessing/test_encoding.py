@@ -1,0 +1,311 @@
+"""Chunks become the ids and masks that encoding segment by segment gives, whatever cuts the texts."""
+
+import json
+import pickle
+import re
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mft_megatron.data.chat_templates.formats import ChatFormat, chat_format
+from mft_megatron.data.preprocessing import encoding
+from mft_megatron.data.preprocessing.encoding import Chunk, Encoder, TaskEncoding
+from mft_megatron.data.records.conversation import RecordError, read_record
+from mft_megatron.data.records.fim import Fim
+from mft_megatron.data.records.segments import Segment
+from mft_megatron.data.tokenizers import backends
+from mft_megatron.data.tokenizers.backends import BackendMismatch, Fast
+from mft_megatron.data.tokenizers.tokenizer import load_tokenizer
+from mft_megatron.errors import InputError
+from tests.data.conftest import TASKS, functions
+
+
+def naive(tokenizer, segments):
+    """Ids and mask of one sample: neighbours of one kind joined, then text by text."""
+    joined = []
+    for segment in segments:
+        if segment.special and tokenizer.token_id(segment.text) is None:
+            segment = segment._replace(special=False)
+        if joined and not segment.special and joined[-1][1:] == segment[1:]:
+            segment = segment._replace(text=joined.pop().text + segment.text)
+        joined.append(segment)
+    ids, mask = [], []
+    for text, supervised, special, markup in joined:
+        own = [tokenizer.token_id(text)] if special else tokenizer.encode_batch([text], markup)[0]
+        ids += own
+        mask += [int(supervised)] * len(own)
+    return ids, mask
+
+
+def naive_chunk(tokenizer, plan, records):
+    samples = [naive(tokenizer, plan.style.segments(read_record(record, plan.shape))) for record in records]
+    return [(ids, mask) for ids, mask in samples if any(mask[1:])]
+
+
+def samples_of(encoded):
+    assert (encoded.ids.dtype, encoded.mask.dtype, encoded.lengths.dtype) == (np.int32, np.uint8, np.int32)
+    assert encoded.lengths.sum() == len(encoded.ids) == len(encoded.mask)
+    ends = np.cumsum(encoded.lengths)
+    return [
+        (encoded.ids[end - length : end].tolist(), encoded.mask[end - length : end].tolist())
+        for end, length in zip(ends, encoded.lengths, strict=True)
+    ]
+
+
+def encode(tokenizer, records, plan=None, **options):
+    plan = plan or TaskEncoding(chat_format("mftcoder", tokenizer), **options)
+    lines = [record if isinstance(record, bytes | dict) else record.encode() for record in records]
+    return Encoder(tokenizer, {"task": plan}).encode("task", Chunk("file", 1, lines))
+
+
+@pytest.mark.parametrize("template", ["chatml", "mftcoder"])
+@pytest.mark.parametrize("task", TASKS)
+def test_real_text_is_encoded_as_segment_by_segment(both, template, task):
+    records = TASKS[task](functions())
+    if template == "chatml" and task in ("chat", "rounds") and both[0].token_id("<|im_end|>") is None:
+        template = "mftcoder"
+    plan = TaskEncoding(chat_format(template, both[0]))
+    expected = naive_chunk(both[0], plan, records)
+    for tokenizer in both:
+        encoded = encode(tokenizer, map(json.dumps, records), plan)
+        assert samples_of(encoded) == expected
+        assert encoded.records == len(records) == len(encoded.lengths) + len(encoded.drops)
+
+
+# a format whose segments are what a test says
+class Given(ChatFormat):
+    def segments(self, conversation):
+        return [Segment(*segment) for segment in json.loads(conversation.turns[0].content)]
+
+
+text = st.text(st.characters(exclude_categories=["Cs"]), max_size=6) | st.sampled_from(
+    ["", " ", "  x", "\n", "</s>", "<|im_end|>", "def f(x):\n    return", "x" * 40]
+)
+segment = st.tuples(text, st.booleans(), st.just(False), st.booleans()) | st.tuples(
+    st.sampled_from(["</s>", "<|im_start|>", "<|endoftext|>", "<s>", "unheard of"]), st.booleans(), st.just(True)
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=150)
+@given(st.lists(st.lists(segment, max_size=6), max_size=5), st.integers(1, 3))
+def test_any_segments_are_encoded_one_by_one(both, samples, kept):
+    plan = TaskEncoding(Given("given", {}, both[0].end_of_text))
+    expected = [naive(both[0], [Segment(*segment) for segment in sample]) for sample in samples]
+    useful = [any(mask[1:]) for _, mask in expected]
+    for tokenizer in both:
+        encoder = Encoder(tokenizer, {"task": plan})
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(encoding, "_KEPT", kept)  # short texts come and go
+            for _ in range(2):  # the second time with texts from the first
+                lines = [json.dumps({"text": json.dumps(sample)}).encode() for sample in samples]
+                encoded = encoder.encode("task", Chunk("file", 5, lines))
+                assert samples_of(encoded) == [sample for sample, use in zip(expected, useful, strict=True) if use]
+                assert [drop.line for drop in encoded.drops] == [5 + n for n, use in enumerate(useful) if not use]
+                assert {drop.reason for drop in encoded.drops} <= {"no_supervised_token"}
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_short_texts_are_kept_apart_by_markup(both, order):
+    end = both[0].end_of_text
+    samples = [[("a", False), (end, True, False, markup)] for markup in (True, False)][::order]
+    plan = TaskEncoding(Given("given", {}, end))
+    expected = [naive(both[0], [Segment(*segment) for segment in sample]) for sample in samples]
+    for tokenizer in both:
+        encoder = Encoder(tokenizer, {"task": plan})
+        for sample, own in zip(samples * 2, expected * 2, strict=True):
+            line = json.dumps({"text": json.dumps(sample)}).encode()
+            assert samples_of(encoder.encode("task", Chunk("file", 1, [line]))) == [own]
+
+
+def test_each_task_has_its_own_encoding(tokenizer):
+    plans = {
+        "chat": TaskEncoding(chat_format("mftcoder", tokenizer)),
+        "marked": TaskEncoding(chat_format("mftcoder", tokenizer, '{"user": "Q: ", "assistant": "A: "}')),
+        "raw": TaskEncoding(chat_format("mftcoder", tokenizer), shape="prompt_completion"),
+    }
+    record = {"instruction": "a", "output": "b", "prompt": "c", "completion": "d"}
+    encoder = Encoder(tokenizer, pickle.loads(pickle.dumps(plans)))
+    chunk = Chunk("file", 1, [json.dumps(record).encode()])
+    end = tokenizer.end_of_text
+    for task, expected in {"chat": f"b{end}", "marked": f"A: b{end}", "raw": f"cd{end}"}.items():
+        assert tokenizer.decode(encoder.encode(task, chunk).ids).strip().endswith(expected)
+
+
+def test_rows_are_records_as_lines_are(tokenizer):
+    records = TASKS["complete"](functions()[:20])
+    lines, rows = encode(tokenizer, map(json.dumps, records)), encode(tokenizer, records)
+    assert samples_of(lines) == samples_of(rows)
+    bad = encode(tokenizer, [*records[:2], {"body": 1}, {"text": "ab\ud800"}])
+    assert [(drop.line, drop.reason) for drop in bad.drops] == [(3, "unknown_shape"), (4, "invalid_text")]
+    assert bad.records == 4
+
+
+def test_documents_are_counted(tokenizer):
+    records = [{"text": "x = 1\n"}, {"prompt": "a", "completion": "b"}, {"text": ""}, {"text": "y"}]
+    assert encode(tokenizer, map(json.dumps, records)).documents == 2
+
+
+def test_a_sample_begins_with_bos_once(llama_like_folder):
+    tokenizer = load_tokenizer("HuggingFaceTokenizer", llama_like_folder)
+    records = [{"prompt": "def f", "completion": "(x)"}, {"prompt": "<s>a", "completion": "b"}, {"text": "c"}]
+    plain, begun = (encode(tokenizer, map(json.dumps, records), add_bos=bos) for bos in (False, True))
+    bos = tokenizer.bos_token_id
+    for (ids, mask), (own, own_mask) in zip(samples_of(plain), samples_of(begun), strict=True):
+        already = ids[0] == bos
+        assert (own, own_mask) == ((ids, mask) if already else ([bos, *ids], [0, *mask]))
+    assert [ids[0] == bos for ids, _ in samples_of(plain)] == [False, True, False]
+
+
+def test_bos_without_such_a_token_is_refused(tokenizer_folder):
+    tokenizer = load_tokenizer("HuggingFaceTokenizer", tokenizer_folder)
+    if tokenizer.bos_token_id is not None:
+        pytest.fail("the fixture has a bos token now; take another")
+    plan = TaskEncoding(chat_format("chatml", tokenizer), add_bos=True)
+    with pytest.raises(InputError, match="task code: samples are to begin with a bos token"):
+        Encoder(tokenizer, {"code": plan})
+
+
+class HalfFim:
+    """Turns prompts that begin with "fim" round, and notes the keys it is given."""
+
+    def __init__(self):
+        self.keys = []
+
+    def segments(self, conversation, key):
+        self.keys.append(key)
+        if not conversation.turns[0].content.startswith("fim"):
+            return None
+        learned = conversation.turns[-1].content != "drop"
+        return [Segment("turned", False), Segment(conversation.turns[0].content, learned)]
+
+
+def test_fill_in_the_middle_replaces_some_records(tokenizer):
+    fim = HalfFim()
+    records = [
+        {"prompt": "fim", "completion": "b"},
+        {"prompt": "a", "completion": "b"},
+        {"prompt": "a", "completion": "b"},
+    ]
+    encoded = encode(tokenizer, map(json.dumps, records), fim=fim)
+    assert [tokenizer.decode(ids) for ids, _ in samples_of(encoded)] == [
+        "turnedfim",
+        *[f"ab{tokenizer.end_of_text}"] * 2,
+    ]
+    assert fim.keys[0] != fim.keys[1] == fim.keys[2]
+    assert encoded.filled == 1
+    assert encode(tokenizer, map(json.dumps, records)).filled == 0
+    # what has no target in the end is not counted, nor a chat
+    records = [{"prompt": "fim", "completion": "b"}, {"prompt": "fim", "completion": "drop"}, {"text": "fim"}]
+    assert encode(tokenizer, map(json.dumps, records), fim=fim).filled == 2
+
+
+BAD_LINES = {
+    b'{"text": "abc"': "invalid_json",
+    b"[" * 100_000: "invalid_json",
+    b'{"text": "\xff"}': "invalid_utf8",
+    b"\xef\xbb\xbf{}": "invalid_json",
+    b'"just a string"': "unknown_shape",
+    b'{"text": "\\ud800"}': "invalid_text",
+    b'{"text": ""}': "empty_answer",
+    b'{"prompt": "a", "completion": ""}': "empty_answer",
+    b'{"question": "a", "answer": ""}': "empty_answer",
+    b'[{"text": "a"}]': "unknown_shape",
+    b'{"text": "a"}\r{"text": "b"}': "invalid_json",
+    b'{"text": "a", "n": ' + b"1" * 5000 + b"}": "invalid_json",
+    b'{"text": NaN}': "wrong_type",
+}
+
+
+def test_every_line_is_accounted_for(tokenizer):
+    good = b'{"prompt": "a", "completion": "b"}\r\n'
+    encoded = encode(tokenizer, [b"", good, b" \t\r\n", *BAD_LINES, good])
+    assert {drop.line: drop.reason for drop in encoded.drops} == dict(enumerate(BAD_LINES.values(), 4))
+    assert [drop.line for drop in encoded.drops] == sorted(drop.line for drop in encoded.drops)
+    assert encoded.records == len(encoded.lengths) + len(encoded.drops) == len(BAD_LINES) + 2
+    assert all("\n" not in drop.message for drop in encoded.drops)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"[\n", r"not JSON \(Expecting value, at character 3\); write one record a line, not an array"),
+        (b"  {\n", r"not JSON \(Expecting property name enclosed in double quotes, at character \d\)"),
+        (b'[{"text": "a"}]\n', "a record is a JSON object, not list; write one record a line, not an array"),
+        (
+            b'{"text": "a"}\r{"text": "b"}\r',
+            r"not JSON \(Extra data, at character 15\); lines end in carriage returns alone here, write line feeds",
+        ),
+        (b'{"n": ' + b"1" * 5000 + b"}\r\n", r"not JSON that can be read \(a whole number of more than 4300 digits\)"),
+        (b"[" * 100_000 + b"\r\n", r"not JSON that can be read \(nested too deeply\); write one record a line.*"),
+    ],
+)
+def test_what_a_line_is_instead_of_a_record(tokenizer, line, message):
+    (drop,) = encode(tokenizer, [line]).drops
+    assert re.fullmatch(message, drop.message)
+
+
+def test_names_of_tokens_count_in_a_raw_prompt_alone(tokenizer):
+    name = tokenizer.end_of_text
+    number = tokenizer.token_id(name)
+    records = [{"prompt": f"a{name}", "completion": "b"}, {"prompt": "a", "completion": f"b{name}c"}]
+    records += [{"text": f"a{name}b"}, {"question": f"a{name}", "answer": f"b{name}c"}]
+    for fim in (None, Fim(1.0, 0.5, ("<p>", "<s>", "<m>"), 1, name)):
+        samples = samples_of(encode(tokenizer, map(json.dumps, records), fim=fim))
+        assert [ids.count(number) for ids, _ in samples] == [2, 1, 1, 1]
+
+
+def test_chunks_of_nothing(tokenizer):
+    for lines in ([], [b"\n"], [b"{"]):
+        encoded = encode(tokenizer, lines)
+        assert samples_of(encoded) == []
+        assert encoded.documents == 0
+
+
+def test_a_chat_needs_a_token_that_ends_a_turn(llama_like_folder):
+    tokenizer = load_tokenizer("HuggingFaceTokenizer", llama_like_folder)
+    plan = TaskEncoding(chat_format("chatml", tokenizer))
+    assert len(encode(tokenizer, ['{"text": "a"}'], plan).lengths) == 1
+    with pytest.raises(InputError, match=r"^file:2: a chat record, but the tokenizer has no token <\|im_end\|>"):
+        encode(tokenizer, ['{"text": "a"}', '{"instruction": "a", "output": "b"}'], plan)
+
+
+def test_what_a_format_cannot_write_is_dropped(tokenizer):
+    class Picky(ChatFormat):
+        def segments(self, conversation):
+            raise RecordError("too_long_a_name", "no place for it")
+
+    encoded = encode(tokenizer, ['{"text": "a"}'], TaskEncoding(Picky("picky", {}, "")))
+    assert [(drop.path, drop.line, drop.reason, drop.message) for drop in encoded.drops] == [
+        ("file", 1, "too_long_a_name", "no place for it")
+    ]
+
+
+@pytest.mark.parametrize("bad", [0, 1, 7, 30])
+def test_a_fast_backend_that_is_wrong_is_named_with_its_line(tokenizer_folder, bad):
+    tokenizer = load_tokenizer("HuggingFaceTokenizer", tokenizer_folder, "gigatoken")
+    right = tokenizer._checked._fast.encode
+
+    def wrong(text):
+        return right(text)[::-1] if text.startswith("spoilt") else right(text)
+
+    tokenizer._checked._fast = Fast("gigatoken", wrong)
+    lines = [json.dumps({"prompt": f"{name} <|im_end|>", "completion": f"{name} text"}) for name in map(str, range(31))]
+    lines[bad] = json.dumps({"prompt": "p <|im_end|>", "completion": "spoilt text"})
+    lines[4:4] = ["", "{"]  # a blank line and a bad one shift the places
+    line = bad + 1 + 2 * (bad >= 4)
+    with pytest.raises(BackendMismatch, match=rf"^file:{line}: 'spoilt text' is cut differently by gigatoken and hf$"):
+        encode(tokenizer, lines)
+
+
+def test_wrong_texts_later_on_are_found_by_the_sample(tokenizer_folder):
+    tokenizer = load_tokenizer("HuggingFaceTokenizer", tokenizer_folder, "gigatoken")
+    right = tokenizer._checked._fast.encode
+    encoder = Encoder(tokenizer, {"task": TaskEncoding(chat_format("chatml", tokenizer))})
+    lines = [json.dumps({"text": f"some text with number {number} in it"}).encode() for number in range(2000)]
+    encoder.encode("task", Chunk("file", 1, lines[:100]))
+    tokenizer._checked._fast = Fast("gigatoken", lambda text: right(text)[:-1])
+    drawn = next(n for n, line in enumerate(lines) if n >= 100 and backends._drawn(json.loads(line)["text"]))
+    with pytest.raises(BackendMismatch, match=f"^file:{drawn + 1}: "):
+        encoder.encode("task", Chunk("file", 101, lines[100:]))

@@ -1,0 +1,278 @@
+"""From records to the data set: masks, counts, splits, policies, and the same result whatever the workers."""
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mft_megatron.data.chat_templates.formats import chat_format
+from mft_megatron.data.loading.dataset import PackedDataset
+from mft_megatron.data.packing.splitting import assign_splits
+from mft_megatron.data.preprocessing.encoding import Chunk, Encoder, TaskEncoding
+from mft_megatron.data.sample_slices import supervised_tokens
+from mft_megatron.data.tasks.task_files import SourceReader
+from mft_megatron.errors import InputError
+
+
+def encode(tokenizer, lines, template="chatml", first_line=1):
+    encoder = Encoder(tokenizer, {"task": TaskEncoding(chat_format(template, tokenizer))})
+    lines = [line if isinstance(line, bytes) else line.encode() for line in lines]
+    return encoder.encode("task", Chunk("file", first_line, lines))
+
+
+def supervised_text(tokenizer, encoded, sample=0):
+    """What the mask marks, run by run."""
+    ends = np.cumsum(encoded.lengths)
+    here = slice(ends[sample] - encoded.lengths[sample], ends[sample])
+    ids, mask = encoded.ids[here], encoded.mask[here]
+    runs = itertools.groupby(range(len(ids)), lambda p: mask[p])
+    return [tokenizer.decode([int(ids[p]) for p in run]) for supervised, run in runs if supervised]
+
+
+texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁"), max_size=12) | st.sampled_from(
+    ["", "\n", "  x", "<|im_end|>", "</s><s>human\n", "if x:\n\treturn  1\n"]
+)
+
+
+@pytest.mark.parametrize("template", ["chatml", "mftcoder"])
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.tuples(texts, texts), min_size=1, max_size=3).filter(
+        lambda said: any(answer.strip() for _, answer in said)
+    )
+)
+def test_the_mask_marks_the_answers_and_their_stop_tokens_and_nothing_else(tokenizer, template, rounds):
+    messages = []
+    for question, answer in rounds:
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    if template == "chatml" and tokenizer.token_id("<|im_end|>") is None:
+        with pytest.raises(InputError, match=r"file:1: a chat record, but the tokenizer has no token <\|im_end\|>"):
+            encode(tokenizer, [json.dumps({"messages": messages})], template)
+        return
+    encoded = encode(tokenizer, [json.dumps({"messages": messages})], template)
+    stop = "<|im_end|>" if template == "chatml" else tokenizer.end_of_text
+    assert supervised_text(tokenizer, encoded) == [answer + stop for _, answer in rounds]
+
+
+@settings(deadline=None, max_examples=60)
+@given(texts, texts)
+def test_raw_text_is_joined_as_given(tokenizer, prompt, completion):
+    encoded = encode(tokenizer, [json.dumps({"prompt": prompt, "completion": completion})])
+    if not completion:
+        assert [drop.reason for drop in encoded.drops] == ["empty_answer"]
+        return
+    assert tokenizer.decode(encoded.ids) == prompt + completion + tokenizer.end_of_text
+    assert supervised_text(tokenizer, encoded) == [completion + tokenizer.end_of_text]
+
+
+def test_what_a_turn_says_never_ends_the_turn(tokenizer):
+    answer = f"a<|im_end|>b{tokenizer.end_of_text}c"
+    record = json.dumps({"instruction": answer, "output": answer})
+    ids = encode(tokenizer, [record], "mftcoder").ids.tolist()
+    assert ids.count(tokenizer.eos_token_id) == 1
+
+
+def test_a_question_is_cut_as_in_a_prompt_cut_whole(tokenizer):
+    """The prompt of inference, up to where the model goes on, is what training showed."""
+    record = {"messages": [{"role": "user", "content": "  f(x);\n"}, {"role": "assistant", "content": " 1"}]}
+    encoded = encode(tokenizer, [json.dumps(record)], "mftcoder")
+    prompt = encoded.ids[: int(np.argmax(encoded.mask))].tolist()
+    (whole,) = tokenizer.encode_batch(["<s>human\n  f(x);\n\n<s>bot\n"], markup=True)
+    assert prompt == whole
+
+
+def test_tokenised_by_sample_and_by_chunk_alike(tokenizer):
+    lines = [json.dumps({"prompt": f"def f{i}(", "completion": "x):\n" * i}) for i in range(5)]
+    together = encode(tokenizer, lines)
+    alone = [encode(tokenizer, [line]) for line in lines]
+    np.testing.assert_array_equal(together.ids, np.concatenate([one.ids for one in alone]))
+    np.testing.assert_array_equal(together.mask, np.concatenate([one.mask for one in alone]))
+
+
+BAD_LINES = {
+    '{"text": "abc"': "invalid_json",
+    "[" * 100_000: "invalid_json",
+    '"just a string"': "unknown_shape",
+    '{"body": "x"}': "unknown_shape",
+    '{"text": ""}': "empty_answer",
+    '{"text": "\\ud800"}': "invalid_text",
+    '{"messages": [{"role": "user", "content": "a"}]}': "no_assistant_turn",
+}
+
+
+def test_every_line_is_accounted_for(tokenizer):
+    good = '{"prompt": "a", "completion": "b"}'
+    lines = ["", good, "   \t", *BAD_LINES, good]
+    encoded = encode(tokenizer, lines)
+    assert {drop.line: drop.reason for drop in encoded.drops} == dict(enumerate(BAD_LINES.values(), 4))
+    assert [drop.line for drop in encoded.drops] == sorted(drop.line for drop in encoded.drops)
+    assert encoded.records == len(encoded.lengths) + len(encoded.drops) == len(BAD_LINES) + 2
+
+
+def test_bytes_that_are_no_utf8(tokenizer):
+    drops = encode(tokenizer, ['{"text": "ab"}', b'{"text": "\xff"}'], first_line=41).drops
+    assert [(drop.line, drop.reason) for drop in drops] == [(42, "invalid_utf8")]
+
+
+@given(st.lists(st.lists(st.integers(0, 1), max_size=6), max_size=8))
+def test_supervised_tokens_leave_out_the_first(masks):
+    flat = np.array([value for mask in masks for value in mask], np.uint8)
+    lengths = np.array([len(mask) for mask in masks], np.int32)
+    assert supervised_tokens(flat, lengths).tolist() == [sum(mask[1:]) for mask in masks]
+
+
+# ---------------------------------------------------------------------------------------------------------- splits
+
+
+@given(st.integers(0, 400), st.tuples(*[st.integers(0, 100)] * 3).filter(any), st.integers(0, 9))
+def test_splits_follow_the_weights(samples, weights, seed):
+    split = assign_splits(samples, tuple(map(float, weights)), seed, "task")
+    sizes = np.bincount(split, minlength=3)
+    assert sizes.sum() == samples
+    for size, weight in zip(sizes, weights, strict=True):
+        assert abs(size - samples * weight / sum(weights)) <= 2
+        assert size == 0 or weight > 0
+        assert size > 0 or weight == 0 or samples < sum(w > 0 for w in weights)
+
+
+def test_splits_depend_on_seed_and_task_only():
+    base = assign_splits(100, (80, 20, 0), 1, "a")
+    np.testing.assert_array_equal(base, assign_splits(100, (80, 20, 0), 1, "a"))
+    assert (base != assign_splits(100, (80, 20, 0), 2, "a")).any()
+    assert (base != assign_splits(100, (80, 20, 0), 1, "b")).any()
+    assert 0 < base[:50].sum() < base.sum()  # not simply the end of the file
+
+
+# ---------------------------------------------------------------------------------------------------- the whole way
+
+
+def test_the_ledger_adds_up(make_dataset):
+    _, ledger = make_dataset()
+    entry = ledger.lengths["256"]
+    assert sum(cut.dropped.get("overlong", 0) for cut in entry.tasks) > 0
+    for task, cut in zip(ledger.tasks, entry.tasks, strict=True):
+        assert task.samples_in == task.kept + sum(task.dropped.values())
+        assert task.samples_in == sum(source.lines for source in task.sources)
+        assert task.kept == cut.kept + sum(cut.dropped.values())
+        assert cut.kept == sum(cut.splits.values())
+        assert all(cut.splits.values())
+    for total in ("tokens", "supervised_tokens"):
+        assert sum(getattr(cut, total) for cut in entry.tasks) == sum(getattr(p, total) for p in entry.packs.values())
+    assert sum(cut.kept for cut in entry.tasks) == sum(packed.samples for packed in entry.packs.values())
+
+
+def test_truncation_keeps_every_sample_and_counts_it(make_dataset):
+    dropped, truncated = (make_dataset(overlong=way)[1].lengths["256"].tasks for way in ("drop", "truncate"))
+    for one, other in zip(dropped, truncated, strict=True):
+        nothing_left = other.dropped.get("truncated_to_nothing", 0)
+        assert one.dropped.get("overlong", 0) == other.truncated + nothing_left
+        assert one.kept + one.dropped.get("overlong", 0) == other.kept + nothing_left
+
+
+def files_of(prefix):
+    return {path.name: path.read_bytes() for path in Path(prefix).parent.glob("set_*") if path.suffix != ".json"}
+
+
+def test_the_workers_do_not_change_a_byte(make_dataset, monkeypatch):
+    alone = make_dataset()[0]
+    # nor does where the chunks end
+    monkeypatch.setattr(SourceReader.chunks, "__defaults__", (3000,))
+    assert files_of(make_dataset()[0]) == files_of(alone)
+    assert files_of(make_dataset(workers=3)[0]) == files_of(alone)
+
+
+def test_samples_are_stored_by_task_in_the_order_of_their_files(make_dataset):
+    records = {name: [{"text": f"{name} {i}"} for i in range(20)] for name in "ba"}
+    prefix, ledger = make_dataset(records)
+    opened = PackedDataset.open(prefix, 256)
+    assert opened.tasks == ("b", "a")
+    assert opened.task_ids.tolist() == [0] * 20 + [1] * 20
+    from mft_megatron.data.tokenizers.tokenizer import load_tokenizer
+
+    decode = load_tokenizer(ledger.tokenizer.type, ledger.tokenizer.model).decode
+    expected = [f"{name} {i}<|endoftext|>" for name in "ba" for i in range(20)]
+    assert [decode(opened.tokens[sample].tolist()) for sample in range(40)] == expected
+
+
+GOOD = [{"text": "x = 1"}] * 4
+
+
+@pytest.mark.parametrize("fault", ["record", "empty", "interrupt", "disk"])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_failure_leaves_an_existing_data_set_as_it_was(make_dataset, tmp_path, monkeypatch, fault, workers):
+    prefix = tmp_path / "set"
+    make_dataset({"t": GOOD}, output_prefix=prefix)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    records = {"t": [*GOOD, {"text": "y = 2"}]}
+    expected = InputError
+    if fault == "record":
+        records["u"] = [{"nothing": "known"}]
+    elif fault == "empty":
+        records["u"] = []
+    else:
+        expected = KeyboardInterrupt if fault == "interrupt" else OSError
+
+        def fail(*_):
+            raise expected
+
+        monkeypatch.setattr("mft_megatron.data.packing.build_packs.pack_split", fail)
+    with pytest.raises(expected):
+        make_dataset(records, output_prefix=prefix, workers=workers)
+    kept = tmp_path / ".set.writing"  # what had been tokenised when it was interrupted
+    assert kept.exists() == (fault == "interrupt")
+    after = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path != kept}
+    assert after == before
+    assert PackedDataset.open(str(prefix), 256, check="hashes").ledger.tasks[0].kept == 4
+
+
+def test_a_failure_in_the_middle_of_publishing_leaves_no_data_set(make_dataset, tmp_path, monkeypatch):
+    prefix = tmp_path / "set"
+    make_dataset({"t": GOOD}, output_prefix=prefix)
+    import os
+
+    replace, moved = os.replace, []
+
+    def fail_at_third(source, target):
+        moved.append(target)
+        if len(moved) == 3:
+            raise OSError("disk gone")
+        replace(source, target)
+
+    monkeypatch.setattr("mft_megatron.data.storage.dataset_writer.os.replace", fail_at_third)
+    with pytest.raises(OSError, match="disk gone"):
+        make_dataset({"t": [*GOOD, {"text": "y"}]}, output_prefix=prefix)
+    with pytest.raises(InputError, match="no ledger"):
+        PackedDataset.open(str(prefix), 256)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_no_file_of_the_data_set_before_is_left(make_dataset, tmp_path):
+    prefix = tmp_path / "set"
+    make_dataset({"t": GOOD}, output_prefix=prefix, seq_length=128, split=(1, 1, 1))
+    (tmp_path / "set_notes.txt").write_text("mine")
+    _, ledger = make_dataset({"t": GOOD}, output_prefix=prefix, split=(1, 0, 0))
+    expected = {f"set{end}" for end in ledger.arrays} | {"set_dataset.json", "set_notes.txt"}
+    assert {path.name for path in tmp_path.iterdir()} == expected
+
+
+def test_a_folder_made_for_nothing_is_removed(make_dataset, tmp_path):
+    with pytest.raises(InputError, match="task t"):
+        make_dataset({"t": []}, output_prefix=tmp_path / "new" / "deep" / "set")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_worker_that_dies_is_reported(make_dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr("mft_megatron.data.preprocessing.workers._start_worker", _die)
+    with pytest.raises(InputError, match="--workers: a worker process was killed"):
+        make_dataset({"t": GOOD}, output_prefix=tmp_path / "set", workers=2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def _die(*_):
+    import os
+
+    os._exit(9)

@@ -1,0 +1,104 @@
+"""Packing again and merging give the same bytes as preprocessing everything at once."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from mft_megatron.data.inspect import check
+from mft_megatron.data.loading.dataset import PackedDataset, packed_lengths
+from mft_megatron.data.packing.build_packs import Layout
+from mft_megatron.data.preprocessing.repack import add_length, merge
+from mft_megatron.data.storage.ledger import read_ledger
+from mft_megatron.errors import InputError
+
+LAYOUT = Layout(96, split=(80.0, 15.0, 5.0), overlong="truncate")
+
+
+def files_of(prefix):
+    name = Path(prefix).name
+    return {path.name.removeprefix(name): path.read_bytes() for path in Path(prefix).parent.glob(f"{name}_*.*")}
+
+
+def arrays_of(prefix):
+    return {name: content for name, content in files_of(prefix).items() if not name.endswith(".json")}
+
+
+def test_a_second_length_is_what_preprocessing_for_it_gives(make_dataset):
+    prefix, before = make_dataset()
+    ledger, _ = add_length(prefix, LAYOUT)
+    assert packed_lengths(prefix) == [96, 256]
+    assert read_ledger(prefix) == ledger
+    check(prefix, ledger)
+    alone, expected = make_dataset(seq_length=96, overlong="truncate")
+    assert ledger.lengths["96"] == expected.lengths["96"]
+    assert ledger.lengths["256"] == before.lengths["256"]
+    assert ledger.dataset_hash(96) == expected.dataset_hash(96)
+    assert ledger.dataset_hash(256) == before.dataset_hash(256)  # a run on the first length goes on
+    found = arrays_of(prefix)
+    assert {name: found[name] for name in arrays_of(alone)} == arrays_of(alone)
+
+
+def test_a_length_is_replaced_and_its_old_files_are_removed(make_dataset):
+    prefix, _ = make_dataset(overlong="split")
+    assert any(name.endswith("_cuts.npy") for name in files_of(prefix))
+    ledger, _ = add_length(prefix, Layout(256, split=(1, 0, 0)))
+    assert not any(name.endswith("_cuts.npy") for name in files_of(prefix))
+    assert set(files_of(prefix)) == {*ledger.arrays, "_dataset.json"}
+    check(prefix, ledger)
+
+
+def test_a_data_set_with_a_damaged_file_is_not_packed_again(make_dataset):
+    prefix, _ = make_dataset({"t": [{"text": "x = 1"}] * 4})
+    path = Path(f"{prefix}_loss_mask.bin")
+    path.write_bytes(path.read_bytes() + b"x")
+    with pytest.raises(InputError, match=r"_loss_mask\.bin: .* bytes, the ledger says"):
+        add_length(prefix, LAYOUT)
+    assert packed_lengths(prefix) == [256]
+
+
+TASKS = {name: [{"prompt": f"{name} {i}: ", "completion": "y" * i} for i in range(1, 30)] for name in "abc"}
+
+
+def test_merged_is_what_all_tasks_at_once_give(make_dataset, tmp_path):
+    first, _ = make_dataset({"a": TASKS["a"], "b": TASKS["b"]})
+    second, _ = make_dataset({"c": TASKS["c"]})
+    ledger, _ = merge([first, second], tmp_path / "all", LAYOUT)
+    check(str(tmp_path / "all"), ledger)
+    together, expected = make_dataset(TASKS, seq_length=96, overlong="truncate")
+    assert arrays_of(tmp_path / "all") == arrays_of(together)
+    assert ledger.lengths == expected.lengths
+    for task, other in zip(ledger.tasks, expected.tasks, strict=True):
+        assert dataclasses.replace(task, sources=other.sources) == other
+
+
+def test_a_task_of_several_data_sets_has_the_samples_of_all(make_dataset, tmp_path):
+    first, _ = make_dataset({"a": TASKS["a"], "b": TASKS["b"]})
+    second, _ = make_dataset({"b": TASKS["c"], "a": TASKS["a"][:3]})
+    ledger, _ = merge([first, second], tmp_path / "all", LAYOUT)
+    assert [(task.name, task.kept) for task in ledger.tasks] == [("a", 32), ("b", 58)]
+    opened = PackedDataset.open(tmp_path / "all", 96, check="hashes")
+    one, two = (PackedDataset.open(prefix, 256) for prefix in (first, second))
+    assert opened.tokens[29].tolist() == two.tokens[29].tolist()
+    assert opened.tokens[32].tolist() == one.tokens[29].tolist()
+    assert opened.task_ids.tolist() == [0] * 32 + [1] * 58
+    check(str(tmp_path / "all"), ledger)
+
+
+def test_what_cannot_be_merged_is_refused(make_dataset, tmp_path, train_sentencepiece):
+    first, _ = make_dataset({"a": TASKS["a"]})
+    model = train_sentencepiece(normalization_rule_name="identity")
+    other, _ = make_dataset({"b": TASKS["b"]}, tokenizer_type="SentencePieceTokenizer", tokenizer_model=str(model))
+    with pytest.raises(InputError, match="made with another tokenizer"):
+        merge([first, other], tmp_path / "all", LAYOUT)
+    with pytest.raises(InputError, match="is one of the data sets to merge"):
+        merge([first], Path(first), LAYOUT)
+    with pytest.raises(InputError, match="is given twice"):
+        merge([first, f"{Path(first).parent}/./set"], tmp_path / "all", LAYOUT)
+    chat = {"a": [{"instruction": "x", "output": "y"}] * 3}
+    styles = [make_dataset(chat, chat_template=name)[0] for name in ("chatml", "mftcoder")]
+    with pytest.raises(
+        InputError, match="task a was made with template mftcoder, and with chatml in a data set before it"
+    ):
+        merge(styles, tmp_path / "all", LAYOUT)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,196 @@
+"""Filling in the middle: nothing is lost, rates are kept, and draws depend on seed and key alone."""
+
+import argparse
+import inspect
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mft_megatron.data.records.conversation import Conversation, Turn
+from mft_megatron.data.records.fim import KNOWN_TOKENS, SHORTEST, Fim, fim, fim_tokens
+from mft_megatron.data.records.segments import Segment, raw_segments
+from mft_megatron.errors import InputError
+
+P, S, M, END = "<P>", "<S>", "<M>", "<END>"
+SOURCE = inspect.getsource(argparse)
+ALWAYS = {spm: Fim(1.0, float(spm), (P, S, M), 7, END) for spm in (False, True)}
+
+
+def document(text):
+    return Conversation((Turn("completion", text),), raw=True, document=True)
+
+
+def completion(prompt, text, learn=True):
+    return Conversation((Turn("prompt", prompt), Turn("completion", text, learn)), raw=True)
+
+
+def parts(segments, spm):
+    """Prefix, suffix and middle of what was written, after a look at the tokens' places."""
+    segments = [segment for segment in segments if not segment.markup]
+    names = [segment.text for segment in segments if segment.special]
+    assert names == [P, S, M, END]
+    content = [segment for segment in segments if not segment.special]
+    order = [segment.text for segment in segments]
+    assert order[0] == P
+    assert order[-1] == END
+    if spm:
+        assert order[1] == S
+        tail, head, gap, middle = content
+        assert gap.text == ""
+        assert order.index(M) == 3
+    else:
+        head, tail, middle = content
+        assert [order[2], order[4]] == [S, M]
+    return head, tail, middle
+
+
+@given(text=st.text(min_size=SHORTEST), key=st.binary(max_size=8))
+@pytest.mark.parametrize("spm", [False, True])
+def test_the_parts_of_a_document_are_the_document(spm, text, key):
+    segments = ALWAYS[spm].segments(document(text), key)
+    head, tail, middle = parts(segments, spm)
+    assert head.text + middle.text + tail.text == text
+    # all that has tokens is supervised, as it is without the cut
+    assert all(segment.supervised for segment in segments if segment.text)
+
+
+@given(prompt=st.text(), text=st.text(min_size=SHORTEST), key=st.binary(max_size=8))
+@pytest.mark.parametrize("spm", [False, True])
+def test_the_middle_of_a_completion_is_learned(spm, prompt, text, key):
+    segments = ALWAYS[spm].segments(completion(prompt, text), key)
+    head, tail, middle = parts(segments, spm)
+    assert head.text + middle.text + tail.text == text
+    (place,) = (place for place, segment in enumerate(segments) if segment.markup)
+    assert segments[place] == Segment(prompt, False, False, True)
+    assert segments[place + 1] is head
+    assert [segment for segment in segments if segment.supervised and segment.text] == [
+        *([middle] if middle.text else []),
+        Segment(END, True, special=True),
+    ]
+
+
+@pytest.mark.parametrize("conversation", [document(SOURCE), completion("x", SOURCE)])
+def test_head_and_middle_are_tokenised_apart(conversation):
+    """Neighbours of one kind are joined before they are cut into tokens."""
+    for key in range(50):
+        head, gap, middle = ALWAYS[True].segments(conversation, b"%d" % key)[-4:-1]
+        assert head.supervised != gap.supervised or gap.supervised != middle.supervised
+
+
+def test_names_of_tokens_count_in_prompts_as_without_the_cut():
+    for conversation, count in ((document(SOURCE), 0), (completion("a prompt", SOURCE), 1)):
+        markup = [segment for segment in raw_segments(conversation, END) if segment.markup]
+        assert len(markup) == count
+        for spm in (False, True):
+            segments = ALWAYS[spm].segments(conversation, b"")
+            assert [segment for segment in segments if segment.markup] == markup
+
+
+def test_rates_are_kept():
+    count = 20_000
+    for rate, spm_rate in [(0.5, 0.5), (0.9, 0.1), (0.1, 0.9), (1.0, 0.0), (0.0, 0.5), (1.0, 1.0)]:
+        transform = Fim(rate, spm_rate, (P, S, M), 3, END)
+        made = [transform.segments(document("abcdef"), b"%d" % key) for key in range(count)]
+        cut = [segments for segments in made if segments is not None]
+        spm = sum(segments[1].text == S and segments[1].special for segments in cut)
+        for got, expected, of in ((len(cut), rate, count), (spm, spm_rate, len(cut))):
+            deviation = (of * expected * (1 - expected)) ** 0.5
+            assert abs(got - of * expected) <= 4 * deviation
+
+
+def test_every_place_between_characters_is_cut_equally_often():
+    count, places = 30_000, 6
+    lengths = [0] * places
+    for key in range(count):
+        head, tail, _ = parts(ALWAYS[False].segments(document("abcde"), b"%d" % key), False)
+        lengths[len(head.text)] += 1
+        lengths[5 - len(tail.text)] += 1
+    expected = 2 * count / places
+    assert all(abs(seen - expected) < 5 * expected**0.5 for seen in lengths)
+
+
+def test_draws_depend_on_seed_and_key_alone():
+    keys = [b"%d" % number for number in range(200)]
+    transform = Fim(0.5, 0.5, (P, S, M), 7, END)
+    made = {key: transform.segments(document(SOURCE), key) for key in keys}
+    assert made == {key: transform.segments(document(SOURCE), key) for key in reversed(keys)}
+    other = Fim(0.5, 0.5, (P, S, M), 8, END)
+    assert made != {key: other.segments(document(SOURCE), key) for key in keys}
+    code = (
+        "from mft_megatron.data.records.fim import Fim\n"
+        "from mft_megatron.data.records.conversation import Conversation, Turn\n"
+        f"fim = Fim(0.5, 0.5, {(P, S, M)}, 7, {END!r})\n"
+        "text = Conversation((Turn('completion', 'abcdef' * 9),), raw=True, document=True)\n"
+        "print([fim.segments(text, b'%d' % key) for key in range(200)])"
+    )
+    there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    text = document("abcdef" * 9)
+    assert there.strip() == str([transform.segments(text, key) for key in keys])
+
+
+@pytest.mark.parametrize(
+    "conversation",
+    [
+        Conversation((Turn("user", "a question"), Turn("assistant", "an answer"))),
+        document("ab"),
+        completion("a long prompt", "ab"),
+        completion("a", "b" * 99, learn=False),
+    ],
+)
+def test_what_stays_as_it_is(conversation):
+    assert all(transform.segments(conversation, b"") is None for transform in ALWAYS.values())
+
+
+class Vocabulary:
+    end_of_text = END
+
+    def __init__(self, *names, plain=()):
+        self.special_tokens = dict.fromkeys(names)
+        self.token_id = {name: number for number, name in enumerate((END, *names, *plain))}.get
+
+
+@pytest.mark.parametrize("names", KNOWN_TOKENS.values(), ids=KNOWN_TOKENS)
+def test_the_tokens_of_known_models_are_found(names):
+    assert fim_tokens(Vocabulary(*reversed(names))) == names
+    with pytest.raises(InputError, match="--fim-tokens PREFIX,SUFFIX,MIDDLE"):
+        fim_tokens(Vocabulary(*names[:2]))
+
+
+def test_tokens_that_are_given():
+    tokenizer = Vocabulary(P, S, M, *KNOWN_TOKENS["StarCoder"], plain=("a", "def", *KNOWN_TOKENS["CodeLlama"]))
+    # of a SentencePiece model nothing says that these were added
+    assert fim_tokens(tokenizer, ",".join(KNOWN_TOKENS["CodeLlama"])) == KNOWN_TOKENS["CodeLlama"]
+    assert fim_tokens(tokenizer, "<P>,<S>,<M>") == (P, S, M)
+    for given_, message in [
+        ("<P>,<S>", "three different"),
+        ("<P>,<S>,<P>", "three different"),
+        ("<P>,<S>,<M>,<E>", "three different"),
+        ("<P>,<S>,", "no token ''"),
+        ("<P>,<S>,<X>", "no token '<X>'"),
+        ("a,<S>,<M>", "'a' is a piece of ordinary text"),
+        ("<P>,<S>,def", "'def' is a piece of ordinary text"),
+    ]:
+        with pytest.raises(InputError, match=f"--fim-tokens {given_}: .*{message}"):
+            fim_tokens(tokenizer, given_)
+
+
+def test_options():
+    tokenizer = Vocabulary(P, S, M)
+    assert fim(tokenizer, 0.5, 0.25, "<P>,<S>,<M>", 9) == Fim(0.5, 0.25, (P, S, M), 9, END)
+    for rates, option in (
+        ((1.5, 0.5), "--fim-rate 1.5"),
+        ((0.5, -0.1), "--fim-spm-rate -0.1"),
+        ((float("nan"),), "nan"),
+    ):
+        with pytest.raises(InputError, match=option):
+            fim(tokenizer, *rates, tokens="<P>,<S>,<M>")
+
+
+def test_the_fingerprint_tells_transformations_apart():
+    base = dict(rate=0.5, spm_rate=0.5, tokens=(P, S, M), seed=1, end_of_text=END)
+    changes = [{}, {"rate": 0.6}, {"spm_rate": 0.4}, {"tokens": (S, P, M)}, {"seed": 2}, {"end_of_text": M}]
+    assert len({Fim(**{**base, **change}).fingerprint for change in changes}) == len(changes)
+    assert Fim(**base).fingerprint == Fim(**base).fingerprint

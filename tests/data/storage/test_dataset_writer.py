@@ -1,0 +1,146 @@
+"""Writing a data set: one process at a time, nothing left of runs that were killed, full disks told apart."""
+
+import errno
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from mft_megatron.data.storage import dataset_writer as module
+from mft_megatron.data.storage.dataset_writer import DatasetFiles, disk_full_named, refuse_too_small_a_disk
+from mft_megatron.errors import InputError
+
+
+def test_two_processes_do_not_write_to_one_prefix(tmp_path):
+    code = (
+        "import sys; from mft_megatron.data.storage.dataset_writer import DatasetFiles\n"
+        "with DatasetFiles(sys.argv[1]): print('writing', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "set")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "writing\n"
+        with (
+            pytest.raises(InputError, match="another process is writing this data set"),
+            DatasetFiles(tmp_path / "set"),
+        ):
+            pass
+        with DatasetFiles(tmp_path / "set2"):  # another prefix, in the same folder
+            pass
+        other.communicate()
+    with DatasetFiles(tmp_path / "set"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_run_left_is_removed_by_the_next_one_alone(tmp_path):
+    def killed(name):
+        files = DatasetFiles(tmp_path / name)
+        files.__enter__()
+        files.save("_x.npy", np.zeros(3))
+        files._lock.close()  # what the system does when a process is killed
+
+    killed("set")
+    killed("set_b")
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {".set.writing", ".set.lock", ".set_b.writing", ".set_b.lock"}
+    with DatasetFiles(tmp_path / "set"):
+        pass
+    assert {path.name for path in tmp_path.iterdir()} == {".set_b.writing", ".set_b.lock"}
+
+
+def test_what_was_not_published_is_discarded(tmp_path):
+    def fail():
+        with DatasetFiles(tmp_path / "new" / "set") as files:
+            files.save("_x.npy", np.zeros(3))
+            raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        fail()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_small_a_disk_is_refused_beforehand(tmp_path, monkeypatch):
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**9))
+    refuse_too_small_a_disk(tmp_path / "not" / "there", 10**9)
+    with pytest.raises(InputError, match=r"1,000 MB are free, and about 2,000 MB are needed"):
+        refuse_too_small_a_disk(tmp_path / "not" / "there", 2 * 10**9)
+
+
+def test_a_disk_that_gets_full_is_one_line(tmp_path):
+    with (
+        pytest.raises(InputError, match=r"_x\.npy: the disk is full .* nothing was completed"),
+        disk_full_named(tmp_path),
+    ):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / "_x.npy"))
+    with pytest.raises(PermissionError), disk_full_named(tmp_path / "set"):
+        raise PermissionError(errno.EACCES, "no", "x")
+
+
+def test_arrays_that_do_not_fit_are_a_full_disk(tmp_path, monkeypatch):
+    """numpy's own way of writing them would hide why."""
+
+    class Full:
+        def __init__(self, file):
+            self._file = file
+
+        def __getattr__(self, name):
+            return getattr(self._file, name)
+
+        def write(self, content):
+            if memoryview(content).nbytes > 1000:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return self._file.write(content)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            self._file.close()
+
+    def write(values):
+        with disk_full_named(tmp_path / "set"), DatasetFiles(tmp_path / "set") as files:
+            opened = open
+            monkeypatch.setattr(module, "open", lambda *words: Full(opened(*words)), raising=False)
+            files.save("_x.npy", values)
+
+    write(np.zeros(3))
+    with pytest.raises(InputError, match="the disk is full"):
+        write(np.zeros(1000))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("values", [np.arange(12).reshape(3, 4)[:, ::2], np.zeros((2, 0), np.int64), np.uint16([1, 2])])
+def test_arrays_are_written_as_numpy_writes_them(tmp_path, values):
+    with DatasetFiles(tmp_path / "set") as files:
+        files.save("_x.npy", values)
+        found = np.load(tmp_path / ".set.writing" / "data_x.npy")
+    np.testing.assert_array_equal(found, values)
+    assert found.dtype == values.dtype
+
+
+def test_the_data_set_before_stays_one_while_names_are_only_added(tmp_path, monkeypatch):
+    """Packing for one more length must not cost the data set when it is killed on the way."""
+    from mft_megatron.data.loading.dataset import PackedDataset
+    from mft_megatron.data.packing.build_packs import Layout
+    from mft_megatron.data.preprocessing.repack import add_length
+    from tests.made_dataset import write_dataset
+
+    prefix = str(tmp_path / "set")
+    write_dataset(prefix, 256)
+    replace = os.replace
+
+    def killed(source, target):
+        if target.endswith("_dataset.json"):
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            add_length(prefix, Layout(512, split=(1, 0, 0)))
+    assert PackedDataset.open(prefix, 256, check="hashes").entry.packs
+    add_length(prefix, Layout(512, split=(1, 0, 0)))
+    assert PackedDataset.open(prefix, 512, check="hashes").entry.packs

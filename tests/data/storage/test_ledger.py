@@ -1,0 +1,73 @@
+"""The ledger: it survives JSON, names the content, and is refused when it is damaged."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from mft_megatron.data.storage.ledger import FORMAT_VERSION, file_sha256, read_ledger
+from mft_megatron.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def made(make_dataset):
+    return make_dataset()
+
+
+def test_round_trip(made, tmp_path):
+    prefix, ledger = made
+    assert read_ledger(prefix) == ledger
+    (tmp_path / "copy_dataset.json").write_text(ledger.to_json())
+    assert read_ledger(tmp_path / "copy") == ledger
+
+
+def test_every_file_is_in_it_with_its_hash(made):
+    prefix, ledger = made
+    folder = Path(prefix).parent
+    files = {path.name for path in folder.iterdir() if path.name.startswith("set_")}
+    assert files == {f"set{end}" for end in ledger.arrays} | {"set_dataset.json"}
+    for end, entry in ledger.arrays.items():
+        path = Path(prefix + end)
+        assert (path.stat().st_size, file_sha256(path)) == (entry.size, entry.sha256)
+
+
+def test_the_hash_is_of_the_content_and_not_of_the_place(make_dataset, made):
+    ledger = made[1]
+    assert make_dataset()[1].dataset_hash(256) == ledger.dataset_hash(256)
+    assert make_dataset(seed=99)[1].dataset_hash(256) != ledger.dataset_hash(256)
+    end, entry = next(iter(ledger.arrays.items()))
+    changed = {**ledger.arrays, end: dataclasses.replace(entry, sha256="0" * 64)}
+    assert dataclasses.replace(ledger, arrays=changed).dataset_hash(256) != ledger.dataset_hash(256)
+    elsewhere = dataclasses.replace(ledger.tokenizer, model="/elsewhere")
+    assert dataclasses.replace(ledger, tokenizer=elsewhere).dataset_hash(256) == ledger.dataset_hash(256)
+
+
+def test_a_missing_ledger_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"x_dataset\.json.*--output-prefix"):
+        read_ledger(tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text[: len(text) // 2], "not JSON"),
+        (lambda text: "", "not JSON"),
+        (lambda text: "[]", "format version None"),
+        (lambda text: "{}", "format version None"),
+        (lambda text: text.replace(f'"format_version": {FORMAT_VERSION}', '"format_version": 99'), "99.*reads 2"),
+        (lambda text: text.replace('"arrays"', '"array"'), "incomplete ledger.*arrays"),
+        (lambda text: text.replace('"fill"', '"filled"', 1), "incomplete ledger.*filled"),
+        (lambda text: json.dumps({**json.loads(text), "tasks": 3}), "incomplete ledger"),
+        (lambda text: json.dumps({**json.loads(text), "packs": {"256": None}}), "incomplete ledger"),
+        (lambda text: b"\xff\xfe", "not JSON"),
+    ],
+)
+def test_a_damaged_ledger_is_refused_by_name(made, tmp_path, change, message):
+    path = tmp_path / "x_dataset.json"
+    shutil.copy(f"{made[0]}_dataset.json", path)
+    changed = change(path.read_text())
+    path.write_bytes(changed if isinstance(changed, bytes) else changed.encode())
+    with pytest.raises(InputError, match=rf"x_dataset\.json: .*{message}"):
+        read_ledger(tmp_path / "x")

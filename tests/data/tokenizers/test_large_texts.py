@@ -1,0 +1,123 @@
+"""Large texts are cut in pieces, and nobody can tell from the ids."""
+
+import base64
+import itertools
+import random
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mft_megatron.data.tokenizers import large_texts, tokenizer
+from mft_megatron.data.tokenizers.backends import DifferenceError, Fast
+from mft_megatron.data.tokenizers.large_texts import pieces_of
+from tests.data.conftest import SOURCES
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A function that sets the sizes: large texts, their pieces, and what is tested at their borders."""
+
+    def sizes(large, piece, tested):
+        monkeypatch.setattr(large_texts, "LARGE", large)
+        monkeypatch.setattr(tokenizer, "LARGE", large)
+        monkeypatch.setattr(large_texts, "PIECE", piece)
+        monkeypatch.setattr(large_texts, "TESTED", tested)
+
+    return sizes
+
+
+DRAWS = random.Random(5)
+CODE = "".join(SOURCES)
+ODD = {
+    "code": CODE,
+    "one line": " ".join(CODE.split()),
+    "no space": base64.b64encode(CODE.encode()).decode(),
+    "one word": "a" * 30_000,
+    "spaces": " " * 30_000,
+    "line breaks": "\n" * 30_000,
+    "returns": CODE.replace("\n", "\r\n"),
+    "Chinese": "".join(chr(DRAWS.randrange(0x4E00, 0x9FA0)) for _ in range(20_000)),
+    "numbers": "".join(DRAWS.choices("0123456789", k=20_000)),
+    "only names": "</s><|endoftext|>" * 2000,
+    "names": f"{CODE[:9000]}</s>".join(CODE[9000:30_000].splitlines(keepends=True)[:20]),
+}
+
+
+@pytest.mark.parametrize("markup", [False, True])
+@pytest.mark.parametrize("name", ODD)
+def test_pieces_give_the_ids_of_the_whole(both, small, name, markup):
+    texts = ["short", ODD[name], "", ODD[name][::-1][:9000], "x" * 50]
+    expected = [np.array(ids) for ids in both[0].encode_batch(texts, markup)]
+    small(8000, 4000, 500)
+    for one in both:
+        got = one.encode_arrays(texts, markup)
+        for ids, own in zip(got, expected, strict=True):
+            assert np.array_equal(ids, own)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
+@given(st.lists(st.text(max_size=6) | st.sampled_from(["\n", "  ", "def ", "</s>", "é", "12"]), max_size=60))
+def test_any_text_in_pieces(both, small, parts):
+    text = "".join(parts) + "x\ny z" * 30
+    small(60, 30, 64)
+    (expected,) = both[0].encode_batch([text])
+    for one in both:
+        assert one.encode_arrays([text])[0].tolist() == expected
+
+
+def test_pieces_are_small_and_make_the_text(both):
+    text = CODE * (3 * large_texts.LARGE // len(CODE))
+    pieces = list(pieces_of(text, both[0].encode_batch))
+    assert "".join(pieces) == text
+    assert len(pieces) >= 5
+    assert max(map(len, pieces)) < 1.6 * large_texts.PIECE
+    assert all(piece.endswith("\n") for piece in pieces[:-1])
+    assert list(pieces_of(CODE, None)) == [CODE]
+
+
+def pairs(texts):
+    """A tokenizer for which two characters are a token, counted from the beginning: no odd place is a border."""
+    return [
+        [ord(one) * 1000 + ord(other) for one, other in itertools.zip_longest(*[iter(text)] * 2, fillvalue="\0")]
+        for text in texts
+    ]
+
+
+def test_places_that_change_ids_are_no_borders(small):
+    small(100, 50, 20)
+    text = "ab c\n" * 100
+    pieces = list(pieces_of(text, pairs))
+    assert len(pieces) > 4
+    assert all(len(piece) % 2 == 0 for piece in pieces[:-1])
+    # for which the whole text is one token
+    assert list(pieces_of(text, lambda texts: [[hash(part)] for part in texts])) == [text]
+
+
+def test_the_reference_gets_a_few_texts_at_a_time(both, small, monkeypatch):
+    small(1000, 500, 100)
+    one, seen = both[0], []
+    encode = one.encode_batch
+    monkeypatch.setattr(
+        one, "encode_batch", lambda texts, markup=False: seen.append(sum(map(len, texts))) or encode(texts, markup)
+    )
+    one.encode_arrays([CODE[:20_000], *["x = 1\n" * 20] * 50])
+    assert sum(seen) > 26_000
+    assert max(seen) < 3000
+
+
+def test_a_difference_in_a_piece_is_one_in_its_text(both, small, monkeypatch):
+    one = both[1]
+    right = one._checked._fast.encode
+    monkeypatch.setattr(one._checked, "_fast", Fast("gigatoken", lambda text: right(text)[:-1]))
+    monkeypatch.setattr(one._checked, "_first", 0)
+    small(1000, 500, 100)
+    drawn = []
+    monkeypatch.setattr(
+        "mft_megatron.data.tokenizers.backends._drawn", lambda text: drawn.append(text) or len(drawn) == 9
+    )
+    with pytest.raises(DifferenceError) as difference:
+        one.encode_arrays(["short", CODE[:1500], "short", CODE[1500:9000], "short"])
+    assert difference.value.position == 3
+    assert drawn[8] in CODE[1500:9000]

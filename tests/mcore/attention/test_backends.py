@@ -1,0 +1,298 @@
+"""The kernels of --attention-backend: what they are given, what is refused and what auto takes.
+
+The packages are stood in for by plain PyTorch with their signatures and meanings (``fake_kernels``); the real ones are
+compared in ``tests/gpu``.
+"""
+
+import dataclasses
+import inspect
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from mft_megatron.arguments.values.attention import AttentionShape
+from mft_megatron.errors import InputError
+from tests import fake_kernels
+from tests.ranks import run_on_ranks
+
+# queries and keys of each piece
+PIECES = {
+    "segments": ((7, 1, 16, 8), (7, 1, 16, 8)),
+    "pieces with fewer queries than keys": ((7, 1, 5, 8), (7, 9, 16, 30)),
+    "one long": ((64,), (64,)),
+    "many of one token": ((1,) * 20, (1,) * 20),
+    "one query": ((1, 1), (40, 3)),
+}
+FAST = ("varlen", "flash", "fused")
+BF16 = AttentionShape("bf16", 8)
+
+
+def tensors(lengths, heads, groups, size=8, seed=0):
+    """Query, key and value of fp64, and a gradient for what comes out of them."""
+    generator = torch.Generator().manual_seed(seed)
+    queries, keys = map(sum, lengths)
+    shapes = [(queries, heads, size), (keys, groups, size), (keys, groups, size), (queries, heads, size)]
+    *inputs, upstream = (torch.randn(shape, dtype=torch.float64, generator=generator) for shape in shapes)
+    return [tensor.requires_grad_() for tensor in inputs], upstream
+
+
+def forward_and_backward(kernel, lengths, heads, groups, scale, window):
+    from mft_megatron.mcore.parallel.attention_spans import Spans
+
+    inputs, upstream = tensors(lengths, heads, groups)
+    output = kernel(*inputs, Spans.of(*map(np.array, lengths)), scale, window, 0.0)
+    output.backward(upstream)
+    return [output, *(tensor.grad for tensor in inputs)]
+
+
+def kernel_of(name):
+    from mft_megatron.mcore.attention.backends import choose
+
+    return choose(name, BF16).kernel
+
+
+@pytest.fixture
+def packages(monkeypatch):
+    fake_kernels.install(monkeypatch)
+
+
+@pytest.mark.parametrize("window", [None, 0, 3, 100])
+@pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (3, 1)])
+@pytest.mark.parametrize("case", PIECES)
+@pytest.mark.parametrize("name", FAST)
+def test_each_computes_what_local_does(packages, name, case, heads, groups, window):
+    from mft_megatron.mcore.attention.sdpa import local
+
+    arguments = (PIECES[case], heads, groups, 0.3 if window == 3 else None, window)
+    ours, theirs = (forward_and_backward(kernel, *arguments) for kernel in (kernel_of(name), local))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+def test_a_view_with_scattered_heads_is_made_dense(packages):
+    from mft_megatron.mcore.parallel.attention_spans import Spans
+
+    lengths = np.array([5, 9])
+    scattered = [torch.randn(8, 14, 4).permute(1, 2, 0) for _ in range(3)]
+    dense = [tensor.contiguous() for tensor in scattered]
+    spans = Spans.of(lengths, lengths)
+    for name in ("varlen", "fused"):
+        assert kernel_of(name)(*scattered, spans).equal(kernel_of(name)(*dense, spans))
+
+
+def test_the_stand_in_for_torch_has_its_signature():
+    from torch.nn.attention import varlen
+
+    real, ours = (inspect.signature(place.varlen_attn).parameters.values() for place in (varlen, fake_kernels))
+    assert [(p.name, p.kind, p.default) for p in real] == [(p.name, p.kind, p.default) for p in ours]
+
+
+@pytest.mark.parametrize("name", ["flash", "fused"])
+def test_dropout_is_handed_on(packages, name):
+    from mft_megatron.mcore.parallel.attention_spans import Spans
+
+    inputs, _ = tensors(PIECES["segments"], 4, 2)
+    spans, kernel = Spans.of(*map(np.array, PIECES["segments"])), kernel_of(name)
+    torch.manual_seed(0)
+    dropped = kernel(*inputs, spans, None, None, 0.5)
+    whole = kernel(*inputs, spans, None, None, 0.0)
+    assert kernel(*inputs, spans, None, None, 0.0).equal(whole)
+    assert not dropped.equal(whole)
+    # a weight that stays is worth more by what was dropped: of one key it is 0 or twice as much
+    one = whole[7], dropped[7]
+    assert all(torch.allclose(b, torch.zeros_like(b)) or torch.allclose(b, 2 * a) for a, b in zip(*one, strict=True))
+
+
+@pytest.mark.parametrize("name", ["flash", "fused"])
+def test_a_layer_that_is_computed_again_drops_the_same(packages, name):
+    """Recomputed activations come from a first pass without gradients."""
+    from mft_megatron.mcore.parallel.attention_spans import Spans
+
+    inputs, _ = tensors(PIECES["segments"], 4, 2)
+    spans, kernel, outputs = Spans.of(*map(np.array, PIECES["segments"])), kernel_of(name), []
+    for records in (False, True):
+        torch.manual_seed(0)
+        with torch.set_grad_enabled(records):
+            outputs.append(kernel(*inputs, spans, None, None, 0.5))
+    assert outputs[0].equal(outputs[1])
+
+
+def test_varlen_has_no_dropout(packages):
+    from mft_megatron.mcore.parallel.attention_spans import Spans
+
+    inputs, _ = tensors(PIECES["segments"], 4, 2)
+    with pytest.raises(ValueError, match="no dropout"):
+        kernel_of("varlen")(*inputs, Spans.of(*map(np.array, PIECES["segments"])), None, None, 0.5)
+
+
+def test_what_cudnn_cannot_is_told_in_a_line(packages):
+    from mft_megatron.mcore.parallel.attention_spans import Spans
+
+    inputs, _ = tensors(PIECES["one query"], 4, 2)
+    with pytest.raises(InputError, match="--attention-backend fused: Transformer Engine finds no kernel") as refused:
+        kernel_of("fused")(*inputs, Spans.of(*map(np.array, PIECES["one query"])), None, None, 0.5)
+    assert refused.value.always
+
+
+def _dropout_of_the_module(name):
+    """Dropout that the kernel is given while training and in evaluation, and the keys of the module's state."""
+    from megatron.core.transformer.enums import AttnMaskType
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from mft_megatron.arguments.groups.distributed import DistributedArguments
+    from mft_megatron.mcore.attention.packed_attention import PackedAttention, Packing
+    from mft_megatron.mcore.parallel import process_groups
+    from mft_megatron.mcore.parallel.attention_spans import Spans
+    from mft_megatron.mcore.parallel.context_parallel import Share
+
+    with pytest.MonkeyPatch.context() as monkeypatch, process_groups.process_groups(DistributedArguments(), seed=1):
+        fake_kernels.install(monkeypatch)
+        config = TransformerConfig(
+            num_layers=1, hidden_size=32, num_attention_heads=4, params_dtype=torch.bfloat16, attention_dropout=0.5
+        )
+        attention = PackedAttention(config, 1, AttnMaskType.causal, "self", backend=name)
+        kernel, given = attention.kernel, []
+        attention.kernel = lambda *arguments: (given.append(arguments[-1]), kernel(*arguments))[1]
+        lengths = np.array([5, 7])
+        share = Share(Spans.of(lengths, lengths), torch.arange(12))
+        inputs = [torch.randn(12, 1, 4, 8) for _ in range(3)]
+        for train in (True, False):
+            attention.train(train)
+            attention(*inputs, None, packed_seq_params=Packing(share=share))
+        return given, list(attention.state_dict())
+
+
+@pytest.mark.parametrize("name", ["flash", "fused"])
+def test_no_dropout_in_evaluation_and_nothing_in_the_checkpoint(name):
+    assert run_on_ranks(1, _dropout_of_the_module, name) == [([0.5, 0.0], [])]
+
+
+@pytest.mark.parametrize(
+    ("missing", "shape", "taken", "why_not"),
+    [
+        ((), BF16, "flash", {}),
+        (("flash_attn",), BF16, "varlen", {"flash": "not installed"}),
+        (("flash_attn",), AttentionShape("bf16", 8, 0.1), "local", {"flash": "not installed", "varlen": "no dropout"}),
+        ((), AttentionShape("bf16", 8, 0.1), "flash", {}),
+        ((), AttentionShape("fp16", 12), "flash", {}),
+        ((), AttentionShape("fp32", 8), "local", {"flash": "not in fp32", "varlen": "not in fp32"}),
+        ((), AttentionShape("bf16", 264), "local", {"flash": "up to 256", "varlen": "up to 256"}),
+    ],
+)
+def test_auto_takes_the_first_that_can(monkeypatch, missing, shape, taken, why_not):
+    from mft_megatron.mcore.attention.backends import choose
+
+    fake_kernels.install(monkeypatch, dict.fromkeys(missing))
+    choice = choose("auto", shape)
+    assert choice.name == taken
+    assert set(choice.why_not) == set(why_not)
+    assert all(text in choice.why_not[name] for name, text in why_not.items())
+    line = choice.describe()
+    assert line.startswith(f"attention: {taken}")
+    assert all(name in line for name in why_not)
+    assert "\n" not in line
+
+
+def test_without_cuda_it_is_local():
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device here")
+    from mft_megatron.mcore.attention.backends import choose
+    from mft_megatron.mcore.attention.sdpa import local
+
+    assert choose("auto", BF16).kernel is choose("local", BF16).kernel is local
+    for name in FAST:
+        with pytest.raises(InputError, match=f"^--attention-backend {name} needs a CUDA device"):
+            choose(name, BF16)
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "shape", "text"),
+    [
+        ("flash", (7, 5), BF16, "needs compute capability 8.0, and this GPU has 7.5"),
+        ("varlen", (7, 5), BF16, "needs compute capability 8.0"),
+        ("fused", (8, 0), BF16, "needs compute capability 9.0"),
+        ("flash", (8, 9), AttentionShape("bf16", 256), "heads of up to 192 on compute capability 8.9, not 256"),
+        ("varlen", (9, 0), AttentionShape("bf16", 12), "multiple of 8"),
+        ("flash", (9, 0), AttentionShape("bf16", 257), "up to 256"),
+        ("flash", (9, 0), AttentionShape("fp32", 8), "not in fp32"),
+        ("unfused", (9, 0), BF16, "packs are streams"),
+        ("flsh", (9, 0), BF16, "is none of auto, local"),
+    ],
+)
+def test_refusals_name_the_reason(monkeypatch, name, capability, shape, text):
+    from mft_megatron.mcore.attention.backends import choose
+
+    fake_kernels.install(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    with pytest.raises(InputError) as refused:
+        choose(name, shape)
+    assert str(refused.value).startswith(f"--attention-backend {name} ")
+    assert text in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert choose("local", shape).name == "local"
+
+
+@pytest.mark.parametrize(("name", "package"), [("flash", "flash-attn"), ("fused", "transformer-engine")])
+def test_packages_that_are_absent_too_old_or_broken(monkeypatch, tmp_path, name, package):
+    from mft_megatron.mcore.attention.backends import choose
+
+    module = package.replace("-", "_")
+
+    def refusal():
+        with pytest.raises(InputError) as refused:
+            choose(name, BF16)
+        assert "\n" not in str(refused.value)
+        assert "pip install --no-build-isolation" in str(refused.value)
+        assert "or use varlen or local" in str(refused.value)
+        return str(refused.value)
+
+    with monkeypatch.context() as patch:
+        fake_kernels.install(patch, {module: None})
+        assert f"needs {package}, which is not installed" in refusal()
+    with monkeypatch.context() as patch:
+        fake_kernels.install(patch, {module: "1.0"})
+        assert "or newer, and 1.0 is installed" in refusal()
+    # as where it was built for another torch: the package is found, its compiled part is not
+    for content, said in (
+        ("raise ImportError('undefined symbol: _ZN3c104cuda\\nsecond line')", "ImportError: undefined symbol"),
+        ("raise OSError('libcudnn.so.9: cannot open')", "OSError: libcudnn.so.9"),
+        ("import compiled_part_that_is_not_there", "No module named 'compiled_part_that_is_not_there'"),
+    ):
+        folder = tmp_path / str(abs(hash(content))) / module
+        (folder / "pytorch").mkdir(parents=True)
+        (folder / "__init__.py").write_text(content)
+        (folder / "pytorch" / "__init__.py").write_text(content)
+        with monkeypatch.context() as patch:
+            fake_kernels.install(patch, {module: None})
+            patch.syspath_prepend(folder.parent)
+            assert said in (line := refusal())
+            assert "installed and cannot be imported" in line
+
+
+@pytest.mark.filterwarnings("ignore:full scope is deprecated")
+def test_the_configuration_says_what_is_asked():
+    """Windows that see all to the left are none; sizes are those of the configuration."""
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from mft_megatron.mcore.attention.backends import shape_of
+
+    config = TransformerConfig(
+        num_layers=1, hidden_size=32, num_attention_heads=4, kv_channels=16, params_dtype=torch.float16
+    )
+    assert shape_of(config, 0.2) == AttentionShape("fp16", 16, 0.2)
+    windowed = dataclasses.replace(config, window_size=(5, 0), params_dtype=torch.float32)
+    assert shape_of(windowed, 0.0) == AttentionShape("fp32", 16, 0.0, 5)
+    assert shape_of(dataclasses.replace(config, window_size=(-1, 0)), 0.0).window is None
+
+
+def test_choosing_needs_neither_package():
+    """Importing the module imports neither: an installation that is broken must not stop a run with local."""
+    code = (
+        "import sys, mft_megatron.mcore.attention.backends\n"
+        "assert not {'flash_attn', 'transformer_engine.pytorch'} & set(sys.modules)"
+    )
+    process = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr

@@ -1,0 +1,426 @@
+"""Fused output layer and cross entropy: against fp64 log-softmax, and against Megatron-Core's two layers on ranks."""
+
+import functools
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from tests.ranks import run_on_ranks
+
+HIDDEN, VOCAB, PADDED, TOKENS = 24, 131, 256, 40
+# by name: which tokens are supervised
+MASKS = {
+    "some": lambda generator: torch.rand(TOKENS, generator=generator) < 0.4,
+    "none": lambda generator: torch.zeros(TOKENS, dtype=bool),
+    "all": lambda generator: torch.ones(TOKENS, dtype=bool),
+    "one": lambda generator: torch.arange(TOKENS) == 17,
+}
+# by name: what is known of the slope in the forward pass
+SLOPES = ("linear", "exponential", "unknown", "frozen")
+
+
+def make(mask, seed=3):
+    """Hidden states, weight (padding last, its rows large), labels, mask; slopes of both kinds."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(TOKENS, 1, HIDDEN, dtype=torch.float64, generator=generator)
+    weight = torch.randn(PADDED, HIDDEN, dtype=torch.float64, generator=generator)
+    weight[VOCAB:] *= 5
+    labels = torch.randint(0, VOCAB, (TOKENS,), generator=generator)
+    labels[16:20] = torch.tensor([0, VOCAB - 1, 127, 128])  # ends of the vocabulary and of ranks' parts
+    linear, exponential = torch.rand(2, TOKENS, dtype=torch.float64, generator=generator) / TOKENS
+    return hidden, weight, labels, MASKS[mask](generator), linear, exponential
+
+
+def value_of(losses, linear, exponential, kind):
+    """The objective whose gradient in the losses is ``linear`` (+ ``exponential · exp(-l)``)."""
+    value = (linear * losses.double()).sum()
+    return value + (exponential * -torch.expm1(-losses.double())).sum() if kind == "exponential" else value
+
+
+def reference(mask, kind, dtype=torch.float64):
+    """Losses, gradient of the hidden states and of the weight, in fp64 by torch, of operands rounded to ``dtype``."""
+    hidden, weight, labels, supervised, linear, exponential = make(mask)
+    hidden, weight = (value.to(dtype).double().requires_grad_() for value in (hidden, weight))
+    losses = torch.nn.functional.cross_entropy(hidden[:, 0] @ weight[:VOCAB].T, labels, reduction="none")
+    losses = torch.where(supervised, losses, 0.0)
+    value_of(losses, linear * supervised, exponential * supervised, kind).backward()
+    return losses.detach(), hidden.grad, weight.grad
+
+
+def build(tensor_parallel_size, sequence_parallel, dtype, kind, main_grad, overlap=False):
+    """This rank's output layer with its part of the weight, under Megatron's data parallelism or bare."""
+    from megatron.core import parallel_state
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from mft_megatron.mcore.output_layer.cross_entropy import FusedOutputLayer
+
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=HIDDEN,
+        num_attention_heads=4,
+        tensor_model_parallel_size=tensor_parallel_size,
+        sequence_parallel=sequence_parallel,
+        params_dtype=dtype,
+        use_cpu_initialization=True,
+        perform_initialization=False,
+        calculate_per_token_loss=True,
+        gradient_accumulation_fusion=False,
+    )
+    layer = FusedOutputLayer(HIDDEN, PADDED, config=config, init_method=None, bias=False).to(dtype)
+    weight = make("all")[1].chunk(tensor_parallel_size)[parallel_state.get_tensor_model_parallel_rank()]
+    layer.weight.data.copy_(weight)
+    layer.weight.requires_grad_(kind != "frozen")
+    if not main_grad:
+        return layer, None
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, overlap_grad_reduce=overlap, average_in_collective=False
+    )
+    return layer, DistributedDataParallel(config, settings, layer)
+
+
+def on_ranks(cases, tensor_parallel_size, sequence_parallel):
+    """Losses, hidden gradient (its part with SP) and the weight's gradient (its part), fused and Megatron-Core's."""
+    from megatron.core import parallel_state
+
+    from mft_megatron.arguments.groups.distributed import DistributedArguments
+    from mft_megatron.losses.objective import Slope
+    from mft_megatron.mcore.output_layer import fused_cross_entropy
+    from mft_megatron.mcore.output_layer.cross_entropy import Targets, vocab_parallel_nll
+    from mft_megatron.mcore.parallel import process_groups
+
+    layout = DistributedArguments(tensor_model_parallel_size=tensor_parallel_size, sequence_parallel=sequence_parallel)
+    results = {}
+    with process_groups.process_groups(layout, seed=1):
+        rank = parallel_state.get_tensor_model_parallel_rank()
+        for case in cases:
+            mask, kind, chunk, dtype, main_grad = case
+            fused_cross_entropy.CHUNK_LOGITS["cpu"], fused_cross_entropy.MIN_CHUNK_TOKENS = 0, chunk
+            whole, _, labels, supervised, linear, exponential = make(mask)
+            linear, exponential = linear * supervised, exponential * supervised
+            places = supervised.nonzero()[:, 0]
+            slope = {"linear": Slope(linear), "exponential": Slope(linear, exponential)}.get(kind)
+            targets = Targets(labels, places, slope and slope.take(places), VOCAB)
+            for fused in (True, False):
+                layer, _ = build(tensor_parallel_size, sequence_parallel, dtype, kind, main_grad)
+                hidden = whole.chunk(tensor_parallel_size)[rank] if sequence_parallel else whole
+                hidden = hidden.to(dtype).requires_grad_()
+                if fused:
+                    losses = layer(hidden, targets=targets)[0]
+                else:
+                    losses = vocab_parallel_nll(layer(hidden)[0], labels[:, None], VOCAB)[:, 0]
+                    losses = torch.where(supervised, losses, 0.0)
+                value_of(losses, linear, exponential, kind).backward()
+                weight = layer.weight.main_grad if main_grad and kind != "frozen" else layer.weight.grad
+                results[case, fused] = losses.detach(), hidden.grad, weight
+    return results
+
+
+CASES = [
+    ("some", "linear", 7, torch.float32, True),
+    ("some", "exponential", 7, torch.float32, True),
+    ("some", "unknown", 7, torch.float32, True),
+    ("some", "frozen", 7, torch.float32, True),
+    ("some", "linear", 5, torch.float32, False),
+    ("some", "unknown", 5, torch.float32, False),
+    ("all", "linear", 8, torch.float32, True),
+    ("all", "unknown", 1000, torch.float32, True),
+    ("one", "linear", 8, torch.float32, True),
+    *(("none", kind, 8, torch.float32, True) for kind in SLOPES),
+    *(("some", kind, 7, torch.bfloat16, True) for kind in SLOPES),
+    ("some", "linear", 7, torch.bfloat16, False),
+]
+# tensor parallelism over 4 leaves ranks 2 (but for three rows) and 3 with nothing but padding
+LAYOUTS = {"TP1": (1, False), "TP2": (2, False), "TP2 SP": (2, True), "TP4": (4, False), "TP4 SP": (4, True)}
+
+
+@functools.cache
+def ranks_of(layout):
+    return run_on_ranks(LAYOUTS[layout][0], on_ranks, CASES, *LAYOUTS[layout])
+
+
+def whole_of(layout, case, fused):
+    """Losses and both gradients put together from the ranks; what all ranks have must be the same."""
+    of_ranks = [result[case, fused] for result in ranks_of(layout)]
+    losses, hidden, weight = zip(*of_ranks, strict=True)
+    assert all(torch.equal(own, losses[0]) for own in losses)
+    if not LAYOUTS[layout][1]:
+        assert all(torch.equal(own, hidden[0]) for own in hidden)
+        hidden = hidden[:1]
+    return losses[0], torch.cat(hidden), None if weight[0] is None else torch.cat(weight)
+
+
+def assert_near(ours, theirs, tolerance):
+    """Within a tolerance relative to the largest of ``theirs``."""
+    atol = tolerance * float(theirs.abs().max()) + 1e-30
+    torch.testing.assert_close(ours.double(), theirs.double(), rtol=0, atol=atol)
+
+
+def named(case):
+    return " ".join(str(part).removeprefix("torch.") for part in case)
+
+
+@pytest.mark.parametrize("case", CASES, ids=named)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_equals_fp64_and_megatron_core(layout, case):
+    mask, kind, _, dtype, _ = case
+    near = {torch.float32: 2e-6, torch.bfloat16: 2e-2}[dtype]
+    expected = reference(mask, kind, dtype)
+    losses, hidden, weight = whole_of(layout, case, fused=True)
+    assert losses.dtype == torch.float32
+    assert hidden.dtype == dtype
+    assert torch.equal(losses == 0, ~make(mask)[3])
+    for ours, theirs in zip((losses, hidden), expected, strict=False):
+        assert_near(ours, theirs, near)
+    if kind == "frozen":
+        assert weight is None
+    else:
+        assert_near(weight, expected[2], near)
+        assert not weight[VOCAB:].any()
+    for ours, theirs in zip((losses, hidden, weight), whole_of(layout, case, fused=False), strict=True):
+        if ours is not None:
+            assert_near(ours, theirs, near)
+
+
+def test_bf16_is_as_near_as_megatron_core():
+    """Not merely within bf16's coarse tolerance: chunks and ranks add no error of their own."""
+    for case in CASES:
+        if case[3] == torch.bfloat16 and case[0] == "some":
+            expected = reference(case[0], case[1], case[3])
+            for part in range(2 if case[1] == "frozen" else 3):
+                ours, theirs = (
+                    (whole_of("TP2", case, fused)[part].double() - expected[part]).norm() for fused in (True, False)
+                )
+                assert ours < 1.3 * theirs, (named(case), part)
+
+
+def single(hidden, weight, labels, vocab, slope, chunk):
+    from mft_megatron.mcore.output_layer.fused_cross_entropy import VocabularyPart, token_losses
+
+    return token_losses(hidden, weight, labels, VocabularyPart.of(weight, vocab), slope, chunk)
+
+
+@settings(max_examples=60, deadline=None)
+@example(1, 1, 0, 1, 1, 0, True, 1.0)
+@example(5, 3, 2, 4, 2, 1, False, 0.0)
+@given(
+    st.integers(0, 9),
+    st.integers(1, 12),
+    st.integers(0, 5),
+    st.integers(1, 6),
+    st.integers(1, 11),
+    st.integers(0, 1000),
+    st.booleans(),
+    st.sampled_from([0.0, 1.0, 40.0]),
+)
+def test_any_shape_in_fp64(tokens, vocab, padding, hidden_size, chunk, seed, known, spread):
+    """In fp64 to its rounding, for any number of tokens, vocabulary and chunk, also with logits far apart."""
+    from mft_megatron.losses.objective import Slope
+
+    generator = torch.Generator().manual_seed(seed)
+    hidden = (torch.randn(tokens, hidden_size, dtype=torch.float64, generator=generator) * spread).requires_grad_()
+    weight = torch.randn(vocab + padding, hidden_size, dtype=torch.float64, generator=generator).requires_grad_()
+    labels = torch.randint(0, vocab, (tokens,), generator=generator)
+    linear = torch.randn(tokens, dtype=torch.float64, generator=generator)
+    losses = single(hidden, weight, labels, vocab, Slope(linear) if known else None, chunk)
+    expected = torch.nn.functional.cross_entropy(hidden @ weight[:vocab].T, labels, reduction="none")
+    torch.testing.assert_close(losses, expected, rtol=1e-12, atol=1e-12)
+    ours = torch.autograd.grad(linear @ losses, (hidden, weight))
+    theirs = torch.autograd.grad(linear @ expected, (hidden, weight))
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+def operands(dtype=torch.float32):
+    hidden, weight, labels, _, linear, exponential = make("all")
+    return hidden[:, 0].to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), labels, linear, exponential
+
+
+def test_another_slope_than_announced_is_refused():
+    """The weight's gradient has been formed with it, so nothing else may come back."""
+    from mft_megatron.losses.objective import Slope
+
+    hidden, weight, labels, linear, exponential = operands()
+    for slope, factor in ((Slope(linear), 1.001), (Slope(linear), 2.0), (Slope(linear, exponential), 1.0)):
+        with pytest.raises(RuntimeError, match="another slope"):
+            (factor * linear * single(hidden, weight, labels, VOCAB, slope, 8).double()).sum().backward()
+    assert weight.grad is None
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**16, 3.7, 1e-3])
+def test_slope_times_the_scale_of_a_grad_scaler(scale):
+    """As Megatron multiplies the value in fp32 and the model the slope in fp64."""
+    from mft_megatron.losses.objective import Slope
+
+    gradients = []
+    for factor in (1.0, scale):
+        hidden, weight, labels, linear, exponential = operands()
+        slope = Slope(linear, exponential).times(torch.tensor([factor]))
+        losses = single(hidden, weight, labels, VOCAB, slope, 8)
+        (value_of(losses, linear, exponential, "exponential").float() * torch.tensor([factor])).sum().backward()
+        gradients.append((hidden.grad, weight.grad))
+    for plain, scaled in zip(*gradients, strict=True):
+        torch.testing.assert_close(scaled, plain * scale, rtol=2e-6, atol=1e-6 * scale / TOKENS)
+
+
+def test_a_loss_that_is_not_finite_is_not_called_another_slope():
+    from mft_megatron.losses.objective import Slope
+
+    hidden, weight, labels, linear, exponential = operands()
+    hidden.data[3] = float("nan")
+    losses = single(hidden, weight, labels, VOCAB, Slope(linear, exponential), 8)
+    value_of(losses, linear, exponential, "exponential").backward()
+    assert losses.isnan().sum() == 1
+
+
+def _no_gradient():
+    """Evaluation, and a weight whose gradient some other pass has begun to gather."""
+    from mft_megatron.losses.objective import Slope
+
+    hidden, weight, labels, linear, _ = operands()
+    weight.main_grad = torch.full_like(weight, 3.0).detach()
+    with torch.no_grad():
+        losses = single(hidden, weight, labels, VOCAB, Slope(linear), 8)
+    return losses, weight
+
+
+def test_evaluation_forms_no_gradient():
+    losses, weight = _no_gradient()
+    assert not losses.requires_grad
+    assert losses.grad_fn is None
+    assert (weight.main_grad == 3).all()
+    assert weight.grad is None
+
+
+@pytest.mark.parametrize("slope_known", [True, False])
+def test_gradients_of_micro_batches_are_added_to_main_grad(slope_known):
+    """Forward and backward of two micro-batches, as one stage after another of a pipeline would order them."""
+    from mft_megatron.losses.objective import Slope
+
+    def gradient(order):
+        hidden, weight, labels, linear, _ = operands()
+        weight.main_grad = torch.zeros_like(weight).detach()
+        halves = (slice(0, 15), slice(15, None))
+        values = [
+            (
+                linear[own]
+                * single(
+                    hidden[own], weight, labels[own], VOCAB, Slope(linear[own]) if slope_known else None, 4
+                ).double()
+            ).sum()
+            for own in halves
+        ]
+        for number in order:
+            values[number].backward()
+            # what Megatron's hook wants to find, and drops; it has taken no memory
+            assert weight.grad.shape == weight.shape
+            assert weight.grad.untyped_storage().nbytes() == weight.element_size()
+            weight.grad = None
+        assert weight.grad_added_to_main_grad
+        return hidden.grad, weight.main_grad
+
+    _, expected_hidden, expected_weight = reference("all", "linear", torch.float32)
+    for order in ((0, 1), (1, 0)):
+        hidden, weight = gradient(order)
+        assert_near(hidden, expected_hidden[:, 0], 2e-6)
+        assert_near(weight, expected_weight, 2e-6)
+
+
+def _tied_and_overlapped(data_parallel):
+    """The weight's gradient where the embedding has a part in it, with overlapped reduction and without."""
+    import torch.distributed as dist
+
+    from mft_megatron.arguments.groups.distributed import DistributedArguments
+    from mft_megatron.losses.objective import Slope
+    from mft_megatron.mcore.output_layer.cross_entropy import Targets
+    from mft_megatron.mcore.parallel import process_groups
+
+    results = {}
+    with process_groups.process_groups(DistributedArguments(), seed=1):
+        hidden, _, labels, supervised, linear, _ = make("some")
+        places = supervised.nonzero()[:, 0]
+        for tied in (False, True):
+            for overlap in (False, True):
+                for known in (False, True):
+                    layer, model = build(1, False, torch.float32, "linear", main_grad=True, overlap=overlap)
+                    if tied:
+                        layer.weight.zero_out_wgrad = True  # as Megatron marks a weight with two users
+                    for last in (False, True):
+                        with model.no_sync() if not last else torch.enable_grad():
+                            own = hidden.float() * (1 + dist.get_rank())
+                            slope = Slope(linear).take(places) if known else None
+                            losses = model(own, targets=Targets(labels, places, slope, VOCAB))
+                            value = (linear * supervised * losses[0].double()).sum()
+                            if tied:
+                                value = value + torch.nn.functional.embedding(labels, layer.weight).double().sum()
+                            value.backward()
+                    model.finish_grad_sync()
+                    results[tied, overlap, known] = layer.weight.main_grad.clone()
+    return results
+
+
+def test_tied_weight_and_overlapped_reduction():
+    """Hooks fire, twice for two micro-batches, and the embedding's part is there once each time."""
+    labels, supervised, linear = (make("some")[number] for number in (2, 3, 4))
+    expected = {}
+    for tied in (False, True):
+        hidden, weight = (value.double().requires_grad_() for value in make("some")[:2])
+        total = 0
+        for rank in range(2):
+            logits = hidden[:, 0] * (1 + rank) @ weight[:VOCAB].T
+            losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+            total = total + 2 * (linear * supervised * losses).sum()
+            total = total + 2 * torch.nn.functional.embedding(labels, weight).sum() * tied
+        (expected[tied],) = torch.autograd.grad(total, weight)
+    for result in run_on_ranks(2, _tied_and_overlapped, 2):
+        assert len(result) == 8
+        for (tied, _, _), weight in result.items():
+            assert_near(weight, expected[tied], 2e-6)
+
+
+def _reached():
+    """With hidden states of unsupervised tokens that are not numbers: tokens of each product, losses, gradients."""
+    from mft_megatron.arguments.groups.distributed import DistributedArguments
+    from mft_megatron.losses.objective import Slope
+    from mft_megatron.mcore.output_layer import fused_cross_entropy
+    from mft_megatron.mcore.output_layer.cross_entropy import Targets
+    from mft_megatron.mcore.parallel import process_groups
+
+    fused_cross_entropy.CHUNK_LOGITS["cpu"], fused_cross_entropy.MIN_CHUNK_TOKENS = 0, 7
+    room, seen = fused_cross_entropy._Room, []
+    logits = room.logits
+    room.logits = lambda self, hidden_CH: seen.append(len(hidden_CH)) or logits(self, hidden_CH)
+    with process_groups.process_groups(DistributedArguments(), seed=1):
+        layer, _ = build(1, False, torch.float32, "linear", main_grad=False)
+        hidden, _, labels, supervised, linear, _ = make("some")
+        hidden[~supervised] = float("nan")
+        hidden, places = hidden.float().requires_grad_(), supervised.nonzero()[:, 0]
+        losses = layer(hidden, targets=Targets(labels, places, Slope(linear).take(places), VOCAB))
+        (linear * supervised * losses[0].double()).sum().backward()
+        return seen, losses.detach(), hidden.grad, layer.weight.grad
+
+
+def test_only_supervised_tokens_reach_the_output_layer():
+    """Hidden states of others may be anything, and the most that is multiplied at a time is a chunk."""
+    (seen, losses, hidden, weight), supervised = run_on_ranks(1, _reached)[0], make("some")[3]
+    assert sum(seen) == supervised.sum() < TOKENS
+    assert max(seen) == 7
+    assert losses.isfinite().all()
+    assert weight.isfinite().all()
+    assert not hidden[~supervised].any()
+
+
+@pytest.mark.parametrize("kind", SLOPES)
+def test_nothing_waits_for_the_device(kind):
+    """On the meta device tensors have no numbers: whatever asks for one fails."""
+    from mft_megatron.losses.objective import Slope
+
+    hidden = torch.empty(TOKENS, HIDDEN, device="meta", requires_grad=True)
+    weight = torch.empty(PADDED, HIDDEN, device="meta", requires_grad=kind != "frozen")
+    labels = torch.empty(TOKENS, dtype=torch.int64, device="meta")
+    linear, exponential = torch.empty(2, TOKENS, dtype=torch.float64, device="meta")
+    slope = {"linear": Slope(linear), "exponential": Slope(linear, exponential)}.get(kind)
+    losses = single(hidden, weight, labels, VOCAB, slope, 7)
+    value_of(losses, linear, exponential, kind).backward()
+    assert hidden.grad.is_meta

@@ -1,0 +1,160 @@
+"""What a context-parallel rank has of a micro-batch, and attention that several ranks compute together."""
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from mft_megatron.mcore.model.parameters import count_parameters
+from mft_megatron.mcore.parallel.context_parallel import Share
+from tests.attention_reference import dense_attention
+from tests.batches import one_segment
+from tests.ranks import run_on_ranks
+
+CPU = torch.device("cpu")
+
+
+def batch_of(lengths, mask=None, rows=1):
+    """A micro-batch of segments; all targets count unless a mask says otherwise."""
+    total = sum(lengths)
+    batch = one_segment(np.arange(total))
+    mask = np.ones(total, np.uint8) if mask is None else mask
+    cu_seqlens = np.array([0, *lengths], np.int32).cumsum(dtype=np.int32)
+    shaped = {"loss_mask_BS": mask.reshape(rows, -1), "tokens_BS": batch.tokens_BS.reshape(rows, -1)}
+    return dataclasses.replace(batch, cu_seqlens=cu_seqlens, max_seqlen=max(lengths), **shaped)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_each_token_belongs_to_one_rank(size):
+    mask = (np.arange(24) % 5 == 0).astype(np.uint8)
+    batch = batch_of((7, 1, 16), mask, rows=2)
+    tokens_BS = torch.from_numpy(batch.tokens_BS)
+    shares = [Share.of(batch, rank, size, CPU) for rank in range(size)]
+    parts = [share.part(tokens_BS) for share in shares]
+    assert all(len(part) == 24 // size for part in parts)
+    assert sorted(torch.cat(parts).tolist()) == list(range(24))
+    wholes = torch.stack([share.whole(part + 1.0, 24) for share, part in zip(shares, parts, strict=True)])
+    assert wholes.sum(0).tolist() == (tokens_BS.flatten() + 1.0).tolist()
+    assert (wholes != 0).sum(0).tolist() == [1] * 24
+    supervised = [share.supervised_places().tolist() for share in shares]
+    assert sorted(itertools.chain(*supervised)) == np.flatnonzero(mask).tolist()
+    for share, part, places in zip(shares, parts, supervised, strict=True):
+        assert part[share.supervised_N].tolist() == places
+        mine = share.mine(tokens_BS.shape)
+        assert (mine is None) == (size == 1)
+        if mine is not None:
+            assert tokens_BS[mine].tolist() == part.tolist()
+
+
+def test_the_gradient_of_a_part_goes_back_to_its_tokens():
+    share = Share.of(batch_of((8,)), 0, 2, CPU)
+    part = torch.ones(4, requires_grad=True)
+    (share.whole(part, 8) * torch.arange(8.0)).sum().backward()
+    assert part.grad.tolist() == [0, 1, 6, 7]
+
+
+def _attend(lengths, size, window, dtype):
+    """This rank's output and gradients of its own tokens, with their places."""
+    from megatron.core import parallel_state
+    from megatron.core.transformer.enums import AttnMaskType
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from mft_megatron.arguments.groups.distributed import DistributedArguments
+    from mft_megatron.mcore.attention.packed_attention import PackedAttention, Packing
+    from mft_megatron.mcore.parallel import process_groups
+    from mft_megatron.mcore.parallel.context_parallel import share_of
+
+    with process_groups.process_groups(DistributedArguments(context_parallel_size=size), seed=1):
+        config = TransformerConfig(
+            num_layers=1,
+            hidden_size=32,
+            num_attention_heads=4,
+            attention_dropout=0.0,
+            window_size=None if window is None else (window, 0),
+        )
+        share = share_of(batch_of(lengths), CPU)
+        *tensors, upstream = (share_rows(share, tensor.to(dtype)) for tensor in make(lengths))
+        for tensor in tensors:
+            tensor.requires_grad_()
+        attention = PackedAttention(config, 1, AttnMaskType.causal, "self")
+        packed = Packing(share=share)
+        output = attention(*(tensor.unsqueeze(1) for tensor in tensors), None, packed_seq_params=packed)
+        output.backward(upstream.flatten(1).unsqueeze(1))
+        assert parallel_state.get_context_parallel_world_size() == size
+        return share.own_T, output.detach().view(upstream.shape), [tensor.grad for tensor in tensors]
+
+
+def share_rows(share, tensor):
+    return tensor.index_select(0, share.own_T)
+
+
+def make(lengths):
+    total, generator = sum(lengths), torch.Generator().manual_seed(0)
+    shapes = ((total, 4, 8), (total, 2, 8), (total, 2, 8), (total, 4, 8))
+    return [torch.randn(shape, dtype=torch.float64, generator=generator) for shape in shapes]
+
+
+@pytest.mark.parametrize(
+    ("size", "lengths", "window"),
+    [
+        (2, (13, 1, 22, 12), None),
+        (2, (48,), None),
+        (4, (5, 40, 3), None),  # one segment in all chunks but one
+        (2, (13, 1, 22, 12), 4),
+        (3, (1,) * 12, None),
+    ],
+)
+def test_ranks_together_equal_one(size, lengths, window):
+    """Output and the gradients of queries, keys and values; fp64, so that nothing but the order of sums differs."""
+    *tensors, upstream = make(lengths)
+    for tensor in tensors:
+        tensor.requires_grad_()
+    expected = dense_attention(*tensors, lengths, window=window)
+    expected.backward(upstream)
+    seen = []
+    for own_T, output, gradients in run_on_ranks(size, _attend, lengths, size, window, torch.float64):
+        torch.testing.assert_close(output, expected[own_T].detach(), rtol=0, atol=1e-12)
+        for ours, theirs in zip(gradients, tensors, strict=True):
+            torch.testing.assert_close(ours, theirs.grad[own_T], rtol=0, atol=1e-12)
+        seen += own_T.tolist()
+    assert sorted(seen) == list(range(sum(lengths)))
+
+
+def _sum(size):
+    from mft_megatron.arguments.groups.distributed import DistributedArguments
+    from mft_megatron.mcore.parallel import process_groups
+    from mft_megatron.mcore.parallel.context_parallel import share_of
+
+    with process_groups.process_groups(DistributedArguments(context_parallel_size=size), seed=1):
+        rank = torch.distributed.get_rank()
+        own = torch.tensor([1.0 + rank, 10.0], requires_grad=True)
+        total = share_of(batch_of((8,)), CPU).sum(own)
+        # each rank's part of an objective: total² times its own number
+        ((rank + 1) * total**2).sum().backward()
+        return total.tolist(), own.grad.tolist(), own.tolist()
+
+
+def test_a_sum_over_ranks_is_differentiated():
+    """d/dx Σ_r (r+1)·total² = 2·total·Σ(r+1), on every rank alike."""
+    for number, (total, gradient, own) in enumerate(run_on_ranks(2, _sum, 2)):
+        assert total == [3.0, 20.0]
+        assert gradient == [2 * 3.0 * 3, 2 * 20.0 * 3]
+        assert own == [1.0 + number, 10.0]  # it is not summed in place
+
+
+def _layout():
+    from mft_megatron.arguments.groups.distributed import DistributedArguments
+    from mft_megatron.mcore.parallel import process_groups
+
+    with process_groups.process_groups(DistributedArguments(context_parallel_size=2), seed=1):
+        return process_groups.ranks(), process_groups.layout(), count_parameters([torch.nn.Linear(3, 5)])
+
+
+def test_context_parallel_ranks_are_one_place_of_data_parallelism():
+    """Four ranks, two of which share their data: they count parameters once, and the layout says what it is."""
+    results = run_on_ranks(4, _layout)
+    assert [(own.data_rank, own.data_size) for own, _, _ in results] == [(0, 2), (0, 2), (1, 2), (1, 2)]
+    assert {(layout["context"], layout["data"]) for _, layout, _ in results} == {(2, 2)}
+    assert {parameters for _, _, parameters in results} == {20}
