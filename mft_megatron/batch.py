@@ -62,8 +62,8 @@ class Batch:
     ``cu_seqlens`` int32 [segments+1]: where each segment starts in the stream, then B·S.
     ``max_seqlen`` int: length of the longest segment.
     ``lengths_B`` int64: tokens of each row before its padding; ``None`` where no row has any.
-    ``share``: what of it this rank computes, ``mcore.context.Share``. Only of tensors: it is counted on the host,
-    before the rest goes to the device, so that nothing has to wait for a number of tokens.
+    ``shard``: the part of it that this rank computes, a ``ContextParallelShard``; only of tensors. Its tokens are
+    counted on the host, before the rest goes to the device, so that nothing has to wait for a number of tokens.
     """
 
     tokens_BS: Any
@@ -74,7 +74,7 @@ class Batch:
     task_ids_BS: Any
     cu_seqlens: Any
     max_seqlen: int
-    share: Any = None
+    shard: Any = None
     lengths_B: Any = None
 
     @property

@@ -38,7 +38,7 @@ from mft_megatron.losses.objective import SUMS, Objective, StepFactors
 from mft_megatron.mcore.model.gpt import build_model
 from mft_megatron.mcore.model.parameters import count_parameters
 from mft_megatron.mcore.optim.optimizer import build_optimizer, build_scheduler, learning_rate, loss_scale
-from mft_megatron.mcore.parallel.context_parallel import share_of
+from mft_megatron.mcore.parallel.context_parallel import shard_of
 from mft_megatron.mcore.parallel.data_parallel import WeightGathering
 
 from .moe import experts
@@ -280,9 +280,9 @@ def to_device(batch: Batch) -> Batch:
     arrays = {
         field.name: torch.from_numpy(getattr(batch, field.name)).to(devices.device(), non_blocking=True)
         for field in dataclasses.fields(batch)
-        if field.name not in ("max_seqlen", "share") and getattr(batch, field.name) is not None
+        if field.name not in ("max_seqlen", "shard") and getattr(batch, field.name) is not None
     }
-    return Batch(**arrays, max_seqlen=batch.max_seqlen, share=share_of(batch, devices.device()))
+    return Batch(**arrays, max_seqlen=batch.max_seqlen, shard=shard_of(batch, devices.device()))
 
 
 def _forward(loss_function, slope, batches: Iterator[Batch], model: DistributedDataParallel):
@@ -297,10 +297,10 @@ def _objective(objective: Objective, factors: StepFactors, sums: Tensor, batch: 
     The 3-tuple tells Megatron to add micro-batches and ranks up and to leave the result alone.
     """
     loss_BS = loss_BS.view(batch.labels_BS.shape)
-    share = batch.share
-    value, coefficient_BS = objective.of(factors, batch, loss_BS, share.sum)
+    shard = batch.shard
+    value, coefficient_BS = objective.of(factors, batch, loss_BS, shard.sum)
     if process_groups.counts_losses():
-        sums += objective.sums(batch, loss_BS, coefficient_BS, sums.shape[1], share.mine(loss_BS.shape))
+        sums += objective.sums(batch, loss_BS, coefficient_BS, sums.shape[1], shard.token_mask(loss_BS.shape))
     return value, torch.zeros([], dtype=torch.int, device=value.device), {}
 
 

@@ -51,12 +51,12 @@ def test_ranks_that_share_tokens_are_one_place_of_data_parallelism(
             "--context-parallel-size 3",
             3,
             "--context-parallel-size 3: --micro-batch-size 1 × --seq-length 128 = 128 tokens cannot be cut into 2 × 3 "
-            "equal chunks; pack the data for a --seq-length that is a multiple of 6",
+            "equal blocks; pack the data for a --seq-length that is a multiple of 6",
         ),
         (
             "--context-parallel-size 2 --tensor-model-parallel-size 4 --sequence-parallel --seq-length 124",
             8,
-            "equal chunks, and those of a rank over --tensor-model-parallel-size 4; pack the data for a --seq-length "
+            "equal blocks, and those of a rank over --tensor-model-parallel-size 4; pack the data for a --seq-length "
             "that is a multiple of 8",
         ),
         ("--context-parallel-size 3 --micro-batch-size 2 --seq-length 128", 3, "that is a multiple of 3"),

@@ -52,9 +52,9 @@ def _steps(prefix, extra, world_size, modes):
         lengths = np.repeat(np.diff(batch.cu_seqlens), np.diff(batch.cu_seqlens))
         supervised = np.unique(batch.sample_ids_BS[batch.loss_mask_BS > 0])
         real = np.isin(batch.sample_ids_BS.ravel(), supervised)
-        own = there.share.own_T
+        own = there.shard.index_T
         own = np.arange(lengths.size) if own is None else own.numpy()
-        seen.append((len(own), int(real[own].sum()), len(there.share.supervised_N)))
+        seen.append((len(own), int(real[own].sum()), len(there.shard.supervised_N)))
         return there
 
     step.to_device, step.WIDTH_MULTIPLE = kept, 128  # all rows as wide as they can be

@@ -21,7 +21,7 @@ def check_context(a: Arguments) -> str | None:
         return f"--sequence-parallel: --tensor-model-parallel-size {d.tensor_model_parallel_size} does not divide " + (
             f"{tokens}; pack the data for a --seq-length that it divides"
         )
-    parts = f"2 × {cp} equal chunks"
+    parts = f"2 × {cp} equal blocks"
     if d.sequence_parallel:
         parts += f", and those of a rank over --tensor-model-parallel-size {d.tensor_model_parallel_size}"
     step = d.stream_multiple // math.gcd(d.stream_multiple, a.training.micro_batch_size)

@@ -22,20 +22,20 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
-from mft_megatron.mcore.parallel.context_parallel import Share
+from mft_megatron.mcore.parallel.context_parallel import ContextParallelShard
 
 from .backends import choose, shape_of
 
 
 @dataclasses.dataclass
-class Packing(PackedSeqParams):
-    """What Megatron hands through its layers to attention: the rank's share and the positions of its tokens.
+class PackedStream(PackedSeqParams):
+    """What Megatron hands through its layers to attention: the rank's shard and the positions of its tokens.
 
     To Megatron it is no ``thd``: it would then want to rotate, and cut, each segment for itself.
     """
 
     qkv_format: str = "sbhd"
-    share: Share | None = None
+    shard: ContextParallelShard | None = None
     positions: Tensor | None = None
 
 
@@ -82,16 +82,16 @@ class PackedAttention(torch.nn.Module):
         attention_mask: Tensor | None,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: Tensor | None = None,
-        packed_seq_params: Packing | None = None,
+        packed_seq_params: PackedStream | None = None,
     ) -> Tensor:
-        share = packed_seq_params.share
-        key, value = share.gather(key.squeeze(1), value.squeeze(1))
+        shard = packed_seq_params.shard
+        key, value = shard.gather(key.squeeze(1), value.squeeze(1))
         dropout = self.dropout if self.training else 0.0
         # Heads are split over tensor-parallel ranks, so each draws dropout of its own. Under sequence parallelism the
         # whole block does, and a fork within a fork would draw other numbers where the layer is computed again.
         forks = dropout and not self.sequence_parallel
         with tensor_parallel.get_cuda_rng_tracker().fork() if forks else contextlib.nullcontext():
-            output = self.kernel(query.squeeze(1), key, value, share.spans, self.scale, self.window, dropout)
+            output = self.kernel(query.squeeze(1), key, value, shard.spans, self.scale, self.window, dropout)
         return output.flatten(1).unsqueeze(1)
 
 

@@ -23,7 +23,7 @@ from mft_megatron.arguments.table import Arguments
 from mft_megatron.batch import Batch
 from mft_megatron.losses.objective import Slope
 from mft_megatron.mcore.adapters.lora import add_adapters
-from mft_megatron.mcore.attention.packed_attention import Packing
+from mft_megatron.mcore.attention.packed_attention import PackedStream
 from mft_megatron.mcore.moe.experts import mark_expert_weights, rows_of_tokens
 from mft_megatron.mcore.output_layer.cross_entropy import FusedOutputLayer, Targets, vocab_parallel_nll
 from mft_megatron.mcore.parallel.data_parallel import wrap
@@ -87,7 +87,7 @@ class PackedGPTModel(GPTModel):
         """Forward pass of a micro-batch as one stream of T = B·S tokens.
 
         Args:
-            batch: on this process's device, with its share.
+            batch: on this process's device, with its shard.
             with_loss: or logits.
             slope: what is known of the gradient that the token losses will get, before Megatron scales it. Asked for
                 where a backward pass follows and it saves one computation of the logits.
@@ -97,19 +97,19 @@ class PackedGPTModel(GPTModel):
             without loss the own tokens' logits [1, T / CP, vocabulary / TP]), elsewhere hidden states. Losses of
             unsupervised tokens have no meaning; fused, they are 0.
         """
-        share = batch.share
-        positions = share.part(batch.position_ids_BS)
+        shard = batch.shard
+        positions = shard.take(batch.position_ids_BS)
         output = self(
-            input_ids=share.part(batch.tokens_BS)[None],
+            input_ids=shard.take(batch.tokens_BS)[None],
             position_ids=positions[None],
             attention_mask=None,
             labels=self._targets(batch, slope) if with_loss else None,
-            packed_seq_params=Packing(share=share, positions=positions),
+            packed_seq_params=PackedStream(shard=shard, positions=positions),
             padding_mask=self._rows(batch),
         )
         if not self.post_process or not with_loss:
             return output
-        return share.whole(output[0], batch.tokens_BS.numel())[None]
+        return shard.scatter(output[0], batch.tokens_BS.numel())[None]
 
     def _rows(self, batch: Batch) -> Tensor | None:
         """What routers of experts are told of each token, as Megatron hands a padding mask on to them."""
@@ -129,14 +129,14 @@ class PackedGPTModel(GPTModel):
     def _targets(self, batch: Batch, slope: Callable[[Batch], Slope | None] | None) -> Tensor | Targets:
         """What goes through Megatron's forward pass, untouched by it, as labels."""
         if not self.fused or not self.post_process:
-            return batch.share.part(batch.labels_BS)[None]
+            return batch.shard.take(batch.labels_BS)[None]
         known = slope(batch) if slope is not None and torch.is_grad_enabled() else None
         if known is not None:
-            known = known.take(batch.share.supervised_places())
+            known = known.take(batch.shard.supervised_indices())
             if self.config.grad_scale_func is not None:
                 known = known.times(self.config.grad_scale_func(torch.ones_like(known.linear[:1])))
-        labels_T = batch.share.part(batch.labels_BS)
-        return Targets(labels_T, batch.share.supervised_N, known, self.real_vocab_size)
+        labels_T = batch.shard.take(batch.labels_BS)
+        return Targets(labels_T, batch.shard.supervised_N, known, self.real_vocab_size)
 
     def _postprocess(self, hidden_states: Tensor, *, labels: Tensor | Targets | None, **others) -> Tensor:
         """Megatron's last step: logits, or losses of logits; here also losses of hidden states."""

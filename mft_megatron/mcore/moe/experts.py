@@ -82,7 +82,7 @@ def rows_of_tokens(batch: Batch, sequence_parallel: bool) -> Tensor:
     if batch.lengths_B is not None:
         places_S = torch.arange(batch.tokens_BS.shape[1], device=batch.tokens_BS.device)
         row_BS = row_BS.masked_fill(places_S >= batch.lengths_B[:, None], -1)
-    row_T = batch.share.part(row_BS)
+    row_T = batch.shard.take(row_BS)
     if sequence_parallel:
         row_T = row_T.chunk(parallel_state.get_tensor_model_parallel_world_size())[
             parallel_state.get_tensor_model_parallel_rank()

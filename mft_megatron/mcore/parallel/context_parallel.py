@@ -2,8 +2,8 @@
 
 ::
 
-    stream of T tokens   | 0 | 1 | 2 | 3 |        2 · CP equal chunks
-    rank 0 of 2            0           3          chunks r and 2 · CP - 1 - r: early tokens attend to few keys,
+    stream of T tokens   | 0 | 1 | 2 | 3 |        2 · CP equal blocks
+    rank 0 of 2            0           3          blocks r and 2 · CP - 1 - r: early tokens attend to few keys,
     rank 1 of 2                1   2              late ones to many, so each rank gets some of both
 
 The stream is cut, not each of its samples, so no sample is padded and no datum is changed. Every rank knows the whole
@@ -28,24 +28,24 @@ from .attention_spans import Spans, pieces
 
 
 @dataclasses.dataclass(frozen=True)
-class Share:
+class ContextParallelShard:
     """What of a micro-batch one context-parallel rank computes; tensors lie on its device.
 
     ``spans``: its attention. ``supervised_N`` int64: which of its tokens have a target that counts, by their number
-    among its tokens. Where ranks share the stream also: ``own_T`` int64 [T / CP], places of its tokens in the stream,
+    among its tokens. Where ranks share the stream also: ``index_T`` int64 [T / CP], places of its tokens in the stream,
     rising; ``keys`` int64, places of the keys of ``spans`` in what is gathered from the ranks; ``group``, the ranks.
     """
 
     spans: Spans
     supervised_N: Tensor
-    own_T: Tensor | None = None
+    index_T: Tensor | None = None
     keys: Tensor | None = None
     group: dist.ProcessGroup | None = None
 
     @classmethod
     def of(
         cls, batch: Batch, rank: int, size: int, device: torch.device, group: dist.ProcessGroup | None = None
-    ) -> "Share":
+    ) -> "ContextParallelShard":
         """Of one of ``size`` ranks.
 
         Args:
@@ -61,27 +61,27 @@ class Share:
             return cls(spans, supervised_N)
         return cls(spans, supervised_N, there(places), there(gathered_places(own.keys(), length, size)), group)
 
-    def part(self, value_BS: Tensor) -> Tensor:
+    def take(self, value_BS: Tensor) -> Tensor:
         """A value of each token of the micro-batch, of the rank's own tokens alone: [B, S] -> [T / CP]."""
         flat = value_BS.flatten()
-        return flat if self.own_T is None else flat.index_select(0, self.own_T)
+        return flat if self.index_T is None else flat.index_select(0, self.index_T)
 
-    def whole(self, value_T: Tensor, length: int) -> Tensor:
+    def scatter(self, value_T: Tensor, length: int) -> Tensor:
         """The other way round, with 0 for tokens of other ranks: [T / CP] -> [T]; differentiable."""
-        if self.own_T is None:
+        if self.index_T is None:
             return value_T
-        return value_T.new_zeros(length).index_copy(0, self.own_T, value_T)
+        return value_T.new_zeros(length).index_copy(0, self.index_T, value_T)
 
-    def supervised_places(self) -> Tensor:
+    def supervised_indices(self) -> Tensor:
         """``supervised_N`` by the place in the stream."""
-        return self.supervised_N if self.own_T is None else self.own_T.index_select(0, self.supervised_N)
+        return self.supervised_N if self.index_T is None else self.index_T.index_select(0, self.supervised_N)
 
-    def mine(self, shape: torch.Size) -> Tensor | None:
+    def token_mask(self, shape: torch.Size) -> Tensor | None:
         """Whether a token is the rank's own, bool [B, S]; ``None`` where all are."""
-        if self.own_T is None:
+        if self.index_T is None:
             return None
-        mine_T = torch.zeros(shape.numel(), dtype=torch.bool, device=self.own_T.device)
-        return mine_T.index_fill(0, self.own_T, True).view(shape)
+        mine_T = torch.zeros(shape.numel(), dtype=torch.bool, device=self.index_T.device)
+        return mine_T.index_fill(0, self.index_T, True).view(shape)
 
     def gather(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of the rank's pieces, from those of all ranks' own tokens.
@@ -105,18 +105,18 @@ class Share:
         return value if self.group is None else _Sum.apply(value, self.group)
 
 
-def share_of(batch: Batch, device: torch.device) -> Share:
+def shard_of(batch: Batch, device: torch.device) -> ContextParallelShard:
     """Of this process; ``batch`` as arrays."""
     size = parallel_state.get_context_parallel_world_size()
     if size == 1:
-        return Share.of(batch, 0, 1, device)
-    return Share.of(
+        return ContextParallelShard.of(batch, 0, 1, device)
+    return ContextParallelShard.of(
         batch, parallel_state.get_context_parallel_rank(), size, device, parallel_state.get_context_parallel_group()
     )
 
 
 def own_ranges(length: int, rank: int, size: int) -> list[tuple[int, int]]:
-    """Where in a stream of ``length`` tokens the chunks of a rank lie; one range where its chunks are neighbours.
+    """Where in a stream of ``length`` tokens the blocks of a rank lie; one range where its blocks are neighbours.
 
     Raises:
         ValueError: the stream cannot be cut evenly.
@@ -124,19 +124,19 @@ def own_ranges(length: int, rank: int, size: int) -> list[tuple[int, int]]:
     if size == 1:
         return [(0, length)]
     if length % (2 * size):
-        raise ValueError(f"{length} tokens cannot be cut into 2 × {size} equal chunks")
-    chunk, mirror = length // (2 * size), 2 * size - 1 - rank
+        raise ValueError(f"{length} tokens cannot be cut into 2 × {size} equal blocks")
+    block, mirror = length // (2 * size), 2 * size - 1 - rank
     if rank + 1 == mirror:
-        return [(rank * chunk, (mirror + 1) * chunk)]
-    return [(rank * chunk, (rank + 1) * chunk), (mirror * chunk, (mirror + 1) * chunk)]
+        return [(rank * block, (mirror + 1) * block)]
+    return [(rank * block, (rank + 1) * block), (mirror * block, (mirror + 1) * block)]
 
 
 def gathered_places(places: np.ndarray, length: int, size: int) -> np.ndarray:
     """Where tokens of the stream lie once the own tokens of all ranks are joined, rank after rank; int64."""
-    chunk = length // (2 * size)
-    number, offset = np.divmod(places, chunk)
+    block = length // (2 * size)
+    number, offset = np.divmod(places, block)
     rank = np.minimum(number, 2 * size - 1 - number)
-    return (2 * rank + (number >= size)) * chunk + offset
+    return (2 * rank + (number >= size)) * block + offset
 
 
 class _Sum(torch.autograd.Function):

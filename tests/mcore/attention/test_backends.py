@@ -143,10 +143,10 @@ def _dropout_of_the_module(name):
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from mft_megatron.arguments.groups.distributed import DistributedArguments
-    from mft_megatron.mcore.attention.packed_attention import PackedAttention, Packing
+    from mft_megatron.mcore.attention.packed_attention import PackedAttention, PackedStream
     from mft_megatron.mcore.parallel import process_groups
     from mft_megatron.mcore.parallel.attention_spans import Spans
-    from mft_megatron.mcore.parallel.context_parallel import Share
+    from mft_megatron.mcore.parallel.context_parallel import ContextParallelShard
 
     with pytest.MonkeyPatch.context() as monkeypatch, process_groups.process_groups(DistributedArguments(), seed=1):
         fake_kernels.install(monkeypatch)
@@ -157,11 +157,11 @@ def _dropout_of_the_module(name):
         kernel, given = attention.kernel, []
         attention.kernel = lambda *arguments: (given.append(arguments[-1]), kernel(*arguments))[1]
         lengths = np.array([5, 7])
-        share = Share(Spans.of(lengths, lengths), torch.arange(12))
+        shard = ContextParallelShard(Spans.of(lengths, lengths), torch.arange(12))
         inputs = [torch.randn(12, 1, 4, 8) for _ in range(3)]
         for train in (True, False):
             attention.train(train)
-            attention(*inputs, None, packed_seq_params=Packing(share=share))
+            attention(*inputs, None, packed_seq_params=PackedStream(shard=shard))
         return given, list(attention.state_dict())
 
 

@@ -15,15 +15,15 @@ def attend(tensors, lengths, layer_number=1, training=True, **options):
     from megatron.core.transformer.enums import AttnMaskType
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from mft_megatron.mcore.attention.packed_attention import PackedAttention, Packing
+    from mft_megatron.mcore.attention.packed_attention import PackedAttention, PackedStream
     from mft_megatron.mcore.parallel.attention_spans import Spans
-    from mft_megatron.mcore.parallel.context_parallel import Share
+    from mft_megatron.mcore.parallel.context_parallel import ContextParallelShard
 
     options = {"attention_dropout": 0.0, **options}
     config = TransformerConfig(num_layers=4, hidden_size=32, num_attention_heads=4, **options)
     attention = PackedAttention(config, layer_number, AttnMaskType.causal, "self").train(training)
-    share = Share(Spans.of(np.array(lengths), np.array(lengths)), None)
-    out = attention(*(tensor.unsqueeze(1) for tensor in tensors), None, packed_seq_params=Packing(share=share))
+    shard = ContextParallelShard(Spans.of(np.array(lengths), np.array(lengths)), None)
+    out = attention(*(tensor.unsqueeze(1) for tensor in tensors), None, packed_seq_params=PackedStream(shard=shard))
     assert out.shape == (len(tensors[0]), 1, tensors[0][0].numel())
     return out.view(tensors[0].shape)
 

@@ -41,7 +41,7 @@ def _one_kind(options, dtype):
     from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from mft_megatron.mcore.attention.packed_attention import Packing
+    from mft_megatron.mcore.attention.packed_attention import PackedStream
     from mft_megatron.mcore.model.rotary import RotaryByPosition
 
     options = {"rotary_percent": 1.0, **options}
@@ -57,7 +57,7 @@ def _one_kind(options, dtype):
 
     def rotate(places):
         # as Megatron's model and its attention call it
-        asked = ours.get_rotary_seq_len(None, None, None, config, Packing(positions=positions[places]))
+        asked = ours.get_rotary_seq_len(None, None, None, config, PackedStream(positions=positions[places]))
         angles = ours(asked, packed_seq=False, cp_group=None)
         return apply_rotary_pos_emb(tensor[places].unsqueeze(1), angles, config, cp_group=group).squeeze(1)
 

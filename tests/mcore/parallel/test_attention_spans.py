@@ -95,7 +95,7 @@ def test_work_is_shared_evenly():
 
 
 def test_streams_that_cannot_be_cut():
-    with pytest.raises(ValueError, match="10 tokens cannot be cut into 2 × 2 equal chunks"):
+    with pytest.raises(ValueError, match="10 tokens cannot be cut into 2 × 2 equal blocks"):
         own_ranges(10, 0, 2)
 
 

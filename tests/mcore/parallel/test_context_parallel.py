@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mft_megatron.mcore.model.parameters import count_parameters
-from mft_megatron.mcore.parallel.context_parallel import Share
+from mft_megatron.mcore.parallel.context_parallel import ContextParallelShard
 from tests.attention_reference import dense_attention
 from tests.batches import one_segment
 from tests.ranks import run_on_ranks
@@ -31,27 +31,27 @@ def test_each_token_belongs_to_one_rank(size):
     mask = (np.arange(24) % 5 == 0).astype(np.uint8)
     batch = batch_of((7, 1, 16), mask, rows=2)
     tokens_BS = torch.from_numpy(batch.tokens_BS)
-    shares = [Share.of(batch, rank, size, CPU) for rank in range(size)]
-    parts = [share.part(tokens_BS) for share in shares]
+    shards = [ContextParallelShard.of(batch, rank, size, CPU) for rank in range(size)]
+    parts = [shard.take(tokens_BS) for shard in shards]
     assert all(len(part) == 24 // size for part in parts)
     assert sorted(torch.cat(parts).tolist()) == list(range(24))
-    wholes = torch.stack([share.whole(part + 1.0, 24) for share, part in zip(shares, parts, strict=True)])
+    wholes = torch.stack([shard.scatter(part + 1.0, 24) for shard, part in zip(shards, parts, strict=True)])
     assert wholes.sum(0).tolist() == (tokens_BS.flatten() + 1.0).tolist()
     assert (wholes != 0).sum(0).tolist() == [1] * 24
-    supervised = [share.supervised_places().tolist() for share in shares]
+    supervised = [shard.supervised_indices().tolist() for shard in shards]
     assert sorted(itertools.chain(*supervised)) == np.flatnonzero(mask).tolist()
-    for share, part, places in zip(shares, parts, supervised, strict=True):
-        assert part[share.supervised_N].tolist() == places
-        mine = share.mine(tokens_BS.shape)
+    for shard, part, places in zip(shards, parts, supervised, strict=True):
+        assert part[shard.supervised_N].tolist() == places
+        mine = shard.token_mask(tokens_BS.shape)
         assert (mine is None) == (size == 1)
         if mine is not None:
             assert tokens_BS[mine].tolist() == part.tolist()
 
 
 def test_the_gradient_of_a_part_goes_back_to_its_tokens():
-    share = Share.of(batch_of((8,)), 0, 2, CPU)
+    shard = ContextParallelShard.of(batch_of((8,)), 0, 2, CPU)
     part = torch.ones(4, requires_grad=True)
-    (share.whole(part, 8) * torch.arange(8.0)).sum().backward()
+    (shard.scatter(part, 8) * torch.arange(8.0)).sum().backward()
     assert part.grad.tolist() == [0, 1, 6, 7]
 
 
@@ -62,9 +62,9 @@ def _attend(lengths, size, window, dtype):
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from mft_megatron.arguments.groups.distributed import DistributedArguments
-    from mft_megatron.mcore.attention.packed_attention import PackedAttention, Packing
+    from mft_megatron.mcore.attention.packed_attention import PackedAttention, PackedStream
     from mft_megatron.mcore.parallel import process_groups
-    from mft_megatron.mcore.parallel.context_parallel import share_of
+    from mft_megatron.mcore.parallel.context_parallel import shard_of
 
     with process_groups.process_groups(DistributedArguments(context_parallel_size=size), seed=1):
         config = TransformerConfig(
@@ -74,20 +74,20 @@ def _attend(lengths, size, window, dtype):
             attention_dropout=0.0,
             window_size=None if window is None else (window, 0),
         )
-        share = share_of(batch_of(lengths), CPU)
-        *tensors, upstream = (share_rows(share, tensor.to(dtype)) for tensor in make(lengths))
+        shard = shard_of(batch_of(lengths), CPU)
+        *tensors, upstream = (shard_rows(shard, tensor.to(dtype)) for tensor in make(lengths))
         for tensor in tensors:
             tensor.requires_grad_()
         attention = PackedAttention(config, 1, AttnMaskType.causal, "self")
-        packed = Packing(share=share)
+        packed = PackedStream(shard=shard)
         output = attention(*(tensor.unsqueeze(1) for tensor in tensors), None, packed_seq_params=packed)
         output.backward(upstream.flatten(1).unsqueeze(1))
         assert parallel_state.get_context_parallel_world_size() == size
-        return share.own_T, output.detach().view(upstream.shape), [tensor.grad for tensor in tensors]
+        return shard.index_T, output.detach().view(upstream.shape), [tensor.grad for tensor in tensors]
 
 
-def share_rows(share, tensor):
-    return tensor.index_select(0, share.own_T)
+def shard_rows(shard, tensor):
+    return tensor.index_select(0, shard.index_T)
 
 
 def make(lengths):
@@ -114,23 +114,23 @@ def test_ranks_together_equal_one(size, lengths, window):
     expected = dense_attention(*tensors, lengths, window=window)
     expected.backward(upstream)
     seen = []
-    for own_T, output, gradients in run_on_ranks(size, _attend, lengths, size, window, torch.float64):
-        torch.testing.assert_close(output, expected[own_T].detach(), rtol=0, atol=1e-12)
+    for index_T, output, gradients in run_on_ranks(size, _attend, lengths, size, window, torch.float64):
+        torch.testing.assert_close(output, expected[index_T].detach(), rtol=0, atol=1e-12)
         for ours, theirs in zip(gradients, tensors, strict=True):
-            torch.testing.assert_close(ours, theirs.grad[own_T], rtol=0, atol=1e-12)
-        seen += own_T.tolist()
+            torch.testing.assert_close(ours, theirs.grad[index_T], rtol=0, atol=1e-12)
+        seen += index_T.tolist()
     assert sorted(seen) == list(range(sum(lengths)))
 
 
 def _sum(size):
     from mft_megatron.arguments.groups.distributed import DistributedArguments
     from mft_megatron.mcore.parallel import process_groups
-    from mft_megatron.mcore.parallel.context_parallel import share_of
+    from mft_megatron.mcore.parallel.context_parallel import shard_of
 
     with process_groups.process_groups(DistributedArguments(context_parallel_size=size), seed=1):
         rank = torch.distributed.get_rank()
         own = torch.tensor([1.0 + rank, 10.0], requires_grad=True)
-        total = share_of(batch_of((8,)), CPU).sum(own)
+        total = shard_of(batch_of((8,)), CPU).sum(own)
         # each rank's part of an objective: total² times its own number
         ((rank + 1) * total**2).sum().backward()
         return total.tolist(), own.grad.tolist(), own.tolist()
