@@ -7,7 +7,6 @@ later, so that an architecture read from a checkpoint can stand between the two.
 
 import argparse
 import dataclasses
-import difflib
 import json
 import math
 import types
@@ -15,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from mft_megatron.errors import InputError
+from mft_megatron.suggestions import did_you_mean
 
 
 def option(
@@ -92,8 +92,7 @@ class _OneLineParser(argparse.ArgumentParser):
             if not word.startswith("-"):
                 raise InputError(f"unexpected argument {word!r}; see --help")
             name = word.split("=")[0]
-            near = difflib.get_close_matches(name.replace("_", "-"), known, n=1, cutoff=0.6)
-            hint = f"did you mean {near[0]}?" if near else "see --help for the list"
+            hint = did_you_mean(name.replace("_", "-"), known) or "see --help for the list"
             raise InputError(f"unknown option {name}; {hint}")
 
 

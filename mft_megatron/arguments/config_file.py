@@ -12,7 +12,6 @@ given. A run's own ``config.yaml`` can be read again as it is: it is known by ``
 """
 
 import dataclasses
-import difflib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ import yaml
 
 from mft_megatron.errors import InputError
 from mft_megatron.options import spelling
+from mft_megatron.suggestions import did_you_mean
 
 # in a run's config.yaml: how many ranks it had
 DESCRIPTION = "world_size"
@@ -85,8 +85,7 @@ def read_config_file(
         if field is None and option in refused:
             raise InputError(f"{entry.where}: {entry.key}: {refused[option]}")
         if field is None:
-            near = difflib.get_close_matches(key, [*keys, *sections], n=1, cutoff=0.6)
-            hint = f"did you mean {near[0]}?" if near else "see --help for the list"
+            hint = did_you_mean(key, [*keys, *sections]) or "see --help for the list"
             raise InputError(f"{entry.where}: unknown option {entry.key}; {hint}")
         if section is not None and field.name not in sections[section]:
             own = next(name for name, members in sections.items() if field.name in members)
@@ -120,8 +119,7 @@ def _flat(entries: list[_Entry], sections: dict[str, set[str]]) -> Iterator[tupl
             continue
         name = _plain(entry.key)
         if name not in sections:
-            near = difflib.get_close_matches(name, sections, n=1, cutoff=0.6)
-            hint = f"did you mean {near[0]}?" if near else f"sections are {', '.join(sections)}"
+            hint = did_you_mean(name, sections) or f"sections are {', '.join(sections)}"
             raise InputError(f"{entry.where}: unknown section {entry.key}; {hint}")
         for inner in entry.value:
             if inner.section:

@@ -1,6 +1,5 @@
 """Numbers per task from the command line: ``--task-weights``, ``--focal-alpha``, ``--famo-min-losses``."""
 
-import difflib
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,6 +8,7 @@ from mft_megatron.arguments.groups.multi_task import MultiTaskArguments
 from mft_megatron.errors import InputError
 from mft_megatron.loss_names import FOCAL, WEIGHTED
 from mft_megatron.options import number_list
+from mft_megatron.suggestions import did_you_mean
 
 
 def initial_weights(
@@ -102,8 +102,7 @@ def _known(name: str, task_names: Sequence[str]) -> str:
     """The tasks there are, or of many the one that was probably meant."""
     if len(task_names) <= 20:
         return f"a task of: {', '.join(task_names)}"
-    near = difflib.get_close_matches(name, task_names, n=1)
-    return f"one of the data set's {len(task_names)} tasks" + (f"; did you mean {near[0]}?" if near else "")
+    return "; ".join(filter(None, [f"one of the data set's {len(task_names)} tasks", did_you_mean(name, task_names)]))
 
 
 def _number(option: str, word: str, text: str) -> float:

@@ -10,7 +10,6 @@
 Paths, and the template where it is a file, are relative to the file's own folder.
 """
 
-import difflib
 import glob
 import math
 import os
@@ -21,6 +20,7 @@ from typing import Any
 from mft_megatron.data.packing.cutting import OVERLONG
 from mft_megatron.data.records.conversation import SHAPES
 from mft_megatron.errors import InputError
+from mft_megatron.suggestions import did_you_mean
 
 from .task_files import TaskSource, check_task_name, expand_path, unite_files, usable_files
 
@@ -98,8 +98,7 @@ def _task(loader: Any, name: str, node: Any, path: Path, where: str) -> TaskSour
         key = str(key_node.value) if isinstance(key_node, yaml.ScalarNode) else "…"
         place = f"{_place(path, key_node)}: task {name}"
         if key not in _KEYS:
-            near = difflib.get_close_matches(key, _KEYS, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(_KEYS)}"
+            hint = did_you_mean(key, _KEYS) or f"known: {', '.join(_KEYS)}"
             raise InputError(f"{place}: unknown setting {key[:40]!r}; {hint}")
         given[key] = loader.construct_object(value_node, deep=True), place
     if given.get("name", (name,))[0] != name:
@@ -169,8 +168,7 @@ def _overlong(value: Any, where: str, folder: Path) -> str:
 
 def _choice(value: Any, where: str, choices: tuple[str, ...]) -> str:
     if not isinstance(value, str) or value not in choices:
-        near = difflib.get_close_matches(str(value), choices, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(choices)}"
+        hint = did_you_mean(str(value), choices) or f"known: {', '.join(choices)}"
         raise InputError(f"{where}: unknown value {str(value)[:40]!r}; {hint}")
     return value
 
