@@ -27,7 +27,7 @@ from mft_megatron.data.loading.dataset import PackedDataset
 from mft_megatron.data.loading.step_plan import plan_step
 from mft_megatron.data.loading.usage import planned_usage
 from mft_megatron.data.packing.packs import pack_split
-from mft_megatron.data.sample_slices import Pieces
+from mft_megatron.data.sample_slices import SampleSlices
 from mft_megatron.data.storage.indexed_dataset import _HEADER, CODES, MAGIC, VERSION
 from mft_megatron.data.storage.ledger import (
     ArrayEntry,
@@ -115,8 +115,8 @@ def write_index(prefix: str, lengths: np.ndarray, seq_length: int, tokens: bool,
     """
     lengths, task_ids = lengths.astype(np.int32), rng.integers(TASKS, size=len(lengths)).astype(np.uint16)
     places = np.arange(len(lengths))
-    pieces = Pieces(places, np.zeros_like(places), lengths.astype(np.int64))
-    packed = pack_split(pieces, pieces.lengths // 2, task_ids, [places], seq_length, "pack", lengths)
+    slices = SampleSlices(places, np.zeros_like(places), lengths.astype(np.int64))
+    packed = pack_split(slices, slices.lengths // 2, task_ids, [places], seq_length, "pack", lengths)
     for end, values in {**packed.files("train", seq_length), "_task_ids.npy": task_ids}.items():
         np.save(f"{prefix}{end}", values)
     total = int(lengths.sum(dtype=np.int64))
@@ -164,7 +164,7 @@ def open_index(prefix: str, seq_length: int) -> dict:
     before = peak_memory()
     digests = timed(lambda: planned_usage(split))[0]
     numbers = {"open": opened, "first plan": first, "another plan": next_step, "planned digests": digests}
-    return {"packs": split.num_packs, "samples": split.num_pieces, "seconds": numbers, "gigabytes": before}
+    return {"packs": split.num_packs, "samples": split.num_slices, "seconds": numbers, "gigabytes": before}
 
 
 def assembly(folder: Path, options: argparse.Namespace) -> dict:
@@ -176,7 +176,7 @@ def assembly(folder: Path, options: argparse.Namespace) -> dict:
     dataset = PackedDataset.open(prefix, options.seq_length)
     split, size = dataset.split("train"), options.micro_batch_size
     order = rng.permutation(split.num_packs)[: options.rows // size * size].reshape(-1, size)
-    samples = [split.pieces_of_packs(packs)[0].samples.tolist() for packs in order]
+    samples = [split.slices_of_packs(packs)[0].samples.tolist() for packs in order]
     plain = np.memmap(f"{prefix}_input_ids.bin", np.uint16, "r")
     starts, sizes = dataset.tokens.start_of(np.arange(len(lengths))).tolist(), lengths.tolist()
 

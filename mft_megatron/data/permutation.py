@@ -1,4 +1,4 @@
-"""Orders that are named: the same name gives the same order on every machine and with every library version."""
+"""Permutations that are given by a name: the same on every machine and with every version of numpy."""
 
 import hashlib
 
@@ -7,6 +7,6 @@ import numpy as np
 from . import _sample_index
 
 
-def named_order(name: str, n: int) -> np.ndarray:
-    """A permutation of 0 … n - 1, int64, that depends on ``name`` alone."""
+def named_permutation(name: str, n: int) -> np.ndarray:
+    """Permutation of 0 … n - 1, int64 [n], that depends on ``name`` and ``n`` alone."""
     return _sample_index.epoch_order(n, int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little"))

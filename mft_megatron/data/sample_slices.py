@@ -1,45 +1,65 @@
-"""Pieces: what rows are made of. A piece is a sample, or a part of one where the sample is longer than a row."""
+"""Slices of samples, which rows are made of: a whole sample, or a part of one that is longer than a row."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 
-class Pieces(NamedTuple):
-    """Parallel arrays of P pieces: ``samples`` int64 numbers of samples; ``starts`` int64, first token within the
-    sample; ``lengths`` int64, tokens."""
+class SampleSlices(NamedTuple):
+    """P slices of samples as parallel arrays.
+
+    Attributes:
+        samples: int64 [P], index of the sample.
+        starts: int64 [P], index of the first token within the sample.
+        lengths: int64 [P], number of tokens.
+    """
 
     samples: np.ndarray
     starts: np.ndarray
     lengths: np.ndarray
 
-    def take(self, places: np.ndarray | slice) -> "Pieces":
-        """Some of the pieces, in the order of ``places``."""
-        return Pieces(*(values[places] for values in self))
+    def take(self, indices: np.ndarray | slice) -> "SampleSlices":
+        """Select slices by their indices, in the order of ``indices`` (int64 or bool, or a ``slice``)."""
+        return SampleSlices(*(values[indices] for values in self))
 
     @property
     def num_tokens(self) -> int:
+        """Number of tokens in all slices."""
         return int(self.lengths.sum())
 
 
-NO_PIECES = Pieces(*(np.zeros(0, np.int64) for _ in Pieces._fields))
+NO_SLICES = SampleSlices(*(np.zeros(0, np.int64) for _ in SampleSlices._fields))
 
 
-def join(parts: list[Pieces]) -> Pieces:
-    """All pieces of ``parts``, one behind the other."""
-    return Pieces(*map(np.concatenate, zip(*parts, strict=True))) if parts else NO_PIECES
+def concatenate_slices(parts: Sequence[SampleSlices]) -> SampleSlices:
+    """Concatenate slices in the order of ``parts``."""
+    return SampleSlices(*map(np.concatenate, zip(*parts, strict=True))) if parts else NO_SLICES
 
 
 def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """start, start + 1, … for every start, ``length`` of them each, one range behind the other; int64."""
+    """Concatenate the ranges ``start, start + 1, …, start + length - 1``.
+
+    Args:
+        starts: int64 [N].
+        lengths: int64 [N], none negative.
+
+    Returns:
+        int64 [sum of lengths].
+    """
     before = np.cumsum(lengths) - lengths
     return np.repeat(starts - before, lengths) + np.arange(int(lengths.sum()))
 
 
 def supervised_tokens(mask: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Targets that count in each sample or piece, int64: supervised tokens but the first, which nothing predicts.
+    """Number of supervised targets in each sample or slice: its first token is none, because nothing predicts it.
 
-    ``mask`` uint8 of all of them one behind the other, ``lengths`` of each; 0 for an empty one.
+    Args:
+        mask: uint8 [tokens] of all samples concatenated; 1 where a token is supervised.
+        lengths: int [N], tokens of each sample; 0 is allowed.
+
+    Returns:
+        int64 [N].
     """
     targets, some = np.zeros(len(lengths), np.int64), lengths > 0
     starts = (np.cumsum(lengths, dtype=np.int64) - lengths)[some]

@@ -32,7 +32,7 @@ from mft_megatron.data.loading.dataset import PackedDataset, PackedSplit, rows_o
 from mft_megatron.data.loading.step_plan import deal_plan
 from mft_megatron.data.loading.usage import UsageByEpoch
 from mft_megatron.data.loading.validation_sampling import deal
-from mft_megatron.data.sample_slices import Pieces
+from mft_megatron.data.sample_slices import SampleSlices
 from mft_megatron.losses.focal import TaskStatistics
 from mft_megatron.losses.objective import SUMS, Objective, StepFactors
 from mft_megatron.mcore.model.gpt import build_model
@@ -45,8 +45,8 @@ from .moe import experts
 from .parallel import process_groups
 from .platform import devices
 
-# the pieces of each row of each micro-batch
-MicroBatches = Sequence[Sequence[Pieces]]
+# the slices of each row of each micro-batch
+MicroBatches = Sequence[Sequence[SampleSlices]]
 # a padded micro-batch is as wide as a multiple of this many tokens
 WIDTH_MULTIPLE = 64
 
@@ -166,7 +166,7 @@ class Trainer:
         sums = sum(self._forward_only(objective, factors, split.dataset, micro_batches) for micro_batches in batches)
         return _report(objective, factors, sums, torch.from_numpy(sum(plan.samples_K for plan in plans)))
 
-    def task_losses(self, dataset: PackedDataset, rows: list[Pieces]) -> np.ndarray:
+    def task_losses(self, dataset: PackedDataset, rows: list[SampleSlices]) -> np.ndarray:
         """Mean token loss of each task over some rows, without changing anything.
 
         Returns:
@@ -258,7 +258,7 @@ def _report(objective: Objective, factors: StepFactors, sums: Tensor, samples_K:
 
 
 def _rows(split: PackedSplit, plan: StepPlan, places: np.ndarray) -> MicroBatches:
-    return [[split.pieces_of(pack) for pack in packs_B] for packs_B in plan.packs_G[places]]
+    return [[split.slices_of(pack) for pack in packs_B] for packs_B in plan.packs_G[places]]
 
 
 def _batches(dataset: PackedDataset, micro_batches: MicroBatches, multiple: int, used: list[int]) -> Iterator[Batch]:
@@ -267,7 +267,7 @@ def _batches(dataset: PackedDataset, micro_batches: MicroBatches, multiple: int,
         yield to_device(rows_of(dataset, rows, _width(dataset, rows, multiple)))
 
 
-def _width(dataset: PackedDataset, rows: Sequence[Pieces], multiple: int) -> int:
+def _width(dataset: PackedDataset, rows: Sequence[SampleSlices], multiple: int) -> int:
     """Positions of a row: the sequence length, or in a padded data set no more than the longest row needs."""
     if not dataset.padded:
         return dataset.seq_length

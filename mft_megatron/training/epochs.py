@@ -1,4 +1,4 @@
-"""At the end of each epoch: was every piece of the training split used exactly as often as planned?
+"""At the end of each epoch: was every slice of the training split used exactly as often as planned?
 
 ::
 
@@ -43,9 +43,9 @@ class EpochProof:
         usage = state.get("usage")
         if usage is not None and usage["seed"] == self._seed:
             self._began = usage["began"]
-            pieces_K = np.array(usage["pieces"], np.int64)
+            slices_K = np.array(usage["pieces"], np.int64)
             digest_K = np.array([int(digest, 16) for digest in usage["digest"]], np.uint64)
-            self._before = usage["epoch"], Usage(pieces_K, digest_K)
+            self._before = usage["epoch"], Usage(slices_K, digest_K)
             return
         self._began = progress.consumed_samples
         if self._began % self._split.num_packs:
@@ -61,7 +61,7 @@ class EpochProof:
             "seed": self._seed,
             "began": self._began,
             "epoch": epoch,
-            "pieces": used.pieces_K.tolist(),
+            "pieces": used.slices_K.tolist(),
             "digest": _hexadecimal(used),
         }
 
@@ -78,8 +78,8 @@ class EpochProof:
             if complete:
                 self._refuse_difference(epoch, used, progress)
             tasks = {
-                name: {"samples": pieces, "digest": digest}
-                for name, pieces, digest in zip(self._tasks, used.pieces_K.tolist(), _hexadecimal(used), strict=True)
+                name: {"samples": slices, "digest": digest}
+                for name, slices, digest in zip(self._tasks, used.slices_K.tolist(), _hexadecimal(used), strict=True)
             }
             log.write(event_record(progress, "epoch", epoch=epoch, tasks=tasks, complete=complete))
 
@@ -87,10 +87,10 @@ class EpochProof:
         """Of all data-parallel ranks, and before the checkpoint."""
         own = trainer.usage.of(epoch)
         # halves of digests, so that no sum overflows
-        parts = np.stack([own.pieces_K, own.digest_K & 0xFFFFFFFF, own.digest_K >> 32]).astype(np.int64)
-        pieces_K, low_K, high_K = process_groups.sum_over_data(parts)
+        parts = np.stack([own.slices_K, own.digest_K & 0xFFFFFFFF, own.digest_K >> 32]).astype(np.int64)
+        slices_K, low_K, high_K = process_groups.sum_over_data(parts)
         digest_K = (high_K.astype(np.uint64) << np.uint64(32)) + low_K.astype(np.uint64)
-        used = Usage(pieces_K, digest_K)
+        used = Usage(slices_K, digest_K)
         counted, before = self._before
         return used + before if epoch == counted else used
 
@@ -101,8 +101,8 @@ class EpochProof:
         if not process_groups.any_rank(bool(differs_K.any())):
             return
         tasks = [
-            f"{self._tasks[k]} used {used.pieces_K[k]} pieces of {planned.pieces_K[k]}"
-            + (", others than planned" if used.pieces_K[k] == planned.pieces_K[k] else "")
+            f"{self._tasks[k]} used {used.slices_K[k]} slices of {planned.slices_K[k]}"
+            + (", others than planned" if used.slices_K[k] == planned.slices_K[k] else "")
             for k in np.flatnonzero(differs_K)
         ] or ["seen by other ranks of the model"]
         raise InputError(

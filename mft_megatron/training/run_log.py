@@ -113,9 +113,9 @@ def _scalars(record: dict[str, Any]):
 
 def _line(record: dict[str, Any]) -> str:
     if record["kind"] == "event" and record["event"] == "epoch":
-        pieces = sum(task["samples"] for task in record["tasks"].values())
+        slices = sum(task["samples"] for task in record["tasks"].values())
         judged = "used exactly as planned" if record["complete"] else "counted in part, not judged"
-        return f"step {record['step']} | epoch {record['epoch']} is over | {pieces:,} samples, {judged}"
+        return f"step {record['step']} | epoch {record['epoch']} is over | {slices:,} samples, {judged}"
     if record["kind"] == "event":
         details = (f"{k} {v}" for k, v in record.items() if k not in ("kind", "event", "step", "consumed_samples"))
         return f"step {record['step']} | {record['event']} | " + " | ".join(details)

@@ -35,10 +35,10 @@ def step_operations(arguments: Arguments, lengths: np.ndarray, supervised_tokens
 
 def segment_lengths(split: PackedSplit, packs_G: np.ndarray) -> np.ndarray:
     """Tokens of each segment of some packs that attends to itself: samples, or whole rows where they are joined."""
-    pieces, rows = split.pieces_of_packs(packs_G)
+    slices, rows = split.slices_of_packs(packs_G)
     if not split.dataset.joined:
-        return pieces.lengths
-    ends = np.concatenate([[0], np.cumsum(pieces.lengths)])[np.cumsum(rows)]
+        return slices.lengths
+    ends = np.concatenate([[0], np.cumsum(slices.lengths)])[np.cumsum(rows)]
     return np.diff(ends, prepend=0)
 
 

@@ -162,11 +162,11 @@ def _evaluate(prefix, extra, world_size):
             arguments = arguments_for(prefix, f"{extra} --mft-loss {mode}", world_size)
             trainer = Trainer(arguments, dataset.vocab_size, np.array(WEIGHTS))
             report = trainer.evaluate(valid, list(evaluation_plans(arguments, valid, limit=None)))
-            draw = trainer.task_losses(dataset, [valid.pieces_of(pack) for pack in range(5)])
+            draw = trainer.task_losses(dataset, [valid.slices_of(pack) for pack in range(5)])
             found += [report.loss, *report.loss_K.tolist(), *report.tokens_K.tolist(), *draw.tolist()]
             trainer.train_step(train, plans_of(train, 1, 1)[0])
             # a sample that several ranks share was used once
-            found += [*process_groups.sum_over_data(trainer.usage.of(0).pieces_K).tolist(), trainer.num_parameters()]
+            found += [*process_groups.sum_over_data(trainer.usage.of(0).slices_K).tolist(), trainer.num_parameters()]
     return found
 
 

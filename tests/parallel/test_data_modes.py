@@ -109,9 +109,9 @@ def test_joined_rows_equal_one_process(joined, layout):
 def test_joined_rows_are_learnt(joined):
     dataset = open_dataset(arguments_for(joined, "", 1))
     split = dataset.split("train")
-    pieces = [split.pieces_of(pack) for pack in range(split.num_packs)]
-    assert any(len(own.samples) > 1 for own in pieces)
-    assert any((own.starts > 0).any() for own in pieces)
+    slices = [split.slices_of(pack) for pack in range(split.num_packs)]
+    assert any(len(own.samples) > 1 for own in slices)
+    assert any((own.starts > 0).any() for own in slices)
     curve, sums, shapes = one_process(joined)
     assert curve[-1][0] < curve[0][0] - 0.1
     assert set(shapes) == {(2, 128)}
@@ -199,8 +199,8 @@ def test_every_layout_uses_the_data_as_planned(packed, layout):
     dataset = open_dataset(arguments_for(packed, "", 1))
     planned = planned_usage(dataset.split("train"))
     tasks = {
-        name: {"samples": int(pieces), "digest": f"{digest:016x}"}
-        for name, pieces, digest in zip(dataset.tasks, planned.pieces_K, planned.digest_K.tolist(), strict=True)
+        name: {"samples": int(slices), "digest": f"{digest:016x}"}
+        for name, slices, digest in zip(dataset.tasks, planned.slices_K, planned.digest_K.tolist(), strict=True)
     }
     assert len({task["digest"] for task in tasks.values()}) == len(tasks)
     _, packs = steps_of_epochs(packed, 2)
@@ -219,7 +219,7 @@ def test_a_row_that_is_used_wrongly_ends_the_run(packed, fault):
     for message in run_on_ranks(world_size, _run, packed, f"{options} --train-iters {steps}", world_size, fault):
         assert isinstance(message, str)
         assert message.startswith(f"step {steps}: epoch 0 did not use the data as planned: ")
-        assert "pieces of" in message
+        assert "slices of" in message
         assert "\n" not in message
 
 

@@ -175,7 +175,7 @@ def test_rows_of_the_same_samples_differ(same_samples):
     for name, (prefix, extra) in same_samples.items():
         dataset = open_dataset(arguments_for(prefix, extra, 1))
         split = dataset.split("train")
-        rows[name] = {frozenset(split.pieces_of(pack).samples.tolist()) for pack in range(split.num_packs)}
+        rows[name] = {frozenset(split.slices_of(pack).samples.tolist()) for pack in range(split.num_packs)}
         assert not any(cut.dropped for cut in dataset.entry.tasks)
     assert len({frozenset.union(*own) for own in rows.values()}) == 1
     assert len(rows["single"]) > 1.5 * len(rows["packed"]) > 1.5 * len(rows["longer"]) > 5

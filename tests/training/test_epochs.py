@@ -47,7 +47,7 @@ class Run:
         plan = plan_step(
             self.split, seed=self.seed, global_batch_size=8, consumed_samples=self.progress.consumed_samples
         )
-        rows = spoil([self.split.pieces_of(pack) for pack in plan.packs_G])
+        rows = spoil([self.split.slices_of(pack) for pack in plan.packs_G])
         self.trainer.usage.add(rows, plan.epochs_G, self.dataset.task_ids)
         before, self.progress = self.progress, self.progress.after_step(8, skipped=False)
         self.proof.after_step(self.trainer, self.log, before, self.progress)
@@ -77,7 +77,7 @@ def test_epochs_are_judged_one_by_one(dataset):
     assert run.judged == [(0, True), (1, True), (2, True)]
     planned = planned_usage(run.split)
     event = run.log[0]
-    assert [task["samples"] for task in event["tasks"].values()] == planned.pieces_K.tolist()
+    assert [task["samples"] for task in event["tasks"].values()] == planned.slices_K.tolist()
     assert [int(task["digest"], 16) for task in event["tasks"].values()] == planned.digest_K.tolist()
     assert event["consumed_samples"] >= packs
     assert run.warnings == []
@@ -95,7 +95,7 @@ def test_a_resume_goes_on_counting(dataset, share):
 def test_what_went_wrong_before_a_resume_is_seen_after_it(dataset):
     packs = dataset.split("train").num_packs
     first = Run(dataset).step(lambda rows: [rows[0], *rows[:-1]])
-    with pytest.raises(InputError, match=r"epoch 0 did not use the data as planned: .* pieces of") as refused:
+    with pytest.raises(InputError, match=r"epoch 0 did not use the data as planned: .* slices of") as refused:
         Run(dataset, 8, first.state()).until(packs)
     assert "\n" not in str(refused.value)
 
@@ -108,11 +108,11 @@ def test_the_counts_are_named(dataset):
         lost["task"] = dataset.tasks[dataset.task_ids[row.samples[0]]]
         return [row.take(slice(1, None)) if other is row else other for other in rows]
 
-    planned = dict(zip(dataset.tasks, planned_usage(dataset.split("train")).pieces_K, strict=True))
+    planned = dict(zip(dataset.tasks, planned_usage(dataset.split("train")).slices_K, strict=True))
     with pytest.raises(InputError) as refused:
-        Run(dataset).step(lose).until(planned_usage(dataset.split("train")).pieces_K.sum())
+        Run(dataset).step(lose).until(planned_usage(dataset.split("train")).slices_K.sum())
     number = planned[lost["task"]]
-    assert f"as planned: {lost['task']} used {number - 1} pieces of {number};" in str(refused.value)
+    assert f"as planned: {lost['task']} used {number - 1} slices of {number};" in str(refused.value)
 
 
 def test_an_exchange_leaves_the_counts_and_changes_the_digest(dataset):
@@ -151,8 +151,8 @@ def test_a_global_batch_of_several_epochs(dataset):
     split = dataset.split("train")
     run, size = Run(dataset), 2 * split.num_packs + 3
     plan = plan_step(split, seed=1, global_batch_size=size, consumed_samples=0)
-    run.trainer.usage.add([split.pieces_of(pack) for pack in plan.packs_G], plan.epochs_G, dataset.task_ids)
+    run.trainer.usage.add([split.slices_of(pack) for pack in plan.packs_G], plan.epochs_G, dataset.task_ids)
     run.progress = Progress(1, size)
     run.proof.after_step(run.trainer, run.log, Progress(), run.progress)
     assert run.judged == [(0, True), (1, True)]
-    assert np.sum(run.state()["usage"]["pieces"]) == split.pieces_of_packs(plan.packs_G[-3:])[1].sum()
+    assert np.sum(run.state()["usage"]["pieces"]) == split.slices_of_packs(plan.packs_G[-3:])[1].sum()

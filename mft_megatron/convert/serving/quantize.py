@@ -48,16 +48,16 @@ def calibration(dataset: PackedDataset, split: str, count: int) -> Calibration:
     Raises:
         InputError: the data set has no such split, or the split no sample.
     """
-    pieces = dataset.split(split).pieces(slice(None))
-    task_P = np.asarray(dataset.task_ids[pieces.samples])
-    waiting = [np.flatnonzero((task_P == task) & (pieces.lengths > 1)) for task in range(len(dataset.tasks))]
+    slices = dataset.split(split).slices(slice(None))
+    task_P = np.asarray(dataset.task_ids[slices.samples])
+    waiting = [np.flatnonzero((task_P == task) & (slices.lengths > 1)) for task in range(len(dataset.tasks))]
     share = _in_turn([len(places) for places in waiting], count)
     texts, by_task = [], {}
     for name, places, number in zip(dataset.tasks, waiting, share, strict=True):
         taken = places[np.linspace(0, len(places), number, endpoint=False).astype(np.int64)]
         for place in taken:
-            start = dataset.tokens.start_of(pieces.samples[place]) + pieces.starts[place]
-            texts.append(np.asarray(dataset.tokens.items[start : start + pieces.lengths[place]], np.int64))
+            start = dataset.tokens.start_of(slices.samples[place]) + slices.starts[place]
+            texts.append(np.asarray(dataset.tokens.items[start : start + slices.lengths[place]], np.int64))
         by_task[name] = number
     if not texts:
         raise InputError(f"--data-path {dataset.prefix}: its {split} split has no text; take another --split")

@@ -1,7 +1,7 @@
 """A packed data set on disk, opened in place: rows for the model and counts for the objective.
 
 ``P_input_ids`` and ``P_loss_mask`` hold whole samples (:mod:`.storage.indexed_dataset`), ``P_task_ids.npy`` the task of
-each, the files of :mod:`.packing.packs` say which pieces of samples share a row. Everything is memory-mapped; a row is
+each, the files of :mod:`.packing.packs` say which slices of samples share a row. Everything is memory-mapped; a row is
 put together when it is asked for, without a loop over tokens.
 """
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from mft_megatron.batch import Batch
 from mft_megatron.data.packing.packs import SPLITS, pack_files
-from mft_megatron.data.sample_slices import NO_PIECES, Pieces, join, ranges
+from mft_megatron.data.sample_slices import NO_SLICES, SampleSlices, concatenate_slices, ranges
 from mft_megatron.data.storage.arrays import check_files, load_array
 from mft_megatron.data.storage.indexed_dataset import IndexedDataset
 from mft_megatron.data.storage.ledger import Ledger, read_ledger
@@ -101,27 +101,27 @@ class PackedSplit:
         return len(self._offsets) - 1
 
     @property
-    def num_pieces(self) -> int:
+    def num_slices(self) -> int:
         return len(self._samples)
 
-    def pieces(self, places: np.ndarray | slice) -> Pieces:
-        """Pieces by their places in the split's files; those of one pack lie one behind the other."""
+    def slices(self, places: np.ndarray | slice) -> SampleSlices:
+        """Slices by their places in the split's files; those of one pack lie one behind the other."""
         samples = np.asarray(self._samples[places])
         if self._cuts is not None:
-            return Pieces(samples, *np.asarray(self._cuts[:, places]))
-        return Pieces(samples, np.zeros_like(samples), self.dataset.tokens.lengths[samples].astype(np.int64))
+            return SampleSlices(samples, *np.asarray(self._cuts[:, places]))
+        return SampleSlices(samples, np.zeros_like(samples), self.dataset.tokens.lengths[samples].astype(np.int64))
 
-    def pieces_of(self, pack: int) -> Pieces:
-        """The pieces of a pack; none for -1, the empty pack."""
-        return self.pieces(slice(self._offsets[pack], self._offsets[pack + 1])) if pack >= 0 else NO_PIECES
+    def slices_of(self, pack: int) -> SampleSlices:
+        """The slices of a pack; none for -1, the empty pack."""
+        return self.slices(slice(self._offsets[pack], self._offsets[pack + 1])) if pack >= 0 else NO_SLICES
 
-    def pieces_of_packs(self, packs: np.ndarray) -> tuple[Pieces, np.ndarray]:
-        """The pieces of some packs one behind the other, and how many each pack has, int64 [packs]; -1 has none."""
+    def slices_of_packs(self, packs: np.ndarray) -> tuple[SampleSlices, np.ndarray]:
+        """The slices of some packs one behind the other, and how many each pack has, int64 [packs]; -1 has none."""
         packs = np.asarray(packs, np.int64)
         real = np.maximum(packs, 0)
         first = self._offsets[real]
         number = np.where(packs >= 0, self._offsets[real + 1] - first, 0)
-        return self.pieces(ranges(first, number)), number
+        return self.slices(ranges(first, number)), number
 
     def counts(self, packs_G: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Supervised tokens and samples that have any, of each task over some packs: int64 [K] twice.
@@ -138,47 +138,47 @@ class PackedSplit:
 
     def num_tokens(self, packs_G: np.ndarray) -> int:
         """Tokens of all samples in some packs; padding is not counted."""
-        return self.pieces_of_packs(packs_G)[0].num_tokens
+        return self.slices_of_packs(packs_G)[0].num_tokens
 
     def rows(self, packs_B: np.ndarray) -> Batch:
         """One row for each pack: see :func:`rows_of`."""
-        return rows_of(self.dataset, [self.pieces_of(pack) for pack in packs_B])
+        return rows_of(self.dataset, [self.slices_of(pack) for pack in packs_B])
 
 
-def rows_of(dataset: PackedDataset, pieces_of_rows: Sequence[Pieces], width: int | None = None) -> Batch:
-    """Rows of pieces as numpy arrays: the pieces one behind the other, then padding.
+def rows_of(dataset: PackedDataset, slices_of_rows: Sequence[SampleSlices], width: int | None = None) -> Batch:
+    """Rows of slices as numpy arrays: the slices one behind the other, then padding.
 
     Labels are shifted here and nowhere else: the label of a position is the next token of the same segment, and it
-    counts where that token is supervised. The last position of a segment has no label. A piece is a segment; in a
-    joined data set all pieces of a row are one.
+    counts where that token is supervised. The last position of a segment has no label. A slice is a segment; in a
+    joined data set all slices of a row are one.
 
     Args:
         dataset: where the samples are.
-        pieces_of_rows: B times the pieces of a row, which have no more than ``width`` tokens together.
+        slices_of_rows: B times the slices of a row, which have no more than ``width`` tokens together.
         width: positions of a row; the data set's sequence length where it is not given.
     """
-    tokens, num_rows = dataset.tokens, len(pieces_of_rows)
+    tokens, num_rows = dataset.tokens, len(slices_of_rows)
     width = dataset.seq_length if width is None else width
-    pieces = join(list(pieces_of_rows))
-    row = np.repeat(np.arange(num_rows), [len(own.samples) for own in pieces_of_rows])
-    used = np.bincount(row, weights=pieces.lengths, minlength=num_rows).astype(np.int64)
+    slices = concatenate_slices(slices_of_rows)
+    row = np.repeat(np.arange(num_rows), [len(own.samples) for own in slices_of_rows])
+    used = np.bincount(row, weights=slices.lengths, minlength=num_rows).astype(np.int64)
 
-    # where each piece lies: in the stream of rows, and in the data set
-    before = np.cumsum(pieces.lengths) - pieces.lengths
+    # where each slice lies: in the stream of rows, and in the data set
+    before = np.cumsum(slices.lengths) - slices.lengths
     stream_start = before + row * width - (np.cumsum(used) - used)[row]
-    source = ranges(tokens.start_of(pieces.samples) + pieces.starts, pieces.lengths)
-    target = ranges(stream_start, pieces.lengths)
-    # where segments begin in the stream, and end among the pieces' own tokens
+    source = ranges(tokens.start_of(slices.samples) + slices.starts, slices.lengths)
+    target = ranges(stream_start, slices.lengths)
+    # where segments begin in the stream, and end among the slices' own tokens
     filled = np.flatnonzero(used)
     segment_start = filled * width if dataset.joined else stream_start
-    last = np.cumsum(used[filled] if dataset.joined else pieces.lengths) - 1
+    last = np.cumsum(used[filled] if dataset.joined else slices.lengths) - 1
 
     own_tokens = tokens.items[source].astype(np.int64)
     own_labels = np.append(own_tokens[1:], 0)
     own_labels[last] = 0
     own_mask = np.append(dataset.mask.items[source][1:], np.uint8(0))
     own_mask[last] = 0
-    own_tasks = np.repeat(dataset.task_ids[pieces.samples].astype(np.int64), pieces.lengths)
+    own_tasks = np.repeat(dataset.task_ids[slices.samples].astype(np.int64), slices.lengths)
     positions = num_rows * width
     streams = {
         "tokens_BS": _placed(own_tokens, target, np.full(positions, dataset.pad_token_id)),
@@ -187,7 +187,7 @@ def rows_of(dataset: PackedDataset, pieces_of_rows: Sequence[Pieces], width: int
         "task_ids_BS": _placed(own_tasks, target, np.zeros(positions, np.int64)),
     }
 
-    # segments: the pieces, and what is left of each row
+    # segments: the slices, and what is left of each row
     padding = np.flatnonzero(used < width)
     starts = np.sort(np.concatenate([segment_start, padding * width + used[padding]]))
     cu_seqlens = np.append(starts, positions)

@@ -15,7 +15,7 @@ import numpy as np
 
 from mft_megatron.batch import Ranks, StepPlan
 from mft_megatron.data import _sample_index
-from mft_megatron.data.permutation import named_order
+from mft_megatron.data.permutation import named_permutation
 
 from .dataset import PackedSplit
 
@@ -55,9 +55,9 @@ def row_costs(split: PackedSplit, packs_G: np.ndarray) -> np.ndarray:
     Packed rows differ in their attention alone: Σ length² of their segments. Padded rows differ in everything, since
     they are only as wide as they must be: their length.
     """
-    pieces, number = split.pieces_of_packs(packs_G)
+    slices, number = split.slices_of_packs(packs_G)
     row = np.repeat(np.arange(len(packs_G)), number)
-    lengths = pieces.lengths if split.dataset.joined or split.dataset.padded else pieces.lengths**2
+    lengths = slices.lengths if split.dataset.joined or split.dataset.padded else slices.lengths**2
     costs_G = np.zeros(len(packs_G), np.int64)
     np.add.at(costs_G, row, lengths)
     return costs_G**2 if split.dataset.joined else costs_G
@@ -93,6 +93,6 @@ def deal_plan(plan: StepPlan, ranks: Ranks, micro_batch_size: int, padded: bool)
 @functools.lru_cache(maxsize=4)
 def epoch_order(dataset_hash: str, split: str, seed: int, epoch: int, num_packs: int) -> np.ndarray:
     """Order of the packs in one epoch, int64 [packs], not to be written to."""
-    order = named_order(f"{dataset_hash}/{split}/{seed}/{epoch}", num_packs)
+    order = named_permutation(f"{dataset_hash}/{split}/{seed}/{epoch}", num_packs)
     order.setflags(write=False)
     return order

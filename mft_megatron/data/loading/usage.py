@@ -1,8 +1,8 @@
-"""Proof that an epoch used every piece exactly as often as planned: a count and a 64-bit digest of each task.
+"""Proof that an epoch used every slice exactly as often as planned: a count and a 64-bit digest of each task.
 
-Each use of a piece adds a hash of (sample, start) to its task's digest, modulo 2^64. Sums do not depend on an order, so
+Each use of a slice adds a hash of (sample, start) to its task's digest, modulo 2^64. Sums do not depend on an order, so
 digests of several ranks add up to that of the epoch whatever the layout was, and what a resumed run adds continues
-them. A piece that is lost, doubled or exchanged for another changes its task's digest.
+them. A slice that is lost, doubled or exchanged for another changes its task's digest.
 """
 
 import dataclasses
@@ -10,19 +10,19 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mft_megatron.data.sample_slices import Pieces, join
+from mft_megatron.data.sample_slices import SampleSlices, concatenate_slices
 
 from .dataset import PackedSplit
 
-# pieces looked at together: their arrays stay in the processor's cache
+# slices looked at together: their arrays stay in the processor's cache
 _BLOCK = 1 << 15
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Usage:
-    """Uses of pieces by task: ``pieces_K`` int64 [K], how many; ``digest_K`` uint64 [K], sums of :func:`hash64`."""
+    """Uses of slices by task: ``slices_K`` int64 [K], how many; ``digest_K`` uint64 [K], sums of :func:`hash64`."""
 
-    pieces_K: np.ndarray
+    slices_K: np.ndarray
     digest_K: np.ndarray
 
     @classmethod
@@ -30,18 +30,18 @@ class Usage:
         return cls(np.zeros(num_tasks, np.int64), np.zeros(num_tasks, np.uint64))
 
     @classmethod
-    def of(cls, pieces: Pieces, task_ids: np.ndarray, num_tasks: int) -> "Usage":
-        """One use of each of some pieces; ``task_ids`` int [pieces]."""
+    def of(cls, slices: SampleSlices, task_ids: np.ndarray, num_tasks: int) -> "Usage":
+        """One use of each of some slices; ``task_ids`` int [slices]."""
         digest_K = np.zeros(num_tasks, np.uint64)
-        np.add.at(digest_K, task_ids, hash64(pieces.samples, pieces.starts))
+        np.add.at(digest_K, task_ids, hash64(slices.samples, slices.starts))
         return cls(np.bincount(task_ids, minlength=num_tasks), digest_K)
 
     def __add__(self, other: "Usage") -> "Usage":
-        return Usage(self.pieces_K + other.pieces_K, self.digest_K + other.digest_K)
+        return Usage(self.slices_K + other.slices_K, self.digest_K + other.digest_K)
 
     def differs_from(self, other: "Usage") -> np.ndarray:
         """Which tasks differ, bool [K]."""
-        return (self.pieces_K != other.pieces_K) | (self.digest_K != other.digest_K)
+        return (self.slices_K != other.slices_K) | (self.digest_K != other.digest_K)
 
 
 class UsageByEpoch:
@@ -51,20 +51,20 @@ class UsageByEpoch:
         self._num_tasks = num_tasks
         self._epochs: dict[int, Usage] = {}
 
-    def add(self, rows: Sequence[Pieces], epochs: np.ndarray, task_ids: np.ndarray) -> None:
+    def add(self, rows: Sequence[SampleSlices], epochs: np.ndarray, task_ids: np.ndarray) -> None:
         """Count rows that were used.
 
         Args:
-            rows: the pieces of each row.
+            rows: the slices of each row.
             epochs: int64 [rows], the epoch each is used for.
             task_ids: uint16, task of every sample of the data set.
         """
-        pieces = join(list(rows))
+        slices = concatenate_slices(rows)
         epoch = np.repeat(epochs, [len(row.samples) for row in rows])
-        tasks = np.asarray(task_ids[pieces.samples])
+        tasks = np.asarray(task_ids[slices.samples])
         for number in np.unique(epoch).tolist():
             own = epoch == number
-            self._epochs[number] = self.of(number) + Usage.of(pieces.take(own), tasks[own], self._num_tasks)
+            self._epochs[number] = self.of(number) + Usage.of(slices.take(own), tasks[own], self._num_tasks)
 
     def of(self, epoch: int) -> Usage:
         return self._epochs.get(epoch, Usage.none(self._num_tasks))
@@ -75,18 +75,18 @@ class UsageByEpoch:
 
 
 def planned_usage(split: PackedSplit) -> Usage:
-    """What one epoch uses by the split's index: every piece as often as it is there. Takes about a second for ten
-    million pieces."""
+    """What one epoch uses by the split's index: every slice as often as it is there. Takes about a second for ten
+    million slices."""
     total = Usage.none(split.num_tasks)
     task_ids = np.asarray(split.dataset.task_ids)
-    for first in range(0, split.num_pieces, _BLOCK):
-        pieces = split.pieces(slice(first, min(first + _BLOCK, split.num_pieces)))
-        total += Usage.of(pieces, task_ids[pieces.samples], split.num_tasks)
+    for first in range(0, split.num_slices, _BLOCK):
+        slices = split.slices(slice(first, min(first + _BLOCK, split.num_slices)))
+        total += Usage.of(slices, task_ids[slices.samples], split.num_tasks)
     return total
 
 
 def hash64(samples: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """A 64-bit hash of pieces (the finalizer of SplitMix64), uint64; different for different pieces as long as there
+    """A 64-bit hash of slices (the finalizer of SplitMix64), uint64; different for different slices as long as there
     are fewer than 2^32 samples."""
     x = samples.astype(np.uint64)
     x <<= np.uint64(32)

@@ -2,7 +2,7 @@
 
 ::
 
-    samples ─cut─► pieces ─assign_splits─► train, valid, test ─uses_of_samples─► groups ─pack_split─► packs, counts
+    samples ─cut─► slices ─assign_splits─► train, valid, test ─uses_of_samples─► groups ─pack_split─► packs, counts
 """
 
 import dataclasses
@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mft_megatron.data.permutation import named_order
-from mft_megatron.data.sample_slices import Pieces
+from mft_megatron.data.permutation import named_permutation
+from mft_megatron.data.sample_slices import SampleSlices
 from mft_megatron.data.storage.dataset_writer import DatasetFiles
 from mft_megatron.data.storage.ledger import LengthEntry, PackEntry, TaskCut, TaskEntry
 from mft_megatron.data.storage.stored_samples import Stored
@@ -147,10 +147,10 @@ def _pack(
     """Rows of one split; ``None`` where it has no sample."""
     if layout.padding_mode == "concat":
         return _concatenate(stored, layout, in_split)
-    own = in_split[made.pieces.samples]
-    pieces, supervised = made.pieces.take(own), made.supervised[own]
-    tasks = stored.task_ids[pieces.samples]
-    copies = np.ones(len(tasks), np.int64) if uses is None else uses[pieces.samples]
+    own = in_split[made.slices.samples]
+    slices, supervised = made.slices.take(own), made.supervised[own]
+    tasks = stored.task_ids[slices.samples]
+    copies = np.ones(len(tasks), np.int64) if uses is None else uses[slices.samples]
     groups = []
     for copy in range(int(copies.max(initial=0))):
         places = np.flatnonzero(copies > copy)
@@ -158,7 +158,7 @@ def _pack(
     groups = [group for group in groups if len(group)]
     if not groups:
         return None
-    return pack_split(pieces, supervised, tasks, groups, layout.seq_length, layout.padding_mode, stored.lengths)
+    return pack_split(slices, supervised, tasks, groups, layout.seq_length, layout.padding_mode, stored.lengths)
 
 
 def _concatenate(stored: Stored, layout: Layout, in_split: np.ndarray) -> SplitPacks | None:
@@ -166,8 +166,8 @@ def _concatenate(stored: Stored, layout: Layout, in_split: np.ndarray) -> SplitP
     for number, (task, samples) in enumerate(zip(stored.tasks, _samples_of_tasks(stored.tasks), strict=True)):
         own = samples.start + np.flatnonzero(in_split[samples])
         if len(own):
-            own = own[named_order(f"{layout.seed}/{task.name}/concat", len(own))]
-            documents.append(Pieces(own, np.zeros(len(own), np.int64), stored.lengths[own].astype(np.int64)))
+            own = own[named_permutation(f"{layout.seed}/{task.name}/concat", len(own))]
+            documents.append(SampleSlices(own, np.zeros(len(own), np.int64), stored.lengths[own].astype(np.int64)))
             tasks.append(number)
     return concatenate(documents, tasks, layout.seq_length, stored.lengths) if documents else None
 
@@ -186,13 +186,13 @@ def _task_cut(
     in_split = np.bincount(split_of_sample[own][kept], minlength=len(SPLITS))
     trained = split_of_sample[own] == 0
     times, samples = np.unique(uses[own][kept & trained], return_counts=True)
-    # pieces are in the order of their samples
-    pieces = slice(*np.searchsorted(made.pieces.samples, [own.start, own.stop]))
-    windows = made.outcome[made.pieces.samples[pieces]] == WINDOWED
+    # slices are in the order of their samples
+    slices = slice(*np.searchsorted(made.slices.samples, [own.start, own.stop]))
+    windows = made.outcome[made.slices.samples[slices]] == WINDOWED
     return TaskCut(
         kept=int(kept.sum()),
-        tokens=task.tokens if concat else int(made.pieces.lengths[pieces].sum()),
-        supervised_tokens=task.supervised_tokens if concat else int(made.supervised[pieces].sum()),
+        tokens=task.tokens if concat else int(made.slices.lengths[slices].sum()),
+        supervised_tokens=task.supervised_tokens if concat else int(made.supervised[slices].sum()),
         truncated=0 if concat else int((outcome == TRUNCATED).sum()),
         windowed=0 if concat else int((outcome == WINDOWED).sum()),
         windows=0 if concat else int(windows.sum()),
@@ -235,6 +235,6 @@ def _notices(tasks: Sequence[TaskEntry], cuts: Sequence[TaskCut], layout: Layout
 
 
 def _pack_entry(packed: SplitPacks, seq_length: int) -> PackEntry:
-    packs, tokens = len(packed.offsets) - 1, packed.pieces.num_tokens
-    samples = len(packed.pieces.samples)
+    packs, tokens = len(packed.offsets) - 1, packed.slices.num_tokens
+    samples = len(packed.slices.samples)
     return PackEntry(packs, samples, tokens, int(packed.counts[2].sum()), tokens / (packs * seq_length))

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mft_megatron.data.sample_slices import Pieces, ranges, supervised_tokens
+from mft_megatron.data.sample_slices import SampleSlices, ranges, supervised_tokens
 from mft_megatron.data.storage.indexed_dataset import IndexedDataset
 
 OVERLONG = ("drop", "truncate", "truncate-left", "split")
@@ -20,10 +20,10 @@ _TOKENS_AT_ONCE = 1 << 24
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-    """Pieces of all samples, by sample and place. ``supervised`` int64 [pieces]: targets that count. ``outcome`` uint8
+    """Slices of all samples, by sample and place. ``supervised`` int64 [slices]: targets that count. ``outcome`` uint8
     [samples]: KEPT, TRUNCATED, WINDOWED, TOO_LONG or CUT_TO_NOTHING. ``unsupervised_windows`` int64 [samples]."""
 
-    pieces: Pieces
+    slices: SampleSlices
     supervised: np.ndarray
     outcome: np.ndarray
     unsupervised_windows: np.ndarray
@@ -62,27 +62,27 @@ def cut(
     windows, targets = windows.take(~empty), targets[~empty]
 
     whole = np.flatnonzero(outcome == KEPT)
-    pieces = [
+    slices = [
         np.concatenate([whole, windows.samples]),
         np.concatenate([np.zeros(len(whole), np.int64), windows.starts]),
         np.concatenate([lengths[whole].astype(np.int64), windows.lengths]),
     ]
-    order = np.lexsort((pieces[1], pieces[0]))
+    order = np.lexsort((slices[1], slices[0]))
     all_targets = np.concatenate([supervised[whole].astype(np.int64), targets])
-    return Cut(Pieces(*(values[order] for values in pieces)), all_targets[order], outcome, unsupervised)
+    return Cut(SampleSlices(*(values[order] for values in slices)), all_targets[order], outcome, unsupervised)
 
 
-def _windows(samples: np.ndarray, lengths: np.ndarray, policy: np.ndarray, seq_length: int) -> Pieces:
+def _windows(samples: np.ndarray, lengths: np.ndarray, policy: np.ndarray, seq_length: int) -> SampleSlices:
     """The windows of overlong samples before any is left out."""
     step = seq_length - 1
     count = np.select([policy == 0, policy == 3], [0, -(-(lengths - 1) // step)], 1)
     number = ranges(np.zeros(len(samples), np.int64), count)
     of = np.repeat(np.arange(len(samples)), count)
     starts = np.where(policy[of] == 2, lengths[of] - seq_length, number * step)
-    return Pieces(samples[of], starts, np.minimum(seq_length, lengths[of] - starts))
+    return SampleSlices(samples[of], starts, np.minimum(seq_length, lengths[of] - starts))
 
 
-def _supervised_targets(mask: IndexedDataset, windows: Pieces) -> np.ndarray:
+def _supervised_targets(mask: IndexedDataset, windows: SampleSlices) -> np.ndarray:
     """Supervised tokens of each window but its first, int64."""
     counts = np.zeros(len(windows.samples), np.int64)
     until = np.cumsum(windows.lengths)

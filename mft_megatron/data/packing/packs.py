@@ -1,9 +1,9 @@
-"""Packing the pieces of one split: which of them share a row, and what each row counts.
+"""Packing the slices of one split: which of them share a row, and what each row counts.
 
 Files of a split, for sequence length L: ``_{split}_packs_{L}.npy`` int64, sample numbers, pack after pack;
 ``_{split}_packs_{L}_offsets.npy`` int64 [packs + 1], where each pack starts in it; ``_{split}_counts_{L}.npy`` int64
 [4, rows]: pack, task, supervised tokens and samples that have any, by pack and task, for tasks that occur in the pack.
-Where not every piece is a whole sample, ``_{split}_packs_{L}_cuts.npy`` int64 [2, pieces] has first token and length of
+Where not every slice is a whole sample, ``_{split}_packs_{L}_cuts.npy`` int64 [2, slices] has first token and length of
 each.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mft_megatron.data import _sample_index
-from mft_megatron.data.sample_slices import Pieces, ranges
+from mft_megatron.data.sample_slices import SampleSlices, ranges
 
 SPLITS = ("train", "valid", "test")
 PADDING_MODES = ("pack", "padding", "concat")
@@ -21,10 +21,10 @@ PADDING_MODES = ("pack", "padding", "concat")
 
 @dataclasses.dataclass(frozen=True)
 class SplitPacks:
-    """The rows of a split: ``pieces``, pack after pack, ``offsets`` int64 [packs + 1], ``counts`` int64 [4, rows];
-    ``whole``: every piece is a whole sample."""
+    """The rows of a split: ``slices``, pack after pack, ``offsets`` int64 [packs + 1], ``counts`` int64 [4, rows];
+    ``whole``: every slice is a whole sample."""
 
-    pieces: Pieces
+    slices: SampleSlices
     offsets: np.ndarray
     counts: np.ndarray
     whole: bool
@@ -32,9 +32,9 @@ class SplitPacks:
     def files(self, split: str, seq_length: int) -> dict[str, np.ndarray]:
         """The arrays by the ends of their files' names."""
         packs, offsets, counts, cuts = pack_files(split, seq_length)
-        files = {packs: self.pieces.samples, offsets: self.offsets, counts: self.counts}
+        files = {packs: self.slices.samples, offsets: self.offsets, counts: self.counts}
         if not self.whole:
-            files[cuts] = np.stack([self.pieces.starts, self.pieces.lengths])
+            files[cuts] = np.stack([self.slices.starts, self.slices.lengths])
         return files
 
 
@@ -45,7 +45,7 @@ def pack_files(split: str, seq_length: int) -> tuple[str, str, str, str]:
 
 
 def pack_split(
-    pieces: Pieces,
+    slices: SampleSlices,
     supervised: np.ndarray,
     tasks: np.ndarray,
     groups: Sequence[np.ndarray],
@@ -53,22 +53,22 @@ def pack_split(
     padding_mode: str,
     lengths_of_samples: np.ndarray,
 ) -> SplitPacks:
-    """Put pieces into rows.
+    """Put slices into rows.
 
     Args:
-        pieces: of the split.
-        supervised: int64 [pieces], targets that count.
-        tasks: uint16 [pieces].
-        groups: places of pieces, each group packed for itself; a piece may be in several groups, not twice in one.
+        slices: of the split.
+        supervised: int64 [slices], targets that count.
+        tasks: uint16 [slices].
+        groups: places of slices, each group packed for itself; a slice may be in several groups, not twice in one.
         seq_length: tokens of a row.
-        padding_mode: "pack": best fit, from the longest piece to the shortest; "padding": a piece is a row; "concat":
+        padding_mode: "pack": best fit, from the longest slice to the shortest; "padding": a slice is a row; "concat":
             see :func:`concatenate`.
         lengths_of_samples: int [samples], tokens of every sample of the data set.
 
     Raises:
-        ValueError: a piece is longer than a row.
+        ValueError: a slice is longer than a row.
     """
-    parts = [_pack_group(pieces.lengths[group], seq_length, padding_mode) for group in groups]
+    parts = [_pack_group(slices.lengths[group], seq_length, padding_mode) for group in groups]
     places = np.concatenate([group[order] for group, (order, _) in zip(groups, parts, strict=True)])
     sizes = np.concatenate([np.diff(offsets) for _, offsets in parts])
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
@@ -78,7 +78,7 @@ def pack_split(
         np.ascontiguousarray(tasks, np.uint16),
         np.ascontiguousarray(supervised, np.int64),
     )
-    packed = pieces.take(places)
+    packed = slices.take(places)
     return SplitPacks(packed, offsets, counts, _all_whole(packed, lengths_of_samples))
 
 
@@ -88,7 +88,9 @@ def _pack_group(lengths: np.ndarray, seq_length: int, padding_mode: str) -> tupl
     return _sample_index.best_fit_decreasing(np.ascontiguousarray(lengths, np.int32), seq_length)
 
 
-def concatenate(documents: Sequence[Pieces], tasks: Sequence[int], seq_length: int, lengths_of_samples) -> SplitPacks:
+def concatenate(
+    documents: Sequence[SampleSlices], tasks: Sequence[int], seq_length: int, lengths_of_samples
+) -> SplitPacks:
     """Rows that are full whatever the documents' borders: the stream of a task's documents, cut every
     ``seq_length - 1`` tokens.
 
@@ -102,7 +104,7 @@ def concatenate(documents: Sequence[Pieces], tasks: Sequence[int], seq_length: i
         lengths_of_samples: int [samples], tokens of every sample of the data set.
     """
     step = seq_length - 1
-    pieces, sizes, counts, packs = [], [], [], 0
+    slices, sizes, counts, packs = [], [], [], 0
     for task, own in zip(tasks, documents, strict=True):
         ends = np.cumsum(own.lengths)
         total = int(ends[-1])
@@ -114,7 +116,7 @@ def concatenate(documents: Sequence[Pieces], tasks: Sequence[int], seq_length: i
         row = np.repeat(np.arange(len(row_starts)), number)
         begin = np.maximum(row_starts[row], ends[document] - own.lengths[document])
         end = np.minimum((row_starts + row_lengths)[row], ends[document])
-        pieces.append(Pieces(own.samples[document], begin - ends[document] + own.lengths[document], end - begin))
+        slices.append(SampleSlices(own.samples[document], begin - ends[document] + own.lengths[document], end - begin))
         sizes.append(number)
         counts.append(
             np.stack(
@@ -127,10 +129,10 @@ def concatenate(documents: Sequence[Pieces], tasks: Sequence[int], seq_length: i
             )
         )
         packs += len(row_starts)
-    packed = Pieces(*map(np.concatenate, zip(*pieces, strict=True)))
+    packed = SampleSlices(*map(np.concatenate, zip(*slices, strict=True)))
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.concatenate(sizes))])
     return SplitPacks(packed, offsets, np.concatenate(counts, axis=1), _all_whole(packed, lengths_of_samples))
 
 
-def _all_whole(pieces: Pieces, lengths_of_samples: np.ndarray) -> bool:
-    return bool(np.array_equal(pieces.lengths, lengths_of_samples[pieces.samples]))
+def _all_whole(slices: SampleSlices, lengths_of_samples: np.ndarray) -> bool:
+    return bool(np.array_equal(slices.lengths, lengths_of_samples[slices.samples]))

@@ -6,7 +6,7 @@ divide evenly goes to the first samples of a named order, so counts are exact an
 
 import numpy as np
 
-from mft_megatron.data.permutation import named_order
+from mft_megatron.data.permutation import named_permutation
 
 
 def task_ratios(
@@ -45,5 +45,5 @@ def uses_of_samples(samples: int, ratio: float, epochs: int, name: str) -> np.nd
     total = max(round(ratio * epochs * samples), 1 if ratio > 0 else 0)
     each, rest = divmod(total, samples)
     uses = np.full(samples, each, np.int64)
-    uses[named_order(name, samples)[:rest]] += 1
+    uses[named_permutation(name, samples)[:rest]] += 1
     return uses

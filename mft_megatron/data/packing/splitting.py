@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from mft_megatron.data.permutation import named_order
+from mft_megatron.data.permutation import named_permutation
 
 from .packs import SPLITS
 
@@ -23,5 +23,5 @@ def assign_splits(samples: int, weights: tuple[float, float, float], seed: int, 
             sizes[sizes.argmax()] -= 1
             sizes[number] += 1
     split = np.empty(samples, np.uint8)
-    split[named_order(f"{seed}/{task}", samples)] = np.repeat(np.arange(len(SPLITS), dtype=np.uint8), sizes)
+    split[named_permutation(f"{seed}/{task}", samples)] = np.repeat(np.arange(len(SPLITS), dtype=np.uint8), sizes)
     return split

@@ -28,12 +28,12 @@ def prefix(tmp_path_factory):
 
 def test_every_task_has_its_say(prefix):
     dataset = PackedDataset.open(prefix, 512)
-    pieces = dataset.split("train").pieces(slice(None))
+    slices = dataset.split("train").slices(slice(None))
     of_task = [set() for _ in dataset.tasks]
-    for sample, start, length in zip(*pieces, strict=True):
+    for sample, start, length in zip(*slices, strict=True):
         begin = dataset.tokens.start_of(sample) + start
         of_task[dataset.task_ids[sample]].add(bytes(dataset.tokens.items[begin : begin + length].astype(np.uint8)))
-    there = [int((dataset.task_ids[pieces.samples] == task).sum()) for task in range(4)]
+    there = [int((dataset.task_ids[slices.samples] == task).sum()) for task in range(4)]
     smallest = min(there)
     found = calibration(dataset, "train", 4 * smallest)
     assert list(found.by_task.values()) == [smallest] * 4

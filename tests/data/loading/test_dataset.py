@@ -16,7 +16,7 @@ from mft_megatron.errors import InputError
 def slow_row(split, pack):
     """Token by token: (token, label, mask, task, position) of a row, and the lengths of its segments."""
     dataset, segments = split.dataset, []
-    for sample, start, length in zip(*split.pieces_of(pack), strict=True):
+    for sample, start, length in zip(*split.slices_of(pack), strict=True):
         here = slice(start, start + length)
         ids, mask = dataset.tokens[sample][here].tolist(), dataset.mask[sample][here].tolist()
         segments.append(
@@ -70,8 +70,8 @@ def test_every_row_of_windows_and_of_other_modes(make_dataset, way):
     for pack in range(split.num_packs):
         assert_rows_are_right(split, [pack])
     assert_rows_are_right(split, [0, -1, *range(split.num_packs)])
-    pieces = split.pieces(slice(0, split.num_pieces))
-    assert (pieces.starts > 0).any() == (way != "padding")
+    slices = split.slices(slice(0, split.num_slices))
+    assert (slices.starts > 0).any() == (way != "padding")
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=30)
@@ -106,13 +106,13 @@ def test_counts_equal_a_recount_of_the_rows(dataset, data):
 
 
 def _padding(split, pack):
-    used = sum(len(split.dataset.tokens[sample]) for sample in split.pieces_of(pack).samples)
+    used = sum(len(split.dataset.tokens[sample]) for sample in split.slices_of(pack).samples)
     return split.seq_length - used
 
 
 def test_every_kept_sample_lies_in_exactly_one_pack_of_one_split(dataset):
     splits = [dataset.split(name) for name in dataset.splits]
-    samples = np.concatenate([split.pieces_of(pack).samples for split in splits for pack in range(split.num_packs)])
+    samples = np.concatenate([split.slices_of(pack).samples for split in splits for pack in range(split.num_packs)])
     assert sorted(samples) == np.flatnonzero(dataset.tokens.lengths <= 256).tolist()
     for split in splits:
         entry = dataset.entry.packs[split.name]
@@ -124,7 +124,7 @@ def test_every_kept_sample_lies_in_exactly_one_pack_of_one_split(dataset):
 
 def test_packs_mix_tasks(dataset):
     split = dataset.split("train")
-    mixed = [len(set(dataset.task_ids[split.pieces_of(pack).samples])) > 1 for pack in range(split.num_packs)]
+    mixed = [len(set(dataset.task_ids[split.slices_of(pack).samples])) > 1 for pack in range(split.num_packs)]
     assert any(mixed)
 
 

@@ -10,22 +10,22 @@ from hypothesis import strategies as st
 from mft_megatron.batch import Ranks, StepPlan
 from mft_megatron.data._sample_index import best_fit_decreasing
 from mft_megatron.data.loading.step_plan import deal_plan, epoch_order, plan_evaluation, plan_step
-from mft_megatron.data.sample_slices import Pieces
+from mft_megatron.data.sample_slices import SampleSlices
 
 
 class Packs:
-    """As much of a split as a plan needs: task p % 2 has p + 1 supervised tokens in pack p, which is made of a piece of
+    """As much of a split as a plan needs: task p % 2 has p + 1 supervised tokens in pack p, which is made of a slice of
     p + 1 tokens and one of 2."""
 
     def __init__(self, num_packs, dataset_hash="hash", name="train", joined=False, padded=False):
         self.num_packs, self.name = num_packs, name
         self.dataset = types.SimpleNamespace(dataset_hash=dataset_hash, joined=joined, padded=padded)
 
-    def pieces_of_packs(self, packs_G):
+    def slices_of_packs(self, packs_G):
         real = packs_G[packs_G >= 0]
         samples = np.stack([2 * real, 2 * real + 1], 1).ravel()
         lengths = np.stack([real + 1, np.full_like(real, 2)], 1).ravel()
-        return Pieces(samples, np.zeros_like(samples), lengths), np.where(packs_G >= 0, 2, 0)
+        return SampleSlices(samples, np.zeros_like(samples), lengths), np.where(packs_G >= 0, 2, 0)
 
     def counts(self, packs_G):
         real = packs_G[packs_G >= 0]

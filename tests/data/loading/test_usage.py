@@ -11,34 +11,34 @@ from mft_megatron.batch import Ranks
 from mft_megatron.data.loading.dataset import PackedDataset
 from mft_megatron.data.loading.step_plan import deal_plan, plan_step
 from mft_megatron.data.loading.usage import Usage, UsageByEpoch, hash64, planned_usage
-from mft_megatron.data.sample_slices import Pieces
+from mft_megatron.data.sample_slices import SampleSlices
 from tests.made_dataset import write_dataset
 
 TASKS = 3
 
 
 class Split:
-    """Packs of one to three pieces; sample s belongs to task s % 3; every other sample is cut into pieces."""
+    """Packs of one to three slices; sample s belongs to task s % 3; every other sample is cut into slices."""
 
     def __init__(self, num_packs, padded=False):
         number = np.arange(num_packs) % 3 + 1
         self.num_packs, self.name, self.num_tasks = num_packs, "train", TASKS
         self._offsets = np.concatenate([[0], np.cumsum(number)])
         places = np.arange(self._offsets[-1])
-        self._pieces = Pieces(places // 2, places % 2 * 7, np.full(len(places), 7))
-        self.num_pieces = len(places)
+        self._slices = SampleSlices(places // 2, places % 2 * 7, np.full(len(places), 7))
+        self.num_slices = len(places)
         task_ids = (np.arange(num_packs * 3) % TASKS).astype(np.uint16)
         self.dataset = types.SimpleNamespace(dataset_hash="h", joined=False, padded=padded, task_ids=task_ids)
 
-    def pieces(self, places):
-        return self._pieces.take(places)
+    def slices(self, places):
+        return self._slices.take(places)
 
-    def pieces_of(self, pack):
-        return self.pieces(slice(self._offsets[pack], self._offsets[pack + 1]))
+    def slices_of(self, pack):
+        return self.slices(slice(self._offsets[pack], self._offsets[pack + 1]))
 
-    def pieces_of_packs(self, packs):
-        rows = [self.pieces_of(pack) for pack in packs]
-        return Pieces(*map(np.concatenate, zip(*rows, strict=True))), np.array([len(row.samples) for row in rows])
+    def slices_of_packs(self, packs):
+        rows = [self.slices_of(pack) for pack in packs]
+        return SampleSlices(*map(np.concatenate, zip(*rows, strict=True))), np.array([len(row.samples) for row in rows])
 
     def counts(self, packs_G):
         return np.zeros(TASKS, np.int64), np.zeros(TASKS, np.int64)
@@ -49,7 +49,7 @@ def consume(split, usages, consumed, size, micro, spoil=None):
     plan = plan_step(split, seed=3, global_batch_size=size, consumed_samples=consumed)
     for rank, usage in enumerate(usages):
         places = deal_plan(plan, Ranks(rank, len(usages)), micro, split.dataset.padded).ravel()
-        rows = [split.pieces_of(pack) for pack in plan.packs_G[places]]
+        rows = [split.slices_of(pack) for pack in plan.packs_G[places]]
         usage.add(spoil(rows) if spoil else rows, plan.epochs_G[places], split.dataset.task_ids)
 
 
@@ -59,21 +59,21 @@ def summed(usages, epoch):
 
 def by_the_book(split):
     """With Python's integers."""
-    pieces, digests = [0] * TASKS, [0] * TASKS
-    for sample, start in zip(split._pieces.samples.tolist(), split._pieces.starts.tolist(), strict=True):
+    slices, digests = [0] * TASKS, [0] * TASKS
+    for sample, start in zip(split._slices.samples.tolist(), split._slices.starts.tolist(), strict=True):
         x = ((sample << 32 | start) + 0x9E3779B97F4A7C15) % 2**64
         x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
         x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
-        pieces[sample % TASKS] += 1
+        slices[sample % TASKS] += 1
         digests[sample % TASKS] = (digests[sample % TASKS] + (x ^ x >> 31)) % 2**64
-    return pieces, digests
+    return slices, digests
 
 
 @given(st.integers(1, 40))
 def test_the_plan_is_the_sum_over_the_index(num_packs):
     split = Split(num_packs)
     planned = planned_usage(split)
-    assert (planned.pieces_K.tolist(), planned.digest_K.tolist()) == by_the_book(split)
+    assert (planned.slices_K.tolist(), planned.digest_K.tolist()) == by_the_book(split)
 
 
 @settings(deadline=None, max_examples=50)
@@ -95,7 +95,7 @@ def test_every_epoch_is_used_as_planned_on_any_layout_and_after_any_resume(num_p
             consumed, taken = consumed + size, taken + 1
         before = {epoch: own + summed(usages, epoch) for epoch, own in before.items()}
     for own in before.values():
-        assert own.pieces_K.tolist() == planned.pieces_K.tolist()
+        assert own.slices_K.tolist() == planned.slices_K.tolist()
         assert own.digest_K.tolist() == planned.digest_K.tolist()
         assert not own.differs_from(planned).any()
 
@@ -103,7 +103,7 @@ def test_every_epoch_is_used_as_planned_on_any_layout_and_after_any_resume(num_p
 FAULTS = {
     "a row is lost": lambda rows: rows[1:],
     "a row is doubled": lambda rows: [rows[1], *rows[1:]],
-    "a piece is lost": lambda rows: [rows[0].take(slice(1, None)), *rows[1:]],
+    "a slice is lost": lambda rows: [rows[0].take(slice(1, None)), *rows[1:]],
     "a window is taken for another": lambda rows: [rows[0]._replace(starts=7 - rows[0].starts), *rows[1:]],
 }
 
@@ -118,7 +118,7 @@ def test_what_goes_wrong_is_seen(num_packs, data_size, fault):
             return rows
         spoilt.append(True)
         wrong = FAULTS[fault](rows)
-        return wrong + [Pieces(*(np.zeros(0, np.int64),) * 3)] * (len(rows) - len(wrong))
+        return wrong + [SampleSlices(*(np.zeros(0, np.int64),) * 3)] * (len(rows) - len(wrong))
 
     usages = [UsageByEpoch(TASKS) for _ in range(data_size)]
     for consumed in range(0, num_packs, 2 * data_size):
@@ -139,9 +139,9 @@ def test_tasks_are_judged_each_for_itself():
 
 
 @given(st.lists(st.tuples(st.integers(0, 2**32 - 1), st.integers(0, 2**31 - 1)), unique=True, max_size=50))
-def test_hashes_of_different_pieces_differ(pieces):
-    samples, starts = np.array(pieces, np.int64).reshape(-1, 2).T
-    assert len(set(hash64(samples, starts).tolist())) == len(pieces)
+def test_hashes_of_different_slices_differ(slices):
+    samples, starts = np.array(slices, np.int64).reshape(-1, 2).T
+    assert len(set(hash64(samples, starts).tolist())) == len(slices)
 
 
 def test_hashes_are_fixed_for_ever():
@@ -156,9 +156,9 @@ def test_of_a_data_set_on_disk(tmp_path, mode):
     write_dataset(tmp_path / "set", 64, longest=500, documents=mode == "concat", padding_mode=mode, **options)
     split = PackedDataset.open(tmp_path / "set", 64).split("train")
     planned, usage = planned_usage(split), UsageByEpoch(split.num_tasks)
-    rows = [split.pieces_of(pack) for pack in range(split.num_packs)]
+    rows = [split.slices_of(pack) for pack in range(split.num_packs)]
     usage.add(rows, np.zeros(len(rows), np.int64), split.dataset.task_ids)
     assert not usage.of(0).differs_from(planned).any()
-    assert planned.pieces_K.sum() == split.dataset.entry.packs["train"].samples == split.num_pieces
+    assert planned.slices_K.sum() == split.dataset.entry.packs["train"].samples == split.num_slices
     usage.forget(0)
-    assert not usage.of(0).pieces_K.any()
+    assert not usage.of(0).slices_K.any()

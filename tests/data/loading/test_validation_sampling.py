@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from mft_megatron.batch import Ranks
 from mft_megatron.data.loading.dataset import PackedDataset, rows_of
 from mft_megatron.data.loading.validation_sampling import ValidationDraws, deal
-from mft_megatron.data.sample_slices import NO_PIECES, Pieces, join
+from mft_megatron.data.sample_slices import NO_SLICES, SampleSlices, concatenate_slices
 
 WIDTH = 64
 
@@ -38,11 +38,11 @@ class Split:
             mask=types.SimpleNamespace(items=np.concatenate(masks).astype(np.uint8), start_of=starts.__getitem__),
         )
         self.lengths = lengths.astype(np.int64)
-        self.num_pieces = self.num_packs
+        self.num_slices = self.num_packs
 
-    def pieces(self, places):
+    def slices(self, places):
         samples = np.array(self.members, np.int64)[places]
-        return Pieces(samples, np.zeros_like(samples), self.lengths[samples])
+        return SampleSlices(samples, np.zeros_like(samples), self.lengths[samples])
 
 
 def supervises(mask):
@@ -70,7 +70,7 @@ PACKS = st.integers(1, 5)
 
 
 def drawn(draws, number):
-    return join(draws.rows(number)).samples.tolist()
+    return concatenate_slices(draws.rows(number)).samples.tolist()
 
 
 @settings(deadline=None)
@@ -79,9 +79,9 @@ def test_every_draw_holds_every_task_that_supervises(samples, num_packs, number)
     draws, known = ValidationDraws(Split(samples, 5), 1, num_packs), usable(samples)
     assert draws.known_K.tolist() == [task in known for task in range(5)]
     rows = draws.rows(number)
-    taken = collections.Counter(samples[sample][0] for sample in join(rows).samples)
+    taken = collections.Counter(samples[sample][0] for sample in concatenate_slices(rows).samples)
     assert taken == {task: draws.samples_K[task] for task in known}
-    assert all(supervises(samples[sample][1]) for sample in join(rows).samples)
+    assert all(supervises(samples[sample][1]) for sample in concatenate_slices(rows).samples)
     assert all(0 < sum(len(samples[sample][1]) for sample in row.samples) <= WIDTH for row in rows)
 
 
@@ -168,13 +168,13 @@ def test_a_draw_grows_where_tasks_are_many():
 @given(st.integers(0, 30), st.sampled_from([1, 2, 3, 4, 8]), st.integers(1, 5), st.integers(1, 4))
 def test_ranks_are_dealt_every_row_once(num_rows, data_size, micro_batch_size, times):
     """``times``: of what number the micro-batches must be a multiple, as interleaved pipelines want it."""
-    rows = [Pieces(*(np.array([value]) for value in (number, 0, 1))) for number in range(num_rows)]
+    rows = [SampleSlices(*(np.array([value]) for value in (number, 0, 1))) for number in range(num_rows)]
     multiple = data_size * micro_batch_size * times
     dealt = [deal(rows, Ranks(rank, data_size), micro_batch_size, multiple) for rank in range(data_size)]
     assert {len(own) for own in dealt} == {-(-num_rows // multiple) * times}
     assert all(len(micro_batch) == micro_batch_size for own in dealt for micro_batch in own)
     everything = [row for own in dealt for micro_batch in own for row in micro_batch]
-    assert sorted(join([*everything, NO_PIECES]).samples.tolist()) == list(range(num_rows))
+    assert sorted(concatenate_slices([*everything, NO_SLICES]).samples.tolist()) == list(range(num_rows))
     assert sum(row.num_tokens == 0 for row in everything) < multiple
     assert len(rows) == num_rows  # the caller's list stays what it was
 
@@ -194,7 +194,7 @@ def test_draws_of_a_real_split(dataset, number, num_packs, data_size):
             tokens += np.bincount(batch.task_ids_BS[batch.loss_mask_BS == 1], minlength=split.num_tasks)
     whole, _ = split.counts(np.arange(split.num_packs))
     assert ((tokens > 0) == (whole > 0)).all()
-    assert set(drawn(draws, number)) <= set(split.pieces(slice(0, split.num_pieces)).samples.tolist())
+    assert set(drawn(draws, number)) <= set(split.slices(slice(0, split.num_slices)).samples.tolist())
 
 
 def test_a_split_that_supervises_nothing_has_no_draws():
@@ -212,12 +212,12 @@ def test_draws_of_windows_and_of_joined_rows(make_dataset):
     )
     split = cut.split("valid")
     draws = ValidationDraws(split, 1, 4)
-    known = set(zip(*(values.tolist() for values in split.pieces(slice(0, split.num_pieces))), strict=True))
-    pieces = join([row for number in range(50) for row in draws.rows(number)])
-    assert set(zip(*(values.tolist() for values in pieces), strict=True)) == known
+    known = set(zip(*(values.tolist() for values in split.slices(slice(0, split.num_slices))), strict=True))
+    slices = concatenate_slices([row for number in range(50) for row in draws.rows(number)])
+    assert set(zip(*(values.tolist() for values in slices), strict=True)) == known
     split = joined.split("valid")
     rows = ValidationDraws(split, 1, 4).rows(3)
-    packs = [split.pieces_of(pack) for pack in range(split.num_packs)]
+    packs = [split.slices_of(pack) for pack in range(split.num_packs)]
     assert len(rows) == 4
     for row in rows:
         assert any(all(np.array_equal(a, b) for a, b in zip(row, pack, strict=True)) for pack in packs)

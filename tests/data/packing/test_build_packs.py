@@ -1,4 +1,4 @@
-"""From stored samples to packs: every piece as often as planned, whatever the mode, against counting by hand."""
+"""From stored samples to packs: every slice as often as planned, whatever the mode, against counting by hand."""
 
 import collections
 
@@ -18,9 +18,9 @@ DOCUMENTS = st.dictionaries(
 )
 
 
-def pieces_of(packed):
-    """(sample, start, length) of each piece, by pack."""
-    flat = list(zip(*(values.tolist() for values in packed.pieces), strict=True))
+def slices_of(packed):
+    """(sample, start, length) of each slice, by pack."""
+    flat = list(zip(*(values.tolist() for values in packed.slices), strict=True))
     return [flat[start:end] for start, end in zip(packed.offsets[:-1], packed.offsets[1:], strict=True)]
 
 
@@ -30,7 +30,7 @@ def test_every_sample_is_in_one_row_of_one_split(tasks, padding_mode, packing, s
     stored = stored_of(tasks)
     layout = Layout(seq_length, split=(3, 1, 1), padding_mode=padding_mode, packing=packing)
     packs, made, _ = lay_out(stored, layout)
-    rows = [row for packed in packs.values() for row in pieces_of(packed)]
+    rows = [row for packed in packs.values() for row in slices_of(packed)]
     samples = sorted(sample for row in rows for sample, _, _ in row)
     assert samples == list(range(len(stored.lengths)))
     assert all(sum(length for _, _, length in row) <= seq_length for row in rows)
@@ -44,13 +44,13 @@ def test_every_sample_is_in_one_row_of_one_split(tasks, padding_mode, packing, s
         assert (task.kept, task.tokens) == (own.sum(), stored.lengths[own].sum())
         assert sum(task.splits.values()) == task.kept
     for name, packed in packs.items():
-        assert made.packs[name].samples == len(packed.pieces.samples)
+        assert made.packs[name].samples == len(packed.slices.samples)
 
 
 def recount(stored, packed):
     """Rows of the counts: (pack, task, supervised tokens, samples that have any)."""
     rows = []
-    for number, pack in enumerate(pieces_of(packed)):
+    for number, pack in enumerate(slices_of(packed)):
         by_task = collections.defaultdict(lambda: [0, 0])
         for sample, start, length in pack:
             first = int(stored.mask.start_of(sample)) + start
@@ -63,7 +63,7 @@ def recount(stored, packed):
 
 @settings(deadline=None)
 @given(TASKS, st.integers(2, 30), st.sampled_from(["truncate", "truncate-left", "split"]))
-def test_counts_are_those_of_the_pieces(tasks, seq_length, overlong):
+def test_counts_are_those_of_the_slices(tasks, seq_length, overlong):
     stored = stored_of(tasks)
     try:
         packs, made, _ = lay_out(stored, Layout(seq_length, split=(1, 1, 0), overlong=overlong))
@@ -86,8 +86,8 @@ def test_samples_are_used_as_often_as_the_ledger_says(tasks, ratio, epochs, pack
     chosen = next(iter(tasks))
     layout = Layout(25, split=(4, 1, 0), packing=packing, task_sampling={chosen: ratio}, sampling_epochs=epochs)
     packs, made, notices = lay_out(stored, layout)
-    used = collections.Counter(packs["train"].pieces.samples.tolist())
-    for row in pieces_of(packs["train"]):
+    used = collections.Counter(packs["train"].slices.samples.tolist())
+    for row in slices_of(packs["train"]):
         assert len({sample for sample, _, _ in row}) == len(row)  # no row holds a sample twice
     for number, (task, cut) in enumerate(zip(stored.tasks, made.tasks, strict=True)):
         own = [used[sample] for sample in used if stored.task_ids[sample] == number]
@@ -99,7 +99,7 @@ def test_samples_are_used_as_often_as_the_ledger_says(tasks, ratio, epochs, pack
         assert cut.uses.get("0", 0) == unused
         assert any(f"task {task.name}: sampling leaves out {unused:,}" in line for line in notices) == (unused > 0)
     if "valid" in packs:
-        assert collections.Counter(packs["valid"].pieces.samples.tolist()).most_common(1)[0][1] == 1
+        assert collections.Counter(packs["valid"].slices.samples.tolist()).most_common(1)[0][1] == 1
 
 
 @settings(deadline=None)
@@ -108,7 +108,7 @@ def test_joined_rows_are_full_and_hold_every_token_as_a_target_once(documents, s
     stored = stored_of(documents)
     packs, made, _ = lay_out(stored, Layout(seq_length, split=(1, 0, 0), padding_mode="concat"))
     packed = packs["train"]
-    rows = pieces_of(packed)
+    rows = slices_of(packed)
     tasks = [{int(stored.task_ids[sample]) for sample, _, _ in row} for row in rows]
     assert all(len(own) == 1 for own in tasks)
     seen = collections.Counter()
@@ -126,7 +126,7 @@ def test_joined_rows_are_full_and_hold_every_token_as_a_target_once(documents, s
     assert packed.counts[1].tolist() == [next(iter(own)) for own in tasks]
     assert (packed.counts[3] == 1).all()
     assert packed.counts[0].tolist() == list(range(len(rows)))
-    assert packed.pieces.lengths.min() > 0
+    assert packed.slices.lengths.min() > 0
     assert [cut.kept for cut in made.tasks] == [task.kept for task in stored.tasks]
 
 
@@ -135,7 +135,7 @@ def test_documents_are_joined_in_an_order_that_the_seed_decides():
 
     def order(seed):
         packs, _, _ = lay_out(stored, Layout(4, split=(1, 0, 0), padding_mode="concat", seed=seed))
-        return list(dict.fromkeys(packs["train"].pieces.samples.tolist()))
+        return list(dict.fromkeys(packs["train"].slices.samples.tolist()))
 
     assert order(1) == order(1)
     assert sorted(order(1)) == list(range(50))

@@ -40,9 +40,9 @@ def test_every_sample_as_if_it_were_alone(at_once, masks, length, overlong):
     expected = [slow_cut(mask, length, overlong) for mask in masks]
     assert made.outcome.tolist() == [outcome for outcome, _, _ in expected]
     assert made.unsupervised_windows.tolist() == [without for _, _, without in expected]
-    pieces = [(number, *window) for number, (_, windows, _) in enumerate(expected) for window in windows]
-    found = [*zip(*(values.tolist() for values in made.pieces), made.supervised.tolist(), strict=True)]
-    assert found == pieces
+    slices = [(number, *window) for number, (_, windows, _) in enumerate(expected) for window in windows]
+    found = [*zip(*(values.tolist() for values in made.slices), made.supervised.tolist(), strict=True)]
+    assert found == slices
 
 
 @given(MASKS, st.integers(2, 12))
@@ -52,15 +52,15 @@ def test_windows_hold_every_target_exactly_once(masks, length):
     kept = made.outcome != CUT_TO_NOTHING
     assert kept.all()
     assert made.supervised.sum() == stored.supervised.sum()
-    assert made.pieces.lengths.max() <= length
+    assert made.slices.lengths.max() <= length
 
 
 def test_each_task_has_its_own_way():
     stored = stored_of({name: [[0, *[1] * 9]] for name in OVERLONG})
     made = cut(stored.lengths, stored.supervised, stored.mask, stored.task_ids, 4, list(OVERLONG))
     assert made.outcome.tolist() == [TOO_LONG, TRUNCATED, TRUNCATED, WINDOWED]
-    assert made.pieces.samples.tolist() == [1, 2, 3, 3, 3]
-    assert made.pieces.starts.tolist() == [0, 6, 0, 3, 6]
+    assert made.slices.samples.tolist() == [1, 2, 3, 3, 3]
+    assert made.slices.starts.tolist() == [0, 6, 0, 3, 6]
 
 
 def test_nothing_is_read_of_masks_that_fit():
@@ -75,4 +75,4 @@ def test_truncating_from_the_left_keeps_the_end():
     arguments = (stored.lengths, stored.supervised, stored.mask, stored.task_ids, 3)
     assert cut(*arguments, ["truncate"]).outcome.tolist() == [TRUNCATED, CUT_TO_NOTHING]
     assert cut(*arguments, ["truncate-left"]).outcome.tolist() == [CUT_TO_NOTHING, TRUNCATED]
-    assert np.array_equal(cut(*arguments, ["truncate-left"]).pieces.starts, [4])
+    assert np.array_equal(cut(*arguments, ["truncate-left"]).slices.starts, [4])
