@@ -3,9 +3,13 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "sample_index.hpp"
 
@@ -24,7 +28,7 @@ std::size_t length_of(const Array<T>& array, const char* name) {
     return static_cast<std::size_t>(array.shape(0));
 }
 
-// The vector's memory as an array; numpy frees it.
+// Hands the vector's memory to numpy, which frees it.
 Array<std::int64_t> to_numpy(std::vector<std::int64_t>&& values) {
     auto* owned = new std::vector<std::int64_t>(std::move(values));
     const py::capsule owner(owned, [](void* pointer) { delete static_cast<std::vector<std::int64_t>*>(pointer); });
@@ -92,7 +96,7 @@ PYBIND11_MODULE(_sample_index, module) {
     module.def("best_fit_decreasing", &best_fit_decreasing, py::arg("lengths").noconvert(), py::arg("capacity"),
                "int32 lengths [n], capacity -> (sample numbers int64 [n], offsets int64 [packs + 1]).");
     module.def("balance", &balance, py::arg("costs").noconvert(), py::arg("ranks"),
-               "int64 costs [n], ranks -> row numbers int64 [ranks, n / ranks], of each rank.");
+               "int64 costs [n], ranks -> int64 [ranks, n / ranks]: the row indices of each rank.");
     module.def("count_packs", &count_packs, py::arg("sample_numbers").noconvert(), py::arg("offsets").noconvert(),
                py::arg("task_of_sample").noconvert(), py::arg("supervised_of_sample").noconvert(),
                "-> int64 [4, rows]: pack, task, supervised tokens, samples; by pack, then task.");

@@ -1,6 +1,8 @@
 #include "sample_index.hpp"
 
 #include <algorithm>
+#include <cstddef>
+#include <cstdint>
 #include <functional>
 #include <limits>
 #include <numeric>
@@ -9,11 +11,37 @@
 #include <stdexcept>
 #include <string>
 #include <utility>
+#include <vector>
+
+#if defined(_MSC_VER) && !defined(MFT_PORTABLE)
+#include <intrin.h>
+#endif
 
 namespace mft {
 namespace {
 
 [[noreturn]] void refuse(const std::string& what) { throw std::invalid_argument(what); }
+
+// Index of the lowest bit that is set; `word` is not 0. MFT_PORTABLE takes the last branch, so that it can be tested.
+std::size_t lowest_bit(std::uint64_t word) {
+#if (defined(__GNUC__) || defined(__clang__)) && !defined(MFT_PORTABLE)
+    return static_cast<std::size_t>(__builtin_ctzll(word));
+#elif defined(_MSC_VER) && defined(_M_X64) && !defined(MFT_PORTABLE)
+    unsigned long index;
+    _BitScanForward64(&index, word);
+    return index;
+#else
+    std::size_t index = 0;
+    for (unsigned width = 32; width > 0; width /= 2) {
+        const std::uint64_t low = (std::uint64_t{1} << width) - 1;
+        if ((word & low) == 0) {
+            word >>= width;
+            index += width;
+        }
+    }
+    return index;
+#endif
+}
 
 // The set of remaining capacities that some open pack has, with "smallest member >= x" in O(levels): a bitmap of 64-bit
 // words, and above it bitmaps of which words are not empty.
@@ -57,17 +85,15 @@ public:
     }
 
 private:
-    static std::size_t lowest_bit(std::uint64_t word) { return static_cast<std::size_t>(__builtin_ctzll(word)); }
-
     std::vector<std::vector<std::uint64_t>> levels_;
 };
 
-// Numbers inside are of 32 bits where they count samples: the loops wait for memory, and half of it is half the wait.
+// Samples and packs are indexed with 32 bits inside: the loops wait for memory, so half the bytes take half the time.
 using Number = std::uint32_t;
 constexpr Number kNone = std::numeric_limits<Number>::max();
 
-// Sample numbers by falling length; equal lengths keep their order (a counting sort).
-std::vector<Number> by_falling_length(const std::int32_t* lengths, std::size_t n, std::int64_t capacity) {
+// Sample indices sorted by decreasing length with a counting sort; equal lengths keep their order.
+std::vector<Number> by_decreasing_length(const std::int32_t* lengths, std::size_t n, std::int64_t capacity) {
     std::vector<std::size_t> start(static_cast<std::size_t>(capacity) + 2, 0);
     for (std::size_t i = 0; i < n; ++i) ++start[static_cast<std::size_t>(capacity - lengths[i]) + 1];
     for (std::size_t length = 1; length < start.size(); ++length) start[length] += start[length - 1];
@@ -90,29 +116,29 @@ Packs best_fit_decreasing(const std::int32_t* lengths, std::size_t n, std::int64
         }
     }
     const std::size_t none = static_cast<std::size_t>(capacity) + 1;
-    CapacitySet rooms(none);
-    // Open packs by remaining capacity, latest on top: a stack of each capacity, linked through the packs.
+    CapacitySet capacities(none);
+    // A stack of open packs for each remaining capacity, latest on top, linked through the packs.
     std::vector<Number> top(none, kNone), below, size_of_pack;
-    const std::vector<Number> order = by_falling_length(lengths, n, capacity);
-    std::vector<Number> pack_of(n);  // in the order of `order`
+    const std::vector<Number> order = by_decreasing_length(lengths, n, capacity);
+    std::vector<Number> pack_of(n);  // indexed like `order`
     for (std::size_t at = 0; at < n; ++at) {
         const auto length = static_cast<std::size_t>(lengths[order[at]]);
-        std::size_t room = rooms.next(length, none);
+        std::size_t remaining = capacities.next(length, none);
         Number pack;
-        if (room == none) {
-            room = static_cast<std::size_t>(capacity);
+        if (remaining == none) {
+            remaining = static_cast<std::size_t>(capacity);
             pack = static_cast<Number>(size_of_pack.size());
             size_of_pack.push_back(0);
             below.push_back(kNone);
         } else {
-            pack = top[room];
-            top[room] = below[pack];
-            if (top[room] == kNone) rooms.erase(room);
+            pack = top[remaining];
+            top[remaining] = below[pack];
+            if (top[remaining] == kNone) capacities.erase(remaining);
         }
         pack_of[at] = pack;
         ++size_of_pack[pack];
-        if (const std::size_t left = room - length; left > 0) {
-            if (top[left] == kNone) rooms.insert(left);
+        if (const std::size_t left = remaining - length; left > 0) {
+            if (top[left] == kNone) capacities.insert(left);
             below[pack] = top[left];
             top[left] = pack;
         }
@@ -130,14 +156,14 @@ Packs best_fit_decreasing(const std::int32_t* lengths, std::size_t n, std::int64
 
 std::vector<std::int64_t> balance(const std::int64_t* costs, std::size_t n, std::int64_t ranks) {
     if (ranks < 1 || n % static_cast<std::size_t>(ranks) != 0) {
-        refuse(std::to_string(n) + " rows cannot be shared evenly by " + std::to_string(ranks) + " ranks");
+        refuse(std::to_string(n) + " rows cannot be divided evenly among " + std::to_string(ranks) + " ranks");
     }
     if (n > 0 && *std::min_element(costs, costs + n) < 0) refuse("costs must not be negative");
     std::vector<std::int64_t> order(n);
     std::iota(order.begin(), order.end(), 0);
     std::stable_sort(order.begin(), order.end(), [&](std::int64_t a, std::int64_t b) { return costs[a] > costs[b]; });
     const std::size_t each = n / static_cast<std::size_t>(ranks);
-    using Load = std::pair<std::int64_t, std::size_t>;  // cost so far, rank; of equal costs the first rank
+    using Load = std::pair<std::int64_t, std::size_t>;  // cost so far, rank; the first rank wins a tie
     std::priority_queue<Load, std::vector<Load>, std::greater<Load>> open;
     for (std::size_t rank = 0; each > 0 && rank < static_cast<std::size_t>(ranks); ++rank) open.emplace(0, rank);
     std::vector<std::size_t> taken(static_cast<std::size_t>(ranks), 0);
@@ -162,7 +188,7 @@ PackCounts count_packs(const std::int64_t* sample_numbers, std::size_t m, const 
     for (std::size_t pack = 0; pack + 1 < num_offsets; ++pack) {
         if (offsets[pack + 1] < offsets[pack] || offsets[pack + 1] > static_cast<std::int64_t>(m)) {
             refuse("offset " + std::to_string(offsets[pack + 1]) + " of pack " + std::to_string(pack + 1) +
-                   " falls behind the one before, or is beyond " + std::to_string(m));
+                   " is below the one before, or above " + std::to_string(m));
         }
         entries.clear();
         for (std::int64_t at = offsets[pack]; at < offsets[pack + 1]; ++at) {
@@ -193,11 +219,11 @@ std::vector<std::int64_t> epoch_order(std::int64_t n, std::uint64_t seed) {
     for (std::int64_t i = 0; i < n; ++i) order[static_cast<std::size_t>(i)] = i;
     std::mt19937_64 random(seed);
     for (std::uint64_t left = static_cast<std::uint64_t>(n); left > 1; --left) {
-        // Draws at or above the largest multiple of `left` would favour small results; draw again.
+        // Values at or above the largest multiple of `left` would favour small results: they are rejected.
         const std::uint64_t limit = left * (UINT64_MAX / left);
-        std::uint64_t draw = random();
-        while (draw >= limit) draw = random();
-        std::swap(order[static_cast<std::size_t>(left - 1)], order[static_cast<std::size_t>(draw % left)]);
+        std::uint64_t value = random();
+        while (value >= limit) value = random();
+        std::swap(order[static_cast<std::size_t>(left - 1)], order[static_cast<std::size_t>(value % left)]);
     }
     return order;
 }

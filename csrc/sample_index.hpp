@@ -12,38 +12,41 @@
 namespace mft {
 
 struct Packs {
-    std::vector<std::int64_t> sample_numbers;  // samples, pack after pack
+    std::vector<std::int64_t> sample_numbers;  // indices of the samples of pack 0, then of pack 1, …
     std::vector<std::int64_t> offsets;         // offsets[p] .. offsets[p + 1] are the samples of pack p; size packs + 1
 };
 
 // Best-fit decreasing: samples from the longest to the shortest (equal lengths in input order), each into the open pack
-// with the least room that still suffices, or into a new one. O(n) for n samples besides O(capacity) for the tables.
+// with the smallest remaining capacity that suffices, or into a new one. Time O(n + capacity) for n samples.
 //
 // lengths: tokens of each of n samples. capacity: tokens of a pack.
 // Throws if capacity < 1, a length is < 1 or > capacity, or there are 2^32 - 1 samples or more.
 Packs best_fit_decreasing(const std::int32_t* lengths, std::size_t n, std::int64_t capacity);
 
-// Rows shared out among ranks so that each has the same number of them and about the same cost: from the dearest row to
-// the cheapest, equal ones in their order, each to the rank that has least so far and still has room (the first of them).
+// Distributes rows over ranks so that each rank gets the same number of rows and about the same cost: from the most
+// expensive row to the cheapest (equal costs in input order), each to the rank with the lowest cost so far that has fewer
+// than n / ranks rows (the first of equal ranks).
 //
-// costs: of n rows. Returns row numbers, rank after rank, n / ranks each; a rank's rows from the dearest to the cheapest.
+// costs [n]: of each row, in any unit. Returns row indices [n]: n / ranks of rank 0, then of rank 1, …; the rows of a rank
+// from the most expensive to the cheapest.
 // Throws if ranks < 1, n is not a multiple of it, or a cost is negative.
 std::vector<std::int64_t> balance(const std::int64_t* costs, std::size_t n, std::int64_t ranks);
 
-struct PackCounts {  // one entry per pack and task that occurs in it, by pack, then task
+struct PackCounts {  // one entry for each pack and task that occurs in it, sorted by pack, then task
     std::vector<std::int64_t> pack, task, supervised_tokens, samples;
 };
 
 // Supervised tokens, and samples that have any, of every task in every pack: the denominators of docs/LOSSES.md.
 //
-// sample_numbers [m], offsets [packs + 1]: as in Packs. task_of_sample, supervised_of_sample [n]: of all samples.
-// Throws if the offsets do not run from 0 to m without falling, or a sample number is outside 0 .. n - 1.
+// sample_numbers [m], offsets [packs + 1]: see Packs. task_of_sample, supervised_of_sample [n]: task index and supervised
+// tokens of every sample.
+// Throws if the offsets do not rise from 0 to m, or a sample index is outside 0 .. n - 1.
 PackCounts count_packs(const std::int64_t* sample_numbers, std::size_t m, const std::int64_t* offsets,
                        std::size_t num_offsets, const std::uint16_t* task_of_sample,
                        const std::int64_t* supervised_of_sample, std::size_t n);
 
 // A permutation of 0 .. n - 1: Fisher-Yates, driven by std::mt19937_64 (whose output the standard fixes) through an
-// unbiased bounded draw of our own (std::uniform_int_distribution differs between standard libraries).
+// unbiased bounded generator written here (std::uniform_int_distribution differs between standard libraries).
 // Throws if n < 0.
 std::vector<std::int64_t> epoch_order(std::int64_t n, std::uint64_t seed);
 
