@@ -64,7 +64,7 @@ def _save_twice(prefix, folder, world):
 
 
 def test_a_checkpoint_is_what_was_there_and_counts_when_it_is_complete(dataset_prefix, tmp_path):
-    from test_checkpoints_of_distributed_optimizer import _tensors
+    from tests.parallel.test_checkpoints_of_distributed_optimizer import _tensors
 
     for facts in run_on_ranks(2, _save_twice, dataset_prefix, str(tmp_path), 2):
         assert facts == [None, "trained", "complete 1", "1", "complete 3", "3"]
