@@ -37,7 +37,7 @@ def run(objective, batch, losses, counts_K, statistics):
     slope = objective.slope(factors, batch)
     if slope is not None:
         slope.take(torch.zeros(2, dtype=torch.int64, device=losses.device)).at(losses.flatten()[:2])
-    value, coefficient = objective.of(factors, batch, losses)
+    value, coefficient = objective.contribution(factors, batch, losses)
     (gradient,) = torch.autograd.grad(value, losses)
     sums = objective.sums(batch, losses, coefficient, TASKS)
     objective.statistics_after(statistics, sums, counts_K[1])

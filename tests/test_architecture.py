@@ -25,7 +25,7 @@ ORDER = {
         *("values", "groups", "stages|table|megatron_only|without_effect", "checks"),
         "adapters|start|completion|config_file|reference|command",
     ),
-    "losses": ("segments|coefficients|focal|objective", "balancers"),
+    "losses": ("segments|coefficients|focal|table|objective", "balancers"),
 }
 # Importing one of these imports no Megatron-Core and replaces nothing in torch.
 WITHOUT_MEGATRON = (

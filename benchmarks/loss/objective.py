@@ -3,7 +3,7 @@
 ::
 
     rows of samples, K tasks, token losses ─┬─► plain mean            Σ m_t·l_t / Σ m_t
-                                            ├─► Objective, six modes  before_step, of, sums
+                                            ├─► Objective, six modes  before_step, contribution, sums
                                             └─► loop over tasks       a boolean mask and .item() for each
 
 Each is run forward and backward, in turn, many times over in one process: whatever else the machine does meets all
@@ -103,7 +103,7 @@ def variants(tasks: int, batch: Batch, loss_BS: Tensor, seed: int) -> dict[str, 
 
         def once() -> Tensor:
             factors = objective.before_step(tokens_K, samples_K, weight_K, before).to(loss_BS.device)
-            value, coefficient_BS = objective.of(factors, batch, loss_BS)
+            value, coefficient_BS = objective.contribution(factors, batch, loss_BS)
             objective.sums(batch, loss_BS, coefficient_BS, tasks)
             return gradient(value)
 

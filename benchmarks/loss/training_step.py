@@ -3,7 +3,7 @@
 ::
 
     Python's standard library ─► samples, dealt out over K tasks ─► tools/preprocess_data.py ─► Trainer.train_step
-                                                                        a clock in before_step, of, sums, and backward ┘
+                                                     a clock in before_step, contribution, sums, and backward ┘
 
 Every mode and the plain mean take their steps in turn, on the same model in one process. The clock lies around the
 engine's own functions; nothing in the engine knows of it.
@@ -35,7 +35,7 @@ from mft_megatron.mcore.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAIN = "plain mean"
-TIMED = ("before_step", "of", "sums", "statistics_after", "by_task")
+TIMED = ("before_step", "contribution", "sums", "statistics_after", "by_task")
 MODEL = (
     "--num-attention-heads 8 --swiglu --normalization RMSNorm --position-embedding-type rope --disable-bias-linear "
     "--untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0 --lr 1e-4 --train-iters 1000"
@@ -45,7 +45,7 @@ MODEL = (
 class PlainMean(Objective):
     """The mean of a micro-batch's supervised tokens, without coefficients and without anything to report."""
 
-    def of(self, factors, batch, loss_BS: Tensor, over_ranks=None) -> tuple[Tensor, Tensor]:
+    def contribution(self, factors, batch, loss_BS: Tensor, over_ranks=None) -> tuple[Tensor, Tensor]:
         mask_BS = batch.loss_mask_BS.float()
         return (loss_BS * mask_BS).sum() / mask_BS.sum().clamp(min=1), mask_BS
 
@@ -80,11 +80,12 @@ def timed(objective: Objective, clock: Clock, names: tuple[str, ...] = TIMED) ->
 
     own = {name: counted(getattr(objective, name)) for name in names}
 
-    def of(factors, batch, loss_BS: Tensor, over_ranks) -> tuple[Tensor, Tensor]:
-        value, coefficient_BS = own["of"](factors, batch, _BackwardMark.apply(loss_BS, clock.stop), over_ranks)
+    def contribution(factors, batch, loss_BS: Tensor, over_ranks) -> tuple[Tensor, Tensor]:
+        marked_BS = _BackwardMark.apply(loss_BS, clock.stop)
+        value, coefficient_BS = own["contribution"](factors, batch, marked_BS, over_ranks)
         return _BackwardMark.apply(value, clock.start), coefficient_BS
 
-    for name, function in {**own, "of": of}.items():
+    for name, function in {**own, "contribution": contribution}.items():
         object.__setattr__(objective, name, function)  # the dataclass is frozen
     return objective
 

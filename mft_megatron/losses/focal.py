@@ -14,13 +14,13 @@ from torch import Tensor
 from .segments import inverse, sample_sums, spread
 
 
-def token_miss(loss_BS: Tensor) -> Tensor:
-    """``1 - exp(-l_t)`` in fp64; differentiable."""
-    return -torch.expm1(-loss_BS.double())
+def token_miss(loss: Tensor) -> Tensor:
+    """``1 - exp(-l_t)`` of token losses of any shape, fp64; differentiable."""
+    return -torch.expm1(-loss.double())
 
 
 def power(miss: Tensor, gamma: float) -> Tensor:
-    """``miss ** gamma`` whose derivative stays finite where nothing is missed and gamma is below 1."""
+    """``miss ** gamma`` whose derivative stays finite where nothing is missed and gamma is below 1; any shape."""
     return miss.clamp(min=torch.finfo(torch.float32).tiny) ** gamma
 
 
@@ -32,15 +32,15 @@ def sample_modulation(
     gamma: float,
     over_ranks: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """``(1 - P_j)^gamma`` of the sample that a token belongs to.
+    """``(1 - P_j)^gamma`` of each token's sample.
 
     Args:
         loss_BS: token losses, floating point.
-        sample_ids_BS: int64, number of the sample within the micro-batch.
-        loss_mask_BS: 1 where the target is supervised.
-        num_segments: how many sample numbers there are.
+        sample_ids_BS: int64, index of the sample within the micro-batch.
+        loss_mask_BS: 1 where the target is supervised, any dtype.
+        num_segments: how many sample indices there are.
         gamma: at least 0.
-        over_ranks: sums a tensor over the ranks that share the tokens, each with losses of 0 for the others' tokens;
+        over_ranks: sums a tensor over the ranks that compute the tokens, each with losses of 0 for the others' tokens;
             differentiable. ``None`` where one rank has them all.
 
     Returns:
@@ -67,11 +67,17 @@ class TaskStatistics:
 
     @classmethod
     def none(cls, num_tasks: int, device: torch.device | str = "cpu") -> "TaskStatistics":
-        """Before the first step."""
+        """The statistics before the first step: no task has appeared."""
         return cls(*torch.zeros(3, num_tasks, dtype=torch.float64, device=device))
 
     def after(self, miss_sum_K: Tensor, loss_sum_K: Tensor, samples_K: Tensor) -> "TaskStatistics":
-        """With the sums over the samples of one more global batch; tasks that it lacks keep what they had."""
+        """Replace the statistics of the tasks that one more global batch has; the others keep theirs.
+
+        Args:
+            miss_sum_K: fp64, sum over the samples of each task of their mean miss.
+            loss_sum_K: fp64, sum over the samples of each task of their mean loss.
+            samples_K: ``M_i`` of the global batch, any dtype.
+        """
         present_K, per_sample_K = samples_K > 0, inverse(samples_K.double())
         return TaskStatistics(
             torch.where(present_K, miss_sum_K * per_sample_K, self.miss_K),
@@ -81,7 +87,7 @@ class TaskStatistics:
 
 
 def task_modulation(before: TaskStatistics, gamma: float, detach: bool) -> tuple[Tensor, Tensor]:
-    """What Eq. 3, differentiated at the last known statistics, puts on ``Q_i`` and on ``P_i``: fp64 [K] twice.
+    """Factors on ``Q_i`` and on ``P_i`` when Eq. 3 is differentiated at the last known statistics: fp64 [K] each.
 
     By the product rule, ``d[(1-P)^gamma Q] = (1-P)^gamma dQ - gamma (1-P)^(gamma-1) Q dP``. A task that appears for
     the first time has factor 1 and no second term; ``detach`` drops that term for all.
@@ -97,9 +103,9 @@ def task_loss(factor_K: Tensor, now: TaskStatistics, samples_K: Tensor, gamma: f
     """Eq. 3 of each task on the statistics ``now``: fp64 [K]; their sum is the loss.
 
     Args:
-        factor_K: from :func:`.coefficients.task_factors`; ``alpha_i / (|P| M_i)``.
-        now: of the same global batch.
-        samples_K: ``M_i``.
+        factor_K: fp64 from :meth:`.table.Loss.task_factors`; ``alpha_i / (|P| M_i)``.
+        now: statistics of the same global batch.
+        samples_K: ``M_i``, any dtype.
         gamma: at least 0.
     """
     return factor_K * samples_K * power(now.miss_K, gamma) * now.loss_K

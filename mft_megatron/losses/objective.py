@@ -3,10 +3,10 @@
 ::
 
     T_i, M_i of the global batch, w_i ─► before_step ─► StepFactors [K] ─┐
-    task, sample and mask of every token, l_t ───────────────────────────┴─► of ─► Σ c_t·l_t (+ Σ d_t·p_t), c_t
+    task, sample and mask of each token, l_t ────────────────────────────┴─► contribution ─► Σ c_t·l_t (+ Σ d_t·p_t)
 
-``before_step`` runs once a step and ``of`` once a micro-batch, where the output layer is. Nothing here knows ranks: the
-sums of all micro-batches and data-parallel ranks are simply added.
+``before_step`` runs once a step and ``contribution`` once a micro-batch, where the output layer is. Nothing here knows
+ranks: the sums of all micro-batches and data-parallel ranks are simply added.
 """
 
 import dataclasses
@@ -17,32 +17,37 @@ from torch import Tensor
 
 from mft_megatron.batch import Batch
 
-from .coefficients import SHARED_BY_SAMPLE, coefficients, task_factors
+from .coefficients import coefficients
 from .focal import TaskStatistics, sample_modulation, task_loss, task_modulation, token_miss
 from .segments import counts
+from .table import LOSSES, Loss
 
-OverRanks = Callable[[Tensor], Tensor]
+# sums a tensor over the ranks that compute a micro-batch's tokens; differentiable
+SumOverRanks = Callable[[Tensor], Tensor]
 # rows of Objective.sums
 SUMS = ("loss_K", "tokens_K", "objective_K", "share_K", "sample_loss_K", "sample_miss_K")
 
 
 @dataclasses.dataclass(frozen=True)
 class StepFactors:
-    """What is known before the first backward of a step; fp64 [K] each.
+    """Factors of each task that are known before the first backward of a step; fp64 [K] each.
 
-    ``base_K``: ``a_i`` of :func:`.coefficients.task_factors`. ``loss_K``: what a token loss is multiplied with (before
-    ``1/T_j``); ``base_K`` but for focal-task. ``probability_K``: what ``p_t`` is multiplied with; of focal-task only.
-    ``weight_K`` and ``micro_batch_share``: under micro-batch normalisation, which makes its own ``a_i``.
+    Attributes:
+        base_K: ``a_i`` of :meth:`.table.Loss.task_factors`.
+        loss_K: multiplies the token losses (before ``1/T_j``); differs from ``base_K`` in focal-task alone.
+        weight_K: ``w_i`` or ``alpha_i``, from which micro-batch normalisation makes the ``a_i`` of each micro-batch.
+        probability_K: multiplies ``p_t``; in focal-task alone.
+        micro_batch_weight: 1 over the number of micro-batches of the step, for micro-batch normalisation.
     """
 
     base_K: Tensor
     loss_K: Tensor
     weight_K: Tensor
     probability_K: Tensor | None = None
-    micro_batch_share: float = 1.0
+    micro_batch_weight: float = 1.0
 
     def to(self, device: torch.device) -> "StepFactors":
-        """The same on another device."""
+        """Copy the factors to a device; the host does not wait for it."""
         moved = {
             field.name: value.to(device, non_blocking=True)
             for field in dataclasses.fields(self)
@@ -55,24 +60,24 @@ class StepFactors:
 class Slope:
     """``dL/dl_t`` of some tokens, as far as it is known before their losses: ``linear + exponential · exp(-l_t)``.
 
-    fp64; ``exponential`` is ``None`` where there is no such term.
+    Both are fp64 of one shape; ``exponential`` is ``None`` where there is no such term.
     """
 
     linear: Tensor
     exponential: Tensor | None = None
 
     def at(self, loss: Tensor) -> Tensor:
-        """``dL/dl_t`` at these losses, in their dtype."""
+        """Evaluate ``dL/dl_t`` at token losses of the slope's shape; the result has their dtype."""
         if self.exponential is None:
             return self.linear.to(loss.dtype)
         return (self.linear + self.exponential * (-loss.double()).exp()).to(loss.dtype)
 
     def take(self, tokens: slice | Tensor) -> "Slope":
-        """Of some of the tokens: a slice or their numbers in the flattened order."""
+        """Select some of the tokens: a slice, or int64 indices, in the flattened order."""
         return self._each(lambda value: value.flatten()[tokens])
 
     def times(self, factor: Tensor | float) -> "Slope":
-        """Of the objective times a factor."""
+        """Scale the slope by a factor, a number or a scalar tensor."""
         return self._each(lambda value: value * factor)
 
     def _each(self, function: Callable[[Tensor], Tensor]) -> "Slope":
@@ -83,8 +88,12 @@ class Slope:
 class Objective:
     """A loss and its constants.
 
-    ``mode``: a key of :data:`.coefficients.FACTORS`. ``gamma``, ``detach``: of the focal losses. ``per_micro_batch``:
-    normalise inside each micro-batch and take the mean over micro-batches and ranks, as MFTCoder does.
+    Attributes:
+        mode: a name in :data:`.table.LOSSES`.
+        gamma: exponent of the focal losses, at least 0.
+        detach: whether the modulation of the focal losses is a constant.
+        per_micro_batch: normalise inside each micro-batch and take the mean over micro-batches and ranks, as MFTCoder
+            does.
     """
 
     mode: str = "task-token"
@@ -92,52 +101,58 @@ class Objective:
     detach: bool = False
     per_micro_batch: bool = False
 
+    @property
+    def loss(self) -> Loss:
+        """The entry of the loss table."""
+        return LOSSES[self.mode]
+
     def before_step(
         self,
         tokens_K: Tensor,
         samples_K: Tensor,
         weight_K: Tensor,
-        before: TaskStatistics | None = None,
+        before: TaskStatistics,
         num_micro_batches: int = 1,
     ) -> StepFactors:
-        """Factors of a step.
+        """Compute the factors of a step.
 
         Args:
-            tokens_K, samples_K: ``T_i`` and ``M_i`` of the global batch, any dtype.
-            weight_K: ``w_i``, or ``alpha_i`` of the focal losses; 0 leaves a task out. Floating point.
-            before: statistics of earlier steps, needed by focal-task; ``loss_K`` and ``probability_K`` then lie where
-                they do, all else lies where the counts do.
+            tokens_K: ``T_i`` of the global batch, any dtype.
+            samples_K: ``M_i`` of the global batch, any dtype.
+            weight_K: ``w_i``, or ``alpha_i`` of the focal losses, floating point; 0 leaves a task out.
+            before: statistics of earlier steps, which focal-task reads; ``loss_K`` and ``probability_K`` are then on
+                their device, all else is on the device of the counts.
             num_micro_batches: of the whole step, over all ranks.
         """
-        base_K = task_factors(self.mode, tokens_K, samples_K, weight_K)
-        factors = StepFactors(base_K, base_K, weight_K.double(), micro_batch_share=1.0 / num_micro_batches)
-        if self.mode != "focal-task":
+        base_K = self.loss.task_factors(tokens_K, samples_K, weight_K)
+        factors = StepFactors(base_K, base_K, weight_K.double(), micro_batch_weight=1.0 / num_micro_batches)
+        if not self.loss.modulates_tasks:
             return factors
         on_loss_K, on_probability_K = task_modulation(before, self.gamma, self.detach)
-        there_K = base_K.to(on_loss_K.device, non_blocking=True)
-        return dataclasses.replace(factors, loss_K=there_K * on_loss_K, probability_K=there_K * on_probability_K)
+        moved_K = base_K.to(on_loss_K.device, non_blocking=True)
+        return dataclasses.replace(factors, loss_K=moved_K * on_loss_K, probability_K=moved_K * on_probability_K)
 
-    def of(
-        self, factors: StepFactors, batch: Batch, loss_BS: Tensor, over_ranks: OverRanks | None = None
+    def contribution(
+        self, factors: StepFactors, batch: Batch, loss_BS: Tensor, over_ranks: SumOverRanks | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The part of the objective that a micro-batch contributes.
+        """Compute a micro-batch's part of the objective.
 
         Args:
             factors: of the step, on the device of the losses.
             batch: as tensors.
             loss_BS: token losses, fp32 or fp64, differentiable; 0 for tokens that another rank computes.
-            over_ranks: sums a tensor over the ranks that share the micro-batch's tokens, differentiably. Each of them
-                gets its own part of the objective.
+            over_ranks: sums a tensor over the ranks that compute the micro-batch's tokens, differentiably. Each of them
+                gets the part of its tokens.
 
         Returns:
             the sum to differentiate, a scalar of the losses' dtype; and ``c_t`` fp64 [B, S], a constant, with which
             ``Σ c_t·l_t`` is the loss (of focal-task its linear part).
         """
         coefficient_BS, on_probability_BS = self._coefficients(factors, batch)
-        if self.mode == "focal-sample":
-            seen_BS = loss_BS.detach() if self.detach else loss_BS
-            place = (batch.sample_ids_BS, batch.loss_mask_BS, batch.num_segments)
-            coefficient_BS = coefficient_BS * sample_modulation(seen_BS, *place, self.gamma, over_ranks)
+        if self.loss.modulates_samples:
+            modulating_BS = loss_BS.detach() if self.detach else loss_BS
+            ids = (batch.sample_ids_BS, batch.loss_mask_BS, batch.num_segments)
+            coefficient_BS = coefficient_BS * sample_modulation(modulating_BS, *ids, self.gamma, over_ranks)
         value = (coefficient_BS * loss_BS.double()).sum()
         if on_probability_BS is not None:
             # p_t = 1 - miss_t; the constant makes no difference to the gradient
@@ -145,43 +160,37 @@ class Objective:
         return value.to(loss_BS.dtype), coefficient_BS.detach()
 
     def slope(self, factors: StepFactors, batch: Batch) -> Slope | None:
-        """The gradient of :meth:`of` in the token losses, before they are known; [B, S].
+        """The gradient of :meth:`contribution` in the token losses, before they are known; [B, S].
 
-        ``None`` of focal-sample, where the gradient of a token depends on the losses of its whole sample.
+        ``None`` for focal-sample, where the gradient of a token depends on the losses of its whole sample.
         """
-        if self.mode == "focal-sample":
+        if self.loss.modulates_samples:
             return None
         coefficient_BS, on_probability_BS = self._coefficients(factors, batch)
         return Slope(coefficient_BS, None if on_probability_BS is None else -on_probability_BS)
 
-    def _coefficients(self, factors: StepFactors, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """What the token losses are multiplied with, before the modulation of focal-sample, and what ``p_t`` is."""
-        place = (batch.task_ids_BS, batch.sample_ids_BS, batch.loss_mask_BS, batch.num_segments)
-        shared = self.mode in SHARED_BY_SAMPLE
-        factor_K = factors.loss_K
-        if self.per_micro_batch:
-            own_counts = counts(*place, len(factor_K))
-            factor_K = task_factors(self.mode, *own_counts, factors.weight_K) * factors.micro_batch_share
-        coefficient_BS = coefficients(factor_K, *place, shared)
-        if factors.probability_K is None:
-            return coefficient_BS, None
-        return coefficient_BS, coefficients(factors.probability_K, *place, shared)
-
     def sums(
         self, batch: Batch, loss_BS: Tensor, coefficient_BS: Tensor, num_tasks: int, mine_BS: Tensor | None = None
     ) -> Tensor:
-        """What the log and the next step want to know of a micro-batch: fp64 [len(SUMS), K], sums over tokens by task.
+        """Sum by task over a micro-batch's tokens all that the log and the next step need.
 
-        Token losses, supervised tokens, ``c_t·l_t``, ``c_t``; and for focal-task the sums over samples of their mean
-        loss and mean miss, 0 otherwise. ``mine_BS``: which tokens count, where ranks share them; ``None`` for all.
+        Args:
+            batch: as tensors.
+            loss_BS: token losses, fp32 or fp64.
+            coefficient_BS: ``c_t``, fp64, of :meth:`contribution`.
+            num_tasks: ``K``.
+            mine_BS: bool, the tokens to count, where several ranks compute a micro-batch; ``None`` for all.
+
+        Returns:
+            fp64 [len(SUMS), K]: token losses, supervised tokens, ``c_t·l_t``, ``c_t``; and for focal-task the sums over
+            samples of their mean loss and mean miss, 0 otherwise.
         """
         loss_BS = loss_BS.detach().double()
         mask_BS = batch.loss_mask_BS.double()
         rows = [loss_BS * mask_BS, mask_BS, coefficient_BS * loss_BS, coefficient_BS]
-        if self.mode == "focal-task":
+        if self.loss.modulates_tasks:
             one_K = torch.ones(num_tasks, dtype=torch.float64, device=loss_BS.device)
-            place = (batch.task_ids_BS, batch.sample_ids_BS, batch.loss_mask_BS, batch.num_segments)
-            once_BS = coefficients(one_K, *place, shared_by_sample=True)
+            once_BS = coefficients(one_K, *_ids(batch), sample_means=True)
             rows += [once_BS * loss_BS, once_BS * token_miss(loss_BS)]
         total = torch.zeros(len(SUMS), num_tasks, dtype=torch.float64, device=loss_BS.device)
         values = torch.stack(rows)
@@ -191,24 +200,48 @@ class Objective:
         return total
 
     def statistics_after(self, before: TaskStatistics, sums: Tensor, samples_K: Tensor) -> TaskStatistics:
-        """Statistics that the next step of focal-task uses, from the global ``sums`` of this one; others have none.
+        """Update the statistics that the next step of focal-task uses; those of other losses stay as they are.
 
-        ``samples_K``: ``M_i`` of the step, on any device.
+        Args:
+            before: statistics of earlier steps.
+            sums: of the step's global batch, fp64 [len(SUMS), K].
+            samples_K: ``M_i`` of the step, any dtype, on any device.
         """
-        if self.mode != "focal-task":
+        if not self.loss.modulates_tasks:
             return before
         named = dict(zip(SUMS, sums, strict=True))
-        there_K = samples_K.to(sums.device, non_blocking=True)
-        return before.after(named["sample_miss_K"], named["sample_loss_K"], there_K)
+        moved_K = samples_K.to(sums.device, non_blocking=True)
+        return before.after(named["sample_miss_K"], named["sample_loss_K"], moved_K)
 
     def by_task(self, factors: StepFactors, sums: Tensor, samples_K: Tensor) -> Tensor:
-        """Each task's part of the reported loss, from the global ``sums``: fp64 [K].
+        """Each task's part of the reported loss: fp64 [K].
 
-        ``Σ c_t·l_t``; of focal-task Eq. 3 on the global batch's own statistics.
+        ``Σ c_t·l_t``; of focal-task Eq. 3 on the global batch's statistics.
+
+        Args:
+            factors: of the step.
+            sums: of the step's global batch, fp64 [len(SUMS), K].
+            samples_K: ``M_i`` of the step, any dtype, on any device.
         """
-        if self.mode != "focal-task":
+        if not self.loss.modulates_tasks:
             return sums[SUMS.index("objective_K")]
         none = TaskStatistics.none(sums.shape[1], sums.device)
         now = self.statistics_after(none, sums, samples_K)
-        base_K, there_K = (value.to(sums.device, non_blocking=True) for value in (factors.base_K, samples_K))
-        return task_loss(base_K, now, there_K, self.gamma)
+        base_K, moved_K = (value.to(sums.device, non_blocking=True) for value in (factors.base_K, samples_K))
+        return task_loss(base_K, now, moved_K, self.gamma)
+
+    def _coefficients(self, factors: StepFactors, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Factors of the token losses, before focal-sample modulates them, and of ``p_t``: fp64 [B, S]."""
+        factor_K = factors.loss_K
+        if self.per_micro_batch:
+            tokens_K, samples_K = counts(*_ids(batch), len(factor_K))
+            factor_K = self.loss.task_factors(tokens_K, samples_K, factors.weight_K) * factors.micro_batch_weight
+        coefficient_BS = coefficients(factor_K, *_ids(batch), self.loss.sample_means)
+        if factors.probability_K is None:
+            return coefficient_BS, None
+        return coefficient_BS, coefficients(factors.probability_K, *_ids(batch), self.loss.sample_means)
+
+
+def _ids(batch: Batch) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Task, sample and mask of each token, [B, S], and how many samples there are."""
+    return batch.task_ids_BS, batch.sample_ids_BS, batch.loss_mask_BS, batch.num_segments

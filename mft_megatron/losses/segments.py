@@ -4,24 +4,41 @@ import torch
 from torch import Tensor
 
 
-def inverse(numbers: Tensor) -> Tensor:
-    """1/x, and 0 where x is 0: what is absent has no coefficient."""
-    return torch.where(numbers > 0, 1.0 / numbers.clamp(min=torch.finfo(numbers.dtype).tiny), 0.0)
+def inverse(values: Tensor) -> Tensor:
+    """1/x of floating-point values of any shape, and 0 where x is 0: an absent task or sample has no coefficient."""
+    return torch.where(values > 0, 1.0 / values.clamp(min=torch.finfo(values.dtype).tiny), 0.0)
 
 
 def spread(value: Tensor, ids_BS: Tensor) -> Tensor:
-    """The value of each token's sample or task: [B, S]; differentiable. Cheaper backward than ``value[ids_BS]``."""
+    """The value of each token's sample or task: [B, S]; differentiable. Cheaper backward than ``value[ids_BS]``.
+
+    Args:
+        value: one value for each sample or task, any dtype.
+        ids_BS: int64, indices into ``value``.
+    """
     return value.index_select(0, ids_BS.flatten()).view(ids_BS.shape)
 
 
 def sample_sums(sample_ids_BS: Tensor, value_BS: Tensor, num_segments: int) -> Tensor:
-    """Sum of a per-token value over the tokens of each sample, in fp64: [``num_segments``]; differentiable."""
+    """Sum of a per-token value over the tokens of each sample: fp64 [``num_segments``]; differentiable.
+
+    Args:
+        sample_ids_BS: int64, index of the sample within the micro-batch.
+        value_BS: any dtype.
+        num_segments: how many sample indices there are.
+    """
     total = torch.zeros(num_segments, dtype=torch.float64, device=value_BS.device)
     return total.index_add(0, sample_ids_BS.flatten(), value_BS.double().flatten())
 
 
 def task_sums(task_ids_BS: Tensor, value_BS: Tensor, num_tasks: int) -> Tensor:
-    """Sum of a per-token value over the tokens of each task, in fp64: [K]; a constant."""
+    """Sum of a per-token value over the tokens of each task: fp64 [K]; a constant.
+
+    Args:
+        task_ids_BS: int64, index of the task.
+        value_BS: any dtype.
+        num_tasks: ``K``.
+    """
     total_K = torch.zeros(num_tasks, dtype=torch.float64, device=value_BS.device)
     return total_K.index_add_(0, task_ids_BS.flatten(), value_BS.detach().double().flatten())
 
@@ -29,12 +46,14 @@ def task_sums(task_ids_BS: Tensor, value_BS: Tensor, num_tasks: int) -> Tensor:
 def counts(
     task_ids_BS: Tensor, sample_ids_BS: Tensor, loss_mask_BS: Tensor, num_segments: int, num_tasks: int
 ) -> tuple[Tensor, Tensor]:
-    """Supervised tokens and samples that have any, of each task in these rows: fp64 [K] twice.
+    """Supervised tokens of each task in these rows, and its samples that have any: fp64 [K] each.
 
     Args:
-        task_ids_BS, sample_ids_BS: int64; a sample lies in these rows as a whole.
-        loss_mask_BS: 1 where the target is supervised.
-        num_segments, num_tasks: how many sample numbers and tasks there are; known on the host.
+        task_ids_BS: int64, index of the task.
+        sample_ids_BS: int64, index of the sample; these rows hold the whole sample.
+        loss_mask_BS: 1 where the target is supervised, any dtype.
+        num_segments: how many sample indices there are; known on the host.
+        num_tasks: ``K``.
     """
     mask_BS = loss_mask_BS.double()
     # a sample counts once, spread over its supervised tokens

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from mft_megatron.losses.coefficients import SHARED_BY_SAMPLE, coefficients, task_factors
+from mft_megatron.losses.coefficients import coefficients
 from mft_megatron.losses.segments import counts, task_sums
+from mft_megatron.losses.table import LOSSES
 from tests.batches import by_sample, counted, random_batch
 from tests.reference import reference_loss
 
@@ -14,7 +15,7 @@ LINEAR = ("token", "sample", "task-token", "task-sample")
 def by_mode(mode, factor_K, task_ids, sample_ids, mask):
     """Coefficients, with tensors out of arrays."""
     ids = map(torch.from_numpy, (task_ids, sample_ids, mask))
-    return coefficients(factor_K, *ids, 40 if sample_ids.max() < 40 else 400, mode in SHARED_BY_SAMPLE)
+    return coefficients(factor_K, *ids, 40 if sample_ids.max() < 40 else 400, LOSSES[mode].sample_means)
 
 
 @pytest.mark.parametrize("mode", LINEAR)
@@ -23,7 +24,7 @@ def by_mode(mode, factor_K, task_ids, sample_ids, mask):
 def test_equals_the_reference(mode, seed, weights):
     sample_ids, task_ids, mask, loss = random_batch(seed)
     samples = by_sample(sample_ids, task_ids, mask, loss)
-    factor_K = task_factors(mode, *counted(samples, 4), torch.tensor(weights, dtype=torch.float64))
+    factor_K = LOSSES[mode].task_factors(*counted(samples, 4), torch.tensor(weights, dtype=torch.float64))
     c = by_mode(mode, factor_K, task_ids, sample_ids, mask)
     assert c.dtype == torch.float64
     assert (c.numpy()[mask == 0] == 0).all()
@@ -35,7 +36,7 @@ def test_equals_the_reference(mode, seed, weights):
 def test_does_not_depend_on_how_the_batch_is_cut(mode):
     sample_ids, task_ids, mask, loss = random_batch(7)
     samples = by_sample(sample_ids, task_ids, mask, loss)
-    factor_K = task_factors(mode, *counted(samples, 4), torch.tensor([1.0, 2.0, 0.5, 1.0]))
+    factor_K = LOSSES[mode].task_factors(*counted(samples, 4), torch.tensor([1.0, 2.0, 0.5, 1.0]))
     whole = by_mode(mode, factor_K, task_ids, sample_ids, mask)
     for row in range(len(mask)):
         own = sample_ids[row] - sample_ids[row].min()
@@ -49,7 +50,7 @@ def test_realised_share_is_the_weight(mode):
     sample_ids, task_ids, mask, loss = random_batch(3)
     samples = by_sample(sample_ids, task_ids, mask, loss)
     weight_K = torch.tensor([1.0, 5.0, 2.0, 9.0])
-    factor_K = task_factors(mode, *counted(samples, 4), weight_K)
+    factor_K = LOSSES[mode].task_factors(*counted(samples, 4), weight_K)
     c = by_mode(mode, factor_K, task_ids, sample_ids, mask)
     share_K = task_sums(torch.from_numpy(task_ids), c, 4)
     expected = torch.tensor([1.0, 5.0, 2.0, 0.0], dtype=torch.float64) / 8.0  # task 3 is absent
@@ -59,15 +60,15 @@ def test_realised_share_is_the_weight(mode):
 @pytest.mark.parametrize("mode", LINEAR)
 def test_nothing_supervised_gives_zero_and_never_nan(mode):
     zero = torch.zeros(3, dtype=torch.int64)
-    factor_K = task_factors(mode, zero, zero, torch.ones(3))
+    factor_K = LOSSES[mode].task_factors(zero, zero, torch.ones(3))
     assert factor_K.tolist() == [0, 0, 0]
     ids = torch.zeros(2, 5, dtype=torch.int64)
-    assert coefficients(factor_K, ids, ids, ids, 1, mode in SHARED_BY_SAMPLE).abs().sum() == 0
+    assert coefficients(factor_K, ids, ids, ids, 1, LOSSES[mode].sample_means).abs().sum() == 0
 
 
 @pytest.mark.parametrize("mode", ["task-token", "task-sample"])
 def test_only_tasks_of_weight_zero_gives_zero(mode):
-    factor_K = task_factors(mode, torch.tensor([5, 0]), torch.tensor([1, 0]), torch.tensor([0.0, 1.0]))
+    factor_K = LOSSES[mode].task_factors(torch.tensor([5, 0]), torch.tensor([1, 0]), torch.tensor([0.0, 1.0]))
     assert factor_K.tolist() == [0, 0]
 
 

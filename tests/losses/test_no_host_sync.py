@@ -49,9 +49,9 @@ PLANTS = {
 @pytest.mark.parametrize("plant", PLANTS)
 def test_the_check_sees_a_planted_wait(plant):
     class Planted(Objective):
-        def of(self, factors, batch, loss_BS):
+        def contribution(self, factors, batch, loss_BS):
             PLANTS[plant](loss_BS.detach(), batch.loss_mask_BS)
-            return super().of(factors, batch, loss_BS)
+            return super().contribution(factors, batch, loss_BS)
 
     made = inputs("meta")
     with pytest.raises((RuntimeError, AssertionError)), NoBlockingCopies():

@@ -21,7 +21,7 @@ def step(objective, batch, loss, before=None, num_micro_batches=1):
     tokens_K, samples_K = counted(by_sample(*arrays, loss), 4)
     before = before or TaskStatistics.none(4)
     factors = objective.before_step(tokens_K, samples_K, weights, before, num_micro_batches)
-    value, coefficient = objective.of(factors, made, losses)
+    value, coefficient = objective.contribution(factors, made, losses)
     (gradient,) = torch.autograd.grad(value, losses)
     return value.item(), gradient.numpy(), objective.sums(made, losses, coefficient, 4), factors, samples_K
 
@@ -145,7 +145,7 @@ def test_gamma_0_is_the_linear_counterpart(mode):
     gradients = []
     for objective in (Objective(mode, 0.0), Objective("task-sample")):
         factors = objective.before_step(*counts, torch.ones(4), before)
-        value, coefficient = objective.of(factors, made, losses)
+        value, coefficient = objective.contribution(factors, made, losses)
         gradients += torch.autograd.grad(value, losses)
         gradients.append(coefficient)
     for gradient in gradients[1:]:
@@ -164,7 +164,7 @@ def test_does_not_depend_on_how_the_batch_is_cut(mode, gamma):
     for row in reversed(range(len(mask))):
         own = (sample_ids[row : row + 1] - sample_ids[row].min(), task_ids[row : row + 1], mask[row : row + 1])
         losses = torch.from_numpy(loss[row : row + 1]).double().requires_grad_()
-        part, coefficient = objective.of(factors, as_batch(*own), losses)
+        part, coefficient = objective.contribution(factors, as_batch(*own), losses)
         total += part.item()
         total_sums += objective.sums(as_batch(*own), losses, coefficient, 4)
         np.testing.assert_array_equal(torch.autograd.grad(part, losses)[0].numpy()[0], gradient[row])
@@ -181,7 +181,7 @@ def test_micro_batch_normalisation_is_the_mean_of_micro_batches(mode):
     total, expected = 0.0, []
     for row in range(len(mask)):
         own = (sample_ids[row : row + 1] - sample_ids[row].min(), task_ids[row : row + 1], mask[row : row + 1])
-        part, _ = objective.of(factors, as_batch(*own), torch.from_numpy(loss[row : row + 1]).double())
+        part, _ = objective.contribution(factors, as_batch(*own), torch.from_numpy(loss[row : row + 1]).double())
         total += part.item()
         expected.append(reference_loss(mode, by_sample(*own, loss[row : row + 1]), WEIGHTS))
     assert total == pytest.approx(np.mean(expected), rel=1e-12)
@@ -228,7 +228,7 @@ def test_fp32_losses_give_fp32_gradients():
     for mode in LOSSES:
         objective = Objective(mode)
         factors = objective.before_step(*counted(by_sample(*batch, loss), 4), torch.ones(4), TaskStatistics.none(4))
-        value, coefficient = objective.of(factors, made, losses)
+        value, coefficient = objective.contribution(factors, made, losses)
         assert value.dtype == torch.float32
         assert not coefficient.requires_grad
         assert torch.autograd.grad(value, losses)[0].dtype == torch.float32

@@ -29,7 +29,7 @@ def made(seed):
 def alone(objective, batch, loss_BS, factors):
     """Value, gradient and sums of one rank that has all tokens."""
     losses = loss_BS.clone().requires_grad_()
-    value, coefficient_BS = objective.of(factors, batch, losses)
+    value, coefficient_BS = objective.contribution(factors, batch, losses)
     (gradient,) = torch.autograd.grad(value, losses)
     return value, gradient, objective.sums(batch, losses, coefficient_BS, TASKS)
 
@@ -43,11 +43,11 @@ def shared(objective, batch, loss_BS, factors, owner_BS):
     own = [losses * (owner_BS == rank) for rank in range(RANKS)]
     handed_in = []
     for part in own:  # what each rank would bring to the sum
-        objective.of(factors, batch, part, lambda value: handed_in.append(value) or value)
+        objective.contribution(factors, batch, part, lambda value: handed_in.append(value) or value)
     total = sum(handed_in) if handed_in else None
     value, sums = 0, 0
     for rank, part in enumerate(own):
-        of_rank, coefficient_BS = objective.of(factors, batch, part, lambda value: total)
+        of_rank, coefficient_BS = objective.contribution(factors, batch, part, lambda value: total)
         value = value + of_rank
         sums = sums + objective.sums(batch, part, coefficient_BS, TASKS, owner_BS == rank)
     (gradient,) = torch.autograd.grad(value, losses)
@@ -74,7 +74,7 @@ def test_a_sample_on_two_ranks_needs_both():
     objective = Objective("focal-sample")
     factors = objective.before_step(*counts_K, torch.ones(TASKS), statistics)
     owner_BS = torch.arange(loss_BS.numel()).view(loss_BS.shape) % 2
-    own = [objective.of(factors, batch, loss_BS * (owner_BS == rank))[0] for rank in range(2)]
+    own = [objective.contribution(factors, batch, loss_BS * (owner_BS == rank))[0] for rank in range(2)]
     whole = alone(objective, batch, loss_BS, factors)[0]
     assert abs(sum(own).item() / whole.item() - 1) > 0.1
 
@@ -85,5 +85,5 @@ def test_only_focal_sample_asks_other_ranks():
     for objective in OBJECTIVES:
         asked = []
         factors = objective.before_step(*counts_K, torch.ones(TASKS), statistics)
-        objective.of(factors, batch, loss_BS, lambda value, asked=asked: asked.append(value) or value)
+        objective.contribution(factors, batch, loss_BS, lambda value, asked=asked: asked.append(value) or value)
         assert len(asked) == (objective.mode == "focal-sample"), dataclasses.asdict(objective)
