@@ -1,13 +1,14 @@
 """What a model family is: a table of weights and a table of configuration entries, each read in both directions."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from mft_megatron.arguments.groups.network import NetworkArguments
 from mft_megatron.errors import InputError
 
-from .config_entries import Entry, windowed_layers
+from .config_entries.entry import Config, Entry
+from .config_entries.window import windowed_layers
 from .row_layouts import Blocks, RowKind, Sizes, rows_of, rows_of_sources
 
 
@@ -57,7 +58,7 @@ class Family:
     """``name``: for people. ``model_type``, ``architecture``: as in ``config.json``.
 
     ``rows(architecture)``: every weight of such a model. ``entries``: every entry of ``config.json`` that says
-    something about the function of the model; others than these and ``config_entries.IRRELEVANT`` are refused.
+    something about the function of the model; others than these and ``config_entries.ignored.IRRELEVANT`` are refused.
     """
 
     name: str
@@ -66,20 +67,21 @@ class Family:
     rows: Callable[[NetworkArguments], tuple[Row, ...]]
     entries: tuple[Entry, ...]
 
-    def read_config(self, config: Mapping[str, Any]) -> NetworkArguments:
+    def read_config(self, config: Config) -> NetworkArguments:
         """The architecture that ``config.json`` describes.
 
         Raises:
             InputError: an entry is missing, unknown, or says what cannot be expressed.
         """
-        found: dict[str, Any] = {}
+        # fields differ in type
+        fields: dict[str, Any] = {}
         for entry in self.entries:
-            found.update(entry.read(config, found))
-        return NetworkArguments(**found)
+            fields.update(entry.read(config))
+        return NetworkArguments(**fields)
 
-    def write_config(self, architecture: NetworkArguments) -> dict[str, Any]:
+    def write_config(self, architecture: NetworkArguments) -> dict[str, object]:
         """The entries of ``config.json`` that describe ``architecture``, as far as this family can."""
-        config: dict[str, Any] = {"architectures": [self.architecture], "model_type": self.model_type}
+        config: dict[str, object] = {"architectures": [self.architecture], "model_type": self.model_type}
         for entry in self.entries:
             config.update(entry.write(architecture))
         return config
@@ -98,7 +100,7 @@ class Family:
 
     def reads(self) -> set[str]:
         """Names of the entries of ``config.json`` that this family understands."""
-        return {name for entry in self.entries for name in entry.theirs}
+        return {name for entry in self.entries for name in entry.names}
 
 
 def comparable(architecture: NetworkArguments) -> dict[str, Any]:

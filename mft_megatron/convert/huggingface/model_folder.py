@@ -10,7 +10,7 @@ from mft_megatron.convert.huggingface.families.table import family_of
 from mft_megatron.errors import InputError
 from mft_megatron.run_folder import TOKENIZER_FILES
 
-from .config_entries import REQUIRED, number
+from .config_entries.entry import whole_number
 from .family import Family
 
 CONFIG = "config.json"
@@ -57,7 +57,7 @@ def read_architecture(folder: Path) -> tuple[Family, NetworkArguments, int]:
     config = read_config(folder)
     try:
         family = family_of(config)
-        return family, family.read_config(config), number(config, "vocab_size", REQUIRED, int)
+        return family, family.read_config(config), whole_number(config, "vocab_size")
     except InputError as error:
         raise InputError(f"{folder / CONFIG}: {error}") from None
 

@@ -3,7 +3,10 @@
 Gemma 2 and 3 norm what leaves attention and MLP, too, and cap or mix attention; they are other architectures.
 """
 
-from mft_megatron.convert.huggingface.config_entries import Fixed, Flag, Heads, Number, Only, Rope, TanhGelu
+from mft_megatron.convert.huggingface.config_entries.activation import TanhGelu
+from mft_megatron.convert.huggingface.config_entries.basic import Fixed, Flag, Only, RealNumber, WholeNumber
+from mft_megatron.convert.huggingface.config_entries.heads import Heads
+from mft_megatron.convert.huggingface.config_entries.rope import Rope
 from mft_megatron.convert.huggingface.family import Family
 
 from .llama import SHAPE, llama_rows
@@ -23,11 +26,11 @@ GEMMA = Family(
             add_bias_linear=False,
         ),
         TanhGelu("hidden_act", "hidden_activation"),
-        Number("norm_epsilon", "rms_norm_eps", 1e-6, float),
+        RealNumber("norm_epsilon", "rms_norm_eps", 1e-6),
         Only("attention_bias", False),
         Only("use_bidirectional_attention", False, None),
         Heads(groups=16, head=256),
-        Number("max_position_embeddings", "max_position_embeddings", 8192),
+        WholeNumber("max_position_embeddings", "max_position_embeddings", 8192),
         Rope(),
         Flag("tie_embeddings", "tie_word_embeddings", True),
     ),

@@ -1,16 +1,10 @@
 """GPT-NeoX and Pythia: LayerNorm, GELU, biases everywhere, partly rotated heads, attention and MLP side by side."""
 
 from mft_megatron.arguments.groups.network import NetworkArguments
-from mft_megatron.convert.huggingface.config_entries import (
-    Activation,
-    Fixed,
-    Flag,
-    Heads,
-    Number,
-    Only,
-    PartialRope,
-    Vocabulary,
-)
+from mft_megatron.convert.huggingface.config_entries.activation import Gelu
+from mft_megatron.convert.huggingface.config_entries.basic import Fixed, Flag, Only, RealNumber, Vocabulary, WholeNumber
+from mft_megatron.convert.huggingface.config_entries.heads import Heads
+from mft_megatron.convert.huggingface.config_entries.rope import PartialRope
 from mft_megatron.convert.huggingface.family import Family, Row
 from mft_megatron.convert.huggingface.row_layouts import qkv_in_groups, whole
 
@@ -50,15 +44,15 @@ GPT_NEOX = Family(
     rows=_rows,
     entries=(
         Vocabulary(),
-        Number("num_layers", "num_hidden_layers"),
-        Number("hidden_size", "hidden_size"),
-        Number("ffn_hidden_size", "intermediate_size"),
+        WholeNumber("num_layers", "num_hidden_layers"),
+        WholeNumber("hidden_size", "hidden_size"),
+        WholeNumber("ffn_hidden_size", "intermediate_size"),
         Fixed(normalization="LayerNorm", add_bias_linear=True),
         Only("attention_bias", True),
-        Activation("hidden_act"),
-        Number("norm_epsilon", "layer_norm_eps", 1e-5, float),
+        Gelu("hidden_act"),
+        RealNumber("norm_epsilon", "layer_norm_eps", 1e-5),
         Heads(has_groups=False),
-        Number("max_position_embeddings", "max_position_embeddings", 2048),
+        WholeNumber("max_position_embeddings", "max_position_embeddings", 2048),
         PartialRope(),
         Flag("parallel_residual", "use_parallel_residual", True),
         Flag("tie_embeddings", "tie_word_embeddings", False),

@@ -1,17 +1,18 @@
 """Llama: RMSNorm, SwiGLU, rotary positions, grouped queries; CodeLlama and DeepSeek-Coder, too."""
 
 from mft_megatron.arguments.groups.network import NetworkArguments
-from mft_megatron.convert.huggingface.config_entries import (
+from mft_megatron.convert.huggingface.config_entries.basic import (
     Biases,
-    Entry,
     Fixed,
     Flag,
-    Heads,
-    Number,
     Only,
-    Rope,
+    RealNumber,
     Vocabulary,
+    WholeNumber,
 )
+from mft_megatron.convert.huggingface.config_entries.entry import Entry
+from mft_megatron.convert.huggingface.config_entries.heads import Heads
+from mft_megatron.convert.huggingface.config_entries.rope import Rope
 from mft_megatron.convert.huggingface.family import Family, Row
 from mft_megatron.convert.huggingface.row_layouts import glu, qkv, whole
 
@@ -22,14 +23,14 @@ _ATTENTION = _LAYER + "self_attention."
 # what models after Llama call alike
 SHAPE: tuple[Entry, ...] = (
     Vocabulary(),
-    Number("num_layers", "num_hidden_layers"),
-    Number("hidden_size", "hidden_size"),
-    Number("ffn_hidden_size", "intermediate_size"),
+    WholeNumber("num_layers", "num_hidden_layers"),
+    WholeNumber("hidden_size", "hidden_size"),
+    WholeNumber("ffn_hidden_size", "intermediate_size"),
 )
 GATED: tuple[Entry, ...] = (
     Fixed(normalization="RMSNorm", swiglu=True),
     Only("hidden_act", "silu", "swish"),
-    Number("norm_epsilon", "rms_norm_eps", 1e-6, float),
+    RealNumber("norm_epsilon", "rms_norm_eps", 1e-6),
 )
 
 
@@ -102,7 +103,7 @@ LLAMA = Family(
         *SHAPE,
         *GATED,
         Heads(),
-        Number("max_position_embeddings", "max_position_embeddings", 2048),
+        WholeNumber("max_position_embeddings", "max_position_embeddings", 2048),
         Rope(),
         Biases("attention_bias", "mlp_bias"),
         Flag("tie_embeddings", "tie_word_embeddings", False),

@@ -1,6 +1,9 @@
 """Mistral: like Llama, with a sliding window."""
 
-from mft_megatron.convert.huggingface.config_entries import Fixed, Flag, Heads, Number, Rope, Window
+from mft_megatron.convert.huggingface.config_entries.basic import Fixed, Flag, WholeNumber
+from mft_megatron.convert.huggingface.config_entries.heads import Heads
+from mft_megatron.convert.huggingface.config_entries.rope import Rope
+from mft_megatron.convert.huggingface.config_entries.window import Window
 from mft_megatron.convert.huggingface.family import Family
 
 from .llama import GATED, SHAPE, llama_rows
@@ -15,7 +18,7 @@ MISTRAL = Family(
         *GATED,
         Fixed(add_bias_linear=False),
         Heads(groups=8),
-        Number("max_position_embeddings", "max_position_embeddings", 131072),
+        WholeNumber("max_position_embeddings", "max_position_embeddings", 131072),
         Rope(),
         Window(default=4096),
         Flag("tie_embeddings", "tie_word_embeddings", False),

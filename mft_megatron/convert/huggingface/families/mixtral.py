@@ -1,7 +1,10 @@
 """Mixtral: Mistral with a mixture of experts in place of each MLP."""
 
 from mft_megatron.arguments.groups.network import NetworkArguments
-from mft_megatron.convert.huggingface.config_entries import Fixed, Flag, Heads, Number, Rope, Window
+from mft_megatron.convert.huggingface.config_entries.basic import Fixed, Flag, RealNumber, WholeNumber
+from mft_megatron.convert.huggingface.config_entries.heads import Heads
+from mft_megatron.convert.huggingface.config_entries.rope import Rope
+from mft_megatron.convert.huggingface.config_entries.window import Window
 from mft_megatron.convert.huggingface.family import Family, Row
 from mft_megatron.convert.huggingface.row_layouts import glu, whole
 
@@ -30,12 +33,12 @@ MIXTRAL = Family(
     entries=(
         *SHAPE,
         *GATED[:2],
-        Number("norm_epsilon", "rms_norm_eps", 1e-5, float),
+        RealNumber("norm_epsilon", "rms_norm_eps", 1e-5),
         Fixed(add_bias_linear=False),
-        Number("num_experts", "num_local_experts", 8),
-        Number("moe_router_topk", "num_experts_per_tok", 2),
+        WholeNumber("num_experts", "num_local_experts", 8),
+        WholeNumber("moe_router_topk", "num_experts_per_tok", 2),
         Heads(groups=8),
-        Number("max_position_embeddings", "max_position_embeddings", 131072),
+        WholeNumber("max_position_embeddings", "max_position_embeddings", 131072),
         Rope(theta=1000000.0),
         Window(default=None),
         Flag("tie_embeddings", "tie_word_embeddings", False),

@@ -1,7 +1,10 @@
 """StarCoder2: LayerNorm, GELU by its tanh approximation, biases everywhere, a sliding window, tied embeddings."""
 
 from mft_megatron.arguments.groups.network import NetworkArguments
-from mft_megatron.convert.huggingface.config_entries import Biases, Fixed, Flag, Heads, Number, Only, Rope, Window
+from mft_megatron.convert.huggingface.config_entries.basic import Biases, Fixed, Flag, Only, RealNumber, WholeNumber
+from mft_megatron.convert.huggingface.config_entries.heads import Heads
+from mft_megatron.convert.huggingface.config_entries.rope import Rope
+from mft_megatron.convert.huggingface.config_entries.window import Window
 from mft_megatron.convert.huggingface.family import Family, Row
 from mft_megatron.convert.huggingface.row_layouts import whole
 
@@ -33,9 +36,9 @@ STARCODER2 = Family(
         Only("hidden_act", "gelu_pytorch_tanh", "gelu_new"),
         Only("mlp_type", "default"),
         Only("norm_type", "layer_norm"),
-        Number("norm_epsilon", "norm_epsilon", 1e-5, float),
+        RealNumber("norm_epsilon", "norm_epsilon", 1e-5),
         Heads(groups=2),
-        Number("max_position_embeddings", "max_position_embeddings", 4096),
+        WholeNumber("max_position_embeddings", "max_position_embeddings", 4096),
         Rope(),
         Window(default=None),
         Biases("use_bias", default=True),

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mft_megatron.arguments.groups.network import NetworkArguments
-from mft_megatron.convert.huggingface.config_entries import IRRELEVANT, OFF
+from mft_megatron.convert.huggingface.config_entries.ignored import IRRELEVANT, MUST_BE_OFF
 from mft_megatron.convert.huggingface.family import Family
 from mft_megatron.errors import InputError
 
@@ -44,7 +44,7 @@ def family_of(config: Mapping[str, Any]) -> Family:
     unknown = [
         name
         for name, value in config.items()
-        if name not in known_names and value is not None and not (name in OFF and not value)
+        if name not in known_names and value is not None and not (name in MUST_BE_OFF and not value)
     ]
     if unknown:
         raise InputError(

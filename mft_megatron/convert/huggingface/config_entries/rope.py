@@ -1,0 +1,126 @@
+"""Entries for rotary positions, as transformers 4 and 5 spell them."""
+
+import dataclasses
+from collections.abc import Mapping
+
+from mft_megatron.arguments.groups.network import NetworkArguments
+from mft_megatron.arguments.values.rope_scaling import read_rope_scaling
+from mft_megatron.errors import InputError
+
+from .entry import Config, Fields
+
+# theta and the text of --rope-scaling; theta is checked after the spellings have been compared
+_Reading = tuple[object, str | None]
+
+
+class Rope:
+    """Rotary positions: ``rope_theta`` and ``rope_scaling`` in transformers 4, ``rope_parameters`` in 5.
+
+    Each version ignores the other's entries silently, so both are written, and where both are present they must agree.
+    """
+
+    names: tuple[str, ...] = ("rope_theta", "rope_scaling", "rope_parameters")
+
+    def __init__(self, theta: float = 10000.0):
+        self._theta = theta
+
+    def read(self, config: Config) -> Fields:
+        """Read base and scaling; raise ``InputError`` for disagreeing spellings or what cannot be expressed."""
+        old, new = config.get("rope_scaling"), config.get("rope_parameters")
+        base = config.get("rope_theta")
+        readings = [self._read_spelling(entries, base, config) for entries in (old, new) if entries]
+        if base is not None or not readings:
+            base = self._theta if base is None else base
+            if readings and any(theta != base for theta, _ in readings):
+                raise InputError(f"rope_theta is {base}, the scaling's own says {readings[0][0]}; correct one of them")
+            readings = readings or [(base, None)]
+        if any(reading != readings[0] for reading in readings):
+            raise InputError("rope_scaling and rope_parameters say different things; correct one of them")
+        theta, scaling = readings[0]
+        if not isinstance(theta, int | float) or isinstance(theta, bool) or theta < 2:
+            raise InputError(f"rope_theta is {theta!r}; it must be a number from 2 on")
+        return {"position_embedding_type": "rope", "rotary_base": float(theta), "rope_scaling": scaling}
+
+    def _read_spelling(self, entries: object, base: object, config: Config) -> _Reading:
+        """Base and scaling by one of the two spellings."""
+        if not isinstance(entries, Mapping) or any(isinstance(value, Mapping) for value in entries.values()):
+            raise InputError(f"rope_parameters {entries!r}: rotary positions that differ from layer to layer")
+        present = {name: value for name, value in entries.items() if value is not None}
+        kind = present.pop("type", "default")  # the older name of rope_type
+        kind = present.pop("rope_type", kind)
+        theta = present.pop("rope_theta", self._theta if base is None else base)
+        if present.pop("partial_rotary_factor", 1.0) != 1.0:
+            raise InputError("partial_rotary_factor: heads of this family are rotated as a whole")
+        if kind == "default":
+            if present:
+                raise InputError(f"rope_parameters: unknown {', '.join(sorted(present))}")
+            return theta, None
+        if kind in ("yarn", "llama3"):
+            present.setdefault("original_max_position_embeddings", config.get("max_position_embeddings"))
+        else:
+            present.pop("original_max_position_embeddings", None)
+        try:
+            return theta, read_rope_scaling({"rope_type": kind, **present}).as_text()
+        except ValueError as error:
+            raise InputError(f"rotary scaling: {error}") from None
+
+    def write(self, architecture: NetworkArguments) -> dict[str, object]:
+        """Write both spellings."""
+        theta, parameters = float(architecture.rotary_base), _parameters(architecture)
+        old = {} if architecture.scaling is None else {"rope_scaling": _scaling_entries(architecture)}
+        return {"rope_theta": theta, **old, "rope_parameters": parameters}
+
+
+class PartialRope(Rope):
+    """Rotary positions of a part of each head; transformers 4 has separate names for it in GPT-NeoX."""
+
+    names = (*Rope.names, "rotary_emb_base", "rotary_pct", "partial_rotary_factor")
+    _PERCENT = 0.25
+
+    def read(self, config: Config) -> Fields:
+        """Read base, scaling and the rotated part of a head."""
+        parameters = config.get("rope_parameters") or {}
+        if not isinstance(parameters, Mapping):
+            raise InputError(f"rope_parameters is {parameters!r}; it must be an object")
+        entries = dict(parameters)
+        percents = _present(
+            entries.pop("partial_rotary_factor", None), config.get("rotary_pct"), config.get("partial_rotary_factor")
+        ) or [self._PERCENT]
+        bases = _present(config.get("rope_theta"), config.get("rotary_emb_base"))
+        if any(value != values[0] for values in (percents, bases) for value in values):
+            raise InputError(
+                "rotary_pct, rotary_emb_base and rope_parameters say different things; correct one of them"
+            )
+        percent = percents[0]
+        if not isinstance(percent, int | float):
+            raise InputError(f"rotary_pct is {percent!r}; it must be a number")
+        rope = super().read({**config, "rope_parameters": entries, "rope_theta": bases[0] if bases else None})
+        scaling = rope["rope_scaling"]
+        if percent < 1 and isinstance(scaling, str) and "yarn" in scaling:
+            raise InputError("rotary scaling: yarn of a part of each head cannot be expressed")
+        return {**rope, "rotary_percent": float(percent)}
+
+    def write(self, architecture: NetworkArguments) -> dict[str, object]:
+        """Write both spellings, and GPT-NeoX's names."""
+        percent = architecture.rotary_percent
+        return {
+            **super().write(architecture),
+            "rope_parameters": {**_parameters(architecture), "partial_rotary_factor": percent},
+            "rotary_emb_base": architecture.rotary_base,
+            "rotary_pct": percent,
+        }
+
+
+def _scaling_entries(architecture: NetworkArguments) -> dict[str, object]:
+    if architecture.scaling is None:
+        return {"rope_type": "default"}
+    return {name: value for name, value in dataclasses.asdict(architecture.scaling).items() if value is not None}
+
+
+def _parameters(architecture: NetworkArguments) -> dict[str, object]:
+    """The value of ``rope_parameters``."""
+    return {**_scaling_entries(architecture), "rope_theta": float(architecture.rotary_base)}
+
+
+def _present(*values: object) -> list[object]:
+    return [value for value in values if value is not None]
