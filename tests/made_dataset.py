@@ -10,7 +10,7 @@ import numpy as np
 from mft_megatron.data.packing.build_packs import Layout, write_layout
 from mft_megatron.data.storage.dataset_writer import DatasetFiles
 from mft_megatron.data.storage.ledger import Ledger, TokenizerEntry
-from mft_megatron.data.storage.sample_writer import StoreWriter, TaskTally
+from mft_megatron.data.storage.sample_writer import SampleWriter, TaskTally
 
 VOCABULARY = 257  # all bytes, and padding
 TASKS = {"completion": 1, "explain": 2, "write": 4, "read": 9}  # one in how many functions a task has
@@ -28,7 +28,7 @@ def write_dataset(prefix, seq_length, longest=None, documents=False, weights=Non
     supervised, or all of it where they are ``documents``."""
     weights, texts = weights or {}, functions(longest or seq_length)
     with DatasetFiles(prefix) as files:
-        writer = StoreWriter(files, VOCABULARY)
+        writer = SampleWriter(files, VOCABULARY)
         for name, share in tasks.items():
             tally = TaskTally(name, {"template": "bytes"}, weights.get(name))
             writer.begin(tally)

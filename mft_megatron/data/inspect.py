@@ -12,7 +12,7 @@ from mft_megatron.data.packing.packs import SPLITS
 from mft_megatron.data.storage.arrays import check_files
 from mft_megatron.data.storage.indexed_dataset import IndexedDataset
 from mft_megatron.data.storage.ledger import Ledger, LengthEntry
-from mft_megatron.data.storage.stored_samples import read_stored
+from mft_megatron.data.storage.stored_samples import read_stored_samples
 from mft_megatron.data.tokenizers.tokenizer import load_tokenizer
 from mft_megatron.errors import InputError
 
@@ -98,7 +98,7 @@ def marked(tokenizer, ids: np.ndarray, mask: np.ndarray, colour: bool) -> str:
 
 def show_histograms(prefix: str, ledger: Ledger) -> Iterator[str]:
     """How long the samples of each task are: a bar for each power of two, with the share of supervised tokens."""
-    stored = read_stored(prefix, ledger)
+    stored = read_stored_samples(prefix, ledger)
     for number, task in enumerate(ledger.tasks):
         own = stored.task_ids == number
         lengths, supervised = stored.lengths[own], stored.supervised[own]
@@ -119,7 +119,7 @@ def check(prefix: str, ledger: Ledger) -> None:
         InputError: the first thing that does not agree.
     """
     check_files(prefix, ledger.arrays, hashes=True)
-    stored = read_stored(prefix, ledger)
+    stored = read_stored_samples(prefix, ledger)
     lengths = IndexedDataset(f"{prefix}_input_ids").lengths
     _agree(f"{prefix}_loss_mask.idx: lengths", stored.lengths, lengths)
     for number, task in enumerate(ledger.tasks):

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from mft_megatron.data.storage.ledger import TaskEntry
-from mft_megatron.data.storage.stored_samples import Stored
+from mft_megatron.data.storage.stored_samples import StoredSamples
 
 
 def entry(name, samples, tokens, supervised, documents=False, **given):
@@ -29,4 +29,4 @@ def stored_of(masks_of_tasks, **settings_of_tasks):
         tasks.append(entry(name, len(own), *totals, documents, **settings_of_tasks.get(name, {})))
     items = np.concatenate(masks) if masks else np.zeros(0, np.uint8)
     mask = SimpleNamespace(items=items, lengths=lengths, start_of=lambda samples: starts[samples])
-    return Stored(tasks, lengths, supervised, task_ids, mask)
+    return StoredSamples(tasks, lengths, supervised, task_ids, mask)

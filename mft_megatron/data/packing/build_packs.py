@@ -14,7 +14,7 @@ from mft_megatron.data.permutation import named_permutation
 from mft_megatron.data.sample_slices import SampleSlices
 from mft_megatron.data.storage.dataset_writer import DatasetFiles
 from mft_megatron.data.storage.ledger import LengthEntry, PackEntry, TaskCut, TaskEntry
-from mft_megatron.data.storage.stored_samples import Stored
+from mft_megatron.data.storage.stored_samples import StoredSamples
 from mft_megatron.errors import InputError
 
 from .cutting import DROPPED, KEPT, OVERLONG, TRUNCATED, WINDOWED, Cut, cut
@@ -55,7 +55,7 @@ class Layout:
             raise InputError(f"{where}: packing options that cannot be read ({error}); preprocess again") from None
 
 
-def lay_out(stored: Stored, layout: Layout) -> tuple[dict[str, SplitPacks], LengthEntry, list[str]]:
+def lay_out(stored: StoredSamples, layout: Layout) -> tuple[dict[str, SplitPacks], LengthEntry, list[str]]:
     """Rows of every split that has samples, their entry for the ledger, and what the user should know of them.
 
     Raises:
@@ -85,7 +85,7 @@ def lay_out(stored: Stored, layout: Layout) -> tuple[dict[str, SplitPacks], Leng
     return packs, LengthEntry(options, cuts, entries), _notices(stored.tasks, cuts, layout)
 
 
-def write_layout(stored: Stored, layout: Layout, files: DatasetFiles) -> tuple[LengthEntry, list[str]]:
+def write_layout(stored: StoredSamples, layout: Layout, files: DatasetFiles) -> tuple[LengthEntry, list[str]]:
     """:func:`lay_out`, with the arrays written among ``files``; the entry, and what the user should know."""
     packs, entry, notices = lay_out(stored, layout)
     for split, packed in packs.items():
@@ -123,7 +123,7 @@ def check_layout(layout: Layout, tasks: Sequence[TaskEntry] = ()) -> None:
         )
 
 
-def _uses(stored: Stored, layout: Layout, made: Cut, split_of_sample: np.ndarray) -> np.ndarray:
+def _uses(stored: StoredSamples, layout: Layout, made: Cut, split_of_sample: np.ndarray) -> np.ndarray:
     """How often one pass uses each sample, int64; 0 for those that are not in the training split."""
     usable = (made.outcome <= WINDOWED) & (split_of_sample == 0)
     samples_K = np.bincount(stored.task_ids[usable], minlength=len(stored.tasks))
@@ -142,7 +142,7 @@ def _uses(stored: Stored, layout: Layout, made: Cut, split_of_sample: np.ndarray
 
 
 def _pack(
-    stored: Stored, layout: Layout, made: Cut, in_split: np.ndarray, uses: np.ndarray | None
+    stored: StoredSamples, layout: Layout, made: Cut, in_split: np.ndarray, uses: np.ndarray | None
 ) -> SplitPacks | None:
     """Rows of one split; ``None`` where it has no sample."""
     if layout.padding_mode == "concat":
@@ -161,7 +161,7 @@ def _pack(
     return pack_split(slices, supervised, tasks, groups, layout.seq_length, layout.padding_mode, stored.lengths)
 
 
-def _concatenate(stored: Stored, layout: Layout, in_split: np.ndarray) -> SplitPacks | None:
+def _concatenate(stored: StoredSamples, layout: Layout, in_split: np.ndarray) -> SplitPacks | None:
     documents, tasks = [], []
     for number, (task, samples) in enumerate(zip(stored.tasks, _samples_of_tasks(stored.tasks), strict=True)):
         own = samples.start + np.flatnonzero(in_split[samples])

@@ -22,8 +22,8 @@ from mft_megatron.data.records.fim import fim
 from mft_megatron.data.storage.dataset_writer import DatasetFiles, disk_full_named, refuse_too_small_a_disk
 from mft_megatron.data.storage.indexed_dataset import token_dtype
 from mft_megatron.data.storage.ledger import Ledger, TokenizerEntry
-from mft_megatron.data.storage.sample_writer import StoreWriter, TaskTally
-from mft_megatron.data.storage.stored_samples import Stored
+from mft_megatron.data.storage.sample_writer import SampleWriter, TaskTally
+from mft_megatron.data.storage.stored_samples import StoredSamples
 from mft_megatron.data.tasks.task_files import SourceReader, TaskSource, files_on_disk
 from mft_megatron.data.tokenizers.backends import REFERENCE, BackendMismatch
 from mft_megatron.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
@@ -160,9 +160,9 @@ def _bytes_needed(recipe: Recipe, tokenizer: Tokenizer) -> int:
 
 def _store(
     recipe: Recipe, tokenizer: Tokenizer, encodings: dict[str, TaskEncoding], files: DatasetFiles, parts: Parts
-) -> Stored:
+) -> StoredSamples:
     """Write the samples of all tasks."""
-    writer = StoreWriter(files, tokenizer.vocab_size)
+    writer = SampleWriter(files, tokenizer.vocab_size)
     try:
         with Workers(recipe.workers, tokenizer, encodings, parts) as workers:
             for name, source in recipe.tasks.items():

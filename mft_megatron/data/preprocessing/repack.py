@@ -14,8 +14,8 @@ from mft_megatron.data.storage.arrays import check_files
 from mft_megatron.data.storage.dataset_writer import DatasetFiles, disk_full_named, refuse_too_small_a_disk
 from mft_megatron.data.storage.indexed_dataset import IndexedDataset
 from mft_megatron.data.storage.ledger import Ledger, TaskEntry, read_ledger
-from mft_megatron.data.storage.sample_writer import StoreWriter, TaskTally
-from mft_megatron.data.storage.stored_samples import SAMPLES_AT_ONCE, Stored, read_samples, read_stored
+from mft_megatron.data.storage.sample_writer import SampleWriter, TaskTally
+from mft_megatron.data.storage.stored_samples import SAMPLES_AT_ONCE, StoredSamples, read_samples, read_stored_samples
 from mft_megatron.errors import InputError
 
 
@@ -33,7 +33,7 @@ def add_length(prefix: str, layout: Layout) -> tuple[Ledger, list[str]]:
     check_files(prefix, before.arrays, hashes=False)
     length = str(layout.seq_length)
     with disk_full_named(Path(prefix)), DatasetFiles(prefix) as files:
-        entry, notices = write_layout(read_stored(prefix, before), layout, files)
+        entry, notices = write_layout(read_stored_samples(prefix, before), layout, files)
         own = {end for split in SPLITS for end in pack_files(split, layout.seq_length)}
         for end, array in before.arrays.items():
             if end not in own:
@@ -97,9 +97,9 @@ def _refuse_strangers(ledgers: dict[str, Ledger], output_prefix: Path) -> None:
             raise InputError(f"--output-prefix {output_prefix}: is one of the data sets to merge; choose a new one")
 
 
-def _copy(ledgers: dict[str, Ledger], files: DatasetFiles) -> Stored:
+def _copy(ledgers: dict[str, Ledger], files: DatasetFiles) -> StoredSamples:
     """Copy the samples of all data sets, task by task."""
-    writer = StoreWriter(files, next(iter(ledgers.values())).tokenizer.vocab_size)
+    writer = SampleWriter(files, next(iter(ledgers.values())).tokenizer.vocab_size)
     names = list(dict.fromkeys(task.name for ledger in ledgers.values() for task in ledger.tasks))
     try:
         for name in names:

@@ -17,7 +17,7 @@ FORMAT_VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True)
-class SourceFile:
+class InputFile:
     """A file that was read: path as given, bytes, lines, sha256 of its content."""
 
     path: str
@@ -48,7 +48,7 @@ class TaskEntry:
     weight: float | None
     sampling: float | None
     overlong: str | None
-    sources: list[SourceFile]
+    sources: list[InputFile]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,7 +186,7 @@ def read_ledger(prefix: str | Path) -> Ledger:
 
 def _from_dict(content: dict[str, Any]) -> Ledger:
     tasks = [
-        TaskEntry(**{**task, "sources": [SourceFile(**source) for source in task["sources"]]})
+        TaskEntry(**{**task, "sources": [InputFile(**source) for source in task["sources"]]})
         for task in content["tasks"]
     ]
     lengths = {

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 
 from mft_megatron.data.sample_slices import supervised_tokens
-from mft_megatron.data.storage.stored_samples import Stored
+from mft_megatron.data.storage.stored_samples import StoredSamples
 from mft_megatron.errors import InputError
 
 from .dataset_writer import DatasetFiles
 from .indexed_dataset import IndexedDataset, IndexedDatasetWriter, token_dtype
-from .ledger import SourceFile, TaskEntry
+from .ledger import InputFile, TaskEntry
 
 MOST_TASKS = 1 << 16  # task numbers are uint16
 
@@ -34,7 +34,7 @@ class TaskTally:
     supervised_tokens: int = 0
     stopped: bool = False  # whether a token that ends a turn was supervised anywhere
     dropped: collections.Counter = dataclasses.field(default_factory=collections.Counter)
-    sources: list[SourceFile] = dataclasses.field(default_factory=list)
+    sources: list[InputFile] = dataclasses.field(default_factory=list)
 
     def entry(self) -> TaskEntry:
         """For the ledger."""
@@ -55,7 +55,7 @@ class TaskTally:
         )
 
 
-class StoreWriter:
+class SampleWriter:
     """Appends samples; memory grows by some bytes a sample, not with their tokens."""
 
     def __init__(self, files: DatasetFiles, vocab_size: int):
@@ -91,14 +91,14 @@ class StoreWriter:
         tally.tokens += len(ids)
         tally.supervised_tokens += int(supervised.sum())
 
-    def finish(self) -> Stored:
+    def finish(self) -> StoredSamples:
         """Complete the files; what is known of the samples."""
         for writer in self._writers:
             writer.finish()
         task_ids = np.repeat(np.arange(len(self.tasks), dtype=np.uint16), [tally.kept for tally in self.tasks])
         self._files.save("_task_ids.npy", task_ids)
         mask = IndexedDataset(bin_path=self._writers[1].bin_path, idx_path=self._writers[1].idx_path)
-        return Stored(
+        return StoredSamples(
             tasks=[tally.entry() for tally in self.tasks],
             lengths=_joined(self._lengths, np.int32),
             supervised=_joined(self._supervised, np.int64),

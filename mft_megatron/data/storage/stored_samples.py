@@ -12,7 +12,7 @@ from mft_megatron.data.storage.ledger import Ledger, TaskEntry
 
 
 @dataclasses.dataclass(frozen=True)
-class Stored:
+class StoredSamples:
     """What is known of the stored samples without reading a token. ``lengths`` int32, ``supervised`` int64 and
     ``task_ids`` uint16, by sample; samples are in the order of their tasks."""
 
@@ -26,14 +26,14 @@ class Stored:
 SAMPLES_AT_ONCE = 1 << 14
 
 
-def read_stored(prefix: str, ledger: Ledger) -> Stored:
+def read_stored_samples(prefix: str, ledger: Ledger) -> StoredSamples:
     """What is known of a data set's samples, read from its files; of the masks, a part at a time."""
     mask = IndexedDataset(f"{prefix}_loss_mask")
     supervised = [
         supervised_tokens(*read_samples(mask, first, min(first + SAMPLES_AT_ONCE, len(mask))))
         for first in range(0, len(mask), SAMPLES_AT_ONCE)
     ]
-    return Stored(
+    return StoredSamples(
         tasks=ledger.tasks,
         lengths=np.array(mask.lengths),
         supervised=np.concatenate([np.zeros(0, np.int64), *supervised]),

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from mft_megatron.data.storage.indexed_dataset import IndexedDataset
-from mft_megatron.data.storage.ledger import SourceFile
+from mft_megatron.data.storage.ledger import InputFile
 from mft_megatron.errors import InputError
 
 from .record_batches import Chunk, TokenChunk
@@ -82,9 +82,9 @@ class SourceReader:
             return self._line_chunks(self._inflated("zstd", _zstd_frame, zstandard.ZstdError), chunk_bytes)
         return self._line_chunks(self._blocks(max(chunk_bytes, 1)), chunk_bytes)
 
-    def entry(self) -> SourceFile:
+    def entry(self) -> InputFile:
         """What was read, for the ledger; after the last chunk."""
-        return SourceFile(str(self._path), self._size, self._lines, self._digest.hexdigest())
+        return InputFile(str(self._path), self._size, self._lines, self._digest.hexdigest())
 
     # ------------------------------------------------------------------------------------------------------------ lines
 

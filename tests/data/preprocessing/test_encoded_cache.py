@@ -115,7 +115,7 @@ def test_a_killed_run_goes_on_from_what_it_had(make_dataset, tmp_path, encoded_t
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(module.StoreWriter, "finish", die)
+        patch.setattr(module.SampleWriter, "finish", die)
         with pytest.raises(Killed):
             make_dataset(tasks, output_prefix=tmp_path / "set", split=(1, 0, 0))
     assert not list(tmp_path.glob("set*"))
