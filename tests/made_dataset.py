@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from mft_megatron.data.packing.build_packs import Layout, write_layout
-from mft_megatron.data.storage.dataset_writer import DatasetFiles
+from mft_megatron.data.storage.dataset_writer import DatasetWriter
 from mft_megatron.data.storage.ledger import Ledger, TokenizerEntry
 from mft_megatron.data.storage.sample_writer import SampleWriter, TaskTally
 
@@ -27,7 +27,7 @@ def write_dataset(prefix, seq_length, longest=None, documents=False, weights=Non
     """Write the data set ``prefix``; returns its ledger. Functions are samples of ``tasks``, the second half of each
     supervised, or all of it where they are ``documents``."""
     weights, texts = weights or {}, functions(longest or seq_length)
-    with DatasetFiles(prefix) as files:
+    with DatasetWriter(prefix) as files:
         writer = SampleWriter(files, VOCABULARY)
         for name, share in tasks.items():
             tally = TaskTally(name, {"template": "bytes"}, weights.get(name))

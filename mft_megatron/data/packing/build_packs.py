@@ -12,7 +12,7 @@ import numpy as np
 
 from mft_megatron.data.permutation import named_permutation
 from mft_megatron.data.sample_slices import SampleSlices
-from mft_megatron.data.storage.dataset_writer import DatasetFiles
+from mft_megatron.data.storage.dataset_writer import DatasetWriter
 from mft_megatron.data.storage.ledger import LengthEntry, PackEntry, TaskCut, TaskEntry
 from mft_megatron.data.storage.stored_samples import StoredSamples
 from mft_megatron.errors import InputError
@@ -85,7 +85,7 @@ def lay_out(stored: StoredSamples, layout: Layout) -> tuple[dict[str, SplitPacks
     return packs, LengthEntry(options, cuts, entries), _notices(stored.tasks, cuts, layout)
 
 
-def write_layout(stored: StoredSamples, layout: Layout, files: DatasetFiles) -> tuple[LengthEntry, list[str]]:
+def write_layout(stored: StoredSamples, layout: Layout, files: DatasetWriter) -> tuple[LengthEntry, list[str]]:
     """:func:`lay_out`, with the arrays written among ``files``; the entry, and what the user should know."""
     packs, entry, notices = lay_out(stored, layout)
     for split, packed in packs.items():

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mft_megatron.data.storage.dataset_writer import disk_full_named
+from mft_megatron.data.storage.dataset_writer import report_full_disk
 from mft_megatron.data.tasks.record_batches import Chunk
 
 from .encoding import Drop, EncodedChunk
@@ -67,7 +67,7 @@ class Parts:
         drops = [[drop.line - chunk.first_line, drop.reason, drop.message] for drop in encoded.drops]
         unfinished = path.with_suffix(f".{os.getpid()}.tmp")
         try:
-            with disk_full_named(path, "--cache-dir or --output-prefix"), open(unfinished, "wb") as file:
+            with report_full_disk(path, "--cache-dir or --output-prefix"), open(unfinished, "wb") as file:
                 np.savez(
                     file,
                     ids=encoded.ids,

@@ -19,7 +19,7 @@ import numpy as np
 from mft_megatron.data.chat_templates.formats import ChatFormat, chat_format
 from mft_megatron.data.packing.build_packs import Layout, check_layout, write_layout
 from mft_megatron.data.records.fim import fim
-from mft_megatron.data.storage.dataset_writer import DatasetFiles, disk_full_named, refuse_too_small_a_disk
+from mft_megatron.data.storage.dataset_writer import DatasetWriter, report_full_disk, require_free_space
 from mft_megatron.data.storage.indexed_dataset import token_dtype
 from mft_megatron.data.storage.ledger import Ledger, TokenizerEntry
 from mft_megatron.data.storage.sample_writer import SampleWriter, TaskTally
@@ -99,9 +99,9 @@ def _make(recipe: Recipe, backend: str) -> tuple[Ledger, list[str]]:
     templates = {recipe.chat_template, *(source.template or recipe.chat_template for source in recipe.tasks.values())}
     styles = {name: chat_format(name, tokenizer, recipe.role_markers, recipe.supervise) for name in sorted(templates)}
     encodings = {name: _encoding(recipe, source, tokenizer, styles) for name, source in recipe.tasks.items()}
-    refuse_too_small_a_disk(recipe.output_prefix.parent, _bytes_needed(recipe, tokenizer))
-    with disk_full_named(recipe.output_prefix), DatasetFiles(recipe.output_prefix) as files:
-        parts = Parts(recipe.cache_dir or files.parts_folder)
+    require_free_space(recipe.output_prefix.parent, _bytes_needed(recipe, tokenizer))
+    with report_full_disk(recipe.output_prefix), DatasetWriter(recipe.output_prefix) as files:
+        parts = Parts(recipe.cache_dir or files.cache_folder)
         try:
             stored = _store(recipe, tokenizer, encodings, files, parts)
             entry, notices = write_layout(stored, recipe.layout, files)
@@ -159,7 +159,7 @@ def _bytes_needed(recipe: Recipe, tokenizer: Tokenizer) -> int:
 
 
 def _store(
-    recipe: Recipe, tokenizer: Tokenizer, encodings: dict[str, TaskEncoding], files: DatasetFiles, parts: Parts
+    recipe: Recipe, tokenizer: Tokenizer, encodings: dict[str, TaskEncoding], files: DatasetWriter, parts: Parts
 ) -> StoredSamples:
     """Write the samples of all tasks."""
     writer = SampleWriter(files, tokenizer.vocab_size)

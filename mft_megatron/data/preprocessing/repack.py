@@ -11,7 +11,7 @@ from pathlib import Path
 from mft_megatron.data.packing.build_packs import Layout, check_layout, write_layout
 from mft_megatron.data.packing.packs import SPLITS, pack_files
 from mft_megatron.data.storage.arrays import check_files
-from mft_megatron.data.storage.dataset_writer import DatasetFiles, disk_full_named, refuse_too_small_a_disk
+from mft_megatron.data.storage.dataset_writer import DatasetWriter, report_full_disk, require_free_space
 from mft_megatron.data.storage.indexed_dataset import IndexedDataset
 from mft_megatron.data.storage.ledger import Ledger, TaskEntry, read_ledger
 from mft_megatron.data.storage.sample_writer import SampleWriter, TaskTally
@@ -32,7 +32,7 @@ def add_length(prefix: str, layout: Layout) -> tuple[Ledger, list[str]]:
     check_layout(layout, before.tasks)
     check_files(prefix, before.arrays, hashes=False)
     length = str(layout.seq_length)
-    with disk_full_named(Path(prefix)), DatasetFiles(prefix) as files:
+    with report_full_disk(Path(prefix)), DatasetWriter(prefix) as files:
         entry, notices = write_layout(read_stored_samples(prefix, before), layout, files)
         own = {end for split in SPLITS for end in pack_files(split, layout.seq_length)}
         for end, array in before.arrays.items():
@@ -64,8 +64,8 @@ def merge(prefixes: Sequence[str], output_prefix: Path, layout: Layout) -> tuple
     first = next(iter(ledgers.values()))
     stored = ("_input_ids.bin", "_loss_mask.bin")
     needed = sum(ledger.arrays[name].size for ledger in ledgers.values() for name in stored)
-    refuse_too_small_a_disk(output_prefix.parent, needed)
-    with disk_full_named(output_prefix), DatasetFiles(output_prefix) as files:
+    require_free_space(output_prefix.parent, needed)
+    with report_full_disk(output_prefix), DatasetWriter(output_prefix) as files:
         stored = _copy(ledgers, files)
         entry, notices = write_layout(stored, layout, files)
         stops = sorted({number for ledger in ledgers.values() for number in ledger.chat_template["stop_token_ids"]})
@@ -97,7 +97,7 @@ def _refuse_strangers(ledgers: dict[str, Ledger], output_prefix: Path) -> None:
             raise InputError(f"--output-prefix {output_prefix}: is one of the data sets to merge; choose a new one")
 
 
-def _copy(ledgers: dict[str, Ledger], files: DatasetFiles) -> StoredSamples:
+def _copy(ledgers: dict[str, Ledger], files: DatasetWriter) -> StoredSamples:
     """Copy the samples of all data sets, task by task."""
     writer = SampleWriter(files, next(iter(ledgers.values())).tokenizer.vocab_size)
     names = list(dict.fromkeys(task.name for ledger in ledgers.values() for task in ledger.tasks))

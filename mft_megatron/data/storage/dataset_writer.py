@@ -19,7 +19,7 @@ from mft_megatron.errors import InputError
 from .ledger import ArrayEntry, Ledger, file_sha256, ledger_path, read_ledger
 
 
-class DatasetFiles:
+class DatasetWriter:
     """Writes the data set ``prefix``; use it in a ``with`` statement, which discards what was not published."""
 
     def __init__(self, prefix: str | Path):
@@ -27,7 +27,7 @@ class DatasetFiles:
         self._ends: list[str] = []
         self._kept: dict[str, ArrayEntry] = {}
 
-    def __enter__(self) -> "DatasetFiles":
+    def __enter__(self) -> "DatasetWriter":
         """
         Raises:
             InputError: another process is writing to the same prefix.
@@ -54,7 +54,7 @@ class DatasetFiles:
                 folder.rmdir()
 
     @property
-    def parts_folder(self) -> Path:
+    def cache_folder(self) -> Path:
         """Where encoded parts are kept until the data set is complete."""
         return self._folder / "parts"
 
@@ -129,7 +129,7 @@ class DatasetFiles:
         return self.prefix.with_name(f".{self.prefix.name}{end}")
 
 
-def refuse_too_small_a_disk(folder: Path, needed: int) -> None:
+def require_free_space(folder: Path, needed: int) -> None:
     """Refuse to begin what will not fit.
 
     Args:
@@ -152,7 +152,7 @@ def refuse_too_small_a_disk(folder: Path, needed: int) -> None:
 
 
 @contextlib.contextmanager
-def disk_full_named(prefix: Path, option: str = "--output-prefix") -> Iterator[None]:
+def report_full_disk(prefix: Path, option: str = "--output-prefix") -> Iterator[None]:
     """Turn a full disk inside the block into the one line for the user.
 
     Raises:

@@ -10,7 +10,7 @@ from mft_megatron.data.sample_slices import supervised_tokens
 from mft_megatron.data.storage.stored_samples import StoredSamples
 from mft_megatron.errors import InputError
 
-from .dataset_writer import DatasetFiles
+from .dataset_writer import DatasetWriter
 from .indexed_dataset import IndexedDataset, IndexedDatasetWriter, token_dtype
 from .ledger import InputFile, TaskEntry
 
@@ -58,7 +58,7 @@ class TaskTally:
 class SampleWriter:
     """Appends samples; memory grows by some bytes a sample, not with their tokens."""
 
-    def __init__(self, files: DatasetFiles, vocab_size: int):
+    def __init__(self, files: DatasetWriter, vocab_size: int):
         self._files = files
         kinds = {"input_ids": token_dtype(vocab_size), "loss_mask": np.dtype(np.uint8)}
         self._writers = [

@@ -10,34 +10,34 @@ import numpy as np
 import pytest
 
 from mft_megatron.data.storage import dataset_writer as module
-from mft_megatron.data.storage.dataset_writer import DatasetFiles, disk_full_named, refuse_too_small_a_disk
+from mft_megatron.data.storage.dataset_writer import DatasetWriter, report_full_disk, require_free_space
 from mft_megatron.errors import InputError
 
 
 def test_two_processes_do_not_write_to_one_prefix(tmp_path):
     code = (
-        "import sys; from mft_megatron.data.storage.dataset_writer import DatasetFiles\n"
-        "with DatasetFiles(sys.argv[1]): print('writing', flush=True); sys.stdin.read()"
+        "import sys; from mft_megatron.data.storage.dataset_writer import DatasetWriter\n"
+        "with DatasetWriter(sys.argv[1]): print('writing', flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "set")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "writing\n"
         with (
             pytest.raises(InputError, match="another process is writing this data set"),
-            DatasetFiles(tmp_path / "set"),
+            DatasetWriter(tmp_path / "set"),
         ):
             pass
-        with DatasetFiles(tmp_path / "set2"):  # another prefix, in the same folder
+        with DatasetWriter(tmp_path / "set2"):  # another prefix, in the same folder
             pass
         other.communicate()
-    with DatasetFiles(tmp_path / "set"):
+    with DatasetWriter(tmp_path / "set"):
         pass
     assert list(tmp_path.iterdir()) == []
 
 
 def test_what_a_killed_run_left_is_removed_by_the_next_one_alone(tmp_path):
     def killed(name):
-        files = DatasetFiles(tmp_path / name)
+        files = DatasetWriter(tmp_path / name)
         files.__enter__()
         files.save("_x.npy", np.zeros(3))
         files._lock.close()  # what the system does when a process is killed
@@ -46,14 +46,14 @@ def test_what_a_killed_run_left_is_removed_by_the_next_one_alone(tmp_path):
     killed("set_b")
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {".set.writing", ".set.lock", ".set_b.writing", ".set_b.lock"}
-    with DatasetFiles(tmp_path / "set"):
+    with DatasetWriter(tmp_path / "set"):
         pass
     assert {path.name for path in tmp_path.iterdir()} == {".set_b.writing", ".set_b.lock"}
 
 
 def test_what_was_not_published_is_discarded(tmp_path):
     def fail():
-        with DatasetFiles(tmp_path / "new" / "set") as files:
+        with DatasetWriter(tmp_path / "new" / "set") as files:
             files.save("_x.npy", np.zeros(3))
             raise ValueError("no")
 
@@ -64,18 +64,18 @@ def test_what_was_not_published_is_discarded(tmp_path):
 
 def test_too_small_a_disk_is_refused_beforehand(tmp_path, monkeypatch):
     monkeypatch.setattr(module.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**9))
-    refuse_too_small_a_disk(tmp_path / "not" / "there", 10**9)
+    require_free_space(tmp_path / "not" / "there", 10**9)
     with pytest.raises(InputError, match=r"1,000 MB are free, and about 2,000 MB are needed"):
-        refuse_too_small_a_disk(tmp_path / "not" / "there", 2 * 10**9)
+        require_free_space(tmp_path / "not" / "there", 2 * 10**9)
 
 
 def test_a_disk_that_gets_full_is_one_line(tmp_path):
     with (
         pytest.raises(InputError, match=r"_x\.npy: the disk is full .* nothing was completed"),
-        disk_full_named(tmp_path),
+        report_full_disk(tmp_path),
     ):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / "_x.npy"))
-    with pytest.raises(PermissionError), disk_full_named(tmp_path / "set"):
+    with pytest.raises(PermissionError), report_full_disk(tmp_path / "set"):
         raise PermissionError(errno.EACCES, "no", "x")
 
 
@@ -101,7 +101,7 @@ def test_arrays_that_do_not_fit_are_a_full_disk(tmp_path, monkeypatch):
             self._file.close()
 
     def write(values):
-        with disk_full_named(tmp_path / "set"), DatasetFiles(tmp_path / "set") as files:
+        with report_full_disk(tmp_path / "set"), DatasetWriter(tmp_path / "set") as files:
             opened = open
             monkeypatch.setattr(module, "open", lambda *words: Full(opened(*words)), raising=False)
             files.save("_x.npy", values)
@@ -114,7 +114,7 @@ def test_arrays_that_do_not_fit_are_a_full_disk(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("values", [np.arange(12).reshape(3, 4)[:, ::2], np.zeros((2, 0), np.int64), np.uint16([1, 2])])
 def test_arrays_are_written_as_numpy_writes_them(tmp_path, values):
-    with DatasetFiles(tmp_path / "set") as files:
+    with DatasetWriter(tmp_path / "set") as files:
         files.save("_x.npy", values)
         found = np.load(tmp_path / ".set.writing" / "data_x.npy")
     np.testing.assert_array_equal(found, values)
