@@ -53,13 +53,13 @@ def run_and_export(arguments, main_rank: bool, run) -> None:
     from mft_megatron.training.saving import remove_exported
 
     options, resume = arguments.checkpoint, arguments.resume
-    refuse_export(arguments.network, resume is not None and resume[1].from_hugging_face)
+    refuse_export(arguments.network, resume is not None and resume.info.from_hugging_face)
     if not main_rank:
         run()
         return
     with open_exports(arguments) as exports:
         if options.save_hf_interval is not None and resume is not None and not arguments.weights_alone:
-            exports.catch_up(Path(options.save), options.save_hf_interval, Path(resume[0]))
+            exports.catch_up(Path(options.save), options.save_hf_interval, resume.path)
         run(exports)
         exports.export_newest(Path(options.save))
     remove_exported(options, exports.waiting)

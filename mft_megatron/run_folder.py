@@ -123,6 +123,14 @@ class CheckpointInfo:
         return self.iteration - self.skipped_steps
 
 
+@dataclasses.dataclass(frozen=True)
+class CheckpointRef:
+    """The folder and the description of a checkpoint, or of a Hugging Face model that is read like one."""
+
+    path: Path
+    info: CheckpointInfo
+
+
 def iteration_folder(folder: Path, iteration: int) -> Path:
     return folder / f"iter_{iteration:07d}"
 
@@ -133,7 +141,7 @@ def is_checkpoint(folder: Path | str) -> bool:
     return folder.name.startswith("iter_") or (folder / TRACKER).exists()
 
 
-def latest_checkpoint(folder: Path | str, option: str = "--load") -> tuple[Path, CheckpointInfo]:
+def latest_checkpoint(folder: Path | str, option: str = "--load") -> CheckpointRef:
     """The newest complete checkpoint below ``folder``; ``folder`` may also be one ``iter_NNNNNNN`` itself.
 
     Raises:
@@ -141,12 +149,12 @@ def latest_checkpoint(folder: Path | str, option: str = "--load") -> tuple[Path,
     """
     folder = Path(folder)
     if folder.name.startswith("iter_") and folder.is_dir():
-        return folder, read_info(folder, option)
+        return CheckpointRef(folder, read_info(folder, option))
     absent, remedy = "no checkpoint was completed there", f"give a folder that --save wrote, or leave {option} out"
     return _named_checkpoint(folder, TRACKER, option, absent, remedy)
 
 
-def checkpoint_of(folder: Path | str, iteration: int, option: str = "--load") -> tuple[Path, CheckpointInfo]:
+def checkpoint_of(folder: Path | str, iteration: int, option: str = "--load") -> CheckpointRef:
     """The complete checkpoint of one iteration below ``folder``.
 
     Raises:
@@ -156,10 +164,10 @@ def checkpoint_of(folder: Path | str, iteration: int, option: str = "--load") ->
     if not path.is_dir():
         there = ", ".join(sorted(found.name for found in Path(folder).glob("iter_*"))) or "no checkpoint"
         raise InputError(f"{option} {folder} --ckpt-step {iteration}: {path} does not exist; there is {there}")
-    return path, read_info(path, option)
+    return CheckpointRef(path, read_info(path, option))
 
 
-def best_checkpoint(folder: Path | str, option: str = "--load") -> tuple[Path, CheckpointInfo]:
+def best_checkpoint(folder: Path | str, option: str = "--load") -> CheckpointRef:
     """The checkpoint of the run in ``folder`` that has the best evaluation.
 
     Raises:
@@ -169,9 +177,13 @@ def best_checkpoint(folder: Path | str, option: str = "--load") -> tuple[Path, C
     return _named_checkpoint(Path(folder), BEST, option, absent, remedy)
 
 
-def _named_checkpoint(
-    folder: Path, file_name: str, option: str, absent: str, remedy: str
-) -> tuple[Path, CheckpointInfo]:
+def select_checkpoint(folder: Path | str, best: bool, option: str = "--load") -> CheckpointRef:
+    """The best checkpoint of the run in ``folder``, or its newest, by :func:`best_checkpoint` or
+    :func:`latest_checkpoint`."""
+    return best_checkpoint(folder, option) if best else latest_checkpoint(folder, option)
+
+
+def _named_checkpoint(folder: Path, file_name: str, option: str, absent: str, remedy: str) -> CheckpointRef:
     """The checkpoint whose iteration stands in a file of ``folder``; ``absent`` says what it means to lack the file."""
     file = folder / file_name
     if not file.is_file():
@@ -179,13 +191,13 @@ def _named_checkpoint(
         raise InputError(f"{option} {folder}: {what}; {remedy}")
     text = file.read_text().strip()
     if text == "release" and is_of_megatron(folder / text):
-        return folder / text, read_info(folder / text, option)
+        return CheckpointRef(folder / text, read_info(folder / text, option))
     if not text.isdecimal():
         raise InputError(f"{file}: {text!r} is not an iteration number; write the number of an existing iter_ folder")
     path = iteration_folder(folder, int(text))
     if not path.is_dir():
         raise InputError(f"{file} names iteration {text}, but {path} does not exist; correct the number in it")
-    return path, read_info(path, option)
+    return CheckpointRef(path, read_info(path, option))
 
 
 def record_best(folder: Path, iteration: int) -> None:
@@ -208,19 +220,19 @@ def superseded(folder: Path) -> list[Path]:
 
     Every one in ``folder``: where a job was ended before it removed one, that goes with the next.
     """
-    return [path for path, info in _unnamed(folder) if not info.asked_for]
+    return [found.path for found in _unnamed(folder) if not found.info.asked_for]
 
 
 def not_retained(folder: Path, interval: int) -> list[Path]:
     """Checkpoints of iterations that ``interval`` does not divide and that are neither the newest nor the best."""
-    return [path for path, info in _unnamed(folder) if info.iteration % interval]
+    return [found.path for found in _unnamed(folder) if found.info.iteration % interval]
 
 
-def _unnamed(folder: Path) -> list[tuple[Path, CheckpointInfo]]:
+def _unnamed(folder: Path) -> list[CheckpointRef]:
     """Complete checkpoints of the run in ``folder`` but for the newest and the best; by name."""
-    named = [latest_checkpoint(folder)[0]]
+    named = [latest_checkpoint(folder).path]
     if (folder / BEST).is_file():
-        named.append(best_checkpoint(folder)[0])
+        named.append(best_checkpoint(folder).path)
     found = []
     for path in sorted(folder.glob("iter_*")):
         if path in named or path.is_symlink() or not path.is_dir():
@@ -231,7 +243,7 @@ def _unnamed(folder: Path) -> list[tuple[Path, CheckpointInfo]]:
             continue
         # a copy that the user made under another name still has the iteration of its original
         if path == iteration_folder(folder, info.iteration):
-            found.append((path, info))
+            found.append(CheckpointRef(path, info))
     return found
 
 

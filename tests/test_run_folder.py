@@ -35,13 +35,13 @@ def checkpoint(folder, iteration, **options):
 def test_the_newest_and_the_best(tmp_path):
     first, second = (checkpoint(tmp_path, iteration) for iteration in (10, 20))
     record_best(tmp_path, 10)
-    assert latest_checkpoint(tmp_path)[0] == second
-    assert best_checkpoint(tmp_path)[0] == first
-    assert best_checkpoint(str(tmp_path))[1] == read_info(first)
+    assert latest_checkpoint(tmp_path).path == second
+    assert best_checkpoint(tmp_path).path == first
+    assert best_checkpoint(str(tmp_path)).info == read_info(first)
     assert (tmp_path / BEST).read_text() == "10\n"
-    assert latest_checkpoint(first)[0] == first
+    assert latest_checkpoint(first).path == first
     record_best(tmp_path, 20)
-    assert best_checkpoint(tmp_path)[0] == second
+    assert best_checkpoint(tmp_path).path == second
     assert not list(tmp_path.glob("*.tmp"))
 
 
@@ -99,7 +99,7 @@ def test_only_what_nobody_asked_for_is_superseded(tmp_path):
     for iteration in (10, 20, 50, 60):
         checkpoint(tmp_path, iteration, **only_best)
     record_best(tmp_path, 20)
-    assert latest_checkpoint(tmp_path)[1].iteration == 60
+    assert latest_checkpoint(tmp_path).info.iteration == 60
     assert superseded(tmp_path) == [iteration_folder(tmp_path, iteration) for iteration in (10, 50)]
 
 

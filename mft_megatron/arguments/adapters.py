@@ -7,7 +7,7 @@ from mft_megatron.arguments.groups.lora import LoraArguments
 from mft_megatron.arguments.groups.network import NetworkArguments
 from mft_megatron.errors import InputError
 from mft_megatron.lora import Lora, Target, read_targets
-from mft_megatron.run_folder import CheckpointInfo
+from mft_megatron.run_folder import CheckpointRef
 
 
 def adapters_of(options: LoraArguments, network: NetworkArguments) -> Lora | None:
@@ -22,9 +22,7 @@ def adapters_of(options: LoraArguments, network: NetworkArguments) -> Lora | Non
     return Lora(options.lora_rank, options.lora_alpha, targets, options.lora_dropout, options.use_rslora)
 
 
-def from_checkpoint(
-    resume: tuple[str, CheckpointInfo], given: Mapping[str, Any], weights_alone: bool
-) -> dict[str, Any]:
+def from_checkpoint(resume: CheckpointRef, given: Mapping[str, Any], weights_alone: bool) -> dict[str, Any]:
     """Options that follow from the adapters of a checkpoint; nothing where it has none.
 
     Args:
@@ -35,7 +33,7 @@ def from_checkpoint(
     Raises:
         InputError: the command line says otherwise.
     """
-    path, info = resume
+    path, info = resume.path, resume.info
     if info.lora is None:
         return {}
     if given.get("peft_type") == "none":

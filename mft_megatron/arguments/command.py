@@ -23,7 +23,7 @@ from mft_megatron.arguments.groups.config_file import ConfigFileArguments
 from mft_megatron.arguments.groups.multi_task import MFTCODER_BALANCERS
 from mft_megatron.errors import InputError
 from mft_megatron.options import build_parser, fill, parse
-from mft_megatron.run_folder import CheckpointInfo
+from mft_megatron.run_folder import CheckpointRef
 
 from .adapters import from_adapter, from_checkpoint
 from .completion import complete
@@ -146,18 +146,16 @@ def _need(given: Mapping[str, Any], name: str, hint: str) -> None:
         raise InputError(f"missing option: give {hint}")
 
 
-def _from_adapter(
-    given: Mapping[str, Any], resume: tuple[str, CheckpointInfo] | None, describe_adapter: Any
-) -> dict[str, Any]:
+def _from_adapter(given: Mapping[str, Any], resume: CheckpointRef | None, describe_adapter: Any) -> dict[str, Any]:
     """Options that follow from the adapter of ``--hf-adapter``, unless a checkpoint has adapters already."""
     folder = given.get("hf_adapter")
-    if folder is None or (resume is not None and resume[1].lora is not None):
+    if folder is None or (resume is not None and resume.info.lora is not None):
         return {}
     if resume is None:
         raise InputError(
             f"--hf-adapter {folder} belongs to a model: give it with --hf-checkpoint, --pretrained-checkpoint or --load"
         )
-    return from_adapter(folder, describe_adapter(folder, resume[1]), given)
+    return from_adapter(folder, describe_adapter(folder, resume.info), given)
 
 
 def _only_packed_length(prefix: str, lengths: Sequence[int]) -> int:

@@ -9,10 +9,10 @@ from typing import Any
 from mft_megatron.arguments.groups.network import NetworkArguments
 from mft_megatron.errors import InputError
 from mft_megatron.options import spelling
-from mft_megatron.run_folder import CheckpointInfo, checkpoint_of, content_digest, is_checkpoint, latest_checkpoint
+from mft_megatron.run_folder import CheckpointRef, checkpoint_of, content_digest, is_checkpoint, latest_checkpoint
 
 
-def find_checkpoint(given: Mapping[str, Any], describe_hf: Any) -> tuple[str, CheckpointInfo] | None:
+def find_checkpoint(given: Mapping[str, Any], describe_hf: Any) -> CheckpointRef | None:
     """The checkpoint of ``--load``, else of ``--pretrained-checkpoint`` or the model of ``--hf-checkpoint``; ``None``
     for a run that starts from nothing.
 
@@ -26,19 +26,13 @@ def find_checkpoint(given: Mapping[str, Any], describe_hf: Any) -> tuple[str, Ch
     # The idiom of a job that is restarted with the same command line: nothing saved yet means "start".
     same = None not in (load, given.get("save")) and os.path.abspath(load) == os.path.abspath(given["save"])
     if load is not None and (is_checkpoint(load) or not same or given.get("exit_on_missing_checkpoint")):
-        found = latest_checkpoint(load) if step is None else checkpoint_of(load, step)
-    elif pretrained is not None:
-        found = latest_checkpoint(os.path.abspath(pretrained), "--pretrained-checkpoint")
-    elif hf is not None:
-        found = os.path.abspath(hf), describe_hf(hf)
-    else:
-        return None
-    return str(found[0]), found[1]
+        return latest_checkpoint(load) if step is None else checkpoint_of(load, step)
+    if pretrained is not None:
+        return latest_checkpoint(os.path.abspath(pretrained), "--pretrained-checkpoint")
+    return CheckpointRef(Path(os.path.abspath(hf)), describe_hf(hf)) if hf is not None else None
 
 
-def find_base(
-    given: Mapping[str, Any], resume: tuple[str, CheckpointInfo] | None, describe_hf: Any
-) -> tuple[str, CheckpointInfo] | None:
+def find_base(given: Mapping[str, Any], resume: CheckpointRef | None, describe_hf: Any) -> CheckpointRef | None:
     """The model whose weights are read name by name: see :class:`.table.Arguments`.
 
     Raises:
@@ -46,10 +40,10 @@ def find_base(
     """
     if resume is None:
         return None
-    path, info = resume
+    path, info = resume.path, resume.info
     hf, pretrained = given.get("hf_checkpoint"), given.get("pretrained_checkpoint")
     if info.has_base:
-        of_hf = hf is not None and os.path.abspath(hf) == path
+        of_hf = hf is not None and Path(os.path.abspath(hf)) == path
         return resume if of_hf or (info.lora is None and given.get("peft_type", "none") != "none") else None
     if hf is None and pretrained is None:
         raise InputError(
@@ -57,31 +51,30 @@ def find_base(
             f"--hf-checkpoint or --pretrained-checkpoint (it was {info.base})"
         )
     if hf is not None:
-        base = os.path.abspath(hf), describe_hf(hf)
+        base = CheckpointRef(Path(os.path.abspath(hf)), describe_hf(hf))
     else:
-        found = latest_checkpoint(os.path.abspath(pretrained), "--pretrained-checkpoint")
-        base = str(found[0]), found[1]
-        if not found[1].has_base:
+        base = latest_checkpoint(os.path.abspath(pretrained), "--pretrained-checkpoint")
+        if not base.info.has_base:
             raise InputError(
-                f"--pretrained-checkpoint {found[0]}: it holds adapters alone; give it with --load and --finetune, and "
-                f"the model that they were trained beside with --hf-checkpoint or --pretrained-checkpoint (it was "
-                f"{found[1].base})"
+                f"--pretrained-checkpoint {base.path}: it holds adapters alone; give it with --load and --finetune, "
+                f"and the model that they were trained beside with --hf-checkpoint or --pretrained-checkpoint (it "
+                f"was {base.info.base})"
             )
-    if content_digest(Path(base[0])) != info.base_digest:
+    if content_digest(base.path) != info.base_digest:
         raise InputError(
-            f"{base[0]}: its weight files are not those that the adapters of {path} were trained beside; give these or "
-            f"a copy (they were in {info.base}): the same model in other files counts as another"
+            f"{base.path}: its weight files are not those that the adapters of {path} were trained beside; give these "
+            f"or a copy (they were in {info.base}): the same model in other files counts as another"
         )
     return base
 
 
-def architecture_from(resume: tuple[str, CheckpointInfo], given: Mapping[str, Any]) -> dict[str, Any]:
+def architecture_from(resume: CheckpointRef, given: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of the network, which are the checkpoint's.
 
     Raises:
         InputError: the command line says otherwise.
     """
-    path, info = resume
+    path, info = resume.path, resume.info
     known = {field.name: field for field in dataclasses.fields(NetworkArguments)}
     # what a description from an earlier version leaves out was as its default says
     younger = {name: field.default for name, field in known.items() if field.default is not None}
@@ -101,13 +94,13 @@ def architecture_from(resume: tuple[str, CheckpointInfo], given: Mapping[str, An
     return architecture
 
 
-def seed_from(resume: tuple[str, CheckpointInfo], given: Mapping[str, Any]) -> int:
+def seed_from(resume: CheckpointRef, given: Mapping[str, Any]) -> int:
     """The seed fixes the order of the data, which a resumed run goes on following.
 
     Raises:
         InputError: the command line says otherwise.
     """
-    path, info = resume
+    path, info = resume.path, resume.info
     if given.get("seed", info.seed) != info.seed:
         raise InputError(
             f"--seed {given['seed']}: the checkpoint {path} follows the data order of seed {info.seed}; leave "

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from pathlib import Path
 from typing import Any
 
 from mft_megatron.arguments.groups.checkpointing import CheckpointArguments
@@ -23,7 +24,7 @@ from mft_megatron.arguments.groups.transformer_engine import TransformerEngineAr
 from mft_megatron.arguments.groups.validation import ValidationArguments
 from mft_megatron.batch_sizes import BatchSizes, ramp_up, step_schedule
 from mft_megatron.lora import Lora
-from mft_megatron.run_folder import CheckpointInfo
+from mft_megatron.run_folder import CheckpointRef
 
 GROUPS: tuple[tuple[str, type], ...] = (
     ("network", NetworkArguments),
@@ -74,8 +75,8 @@ class Arguments:
     multi_task: MultiTaskArguments
     lora: LoraArguments
     world_size: int
-    resume: tuple[str, CheckpointInfo] | None = None
-    base: tuple[str, CheckpointInfo] | None = None
+    resume: CheckpointRef | None = None
+    base: CheckpointRef | None = None
     adapters: Lora | None = None
 
     @property
@@ -87,18 +88,18 @@ class Arguments:
     def starts_from_hf(self) -> bool:
         """Whether the weights come from the folder of ``--hf-checkpoint``."""
         given = self.checkpoint.hf_checkpoint
-        return None not in (self.resume, given) and os.path.abspath(given) == self.resume[0]
+        return None not in (self.resume, given) and Path(os.path.abspath(given)) == self.resume.path
 
     @property
     def reads_hf(self) -> bool:
         """Whether weights are read from the folder of ``--hf-checkpoint``."""
         given = self.checkpoint.hf_checkpoint
-        return None not in (self.base, given) and os.path.abspath(given) == self.base[0]
+        return None not in (self.base, given) and Path(os.path.abspath(given)) == self.base.path
 
     @property
     def starts_from_adapter(self) -> bool:
         """Whether adapters come from the folder of ``--hf-adapter``."""
-        return self.lora.hf_adapter is not None and (self.resume is None or self.resume[1].lora is None)
+        return self.lora.hf_adapter is not None and (self.resume is None or self.resume.info.lora is None)
 
     @property
     def saves_base(self) -> bool:
@@ -146,11 +147,11 @@ class Arguments:
         }
 
 
-def from_pretrained(resume: tuple[str, CheckpointInfo] | None, pretrained: str | None) -> bool:
+def from_pretrained(resume: CheckpointRef | None, pretrained: str | None) -> bool:
     """Whether what a run starts from is ``--pretrained-checkpoint``, there being none of its own to go on from, or a
     model from Hugging Face, which has weights alone."""
-    if resume is not None and resume[1].is_converted:
+    if resume is not None and resume.info.is_converted:
         return True
     if resume is None or pretrained is None:
         return False
-    return os.path.abspath(pretrained) in (resume[0], os.path.dirname(resume[0]))
+    return Path(os.path.abspath(pretrained)) in (resume.path, resume.path.parent)

@@ -80,7 +80,7 @@ class Exports:
 
     def export_newest(self, run: Path) -> None:
         """Export the newest checkpoint of a run, in this process."""
-        checkpoint, _ = latest_checkpoint(run, "--save")
+        checkpoint = latest_checkpoint(run, "--save").path
         if checkpoint in self.waiting:
             return
         if self._folder(checkpoint).exists():

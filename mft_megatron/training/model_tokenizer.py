@@ -34,13 +34,14 @@ def check_model_tokenizer(arguments: Arguments, dataset: PackedDataset) -> str:
         InputError: a text is other ids for one than for the other, or that cannot be found out although it can be made
             possible.
     """
-    if arguments.resume is None or arguments.resume[1].dataset_hash == dataset.dataset_hash:
+    if arguments.resume is None or arguments.resume.info.dataset_hash == dataset.dataset_hash:
         return ""
-    path, info = arguments.base or arguments.resume
+    start = arguments.base or arguments.resume
+    info = start.info
     made_with, prefix = dataset.ledger.tokenizer, arguments.data.data_path
     if info.tokenizer.get("fingerprint") == made_with.fingerprint:
         return ""
-    folder = Path(path)
+    folder = start.path
     if not (arguments.starts_from_hf or arguments.reads_hf):
         folder = folder.parent / (TOKENIZER if info.tokenizer else HUGGINGFACE)
     present = [kind for kind in TOKENIZERS if (folder / FILES[kind]).is_file()]

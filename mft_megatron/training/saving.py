@@ -152,7 +152,7 @@ class Saver:
             layout=process_groups.layout(),
             best=best,
             asked_for=self._asked_for(progress.step, always),
-            source=a.resume[1].source if a.resume is not None else "",
+            source=a.resume.info.source if a.resume is not None else "",
             lora=a.adapters.as_dict() if a.adapters is not None else None,
             peft_type=a.lora.peft_type,
             has_base=a.saves_base,
@@ -164,7 +164,7 @@ def _base_of_adapters(arguments: Arguments) -> dict[str, str]:
     """Of a run with adapters: what they belong to, and by what it is known again where checkpoints do not hold it."""
     if arguments.adapters is None or arguments.resume is None:
         return {}
-    folder = os.path.abspath(arguments.base[0]) if arguments.base is not None else arguments.resume[1].base
+    folder = os.path.abspath(arguments.base.path) if arguments.base is not None else arguments.resume.info.base
     return {"base": folder, "base_digest": "" if arguments.saves_base else content_digest(Path(folder))}
 
 
@@ -184,7 +184,7 @@ def refuse_other_data(arguments: Arguments, dataset: PackedDataset) -> None:
     """
     if arguments.resume is None:
         return
-    path, info = arguments.resume
+    path, info = arguments.resume.path, arguments.resume.info
     # models from Hugging Face have room for more tokens than their tokenizers have
     if info.vocab_size != dataset.vocab_size and not (info.source and info.vocab_size > dataset.vocab_size):
         raise InputError(
@@ -200,7 +200,7 @@ def refuse_other_data(arguments: Arguments, dataset: PackedDataset) -> None:
 
 def model_vocab_size(arguments: Arguments, dataset: PackedDataset) -> int:
     """Tokens that the model has room for; a model from Hugging Face may have more than the data set's tokenizer."""
-    return dataset.vocab_size if arguments.resume is None else arguments.resume[1].vocab_size
+    return dataset.vocab_size if arguments.resume is None else arguments.resume.info.vocab_size
 
 
 def resume(
@@ -215,15 +215,15 @@ def resume(
     """
     if arguments.resume is None:
         return Progress(), {}
-    path, info = arguments.resume
+    path, info = arguments.resume.path, arguments.resume.info
     options = dataclasses.replace(arguments.checkpoint, finetune=arguments.weights_alone)
     if arguments.reads_hf:
         sources.model.load(trainer)
     elif arguments.base is not None:
-        fill_weights(trainer, CheckpointSource(Path(arguments.base[0]), arguments.base[1]).read)
+        fill_weights(trainer, CheckpointSource(arguments.base.path, arguments.base.info).read)
     state = {}
     if arguments.base != arguments.resume:
-        state = checkpoint.load(Path(path), trainer, info, options)
+        state = checkpoint.load(path, trainer, info, options)
     if arguments.starts_from_adapter:
         fill_weights(trainer, sources.adapter.read, adapters=True)
     progress = Progress()
@@ -231,25 +231,25 @@ def resume(
         progress = Progress(info.iteration, info.consumed_samples, info.skipped_steps)
     also = {"adapter": arguments.lora.hf_adapter} if arguments.starts_from_adapter else {}
     if arguments.base not in (None, arguments.resume):
-        also["base"] = arguments.base[0]
-    log.write(event_record(progress, "load", path=path, finetune=options.finetune, **also))
+        also["base"] = str(arguments.base.path)
+    log.write(event_record(progress, "load", path=str(path), finetune=options.finetune, **also))
     best = state.get("stopping", {}).get("run", {}).get("step")
-    if options.save is not None and Path(path).resolve().parent == Path(options.save).resolve():
+    if options.save is not None and path.resolve().parent == Path(options.save).resolve():
         if process_groups.is_main():
             restore_best(Path(options.save), best)
     elif best is not None:
-        log.say(f"the best evaluation so far was at step {best}; a checkpoint of it is in {Path(path).parent} alone")
+        log.say(f"the best evaluation so far was at step {best}; a checkpoint of it is in {path.parent} alone")
     return progress, state
 
 
 def keep_source(arguments: Arguments, sources: Sources) -> None:
     """Copy what was kept of a model from Hugging Face into the run folder, so that an export gives it back."""
-    if arguments.resume is None or not arguments.resume[1].source:
+    if arguments.resume is None or not arguments.resume.info.source:
         return
     if arguments.starts_from_hf:
         sources.model.keep(Path(arguments.checkpoint.save) / HUGGINGFACE)
         return
-    source, target = Path(arguments.resume[0]).parent / HUGGINGFACE, Path(arguments.checkpoint.save) / HUGGINGFACE
+    source, target = arguments.resume.path.parent / HUGGINGFACE, Path(arguments.checkpoint.save) / HUGGINGFACE
     if source.is_dir() and source.resolve() != target.resolve():
         shutil.copytree(source, target, dirs_exist_ok=True)
 

@@ -155,8 +155,8 @@ def test_adapters_alone_need_their_model(tmp_path):
     ):
         parse(f"--load {folder}", base=WITHOUT_SHAPE)
     arguments = parse(f"--load {folder} --pretrained-checkpoint {model}", base=WITHOUT_SHAPE)
-    assert arguments.base[0] == path
-    assert arguments.resume[1].lora is not None
+    assert str(arguments.base.path) == path
+    assert arguments.resume.info.lora is not None
     assert not arguments.weights_alone
     assert not arguments.saves_base
     with refused(f"--pretrained-checkpoint {folder}/iter_0000005: it holds adapters alone; give it with --load and"):

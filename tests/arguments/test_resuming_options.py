@@ -14,8 +14,8 @@ def test_architecture_and_seed_come_from_the_checkpoint(tmp_path):
     a = parse(f"--load {checkpoint(tmp_path)}", base=WITHOUT_SHAPE)
     assert (a.network.num_layers, a.network.swiglu, a.network.position_embedding_type) == (4, True, "rope")
     assert a.initialization.seed == 7
-    assert a.resume[1].iteration == 5
-    assert parse(f"--load {tmp_path}/iter_0000005", base=WITHOUT_SHAPE).resume[1].iteration == 5
+    assert a.resume.info.iteration == 5
+    assert parse(f"--load {tmp_path}/iter_0000005", base=WITHOUT_SHAPE).resume.info.iteration == 5
     assert parse(f"--load {tmp_path} --finetune", base=WITHOUT_SHAPE).initialization.seed == 1234
 
 
@@ -143,7 +143,7 @@ def test_restart_knows_its_folder_by_any_name(tmp_path):
 
 def test_a_step_of_a_folder(tmp_path):
     folder = checkpoint(tmp_path)
-    assert parse(f"--load {folder} --ckpt-step 5", base=WITHOUT_SHAPE).resume[1].iteration == 5
+    assert parse(f"--load {folder} --ckpt-step 5", base=WITHOUT_SHAPE).resume.info.iteration == 5
     with pytest.raises(InputError, match=r"--ckpt-step 6: .*iter_0000006 does not exist; there is iter_0000005"):
         parse(f"--load {folder} --ckpt-step 6", base=WITHOUT_SHAPE)
     with pytest.raises(InputError, match=r"--ckpt-step 6: .* there is no checkpoint"):
@@ -165,7 +165,7 @@ def test_a_pretrained_checkpoint_gives_weights_alone_and_not_the_seed(tmp_path):
         assert not a.checkpoint.finetune  # or a run that its config.yaml starts again would never go on
     checkpoint(own)
     a = parse(f"--pretrained-checkpoint {pretrained} --load {own} --save {own}", base=WITHOUT_SHAPE)
-    assert (a.weights_alone, a.initialization.seed, a.resume[0]) == (False, 7, f"{own}/iter_0000005")
+    assert (a.weights_alone, a.initialization.seed, a.resume.path) == (False, 7, own / "iter_0000005")
     with pytest.raises(InputError, match=r"--pretrained-checkpoint .*nowhere: does not exist"):
         parse(f"--pretrained-checkpoint {tmp_path}/nowhere", base=WITHOUT_SHAPE)
 

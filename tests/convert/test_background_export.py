@@ -9,7 +9,7 @@ import pytest
 from mft_megatron.convert import background_export as module
 from mft_megatron.convert.background_export import Exports
 from mft_megatron.errors import InputError
-from mft_megatron.run_folder import CheckpointInfo, write_info
+from mft_megatron.run_folder import CheckpointInfo, CheckpointRef, write_info
 
 PROGRAM = """
 import json, os, pathlib, signal, sys, time
@@ -137,7 +137,7 @@ def test_an_interrupted_run_ends_its_exports(exports, tmp_path, error):
 
 def test_the_newest_is_exported_once(exports, tmp_path, monkeypatch, capsys):
     path, done = checkpoint(tmp_path, 2, "slow"), []
-    monkeypatch.setattr(module, "latest_checkpoint", lambda run, option: (path, None))
+    monkeypatch.setattr(module, "latest_checkpoint", lambda run, option: CheckpointRef(path, None))
     monkeypatch.setattr(module, "main", done.append)
     exports.export_newest(tmp_path / "run")
     assert done == [["mcore-to-hf", "--load", str(path), "--hf", str(tmp_path / "out" / path.name)]]

@@ -156,7 +156,7 @@ def logit_differences(layout, world_size, models):
         stage = parallel_state.get_pipeline_model_parallel_rank()
         for name, (folder, hf) in models.items():
             arguments = arguments_for(folder, world_size, layout)
-            path, info = arguments.resume
+            path, info = arguments.resume.path, arguments.resume.info
             trainer = Trainer(arguments, info.vocab_size, np.ones(1))
             checkpoints.load(Path(path), trainer, info, arguments.checkpoint)
             model = trainer.chunks[0].eval().module

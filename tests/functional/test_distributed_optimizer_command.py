@@ -53,7 +53,8 @@ def test_overflows_saves_in_the_background_and_goes_on(dataset_prefix, tmp_path)
     # the schedule goes on with updates alone
     assert [record["lr"] for record in trained] == pytest.approx([1e-3 * (1 - i / 15) for i in range(len(trained))])
     assert [record["step"] for record in events(whole, "save")] == [11, 15]
-    path, info = latest_checkpoint(whole)
+    found = latest_checkpoint(whole)
+    path, info = found.path, found.info
     assert (path.name, info.skipped_steps, info.optimizer_steps) == ("iter_0000015", len(skipped), len(trained))
     assert (info.precision, info.optimizer, info.distributed_optimizer) == ("fp16", "adam", True)
     run_on_ranks(2, pretrain, [*words, "--load", str(whole / "iter_0000011"), "--save", str(again)])

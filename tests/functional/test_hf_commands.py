@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
@@ -147,7 +146,7 @@ def test_a_converted_checkpoint_is_a_start_not_a_resume(checkpoint, dataset_pref
     assert arguments.weights_alone
     assert arguments.initialization.seed == 7
     assert (arguments.network.add_qkv_bias, arguments.network.max_position_embeddings) == (True, 256)
-    assert Path(arguments.resume[0]).name == "iter_0000000"
+    assert arguments.resume.path.name == "iter_0000000"
 
 
 def test_what_cannot_be_exported_is_refused_before_the_run():

@@ -291,7 +291,7 @@ def test_methods_start_from_their_seeds_base(tmp_path):
     write_info(folder, info)
     words = methods.method_words("coba", tmp_path / "data", tmp_path / "save", 3, 100, tmp_path / "base")
     arguments = parse_arguments(words)
-    assert arguments.resume[0] == str(folder)
+    assert arguments.resume.path == folder
     assert arguments.checkpoint.finetune
 
 

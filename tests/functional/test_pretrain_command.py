@@ -116,7 +116,8 @@ def _hf_difference(checkpoint, hf, prefix):
     dataset = PackedDataset.open(prefix, 128)
     with process_groups.process_groups(arguments.distributed, seed=99):
         trainer = Trainer(arguments, dataset.vocab_size, np.ones(4))
-        path, info = latest_checkpoint(checkpoint)
+        found = latest_checkpoint(checkpoint)
+        path, info = found.path, found.info
         checkpoints.load(path, trainer, info, arguments.checkpoint)
         trainer.chunks[0].eval()
         tokens = dataset.split("train").rows(np.array([3])).tokens_BS

@@ -238,7 +238,8 @@ def some_steps(prefix, extra, world_size, folder, save_after, steps, seed=1234):
         trainer = Trainer(arguments, dataset.vocab_size, np.ones(4))
         start, curve = 0, []
         if save_after is None:
-            path, info = latest_checkpoint(folder)
+            found = latest_checkpoint(folder)
+            path, info = found.path, found.info
             checkpoint.load(path, trainer, info, arguments.checkpoint)
             start = info.iteration
         for step in range(start, steps):

@@ -55,7 +55,8 @@ def _load(trainer, folder):
     from mft_megatron.mcore.checkpointing import checkpoint
     from mft_megatron.run_folder import latest_checkpoint
 
-    path, info = latest_checkpoint(folder)
+    found = latest_checkpoint(folder)
+    path, info = found.path, found.info
     checkpoint.load(path, trainer, info, trainer.arguments.checkpoint)
 
 
@@ -93,7 +94,7 @@ def _tensors(folder):
 
     from mft_megatron.run_folder import latest_checkpoint
 
-    path = str(latest_checkpoint(folder)[0])
+    path = str(latest_checkpoint(folder).path)
     entries = FileSystemReader(path).read_metadata().state_dict_metadata
     state = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
@@ -110,7 +111,7 @@ def _numbers(folder):
 
     from mft_megatron.run_folder import latest_checkpoint
 
-    of_optimizer = torch.load(latest_checkpoint(folder)[0] / "common.pt", weights_only=False)["optimizer"]
+    of_optimizer = torch.load(latest_checkpoint(folder).path / "common.pt", weights_only=False)["optimizer"]
     return {name: of_optimizer[name] for name in ("steps", "loss_scale")}
 
 

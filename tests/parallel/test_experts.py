@@ -98,7 +98,8 @@ def _train(prefix, extra, world, steps, shape="experts", seed=None, folder=None,
         trainer = Trainer(arguments, dataset.vocab_size, np.array([1.0, 2.0, 0.5, 3.0]))
         curve, start = [], 0
         if folder is not None and save_after is None:
-            path, info = latest_checkpoint(folder)
+            found = latest_checkpoint(folder)
+            path, info = found.path, found.info
             checkpoint.load(path, trainer, info, arguments.checkpoint)
             start = info.iteration
         for number, plan in enumerate(plans_of(dataset.split("train"), 1, steps)[start:], start + 1):

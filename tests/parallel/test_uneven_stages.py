@@ -60,7 +60,8 @@ def _train(prefix, extra, world, shape, steps, folder=None, save_after=None):
         layers = [[layer.layer_number for layer in chunk.module.decoder.layers] for chunk in trainer.chunks]
         curve, start = [], 0
         if folder is not None and save_after is None:
-            path, info = latest_checkpoint(folder)
+            found = latest_checkpoint(folder)
+            path, info = found.path, found.info
             checkpoint.load(path, trainer, info, arguments.checkpoint)
             start = info.iteration
         for number, plan in enumerate(plans_of(dataset.split("train"), 1, steps)[start:], start + 1):

@@ -9,6 +9,7 @@ import pytest
 
 from mft_megatron.data.tokenizers.tokenizer import load_tokenizer
 from mft_megatron.errors import InputError
+from mft_megatron.run_folder import CheckpointRef
 from mft_megatron.training.model_tokenizer import check_model_tokenizer, difference
 
 
@@ -33,7 +34,7 @@ def check(model, data, *, run=None, tokenizer_model=None, kind="HuggingFaceToken
     known = SimpleNamespace(**{"dataset_hash": "", "tokenizer": {}, **info})
     path = model if run is None else run / "iter_0000000"
     arguments = SimpleNamespace(
-        resume=(str(path), known),
+        resume=CheckpointRef(path, known),
         base=None,
         starts_from_hf=run is None,
         reads_hf=run is None,

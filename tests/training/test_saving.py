@@ -125,7 +125,7 @@ class Job:
         return [read_info(path.parent).iteration for path in sorted(self.folder.glob(f"iter_*/{INFO}"))]
 
     def best(self):
-        return best_checkpoint(self.folder)[1].iteration
+        return best_checkpoint(self.folder).info.iteration
 
 
 @pytest.fixture
@@ -144,7 +144,7 @@ def test_the_best_checkpoint_stays_until_a_better_one_is_there(job, capsys):
     assert run.step(20) == [10]
     assert run.step(30, best=True) == [30]
     assert run.step(40, always=True) == [30, 40]
-    assert (run.best(), latest_checkpoint(run.folder)[1].iteration) == (30, 40)
+    assert (run.best(), latest_checkpoint(run.folder).info.iteration) == (30, 40)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" | ")[1] for line in lines] == ["save", "save", "remove", "save"]
     assert "step 30 | remove | path" in lines[2]
@@ -333,5 +333,5 @@ def test_adapters_name_their_model_by_its_whole_path(job, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     words = "--data-path data --seq-length 128 --micro-batch-size 2 --train-iters 10 --lr 1e-3 --save other --load run"
     arguments = parse_arguments(f"{words} --finetune --peft-type lora --save-adapters-only".split())
-    assert arguments.base[0] == "run/iter_0000001"
+    assert arguments.base.path == Path("run/iter_0000001")
     assert saving._base_of_adapters(arguments)["base"] == str(tmp_path / "run" / "iter_0000001")

@@ -39,35 +39,37 @@ def check_checkpointing(a: Arguments) -> str | None:
         return "--skip-train evaluates a checkpoint: give one with --load"
     if c.finetune and c.load is None:
         return "--finetune without --load: give the checkpoint to start from"
-    if a.adapters is not None and not a.weights_alone and a.resume is not None and a.resume[1].lora is None:
+    if a.adapters is not None and not a.weights_alone and a.resume is not None and a.resume.info.lora is None:
         return (
             f"--peft-type {a.lora.peft_type}: --load {c.load} has no adapters; start from its weights with --finetune"
         )
     if a.resume is None or a.weights_alone:
         return None
-    if a.resume[1].iteration >= a.training.train_iters and not a.validation.skip_train:
+    if a.resume.info.iteration >= a.training.train_iters and not a.validation.skip_train:
         return (
-            f"--train-iters {a.training.train_iters}: the checkpoint is at iteration {a.resume[1].iteration} already; "
+            f"--train-iters {a.training.train_iters}: the checkpoint is at iteration {a.resume.info.iteration} "
+            "already; "
             "raise it, or start anew from its weights with --finetune"
         )
-    if c.load_optim and not a.resume[1].has_optimizer:
+    if c.load_optim and not a.resume.info.has_optimizer:
         return f"--load {c.load}: saved with --no-save-optim; continue with --no-load-optim or --finetune"
-    if c.load_optim and a.resume[1].format_version < 2:
+    if c.load_optim and a.resume.info.format_version < 2:
         return (
             f"--load {c.load}: an earlier version of this program stored its optimizer in another way; continue with "
             "--no-load-optim or --finetune"
         )
-    if c.load_optim and a.resume[1].precision != a.precision.name:
+    if c.load_optim and a.resume.info.precision != a.precision.name:
         return (
-            f"--load {c.load}: its optimizer is of a {a.resume[1].precision} run, this one is {a.precision.name}; use "
+            f"--load {c.load}: its optimizer is of a {a.resume.info.precision} run, this one is {a.precision.name}; "
+            "use "
             "the same precision, or continue with --no-load-optim or --finetune"
         )
-    if c.load_optim and a.resume[1].optimizer != a.optimizer_states:
+    if c.load_optim and a.resume.info.optimizer != a.optimizer_states:
         return (
-            f"--load {c.load}: its optimizer is {a.resume[1].optimizer}, this run's is {a.optimizer_states}; use the "
+            f"--load {c.load}: its optimizer is {a.resume.info.optimizer}, this run's is {a.optimizer_states}; use the "
             "same, or continue with --no-load-optim or --finetune"
         )
-    if c.load_optim and a.resume[1].decoupled_lr != (a.learning_rate.decoupled_lr is not None):
-        was, now = ("saved with", "give it") if a.resume[1].decoupled_lr else ("saved without", "leave it out")
+    if c.load_optim and a.resume.info.decoupled_lr != (a.learning_rate.decoupled_lr is not None):
+        was, now = ("saved with", "give it") if a.resume.info.decoupled_lr else ("saved without", "leave it out")
         return f"--load {c.load}: {was} --decoupled-lr; {now}, or continue with --no-load-optim or --finetune"
     return None

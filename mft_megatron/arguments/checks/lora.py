@@ -33,7 +33,7 @@ def _check_base(a: Arguments) -> str | None:
         return "--save-adapters-only: the model is drawn from the seed, and would be in no checkpoint; leave it out"
     if a.base is None and a.resume is not None and not a.saves_base:
         return (
-            f"--save-adapters-only: {a.resume[0]} holds model and adapters, and checkpoints of adapters alone belong "
+            f"--save-adapters-only: {a.resume.path} holds model and adapters, and checkpoints of adapters alone belong "
             "to a model in a folder of its own; leave the option out"
         )
     return None
@@ -43,18 +43,18 @@ def _check_place(a: Arguments) -> str | None:
     """What checkpoints of adapters need must not be overwritten by them, or removed as one of them."""
     if a.base is None or a.saves_base or a.reads_hf or a.checkpoint.save is None:
         return None
-    if os.path.dirname(os.path.realpath(a.base[0])) != os.path.realpath(a.checkpoint.save):
+    if os.path.dirname(os.path.realpath(a.base.path)) != os.path.realpath(a.checkpoint.save):
         return None
     return (
-        f"--save {a.checkpoint.save}: the model {a.base[0]} is in that folder, and checkpoints of its adapters would "
+        f"--save {a.checkpoint.save}: the model {a.base.path} is in that folder, and checkpoints of its adapters would "
         "replace it; save to another folder"
     )
 
 
 def _check_quantized(a: Arguments) -> str | None:
-    if a.base is None and a.resume is not None and a.resume[1].lora is not None:
+    if a.base is None and a.resume is not None and a.resume.info.lora is not None:
         return (
-            f"--peft-type qlora: {a.resume[0]} holds model and adapters; write the adapters with "
+            f"--peft-type qlora: {a.resume.path} holds model and adapters; write the adapters with "
             "tools/convert_checkpoint.py lora-to-peft and start from the model itself with --hf-adapter"
         )
     if a.base is None:

@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING
 
 from mft_megatron.errors import InputError
 from mft_megatron.options import option, read_options
-from mft_megatron.run_folder import CheckpointInfo, best_checkpoint, content_digest, is_checkpoint, latest_checkpoint
+from mft_megatron.run_folder import (
+    CheckpointInfo,
+    CheckpointRef,
+    content_digest,
+    is_checkpoint,
+    latest_checkpoint,
+    select_checkpoint,
+)
 
 if TYPE_CHECKING:
     from mft_megatron.convert.peft.adapter_reader import AdapterReader
@@ -88,7 +95,8 @@ class ListOptions:
 def lora_to_peft(command_line: Sequence[str]) -> None:
     """Export the adapters of a checkpoint."""
     options = read_options(PeftOptions, command_line, "convert_checkpoint.py lora-to-peft", required=("load", "hf"))
-    path, info = (best_checkpoint if options.best else latest_checkpoint)(options.load)
+    checkpoint = select_checkpoint(options.load, options.best)
+    path, info = checkpoint.path, checkpoint.info
     tokenizer = Path(options.tokenizer_model) if options.tokenizer_model else None
     from mft_megatron.convert.peft.adapter_export import export_adapter
 
@@ -119,12 +127,11 @@ def merge_lora(command_line: Sequence[str]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Given:
-    """What is merged. ``adapters``: by where they are; ``trained``: folder of the run and description of the checkpoint
-    that they are of, if any."""
+    """What is merged. ``adapters``: by where they are; ``trained``: the checkpoint that they are from, if any."""
 
     base: "Base"
     adapters: dict[str, "AdapterReader | AdapterSource"]
-    trained: tuple[Path, CheckpointInfo] | None
+    trained: CheckpointRef | None
     tokenizer: Path | None
 
 
@@ -133,7 +140,8 @@ def _from_checkpoint(options: MergeOptions) -> _Given:
     from mft_megatron.convert.peft.adapter_reader import AdapterReader
     from mft_megatron.convert.peft.merge import CheckpointBase, open_base, refuse_other_model
 
-    path, info = (best_checkpoint if options.best else latest_checkpoint)(options.load)
+    checkpoint = select_checkpoint(options.load, options.best)
+    path, info = checkpoint.path, checkpoint.info
     adapter = AdapterReader(path, info)
     if options.base is None and info.has_base:
         base = CheckpointBase(path, info)
@@ -142,7 +150,7 @@ def _from_checkpoint(options: MergeOptions) -> _Given:
         base = open_base(folder)
         refuse_other_model(base, info, f"--base {folder}")
     tokenizer = Path(options.tokenizer_model) if options.tokenizer_model else None
-    return _Given(base, {str(path): adapter}, (path.parent, info), tokenizer)
+    return _Given(base, {str(path): adapter}, checkpoint, tokenizer)
 
 
 def _folder_of_base(path: Path, info: CheckpointInfo, given: str | None) -> Path:
@@ -155,7 +163,7 @@ def _folder_of_base(path: Path, info: CheckpointInfo, given: str | None) -> Path
     if info.base_digest and folder.is_dir():
         # an exported model may be called iter_NNNNNNN, too
         has_weights = any(folder.glob("*.safetensors"))
-        stored = latest_checkpoint(folder, "--base")[0] if is_checkpoint(folder) and not has_weights else folder
+        stored = latest_checkpoint(folder, "--base").path if is_checkpoint(folder) and not has_weights else folder
         if content_digest(stored) != info.base_digest:
             if given is None:
                 raise InputError(

@@ -8,7 +8,7 @@ from typing import Any
 
 from mft_megatron.errors import InputError
 from mft_megatron.options import option, read_options
-from mft_megatron.run_folder import CheckpointInfo, best_checkpoint, latest_checkpoint
+from mft_megatron.run_folder import CheckpointRef, select_checkpoint
 
 # of fp32 the largest difference of a logit; of 16 bits the mean KL divergence, since a logit of 20 is only known to 0.1
 TOLERANCES = {"fp32": 1e-4, "bf16": 5e-3, "fp16": 5e-3}
@@ -66,9 +66,9 @@ def check(command_line: Sequence[str]) -> None:
     if wrong:
         raise InputError(f"--hf {folder}: {', '.join(wrong)} wrong; see above, nothing was computed")
     vocab_size = folder_check.read_architecture(folder)[2]
-    if checkpoint is not None and checkpoint[1].vocab_size != vocab_size:
+    if checkpoint is not None and checkpoint.info.vocab_size != vocab_size:
         raise InputError(
-            f"--hf {folder}: vocabulary of {vocab_size}, {checkpoint[0]} has {checkpoint[1].vocab_size}; they are "
+            f"--hf {folder}: vocabulary of {vocab_size}, {checkpoint.path} has {checkpoint.info.vocab_size}; they are "
             "different models"
         )
     texts = logits_check.encode(tokenizer, prompts, vocab_size, options.max_tokens)
@@ -78,11 +78,11 @@ def check(command_line: Sequence[str]) -> None:
     _report(dict(zip(texts, differences, strict=True)), logits_check.together(differences), options, checkpoint)
 
 
-def _checkpoint(options: CheckOptions) -> tuple[Path, CheckpointInfo] | None:
+def _checkpoint(options: CheckOptions) -> CheckpointRef | None:
     if options.load is None:
         return None
-    found = (best_checkpoint if options.best else latest_checkpoint)(options.load)
-    if getattr(found[1], "lora", None):
+    found = select_checkpoint(options.load, options.best)
+    if found.info.lora is not None:
         raise InputError(f"--load {options.load}: has adapters; merge them with merge-lora and check that folder alone")
     return found
 
@@ -100,7 +100,7 @@ def _tokenizer(folder: Path) -> tuple[Any, str]:
 
 
 def _report(differences: dict[str, Any], total: Any, options: CheckOptions, checkpoint: Any) -> None:
-    with_what = "Megatron-Core" if checkpoint is None else f"Megatron-Core with {checkpoint[0]}"
+    with_what = "Megatron-Core" if checkpoint is None else f"Megatron-Core with {checkpoint.path}"
     print(f"\nlogits of transformers and {with_what}, {options.dtype}")
     print(f"{'prompt':<12} {'tokens':>7} {'max |dlogit|':>13} {'KL (nats)':>11} {'top-1':>7}")
     for name, one in {**differences, "total": total}.items():

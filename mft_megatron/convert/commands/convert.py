@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mft_megatron.errors import InputError
 from mft_megatron.options import option, read_options
-from mft_megatron.run_folder import best_checkpoint, latest_checkpoint
+from mft_megatron.run_folder import select_checkpoint
 
 from .adapters import list_adapters, lora_to_peft, merge_lora, refuse_adapters
 from .check import check
@@ -48,7 +48,8 @@ def hf_to_mcore(command_line: Sequence[str]) -> None:
 def mcore_to_hf(command_line: Sequence[str]) -> None:
     """Export the model of a checkpoint."""
     options = read_options(ExportOptions, command_line, "convert_checkpoint.py mcore-to-hf", required=("load", "hf"))
-    path, info = (best_checkpoint if options.best else latest_checkpoint)(options.load)
+    checkpoint = select_checkpoint(options.load, options.best)
+    path, info = checkpoint.path, checkpoint.info
     refuse_adapters(path, info)
     # torch only now: what can be refused without it has been
     from mft_megatron.convert.huggingface.model_export import export, parse_size

@@ -26,7 +26,7 @@ from mft_megatron.convert.huggingface.safetensors_files import DTYPES, Planned, 
 from mft_megatron.errors import InputError
 from mft_megatron.lora import is_adapter
 from mft_megatron.mcore.checkpointing.tensor_reader import TensorReader
-from mft_megatron.run_folder import CheckpointInfo, is_checkpoint, latest_checkpoint
+from mft_megatron.run_folder import CheckpointInfo, CheckpointRef, is_checkpoint, latest_checkpoint
 
 # of a weight in fp64 at a time
 PIECE_BYTES = 64 * 2**20
@@ -153,10 +153,10 @@ def open_base(path: Path, option: str = "--base") -> Base:
     if not is_checkpoint(path):
         what = "is neither a Hugging Face folder nor a checkpoint" if path.is_dir() else "is no folder"
         raise InputError(f"{option} {path}: {what}; give the model that the adapters were trained on")
-    checkpoint, info = latest_checkpoint(path, option)
-    if info.lora is not None:
-        raise InputError(f"{option} {checkpoint}: has adapters of its own; merge them first, with merge-lora --load")
-    return CheckpointBase(checkpoint, info)
+    found = latest_checkpoint(path, option)
+    if found.info.lora is not None:
+        raise InputError(f"{option} {found.path}: has adapters of its own; merge them first, with merge-lora --load")
+    return CheckpointBase(found.path, found.info)
 
 
 def refuse_other_model(base: Base, info: CheckpointInfo, what: str) -> None:
@@ -178,7 +178,7 @@ def merge(
     adapters: Sequence[Adapter],
     target: Path,
     shard_bytes: int,
-    trained: tuple[Path, CheckpointInfo] | None = None,
+    trained: CheckpointRef | None = None,
     tokenizer: Path | None = None,
 ) -> None:
     """Write the model with its adapters merged into the new folder ``target``, in this process alone.
@@ -188,8 +188,8 @@ def merge(
         adapters: their products are added one to another, and to the weight, in fp64.
         target: folder to make; must not exist, or be empty.
         shard_bytes: size at which a new shard is begun.
-        trained: folder of the run that trained the adapters and description of the checkpoint, whose tokenizer is
-            written; ``None``: there is none.
+        trained: the checkpoint that the adapters are from; the tokenizer of its run is written. ``None``: they are
+            from no checkpoint.
         tokenizer: folder of tokenizer files to copy instead.
 
     Raises:
@@ -206,8 +206,8 @@ def merge(
                     writer.write(weight.name, merged(content, weight.name, adapters))
             writer.finish()
         base.write_config(partial)
-        run, info = trained or (None, base.info)
-        model_export.write_generation_config(info, partial)
+        run = trained.path.parent if trained is not None else None
+        model_export.write_generation_config(trained.info if trained is not None else base.info, partial)
         # what is asked for, that of the run, or that of the base, which is there already
         if run is not None or (tokenizer is not None and not same_tokenizer(tokenizer, partial)):
             model_export.write_tokenizer(run or partial, tokenizer, partial)

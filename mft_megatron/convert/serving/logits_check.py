@@ -23,7 +23,7 @@ from mft_megatron.arguments.command import parse_arguments
 from mft_megatron.arguments.table import Arguments
 from mft_megatron.convert.huggingface.weight_source import HuggingFaceSource
 from mft_megatron.errors import InputError
-from mft_megatron.run_folder import CheckpointInfo
+from mft_megatron.run_folder import CheckpointRef
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # of code models: some languages, prose in another script, structured text
@@ -156,7 +156,7 @@ def transformers_logits(folder: Path, dtype: str, texts: Iterable[Sequence[int]]
 
 
 def engine_logits(
-    folder: Path, checkpoint: tuple[Path, CheckpointInfo] | None, dtype: str, texts: Sequence[Sequence[int]]
+    folder: Path, checkpoint: CheckpointRef | None, dtype: str, texts: Sequence[Sequence[int]]
 ) -> list[Tensor]:
     """Logits by Megatron-Core of the folder, read as ``--hf-checkpoint`` reads it, or of a checkpoint.
 
@@ -171,7 +171,7 @@ def engine_logits(
 
 
 def _source(
-    folder: Path, checkpoint: tuple[Path, CheckpointInfo] | None, dtype: str, length: int
+    folder: Path, checkpoint: CheckpointRef | None, dtype: str, length: int
 ) -> tuple[Callable[..., Tensor], Arguments, int]:
     words = (
         f"--data-path none --seq-length {length} --micro-batch-size 1 --train-iters 1 --lr 1 --attention-dropout 0 "
@@ -183,6 +183,5 @@ def _source(
         return source.read, parse_arguments(words, describe_hf=lambda _: source.info), source.info.vocab_size
     from mft_megatron.mcore.checkpointing.weight_source import CheckpointSource
 
-    path, info = checkpoint
-    arguments = parse_arguments([*words, "--finetune", "--load", str(path)])
-    return CheckpointSource(path, info).read, arguments, info.vocab_size
+    arguments = parse_arguments([*words, "--finetune", "--load", str(checkpoint.path)])
+    return CheckpointSource(checkpoint.path, checkpoint.info).read, arguments, checkpoint.info.vocab_size

@@ -22,7 +22,6 @@ def models(tmp_path_factory):
 
 def _compare(layout, world_size, folders):
     """Names of parameters and whether they agree, and how much of the files was read."""
-    from pathlib import Path
 
     import numpy as np
     import torch
@@ -52,7 +51,7 @@ def _compare(layout, world_size, folders):
             one, other = (Trainer(a, source.info.vocab_size, np.ones(1)) for a in (loaded, arguments))
             for parameter in other.chunks[0].parameters():
                 torch.nn.init.constant_(parameter, 7.0)
-            checkpoints.load(Path(loaded.resume[0]), one, loaded.resume[1], loaded.checkpoint)
+            checkpoints.load(loaded.resume.path, one, loaded.resume.info, loaded.checkpoint)
             source.load(other)
             pairs = zip(one.chunks[0].named_parameters(), other.chunks[0].parameters(), strict=True)
             same = [name for (name, a), b in pairs if not a.equal(b)]

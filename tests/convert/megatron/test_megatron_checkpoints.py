@@ -254,7 +254,7 @@ def _loaded(folders):
         words = f"--data-path none --seq-length {TOKENS} --micro-batch-size 1 --train-iters 1 --lr 1 --hidden-dropout 0"
         words += " --attention-dropout 0 --make-vocab-size-divisible-by 1 --load"
         arguments = parse_arguments([*words.split(), folder])
-        path, info = arguments.resume
+        path, info = arguments.resume.path, arguments.resume.info
         with model_of(arguments, info.vocab_size, CheckpointSource(Path(path), info).read) as model:
             ours = logits_of(model, some_tokens()[0].tolist())
             shapes = {shard.key: tuple(shard.global_shape) for shard in shards_of(model)}
