@@ -1,4 +1,4 @@
-"""From records to rows of tokens: numpy alone, no torch (docs/DESIGN.md §3).
+"""From records to rows of tokens: numpy alone, no torch (docs/FORMATS.md).
 
 ::
 

@@ -1,4 +1,4 @@
-"""The JSON objects of ``metrics.jsonl``, made from reports and plans (docs/DESIGN.md §4, docs/LOSSES.md §5)."""
+"""The JSON objects of ``metrics.jsonl``, made from reports and plans (docs/FORMATS.md, docs/LOSSES.md §5)."""
 
 import math
 from collections.abc import Sequence
