@@ -34,7 +34,7 @@ def main() -> None:
         describe_adapter,
     )
     from mft_megatron.training.pretrain import pretrain
-    from mft_megatron.training.sources import Sources
+    from mft_megatron.training.saving import Sources
 
     model = open_source(arguments.checkpoint.hf_checkpoint) if arguments.reads_hf else None
     adapter = adapters.get(arguments.lora.hf_adapter)

@@ -25,8 +25,8 @@ from mft_megatron.losses.balancers.table import BALANCERS
 from mft_megatron.mcore.parallel import process_groups
 from mft_megatron.mcore.trainer import Trainer
 
+from .events import event_record
 from .progress import Progress
-from .records import event_record
 from .run_log import RunLog
 from .task_weights import initial_weights, task_numbers
 

@@ -19,8 +19,8 @@ from mft_megatron.errors import InputError
 from mft_megatron.mcore.parallel import process_groups
 from mft_megatron.mcore.trainer import Trainer
 
+from .events import event_record
 from .progress import Progress
-from .records import event_record
 from .run_log import RunLog
 
 

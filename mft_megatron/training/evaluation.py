@@ -21,8 +21,9 @@ from mft_megatron.mcore.trainer import Trainer
 
 from .balancing import TaskBalance
 from .early_stopping import EarlyStopping
+from .events import event_record
 from .progress import Progress
-from .records import event_record, valid_record
+from .records import valid_record
 from .run_log import RunLog
 
 

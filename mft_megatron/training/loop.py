@@ -17,10 +17,11 @@ from mft_megatron.mcore.trainer import StepReport, Trainer
 
 from .epochs import EpochProof
 from .evaluation import Evaluation
+from .events import event_record
 from .exit_conditions import Leaving
 from .garbage_collection import GarbageCollection
 from .progress import Progress
-from .records import event_record, share_warning, train_record
+from .records import share_warning, train_record
 from .run_log import RunLog
 from .saving import Saver
 from .throughput import segment_lengths, step_operations

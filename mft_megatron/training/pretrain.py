@@ -24,8 +24,7 @@ from .evaluation import Evaluation
 from .loop import train
 from .model_tokenizer import check_model_tokenizer
 from .run_log import RunLog
-from .saving import Saver, keep_source, keep_tokenizer, model_vocab_size, refuse_other_data, resume
-from .sources import NO_SOURCES, Sources
+from .saving import NO_SOURCES, Saver, Sources, keep_source, keep_tokenizer, model_vocab_size, refuse_other_data, resume
 from .task_weights import weights_of_data
 
 HASHED_BYTES = 16 * 2**30

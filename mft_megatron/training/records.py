@@ -144,16 +144,5 @@ def valid_record(progress: Progress, report: StepReport, task_names: Sequence[st
     }
 
 
-def event_record(progress: Progress, event: str, **details: Any) -> dict[str, Any]:
-    """Something that happened: save, load, skip, exit."""
-    return {
-        "kind": "event",
-        "event": event,
-        "step": progress.step,
-        "consumed_samples": progress.consumed_samples,
-        **details,
-    }
-
-
 def _ratio(part: float, whole: float) -> float | None:
     return float(part / whole) if whole else None

@@ -32,10 +32,24 @@ from mft_megatron.run_folder import (
     superseded,
 )
 
+from .events import event_record
 from .progress import Progress
-from .records import event_record
 from .run_log import RunLog
-from .sources import NO_SOURCES, Sources
+
+
+@dataclasses.dataclass(frozen=True)
+class Sources:
+    """Hugging Face folders that a run reads; opened where the command is read, since training imports no conversion.
+
+    ``model`` of ``--hf-checkpoint`` has ``load(trainer)`` and ``keep(folder)``; ``adapter`` of ``--hf-adapter`` has
+    ``read``, which :func:`mft_megatron.mcore.checkpointing.load_weights.fill_weights` asks.
+    """
+
+    model: Any = None
+    adapter: Any = None
+
+
+NO_SOURCES = Sources()
 
 
 class Saver:

@@ -13,8 +13,9 @@ from mft_megatron.arguments.groups.logging import LoggingArguments
 from mft_megatron.batch import StepPlan
 from mft_megatron.errors import InputError
 from mft_megatron.mcore.trainer import StepReport
+from mft_megatron.training.events import event_record
 from mft_megatron.training.progress import Progress
-from mft_megatron.training.records import event_record, share_warning, train_record, valid_record
+from mft_megatron.training.records import share_warning, train_record, valid_record
 from mft_megatron.training.run_log import RunLog
 
 TASKS = ("write", "explain", "absent")
@@ -102,7 +103,7 @@ def test_records_go_to_file_board_and_terminal(tmp_path, capsys):
 
 def test_other_ranks_write_nothing(tmp_path, capsys):
     log = RunLog(False, str(tmp_path / "run"), LoggingArguments(tensorboard_dir=str(tmp_path / "board")))
-    log.write(event_record(Progress(), "skip"))
+    log.write(event_record(Progress(), "skip", reason="why"))
     log.close()
     assert not list(tmp_path.iterdir())
     assert capsys.readouterr().out == ""
@@ -123,7 +124,7 @@ def test_weights_and_biases_get_the_same_scalars(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", fake)
     log = RunLog(True, str(tmp_path / "run"), LoggingArguments(wandb_project="project"))
     log.write(valid_record(Progress(7, 28), report(), TASKS))
-    log.write(event_record(Progress(7, 28), "skip"))
+    log.write(event_record(Progress(7, 28), "skip", reason="why"))
     log.close()
     assert calls[0] == {"project": "project", "entity": None, "name": "run", "dir": str(tmp_path / "run")}
     assert calls[1][0] == 7
