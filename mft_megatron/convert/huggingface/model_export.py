@@ -17,6 +17,8 @@ from mft_megatron.convert.atomic_folder import refuse_content, replacing
 from mft_megatron.convert.huggingface.families.table import family_for
 from mft_megatron.errors import InputError
 from mft_megatron.mcore.checkpointing.tensor_reader import TensorReader
+from mft_megatron.mcore.checkpointing.vocabulary import has_shape, without_padding
+from mft_megatron.mcore.platform.precisions import BY_DTYPE
 from mft_megatron.run_folder import HUGGINGFACE, TOKENIZER, CheckpointInfo, copy_tokenizer
 
 from .family import Family, Row, first_difference, places
@@ -24,9 +26,7 @@ from .model_folder import CONFIG, GENERATION, is_of_tokenizer, keep, kept, read_
 from .row_layouts import Sizes, sizes_of, split
 from .safetensors_files import Planned, ShardWriter
 
-DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
-VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
 def export(checkpoint: Path, info: CheckpointInfo, target: Path, tokenizer: Path | None, shard_bytes: int) -> Family:
@@ -111,8 +111,7 @@ def refuse_mismatch(
             raise InputError(f"{checkpoint}: {what} {', '.join(sorted(names))}; it was not written by this program")
     for row in rows:
         shape, wanted = reader.entry(row.ours)[0], (*row.stack(architecture), *row.shape(sizes))
-        padded = row.ours in VOCABULARY and shape[0] >= wanted[0] and shape[1:] == wanted[1:]
-        if shape != wanted and not padded:
+        if not has_shape(row.ours, shape, wanted):
             raise InputError(
                 f"{checkpoint}: {row.ours} has the shape {list(shape)}, its description says {list(wanted)}; the "
                 "checkpoint is damaged"
@@ -136,9 +135,7 @@ def _write_weights(
     ]
     with contextlib.closing(ShardWriter(folder, planned, shard_bytes)) as writer:
         for row, place in everything:
-            weight = reader.read([(row.ours, place)])[0]
-            if row.ours in VOCABULARY:
-                weight = weight[: sizes["vocab"]]  # without the rows that only pad
+            weight = without_padding(row.ours, reader.read([(row.ours, place)])[0], sizes["vocab"])
             for name, content in zip(row.theirs, split(weight, row.blocks(sizes)), strict=True):
                 writer.write(name.format(*place), content)
         writer.finish()
@@ -163,7 +160,7 @@ def write_config(checkpoint: Path, info: CheckpointInfo, family: Family, dtype: 
         keep(checkpoint.parent / HUGGINGFACE, folder)
         return
     config = {**family.write_config(NetworkArguments(**info.architecture)), "vocab_size": info.vocab_size}
-    config |= {"torch_dtype": DTYPES[dtype], "use_cache": True, **_special_tokens(info)}
+    config |= {"torch_dtype": BY_DTYPE[dtype].huggingface, "use_cache": True, **_special_tokens(info)}
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 

@@ -21,14 +21,15 @@ from mft_megatron.arguments.groups.network import NetworkArguments
 from mft_megatron.convert.atomic_folder import refuse_content, replacing
 from mft_megatron.errors import InputError
 from mft_megatron.mcore.checkpointing.tensor_writer import Piece, Weight, write_weights
+from mft_megatron.mcore.checkpointing.vocabulary import EMBEDDING
+from mft_megatron.mcore.platform.precisions import BY_DTYPE
 from mft_megatron.run_folder import HUGGINGFACE, TRACKER, CheckpointInfo, iteration_folder, replace_text, write_info
 
 from .family import Family, Row, names_of, places
 from .model_folder import keep, read_architecture
 from .row_layouts import Sizes, part, sizes_of
-from .safetensors_files import DTYPES, PIECE_BYTES, WeightFiles, same_content
+from .safetensors_files import PIECE_BYTES, WeightFiles, same_content
 
-PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 FILE_BYTES = 512 * 2**20
 OUTPUTS = {"lm_head.weight", "embed_out.weight"}
 # What old versions of transformers stored although it follows from the configuration.
@@ -85,7 +86,7 @@ def refuse_mismatch(files: WeightFiles, rows: Sequence[Row], architecture: Netwo
     extra = {name for name in files.weights.keys() - expected if not name.endswith(FOLLOWS)}
     for output in extra & OUTPUTS if architecture.tie_embeddings else ():
         extra.remove(output)
-        embedding = next(row for row in rows if row.ours == "embedding.word_embeddings.weight").theirs[0]
+        embedding = next(row for row in rows if row.ours == EMBEDDING).theirs[0]
         if not same_content(files, output, files, embedding):
             raise InputError(
                 f"{files.folder}: config.json ties the embeddings, but {output} differs from {embedding}; set "
@@ -116,8 +117,9 @@ def _weight(row: Row, architecture: NetworkArguments, sizes: Sizes, files: Weigh
     """The checkpoint's weight for a row, all layers and experts together."""
     dtypes = {files.weights[name.format(*place)].dtype for place in places(row, architecture) for name in row.theirs}
     if len(dtypes) > 1:
-        raise InputError(f"{files.folder}: {row.theirs[0]} and its like are {' and '.join(sorted(dtypes))}; use one")
-    return Weight(row.ours, (*row.stack(architecture), *row.shape(sizes)), DTYPES[dtypes.pop()])
+        listed = " and ".join(sorted(BY_DTYPE[dtype].safetensors for dtype in dtypes))
+        raise InputError(f"{files.folder}: {row.theirs[0]} and its like are {listed}; use one")
+    return Weight(row.ours, (*row.stack(architecture), *row.shape(sizes)), dtypes.pop())
 
 
 def _dtype(weights: Sequence[Weight]) -> torch.dtype:
@@ -138,7 +140,7 @@ def describe(source: str, architecture: NetworkArguments, vocab_size: int, dtype
         global_batch_size=0,
         has_optimizer=False,
         has_rng=False,
-        precision=PRECISIONS[dtype],
+        precision=BY_DTYPE[dtype].name,
         source=source,
     )
 

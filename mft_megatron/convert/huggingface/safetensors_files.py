@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from mft_megatron.errors import InputError
+from mft_megatron.mcore.platform.precisions import BY_DTYPE, PRECISIONS
 
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+DTYPES = {precision.safetensors: precision.dtype for precision in PRECISIONS}
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 LONGEST_HEADER = 100 * 2**20
@@ -37,13 +37,13 @@ class Stored:
     """Where a weight is: ``offset``: of its first byte in ``file``."""
 
     file: Path
-    dtype: str
+    dtype: torch.dtype
     shape: tuple[int, ...]
     offset: int
 
     @property
     def row_bytes(self) -> int:
-        return math.prod(self.shape[1:]) * DTYPES[self.dtype].itemsize
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
 
 
 class WeightFiles:
@@ -92,7 +92,7 @@ class WeightFiles:
         if part.shape[1:] == stored.shape[1:]:
             return self.read_into(part, name, first)
         # whole rows would be as many times too much as there are ranks; of a map only what is touched is read
-        size = DTYPES[stored.dtype].itemsize
+        size = stored.dtype.itemsize
         whole = np.memmap(stored.file, np.uint8, "r", stored.offset, (stored.shape[0], stored.row_bytes))
         columns = whole[first : first + len(part), column * size : (column + part.shape[1]) * size]
         part.view(torch.uint8).numpy()[:] = columns
@@ -153,10 +153,11 @@ def read_header(path: Path) -> dict[str, Stored]:
 
 
 def _entry(path: Path, name: str, content: dict[str, Any], data: int) -> Stored:
-    dtype, shape, (begin, end) = content["dtype"], tuple(content["shape"]), content["data_offsets"]
-    if dtype not in DTYPES:
-        raise InputError(f"{path}: {name} is {dtype}; only {', '.join(DTYPES)} can be converted")
-    if end - begin != math.prod(shape) * DTYPES[dtype].itemsize or begin < 0:
+    shape, (begin, end) = tuple(content["shape"]), content["data_offsets"]
+    dtype = DTYPES.get(content["dtype"])
+    if dtype is None:
+        raise InputError(f"{path}: {name} is {content['dtype']}; only {', '.join(DTYPES)} can be converted")
+    if end - begin != math.prod(shape) * dtype.itemsize or begin < 0:
         raise ValueError(f"{name} has {end - begin} bytes for {shape}")
     return Stored(path, dtype, shape, data + begin)
 
@@ -199,7 +200,7 @@ class ShardWriter:
         for weight in shard:
             end = at + weight.size
             header[weight.name] = {
-                "dtype": NAMES[weight.dtype],
+                "dtype": BY_DTYPE[weight.dtype].safetensors,
                 "shape": list(weight.shape),
                 "data_offsets": [at, end],
             }
@@ -271,7 +272,7 @@ def same_content(files: WeightFiles, name: str, other_files: WeightFiles, other_
     step = max(1, PIECE_BYTES // max(1, a.row_bytes))
     for first in range(0, a.shape[0], step):
         rows = min(step, a.shape[0] - first)
-        read = [torch.empty(rows, *a.shape[1:], dtype=DTYPES[a.dtype]) for _ in range(2)]
+        read = [torch.empty(rows, *a.shape[1:], dtype=a.dtype) for _ in range(2)]
         files.read_into(read[0], name, first)
         other_files.read_into(read[1], other_name, first)
         if not read[0].view(torch.uint8).equal(read[1].view(torch.uint8)):

@@ -11,7 +11,7 @@ from mft_megatron.run_folder import CheckpointInfo
 from . import model_folder
 from .model_import import describe, refuse_mismatch
 from .row_layouts import part, rows_of, sizes_of
-from .safetensors_files import DTYPES, WeightFiles
+from .safetensors_files import WeightFiles
 
 
 class HuggingFaceSource:
@@ -29,7 +29,7 @@ class HuggingFaceSource:
         with contextlib.closing(WeightFiles(self.folder)) as files:
             refuse_mismatch(files, list(self._rows.values()), architecture, self._sizes)
             self._files = files
-        dtypes = {DTYPES[files.weights[row.theirs[0].format(0, 0)].dtype] for row in self._rows.values()}
+        dtypes = {files.weights[row.theirs[0].format(0, 0)].dtype for row in self._rows.values()}
         self.info: CheckpointInfo = describe(family.architecture, architecture, vocab_size, _largest(dtypes))
 
     def load(self, trainer: object) -> None:
@@ -49,7 +49,7 @@ class HuggingFaceSource:
         blocks = row.blocks(self._sizes)
         real = max(0, min(shape[0], rows_of(blocks) - first[0]))
         stored = self._files.weights[row.theirs[0].format(*place)]
-        content = torch.zeros(shape, dtype=DTYPES[stored.dtype])
+        content = torch.zeros(shape, dtype=stored.dtype)
         at = 0
         for block in part(blocks, first[0], first[0] + real):
             rows = content[at : at + block.rows]

@@ -18,10 +18,12 @@ from mft_megatron.convert.atomic_folder import refuse_content, replacing
 from mft_megatron.convert.huggingface.families.table import family_for
 from mft_megatron.convert.huggingface.family import first_difference
 from mft_megatron.convert.huggingface.model_folder import CONFIG, keep, read_architecture
-from mft_megatron.convert.huggingface.model_import import FILE_BYTES, PRECISIONS, describe
+from mft_megatron.convert.huggingface.model_import import FILE_BYTES, describe
 from mft_megatron.errors import InputError
 from mft_megatron.mcore.checkpointing.tensor_reader import TensorReader
 from mft_megatron.mcore.checkpointing.tensor_writer import Piece, Weight, write_weights
+from mft_megatron.mcore.checkpointing.vocabulary import EMBEDDING, has_shape
+from mft_megatron.mcore.platform.precisions import BY_DTYPE
 from mft_megatron.run_folder import (
     HUGGINGFACE,
     INFO,
@@ -35,7 +37,7 @@ from mft_megatron.run_folder import (
 
 from .arguments import read_bridge, read_megatron_lm
 from .common_pt import COMMON, read_args, read_common
-from .weights import VOCABULARY, Stored, names_there, weights_of
+from .weights import Stored, names_there, weights_of
 
 RUN_CONFIG = "run_config.yaml"
 INDEX = ".metadata"
@@ -82,7 +84,7 @@ def import_megatron(
         written.mkdir()
         write_weights(written, weights, pieces, read, FILE_BYTES)
         source = _keep(hf, architecture, vocab_size, partial / HUGGINGFACE)
-        info = describe(source, architecture, vocab_size, weights[VOCABULARY[0]].dtype)
+        info = describe(source, architecture, vocab_size, weights[EMBEDDING].dtype)
         write_info(written, info)
         replace_text(partial / TRACKER, "0\n")
     return path, info
@@ -165,9 +167,9 @@ def _of_hf(hf: Path | None, architecture: NetworkArguments) -> int | None:
 
 
 def _vocab_size(path: Path, reader: TensorReader, given: int | None, known: int | None, of_hf: int | None) -> int:
-    if not reader.has_entry(VOCABULARY[0]):
-        raise InputError(f"{path}: has no {VOCABULARY[0]}; it holds no whole model")
-    rows = reader.entry(VOCABULARY[0])[0][0]
+    if not reader.has_entry(EMBEDDING):
+        raise InputError(f"{path}: has no {EMBEDDING}; it holds no whole model")
+    rows = reader.entry(EMBEDDING)[0][0]
     size = given or of_hf or known
     if size is None:
         raise InputError(
@@ -194,10 +196,9 @@ def refuse_mismatch(path: Path, reader: TensorReader, stored: list[Stored]) -> N
             used.add(name)
             shape, dtype = reader.entry(name)
             wanted = (*one.stack[len(one.stack) - len(inner) :], *one.shape)
-            padded = one.name in VOCABULARY and shape[1:] == wanted[1:] and shape[0] >= wanted[0]
-            if shape != wanted and not padded:
+            if not has_shape(one.name, shape, wanted):
                 raise InputError(f"{path}: {name} has the shape {list(shape)}, its description says {list(wanted)}")
-            if dtype not in PRECISIONS:
+            if dtype not in BY_DTYPE:
                 raise InputError(f"{path}: {name} is {dtype}; only fp32, bf16 and fp16 can be read")
     left = sorted(name for name in set(reader.names()) - used if not name.startswith(_OF_A_RUN))
     if left := [name for name in left if not name.endswith("_extra_state")]:

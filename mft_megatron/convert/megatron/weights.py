@@ -14,9 +14,9 @@ import itertools
 from collections.abc import Iterator
 
 from mft_megatron.arguments.groups.network import NetworkArguments
+from mft_megatron.mcore.checkpointing.vocabulary import EMBEDDING, OUTPUT_LAYER
 
 LAYERS = "decoder.layers."
-VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 # a norm stands by itself, or goes by the name of the matrix that follows it
 _NORMS = (
     ("input_layernorm.", "self_attention.linear_qkv.layer_norm_"),
@@ -43,7 +43,7 @@ def weights_of(architecture: NetworkArguments, vocab_size: int) -> list[Stored]:
     Layers of one kind are stacked under one name, those of several kinds have a name each.
     """
     a, found = architecture, []
-    found.append(Stored(VOCABULARY[0], (vocab_size, a.hidden_size)))
+    found.append(Stored(EMBEDDING, (vocab_size, a.hidden_size)))
     if a.position_embedding_type == "learned_absolute":
         found.append(Stored("embedding.position_embeddings.weight", (a.max_position_embeddings, a.hidden_size)))
     if a.num_experts is None or a.moe_layer_freq == 1:
@@ -53,7 +53,7 @@ def weights_of(architecture: NetworkArguments, vocab_size: int) -> list[Stored]:
             found += _layer(a, f"{LAYERS}{layer}.", (), has_experts)
     found += _norm(a, "decoder.final_layernorm.")
     if not a.tie_embeddings:
-        found.append(Stored(VOCABULARY[1], (vocab_size, a.hidden_size)))
+        found.append(Stored(OUTPUT_LAYER, (vocab_size, a.hidden_size)))
     return found
 
 

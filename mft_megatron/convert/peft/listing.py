@@ -6,10 +6,11 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from mft_megatron.convert.huggingface.safetensors_files import DTYPES, Stored, read_header
+from mft_megatron.convert.huggingface.safetensors_files import Stored, read_header
 from mft_megatron.errors import InputError
 from mft_megatron.lora import is_adapter
 from mft_megatron.mcore.checkpointing.tensor_reader import TensorReader
+from mft_megatron.mcore.platform.precisions import BY_DTYPE
 from mft_megatron.run_folder import INFO, read_info
 
 from .adapter_reader import lora_of
@@ -114,13 +115,13 @@ def _peft(path: Path) -> Found:
         config.rslora,
         tuple(leaves),
         sum(map(_bytes, stored.values())),
-        _some(str(DTYPES[weight.dtype]).removeprefix("torch.") for weight in stored.values()),
+        _some(BY_DTYPE[weight.dtype].huggingface for weight in stored.values()),
         config.base,
     )
 
 
 def _bytes(weight: Stored) -> int:
-    return math.prod(weight.shape) * DTYPES[weight.dtype].itemsize
+    return math.prod(weight.shape) * weight.dtype.itemsize
 
 
 def _some(dtypes: Iterable[str]) -> str:

@@ -22,10 +22,11 @@ from mft_megatron.convert.huggingface.family import Family, Row, first_differenc
 from mft_megatron.convert.huggingface.model_folder import CONFIG, keep, read_architecture, same_tokenizer
 from mft_megatron.convert.huggingface.model_import import describe, refuse_mismatch
 from mft_megatron.convert.huggingface.row_layouts import sizes_of, split
-from mft_megatron.convert.huggingface.safetensors_files import DTYPES, Planned, ShardWriter, WeightFiles
+from mft_megatron.convert.huggingface.safetensors_files import Planned, ShardWriter, WeightFiles
 from mft_megatron.errors import InputError
 from mft_megatron.lora import is_adapter
 from mft_megatron.mcore.checkpointing.tensor_reader import TensorReader
+from mft_megatron.mcore.checkpointing.vocabulary import without_padding
 from mft_megatron.run_folder import CheckpointInfo, CheckpointRef, is_checkpoint, latest_checkpoint
 
 # of a weight in fp64 at a time
@@ -77,14 +78,14 @@ class FolderBase:
         self._files = WeightFiles(folder)
         with contextlib.closing(self._files):
             refuse_mismatch(self._files, rows, self.architecture, self._sizes)
-        dtypes = {DTYPES[self._files.weights[row.theirs[0].format(0, 0)].dtype] for row in rows}
+        dtypes = {self._files.weights[row.theirs[0].format(0, 0)].dtype for row in rows}
         dtype = max(dtypes, key=lambda dtype: dtype.itemsize)
         self.info = describe(self.family.architecture, self.architecture, vocab_size, dtype)
 
     def planned(self, row: Row, place: tuple[int, ...]) -> list[Planned]:
         names = [name.format(*place) for name in row.theirs]
         stored = [self._files.weights[name] for name in names]
-        return [Planned(name, DTYPES[s.dtype], s.shape) for name, s in zip(names, stored, strict=True)]
+        return [Planned(name, s.dtype, s.shape) for name, s in zip(names, stored, strict=True)]
 
     def read(self, row: Row, place: tuple[int, ...]) -> Iterator[Tensor]:
         for weight in self.planned(row, place):
@@ -122,9 +123,7 @@ class CheckpointBase:
         return [Planned(name.format(*place), dtype, shape) for name, shape in zip(row.theirs, shapes, strict=True)]
 
     def read(self, row: Row, place: tuple[int, ...]) -> Iterator[Tensor]:
-        weight = self._reader.read([(row.ours, place)])[0]
-        if row.ours in model_export.VOCABULARY:
-            weight = weight[: self.info.vocab_size]  # without the rows that only pad
+        weight = without_padding(row.ours, self._reader.read([(row.ours, place)])[0], self.info.vocab_size)
         yield from split(weight, row.blocks(self._sizes))
 
     def write_config(self, folder: Path) -> None:

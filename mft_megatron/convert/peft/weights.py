@@ -17,7 +17,7 @@ from torch import Tensor
 from mft_megatron.arguments.groups.network import NetworkArguments
 from mft_megatron.convert.huggingface.family import Family, Row, names_of
 from mft_megatron.convert.huggingface.row_layouts import sizes_of
-from mft_megatron.convert.huggingface.safetensors_files import DTYPES, Stored, read_header
+from mft_megatron.convert.huggingface.safetensors_files import Stored, read_header
 from mft_megatron.errors import InputError
 from mft_megatron.lora import SOURCES
 
@@ -63,7 +63,7 @@ class PeftWeights:
     @property
     def dtype(self) -> torch.dtype:
         """That of all weights, or the largest."""
-        return max((DTYPES[weight.dtype] for weight in self.stored.values()), key=lambda dtype: dtype.itemsize)
+        return max((weight.dtype for weight in self.stored.values()), key=lambda dtype: dtype.itemsize)
 
     def has(self, module: str) -> bool:
         """Whether a module of that name has an adapter."""

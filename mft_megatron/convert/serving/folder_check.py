@@ -7,15 +7,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mft_megatron.convert.huggingface.model_folder import CONFIG, GENERATION, read_architecture, read_config
 from mft_megatron.convert.huggingface.model_import import refuse_mismatch
 from mft_megatron.convert.huggingface.row_layouts import sizes_of
 from mft_megatron.convert.huggingface.safetensors_files import WeightFiles
 from mft_megatron.errors import InputError
+from mft_megatron.mcore.platform.precisions import BY_DTYPE
 
 from .logits_check import CHAT
-
-_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,11 +57,12 @@ def findings(folder: Path, tokenizer: Any, reason: str) -> Iterator[Finding]:
     yield from _tokenizer(tokenizer, reason, vocab_size)
 
 
-def _dtype(config: dict[str, Any], stored: set[str]) -> Finding:
-    said, there = config.get("dtype") or config.get("torch_dtype"), " and ".join(sorted(stored))
+def _dtype(config: dict[str, Any], stored: set[torch.dtype]) -> Finding:
+    said = config.get("dtype") or config.get("torch_dtype")
+    there = " and ".join(sorted(BY_DTYPE[dtype].safetensors for dtype in stored))
     if said is None:
         return Finding("missing", "dtype", f"{CONFIG} names none; the weights are {there}")
-    if stored == {_DTYPES.get(said)}:
+    if {BY_DTYPE[dtype].huggingface for dtype in stored} == {said}:
         return Finding("ok", "dtype", f"{said}")
     return Finding("note", "dtype", f"{CONFIG} says {said}, the weights are {there}; give the server its --dtype")
 

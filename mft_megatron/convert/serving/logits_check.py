@@ -23,9 +23,9 @@ from mft_megatron.arguments.command import parse_arguments
 from mft_megatron.arguments.table import Arguments
 from mft_megatron.convert.huggingface.weight_source import HuggingFaceSource
 from mft_megatron.errors import InputError
+from mft_megatron.mcore.platform.precisions import DTYPES
 from mft_megatron.run_folder import CheckpointRef
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # of code models: some languages, prose in another script, structured text
 PROMPTS = {
     "python": "def merge_sort(values: list[int]) -> list[int]:\n    if len(values) < 2:\n        return values\n",

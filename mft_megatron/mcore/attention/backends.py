@@ -35,6 +35,7 @@ from mft_megatron.errors import InputError
 from mft_megatron.mcore.parallel.attention_spans import Spans
 from mft_megatron.mcore.platform import devices
 from mft_megatron.mcore.platform.optional_packages import FLASH_ATTN, TRANSFORMER_ENGINE, missing
+from mft_megatron.mcore.platform.precisions import BY_DTYPE
 
 from .sdpa import local
 
@@ -44,7 +45,6 @@ Kernel = Callable[[Tensor, Tensor, Tensor, Spans, float | None, int | None, floa
 PACKAGES = {"flash": FLASH_ATTN, "fused": TRANSFORMER_ENGINE}
 # compute capabilities whose shared memory is too small for the backward pass of heads above 192
 SMALL = ((8, 6), (8, 7), (8, 9), (12, 0), (12, 1))
-PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +114,7 @@ def unavailable(backend: str, shape: AttentionShape) -> str | None:
 def shape_of(config: TransformerConfig, dropout: float) -> AttentionShape:
     """What the layers of this configuration ask."""
     return AttentionShape(
-        PRECISIONS.get(config.params_dtype, "fp32"),
+        BY_DTYPE[config.params_dtype].name,
         config.kv_channels,
         dropout,
         config.window_size[0] if config.window_size is not None and config.window_size[0] >= 0 else None,

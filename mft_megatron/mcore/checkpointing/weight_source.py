@@ -13,9 +13,7 @@ from mft_megatron.errors import InputError
 from mft_megatron.run_folder import CheckpointInfo
 
 from .tensor_reader import TensorReader
-
-# their rows are tokens; a checkpoint has as many more as its layout asked for
-VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
+from .vocabulary import VOCABULARY_WEIGHTS
 
 
 class CheckpointSource:
@@ -53,7 +51,7 @@ class CheckpointSource:
         """
         weight = self._whole(name, place)
         needed = [start + n for start, n in zip(first, shape, strict=True)]
-        if name in VOCABULARY:
+        if name in VOCABULARY_WEIGHTS:
             needed[0] = self.info.vocab_size
         if weight.dim() != len(shape) or any(n > there for n, there in zip(needed, weight.shape, strict=True)):
             raise InputError(

@@ -19,6 +19,7 @@ from mft_megatron.arguments.table import Arguments
 from mft_megatron.arguments.values.layer_pattern import numbers_of
 from mft_megatron.mcore.moe.experts import expert_options
 from mft_megatron.mcore.platform import devices
+from mft_megatron.mcore.platform.precisions import DTYPES
 
 from .kernels import fp8_options, fusions
 from .recompute import recompute_options
@@ -114,7 +115,7 @@ def tanh_gelu(hidden: Tensor) -> Tensor:
 
 def dtype_of(arguments: Arguments) -> torch.dtype:
     """Of weights and activations."""
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[arguments.precision.name]
+    return DTYPES[arguments.precision.name]
 
 
 def batches_p2p(layout: DistributedArguments) -> bool:

@@ -25,8 +25,9 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from mft_megatron.arguments.table import Arguments
 from mft_megatron.errors import InputError
 from mft_megatron.mcore.platform import devices
+from mft_megatron.mcore.platform.precisions import DTYPES
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8": torch.uint8}
+STATE_DTYPES = {**DTYPES, "fp8": torch.uint8}
 
 
 def build_optimizer(arguments: Arguments, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
@@ -90,10 +91,10 @@ def _precision(arguments: Arguments) -> dict[str, Any]:
         "loss_scale_window": int(p.loss_scale_window),
         "hysteresis": p.hysteresis,
         "use_precision_aware_optimizer": p.use_precision_aware_optimizer,
-        "main_grads_dtype": DTYPES[p.main_grads_dtype],
-        "main_params_dtype": DTYPES[p.main_params_dtype],
-        "exp_avg_dtype": DTYPES[p.exp_avg_dtype],
-        "exp_avg_sq_dtype": DTYPES[p.exp_avg_sq_dtype],
+        "main_grads_dtype": STATE_DTYPES[p.main_grads_dtype],
+        "main_params_dtype": STATE_DTYPES[p.main_params_dtype],
+        "exp_avg_dtype": STATE_DTYPES[p.exp_avg_dtype],
+        "exp_avg_sq_dtype": STATE_DTYPES[p.exp_avg_sq_dtype],
     }
 
 

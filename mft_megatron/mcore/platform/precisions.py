@@ -1,0 +1,25 @@
+"""The floating-point formats of weights, under every name that options and files use for them."""
+
+import dataclasses
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class Precision:
+    """One format. ``name``: of options and checkpoint descriptions; ``huggingface``: of ``config.json``;
+    ``safetensors``: of headers."""
+
+    name: str
+    dtype: torch.dtype
+    huggingface: str
+    safetensors: str
+
+
+PRECISIONS = (
+    Precision("fp32", torch.float32, "float32", "F32"),
+    Precision("bf16", torch.bfloat16, "bfloat16", "BF16"),
+    Precision("fp16", torch.float16, "float16", "F16"),
+)
+DTYPES = {precision.name: precision.dtype for precision in PRECISIONS}
+BY_DTYPE = {precision.dtype: precision for precision in PRECISIONS}
