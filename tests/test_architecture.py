@@ -124,6 +124,94 @@ def a_circle(graph: dict[Path, set[Path]]) -> list[Path]:
     return next((circle for path in sorted(graph) if (circle := visit(path, []))), [])
 
 
+def third_party_names(tree: ast.AST) -> set[str]:
+    """Names in a file of modules, classes and functions of Megatron-Core and torch."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            for alias in node.names:
+                module = node.module or "" if isinstance(node, ast.ImportFrom) and not node.level else alias.name
+                if module.split(".")[0] in ("megatron", "torch"):
+                    names.add(alias.asname or alias.name.split(".")[0])
+    return names
+
+
+def targets_of(node: ast.AST) -> list[ast.expr]:
+    """Every single expression that a statement or a call of ``setattr`` or ``delattr`` assigns to or deletes."""
+    if isinstance(node, ast.Assign | ast.Delete):
+        targets = node.targets
+    elif isinstance(node, ast.AugAssign | ast.AnnAssign):
+        targets = [node.target]
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("setattr", "delattr"):
+        targets = [ast.Attribute(node.args[0], ast.unparse(node.args[1]).strip("'"))]
+    else:
+        return []
+    return [single for target in targets for single in (target.elts if isinstance(target, ast.Tuple) else [target])]
+
+
+def is_patch(target: ast.expr, third_party: set[str]) -> bool:
+    """Whether an assignment replaces a class, defaults, an entry of ``sys.modules`` or an attribute of others' code."""
+    if isinstance(target, ast.Subscript):
+        return ast.unparse(target.value) == "sys.modules"
+    if not isinstance(target, ast.Attribute):
+        return False
+    root: ast.expr = target
+    while isinstance(root, ast.Attribute | ast.Subscript | ast.Call):
+        root = root.func if isinstance(root, ast.Call) else root.value
+    return (
+        target.attr in ("__class__", "__defaults__", "__code__")
+        or (isinstance(root, ast.Name) and root.id in third_party)
+        or "import_module" in ast.unparse(target)
+    )
+
+
+def patches_in(path: Path) -> list[str]:
+    """Everything that a file replaces in Megatron-Core and torch."""
+    tree = ast.parse(path.read_text())
+    names = third_party_names(tree)
+    return [ast.unparse(target) for node in ast.walk(tree) for target in targets_of(node) if is_patch(target, names)]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_patches_are_in_one_folder(path):
+    if path.parent != PACKAGE / "mcore/platform":
+        assert patches_in(path) == [], "patches of Megatron-Core and torch are in mcore/platform, see its patches.py"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "def f(module, kind):\n    module.__class__ = kind",
+        "class A:\n    def f(self, kind):\n        self.output_layer.__class__ = kind",
+        "from megatron.core.tensor_parallel import random\nrandom.Checkpoint.__init__.__defaults__ = (None,)",
+        "import sys\nsys.modules['megatron.core.jit'] = None",
+        "import torch\ntorch.Tensor.cuda = None",
+        "import torch as t\nt.cuda.Stream, a = None, None",
+        "from torch import Tensor\nTensor.type = None",
+        "def f():\n    from megatron.core.transformer.moe import moe_utils\n    moe_utils.te_general_gemm = None",
+        "from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler as Scaler\nScaler.scale = None",
+        "import megatron.core.utils\nsetattr(megatron.core.utils, 'name', None)",
+        "import megatron.core.utils\ndel megatron.core.utils.name",
+        "import importlib\nimportlib.import_module('megatron.core.utils').torch = None",
+    ],
+)
+def test_the_rule_sees_a_patch(source, tmp_path):
+    (tmp_path / "x.py").write_text(source)
+    assert len(patches_in(tmp_path / "x.py")) == 1
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import torch\nx = torch.empty(3)\nx[0] = 1\nx.grad = None",
+        "class A:\n    def f(self):\n        self.weight.sequence_parallel = True",
+    ],
+)
+def test_the_rule_lets_objects_change(source, tmp_path):
+    (tmp_path / "x.py").write_text(source)
+    assert patches_in(tmp_path / "x.py") == []
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_go_downward(path):
     assert forbidden(path) == []

@@ -41,6 +41,7 @@ from torch.nn import Parameter
 
 from mft_megatron.lora import Lora, Target
 from mft_megatron.mcore.platform import devices
+from mft_megatron.mcore.platform.megatron_fixes import become
 
 from .fused_rows import source_of_rows
 from .quantized_linear import QuantizedColumnParallelLinear, QuantizedRowParallelLinear
@@ -59,7 +60,7 @@ def add_adapters(model: torch.nn.Module, lora: Lora) -> None:
             places |= {"linear_fc1": layer.mlp, "linear_fc2": layer.mlp}
         for target in lora.targets:
             linear = getattr(places[target.module], target.module)
-            linear.__class__ = ADAPTED[type(linear)]
+            become(linear, ADAPTED[type(linear)])
             linear.add_adapter(lora, target)
 
 

@@ -28,6 +28,7 @@ from mft_megatron.mcore.moe.experts import mark_expert_weights, rows_of_tokens
 from mft_megatron.mcore.output_layer.cross_entropy import FusedOutputLayer, Targets, vocab_parallel_nll
 from mft_megatron.mcore.parallel.data_parallel import wrap
 from mft_megatron.mcore.platform import devices
+from mft_megatron.mcore.platform.megatron_fixes import become
 
 from .config import dtype_of, transformer_config
 from .embedding import ScaledEmbedding
@@ -71,17 +72,15 @@ class PackedGPTModel(GPTModel):
         self.real_vocab_size = vocab_size
         self.has_adapters = arguments.adapters is not None
         if network.position_embedding_type == "rope":
-            # Megatron makes this one itself, too
-            self.rotary_pos_emb.__class__ = RotaryByPosition
+            become(self.rotary_pos_emb, RotaryByPosition)
             if network.scaling is not None:
                 rotated = int(network.kv_channels * network.rotary_percent)
                 self.rotary_pos_emb.inv_freq = inverse_frequencies(rotated, network.rotary_base, network.scaling)
         if network.scale_embeddings_by_hidden_size and self.pre_process:
-            self.embedding.word_embeddings.__class__ = ScaledEmbedding
+            become(self.embedding.word_embeddings, ScaledEmbedding)
         self.fused = arguments.training.cross_entropy_impl == "fused-linear"
         if self.fused and self.post_process:
-            # Megatron makes its output layer itself; this one has the same weights, names and hooks
-            self.output_layer.__class__ = FusedOutputLayer
+            become(self.output_layer, FusedOutputLayer)
 
     def run(self, batch: Batch, with_loss: bool = True, slope: Callable[[Batch], Slope | None] | None = None) -> Tensor:
         """Forward pass of a micro-batch as one stream of T = B·S tokens.

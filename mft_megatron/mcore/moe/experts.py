@@ -8,13 +8,13 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_layer import MoELayer
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 
 from mft_megatron.arguments.table import Arguments
 from mft_megatron.batch import Batch
 from mft_megatron.errors import InputError
 from mft_megatron.mcore.platform import devices
+from mft_megatron.mcore.platform.megatron_fixes import reset_expert_loss_scale
 
 from .router import BALANCING_LOSSES, Z_LOSS, PackedRouter
 
@@ -124,8 +124,8 @@ def loss_names(arguments: Arguments) -> list[str]:
 
 def begin_step(chunks: Iterable[torch.nn.Module], num_micro_batches: int) -> None:
     """Prepare the routers for a step of so many micro-batches, over all data-parallel ranks."""
-    # Megatron keeps the scale in the class, in whatever shape came first; the schedule sets it with each micro-batch
-    MoEAuxLossAutoScaler.main_loss_backward_scale = None
+    # the schedule sets it with each micro-batch
+    reset_expert_loss_scale()
     for router in routers(chunks):
         router.begin_step(1 / num_micro_batches)
 

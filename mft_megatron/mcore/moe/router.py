@@ -19,7 +19,6 @@ import mft_megatron.mcore.platform.patched  # noqa: F401  (before Megatron-Core)
 
 import torch
 import torch.distributed as dist
-from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.moe_utils import (
     MoEAuxLossAutoScaler,
     apply_router_token_dropping,
@@ -30,9 +29,9 @@ from megatron.core.transformer.moe.moe_utils import (
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
-if not hasattr(moe_utils, "te_general_gemm"):
-    # asked for by name where logits are computed, and undefined where Transformer Engine is not installed
-    moe_utils.te_general_gemm = None
+from mft_megatron.mcore.platform.megatron_fixes import define_te_general_gemm
+
+define_te_general_gemm()
 
 # what each kind of balancing is called in the log, Megatron's names
 BALANCING_LOSSES = {

@@ -1,9 +1,7 @@
-"""CPU with gloo or CUDA with NCCL: the one place that knows which, and what Megatron-Core needs for it.
+"""CPU with gloo or CUDA with NCCL: the one place that knows which.
 
-Everything else asks :func:`device` and :func:`backend`. Replacements inside Megatron-Core and torch come in two kinds,
-kept apart: those for a machine without CUDA (:mod:`.without_cuda`, never active with CUDA) and those for an
-environment without Transformer Engine and apex, with or without CUDA (in :mod:`.model.norm` and
-:mod:`.attention.packed_attention`).
+Everything else asks :func:`device` and :func:`backend`. Replacements inside Megatron-Core and torch are in
+:mod:`.patches`.
 """
 
 import importlib.metadata
@@ -16,6 +14,8 @@ import psutil
 import torch
 
 from mft_megatron.errors import InputError
+
+from . import patches
 
 HAS_CUDA = torch.cuda.is_available()
 
@@ -31,9 +31,7 @@ def prepare() -> None:
         warnings.simplefilter("ignore")
         try:
             if not HAS_CUDA:
-                from . import without_cuda
-
-                without_cuda.replace()
+                patches.apply_without_cuda()
             import megatron.core.models.gpt.gpt_layer_specs
             import megatron.core.optimizer  # noqa: F401
         except Exception as error:

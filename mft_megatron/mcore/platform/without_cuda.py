@@ -1,9 +1,8 @@
-"""What Megatron-Core 0.16.1 needs replaced to run where there is no CUDA, and why.
+"""Replacements that let Megatron-Core 0.16.1 run where there is no CUDA; never active where there is.
 
 Megatron-Core names CUDA in four ways: functions of ``torch.cuda``, the literal ``device="cuda"`` in tensor factories,
-``Tensor.cuda()``, and type names such as ``torch.cuda.FloatTensor``. Each is pointed at the CPU here. Nothing of this
-is active on a machine with CUDA; ``tests/mcore/platform/test_without_cuda.py`` shows that every replacement is still
-needed, but for the first, which saves time only.
+``Tensor.cuda()``, and type names such as ``torch.cuda.FloatTensor``. Each is pointed at the CPU here.
+:data:`.patches.WITHOUT_CUDA` applies them in order and names the test that shows that each is still needed.
 """
 
 import contextlib
@@ -41,15 +40,19 @@ class _NoStream:
         return lambda *args, **kwargs: None
 
 
-def _stub_jit() -> None:
-    """``megatron.core.jit`` compiles small functions with ``torch.compile``: 27 s at the first step on a CPU."""
+def stub_jit() -> None:
+    """Keep ``megatron.core.jit`` from compiling small functions with ``torch.compile``.
+
+    Saves time only: 27 s at the first step on a CPU.
+    """
     jit = types.ModuleType("megatron.core.jit")
     jit.jit_fuser = jit.noop_decorator = lambda function: function
     jit.enable_jit_fuser = jit.disable_jit_fuser = lambda: None
     sys.modules["megatron.core.jit"] = jit
 
 
-def _replace_cuda_functions() -> None:
+def replace_cuda_functions() -> None:
+    """Give functions of ``torch.cuda`` that Megatron-Core calls the meaning they have on one CPU."""
     nothing = lambda *args, **kwargs: None  # noqa: E731
     torch.cuda.current_device = lambda: CPU
     torch.cuda.synchronize = nothing
@@ -62,10 +65,11 @@ def _replace_cuda_functions() -> None:
     torch.cuda.manual_seed = torch.manual_seed
 
 
-def _replace_rng_state() -> None:
-    """The tracker reaches the generator through two functions of its module.
+def replace_rng_state() -> None:
+    """Let Megatron-Core's tracker of random states use torch's generator for the device's.
 
-    It warns when the CPU's generator has moved in a region meant for the device's; here they are one.
+    The tracker reaches that through two functions of its module. It warns when the CPU's generator has moved in a
+    region meant for the device's; here they are one.
     """
     from megatron.core.tensor_parallel import random
 
@@ -75,9 +79,9 @@ def _replace_rng_state() -> None:
 
 
 class _TorchOnCpu:
-    """``torch`` as a module of Megatron-Core is to see it: tensor factories make CPU tensors, all else is torch's own.
+    """``torch`` as modules of Megatron-Core see it: its tensor factories make CPU tensors, all else is torch's.
 
-    torch itself stays untouched, since other libraries in the process use its factories, too.
+    torch itself is not changed, since other libraries in the process use its factories, too.
     """
 
     def __init__(self):
@@ -98,16 +102,17 @@ def _on_cpu(factory):
     return make
 
 
-def _replace_factories() -> None:
+def replace_factories() -> None:
+    """Have the modules of Megatron-Core that make tensors on the device "cuda" make them on the CPU."""
     for name in FACTORY_USERS:
         importlib.import_module(f"megatron.core.{name}").torch = _TorchOnCpu()
 
 
-def _replace_tensor_methods() -> None:
+def replace_tensor_methods() -> None:
+    """Let ``Tensor.type`` name CUDA types, by which Megatron-Core's optimizer sorts, and ``Tensor.cuda`` do nothing."""
     original_type = torch.Tensor.type
 
     def cuda_type(self, dtype=None, *args, **kwargs):
-        """The optimizer sorts parameters by the names of CUDA tensor types."""
         if dtype is not None:
             return original_type(self, dtype, *args, **kwargs)
         return original_type(self).replace("torch.", "torch.cuda.", 1)
@@ -116,31 +121,14 @@ def _replace_tensor_methods() -> None:
     torch.Tensor.cuda = lambda self, *args, **kwargs: self
 
 
-def _replace_numbers_of_tokens() -> None:
-    """What tokens are sent between experts is told in tensors that Megatron makes arrays of when it fetches them.
+def convert_token_counts() -> None:
+    """Make arrays of the counts of tokens that ranks send each other's experts, although they are on the CPU already.
 
-    Here they are where they are wanted already, and stay tensors, of which torch makes no lists of numbers.
+    Megatron-Core makes arrays only of counts that it copies from a device; tensors are no counts to ``all_to_all``.
     """
     from megatron.core.transformer.moe import token_dispatcher
 
-    def fetch(value, as_numpy=False, record_stream=False):
+    def convert(value, as_numpy=False, record_stream=False):
         return value.numpy() if as_numpy and torch.is_tensor(value) else value
 
-    token_dispatcher.maybe_move_tensor_to_cpu = fetch
-
-
-REPLACEMENTS = {
-    "jit": _stub_jit,
-    "functions of torch.cuda": _replace_cuda_functions,
-    "tensor methods": _replace_tensor_methods,
-    "random-number state": _replace_rng_state,
-    "tensor factories": _replace_factories,
-    "numbers of tokens": _replace_numbers_of_tokens,
-}
-
-
-@functools.cache
-def replace() -> None:
-    """Apply every replacement, once per process."""
-    for apply in REPLACEMENTS.values():
-        apply()
+    token_dispatcher.maybe_move_tensor_to_cpu = convert

@@ -1,5 +1,6 @@
 """Every replacement for machines without CUDA is still needed, and none of them touches what others use."""
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -7,17 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from mft_megatron.mcore.platform import without_cuda
+from mft_megatron.mcore.platform import patches, without_cuda
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="nothing is replaced where there is CUDA")
 ROOT = Path(__file__).parents[3]
 # Two steps, a save and a load, with one replacement taken away before Megatron-Core is imported.
 SCRIPT = """
-import importlib.util, sys
+import sys
 sys.path.insert(0, {root!r})
-spec = importlib.util.spec_from_file_location("mft_megatron.mcore.platform.without_cuda", {module!r})
-without_cuda = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(without_cuda)
+from mft_megatron.mcore.platform import patches, without_cuda
 {disable}
 if __name__ == "__main__":
     from pathlib import Path
@@ -28,7 +27,7 @@ if __name__ == "__main__":
 # (parallel/test_checkpoints_of_distributed_optimizer.py)
 ELSEWHERE = ("optimizer.grad_scaler", "dist_checkpointing.exchange_utils")
 DISABLE = {
-    **{name: f"del without_cuda.REPLACEMENTS[{name!r}]" for name in without_cuda.REPLACEMENTS},
+    **{name: f"del patches.WITHOUT_CUDA[{name!r}]" for name in patches.WITHOUT_CUDA},
     **{
         name: f"without_cuda.FACTORY_USERS = tuple(n for n in without_cuda.FACTORY_USERS if n != {name!r})"
         for name in without_cuda.FACTORY_USERS
@@ -40,17 +39,32 @@ DISABLE = {
 
 def run_without(prefix, folder, disable):
     script = folder / "script.py"
-    values = {"root": str(ROOT), "module": without_cuda.__file__, "prefix": prefix, "folder": str(folder / "run")}
+    values = {"root": str(ROOT), "prefix": prefix, "folder": str(folder / "run")}
     script.write_text(SCRIPT.format(disable=disable, **values))
     return subprocess.run([sys.executable, "-W", "ignore", str(script)], capture_output=True, text=True, timeout=120)
 
 
 @pytest.mark.slow
 # without jit it is only slower; the other takes ranks that share experts to see: tests/parallel/test_experts.py
-@pytest.mark.parametrize("name", [name for name in DISABLE if name not in ("jit", "numbers of tokens")])
+@pytest.mark.parametrize("name", [name for name in DISABLE if name not in ("jit", "token counts of experts")])
 def test_each_is_still_needed(dataset_prefix, tmp_path, name):
     process = run_without(dataset_prefix, tmp_path, DISABLE[name])
     assert (process.returncode == 0) == (name == ""), process.stdout + process.stderr[-2000:]
+
+
+def test_megatron_compiles_by_default():
+    """Without its patch Megatron-Core's small functions go through torch.compile."""
+    folder = Path(importlib.util.find_spec("megatron.core").submodule_search_locations[0])
+    code = (
+        "import sys, types, torch, runpy\n"
+        # the package itself would import everything else
+        "sys.modules['megatron.core'] = types.ModuleType('megatron.core')\n"
+        "sys.modules['megatron.core.utils'] = utils = types.ModuleType('megatron.core.utils')\n"
+        "utils.is_torch_min_version = lambda version: True\n"
+        f"assert runpy.run_path({str(folder / 'jit.py')!r})['jit_fuser'] is torch.compile"
+    )
+    process = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
 
 
 def test_torch_itself_is_left_alone():

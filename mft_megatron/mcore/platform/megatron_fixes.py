@@ -1,0 +1,61 @@
+"""Replacements inside Megatron-Core 0.16.1 that any machine may need; layer files call them where they need them.
+
+Each is entered in :data:`.patches.PATCHES` with the test that shows that it is still needed.
+"""
+
+from torch import nn
+
+
+def become(module: nn.Module, kind: type[nn.Module]) -> None:
+    """Exchange the class of a module that Megatron-Core has built for a subclass of it.
+
+    ``GPTModel`` builds rotary embedding, word embeddings and output layer itself and takes no class for them, and a
+    linear layer gets adapters after it was built with its weights. Building such a module a second time would mean
+    repeating all that Megatron-Core has done to it: weights and their marks, hooks, names in a checkpoint. When only
+    the class changes, all that stays. ``kind.__init__`` is not run.
+
+    Args:
+        module: changed in place.
+        kind: subclass of the module's class.
+
+    Raises:
+        TypeError: ``kind`` is no subclass, so the module would lose what its class gave it.
+    """
+    if not issubclass(kind, type(module)):
+        raise TypeError(f"a {type(module).__name__} cannot become a {kind.__name__}, which is no subclass of it")
+    module.__class__ = kind
+
+
+def define_te_general_gemm() -> None:
+    """Define a name that ``moe_utils`` imports from Transformer Engine's extension and reads without it, too.
+
+    A router's logits are computed by ``te_general_gemm`` unless that is ``None``; where Transformer Engine is not
+    installed, the name is undefined there.
+    """
+    from megatron.core.transformer.moe import moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+
+
+def reset_expert_loss_scale() -> None:
+    """Forget the scale of experts' losses, which Megatron-Core keeps in a class, for the whole process.
+
+    Its schedule copies each step's scale into the tensor that came first, of whatever shape, dtype and device; without
+    one it takes the new tensor.
+    """
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None
+
+
+def recompute_without_transformer_engine() -> None:
+    """Let norms and experts' activation functions be recomputed where Transformer Engine is not installed.
+
+    ``CheckpointWithoutOutput`` asks whether its argument ``fp8`` is ``None``, and its default is ``False``: so it would
+    ask Transformer Engine about fp8.
+    """
+    from megatron.core.tensor_parallel import random
+
+    if not random.HAVE_TE:
+        random.CheckpointWithoutOutput.__init__.__defaults__ = (None,)

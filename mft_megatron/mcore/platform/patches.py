@@ -1,0 +1,62 @@
+"""Every replacement inside Megatron-Core and torch, in one table.
+
+::
+
+    WITHOUT_CUDA    applied by ``devices.prepare`` before Megatron-Core is imported, only where there is no CUDA
+    WHERE_NEEDED    called by the layer files that need them, on any machine
+
+The reason for a patch is the docstring of its function. When Megatron-Core is updated, run the tests named here: each
+fails when its patch is no longer needed, and that patch can be deleted.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+from . import megatron_fixes, without_cuda
+
+
+@dataclasses.dataclass(frozen=True)
+class Patch:
+    """One replacement.
+
+    ``apply``: the function that replaces. ``needed``: ``file::name`` of the test that shows that it is still needed.
+    ``seen_in``: the last version of Megatron-Core that needed it.
+    """
+
+    apply: Callable[..., object]
+    needed: str
+    seen_in: str = "0.16.1"
+
+
+_EACH = "tests/mcore/platform/test_without_cuda.py::test_each_is_still_needed"
+_FIXES = "tests/mcore/platform/test_megatron_fixes.py"
+
+WITHOUT_CUDA = {
+    "jit": Patch(without_cuda.stub_jit, "tests/mcore/platform/test_without_cuda.py::test_megatron_compiles_by_default"),
+    "functions of torch.cuda": Patch(without_cuda.replace_cuda_functions, _EACH),
+    "tensor methods": Patch(without_cuda.replace_tensor_methods, _EACH),
+    "random-number state": Patch(without_cuda.replace_rng_state, _EACH),
+    "tensor factories": Patch(without_cuda.replace_factories, _EACH),
+    "token counts of experts": Patch(
+        without_cuda.convert_token_counts, "tests/parallel/test_experts.py::test_the_replacement_is_still_needed"
+    ),
+}
+WHERE_NEEDED = {
+    "class of a built module": Patch(megatron_fixes.become, f"{_FIXES}::test_megatron_takes_no_class_for_these"),
+    "te_general_gemm": Patch(megatron_fixes.define_te_general_gemm, f"{_FIXES}::test_routers_need_te_general_gemm"),
+    "scale of experts' losses": Patch(
+        megatron_fixes.reset_expert_loss_scale, f"{_FIXES}::test_megatron_keeps_the_shape_of_the_first_scale"
+    ),
+    "recompute without Transformer Engine": Patch(
+        megatron_fixes.recompute_without_transformer_engine, f"{_FIXES}::test_recompute_asks_transformer_engine"
+    ),
+}
+PATCHES = WITHOUT_CUDA | WHERE_NEEDED
+
+
+@functools.cache
+def apply_without_cuda() -> None:
+    """Apply every patch for a machine without CUDA, in the order of the table, once per process."""
+    for patch in WITHOUT_CUDA.values():
+        patch.apply()

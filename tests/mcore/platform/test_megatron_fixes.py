@@ -1,0 +1,119 @@
+"""Each replacement that layer files ask for works, and is still needed by the installed Megatron-Core."""
+
+import mft_megatron.mcore.platform.patched  # noqa: F401  (before Megatron-Core)
+
+import importlib.util
+
+import pytest
+import torch
+
+from mft_megatron.mcore.platform import megatron_fixes
+from tests.ranks import run_on_ranks
+
+MODEL = (
+    "--num-layers 1 --hidden-size 32 --num-attention-heads 4 --data-path data --seq-length 16 --micro-batch-size 1 "
+    "--train-iters 1 --lr 1 --position-embedding-type rope --scale-embeddings-by-hidden-size --peft-type lora"
+)
+without_transformer_engine = pytest.mark.skipif(
+    importlib.util.find_spec("transformer_engine") is not None, reason="Transformer Engine defines what is missing"
+)
+
+
+def _classes(exchange):
+    """Classes of the modules of a model that are exchanged, and whether each has all it had before."""
+    from mft_megatron.arguments.command import parse_arguments
+    from mft_megatron.mcore.adapters import lora
+    from mft_megatron.mcore.model import gpt
+    from mft_megatron.mcore.parallel import process_groups
+
+    if not exchange:
+        gpt.become = lambda module, kind: None
+        gpt.add_adapters = lambda model, options: None
+    kept = []
+
+    def become(module, kind):
+        before = dict(vars(module))
+        megatron_fixes.become(module, kind)
+        kept.append(dict(vars(module)) == before)
+
+    if exchange:
+        gpt.become = lora.become = become
+    arguments = parse_arguments(MODEL.split())
+    with process_groups.process_groups(arguments.distributed, 1):
+        (chunk,) = gpt.build_model(arguments, 100)
+        model = chunk.module
+        modules = (
+            model.rotary_pos_emb,
+            model.embedding.word_embeddings,
+            model.output_layer,
+            model.decoder.layers[0].self_attention.linear_qkv,
+            model.decoder.layers[0].self_attention.linear_proj,
+        )
+        return [type(module).__name__ for module in modules], kept
+
+
+def test_megatron_takes_no_class_for_these():
+    """Left alone, the model has Megatron-Core's classes, so what we compute has to come in by an exchange."""
+    (classes, _), *_ = run_on_ranks(1, _classes, False)
+    assert classes == [
+        "RotaryEmbedding",
+        "VocabParallelEmbedding",
+        "ColumnParallelLinear",
+        "ColumnParallelLinear",
+        "RowParallelLinear",
+    ]
+
+
+def test_an_exchanged_module_keeps_what_it_has():
+    (classes, kept), *_ = run_on_ranks(1, _classes, True)
+    assert classes == [
+        "RotaryByPosition",
+        "ScaledEmbedding",
+        "FusedOutputLayer",
+        "AdaptedColumnParallelLinear",
+        "AdaptedRowParallelLinear",
+    ]
+    assert kept
+    assert all(kept)
+
+
+def test_a_module_becomes_a_subclass_of_its_class_only():
+    linear = torch.nn.Linear(2, 2)
+    with pytest.raises(TypeError, match="a Linear cannot become a RMSNorm, which is no subclass of it"):
+        megatron_fixes.become(linear, torch.nn.RMSNorm)
+    assert type(linear) is torch.nn.Linear
+
+
+@without_transformer_engine
+def test_routers_need_te_general_gemm(monkeypatch):
+    from megatron.core.transformer.moe import moe_utils
+
+    monkeypatch.delattr(moe_utils, "te_general_gemm", raising=False)
+    product = (torch.ones(2, 4), torch.ones(3, 4), None, torch.float32)
+    with pytest.raises(NameError, match="te_general_gemm"):
+        moe_utils.router_gating_linear(*product)
+    megatron_fixes.define_te_general_gemm()
+    assert moe_utils.router_gating_linear(*product).eq(4).all()
+
+
+def test_megatron_keeps_the_shape_of_the_first_scale(monkeypatch):
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler as Scaler
+
+    monkeypatch.setattr(Scaler, "main_loss_backward_scale", torch.tensor(2.0))
+    with pytest.raises(RuntimeError, match="shape"):
+        Scaler.set_loss_scale(torch.ones(1))
+    megatron_fixes.reset_expert_loss_scale()
+    Scaler.set_loss_scale(torch.ones(1))
+    assert Scaler.main_loss_backward_scale.tolist() == [1.0]
+
+
+@without_transformer_engine
+def test_recompute_asks_transformer_engine(monkeypatch):
+    from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
+
+    hidden = torch.tensor([-1.0, 2.0], requires_grad=True)
+    monkeypatch.setattr(CheckpointWithoutOutput.__init__, "__defaults__", (False,))
+    with pytest.raises(NameError, match="FP8GlobalStateManager"):
+        CheckpointWithoutOutput().checkpoint(torch.relu, hidden)
+    megatron_fixes.recompute_without_transformer_engine()
+    assert CheckpointWithoutOutput().checkpoint(torch.relu, hidden).tolist() == [0.0, 2.0]
