@@ -155,14 +155,15 @@ def measure(prefix: str, tasks: int, options: argparse.Namespace) -> dict:
     inside, steps = {name: [] for name in compared}, {name: [] for name in compared}
     present = []
     with process_groups.process_groups(arguments.distributed, options.seed):
-        trainer = Trainer(arguments, dataset.vocab_size, np.random.default_rng(options.seed).uniform(0.5, 2.0, tasks))
+        trainer = Trainer(arguments, dataset.vocab_size, tasks)
+        weight_K = np.random.default_rng(options.seed).uniform(0.5, 2.0, tasks)
         for number in range(options.warmup + options.steps):
             # the modes of a round share their batch
             plan = plan_step(split, seed=1, global_batch_size=rows, consumed_samples=rows * number)
             for name, objective in compared.items():
                 trainer.objective = objective
                 with whole:
-                    _ = trainer.train_step(split, plan).loss
+                    _ = trainer.train_step(split, plan, weight_K).loss
                 readings = clock.take(), whole.take()
                 if number >= options.warmup:
                     inside[name].append(readings[0])

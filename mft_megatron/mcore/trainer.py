@@ -28,11 +28,8 @@ from torch import Tensor
 
 from mft_megatron.arguments.table import Arguments
 from mft_megatron.batch import Batch, StepPlan
-from mft_megatron.data.loading.dataset import PackedDataset, PackedSplit, rows_of
-from mft_megatron.data.loading.step_plan import deal_plan
-from mft_megatron.data.loading.usage import UsageByEpoch
-from mft_megatron.data.loading.validation_sampling import deal
-from mft_megatron.data.sample_slices import SampleSlices
+from mft_megatron.data.loading.dataset import PackedDataset, PackedSplit
+from mft_megatron.data.loading.micro_batches import MicroBatches, Rows, UsageByEpoch
 from mft_megatron.losses.focal import TaskStatistics
 from mft_megatron.losses.objective import SUMS, Objective, StepFactors
 from mft_megatron.mcore.model.gpt import build_model
@@ -45,8 +42,6 @@ from .moe import experts
 from .parallel import process_groups
 from .platform import devices
 
-# the slices of each row of each micro-batch
-MicroBatches = Sequence[Sequence[SampleSlices]]
 # a padded micro-batch is as wide as a multiple of this many tokens
 WIDTH_MULTIPLE = 64
 
@@ -90,22 +85,21 @@ class Trainer:
     ``weights.whole()``; see :class:`.parallel.data_parallel.WeightGathering`.
     """
 
-    def __init__(self, arguments: Arguments, vocab_size: int, weight_K: np.ndarray):
+    def __init__(self, arguments: Arguments, vocab_size: int, num_tasks: int):
         """
         Args:
             arguments: of the whole run.
             vocab_size: real size of the vocabulary.
-            weight_K: fp64 [K], weight ``w_i`` of each task, ``alpha_i`` of the focal losses; may be replaced between
-                steps.
+            num_tasks: K.
         """
         self.arguments = arguments
-        self.weight_K = weight_K
+        self.num_tasks = num_tasks
         options = arguments.multi_task
         self.objective = Objective(
             options.mft_loss, options.focal_gamma, options.focal_detach, options.mft_normalization == "micro-batch"
         )
-        self.statistics = TaskStatistics.none(len(weight_K), devices.device())
-        self.usage = UsageByEpoch(len(weight_K))
+        self.statistics = TaskStatistics.none(num_tasks, devices.device())
+        self.usage = UsageByEpoch(num_tasks)
         self.chunks: list[DistributedDataParallel] = build_model(arguments, vocab_size)
         self.optimizer: MegatronOptimizer = build_optimizer(arguments, self.chunks)
         self.scheduler: OptimizerParamScheduler = build_scheduler(arguments, self.optimizer)
@@ -116,31 +110,36 @@ class Trainer:
             chunk.config.finalize_model_grads_func = _finalize_without_rescaling
             chunk.config.grad_scale_func = self.optimizer.scale_loss
 
-    def train_step(self, split: PackedSplit, plan: StepPlan) -> StepReport | None:
+    def train_step(self, split: PackedSplit, plan: StepPlan, weight_K: np.ndarray) -> StepReport | None:
         """Consume one global batch and update the weights.
+
+        Args:
+            split: that the plan is of.
+            plan: of the step.
+            weight_K: fp64 [K], weight ``w_i`` of each task, ``alpha_i`` of the focal losses.
 
         Returns:
             the report, or ``None`` where the batch has nothing to learn from (no supervised token of a task with a
             weight): then nothing is changed, on every rank alike. Where gradients overflow nothing but the loss scale
             is changed.
         """
-        factors = self._factors(self.objective, [plan])
-        places = self._places(split, plan)
-        micro_batches, used = _rows(split, plan, places), []
+        factors = self._factors(self.objective, [plan], weight_K)
+        micro_batches = self._micro_batches(split, plan)
         if not factors.base_K.any():
-            self._count_usage(split, plan, places, micro_batches, range(len(places)))
+            micro_batches.skip()
+            micro_batches.add_used_to(self.usage)
             return None
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         experts.begin_step(self.chunks, len(plan.packs_G) // self.arguments.training.micro_batch_size)
-        sums = self._run(self.objective, factors, split.dataset, micro_batches, forward_only=False, used=used)
-        self._count_usage(split, plan, places, micro_batches, used)
+        sums = self._run(self.objective, factors, micro_batches, forward_only=False)
+        micro_batches.add_used_to(self.usage)
         samples_K = torch.from_numpy(plan.samples_K)
         report = dataclasses.replace(
             _report(self.objective, factors, sums, samples_K),
-            weight_K=self.weight_K,
+            weight_K=weight_K,
             learning_rate=learning_rate(self.optimizer),
             loss_scale=loss_scale(self.optimizer),
             expert_losses=experts.losses_of_step(self.chunks, self.arguments),
@@ -154,27 +153,33 @@ class Trainer:
         self.statistics = self.objective.statistics_after(self.statistics, sums, samples_K)
         return dataclasses.replace(report, grad_norm=grad_norm, zeros_in_grad=zeros)
 
-    def evaluate(self, split: PackedSplit, plans: Sequence[StepPlan]) -> StepReport:
+    def evaluate(self, split: PackedSplit, plans: Sequence[StepPlan], weight_K: np.ndarray) -> StepReport:
         """Token losses of every task over the given batches, without changing anything.
 
         The objective is that of all batches as one, whatever ``--mft-normalization`` says: their counts are added up
-        first.
+        first. ``weight_K`` as in :meth:`train_step`.
         """
         objective = dataclasses.replace(self.objective, per_micro_batch=False)
-        factors = self._factors(objective, plans)
-        batches = (_rows(split, plan, self._places(split, plan)) for plan in plans)
-        sums = sum(self._forward_only(objective, factors, split.dataset, micro_batches) for micro_batches in batches)
+        factors = self._factors(objective, plans, weight_K)
+        sums = sum(self._forward_only(objective, factors, self._micro_batches(split, plan)) for plan in plans)
         return _report(objective, factors, sums, torch.from_numpy(sum(plan.samples_K for plan in plans)))
 
-    def task_losses(self, dataset: PackedDataset, rows: list[SampleSlices]) -> np.ndarray:
+    def task_losses(self, dataset: PackedDataset, rows: Rows) -> np.ndarray:
         """Mean token loss of each task over some rows, without changing anything.
 
         Returns:
             fp64 [K], the same on every rank; NaN for a task without a supervised token in these rows.
         """
-        nothing = torch.zeros(len(self.weight_K), dtype=torch.float64)
-        micro_batches = deal(rows, self.ranks, self.arguments.training.micro_batch_size, self.arguments.batch_multiple)
-        sums = self._forward_only(Objective("token"), StepFactors(nothing, nothing, nothing), dataset, micro_batches)
+        nothing = torch.zeros(self.num_tasks, dtype=torch.float64)
+        micro_batches = MicroBatches.of_rows(
+            dataset,
+            rows,
+            self.ranks,
+            self.arguments.training.micro_batch_size,
+            self.arguments.batch_multiple,
+            self._width_multiple(),
+        )
+        sums = self._forward_only(Objective("token"), StepFactors(nothing, nothing, nothing), micro_batches)
         loss_K, tokens_K = sums[SUMS.index("loss_K")], sums[SUMS.index("tokens_K")]
         return (loss_K / tokens_K).cpu().numpy()
 
@@ -183,53 +188,31 @@ class Trainer:
         weights counted once."""
         return count_parameters(self.chunks, trained)
 
-    def _factors(self, objective: Objective, plans: Sequence[StepPlan]) -> StepFactors:
+    def _factors(self, objective: Objective, plans: Sequence[StepPlan], weight_K: np.ndarray) -> StepFactors:
         counts = (sum(plan.supervised_tokens_K for plan in plans), sum(plan.samples_K for plan in plans))
         num_micro_batches = sum(len(plan.packs_G) for plan in plans) // self.arguments.training.micro_batch_size
-        numbers = (torch.from_numpy(values) for values in (*counts, self.weight_K))
+        numbers = (torch.from_numpy(values) for values in (*counts, weight_K))
         return objective.before_step(*numbers, self.statistics, num_micro_batches)
 
-    def _places(self, split: PackedSplit, plan: StepPlan) -> np.ndarray:
-        return deal_plan(plan, self.ranks, self.arguments.training.micro_batch_size, split.dataset.padded)
+    def _micro_batches(self, split: PackedSplit, plan: StepPlan) -> MicroBatches:
+        micro_batch_size = self.arguments.training.micro_batch_size
+        return MicroBatches.of_plan(split, plan, self.ranks, micro_batch_size, self._width_multiple())
 
-    def _count_usage(
-        self,
-        split: PackedSplit,
-        plan: StepPlan,
-        places: np.ndarray,
-        micro_batches: MicroBatches,
-        used: Sequence[int],
-    ) -> None:
-        """Add the micro-batches of these numbers to :attr:`usage`."""
-        rows = [row for number in used for row in micro_batches[number]]
-        self.usage.add(rows, plan.epochs_G[places[list(used)]].ravel(), split.dataset.task_ids)
-
-    def _forward_only(
-        self, objective: Objective, factors: StepFactors, dataset: PackedDataset, micro_batches: MicroBatches
-    ) -> Tensor:
+    def _forward_only(self, objective: Objective, factors: StepFactors, micro_batches: MicroBatches) -> Tensor:
         for chunk in self.chunks:
             chunk.eval()
         with torch.no_grad(), self.weights.whole():
-            return self._run(objective, factors, dataset, micro_batches, forward_only=True)
+            return self._run(objective, factors, micro_batches, forward_only=True)
 
     def _run(
-        self,
-        objective: Objective,
-        factors: StepFactors,
-        dataset: PackedDataset,
-        micro_batches: MicroBatches,
-        forward_only: bool,
-        used: list[int] | None = None,
+        self, objective: Objective, factors: StepFactors, micro_batches: MicroBatches, forward_only: bool
     ) -> Tensor:
-        """Take this rank's micro-batches through the pipeline; the sums over all ranks, fp64 [len(SUMS), K].
-
-        The number of each micro-batch that the model is given is appended to ``used``.
-        """
+        """Take this rank's micro-batches through the pipeline; the sums over all ranks, fp64 [len(SUMS), K]."""
         for chunk in self.chunks:
             # stages then tell each other the width of each micro-batch, which only rows of padded data sets differ in
-            chunk.config.variable_seq_lengths = dataset.padded
-        batches = _batches(dataset, micro_batches, self._width_multiple(), [] if used is None else used)
-        sums = torch.zeros(len(SUMS), len(self.weight_K), dtype=torch.float64, device=devices.device())
+            chunk.config.variable_seq_lengths = micro_batches.padded
+        batches = (to_device(batch) for batch in micro_batches)
+        sums = torch.zeros(len(SUMS), self.num_tasks, dtype=torch.float64, device=devices.device())
         factors = factors.to(sums.device)
         slope = partial(objective.slope, factors)
         self._schedule(
@@ -255,24 +238,6 @@ def _report(objective: Objective, factors: StepFactors, sums: Tensor, samples_K:
     named = dict(zip(SUMS, sums, strict=True))
     by_task_K = objective.by_task(factors, sums, samples_K)
     return StepReport(named["loss_K"], named["tokens_K"], by_task_K, named["share_K"])
-
-
-def _rows(split: PackedSplit, plan: StepPlan, places: np.ndarray) -> MicroBatches:
-    return [[split.slices_of(pack) for pack in packs_B] for packs_B in plan.packs_G[places]]
-
-
-def _batches(dataset: PackedDataset, micro_batches: MicroBatches, multiple: int, used: list[int]) -> Iterator[Batch]:
-    for number, rows in enumerate(micro_batches):
-        used.append(number)
-        yield to_device(rows_of(dataset, rows, _width(dataset, rows, multiple)))
-
-
-def _width(dataset: PackedDataset, rows: Sequence[SampleSlices], multiple: int) -> int:
-    """Positions of a row: the sequence length, or in a padded data set no more than the longest row needs."""
-    if not dataset.padded:
-        return dataset.seq_length
-    longest = max(row.num_tokens for row in rows)
-    return min(max(-(-longest // multiple), 1) * multiple, dataset.seq_length)
 
 
 def to_device(batch: Batch) -> Batch:

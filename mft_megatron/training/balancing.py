@@ -2,7 +2,7 @@
 
 ::
 
-    draw d of the validation split ─► losses [K'] of the K' tasks it has ─► balancer ─► weights [K] ─► Trainer.weight_K
+    draw d of the validation split ─► losses [K'] of the K' tasks it has ─► balancer ─► weights [K] ─► next step
 
 New weights hold from the next step on. Everything here is the same on every rank: the losses are sums over all ranks,
 and the weights are those of the main rank.
@@ -38,7 +38,10 @@ LOOKED_AT = 20
 
 
 class TaskBalance:
-    """The weights of a run: made before the first step, changed by draws, set to 0 for tasks that are stopped."""
+    """The weights of a run: made before the first step, changed by draws, set to 0 for tasks that are stopped.
+
+    ``weight_K`` fp64 [K]: the weights of the next step and of evaluations before it.
+    """
 
     def __init__(self, arguments: Arguments, dataset: PackedDataset):
         """
@@ -46,7 +49,8 @@ class TaskBalance:
             InputError: weights that do not fit the tasks, or a balancer without validation data.
         """
         options = arguments.multi_task
-        self.weight_K = initial_weights(options, dataset.tasks, [task.weight for task in dataset.ledger.tasks])
+        self._weight_K = initial_weights(options, dataset.tasks, [task.weight for task in dataset.ledger.tasks])
+        self.weight_K = self._weight_K
         self._active_K = np.ones(len(dataset.tasks), bool)
         self._dataset = dataset
         self._kind = options.task_balance
@@ -72,7 +76,7 @@ class TaskBalance:
                 raise InputError(f"--famo-min-losses: no loss is below 0, as in {lowest_K.tolist()}")
             given["min_losses"] = tuple(lowest_K[self._known_K])
         self._balancer = BALANCERS[self._kind](**given)
-        self.weight_K = np.full(len(dataset.tasks), 1 / len(dataset.tasks))
+        self.weight_K = self._weight_K = np.full(len(dataset.tasks), 1 / len(dataset.tasks))
         self._cost = _cost(self._draws, self._kind, self._balancer, arguments)
 
     @property
@@ -81,7 +85,7 @@ class TaskBalance:
         return self._kind == "coba" and self._state is None
 
     def begin(self, trainer: Trainer, log: RunLog, progress: Progress, first_loss_K: np.ndarray | None) -> None:
-        """Start the balancer with draw 0, unless it goes on from a checkpoint; the trainer has its weights then.
+        """Start the balancer with draw 0, unless it goes on from a checkpoint; its weights hold then.
 
         Args:
             first_loss_K: fp64 [K], NaN where unknown; where :attr:`wants_first_losses`.
@@ -103,23 +107,23 @@ class TaskBalance:
                 first = None if first_loss_K is None else torch.from_numpy(first_loss_K[self._known_K])
                 self._state, self._begun = self._balancer.begin(known, first), progress.step
                 self._draw(trainer, log, progress)
-        self.apply(trainer)
+        self._apply()
 
     def after_step(self, trainer: Trainer, log: RunLog, progress: Progress) -> bool:
-        """Draw where a draw is due, and give the trainer its weights for the next step; whether there was a draw."""
+        """Draw where a draw is due; the new weights hold for the next step. Returns whether there was a draw."""
         draws = self._balancer is not None and progress.step % self._balancer.update_interval == 0
         if draws:
             self._draw(trainer, log, progress)
-        self.apply(trainer)
+        self._apply()
         return draws
 
     def stop_tasks(self, active_K: np.ndarray) -> None:
         """From the next step on, tasks that are not active have weight 0."""
         self._active_K = active_K
+        self._apply()
 
-    def apply(self, trainer: Trainer) -> None:
-        """Give the trainer its weights for the next step."""
-        trainer.weight_K = np.where(self._active_K, self.weight_K, 0.0)
+    def _apply(self) -> None:
+        self.weight_K = np.where(self._active_K, self._weight_K, 0.0)
 
     def _draw(self, trainer: Trainer, log: RunLog, progress: Progress) -> None:
         number = 0 if self._kind == "famo" else progress.step // self._balancer.update_interval
@@ -138,7 +142,7 @@ class TaskBalance:
             )
         known_K = torch.from_numpy(self._known_K)
         weight_K = mean_for_others(weight, known_K)
-        self.weight_K = process_groups.from_main(weight_K).numpy()
+        self._weight_K = process_groups.from_main(weight_K).numpy()
         self._name_those_left_out(took_part, log, progress)
 
     def _name_those_left_out(self, took_part: torch.Tensor, log: RunLog, progress: Progress) -> None:
@@ -151,7 +155,7 @@ class TaskBalance:
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""
-        weight_K = torch.from_numpy(self.weight_K)
+        weight_K = torch.from_numpy(self._weight_K)
         return {"kind": self._kind, "weight_K": weight_K, "balancer": self._state, "begun": self._begun}
 
     def load(self, state: dict[str, Any], log: RunLog, progress: Progress) -> None:
@@ -161,7 +165,7 @@ class TaskBalance:
             log.write(event_record(progress, "warning", reason=reason))
         elif self._balancer is not None:
             self._state, self._begun = state["balancer"], state["begun"]
-            self.weight_K = state["weight_K"].numpy()
+            self._weight_K = state["weight_K"].numpy()
 
 
 def _options_of(kind: str, options: MultiTaskArguments) -> dict[str, Any]:

@@ -62,13 +62,13 @@ class Evaluation:
 
     def begin(self, trainer: Trainer, log: RunLog, progress: Progress) -> None:
         """Before the first step: start the balancer, which may want to know the losses of the fresh model."""
-        self.balance.stop_tasks(self._state.active_K)
         first_loss_K = None
         if self.balance.wants_first_losses:
             record = self._record(trainer, progress, limit=None)
             log.write(record)
             losses = [record["tasks"][name]["loss"] for name in self._dataset.tasks]
             first_loss_K = np.array([math.nan if loss is None else loss for loss in losses])
+        self.balance.stop_tasks(self._state.active_K)
         self.balance.begin(trainer, log, progress, first_loss_K)
 
     def run(self, trainer: Trainer, log: RunLog, progress: Progress) -> None:
@@ -86,7 +86,6 @@ class Evaluation:
             log.write(event_record(progress, "task early stop", **event, weight=0.0))
         if outcome.stopped_tasks:
             self.balance.stop_tasks(self._state.active_K)
-            self.balance.apply(trainer)
 
     @property
     def finished(self) -> str | None:
@@ -120,7 +119,8 @@ class Evaluation:
 
     def _record(self, trainer: Trainer, progress: Progress, limit: int | None) -> dict[str, Any]:
         split = self._dataset.split("valid")
-        report = trainer.evaluate(split, list(evaluation_plans(self._arguments, split, limit)))
+        plans = list(evaluation_plans(self._arguments, split, limit))
+        report = trainer.evaluate(split, plans, self.balance.weight_K)
         if not report.loss_K.isfinite().all():
             raise InputError(
                 f"step {progress.step}: a validation loss is not finite; training has diverged. Lower --lr or "

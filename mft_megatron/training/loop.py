@@ -59,7 +59,7 @@ def train(
                 global_batch_size=batch_size,
                 consumed_samples=progress.consumed_samples,
             )
-            report = trainer.train_step(split, plan)
+            report = trainer.train_step(split, plan, balance.weight_K)
             skipped = report is None or report.overflow
             before, progress = progress, progress.after_step(batch_size, skipped)
             if skipped:

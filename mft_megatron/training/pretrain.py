@@ -59,7 +59,7 @@ def pretrain(arguments: Arguments, main_rank: bool = True, sources: Sources = NO
                 log.say("large data set: sizes of its files are checked, contents by tools/inspect_data.py --check")
             if of_model:
                 log.say(of_model)
-            trainer = Trainer(arguments, model_vocab_size(arguments, dataset), evaluation.balance.weight_K)
+            trainer = Trainer(arguments, model_vocab_size(arguments, dataset), len(dataset.tasks))
             log.say(_shape(arguments, dataset, trainer))
             log.say(kernels.describe(arguments, trainer.chunks[0].config))
             of_data = weights_of_data(

@@ -140,7 +140,6 @@ def logit_differences(layout, world_size, models):
     """
     from pathlib import Path
 
-    import numpy as np
     import torch
     from megatron.core import parallel_state, tensor_parallel
 
@@ -157,7 +156,7 @@ def logit_differences(layout, world_size, models):
         for name, (folder, hf) in models.items():
             arguments = arguments_for(folder, world_size, layout)
             path, info = arguments.resume.path, arguments.resume.info
-            trainer = Trainer(arguments, info.vocab_size, np.ones(1))
+            trainer = Trainer(arguments, info.vocab_size, 1)
             checkpoints.load(Path(path), trainer, info, arguments.checkpoint)
             model = trainer.chunks[0].eval().module
             batch = to_device(one_segment(some_tokens().numpy()))

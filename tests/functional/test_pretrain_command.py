@@ -115,7 +115,7 @@ def _hf_difference(checkpoint, hf, prefix):
     arguments = parse_arguments(words, 4, lambda prefix: [128])
     dataset = PackedDataset.open(prefix, 128)
     with process_groups.process_groups(arguments.distributed, seed=99):
-        trainer = Trainer(arguments, dataset.vocab_size, np.ones(4))
+        trainer = Trainer(arguments, dataset.vocab_size, 4)
         found = latest_checkpoint(checkpoint)
         path, info = found.path, found.info
         checkpoints.load(path, trainer, info, arguments.checkpoint)

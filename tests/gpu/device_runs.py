@@ -30,14 +30,12 @@ def on(device, function, *arguments, program=__file__):
 
 
 def _trainer(prefix, options):
-    import numpy as np
-
     from mft_megatron.mcore.trainer import Trainer
     from tests.parallel.run import arguments_for, open_dataset
 
     arguments = arguments_for(prefix, options, 1)
     dataset = open_dataset(arguments)
-    return Trainer(arguments, dataset.vocab_size, np.array([1.0, 2.0, 0.5, 3.0])), dataset.split("train"), arguments
+    return Trainer(arguments, dataset.vocab_size, 4), dataset.split("train"), arguments
 
 
 def _groups(prefix, options):
@@ -50,9 +48,11 @@ def _groups(prefix, options):
 
 def _step(trainer, split, number):
     from mft_megatron.data.loading.step_plan import plan_step
+    from tests.parallel.run import TASK_WEIGHTS
 
     size = trainer.arguments.training.global_batch_size
-    report = trainer.train_step(split, plan_step(split, seed=1, global_batch_size=size, consumed_samples=size * number))
+    plan = plan_step(split, seed=1, global_batch_size=size, consumed_samples=size * number)
+    report = trainer.train_step(split, plan, TASK_WEIGHTS)
     return [report.loss, float(report.grad_norm)]
 
 

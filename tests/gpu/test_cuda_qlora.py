@@ -19,7 +19,7 @@ def curve(prefix, options):
     """Loss and gradient norm of two steps, and what computed the first level."""
     from mft_megatron.mcore.adapters import nf4
     from mft_megatron.mcore.parallel import process_groups
-    from tests.parallel.run import data_seed, open_dataset, plans_of
+    from tests.parallel.run import TASK_WEIGHTS, data_seed, open_dataset, plans_of
     from tests.parallel.test_qlora import make_trainer, qlora_arguments
 
     arguments = qlora_arguments(prefix, options, 1)
@@ -27,7 +27,7 @@ def curve(prefix, options):
     split = dataset.split("train")
     with process_groups.process_groups(arguments.distributed, arguments.initialization.seed):
         trainer = make_trainer(arguments, dataset)
-        reports = [trainer.train_step(split, plan) for plan in plans_of(split, data_seed(split), 2)]
+        reports = [trainer.train_step(split, plan, TASK_WEIGHTS) for plan in plans_of(split, data_seed(split), 2)]
         return [[[report.loss, float(report.grad_norm)] for report in reports], nf4.kernels().name]
 
 
@@ -47,11 +47,11 @@ def memory(prefix, options, peft):
     dataset = open_dataset(arguments)
     split = dataset.split("train")
     with process_groups.process_groups(arguments.distributed, arguments.initialization.seed):
-        trainer = Trainer(arguments, dataset.vocab_size, np.ones(4))
+        trainer = Trainer(arguments, dataset.vocab_size, 4)
         fill_weights(trainer, reader(arguments.network, False))
         filled, filling = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        trainer.train_step(split, next(iter(plans_of(split, data_seed(split), 1))))
+        trainer.train_step(split, next(iter(plans_of(split, data_seed(split), 1))), np.ones(4))
         layers = quantized_linear.quantized_layers(trainer.chunks[0].module).values()
         elements = [layer.weight.numel() for layer in layers]
         return [filled, filling, torch.cuda.max_memory_allocated(), sum(elements), max(elements, default=0)]

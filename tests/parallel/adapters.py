@@ -1,6 +1,6 @@
 """What ranks do in tests of adapters: fill every matrix with numbers that all matter, take some steps, compare."""
 
-from tests.parallel.run import FOR_GRADIENTS, arguments_for, data_seed, open_dataset, plans_of
+from tests.parallel.run import FOR_GRADIENTS, TASK_WEIGHTS, arguments_for, data_seed, open_dataset, plans_of
 
 
 def content_of(name, place, first, shape):
@@ -16,12 +16,10 @@ def content_of(name, place, first, shape):
 
 def trainer_of(arguments, dataset):
     """With adapters of known content; their base is drawn from the seed."""
-    import numpy as np
-
     from mft_megatron.mcore.checkpointing.load_weights import fill_weights
     from mft_megatron.mcore.trainer import Trainer
 
-    trainer = Trainer(arguments, dataset.vocab_size, np.array([1.0, 2.0, 0.5, 3.0]))
+    trainer = Trainer(arguments, dataset.vocab_size, 4)
     fill_weights(trainer, content_of, adapters=True)
     return trainer
 
@@ -41,7 +39,7 @@ def train_adapters(prefix, options, world_size, shape="llama", steps=3):
         trainer = trainer_of(arguments, dataset)
         curve, gradients = [], {}
         for plan in plans_of(split, data_seed(split), steps):
-            report = trainer.train_step(split, plan)
+            report = trainer.train_step(split, plan, TASK_WEIGHTS)
             curve.append((report.loss, report.grad_norm))
             if not gradients and not arguments.distributed.use_distributed_optimizer:
                 gradients = _adapters(trainer, lambda parameter: parameter.main_grad)

@@ -1,5 +1,7 @@
 """What the ranks of a layout test do: a short run through the trainer's own parts."""
 
+import numpy as np
+
 from tests.parallel.layouts import SHAPES
 
 RUN = (
@@ -9,6 +11,8 @@ RUN = (
 # For comparing gradients: clipping would scale them in place; Adam would divide those near 0, which are rounding, by
 # their own size; and losses that differ from token to token show more.
 FOR_GRADIENTS = "--clip-grad 1e9 --adam-eps 1e-4 --init-method-std 0.05"
+# weights of the four tasks, all different
+TASK_WEIGHTS = np.array([1.0, 2.0, 0.5, 3.0])
 BY_TASK = ("loss_K", "tokens_K", "objective_K", "share_K")
 
 
@@ -49,8 +53,6 @@ def lacks_tasks(plans, split):
     three steps, and again after them, and no other is away. In each step some task is lacking from a micro-batch of
     each rank, and in the first three one is lacking from all that a rank has.
     """
-    import numpy as np
-
     from mft_megatron.batch import Ranks
     from mft_megatron.data.loading.step_plan import deal_plan
 
@@ -77,10 +79,8 @@ def lacks_tasks(plans, split):
     return True
 
 
-def train(prefix, extra, world_size, weights=(1.0, 2.0, 0.5, 3.0), steps=5, shape="llama"):
+def train(prefix, extra, world_size, weights=TASK_WEIGHTS, steps=5, shape="llama"):
     """Loss and gradient norm of each step, and the per-task sums of the last."""
-    import numpy as np
-
     from mft_megatron.mcore.parallel import process_groups
     from mft_megatron.mcore.trainer import Trainer
 
@@ -88,10 +88,10 @@ def train(prefix, extra, world_size, weights=(1.0, 2.0, 0.5, 3.0), steps=5, shap
     dataset = open_dataset(arguments)
     split = dataset.split("train")
     with process_groups.process_groups(arguments.distributed, arguments.initialization.seed):
-        trainer = Trainer(arguments, dataset.vocab_size, np.array(weights))
+        trainer = Trainer(arguments, dataset.vocab_size, 4)
         curve = []
         for plan in plans_of(split, data_seed(split), steps):
-            report = trainer.train_step(split, plan)
+            report = trainer.train_step(split, plan, np.asarray(weights))
             curve.append((report.loss, report.grad_norm))
         return curve, {name: getattr(report, name).tolist() for name in ("loss_K", "tokens_K", "share_K")}
 
@@ -119,11 +119,12 @@ def train_in_modes(prefix, layout, world_size, modes, steps, shape="llama"):
     with process_groups.process_groups(arguments.distributed, arguments.initialization.seed):
         for mode, extra in modes.items():
             arguments = arguments_for(prefix, f"{layout} {FOR_GRADIENTS} {extra}", world_size, shape)
-            trainer = Trainer(arguments, dataset.vocab_size, initial_weights(arguments.multi_task, dataset.tasks))
+            trainer = Trainer(arguments, dataset.vocab_size, 4)
+            weight_K = initial_weights(arguments.multi_task, dataset.tasks)
             curves[mode] = []
             for step in range(steps[mode]):
                 plan = plan_step(split, seed=seed, global_batch_size=size, consumed_samples=size * step)
-                record = _record(trainer, trainer.train_step(split, plan))
+                record = _record(trainer, trainer.train_step(split, plan, weight_K))
                 if step in (0, steps[mode] - 1):
                     record["gradients"] = chosen_gradients(trainer)
                 curves[mode].append(record)
@@ -133,8 +134,6 @@ def train_in_modes(prefix, layout, world_size, modes, steps, shape="llama"):
 
 def train_on_everything(prefix, layout, world_size, modes, shape="llama"):
     """One step in each mode on all rows of the training split; a dict of loss, gradient norm, sums and gradients."""
-    import numpy as np
-
     from mft_megatron.data.loading.step_plan import plan_evaluation
     from mft_megatron.mcore.parallel import process_groups
     from mft_megatron.mcore.trainer import Trainer
@@ -145,8 +144,8 @@ def train_on_everything(prefix, layout, world_size, modes, shape="llama"):
     with process_groups.process_groups(arguments.distributed, arguments.initialization.seed):
         for mode, extra in modes.items():
             arguments = arguments_for(prefix, f"{layout} {FOR_GRADIENTS} {extra}", world_size, shape)
-            trainer = Trainer(arguments, split.dataset.vocab_size, np.array([1.0, 2.0, 0.5, 3.0]))
-            records[mode] = _record(trainer, trainer.train_step(split, plan))
+            trainer = Trainer(arguments, split.dataset.vocab_size, 4)
+            records[mode] = _record(trainer, trainer.train_step(split, plan, TASK_WEIGHTS))
             records[mode]["gradients"] = chosen_gradients(trainer)
     return records
 
@@ -204,8 +203,6 @@ def chosen_weights(trainer):
 
 def whole(of_ranks):
     """Whole tensors by name out of what the ranks have of them; what several have must be the same, bit by bit."""
-    import numpy as np
-
     axes, parts = {}, {}
     for tensors in of_ranks:
         for name, (axis, part, own) in tensors.items():
@@ -223,8 +220,6 @@ def some_steps(prefix, extra, world_size, folder, save_after, steps, seed=1234):
     import dataclasses
     from pathlib import Path
 
-    import numpy as np
-
     from mft_megatron.data.loading.step_plan import plan_step
     from mft_megatron.mcore.checkpointing import checkpoint
     from mft_megatron.mcore.parallel import process_groups
@@ -235,7 +230,7 @@ def some_steps(prefix, extra, world_size, folder, save_after, steps, seed=1234):
     dataset = open_dataset(arguments)
     split = dataset.split("train")
     with process_groups.process_groups(arguments.distributed, arguments.initialization.seed):
-        trainer = Trainer(arguments, dataset.vocab_size, np.ones(4))
+        trainer = Trainer(arguments, dataset.vocab_size, 4)
         start, curve = 0, []
         if save_after is None:
             found = latest_checkpoint(folder)
@@ -244,7 +239,7 @@ def some_steps(prefix, extra, world_size, folder, save_after, steps, seed=1234):
             start = info.iteration
         for step in range(start, steps):
             plan = plan_step(split, seed=1, global_batch_size=8, consumed_samples=8 * step)
-            report = trainer.train_step(split, plan)
+            report = trainer.train_step(split, plan, np.ones(4))
             curve.append((report.loss, report.grad_norm, report.learning_rate))
             if step + 1 == save_after:
                 network = dataclasses.asdict(arguments.network)
@@ -259,8 +254,6 @@ def train_save_load(prefix, folder):
     """Two steps, a save, a third step; then the third step again from the save. Returns both third steps."""
     from pathlib import Path
 
-    import numpy as np
-
     from mft_megatron.data.loading.step_plan import plan_step
     from mft_megatron.mcore.checkpointing import checkpoint
     from mft_megatron.mcore.parallel import process_groups
@@ -274,13 +267,13 @@ def train_save_load(prefix, folder):
 
         def step(trainer, number):
             plan = plan_step(split, seed=1, global_batch_size=8, consumed_samples=8 * number)
-            return trainer.train_step(split, plan).loss
+            return trainer.train_step(split, plan, np.ones(4)).loss
 
-        trainer = Trainer(arguments, dataset.vocab_size, np.ones(4))
+        trainer = Trainer(arguments, dataset.vocab_size, 4)
         step(trainer, 0), step(trainer, 1)
         info = CheckpointInfo(2, 16, {}, 1, {}, "", 1, 8, layout=process_groups.layout())
         path = checkpoint.save(Path(folder), trainer, info, arguments.checkpoint)
         third = step(trainer, 2)
-        again = Trainer(arguments, dataset.vocab_size, np.ones(4))
+        again = Trainer(arguments, dataset.vocab_size, 4)
         checkpoint.load(path, again, info, arguments.checkpoint)
         return third, step(again, 2)

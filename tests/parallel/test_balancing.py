@@ -72,7 +72,7 @@ def _run(prefix, extra, world_size, rising=None):
     arguments = arguments_for(prefix, f"{STEPS} {extra}", world_size)
     dataset = open_dataset(arguments)
     evaluation, log, draws = Evaluation(arguments, dataset), Log(), []
-    trainer = Trainer(arguments, dataset.vocab_size, evaluation.balance.weight_K)
+    trainer = Trainer(arguments, dataset.vocab_size, len(dataset.tasks))
     task_losses, evaluate = trainer.task_losses, trainer.evaluate
 
     def kept(dataset, rows):
@@ -80,8 +80,8 @@ def _run(prefix, extra, world_size, rising=None):
         draws.append((len(rows), loss_K))
         return loss_K
 
-    def worse(split, plans):
-        report = evaluate(split, plans)
+    def worse(split, plans, weight_K):
+        report = evaluate(split, plans, weight_K)
         factor_K = torch.ones(split.num_tasks, dtype=torch.float64)
         factor_K[rising] += len(log.of_kind("valid"))
         return dataclasses.replace(report, loss_K=report.loss_K * factor_K)

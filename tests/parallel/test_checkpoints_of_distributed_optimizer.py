@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.parallel.run import arguments_for, open_dataset
@@ -25,20 +26,18 @@ LAYOUTS = {
 
 
 def _trainer(prefix, options, world):
-    import numpy as np
-
     from mft_megatron.mcore.trainer import Trainer
 
     arguments = arguments_for(prefix, options, world)
     dataset = open_dataset(arguments)
-    return Trainer(arguments, dataset.vocab_size, np.ones(4)), dataset.split("train")
+    return Trainer(arguments, dataset.vocab_size, 4), dataset.split("train")
 
 
 def _step(trainer, split, number):
     from mft_megatron.data.loading.step_plan import plan_step
 
     plan = plan_step(split, seed=1, global_batch_size=8, consumed_samples=8 * number)
-    report = trainer.train_step(split, plan)
+    report = trainer.train_step(split, plan, np.ones(4))
     return report.loss, report.grad_norm, report.learning_rate
 
 

@@ -59,9 +59,10 @@ def _steps(prefix, extra, world_size, modes):
 
     step.to_device, step.WIDTH_MULTIPLE = kept, 128  # all rows as wide as they can be
     with process_groups.process_groups(arguments.distributed, arguments.initialization.seed):
+        plan = plan_step(split, seed=1, global_batch_size=4, consumed_samples=0)
         for mode in modes:
-            trainer = Trainer(arguments_for(prefix, f"{extra} {mode}", world_size), dataset.vocab_size, np.ones(4))
-            report = trainer.train_step(split, plan_step(split, seed=1, global_batch_size=4, consumed_samples=0))
+            trainer = Trainer(arguments_for(prefix, f"{extra} {mode}", world_size), dataset.vocab_size, 4)
+            report = trainer.train_step(split, plan, np.ones(4))
             curves[mode] = (report.loss, report.grad_norm, *report.tokens_K.tolist())
     return curves, seen
 
@@ -160,11 +161,11 @@ def _evaluate(prefix, extra, world_size):
     with process_groups.process_groups(arguments.distributed, arguments.initialization.seed):
         for mode in ("focal-sample", "focal-task"):
             arguments = arguments_for(prefix, f"{extra} --mft-loss {mode}", world_size)
-            trainer = Trainer(arguments, dataset.vocab_size, np.array(WEIGHTS))
-            report = trainer.evaluate(valid, list(evaluation_plans(arguments, valid, limit=None)))
+            trainer = Trainer(arguments, dataset.vocab_size, 4)
+            report = trainer.evaluate(valid, list(evaluation_plans(arguments, valid, limit=None)), np.array(WEIGHTS))
             draw = trainer.task_losses(dataset, [valid.slices_of(pack) for pack in range(5)])
             found += [report.loss, *report.loss_K.tolist(), *report.tokens_K.tolist(), *draw.tolist()]
-            trainer.train_step(train, plans_of(train, 1, 1)[0])
+            trainer.train_step(train, plans_of(train, 1, 1)[0], np.array(WEIGHTS))
             # a sample that several ranks share was used once
             found += [*process_groups.sum_over_data(trainer.usage.of(0).slices_K).tolist(), trainer.num_parameters()]
     return found

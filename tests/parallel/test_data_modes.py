@@ -138,7 +138,7 @@ def _run(prefix, extra, world_size, fault=None):
     dataset = open_dataset(arguments)
     with process_groups.process_groups(arguments.distributed, arguments.initialization.seed):
         evaluation, epochs, log = Evaluation(arguments, dataset), EpochProof(arguments, dataset), Log()
-        trainer = Trainer(arguments, dataset.vocab_size, evaluation.balance.weight_K)
+        trainer = Trainer(arguments, dataset.vocab_size, len(dataset.tasks))
         progress, state = resume(arguments, trainer, log)
         if fault == "older checkpoint":
             state.pop("usage")
@@ -153,21 +153,21 @@ def _run(prefix, extra, world_size, fault=None):
 
 def _plant(fault):
     """Something that a program could do wrong with the third global batch, on one rank."""
-    from mft_megatron.mcore import trainer as step
-    from mft_megatron.mcore.parallel.process_groups import ranks
+    from mft_megatron.data.loading.micro_batches import MicroBatches
 
-    rows_of_plan, steps = step._rows, itertools.count()
+    of_plan, steps = MicroBatches.of_plan, itertools.count()
 
-    def wrong(split, plan, places):
-        rows = rows_of_plan(split, plan, places)
-        if next(steps) == 2 and ranks().data_rank == ranks().data_size - 1:
+    def wrong(split, plan, ranks, *sizes):
+        micro_batches = of_plan(split, plan, ranks, *sizes)
+        if next(steps) == 2 and ranks.data_rank == ranks.data_size - 1:
+            first = micro_batches._rows[0]
             if fault == "doubled":
-                rows[0][0] = rows[0][1]
+                first[0] = first[1]
             if fault == "lost":
-                rows[0][0] = rows[0][0].take(slice(1, None))
-        return rows
+                first[0] = first[0].take(slice(1, None))
+        return micro_batches
 
-    step._rows = wrong
+    MicroBatches.of_plan = wrong
 
 
 EPOCH_LAYOUTS = {

@@ -1,5 +1,6 @@
 """When gradients are reduced and weights gathered, and that nobody reads them at another time."""
 
+import numpy as np
 import pytest
 
 from tests.parallel.run import arguments_for, open_dataset, plans_of
@@ -10,13 +11,11 @@ OVERLAP = f"--use-distributed-optimizer {REDUCE} --overlap-param-gather"
 
 
 def _trainer(prefix, options, world, shape="llama"):
-    import numpy as np
-
     from mft_megatron.mcore.trainer import Trainer
 
     arguments = arguments_for(prefix, options, world, shape)
     dataset = open_dataset(arguments)
-    return Trainer(arguments, dataset.vocab_size, np.ones(4)), dataset.split("train")
+    return Trainer(arguments, dataset.vocab_size, 4), dataset.split("train")
 
 
 def _groups(prefix, options, world):
@@ -40,12 +39,12 @@ def _reductions(prefix, options, shape):
     with _groups(prefix, options, 1):
         trainer, split = _trainer(prefix, options, 1, shape)
         plans = plans_of(split, 1, 2)
-        trainer.train_step(split, plans[0])
+        trainer.train_step(split, plans[0], np.ones(4))
         Group.start_grad_sync = watched
         chunk, before_embedding = trainer.chunks[0], []
         embedding = chunk.module.embedding.word_embeddings.weight
         embedding.register_hook(lambda gradient: before_embedding.append(len(seen)))
-        trainer.train_step(split, plans[1])
+        trainer.train_step(split, plans[1], np.ones(4))
         complete = [
             all(torch.equal(copy, bucket.grad_data) for copy, bucket in zip(copies, group.buckets, strict=True))
             for group, copies in seen
@@ -80,7 +79,7 @@ def _whole(prefix, options):
         trainer, split = _trainer(prefix, options, 2)
         facts = [state(trainer)]
         plan = plans_of(split, 1, 1)[0]
-        trainer.train_step(split, plan)
+        trainer.train_step(split, plan, np.ones(4))
         facts.append(state(trainer))
         with trainer.weights.whole():
             facts.append(state(trainer))
@@ -108,9 +107,9 @@ def _evaluated(prefix, options):
     with _groups(prefix, options, 2):
         trainer, split = _trainer(prefix, options, 2)
         plans = plans_of(split, 1, 3)
-        trainer.train_step(split, plans[0])
-        evaluated = trainer.evaluate(split, plans[1:2]).loss_K.tolist()
-        return evaluated, trainer.train_step(split, plans[2]).loss
+        trainer.train_step(split, plans[0], np.ones(4))
+        evaluated = trainer.evaluate(split, plans[1:2], np.ones(4)).loss_K.tolist()
+        return evaluated, trainer.train_step(split, plans[2], np.ones(4)).loss
 
 
 def test_an_evaluation_between_steps_sees_the_weights(dataset_prefix):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.parallel.run import arguments_for, open_dataset, some_steps
+from tests.parallel.run import TASK_WEIGHTS, arguments_for, open_dataset, some_steps
 from tests.ranks import run_on_ranks
 
 TP2_PP2 = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"
@@ -29,9 +29,9 @@ def _evaluate(prefix, extra, world_size):
     with process_groups.process_groups(arguments.distributed, arguments.initialization.seed):
         for loss in EVALUATED:
             arguments = arguments_for(prefix, f"{extra} --mft-loss {loss}", world_size)
-            trainer = Trainer(arguments, dataset.vocab_size, np.array([1.0, 2.0, 0.5, 3.0]))
+            trainer = Trainer(arguments, dataset.vocab_size, 4)
             plans = list(evaluation_plans(arguments, split, limit=None))
-            report = trainer.evaluate(split, plans)
+            report = trainer.evaluate(split, plans, TASK_WEIGHTS)
             used = np.concatenate([plan.packs_G for plan in plans])
             numbers = report.loss, report.loss_K.tolist(), report.tokens_K.tolist()
             reports[loss] = *numbers, sorted(used[used >= 0].tolist())
@@ -120,7 +120,7 @@ def _skip(prefix):
     dataset = open_dataset(arguments)
     split = dataset.split("train")
     with process_groups.process_groups(arguments.distributed, 1):
-        trainer = Trainer(arguments, dataset.vocab_size, np.array([0.0, 0.0, 0.0, 1.0]))
+        trainer = Trainer(arguments, dataset.vocab_size, 4)
         before = [parameter.detach().clone() for parameter in trainer.chunks[0].parameters()]
         only_others = next(
             plan
@@ -128,7 +128,7 @@ def _skip(prefix):
             if (plan := plan_step(split, seed=seed, global_batch_size=4, consumed_samples=0)).supervised_tokens_K[3]
             == 0
         )
-        report = trainer.train_step(split, only_others)
+        report = trainer.train_step(split, only_others, np.array([0.0, 0.0, 0.0, 1.0]))
         same = all(a.equal(b) for a, b in zip(before, trainer.chunks[0].parameters(), strict=True))
         return report, same, trainer.scheduler.num_steps
 

@@ -7,11 +7,10 @@ the book.
 import functools
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-from tests.parallel.run import arguments_for, open_dataset, plans_of
+from tests.parallel.run import TASK_WEIGHTS, arguments_for, open_dataset, plans_of
 from tests.ranks import run_on_ranks
 
 BALANCED = "--moe-z-loss-coeff 1e-2"
@@ -95,7 +94,7 @@ def _train(prefix, extra, world, steps, shape="experts", seed=None, folder=None,
     arguments = arguments_for(prefix, extra if seed is None else f"{extra} --seed {seed}", world, shape)
     dataset = open_dataset(arguments)
     with process_groups.process_groups(arguments.distributed, arguments.initialization.seed):
-        trainer = Trainer(arguments, dataset.vocab_size, np.array([1.0, 2.0, 0.5, 3.0]))
+        trainer = Trainer(arguments, dataset.vocab_size, 4)
         curve, start = [], 0
         if folder is not None and save_after is None:
             found = latest_checkpoint(folder)
@@ -103,7 +102,7 @@ def _train(prefix, extra, world, steps, shape="experts", seed=None, folder=None,
             checkpoint.load(path, trainer, info, arguments.checkpoint)
             start = info.iteration
         for number, plan in enumerate(plans_of(dataset.split("train"), 1, steps)[start:], start + 1):
-            report = trainer.train_step(dataset.split("train"), plan)
+            report = trainer.train_step(dataset.split("train"), plan, TASK_WEIGHTS)
             curve.append((report.loss, report.grad_norm, {k: v.tolist() for k, v in report.expert_losses.items()}))
             if number == save_after:
                 info = CheckpointInfo(number, 0, {}, dataset.vocab_size, {}, "", 1, 8, layout=process_groups.layout())
@@ -161,7 +160,7 @@ def _weights(prefix, extra, world, folder):
 
     arguments = arguments_for(prefix, extra, world, "experts")
     with process_groups.process_groups(arguments.distributed, arguments.initialization.seed):
-        trainer = Trainer(arguments, 500, np.ones(4))
+        trainer = Trainer(arguments, 500, 4)
         info = CheckpointInfo(0, 0, {}, 500, {}, "", 0, 8, layout=process_groups.layout())
         reader = TensorReader(checkpoint.save(Path(folder), trainer, info, arguments.checkpoint))
         names = sorted(reader.names())

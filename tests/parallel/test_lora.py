@@ -7,7 +7,7 @@ import pytest
 
 from tests.parallel.adapters import content_of, train_adapters, trainer_of, whole_adapters
 from tests.parallel.layouts import Layout
-from tests.parallel.run import FOR_GRADIENTS, arguments_for, data_seed, open_dataset, plans_of
+from tests.parallel.run import FOR_GRADIENTS, TASK_WEIGHTS, arguments_for, data_seed, open_dataset, plans_of
 from tests.ranks import run_on_ranks
 
 SHARED = "--lora-rank 4 --lora-alpha 8"
@@ -75,12 +75,12 @@ def _of_the_whole_model(prefix, options, shape):
     dataset = open_dataset(arguments)
     split = dataset.split("train")
     with parallel.process_groups(arguments.distributed, arguments.initialization.seed):
-        trainer = Trainer(arguments, dataset.vocab_size, np.array([1.0, 2.0, 0.5, 3.0]))
+        trainer = Trainer(arguments, dataset.vocab_size, 4)
         model = trainer.chunks[0].module
         for module, weight, place in _matrices(model):
             weight.data += _update(adapted, module, weight.shape, place, arguments.network)
         trainer.optimizer.reload_model_params()
-        report = trainer.train_step(split, plans_of(split, data_seed(split), 1)[0])
+        report = trainer.train_step(split, plans_of(split, data_seed(split), 1)[0], TASK_WEIGHTS)
         return report.loss, {place: weight.main_grad.numpy().copy() for _, weight, place in _matrices(model)}
 
 
@@ -168,7 +168,7 @@ def _memory(prefix, options):
     with parallel.process_groups(arguments.distributed, arguments.initialization.seed):
         trainer = trainer_of(arguments, dataset)
         before = {name: p.detach().clone() for name, p in trainer.chunks[0].named_parameters() if not p.requires_grad}
-        trainer.train_step(split, plans_of(split, 1, 1)[0])
+        trainer.train_step(split, plans_of(split, 1, 1)[0], TASK_WEIGHTS)
         assert all(
             p.grad is None and p.equal(before[n]) for n, p in trainer.chunks[0].named_parameters() if n in before
         )
@@ -198,9 +198,9 @@ def _starts(prefix, options, world_size, peft):
     dataset = open_dataset(arguments)
     split = dataset.split("train")
     with parallel.process_groups(arguments.distributed, arguments.initialization.seed):
-        trainer = Trainer(arguments, dataset.vocab_size, np.ones(4))
+        trainer = Trainer(arguments, dataset.vocab_size, 4)
         adapters = _adapters(trainer, lambda parameter: parameter.detach())
-        return trainer.train_step(split, plans_of(split, 1, 1)[0]).loss, adapters
+        return trainer.train_step(split, plans_of(split, 1, 1)[0], np.ones(4)).loss, adapters
 
 
 def test_adapters_begin_as_no_change_and_alike_on_every_layout(dataset_prefix):
@@ -281,7 +281,7 @@ def _rates(prefix, options):
     with parallel.process_groups(arguments.distributed, arguments.initialization.seed):
         trainer = trainer_of(arguments, dataset)
         before = {name: p.detach().clone() for name, p in trainer.chunks[0].named_parameters()}
-        report = trainer.train_step(split, plans_of(split, 1, 1)[0])
+        report = trainer.train_step(split, plans_of(split, 1, 1)[0], TASK_WEIGHTS)
         moved = {}
         for name, parameter in trainer.chunks[0].named_parameters():
             change = (parameter.detach() - before[name]).abs()
@@ -307,8 +307,8 @@ def _biases(prefix):
         dataset = open_dataset(arguments)
         split = dataset.split("train")
         with parallel.process_groups(arguments.distributed, arguments.initialization.seed):
-            trainer = Trainer(arguments, dataset.vocab_size, np.ones(4))
-            trainer.train_step(split, plans_of(split, 1, 1)[0])
+            trainer = Trainer(arguments, dataset.vocab_size, 4)
+            trainer.train_step(split, plans_of(split, 1, 1)[0], np.ones(4))
             buffers = trainer.chunks[0].module.named_buffers()
             found.append([bool(buffer.any()) for name, buffer in buffers if name.endswith("expert_bias")])
     return found

@@ -124,7 +124,7 @@ def _against_fp64(prefix, modes, steps):
         for mode, extra in modes.items():
             arguments = arguments_for(prefix, f"{FOR_GRADIENTS} {extra}", 1)
             options, weight_K = arguments.multi_task, initial_weights(arguments.multi_task, dataset.tasks)
-            trainer, before, pairs[mode] = Trainer(arguments, dataset.vocab_size, weight_K), {}, []
+            trainer, before, pairs[mode] = Trainer(arguments, dataset.vocab_size, len(weight_K)), {}, []
             for plan in plans_of(split, data_seed(split), steps):
                 exact.load_state_dict(trainer.chunks[0].module.state_dict())
                 exact.zero_grad()
@@ -139,7 +139,7 @@ def _against_fp64(prefix, modes, steps):
                 losses = [(task, loss.detach().numpy()) for task, loss in samples]
                 loss = reference_loss(options.mft_loss, losses, weight_K, options.focal_gamma)
 
-                report = trainer.train_step(split, plan)
+                report = trainer.train_step(split, plan, weight_K)
                 chosen = {name: own for name, (_, _, own) in chosen_gradients(trainer).items()}
                 book = {name: gradients[_name_in_model(name)].numpy() for name in chosen}
                 pairs[mode].append(((report.loss, report.grad_norm, chosen), (loss, norm, book), value.item()))

@@ -1,5 +1,6 @@
 """fp16 with a loss scale, gradients in bf16, SGD: what a step does and what it leaves alone."""
 
+import numpy as np
 import pytest
 
 from tests.parallel.run import arguments_for, open_dataset, train
@@ -9,13 +10,11 @@ TOO_HIGH = 2.0**40
 
 
 def _trainer(prefix, options, world=1):
-    import numpy as np
-
     from mft_megatron.mcore.trainer import Trainer
 
     arguments = arguments_for(prefix, options, world)
     dataset = open_dataset(arguments)
-    return Trainer(arguments, dataset.vocab_size, np.ones(4)), dataset.split("train")
+    return Trainer(arguments, dataset.vocab_size, 4), dataset.split("train")
 
 
 def _plans(split, steps):
@@ -36,7 +35,7 @@ def _overflow(prefix, options, world):
         for plan in _plans(split, 5):
             before = [parameter.detach().clone() for parameter in trainer.chunks[0].parameters()]
             statistics = trainer.statistics
-            report = trainer.train_step(split, plan)
+            report = trainer.train_step(split, plan, np.ones(4))
             with trainer.weights.whole():
                 same = all(a.equal(b) for a, b in zip(before, trainer.chunks[0].parameters(), strict=True))
                 steps = stored_state(trainer.optimizer, trainer.chunks[0].module.sharded_state_dict())["steps"]
@@ -143,7 +142,7 @@ def _sgd(prefix, momentum):
         weight = trainer.chunks[0].module.output_layer.weight
         expected, velocity = weight.detach().clone(), torch.zeros_like(weight)
         for plan in _plans(split, 2):
-            trainer.train_step(split, plan)
+            trainer.train_step(split, plan, np.ones(4))
             velocity = momentum * velocity + weight.main_grad + 0.01 * expected
             expected = expected - 0.1 * velocity
         return (weight - expected).abs().max().item(), expected.abs().max().item()
@@ -161,7 +160,7 @@ def _zeros(prefix, options, world):
     arguments = arguments_for(prefix, f"{options} --log-num-zeros-in-grad", world)
     with process_groups.process_groups(arguments.distributed, 1):
         trainer, split = _trainer(prefix, f"{options} --log-num-zeros-in-grad", world)
-        report = trainer.train_step(split, _plans(split, 1)[0])
+        report = trainer.train_step(split, _plans(split, 1)[0], np.ones(4))
         counted = [int((p.main_grad == 0).sum()) for p in trainer.chunks[0].parameters()]
         return report.zeros_in_grad, sum(counted)
 

@@ -8,7 +8,7 @@ import pytest
 from mft_megatron.mcore.model.parameters import weight_norm
 from tests.parallel.adapters import FOR_GRADIENTS, _adapters, content_of, whole_adapters
 from tests.parallel.layouts import Layout
-from tests.parallel.run import arguments_for, data_seed, open_dataset, plans_of
+from tests.parallel.run import TASK_WEIGHTS, arguments_for, data_seed, open_dataset, plans_of
 from tests.ranks import run_on_ranks
 
 # Two ranks have whole blocks of 64 of each row; and groups of 256 blocks end within rows, in the second rank's part.
@@ -97,7 +97,7 @@ def make_trainer(arguments, dataset, quantized=False):
     from mft_megatron.mcore.checkpointing.load_weights import fill_weights
     from mft_megatron.mcore.trainer import Trainer
 
-    trainer = Trainer(arguments, dataset.vocab_size, np.array([1.0, 2.0, 0.5, 3.0]))
+    trainer = Trainer(arguments, dataset.vocab_size, 4)
     fill_weights(trainer, reader(arguments.network, quantized))
     fill_weights(trainer, content_of, adapters=True)
     return trainer
@@ -114,7 +114,7 @@ def train(prefix, options, world_size, peft, quantized, steps=2, shape="llama"):
         trainer = make_trainer(arguments, dataset, quantized)
         curve, gradients = [], None
         for plan in plans_of(split, data_seed(split), steps):
-            report = trainer.train_step(split, plan)
+            report = trainer.train_step(split, plan, TASK_WEIGHTS)
             curve.append((report.loss, report.grad_norm))
             gradients = gradients or _adapters(trainer, lambda parameter: parameter.main_grad)
         return curve, gradients, _adapters(trainer, lambda parameter: parameter.detach())
@@ -243,7 +243,7 @@ def inspect(prefix, options, world_size, shape):
         size = sum(layer.quantized.nbytes for layer in layers) / sum(layer.weight.numel() for layer in layers)
         quantized.QuantizedWeight.dequantize = watched
         for plan in plans_of(split, data_seed(split), 2):
-            trainer.train_step(split, plan)
+            trainer.train_step(split, plan, TASK_WEIGHTS)
         micro_batches = 2 * arguments.training.global_batch_size // arguments.training.micro_batch_size
         return wrong, size, len(made) / (micro_batches * len(layers)), max(there), max(most)
 

@@ -81,11 +81,11 @@ def steps_of(prefix, layout, world_size, variants, shape="llama"):
             torch.manual_seed(5)
             tensor_parallel.model_parallel_cuda_manual_seed(5, force_reset_rng=True)
             arguments = arguments_for(prefix, f"{layout} {SMALL} {extra}", world_size, shape)
-            trainer = Trainer(arguments, dataset.vocab_size, np.ones(4))
+            trainer = Trainer(arguments, dataset.vocab_size, 4)
             calls.update(dict.fromkeys(calls, 0))
             curve = []
             for plan in plans_of(split, 1, 2):
-                report = trainer.train_step(split, plan)
+                report = trainer.train_step(split, plan, np.ones(4))
                 curve.append((report.loss, report.grad_norm))
             gradients = [weight.main_grad.clone() for chunk in trainer.chunks for weight in chunk.parameters()]
             random = torch.rand(3), torch.rand(3)

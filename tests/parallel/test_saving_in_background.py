@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import numpy as np
+
 from tests.parallel.run import arguments_for, open_dataset, plans_of
 from tests.ranks import run_on_ranks
 
@@ -9,13 +11,11 @@ OPTIONS = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gat
 
 
 def _trainer(prefix, options, world):
-    import numpy as np
-
     from mft_megatron.mcore.trainer import Trainer
 
     arguments = arguments_for(prefix, options, world)
     dataset = open_dataset(arguments)
-    return Trainer(arguments, dataset.vocab_size, np.ones(4)), dataset.split("train")
+    return Trainer(arguments, dataset.vocab_size, 4), dataset.split("train")
 
 
 def _info(step):
@@ -42,14 +42,14 @@ def _save_twice(prefix, folder, world):
     with process_groups.process_groups(arguments.distributed, 1):
         trainer, split = _trainer(prefix, f"{OPTIONS} {folder}", world)
         plans = plans_of(split, 1)
-        trainer.train_step(split, plans[0])
+        trainer.train_step(split, plans[0], np.ones(4))
         at_once = dataclasses.replace(arguments.checkpoint, async_save=False)
         checkpoint.save(Path(f"{folder}/at once"), trainer, _info(1), at_once)
         writer = checkpoint.Writer(arguments.checkpoint)
         writer.save(Path(folder), trainer, _info(1), None, lambda: facts.append("complete 1"))
         facts.append(_newest(folder))
         for plan in plans[1:3]:
-            trainer.train_step(split, plan)
+            trainer.train_step(split, plan, np.ones(4))
         process_groups.wait()
         facts.append("trained")
         writer.save(Path(folder), trainer, _info(3), None, lambda: facts.append("complete 3"))
@@ -91,7 +91,7 @@ def _lose_a_writer(prefix, folder, world):
     arguments = arguments_for(prefix, f"{OPTIONS} {folder}", world)
     with process_groups.process_groups(arguments.distributed, 1):
         trainer, split = _trainer(prefix, f"{OPTIONS} {folder}", world)
-        trainer.train_step(split, plans_of(split, 1)[0])
+        trainer.train_step(split, plans_of(split, 1)[0], np.ones(4))
         writer = checkpoint.Writer(arguments.checkpoint)
         writer.save(Path(folder), trainer, _info(1))
         writer.finish()

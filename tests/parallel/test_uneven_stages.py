@@ -3,10 +3,9 @@
 import functools
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from tests.parallel.run import arguments_for, open_dataset, plans_of
+from tests.parallel.run import TASK_WEIGHTS, arguments_for, open_dataset, plans_of
 from tests.ranks import run_on_ranks
 
 PP2, PP4 = "--pipeline-model-parallel-size 2", "--pipeline-model-parallel-size 4"
@@ -56,7 +55,7 @@ def _train(prefix, extra, world, shape, steps, folder=None, save_after=None):
     arguments = arguments_for(prefix, extra, world, shape)
     dataset = open_dataset(arguments)
     with process_groups.process_groups(arguments.distributed, arguments.initialization.seed):
-        trainer = Trainer(arguments, dataset.vocab_size, np.array([1.0, 2.0, 0.5, 3.0]))
+        trainer = Trainer(arguments, dataset.vocab_size, 4)
         layers = [[layer.layer_number for layer in chunk.module.decoder.layers] for chunk in trainer.chunks]
         curve, start = [], 0
         if folder is not None and save_after is None:
@@ -65,7 +64,7 @@ def _train(prefix, extra, world, shape, steps, folder=None, save_after=None):
             checkpoint.load(path, trainer, info, arguments.checkpoint)
             start = info.iteration
         for number, plan in enumerate(plans_of(dataset.split("train"), 1, steps)[start:], start + 1):
-            report = trainer.train_step(dataset.split("train"), plan)
+            report = trainer.train_step(dataset.split("train"), plan, TASK_WEIGHTS)
             curve.append((report.loss, report.grad_norm))
             if number == save_after:
                 info = CheckpointInfo(number, 0, {}, dataset.vocab_size, {}, "", 1, 8, layout=process_groups.layout())

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from mft_megatron.data.loading.dataset import PackedDataset
+from mft_megatron.data.loading.micro_batches import UsageByEpoch
 from mft_megatron.data.loading.step_plan import plan_step
-from mft_megatron.data.loading.usage import UsageByEpoch, planned_usage
+from mft_megatron.data.loading.usage import planned_usage
 from mft_megatron.errors import InputError
 from mft_megatron.training import epochs
 from mft_megatron.training.epochs import EpochProof

@@ -6,11 +6,10 @@ them. A slice that is lost, doubled or exchanged for another changes its task's 
 """
 
 import dataclasses
-from collections.abc import Sequence
 
 import numpy as np
 
-from mft_megatron.data.sample_slices import SampleSlices, concatenate_slices
+from mft_megatron.data.sample_slices import SampleSlices
 
 from .dataset import PackedSplit
 
@@ -42,36 +41,6 @@ class Usage:
     def differs_from(self, other: "Usage") -> np.ndarray:
         """Which tasks differ, bool [K]."""
         return (self.slices_K != other.slices_K) | (self.digest_K != other.digest_K)
-
-
-class UsageByEpoch:
-    """What a rank has put into micro-batches so far, by epoch of the stream of packs."""
-
-    def __init__(self, num_tasks: int):
-        self._num_tasks = num_tasks
-        self._epochs: dict[int, Usage] = {}
-
-    def add(self, rows: Sequence[SampleSlices], epochs: np.ndarray, task_ids: np.ndarray) -> None:
-        """Count rows that were used.
-
-        Args:
-            rows: the slices of each row.
-            epochs: int64 [rows], the epoch each is used for.
-            task_ids: uint16, task of every sample of the data set.
-        """
-        slices = concatenate_slices(rows)
-        epoch = np.repeat(epochs, [len(row.samples) for row in rows])
-        tasks = np.asarray(task_ids[slices.samples])
-        for number in np.unique(epoch).tolist():
-            own = epoch == number
-            self._epochs[number] = self.of(number) + Usage.of(slices.take(own), tasks[own], self._num_tasks)
-
-    def of(self, epoch: int) -> Usage:
-        return self._epochs.get(epoch, Usage.none(self._num_tasks))
-
-    def forget(self, epoch: int) -> None:
-        """An epoch is over."""
-        self._epochs.pop(epoch, None)
 
 
 def planned_usage(split: PackedSplit) -> Usage:

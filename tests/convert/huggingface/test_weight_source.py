@@ -23,7 +23,6 @@ def models(tmp_path_factory):
 def _compare(layout, world_size, folders):
     """Names of parameters and whether they agree, and how much of the files was read."""
 
-    import numpy as np
     import torch
 
     from mft_megatron.arguments.command import parse_arguments
@@ -48,7 +47,7 @@ def _compare(layout, world_size, folders):
                 read.append(part.nbytes),
                 whole(part, *where),
             )
-            one, other = (Trainer(a, source.info.vocab_size, np.ones(1)) for a in (loaded, arguments))
+            one, other = (Trainer(a, source.info.vocab_size, 1) for a in (loaded, arguments))
             for parameter in other.chunks[0].parameters():
                 torch.nn.init.constant_(parameter, 7.0)
             checkpoints.load(loaded.resume.path, one, loaded.resume.info, loaded.checkpoint)

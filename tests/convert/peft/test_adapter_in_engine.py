@@ -63,7 +63,7 @@ def _differences(layout, world_size, cases):
         for hf, adapter, expected in cases:
             arguments = arguments_for(hf, adapter)
             source = HuggingFaceSource(hf)
-            trainer = Trainer(arguments, source.info.vocab_size, np.ones(1))
+            trainer = Trainer(arguments, source.info.vocab_size, 1)
             source.load(trainer)
             fill_weights(trainer, AdapterSource(adapter, source.info).read, adapters=True)
             model, batch = trainer.chunks[0].eval().module, to_device(one_segment(tiny_models.some_tokens().numpy()))

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from mft_megatron.batch import Ranks
 from mft_megatron.data.loading.dataset import PackedDataset
+from mft_megatron.data.loading.micro_batches import UsageByEpoch
 from mft_megatron.data.loading.step_plan import deal_plan, plan_step
-from mft_megatron.data.loading.usage import Usage, UsageByEpoch, hash64, planned_usage
+from mft_megatron.data.loading.usage import Usage, hash64, planned_usage
 from mft_megatron.data.sample_slices import SampleSlices
 from tests.made_dataset import write_dataset
 

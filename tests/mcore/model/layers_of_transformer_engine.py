@@ -32,11 +32,11 @@ def main(prefix, folder, options):
 
         def step(trainer, number):
             plan = plan_step(split, seed=1, global_batch_size=8, consumed_samples=8 * number)
-            report = trainer.train_step(split, plan)
+            report = trainer.train_step(split, plan, np.ones(4))
             return report.loss, report.grad_norm
 
         for name, arguments in zip(IMPLEMENTATIONS, both, strict=True):
-            trainer = Trainer(arguments, dataset.vocab_size, np.ones(4))
+            trainer = Trainer(arguments, dataset.vocab_size, 4)
             layer = trainer.chunks[0].module.decoder.layers[0]
             found[name] = {"curve": [step(trainer, number) for number in range(2)]}
             found[name]["modules"] = [
@@ -51,7 +51,7 @@ def main(prefix, folder, options):
             found[name]["path"] = str(checkpoint.save(Path(folder) / name, trainer, info, arguments.checkpoint))
             found[name]["third"] = step(trainer, 2)
         for name, arguments, other in zip(IMPLEMENTATIONS, both, reversed(IMPLEMENTATIONS), strict=True):
-            trainer = Trainer(arguments, dataset.vocab_size, np.ones(4))
+            trainer = Trainer(arguments, dataset.vocab_size, 4)
             checkpoint.load(Path(found[other]["path"]), trainer, info, arguments.checkpoint)
             found[name]["third of the other's"] = step(trainer, 2)
         if process_groups.is_main():

@@ -27,7 +27,7 @@ def _save(folder, extra, world_size):
 
     arguments = parse_arguments((BASE + extra).split(), world_size)
     with process_groups.process_groups(arguments.distributed, arguments.initialization.seed):
-        trainer = Trainer(arguments, 100, np.ones(1))
+        trainer = Trainer(arguments, 100, 1)
         info = CheckpointInfo(0, 0, {}, 100, {}, "", 0, 1)
         path = checkpoint.save(Path(folder), trainer, info, arguments.checkpoint)
         if not process_groups.is_main():
@@ -91,7 +91,7 @@ def _padding_is_left_out(divisible_by):
     extra = f"--hidden-dropout 0 --attention-dropout 0 --make-vocab-size-divisible-by {divisible_by}"
     arguments = parse_arguments((BASE.replace("--make-vocab-size-divisible-by 64 ", "") + extra).split(), 1)
     with process_groups.process_groups(arguments.distributed, arguments.initialization.seed):
-        model = Trainer(arguments, 100, np.ones(1)).chunks[0].module.eval()
+        model = Trainer(arguments, 100, 1).chunks[0].module.eval()
         from mft_megatron.mcore.trainer import to_device
 
         batch = one_segment(np.arange(32) * 3)

@@ -17,14 +17,13 @@ VPP2 = f"{PP2} --num-virtual-stages-per-pipeline-rank 2"
 
 def _parts(extra, world_size):
     """What this rank's chunks are made of, and what the whole run says of itself."""
-    import numpy as np
 
     from mft_megatron.mcore.parallel import process_groups
     from mft_megatron.mcore.trainer import Trainer
 
     arguments = parse_arguments(f"{BASE} {extra}".split(), world_size)
     with process_groups.process_groups(arguments.distributed, 1):
-        trainer = Trainer(arguments, 100, np.ones(1))
+        trainer = Trainer(arguments, 100, 1)
         models = [chunk.module for chunk in trainer.chunks]
         layers = [[layer.layer_number for layer in model.decoder.layers] for model in models]
         ends = [(model.pre_process, model.post_process) for model in models]

@@ -37,7 +37,7 @@ def _step(prefix, extra, world, scale=None):
     dataset = PackedDataset.open(prefix, 128)
     split = dataset.split("train")
     with process_groups.process_groups(arguments.distributed, arguments.initialization.seed):
-        trainer = Trainer(arguments, dataset.vocab_size, np.ones(len(dataset.tasks)))
+        trainer = Trainer(arguments, dataset.vocab_size, len(dataset.tasks))
         (model,) = (chunk.module for chunk in trainer.chunks)
         first = model.config.num_moe_experts // arguments.distributed.expert_model_parallel_size
         first *= process_groups.parallel_state.get_expert_model_parallel_rank()
@@ -45,7 +45,7 @@ def _step(prefix, extra, world, scale=None):
         plan = plan_step(split, seed=3, global_batch_size=4, consumed_samples=0)
         places = deal_plan(plan, process_groups.ranks(), arguments.training.micro_batch_size, False)
         micro_batches = [split.rows(packs_B) for packs_B in plan.packs_G[places]]
-        report = trainer.train_step(split, plan)
+        report = trainer.train_step(split, plan, np.ones(len(dataset.tasks)))
         return types.SimpleNamespace(
             network=arguments.network,
             micro_batches=micro_batches,

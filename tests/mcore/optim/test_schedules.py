@@ -125,7 +125,7 @@ def _with_trainer(work, extra, world_size, *more):
 
     arguments = parse_arguments(f"{SHORT} {extra}".split(), world_size)
     with process_groups.process_groups(arguments.distributed, 1):
-        return work(lambda: Trainer(arguments, 100, np.ones(1)), *more)
+        return work(lambda: Trainer(arguments, 100, 1), *more)
 
 
 def _weights(trainer):
