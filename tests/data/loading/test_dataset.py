@@ -46,7 +46,7 @@ def assert_rows_are_right(split, packs):
     np.testing.assert_array_equal(batch.sample_ids_BS.ravel(), np.repeat(np.arange(len(segments)), segments))
     assert batch.max_seqlen == max(segments)
     assert batch.num_segments == len(segments)
-    dtypes = {name: getattr(batch, name).dtype.name for name in vars(batch) if name not in ("max_seqlen", "share")}
+    dtypes = {name: getattr(batch, name).dtype.name for name in vars(batch) if name not in ("max_seqlen", "shard")}
     assert dtypes.pop("loss_mask_BS") == "uint8"
     assert dtypes.pop("cu_seqlens") == "int32"
     assert set(dtypes.values()) == {"int64"}
