@@ -85,7 +85,7 @@ BAD_TASKS = {
     "a wrong type": ('{"text": 3}\n', "t.jsonl:1: text must be a string, not int"),
     "an unknown role": ('{"messages": [{"role": "critic", "content": "x"}]}\n', "unknown role 'critic'; known: system"),
     "no assistant turn": ('{"messages": [{"role": "user", "content": "x"}]}\n', "no assistant turn"),
-    "no supervised token": (GOOD + '{"text": ""}\n', "t.jsonl:2: all that is to be learned is empty"),
+    "no supervised token": (GOOD + '{"text": ""}\n', "t.jsonl:2: every supervised answer is empty"),
     "an empty file": ("", "task t "),
     "blank lines only": ("\n \n\t\n", "no record at all"),
     "nothing kept": (GOOD.replace("def", "d" * 5000), "overlong 1"),

@@ -13,8 +13,10 @@ import numpy as np
 import orjson
 
 from mft_megatron.data.chat_templates.formats import ChatFormat, TemplateFormat
-from mft_megatron.data.records.conversation import Conversation, RecordError, json_fault, read_record
+from mft_megatron.data.records.conversation import Conversation, RecordError
 from mft_megatron.data.records.fim import Fim
+from mft_megatron.data.records.json_values import json_fault
+from mft_megatron.data.records.record_formats import read_record
 from mft_megatron.data.records.segments import Segment
 from mft_megatron.data.sample_slices import supervised_tokens
 from mft_megatron.data.tasks.record_batches import Chunk
@@ -32,7 +34,7 @@ _NOTHING = np.empty(0, np.int32)
 
 @dataclasses.dataclass(frozen=True)
 class TaskEncoding:
-    """How the records of a task become samples. ``shape``: of :data:`.records.conversation.SHAPES`, or
+    """How the records of a task become samples. ``shape``: of :data:`.records.record_formats.RECORD_FORMATS`, or
     "auto". ``add_bos``: every sample begins with the token for that, once."""
 
     style: ChatFormat | TemplateFormat

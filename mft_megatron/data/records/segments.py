@@ -1,6 +1,6 @@
-"""A sample's text in segments, each supervised or not, and what all formats share about them.
+"""Segments, the parts of a sample's text that are supervised or not, and the rules that all chat formats share.
 
-Segments are tokenised one by one, so that the loss mask is exact by construction: no token straddles a border.
+Segments are tokenised one by one, so the loss mask is exact by construction: no token crosses a segment border.
 """
 
 from typing import NamedTuple
@@ -8,16 +8,20 @@ from typing import NamedTuple
 from .conversation import Conversation, RecordError, Turn
 
 SUPERVISE = ("all", "last")
-# names under which a turn carries reasoning beside its content
+# keys of a turn that hold reasoning beside its content
 REASONING = ("reasoning_content", "reasoning", "thinking")
 
 
 class Segment(NamedTuple):
-    """``special``: the text is the name of one token of the vocabulary, not text to be cut.
+    """A part of a sample's text.
 
-    ``markup``: names of special tokens in the text stand for those tokens. Only the prompt of raw text is markup, so
-    that it may be written for filling in the middle; elsewhere they are text like any other, so that what a turn,
-    a completion or a document says can never end it.
+    Attributes:
+        text: to be tokenised.
+        supervised: whether its tokens count in the loss.
+        special: the text is the name of one token of the vocabulary.
+        markup: names of special tokens in the text become those tokens. Only the prompt of raw text is markup, so that
+            it can be written for fill-in-the-middle. Elsewhere names of tokens are ordinary text, so no turn,
+            completion or document can end itself.
     """
 
     text: str
@@ -27,35 +31,42 @@ class Segment(NamedTuple):
 
 
 def has_reasoning(turn: Turn) -> bool:
-    """Whether a turn carries reasoning beside its content."""
+    """Whether a turn has reasoning beside its content."""
     return bool(turn.extra) and any(turn.extra.get(name) for name in REASONING)
 
 
 def refuse_reasoning(conversation: Conversation, why: str) -> None:
-    """Refuse a chat with reasoning that its format would lose; ``why`` follows "reasoning of its own".
+    """Refuse a chat with reasoning beside the content, which its format would lose.
+
+    Args:
+        conversation: a chat.
+        why: words that follow "has reasoning beside its content".
 
     Raises:
-        RecordError: a turn has some.
+        RecordError: a turn has reasoning.
     """
-    for number, turn in enumerate(conversation.turns):
+    for index, turn in enumerate(conversation.turns):
         if has_reasoning(turn):
-            raise RecordError("reasoning_has_no_place", f"turn {number} has reasoning of its own, {why}")
+            raise RecordError("reasoning_has_no_place", f"turn {index} has reasoning beside its content, {why}")
 
 
 def supervised_turns(conversation: Conversation, supervise: str) -> list[bool]:
-    """Which turns of a chat are supervised.
+    """Choose the turns of a chat that are supervised.
 
     Args:
-        conversation: not raw.
-        supervise: of :data:`SUPERVISE`: every assistant turn, or only the last; a turn with ``learn=False`` never is.
+        conversation: a chat, not raw text.
+        supervise: of :data:`SUPERVISE`: every assistant turn, or only the last; never a turn with ``learn=False``.
+
+    Returns:
+        whether each turn is supervised.
 
     Raises:
-        RecordError: no turn is, or what all of those say is empty.
+        RecordError: no turn is supervised, or all of them are empty.
     """
     supervised = [turn.learn and turn.role == "assistant" for turn in conversation.turns]
     if supervise == "last":
-        answers = [number for number, turn in enumerate(conversation.turns) if turn.role == "assistant"]
-        supervised = [learn and number == answers[-1] for number, learn in enumerate(supervised)]
+        answers = [index for index, turn in enumerate(conversation.turns) if turn.role == "assistant"]
+        supervised = [learn and index == answers[-1] for index, learn in enumerate(supervised)]
     if True not in supervised:
         raise RecordError(
             "nothing_to_learn",
@@ -72,15 +83,22 @@ def _says_something(turn: Turn) -> bool:
 
 
 def _empty_answer() -> RecordError:
-    return RecordError("empty_answer", "all that is to be learned is empty, so only to stop at once would be learned")
+    return RecordError(
+        "empty_answer", "every supervised answer is empty, so the model would only learn to stop at once"
+    )
 
 
 def raw_segments(conversation: Conversation, end_of_text: str) -> list[Segment]:
-    """Raw text: the turns as they are, then the end-of-text token. Completions and that token are supervised, and
-    prompts are markup.
+    """Write raw text: the turns unchanged, then the end-of-text token.
+
+    Completions and the end-of-text token are supervised; prompts are markup.
+
+    Args:
+        conversation: raw text.
+        end_of_text: name of the end-of-text token.
 
     Raises:
-        RecordError: the completion is not to be learned, or empty.
+        RecordError: the completion is excluded from training or empty.
     """
     supervised = [turn.role == "completion" and turn.learn for turn in conversation.turns]
     if True not in supervised:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mft_megatron.data.packing.cutting import OVERLONG
-from mft_megatron.data.records.conversation import SHAPES
+from mft_megatron.data.records.record_formats import RECORD_FORMATS
 from mft_megatron.errors import InputError
 from mft_megatron.suggestions import did_you_mean
 
@@ -159,7 +159,7 @@ def _matching(pattern: str, folder: Path, where: str) -> list[Path]:
 
 
 def _shape(value: Any, where: str, folder: Path) -> str:
-    return _choice(value, where, ("auto", *SHAPES))
+    return _choice(value, where, ("auto", *RECORD_FORMATS))
 
 
 def _overlong(value: Any, where: str, folder: Path) -> str:

@@ -30,7 +30,7 @@ RESERVED_NAMES = ("macro", "objective")  # what --early-stopping-metric means by
 class TaskSource:
     """A task: its files in the order they are read, and what is set for it alone; ``None`` leaves it to the options.
 
-    ``shape``: a name of ``conversation.SHAPES`` or "auto". ``template``: as ``--chat-template``. ``weight``: of the
+    ``shape``: a key of ``RECORD_FORMATS`` or "auto". ``template``: as ``--chat-template``. ``weight``: of the
     task in training, at least 0. ``sampling``: how often an epoch holds each sample, above 0. ``overlong``: one of
     ``cutting.OVERLONG``. ``fim_rate``: 0 to 1.
     """

@@ -8,7 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mft_megatron.data.chat_templates.formats import FORMATS, chat_format
-from mft_megatron.data.records.conversation import Conversation, RecordError, Turn, read_record
+from mft_megatron.data.records.conversation import Conversation, RecordError, Turn
+from mft_megatron.data.records.record_formats import read_record
 from mft_megatron.errors import InputError
 from tests.data.chat_templates.templates import QWEN2
 

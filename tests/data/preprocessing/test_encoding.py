@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from mft_megatron.data.chat_templates.formats import ChatFormat, chat_format
 from mft_megatron.data.preprocessing import encoding
 from mft_megatron.data.preprocessing.encoding import Chunk, Encoder, TaskEncoding
-from mft_megatron.data.records.conversation import RecordError, read_record
+from mft_megatron.data.records.conversation import RecordError
 from mft_megatron.data.records.fim import Fim
+from mft_megatron.data.records.record_formats import read_record
 from mft_megatron.data.records.segments import Segment
 from mft_megatron.data.tokenizers import backends
 from mft_megatron.data.tokenizers.backends import BackendMismatch, Fast

@@ -170,8 +170,8 @@ def test_tokens_that_are_given():
         ("<P>,<S>,<M>,<E>", "three different"),
         ("<P>,<S>,", "no token ''"),
         ("<P>,<S>,<X>", "no token '<X>'"),
-        ("a,<S>,<M>", "'a' is a piece of ordinary text"),
-        ("<P>,<S>,def", "'def' is a piece of ordinary text"),
+        ("a,<S>,<M>", "'a' is ordinary text"),
+        ("<P>,<S>,def", "'def' is ordinary text"),
     ]:
         with pytest.raises(InputError, match=f"--fim-tokens {given_}: .*{message}"):
             fim_tokens(tokenizer, given_)

@@ -1,4 +1,4 @@
-"""Reading records: every shape, content kept as it is, and a reason for whatever cannot be read."""
+"""Reading records: every format, content kept as it is, and a reason for whatever cannot be read."""
 
 import copy
 import json
@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mft_megatron.data.records.conversation import EXTRA_KEYS, SHAPES, Conversation, RecordError, Turn, read_record
+from mft_megatron.data.records.conversation import EXTRA_KEYS, Conversation, RecordError, Turn
+from mft_megatron.data.records.record_formats import RECORD_FORMATS, read_record
 
 
 def chat(*turns, tools=()):
@@ -25,7 +26,7 @@ def turns_of(*pairs, role="role", content="content"):
     return [{role: one, content: other} for one, other in pairs]
 
 
-# --------------------------------------------------------------------------------------------------------------- shapes
+# -------------------------------------------------------------------------------------------------------------- formats
 
 
 def test_messages():
@@ -97,10 +98,10 @@ def test_text():
     assert read_record({"text": ODD, "meta": {}}) == raw(("completion", ODD), document=True)
 
 
-# ---------------------------------------------------------------------------------------------------- which shape it is
+# --------------------------------------------------------------------------------------------------- which format it is
 
 
-def test_the_first_shape_of_the_list_wins():
+def test_the_first_format_of_the_table_wins():
     a_chat = turns_of(("user", "m"), ("assistant", "n"))
     record = {
         "text": "t",
@@ -123,11 +124,11 @@ def test_the_first_shape_of_the_list_wins():
         "question_answer": chat(("user", "q"), ("assistant", "a")),
         "text": raw(("completion", "t"), document=True),
     }
-    assert list(firsts) == list(SHAPES)
-    for shape, expected in firsts.items():
-        assert read_record(record, shape) == expected
+    assert list(firsts) == list(RECORD_FORMATS)
+    for format_name, expected in firsts.items():
+        assert read_record(record, format_name) == expected
         assert read_record(record) == expected
-        record = {key: value for key, value in record.items() if key != SHAPES[shape].keys[0][0]}
+        record = {key: value for key, value in record.items() if key != RECORD_FORMATS[format_name].keys[0][0]}
 
 
 def test_keys_that_are_null_do_not_count():
@@ -327,7 +328,7 @@ def test_unreadable_records_name_the_reason(record, reason, message):
 
 
 @pytest.mark.parametrize(
-    ("record", "shape", "missing"),
+    ("record", "format_name", "missing"),
     [
         ({"text": "a"}, "messages", "no key messages"),
         ({"instruction": "a", "result": "b"}, "instruction", "no key output or response.*'instruction', 'result'"),
@@ -336,9 +337,9 @@ def test_unreadable_records_name_the_reason(record, reason, message):
         ({}, "text", "no key text"),
     ],
 )
-def test_a_forced_shape_names_the_key_that_is_missing(record, shape, missing):
+def test_a_named_format_says_which_key_is_missing(record, format_name, missing):
     with pytest.raises(RecordError, match=missing) as caught:
-        read_record(record, shape)
+        read_record(record, format_name)
     assert caught.value.reason == "missing_key"
 
 
@@ -351,19 +352,19 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=8,
 )
-KEYS = {key for shape in SHAPES.values() for group in shape.keys for key in group}
+KEYS = {key for record_format in RECORD_FORMATS.values() for group in record_format.keys for key in group}
 RECORD_KEYS = st.sampled_from(sorted(KEYS | {"input", "history", "system", "tools", "id"}))
 TURN_KEYS = ["role", "content", "from", "value", "train", "weight", "tool_calls", "function_call", *EXTRA_KEYS]
 CALL_KEYS = ["name", "arguments", "function", "type", "id"]
 roles = st.sampled_from(["system", "user", "human", "assistant", "gpt", "bot", "tool", "function_call", "observation"])
 turn = st.dictionaries(st.sampled_from(TURN_KEYS), roles | json_values, max_size=5)
-shapes = st.sampled_from(["auto", *SHAPES])
+format_names = st.sampled_from(["auto", *RECORD_FORMATS])
 
 
-def read_or_refuse(record, shape):
+def read_or_refuse(record, format_name):
     """A conversation, or one line that says why not; nothing else."""
     try:
-        conversation = read_record(record, shape)
+        conversation = read_record(record, format_name)
     except RecordError as error:
         refusal = error
     else:
@@ -383,10 +384,10 @@ def read_or_refuse(record, shape):
     return conversation
 
 
-@given(st.dictionaries(RECORD_KEYS, json_values | st.lists(turn, max_size=4), max_size=6) | json_values, shapes)
+@given(st.dictionaries(RECORD_KEYS, json_values | st.lists(turn, max_size=4), max_size=6) | json_values, format_names)
 @settings(max_examples=300, deadline=None)
-def test_any_json_is_read_or_refused(record, shape):
-    read_or_refuse(record, shape)
+def test_any_json_is_read_or_refused(record, format_name):
+    read_or_refuse(record, format_name)
 
 
 VALID = [
@@ -442,7 +443,7 @@ def test_mutated_records_are_read_or_refused(data):
             holder.append(copy.deepcopy(holder[last]))
         else:
             holder[last] = data.draw(json_values | roles)
-    read_or_refuse(record, data.draw(st.sampled_from(["auto", "auto", *SHAPES])))
+    read_or_refuse(record, data.draw(st.sampled_from(["auto", "auto", *RECORD_FORMATS])))
 
 
 def test_the_records_that_are_mutated_are_valid():
@@ -452,16 +453,16 @@ def test_the_records_that_are_mutated_are_valid():
 texts = st.text(max_size=30)
 
 
-@given(st.lists(st.tuples(texts, texts), min_size=1, max_size=4), texts, st.sampled_from(list(SHAPES)))
-def test_content_comes_through_as_it_is(rounds, system, shape):
+@given(st.lists(st.tuples(texts, texts), min_size=1, max_size=4), texts, st.sampled_from(list(RECORD_FORMATS)))
+def test_content_comes_through_as_it_is(rounds, system, format_name):
     (question, answer), earlier = rounds[-1], rounds[:-1]
     names = {"messages": ("user", "assistant"), "chat_rounds": ("human", "bot"), "conversations": ("human", "gpt")}
     expected = [text for pair in rounds for text in pair]
-    if shape in names:
-        keys = {"role": "from", "content": "value"} if shape == "conversations" else {}
-        user, bot = names[shape]
+    if format_name in names:
+        keys = {"role": "from", "content": "value"} if format_name == "conversations" else {}
+        user, bot = names[format_name]
         turns = turns_of(*(turn for one, other in rounds for turn in ((user, one), (bot, other))), **keys)
-        record = {shape: [*turns_of(("system", system), **keys), *turns]}
+        record = {format_name: [*turns_of(("system", system), **keys), *turns]}
         expected = [system, *expected]
     else:
         record, expected = {
@@ -472,7 +473,7 @@ def test_content_comes_through_as_it_is(rounds, system, shape):
             "prompt_completion": ({"prompt": question, "completion": answer}, [question, answer]),
             "question_answer": ({"question": question, "answer": answer}, [question, answer]),
             "text": ({"text": question}, [question]),
-        }[shape]
+        }[format_name]
     record = json.loads(json.dumps(record))
-    for conversation in (read_record(record), read_record(record, shape)):
+    for conversation in (read_record(record), read_record(record, format_name)):
         assert [turn.content for turn in conversation.turns] == expected
