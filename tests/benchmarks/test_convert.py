@@ -1,11 +1,8 @@
 """benchmarks/convert runs, and compares what it has converted."""
 
-import pytest
-
 from tests.ranks import run_tool
 
 
-@pytest.mark.slow
 def test_conversions_are_measured(tmp_path):
     options = ("--folder", tmp_path, "--hidden", 128, "--layers", 1, "--repeats", 1)
     process = run_tool("benchmarks/convert/convert.py", *options)

@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from tests.ranks import run_tool
 
 
@@ -12,6 +14,7 @@ def results(script, folder, options):
     return json.loads(file.read_text())["results"], process.stdout
 
 
+@pytest.mark.smoke
 def test_balance(tmp_path):
     found, printed = results(
         "balance",

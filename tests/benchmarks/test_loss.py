@@ -18,6 +18,7 @@ def results(script, folder, options):
     return written["results"], process.stdout
 
 
+@pytest.mark.smoke
 def test_objective(tmp_path):
     found, printed = results(
         "objective", tmp_path, "--tasks 3 40 --rows 2 --seq-length 256 --mean-length 20 --repeat 2 --calls 1"

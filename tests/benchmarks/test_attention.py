@@ -21,7 +21,10 @@ def results(folder, options):
 
 @pytest.mark.parametrize(
     ("options", "variants"),
-    [("", {"local", "repeated keys", "explicit mask"}), ("--context-parallel-size 2", {"local"})],
+    [
+        pytest.param("", {"local", "repeated keys", "explicit mask"}, marks=pytest.mark.smoke),
+        ("--context-parallel-size 2", {"local"}),
+    ],
 )
 def test_kernels(tmp_path, options, variants):
     found, printed = results(tmp_path, options)

@@ -9,7 +9,6 @@ from tests.ranks import run_tool
 TINY = "--num-layers 2 --hidden-size 128 --vocab-size 512 --segments 2 --segment-length 32 --warmup 0 --rounds 1"
 
 
-@pytest.mark.slow
 def test_adapters(tmp_path):
     file = tmp_path / "numbers.json"
     process = run_tool("benchmarks/lora/adapters.py", *TINY.split(), "--json", file)

@@ -277,6 +277,7 @@ def test_doctests_become_assertions_up_to_the_first_that_cannot(some_modules, tm
     }
 
 
+@pytest.mark.smoke
 def test_usage_without_doctests_shows_calls_of_the_function(some_modules, tmp_path):
     run_script("make_tasks.py", "--output-dir", tmp_path, "--source-dir", some_modules)
     calls = [record for record in read_task(tmp_path, "function_to_usage") if "assert " not in record["output"]]

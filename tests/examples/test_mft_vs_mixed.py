@@ -300,6 +300,7 @@ def test_the_shortest_run_is_accepted(tmp_path):
     assert parse_arguments(words).validation.eval_interval >= 1
 
 
+@pytest.mark.smoke
 def test_all_runs_are_planned(tmp_path):
     prefixes = {name: tmp_path / name for name in ("tasks", "functions")}
     for name in prefixes:

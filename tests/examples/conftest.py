@@ -1,0 +1,7 @@
+"""Tests of the examples: all are slow but those marked ``smoke``, one for each example."""
+
+from tests.slow_folder import mark_slow
+
+
+def pytest_collection_modifyitems(items):
+    mark_slow(items, __file__)
