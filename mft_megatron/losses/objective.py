@@ -48,12 +48,17 @@ class StepFactors:
 
     def to(self, device: torch.device) -> "StepFactors":
         """Copy the factors to a device; the host does not wait for it."""
-        moved = {
-            field.name: value.to(device, non_blocking=True)
-            for field in dataclasses.fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor)
-        }
-        return dataclasses.replace(self, **moved)
+
+        def move(value_K: Tensor) -> Tensor:
+            return value_K.to(device, non_blocking=True)
+
+        return dataclasses.replace(
+            self,
+            base_K=move(self.base_K),
+            loss_K=move(self.loss_K),
+            weight_K=move(self.weight_K),
+            probability_K=None if self.probability_K is None else move(self.probability_K),
+        )
 
 
 @dataclasses.dataclass(frozen=True)

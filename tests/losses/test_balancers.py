@@ -68,7 +68,7 @@ def run(balancer, loss_TK, first_loss_K=None, step_T=None):
     first_loss_K = np.ones(tasks) if first_loss_K is None else first_loss_K
     step_T = range(draws) if step_T is None else step_T
     whole_split_K = fp64(first_loss_K)
-    state = balancer.begin(tasks, whole_split_K if isinstance(balancer, Coba) else None)
+    state = balancer.begin(tasks, whole_split_K if balancer.needs_first_losses else None)
     whole_split_K.fill_(math.nan)  # what belongs to the caller is the caller's to overwrite
     weights, took_part = [], []
     for step, loss_K in zip(step_T, loss_TK, strict=True):
@@ -437,7 +437,7 @@ def test_resuming_from_a_saved_state_is_bit_exact(case, stop):
     balancer = BALANCERS[name](update_interval=interval, **options)
     loss_TK, first_loss_K = curves("diverging", 6, draws=30, tasks=3)
     straight, straight_took_part = run(balancer, loss_TK, first_loss_K, interval * np.arange(30))
-    state = balancer.begin(3, fp64(first_loss_K) if name == "coba" else None)
+    state = balancer.begin(3, fp64(first_loss_K) if balancer.needs_first_losses else None)
     for draw in range(30):
         if draw == stop:
             file = io.BytesIO()
@@ -454,7 +454,7 @@ def test_resuming_from_a_saved_state_is_bit_exact(case, stop):
 def test_the_same_state_can_be_continued_twice(balancer):
     """run() sees that update leaves its input alone; two futures of one state must not share memory either."""
     loss_TK, first_loss_K = curves("noisy", 8, draws=14, tasks=3)
-    state = balancer.begin(3, fp64(first_loss_K) if isinstance(balancer, Coba) else None)
+    state = balancer.begin(3, fp64(first_loss_K) if balancer.needs_first_losses else None)
     for step in range(7):
         state, _, _ = balancer.update(state, fp64(loss_TK[step]), step)
     futures = []
@@ -465,6 +465,19 @@ def test_the_same_state_can_be_continued_twice(balancer):
             weights.append(weight_K)
         futures.append(torch.stack(weights))
     assert torch.equal(*futures)
+
+
+def test_coba_refuses_to_begin_without_the_first_losses():
+    with pytest.raises(ValueError, match="needs the losses before the first step"):
+        Coba().begin(3)
+
+
+def test_balancers_say_what_they_need():
+    assert [name for name, kind in BALANCERS.items() if kind.needs_first_losses] == ["coba"]
+    assert [name for name, kind in BALANCERS.items() if kind.fixed_draw] == ["famo"]
+    assert {name: kind.task_options for name, kind in BALANCERS.items() if kind.task_options} == {
+        "famo": ("min_losses",)
+    }
 
 
 def test_balancers_are_frozen_and_chosen_by_name():

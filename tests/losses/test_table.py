@@ -2,8 +2,11 @@
 
 import dataclasses
 
+import pytest
+
 from mft_megatron import loss_names
 from mft_megatron.arguments.groups.multi_task import MultiTaskArguments
+from mft_megatron.losses.balancers.table import BALANCERS
 from mft_megatron.losses.table import LOSSES
 
 
@@ -20,3 +23,19 @@ def test_the_losses_are_the_values_of_the_option():
 def test_the_options_and_the_table_know_the_same_kinds_of_losses():
     assert tuple(name for name, loss in LOSSES.items() if loss.weighted) == loss_names.WEIGHTED
     assert tuple(name for name, loss in LOSSES.items() if loss.focal) == loss_names.FOCAL
+
+
+def test_the_balancers_are_the_values_of_the_option():
+    assert ("static", *BALANCERS) == choices("task_balance")
+
+
+@pytest.mark.parametrize("name", BALANCERS)
+def test_the_fields_of_a_balancer_are_options_with_the_same_defaults(name):
+    prefix = name.replace("-", "_") + "_"
+    options = {
+        field.name.removeprefix(prefix): field.default
+        for field in dataclasses.fields(MultiTaskArguments)
+        if field.name.startswith(prefix)
+    }
+    assert options == {field.name: field.default for field in dataclasses.fields(BALANCERS[name])}
+    assert set(BALANCERS[name].task_options) <= options.keys()

@@ -1,29 +1,38 @@
 """CoBa, the convergence balancer (arXiv 2410.06741), as in the paper and as in MFTCoder's release v0.5."""
 
 import dataclasses
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from .participation import State, append, mean_for_others, ratio, slopes, uniform
+from .balancer import Balancer, State
+from .participation import append, mean_for_others, ratio, slopes, uniform
 
 
 @dataclasses.dataclass(frozen=True)
-class Coba:
+class Coba(Balancer):
     """``w = DF·RCS + (1-DF)·ACS``: slow tasks count more while all converge, and those that diverge count less.
 
-    Works on loss ratios: ``begin`` wants the losses before the first step. State: ``ratio_HK`` and ``slope_HK``, the
-    last draws; ``largest_T``, the largest slope at each draw since the warm-up.
+    Works on ratios of losses to those before the first step. State, fp64: ``ratio_HK`` and ``slope_HK``, the last H
+    draws; ``largest_T``, the largest slope at each of the T draws since the warm-up.
     """
 
-    update_interval: int = 1
-    sample_valid_num: int = 1
+    needs_first_losses: ClassVar[bool] = True
+
     warmup_steps: int = 100
     history_length: int = 200
     tau: float = 5.0
     variant: str = "paper"
 
     def begin(self, num_tasks: int, first_loss_K: Tensor | None = None) -> State:
+        """Make a state with empty histories.
+
+        Raises:
+            ValueError: the losses before the first step are missing.
+        """
+        if first_loss_K is None:
+            raise ValueError("CoBa needs the losses before the first step")
         empty = torch.zeros(0, num_tasks, dtype=torch.float64)
         return {
             "first_loss_K": first_loss_K.clone(),
@@ -33,6 +42,7 @@ class Coba:
         }
 
     def update(self, state: State, loss_K: Tensor, step: int) -> tuple[State, Tensor, Tensor]:
+        """Weigh by the slopes of the last ratios; uniformly in the warm-up."""
         ratio_HK = append(state["ratio_HK"], ratio(loss_K, state["first_loss_K"]), self.history_length)
         state = {**state, "ratio_HK": ratio_HK}
         if step < self.warmup_steps:
@@ -49,7 +59,7 @@ class Coba:
         return state, mean_for_others(weight, took_part_K), took_part_K
 
     def _largest(self, ratio_HN: Tensor, slope_N: Tensor) -> Tensor:
-        """``a_max`` of this draw, fp64 [1]: 0 where no task takes part."""
+        """``a_max`` of this draw, fp64 [1]: 0 where no task takes part; N tasks take part."""
         if not len(slope_N):
             return torch.zeros(1, dtype=torch.float64)
         if self.variant == "release":
@@ -57,7 +67,7 @@ class Coba:
         return slope_N.max()[None]
 
     def _weights(self, slope_HN: Tensor, largest_T: Tensor) -> Tensor:
-        """Weights [N] of the tasks that take part."""
+        """Weights of the N tasks that take part, fp64 [N]."""
         (window, tasks), now_N = slope_HN.shape, slope_HN[-1]
         relative_N = ratio(tasks * now_N, now_N.abs().sum()).softmax(0)
         absolute_N = ratio(-window * now_N, slope_HN.abs().sum(0)).softmax(0)

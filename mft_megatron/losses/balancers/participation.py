@@ -1,13 +1,14 @@
-"""What the balancers share: slopes of loss curves, and weights for the tasks that a formula cannot judge."""
+"""Slopes of loss curves, and weights for the tasks that a balancer's formula cannot judge.
+
+Shape suffixes: H draws in a window, K tasks.
+"""
 
 import torch
 from torch import Tensor
 
-State = dict[str, Tensor]
-
 
 def slopes(loss_HK: Tensor) -> Tensor:
-    """Least-squares slope of each column of fp64 [H, K] against the row's number: fp64 [K].
+    """Least-squares slope of each column of fp64 [H, K] against the row's index: fp64 [K].
 
     Exactly 0 for a flat curve and for a single point: both axes are measured from the window's first point.
     """
@@ -20,17 +21,17 @@ def slopes(loss_HK: Tensor) -> Tensor:
 
 
 def is_flat(loss_HK: Tensor) -> Tensor:
-    """Whether every loss of a column equals its first: bool [K]."""
+    """Whether every loss of a column of [H, K] equals its first: bool [K]."""
     return (loss_HK == loss_HK[0]).all(0)
 
 
 def ratio(part: Tensor, whole: Tensor) -> Tensor:
-    """part / whole, and 0 where the whole is 0."""
+    """part / whole of fp64 tensors that broadcast, and 0 where the whole is 0."""
     return torch.where(whole > 0, part / torch.where(whole > 0, whole, 1.0), 0.0)
 
 
 def append(history_HK: Tensor, value_K: Tensor, length: int) -> Tensor:
-    """A copy of the history with one more row, cut to the last ``length`` rows."""
+    """Copy a history, fp64 [H, K], with one more row, cut to its last ``length`` rows."""
     return torch.cat([history_HK, value_K[None]])[-length:].clone()
 
 
@@ -40,10 +41,10 @@ def uniform(num_tasks: int) -> Tensor:
 
 
 def mean_for_others(weight: Tensor, took_part_K: Tensor) -> Tensor:
-    """Weights of all tasks out of the weights of some.
+    """Extend the weights of some tasks to all tasks.
 
     Args:
-        weight: fp64, weights of the tasks that took part, in order.
+        weight: fp64, one weight for each task that took part, in their order.
         took_part_K: bool [K].
 
     Returns:

@@ -5,25 +5,26 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from .participation import State, append, is_flat, mean_for_others, ratio, slopes, uniform
+from .balancer import Balancer, State
+from .participation import append, is_flat, mean_for_others, ratio, slopes, uniform
 
 
 @dataclasses.dataclass(frozen=True)
-class SelfPaced:
+class SelfPaced(Balancer):
     """``n = N a / Σ|a|``, ``score = softmax(n)·(-n)``, ``w = softmax(scale·score)`` with the slopes ``a``.
 
-    Weights are uniform until there are ``history_length`` draws.
+    Weights are uniform until there are ``history_length`` draws. State: ``history_HK``, fp64, the last H draws.
     """
 
-    update_interval: int = 1
-    sample_valid_num: int = 1
     history_length: int = 100
     scale_factor: float = 50.0
 
     def begin(self, num_tasks: int, first_loss_K: Tensor | None = None) -> State:
+        """Make a state without draws."""
         return {"history_HK": torch.zeros(0, num_tasks, dtype=torch.float64)}
 
     def update(self, state: State, loss_K: Tensor, step: int) -> tuple[State, Tensor, Tensor]:
+        """Weigh by the slopes of the last losses; uniformly before there are enough."""
         history_HK = append(state["history_HK"], loss_K, self.history_length)
         state = {"history_HK": history_HK}
         if len(history_HK) < self.history_length:
