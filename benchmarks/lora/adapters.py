@@ -21,6 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "loss"))
 from clock import Clock, machine, median_of, ratio_of, telling
+from peak_memory import peak_memory_of
 
 from mft_megatron.arguments.command import parse_arguments
 from mft_megatron.batch import Batch
@@ -179,7 +180,7 @@ def main() -> None:
         if options.peak_of:
             import peft  # noqa: F401  (what is imported is no part of it)
 
-            print(devices.peak_memory_of(lambda: case_of(options.peak_of, options.model, options).run()))
+            print(peak_memory_of(lambda: case_of(options.peak_of, options.model, options).run()))
             return
         folder = Path(place) / "model"
         write_model(folder, options)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from clock import Clock, machine, median_of, ratio_of, telling
+from peak_memory import peak_memory_of
 from torch import Tensor
 
 from mft_megatron.arguments.groups.distributed import DistributedArguments
@@ -171,7 +172,7 @@ def main() -> None:
             Case(256, 64, *shape[2:], options.hidden_size, options.seed).once(options.peak_of)
             case = Case(*shape, options.hidden_size, options.seed)
             case.layer.weight.main_grad.fill_(0)
-            print(devices.peak_memory_of(lambda: case.once(options.peak_of)))
+            print(peak_memory_of(lambda: case.once(options.peak_of)))
             return
         print(machine())
         print(f"hidden size {options.hidden_size}, {telling()} time; memory of a fresh process\n")

@@ -18,6 +18,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "loss"))
 from clock import Clock, machine, median_of, ratio_of, telling
+from peak_memory import peak_memory_of
 
 from mft_megatron.arguments.command import parse_arguments
 from mft_megatron.batch import Batch
@@ -124,7 +125,7 @@ def main() -> None:
     layout = parse_arguments(f"{MODEL} --num-layers 1 --hidden-size 64 --seq-length 8".split()).distributed
     with process_groups.process_groups(layout, options.seed):
         if options.peak_of:
-            print(devices.peak_memory_of(Case(options.peak_of, options).run))
+            print(peak_memory_of(Case(options.peak_of, options).run))
             return
         print(machine())
         readings = measure_time(options)

@@ -7,8 +7,6 @@ Everything else asks :func:`device` and :func:`backend`. Replacements inside Meg
 import importlib.metadata
 import os
 import warnings
-from collections.abc import Callable
-from pathlib import Path
 
 import psutil
 import torch
@@ -83,22 +81,6 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def peak_memory_of(call: Callable[[], object]) -> int:
-    """Bytes that a call needs at its peak on top of what there is before; for benchmarks.
-
-    Of the GPU what torch has allocated; otherwise what is resident (Linux), best in a process that has done little yet.
-    """
-    if HAS_CUDA:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        return torch.cuda.max_memory_allocated() - before
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
-    before = _resident("VmRSS")
-    call()
-    return _resident("VmHWM") - before
-
-
 def memory() -> dict[str, int]:
     """Bytes that this process has: of the GPU what torch has allocated and reserved, otherwise what is resident."""
     if HAS_CUDA:
@@ -109,11 +91,6 @@ def memory() -> dict[str, int]:
         }
     usage = psutil.Process().memory_info()
     return {"resident": usage.rss}
-
-
-def _resident(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
 def describe() -> str:
