@@ -13,7 +13,7 @@ import numpy as np
 from mft_megatron.batch import Batch
 from mft_megatron.data.packing.packs import SPLITS, pack_files
 from mft_megatron.data.sample_slices import NO_SLICES, SampleSlices, concatenate_slices, ranges
-from mft_megatron.data.storage.arrays import check_files, load_array
+from mft_megatron.data.storage.arrays import check_files, load_array, load_task_ids
 from mft_megatron.data.storage.indexed_dataset import IndexedDataset
 from mft_megatron.data.storage.ledger import Ledger, read_ledger
 from mft_megatron.errors import InputError
@@ -39,7 +39,7 @@ class PackedDataset:
         self.pad_token_id = ledger.tokenizer.pad_token_id
         self.tokens = IndexedDataset(f"{prefix}_input_ids")
         self.mask = IndexedDataset(f"{prefix}_loss_mask")
-        self.task_ids = load_array(f"{prefix}_task_ids.npy", np.uint16, 1)
+        self.task_ids = load_task_ids(prefix)
         self._splits = {name: PackedSplit(self, name) for name in self.entry.packs}
 
     @classmethod

@@ -1,23 +1,32 @@
-"""Files of a data set, opened in place and compared with the ledger."""
+"""Arrays of a data set, memory-mapped; files compared with the ledger."""
 
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
-from mft_megatron.data.storage.ledger import ArrayEntry, file_sha256, ledger_path
 from mft_megatron.errors import InputError
 
+from .ledger import ArrayEntry, file_sha256, ledger_path
 
-def check_files(prefix: str, arrays: Mapping[str, ArrayEntry], hashes: bool) -> None:
-    """Compare files of a data set with what its ledger says of them.
+# dtype of _task_ids.npy, the task of each sample
+TASK_ID_DTYPE = np.uint16
+
+
+def check_files(prefix: str | Path, arrays: Mapping[str, ArrayEntry], hashes: bool) -> None:
+    """Compare files of a data set with the ledger's entries for them.
+
+    Args:
+        prefix: of the data set.
+        arrays: entries of the ledger, by suffix.
+        hashes: compare contents too, not only sizes.
 
     Raises:
-        InputError: the first file that is missing or differs in size or, with ``hashes``, in content.
+        InputError: a file is missing or differs; the message names the first one.
     """
     remedy = "it is not the file the ledger was written for; preprocess the data again"
-    for name, entry in arrays.items():
-        path = Path(prefix + name)
+    for suffix, entry in arrays.items():
+        path = Path(f"{prefix}{suffix}")
         if not path.is_file():
             raise InputError(f"{path}: missing, though {ledger_path(prefix).name} lists it; preprocess the data again")
         if path.stat().st_size != entry.size:
@@ -26,16 +35,30 @@ def check_files(prefix: str, arrays: Mapping[str, ArrayEntry], hashes: bool) -> 
             raise InputError(f"{path}: its content differs from the ledger's sha256; {remedy}")
 
 
-def load_array(path: str, dtype: type, axes: int) -> np.ndarray:
-    """An array of the data set, memory-mapped.
+def load_array(path: str | Path, dtype: type[np.generic], axes: int) -> np.ndarray:
+    """Memory-map an array of the data set.
+
+    Args:
+        path: of the ``.npy`` file.
+        dtype: that it must have.
+        axes: that it must have.
 
     Raises:
-        InputError: it is no such array.
+        InputError: the file is damaged, or has another dtype or number of axes.
     """
     try:
         array = np.load(path, mmap_mode="r")
-    except Exception as error:  # a damaged header may say anything
+    except Exception as error:  # a damaged header can raise any exception
         raise InputError(f"{path}: damaged ({' '.join(str(error).split())}); preprocess the data again") from None
     if array.dtype != dtype or array.ndim != axes:
         raise InputError(f"{path}: damaged, {array.dtype} with {array.ndim} axes; preprocess the data again")
     return array
+
+
+def load_task_ids(prefix: str | Path) -> np.ndarray:
+    """Memory-map the task of each sample of the data set ``prefix``, uint16 [samples].
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    return load_array(f"{prefix}_task_ids.npy", TASK_ID_DTYPE, 1)

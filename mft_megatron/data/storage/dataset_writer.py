@@ -1,7 +1,7 @@
-"""The files of a data set while they are being written: under temporary names, until all of them take their places.
+"""Writing the files of a data set: under temporary names in a hidden folder until all are complete, then renamed.
 
-Only one process at a time writes to a prefix. A run that was killed leaves a hidden folder behind, which the next run
-to the same prefix takes over.
+Only one process at a time writes to a prefix. A run that was killed leaves its hidden folder behind, which the next run
+to the same prefix reuses.
 """
 
 import contextlib
@@ -20,15 +20,20 @@ from .ledger import ArrayEntry, Ledger, file_sha256, ledger_path, read_ledger
 
 
 class DatasetWriter:
-    """Writes the data set ``prefix``; use it in a ``with`` statement, which discards what was not published."""
+    """Writes the data set ``prefix``.
+
+    Use it in a ``with`` statement, which deletes files that were not published. Files are identified by their suffix:
+    the file ``P_input_ids.bin`` of the data set ``P`` has the suffix ``_input_ids.bin``.
+    """
 
     def __init__(self, prefix: str | Path):
         self.prefix = Path(prefix)
-        self._ends: list[str] = []
+        self._suffixes: list[str] = []
         self._kept: dict[str, ArrayEntry] = {}
 
     def __enter__(self) -> "DatasetWriter":
-        """
+        """Lock the prefix and delete what a killed run left.
+
         Raises:
             InputError: another process is writing to the same prefix.
         """
@@ -45,67 +50,67 @@ class DatasetWriter:
         self._folder.mkdir(exist_ok=True)
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         self._remove_unpublished()
         self._lock_path.unlink(missing_ok=True)
         self._lock.close()
-        with contextlib.suppress(OSError):  # not empty: it is in use
+        with contextlib.suppress(OSError):  # a folder that is not empty is in use
             for folder in self._new_folders:
                 folder.rmdir()
 
     @property
     def cache_folder(self) -> Path:
-        """Where encoded parts are kept until the data set is complete."""
+        """Folder for encoded parts, which are kept until the data set is complete."""
         return self._folder / "parts"
 
-    def new(self, end: str) -> Path:
-        """Where to write the file whose name ends with ``end``."""
-        self._ends.append(end)
-        return self._temporary(end)
+    def new(self, suffix: str) -> Path:
+        """Add a file to the data set and return the temporary path to write it to."""
+        self._suffixes.append(suffix)
+        return self._temporary(suffix)
 
-    def save(self, end: str, values: np.ndarray) -> None:
-        """Write one array."""
+    def save(self, suffix: str, values: np.ndarray) -> None:
+        """Write an array of any shape as the ``.npy`` file with this suffix."""
         values = np.ascontiguousarray(values)
-        with open(self.new(end), "wb") as file:
-            # np.save would not say which error it is that the disk is full
+        with open(self.new(suffix), "wb") as file:
+            # np.save would hide the error number that tells a full disk from other errors
             np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(values))
             file.write(values.data if values.size else b"")
 
-    def keep(self, end: str, entry: ArrayEntry) -> None:
-        """Let a file of the data set that is there already stay part of it."""
-        self._kept[end] = entry
+    def keep(self, suffix: str, entry: ArrayEntry) -> None:
+        """Keep an existing file of the data set as a part of it."""
+        self._kept[suffix] = entry
 
     def entries(self) -> dict[str, ArrayEntry]:
-        """Size and hash of every file, after making sure that it is on disk."""
+        """Return size and hash of every file, by suffix, after flushing the new ones to the disk."""
         entries = dict(self._kept)
-        for end in self._ends:
-            path = self._temporary(end)
+        for suffix in self._suffixes:
+            path = self._temporary(suffix)
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
-            entries[end] = ArrayEntry(path.stat().st_size, file_sha256(path))
+            entries[suffix] = ArrayEntry(path.stat().st_size, file_sha256(path))
         return entries
 
     def publish(self, ledger: Ledger) -> None:
-        """Move all files to their places, the ledger last; between, there is no data set rather than a mixed one."""
+        """Rename all files to their final names, the ledger last; meanwhile there is no data set, never a mixed one."""
         target = ledger_path(self.prefix)
         with open(self.new("_dataset.json"), "w", encoding="utf-8") as file:
             file.write(ledger.to_json())
             file.flush()
             os.fsync(file.fileno())
-        stale = self._files_of_the_data_set_before() - set(self._ends) - set(self._kept)
-        if any(Path(f"{self.prefix}{end}").exists() for end in self._ends[:-1]):
-            target.unlink(missing_ok=True)  # where names are only added, the data set before stays one to the end
-        for end in self._ends:
-            os.replace(self._temporary(end), f"{self.prefix}{end}")
-        for end in stale:
-            Path(f"{self.prefix}{end}").unlink(missing_ok=True)
+        stale = self._files_of_previous_ledger() - set(self._suffixes) - set(self._kept)
+        if any(Path(f"{self.prefix}{suffix}").exists() for suffix in self._suffixes[:-1]):
+            target.unlink(missing_ok=True)  # files are only added otherwise, and the previous data set stays valid
+        for suffix in self._suffixes:
+            os.replace(self._temporary(suffix), f"{self.prefix}{suffix}")
+        for suffix in stale:
+            Path(f"{self.prefix}{suffix}").unlink(missing_ok=True)
         folder = os.open(self.prefix.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
 
-    def _files_of_the_data_set_before(self) -> set[str]:
+    def _files_of_previous_ledger(self) -> set[str]:
         try:
             return set(read_ledger(self.prefix).arrays)
         except InputError:
@@ -115,29 +120,29 @@ class DatasetWriter:
     def _folder(self) -> Path:
         return self._hidden(".writing")
 
-    def _temporary(self, end: str) -> Path:
-        return self._folder / f"data{end}"
+    def _temporary(self, suffix: str) -> Path:
+        return self._folder / f"data{suffix}"
 
     def _remove_unpublished(self) -> None:
-        """Of this run or of one that was killed; parts are for their owner to remove."""
+        """Delete unpublished files of this run or of one that was killed; encoded parts belong to their cache."""
         for path in self._folder.glob("data_*"):
             path.unlink()
-        with contextlib.suppress(OSError):  # there are parts, or there is no such folder
+        with contextlib.suppress(OSError):  # it still holds parts, or does not exist
             self._folder.rmdir()
 
-    def _hidden(self, end: str) -> Path:
-        return self.prefix.with_name(f".{self.prefix.name}{end}")
+    def _hidden(self, suffix: str) -> Path:
+        return self.prefix.with_name(f".{self.prefix.name}{suffix}")
 
 
 def require_free_space(folder: Path, needed: int) -> None:
-    """Refuse to begin what will not fit.
+    """Refuse to begin writing files that will not fit on the disk.
 
     Args:
-        folder: where files are to be written; it or a parent of it exists.
+        folder: for the files; it or a parent of it exists.
         needed: bytes.
 
     Raises:
-        InputError: less than that is free.
+        InputError: fewer bytes are free, or the folder is not writable.
     """
     while not folder.exists():
         folder = folder.parent
@@ -146,17 +151,21 @@ def require_free_space(folder: Path, needed: int) -> None:
         raise InputError(f"{folder}: cannot be written to; choose another --output-prefix")
     if free < needed:
         raise InputError(
-            f"{folder}: {free / 1e6:,.0f} MB are free, and about {needed / 1e6:,.0f} MB are needed; make room, or "
-            "choose another --output-prefix"
+            f"{folder}: {free / 1e6:,.0f} MB are free, and about {needed / 1e6:,.0f} MB are needed; free some space, "
+            "or choose another --output-prefix"
         )
 
 
 @contextlib.contextmanager
 def report_full_disk(prefix: Path, option: str = "--output-prefix") -> Iterator[None]:
-    """Turn a full disk inside the block into the one line for the user.
+    """Turn a full disk inside the block into a one-line error.
+
+    Args:
+        prefix: of the files that are written.
+        option: that chooses their folder, for the message.
 
     Raises:
-        InputError: the disk, or the user's share of it, is full.
+        InputError: the disk or the user's quota is full.
     """
     try:
         yield
@@ -166,6 +175,6 @@ def report_full_disk(prefix: Path, option: str = "--output-prefix") -> Iterator[
         free = shutil.disk_usage(prefix.parent if prefix.parent.exists() else ".").free
         where = error.filename or prefix.parent
         raise InputError(
-            f"{where}: the disk is full ({free / 1e6:.0f} MB free); nothing was completed. Make room, or choose "
+            f"{where}: the disk is full ({free / 1e6:.0f} MB free); nothing was completed. Free some space, or choose "
             f"another {option}"
         ) from None

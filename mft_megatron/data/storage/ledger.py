@@ -1,6 +1,7 @@
-"""The ledger, ``P_dataset.json``: what went in, what came of it, and which files hold it.
+"""The ledger of a data set ``P``, the file ``P_dataset.json``: its inputs, counts, packs and files.
 
-It is written last. A data set whose files do not match their ledger is not read.
+It is written last. A data set whose files do not match their ledger is not read. The names of the fields below are the
+keys of the file.
 """
 
 import dataclasses
@@ -12,13 +13,23 @@ from typing import Any
 from mft_megatron.errors import InputError
 
 FORMAT = "mft_megatron packed dataset"
-PACK_ENDS = (".npy", "_offsets.npy", "_cuts.npy")  # of the files that belong to one length
+PACK_SUFFIXES = (".npy", "_offsets.npy", "_cuts.npy")  # of the files that belong to one length
 FORMAT_VERSION = 2
+
+# values of a JSON object, decoded; each reader knows the types of its keys
+JsonObject = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class InputFile:
-    """A file that was read: path as given, bytes, lines, sha256 of its content."""
+    """A file that samples were read from.
+
+    Attributes:
+        path: as the user wrote it.
+        size: bytes.
+        lines: number of lines.
+        sha256: of its content.
+    """
 
     path: str
     size: int
@@ -28,12 +39,20 @@ class InputFile:
 
 @dataclasses.dataclass(frozen=True)
 class TaskEntry:
-    """Samples of a task as they were tokenised: ``samples_in == kept + sum(dropped.values())``.
+    """Samples of a task as they were tokenised; ``samples_in == kept + sum(dropped.values())``.
 
-    ``tokens`` and ``supervised_tokens`` count those of kept samples; a supervised token is a target, so a sample's
-    first token never is one. ``documents``: all samples are documents, in which every token is supervised.
-    ``filled``: samples that were made fill-in-the-middle. ``encoding``: all that decides how records became samples.
-    ``weight``, ``sampling``, ``overlong``: what the task file says for this task, ``None`` where it says nothing.
+    Attributes:
+        name: of the task.
+        samples_in: records that were read.
+        kept: samples that are stored.
+        dropped: records left out, by reason.
+        tokens: of kept samples.
+        supervised_tokens: targets of kept samples; the first token of a sample is no target.
+        documents: all samples are documents, in which every token is supervised.
+        filled: samples that were written as fill-in-the-middle.
+        encoding: everything that decides how records become samples.
+        weight, sampling, overlong: settings of the task file for this task; ``None`` if it has none.
+        sources: files that were read.
     """
 
     name: str
@@ -44,7 +63,7 @@ class TaskEntry:
     supervised_tokens: int
     documents: bool
     filled: int
-    encoding: dict[str, Any]
+    encoding: JsonObject
     weight: float | None
     sampling: float | None
     overlong: str | None
@@ -53,7 +72,12 @@ class TaskEntry:
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerEntry:
-    """The tokenizer the ids belong to; ``model`` is where it lay, ``fingerprint`` is of its content."""
+    """The tokenizer that the ids belong to; fields are explained at :mod:`mft_megatron.data.tokenizers.tokenizer`.
+
+    Attributes:
+        model: path of the tokenizer when the data set was made.
+        fingerprint: sha256 of its content.
+    """
 
     type: str
     model: str
@@ -66,9 +90,14 @@ class TokenizerEntry:
 
 @dataclasses.dataclass(frozen=True)
 class PackEntry:
-    """One split packed for one length; ``fill`` is the share of positions that hold a token.
+    """Counts of one split packed for one length.
 
-    ``samples`` counts what is in the packs: a window of a sample is one, and a sample that sampling repeats is several.
+    Attributes:
+        packs: rows.
+        samples: sample slices in the packs: each window of a sample counts, and each repetition by sampling.
+        tokens: in all packs, without padding.
+        supervised_tokens: targets in all packs.
+        fill: fraction of positions that hold a token.
     """
 
     packs: int
@@ -80,12 +109,18 @@ class PackEntry:
 
 @dataclasses.dataclass(frozen=True)
 class TaskCut:
-    """What became of a task's samples for one length: ``TaskEntry.kept == kept + sum(dropped.values())``.
+    """Counts of a task's samples cut for one length; ``TaskEntry.kept == kept + sum(dropped.values())``.
 
-    ``tokens`` and ``supervised_tokens`` are those of the kept samples after cutting, each sample counted once.
-    ``truncated`` and ``windowed`` samples are among the kept; ``windows`` is how many windows the latter gave, and
-    ``unsupervised_windows`` how many were left out, because they have nothing to learn. ``splits``: kept samples by
-    split. ``uses``: training samples by how often one pass uses them.
+    Attributes:
+        kept: samples in the packs, including truncated and windowed ones.
+        tokens, supervised_tokens: of kept samples after cutting; each sample counts once.
+        truncated: kept samples that were cut at one end.
+        windowed: kept samples that were cut into windows.
+        windows: windows of these samples in the packs.
+        unsupervised_windows: windows left out because they have no supervised target.
+        dropped: samples left out, by reason.
+        splits: kept samples, by split.
+        uses: training samples, by the number of times that one pass uses them.
     """
 
     kept: int
@@ -102,27 +137,37 @@ class TaskCut:
 
 @dataclasses.dataclass(frozen=True)
 class LengthEntry:
-    """The data set as packed for one length: the options it was packed with, each task's :class:`TaskCut` in the order
-    of the tasks, and the splits that have samples."""
+    """The data set packed for one length.
 
-    options: dict[str, Any]
+    Attributes:
+        options: that it was packed with.
+        tasks: counts of each task, in the order of the ledger's tasks.
+        packs: counts of the splits that have samples.
+    """
+
+    options: JsonObject
     tasks: list[TaskCut]
     packs: dict[str, PackEntry]
 
     @property
     def joined(self) -> bool:
-        """Whether a row is one stream across the borders of samples."""
+        """Whether a row is one stream of concatenated documents, which attend across their borders."""
         return self.options["padding_mode"] == "concat"
 
     @property
     def padded(self) -> bool:
-        """Whether a row is one sample."""
+        """Whether a row holds one sample and padding."""
         return self.options["padding_mode"] == "padding"
 
 
 @dataclasses.dataclass(frozen=True)
 class ArrayEntry:
-    """A file of the data set by the end of its name, e.g. ``_input_ids.bin``: bytes and sha256."""
+    """A file of the data set.
+
+    Attributes:
+        size: bytes.
+        sha256: of its content.
+    """
 
     size: int
     sha256: str
@@ -130,41 +175,53 @@ class ArrayEntry:
 
 @dataclasses.dataclass(frozen=True)
 class Ledger:
-    """``lengths``: by sequence length, as text, the way JSON has it, in the order they were made. ``chat_template``: of
-    tasks that name none."""
+    """Everything that is known about a data set.
+
+    Attributes:
+        tasks: in the order of their samples.
+        tokenizer: that the ids belong to.
+        chat_template: description of the chat format of tasks that name none.
+        lengths: by sequence length, which is text as in JSON, in the order in which they were packed.
+        arrays: files by suffix, for example ``_input_ids.bin``.
+        format, format_version: constants that identify the file.
+    """
 
     tasks: list[TaskEntry]
     tokenizer: TokenizerEntry
-    chat_template: dict[str, Any]
+    chat_template: JsonObject
     lengths: dict[str, LengthEntry]
     arrays: dict[str, ArrayEntry]
     format: str = FORMAT
     format_version: int = FORMAT_VERSION
 
     def arrays_for(self, seq_length: int) -> dict[str, ArrayEntry]:
-        """The files that the data set consists of for one length, by the ends of their names."""
-        others = tuple(f"_{length}{end}" for length in self.lengths for end in PACK_ENDS if length != str(seq_length))
-        return {name: entry for name, entry in self.arrays.items() if not name.endswith(others)}
+        """Files of the data set that one length needs, by suffix."""
+        others = tuple(
+            f"_{length}{end}" for length in self.lengths if length != str(seq_length) for end in PACK_SUFFIXES
+        )
+        return {suffix: entry for suffix, entry in self.arrays.items() if not suffix.endswith(others)}
 
     def dataset_hash(self, seq_length: int) -> str:
-        """Identity of the content for one length: sha256 over the format's version, the tasks' names and the arrays."""
-        content = [self.format_version, [task.name for task in self.tasks]]
-        content += sorted((name, entry.sha256) for name, entry in self.arrays_for(seq_length).items())
+        """Identify the content for one length: sha256 over format version, names of tasks and arrays."""
+        arrays = sorted((suffix, entry.sha256) for suffix, entry in self.arrays_for(seq_length).items())
+        content = [self.format_version, [task.name for task in self.tasks], *arrays]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def to_json(self) -> str:
+        """Write the ledger as the text of its file."""
         return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n"
 
 
 def ledger_path(prefix: str | Path) -> Path:
+    """Path of the ledger of the data set ``prefix``."""
     return Path(f"{prefix}_dataset.json")
 
 
 def read_ledger(prefix: str | Path) -> Ledger:
-    """The ledger of the data set ``prefix``.
+    """Read the ledger of the data set ``prefix``.
 
     Raises:
-        InputError: there is none, or it is damaged or of another version.
+        InputError: it is missing, damaged or of another version.
     """
     path = ledger_path(prefix)
     try:
@@ -184,7 +241,7 @@ def read_ledger(prefix: str | Path) -> Ledger:
         raise InputError(f"{path}: incomplete ledger ({error}); preprocess the data again") from None
 
 
-def _from_dict(content: dict[str, Any]) -> Ledger:
+def _from_dict(content: JsonObject) -> Ledger:
     tasks = [
         TaskEntry(**{**task, "sources": [InputFile(**source) for source in task["sources"]]})
         for task in content["tasks"]
@@ -207,11 +264,11 @@ def _refuse_inconsistent(lengths: dict[str, LengthEntry], num_tasks: int) -> Non
     if not lengths or not all(length.isdecimal() for length in lengths):
         raise TypeError(f"lengths {', '.join(lengths) or 'missing'}")
     if any(len(entry.tasks) != num_tasks for entry in lengths.values()):
-        raise TypeError("not as many tasks for a length as in all")
+        raise TypeError("a length and the data set differ in their number of tasks")
 
 
 def file_sha256(path: str | Path) -> str:
-    """sha256 of a file's content."""
+    """Compute the sha256 of a file's content, in hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):

@@ -2,27 +2,32 @@
 
 import collections
 import dataclasses
-from typing import Any
 
 import numpy as np
 
 from mft_megatron.data.sample_slices import supervised_tokens
-from mft_megatron.data.storage.stored_samples import StoredSamples
 from mft_megatron.errors import InputError
 
+from .arrays import TASK_ID_DTYPE
 from .dataset_writer import DatasetWriter
 from .indexed_dataset import IndexedDataset, IndexedDatasetWriter, token_dtype
-from .ledger import InputFile, TaskEntry
+from .ledger import InputFile, JsonObject, TaskEntry
+from .stored_samples import StoredSamples
 
-MOST_TASKS = 1 << 16  # task numbers are uint16
+MOST_TASKS = np.iinfo(TASK_ID_DTYPE).max + 1
 
 
 @dataclasses.dataclass
 class TaskTally:
-    """What has become of a task's records so far."""
+    """Counts of a task's records while they are read; see :class:`~.ledger.TaskEntry` for the fields.
+
+    Attributes:
+        documents: samples of ``text`` records.
+        stopped: whether a token that ends a turn was supervised in any sample.
+    """
 
     name: str
-    encoding: dict[str, Any]
+    encoding: JsonObject
     weight: float | None = None
     sampling: float | None = None
     overlong: str | None = None
@@ -32,12 +37,12 @@ class TaskTally:
     filled: int = 0
     tokens: int = 0
     supervised_tokens: int = 0
-    stopped: bool = False  # whether a token that ends a turn was supervised anywhere
-    dropped: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    stopped: bool = False
+    dropped: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     sources: list[InputFile] = dataclasses.field(default_factory=list)
 
     def entry(self) -> TaskEntry:
-        """For the ledger."""
+        """Return the counts as an entry of the ledger."""
         return TaskEntry(
             name=self.name,
             samples_in=self.samples_in,
@@ -56,31 +61,37 @@ class TaskTally:
 
 
 class SampleWriter:
-    """Appends samples; memory grows by some bytes a sample, not with their tokens."""
+    """Appends samples to a data set; memory grows by a few bytes a sample, not with their tokens."""
 
     def __init__(self, files: DatasetWriter, vocab_size: int):
         self._files = files
-        kinds = {"input_ids": token_dtype(vocab_size), "loss_mask": np.dtype(np.uint8)}
+        dtypes = {"input_ids": token_dtype(vocab_size), "loss_mask": np.dtype(np.uint8)}
         self._writers = [
-            IndexedDatasetWriter(files.new(f"_{name}.bin"), files.new(f"_{name}.idx"), kind)
-            for name, kind in kinds.items()
+            IndexedDatasetWriter(files.new(f"_{name}.bin"), files.new(f"_{name}.idx"), dtype)
+            for name, dtype in dtypes.items()
         ]
         self._lengths: list[np.ndarray] = []
         self._supervised: list[np.ndarray] = []
         self.tasks: list[TaskTally] = []
 
     def begin(self, tally: TaskTally) -> None:
-        """What follows belongs to this task.
+        """Begin a task: the samples added from now on belong to it.
 
         Raises:
-            InputError: there are as many tasks as numbers for them.
+            InputError: task ids of :data:`TASK_ID_DTYPE` are used up.
         """
         if len(self.tasks) == MOST_TASKS:
-            raise InputError(f"task {tally.name}: a data set holds no more than {MOST_TASKS} tasks; put some together")
+            raise InputError(f"task {tally.name}: a data set holds no more than {MOST_TASKS} tasks; merge some of them")
         self.tasks.append(tally)
 
     def add(self, ids: np.ndarray, mask: np.ndarray, lengths: np.ndarray) -> None:
-        """Append samples that lie one behind the other: ``ids`` and ``mask`` [tokens], ``lengths`` int32 [samples]."""
+        """Append concatenated samples to the current task.
+
+        Args:
+            ids: int [tokens].
+            mask: uint8 [tokens], 1 where a token is supervised.
+            lengths: int32 [samples], tokens of each.
+        """
         tally = self.tasks[-1]
         supervised = supervised_tokens(mask, lengths)
         for writer, items in zip(self._writers, (ids, mask), strict=True):
@@ -92,25 +103,25 @@ class SampleWriter:
         tally.supervised_tokens += int(supervised.sum())
 
     def finish(self) -> StoredSamples:
-        """Complete the files; what is known of the samples."""
+        """Complete the files and describe the samples."""
         for writer in self._writers:
             writer.finish()
-        task_ids = np.repeat(np.arange(len(self.tasks), dtype=np.uint16), [tally.kept for tally in self.tasks])
+        task_ids = np.repeat(np.arange(len(self.tasks), dtype=TASK_ID_DTYPE), [tally.kept for tally in self.tasks])
         self._files.save("_task_ids.npy", task_ids)
         mask = IndexedDataset(bin_path=self._writers[1].bin_path, idx_path=self._writers[1].idx_path)
         return StoredSamples(
             tasks=[tally.entry() for tally in self.tasks],
-            lengths=_joined(self._lengths, np.int32),
-            supervised=_joined(self._supervised, np.int64),
+            lengths=_concatenated(self._lengths, np.int32),
+            supervised=_concatenated(self._supervised, np.int64),
             task_ids=task_ids,
             mask=mask,
         )
 
     def close(self) -> None:
-        """Let go of the files, complete or not."""
+        """Close the files, complete or not."""
         for writer in self._writers:
             writer.close()
 
 
-def _joined(parts: list[np.ndarray], dtype: type) -> np.ndarray:
+def _concatenated(parts: list[np.ndarray], dtype: type[np.generic]) -> np.ndarray:
     return np.concatenate([np.zeros(0, dtype), *parts], dtype=dtype)

@@ -1,20 +1,31 @@
-"""What is known of a data set's stored samples without reading a token, and reading them back."""
+"""The stored samples of a data set: their lengths, tasks and counts without reading a token, and their contents."""
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
 from mft_megatron.data.sample_slices import supervised_tokens
-from mft_megatron.data.storage.arrays import load_array
-from mft_megatron.data.storage.indexed_dataset import IndexedDataset
-from mft_megatron.data.storage.ledger import Ledger, TaskEntry
+
+from .arrays import load_task_ids
+from .indexed_dataset import IndexedDataset
+from .ledger import Ledger, TaskEntry
+
+SAMPLES_AT_ONCE = 1 << 14  # samples of a block that is read at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredSamples:
-    """What is known of the stored samples without reading a token. ``lengths`` int32, ``supervised`` int64 and
-    ``task_ids`` uint16, by sample; samples are in the order of their tasks."""
+    """Everything that packing needs to know about the stored samples; samples are in the order of their tasks.
+
+    Attributes:
+        tasks: the ledger's entries.
+        lengths: int32 [samples], tokens.
+        supervised: int64 [samples], supervised targets.
+        task_ids: uint16 [samples], index of the task.
+        mask: loss masks, uint8; 1 where a token is supervised.
+    """
 
     tasks: Sequence[TaskEntry]
     lengths: np.ndarray
@@ -23,11 +34,12 @@ class StoredSamples:
     mask: IndexedDataset
 
 
-SAMPLES_AT_ONCE = 1 << 14
+def read_stored_samples(prefix: str | Path, ledger: Ledger) -> StoredSamples:
+    """Read lengths, tasks and counts of a data set's samples; memory holds one block of masks at a time.
 
-
-def read_stored_samples(prefix: str, ledger: Ledger) -> StoredSamples:
-    """What is known of a data set's samples, read from its files; of the masks, a part at a time."""
+    Raises:
+        InputError: a file is missing or damaged.
+    """
     mask = IndexedDataset(f"{prefix}_loss_mask")
     supervised = [
         supervised_tokens(*read_samples(mask, first, min(first + SAMPLES_AT_ONCE, len(mask))))
@@ -37,13 +49,18 @@ def read_stored_samples(prefix: str, ledger: Ledger) -> StoredSamples:
         tasks=ledger.tasks,
         lengths=np.array(mask.lengths),
         supervised=np.concatenate([np.zeros(0, np.int64), *supervised]),
-        task_ids=load_array(f"{prefix}_task_ids.npy", np.uint16, 1),
+        task_ids=load_task_ids(prefix),
         mask=mask,
     )
 
 
 def read_samples(dataset: IndexedDataset, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
-    """Items and lengths of the samples from ``first`` to before ``last``."""
+    """Read the samples ``first`` … ``last - 1``.
+
+    Returns:
+        items: of all these samples concatenated, in the dtype of ``dataset``.
+        lengths: int32 [samples].
+    """
     lengths = np.asarray(dataset.lengths[first:last])
     start = int(dataset.start_of(first))
     return np.asarray(dataset.items[start : start + int(lengths.sum(dtype=np.int64))]), lengths
