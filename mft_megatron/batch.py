@@ -1,27 +1,45 @@
-"""The few values that cross rooms: which rank am I, what does this step consume, one micro-batch.
+"""The few values that cross rooms: the rank of this process, the plan of a step, one micro-batch.
 
 Shape legend, used in every name of the project:
 
 ====  =====================================================================
 ``B``  rows (packs) of a micro-batch
 ``S``  token positions of a row: ``--seq-length``, or less where rows are padded
+``T``  tokens of a stream: the B·S tokens of a micro-batch, or the part of them that a rank computes
 ``K``  tasks of the data set
 ``G``  packs of a global batch: ``--global-batch-size``
 ``N``  supervised tokens of a micro-batch
 ====  =====================================================================
 
-Arrays are numpy when ``data`` makes them and torch tensors after ``mcore`` has put them on its device.
+Arrays are numpy when ``data`` makes them and torch tensors after ``mcore`` has copied them to its device.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
 
+class Shaped(Protocol):
+    """An array of some library: numpy's or torch's, which floor 0 does not import."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Length of each axis."""
+        ...
+
+
+Array = TypeVar("Array", bound=Shaped)
+
+
 @dataclass(frozen=True)
 class Ranks:
-    """Where this process stands in the data-parallel group; a test can build one by hand."""
+    """Position of this process in the data-parallel group; a test can build one by hand.
+
+    Attributes:
+        data_rank: rank in the group, 0 to ``data_size - 1``.
+        data_size: number of ranks in the group.
+    """
 
     data_rank: int = 0
     data_size: int = 1
@@ -31,11 +49,12 @@ class Ranks:
 class StepPlan:
     """What one optimizer step (or one evaluation step) consumes, the same on every rank.
 
-    ``packs_G`` int64 [G]: pack numbers; -1 is an empty row, which only fills up the last step of an evaluation.
-    ``supervised_tokens_K`` int64 [K]: ``T_i`` of LOSSES.md, targets that count, per task over the whole global batch.
-    ``samples_K`` int64 [K]: ``M_i`` of LOSSES.md, samples with at least one such target.
-    ``epochs_G`` int64 [G]: the epoch each pack is used for. ``costs_G`` int64 [G]: what a row costs to compute, in
-    units that compare within the plan; 0 for an empty row.
+    Attributes:
+        packs_G: int64 [G], indices of packs; -1 is an empty row, which only fills up the last step of an evaluation.
+        supervised_tokens_K: int64 [K], ``T_i`` of LOSSES.md: supervised targets of each task in the global batch.
+        samples_K: int64 [K], ``M_i`` of LOSSES.md: samples with at least one such target.
+        epochs_G: int64 [G], the epoch each pack is used for.
+        costs_G: int64 [G], computational cost of each row, in units that compare within the plan; 0 for an empty row.
     """
 
     packs_G: np.ndarray
@@ -46,37 +65,36 @@ class StepPlan:
 
 
 @dataclass(frozen=True)
-class Batch:
-    """One micro-batch of packs.
+class Batch(Generic[Array]):
+    """One micro-batch of packs: ``Batch[np.ndarray]`` on the host, ``Batch[Tensor]`` on a device.
 
-    The rows lie one behind the other in a stream of B·S tokens. The stream is cut into *segments*: each piece of a
-    sample is one (in a joined data set all pieces of a row are one), and the padding at the end of a row is one.
-    Attention, positions and losses never cross a segment's border.
+    The rows, concatenated, are a stream of B·S tokens. The stream consists of *segments*: each sample slice is one (in
+    a joined data set all slices of a row are one), and the padding at the end of a row is one. Attention, positions and
+    losses never cross the border of a segment.
 
-    ``tokens_BS`` int64; padding holds the pad id, which nothing ever compares with.
-    ``labels_BS`` int64: the next token of the same sample; 0 where there is none.
-    ``loss_mask_BS`` uint8: 1 where the label is supervised; 0 at a sample's last position and in padding.
-    ``position_ids_BS`` int64: restart at 0 with each segment.
-    ``sample_ids_BS`` int64: number of the segment, 0 … segments-1 over the whole stream.
-    ``task_ids_BS`` int64: task of the sample; 0 in padding, where the mask is 0.
-    ``cu_seqlens`` int32 [segments+1]: where each segment starts in the stream, then B·S.
-    ``max_seqlen`` int: length of the longest segment.
-    ``lengths_B`` int64: tokens of each row before its padding; ``None`` where no row has any.
-    ``shard``: the part of it that this rank computes, a ``ContextParallelShard``; only of tensors. Its tokens are
-    counted on the host, before the rest goes to the device, so that nothing has to wait for a number of tokens.
+    Attributes:
+        tokens_BS: int64; padding holds the pad id, which is never compared with anything.
+        labels_BS: int64, the next token of the same sample; 0 where there is none.
+        loss_mask_BS: uint8, 1 where the label is supervised; 0 at a sample's last position and in padding.
+        position_ids_BS: int64, restart at 0 with each segment.
+        sample_ids_BS: int64, index of the segment, 0 … segments-1 over the whole stream.
+        task_ids_BS: int64, task of the sample; 0 in padding, where the mask is 0.
+        cu_seqlens: int32 [segments+1], index in the stream of the first token of each segment, then B·S.
+        max_seqlen: length of the longest segment.
+        lengths_B: int64, tokens of each row before its padding; ``None`` where no row has any.
     """
 
-    tokens_BS: Any
-    labels_BS: Any
-    loss_mask_BS: Any
-    position_ids_BS: Any
-    sample_ids_BS: Any
-    task_ids_BS: Any
-    cu_seqlens: Any
+    tokens_BS: Array
+    labels_BS: Array
+    loss_mask_BS: Array
+    position_ids_BS: Array
+    sample_ids_BS: Array
+    task_ids_BS: Array
+    cu_seqlens: Array
     max_seqlen: int
-    shard: Any = None
-    lengths_B: Any = None
+    lengths_B: Array | None = None
 
     @property
     def num_segments(self) -> int:
+        """Number of segments in the stream, known on the host."""
         return self.cu_seqlens.shape[0] - 1

@@ -29,8 +29,8 @@ from mft_megatron.convert.huggingface.weight_source import HuggingFaceSource
 from mft_megatron.mcore.checkpointing.load_weights import fill_model
 from mft_megatron.mcore.model.gpt import build_model
 from mft_megatron.mcore.parallel import process_groups
+from mft_megatron.mcore.parallel.device_batch import to_device
 from mft_megatron.mcore.platform import devices
-from mft_megatron.mcore.trainer import to_device
 
 RANK = "--lora-rank 16 --lora-alpha 32"
 OURS = {

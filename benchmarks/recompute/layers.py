@@ -24,8 +24,8 @@ from mft_megatron.arguments.command import parse_arguments
 from mft_megatron.batch import Batch
 from mft_megatron.mcore.model.gpt import build_model
 from mft_megatron.mcore.parallel import process_groups
+from mft_megatron.mcore.parallel.device_batch import to_device
 from mft_megatron.mcore.platform import devices
-from mft_megatron.mcore.trainer import to_device
 
 FULL, SELECTIVE = "--recompute-granularity full --recompute-method", "--recompute-granularity selective"
 KEPT = "all kept"

@@ -138,7 +138,7 @@ class Objective:
         return dataclasses.replace(factors, loss_K=moved_K * on_loss_K, probability_K=moved_K * on_probability_K)
 
     def contribution(
-        self, factors: StepFactors, batch: Batch, loss_BS: Tensor, over_ranks: SumOverRanks | None = None
+        self, factors: StepFactors, batch: Batch[Tensor], loss_BS: Tensor, over_ranks: SumOverRanks | None = None
     ) -> tuple[Tensor, Tensor]:
         """Compute a micro-batch's part of the objective.
 
@@ -164,7 +164,7 @@ class Objective:
             value = value - (on_probability_BS * token_miss(loss_BS)).sum()
         return value.to(loss_BS.dtype), coefficient_BS.detach()
 
-    def slope(self, factors: StepFactors, batch: Batch) -> Slope | None:
+    def slope(self, factors: StepFactors, batch: Batch[Tensor]) -> Slope | None:
         """The gradient of :meth:`contribution` in the token losses, before they are known; [B, S].
 
         ``None`` for focal-sample, where the gradient of a token depends on the losses of its whole sample.
@@ -175,7 +175,12 @@ class Objective:
         return Slope(coefficient_BS, None if on_probability_BS is None else -on_probability_BS)
 
     def sums(
-        self, batch: Batch, loss_BS: Tensor, coefficient_BS: Tensor, num_tasks: int, mine_BS: Tensor | None = None
+        self,
+        batch: Batch[Tensor],
+        loss_BS: Tensor,
+        coefficient_BS: Tensor,
+        num_tasks: int,
+        mine_BS: Tensor | None = None,
     ) -> Tensor:
         """Sum by task over a micro-batch's tokens all that the log and the next step need.
 
@@ -235,7 +240,7 @@ class Objective:
         base_K, moved_K = (value.to(sums.device, non_blocking=True) for value in (factors.base_K, samples_K))
         return task_loss(base_K, now, moved_K, self.gamma)
 
-    def _coefficients(self, factors: StepFactors, batch: Batch) -> tuple[Tensor, Tensor | None]:
+    def _coefficients(self, factors: StepFactors, batch: Batch[Tensor]) -> tuple[Tensor, Tensor | None]:
         """Factors of the token losses, before focal-sample modulates them, and of ``p_t``: fp64 [B, S]."""
         factor_K = factors.loss_K
         if self.per_micro_batch:
@@ -247,6 +252,6 @@ class Objective:
         return coefficient_BS, coefficients(factors.probability_K, *_ids(batch), self.loss.sample_means)
 
 
-def _ids(batch: Batch) -> tuple[Tensor, Tensor, Tensor, int]:
+def _ids(batch: Batch[Tensor]) -> tuple[Tensor, Tensor, Tensor, int]:
     """Task, sample and mask of each token, [B, S], and how many samples there are."""
     return batch.task_ids_BS, batch.sample_ids_BS, batch.loss_mask_BS, batch.num_segments

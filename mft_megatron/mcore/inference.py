@@ -14,8 +14,8 @@ from mft_megatron.mcore.model.config import dtype_of
 from mft_megatron.mcore.model.gpt import PackedGPTModel
 
 from .parallel import process_groups
+from .parallel.device_batch import to_device
 from .platform import devices
-from .trainer import to_device
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from mft_megatron.arguments.table import Arguments
-from mft_megatron.batch import Batch, StepPlan
+from mft_megatron.batch import StepPlan
 from mft_megatron.data.loading.dataset import PackedDataset, PackedSplit
 from mft_megatron.data.loading.micro_batches import MicroBatches, Rows, UsageByEpoch
 from mft_megatron.losses.focal import TaskStatistics
@@ -35,8 +35,8 @@ from mft_megatron.losses.objective import SUMS, Objective, StepFactors
 from mft_megatron.mcore.model.gpt import build_model
 from mft_megatron.mcore.model.parameters import count_parameters
 from mft_megatron.mcore.optim.optimizer import build_optimizer, build_scheduler, learning_rate, loss_scale
-from mft_megatron.mcore.parallel.context_parallel import shard_of
 from mft_megatron.mcore.parallel.data_parallel import WeightGathering
+from mft_megatron.mcore.parallel.device_batch import DeviceBatch, to_device
 
 from .moe import experts
 from .parallel import process_groups
@@ -240,23 +240,13 @@ def _report(objective: Objective, factors: StepFactors, sums: Tensor, samples_K:
     return StepReport(named["loss_K"], named["tokens_K"], by_task_K, named["share_K"])
 
 
-def to_device(batch: Batch) -> Batch:
-    """The same micro-batch as tensors on this process's device, with what this process computes of it."""
-    arrays = {
-        field.name: torch.from_numpy(getattr(batch, field.name)).to(devices.device(), non_blocking=True)
-        for field in dataclasses.fields(batch)
-        if field.name not in ("max_seqlen", "shard") and getattr(batch, field.name) is not None
-    }
-    return Batch(**arrays, max_seqlen=batch.max_seqlen, shard=shard_of(batch, devices.device()))
-
-
-def _forward(loss_function, slope, batches: Iterator[Batch], model: DistributedDataParallel):
+def _forward(loss_function, slope, batches: Iterator[DeviceBatch], model: DistributedDataParallel):
     """Megatron's forward step: the stage's output, and how the last stage makes a loss of it."""
     batch = next(batches)
     return model.module.run(batch, slope=slope), partial(loss_function, batch)
 
 
-def _objective(objective: Objective, factors: StepFactors, sums: Tensor, batch: Batch, loss_BS: Tensor):
+def _objective(objective: Objective, factors: StepFactors, sums: Tensor, batch: DeviceBatch, loss_BS: Tensor):
     """The objective of one micro-batch; adds the micro-batch's sums per task to ``sums`` [len(SUMS), K].
 
     The 3-tuple tells Megatron to add micro-batches and ranks up and to leave the result alone.

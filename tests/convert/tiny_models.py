@@ -145,7 +145,8 @@ def logit_differences(layout, world_size, models):
 
     from mft_megatron.mcore.checkpointing import checkpoint as checkpoints
     from mft_megatron.mcore.parallel import process_groups
-    from mft_megatron.mcore.trainer import Trainer, to_device
+    from mft_megatron.mcore.parallel.device_batch import to_device
+    from mft_megatron.mcore.trainer import Trainer
     from tests.batches import one_segment
 
     found = {}

@@ -108,7 +108,8 @@ def _hf_difference(checkpoint, hf, prefix):
     from mft_megatron.data.loading.dataset import PackedDataset
     from mft_megatron.mcore.checkpointing import checkpoint as checkpoints
     from mft_megatron.mcore.parallel import process_groups
-    from mft_megatron.mcore.trainer import Trainer, to_device
+    from mft_megatron.mcore.parallel.device_batch import to_device
+    from mft_megatron.mcore.trainer import Trainer
     from mft_megatron.run_folder import latest_checkpoint
 
     words = [*RUN, *LAYOUT, "--data-path", prefix, "--load", str(checkpoint), "--finetune", "--seed", "99"]

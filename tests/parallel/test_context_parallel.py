@@ -105,7 +105,7 @@ def _token_losses(prefix, extra, world_size, shape, alone):
     from mft_megatron.mcore.model.gpt import PackedGPTModel
     from mft_megatron.mcore.model.initialize import initialize_weights
     from mft_megatron.mcore.parallel import process_groups
-    from mft_megatron.mcore.trainer import to_device
+    from mft_megatron.mcore.parallel.device_batch import to_device
 
     arguments = arguments_for(prefix, extra, world_size, shape)
     dataset = open_dataset(arguments)

@@ -90,7 +90,7 @@ def _in_fp64(arguments, dataset):
 
 def _token_losses(model, dataset, split, packs):
     """(task, losses of the supervised tokens) of each sample of some packs, from fp64 logits."""
-    from mft_megatron.mcore.trainer import to_device
+    from mft_megatron.mcore.parallel.device_batch import to_device
 
     samples = []
     for pack in packs:

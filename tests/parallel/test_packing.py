@@ -26,7 +26,7 @@ def _token_losses(model, batch):
     """Of all tokens, supervised or not."""
     import torch
 
-    from mft_megatron.mcore.trainer import to_device
+    from mft_megatron.mcore.parallel.device_batch import to_device
 
     batch = dataclasses.replace(batch, loss_mask_BS=np.ones_like(batch.loss_mask_BS))
     with torch.no_grad():
@@ -91,7 +91,7 @@ def _book_losses(arguments, dataset, model):
     """(task, token losses in fp64 from the model's logits) of every sample of the first global batch."""
     import torch
 
-    from mft_megatron.mcore.trainer import to_device
+    from mft_megatron.mcore.parallel.device_batch import to_device
 
     split = dataset.split("train")
     plan = plans_of(split, data_seed(split))[0]

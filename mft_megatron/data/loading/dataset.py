@@ -140,12 +140,14 @@ class PackedSplit:
         """Tokens of all samples in some packs; padding is not counted."""
         return self.slices_of_packs(packs_G)[0].num_tokens
 
-    def rows(self, packs_B: np.ndarray) -> Batch:
+    def rows(self, packs_B: np.ndarray) -> Batch[np.ndarray]:
         """One row for each pack: see :func:`rows_of`."""
         return rows_of(self.dataset, [self.slices_of(pack) for pack in packs_B])
 
 
-def rows_of(dataset: PackedDataset, slices_of_rows: Sequence[SampleSlices], width: int | None = None) -> Batch:
+def rows_of(
+    dataset: PackedDataset, slices_of_rows: Sequence[SampleSlices], width: int | None = None
+) -> Batch[np.ndarray]:
     """Rows of slices as numpy arrays: the slices one behind the other, then padding.
 
     Labels are shifted here and nowhere else: the label of a position is the next token of the same segment, and it

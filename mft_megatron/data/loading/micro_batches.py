@@ -121,7 +121,7 @@ class MicroBatches:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Batch[np.ndarray]]:
         for rows in self._rows:
             self.num_used += 1
             yield rows_of(self._dataset, rows, self._width(rows))

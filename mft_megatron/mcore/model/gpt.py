@@ -20,13 +20,13 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
 from mft_megatron.arguments.table import Arguments
-from mft_megatron.batch import Batch
 from mft_megatron.losses.objective import Slope
 from mft_megatron.mcore.adapters.lora import add_adapters
 from mft_megatron.mcore.attention.packed_attention import PackedStream
 from mft_megatron.mcore.moe.experts import mark_expert_weights, rows_of_tokens
 from mft_megatron.mcore.output_layer.cross_entropy import FusedOutputLayer, Targets, vocab_parallel_nll
 from mft_megatron.mcore.parallel.data_parallel import wrap
+from mft_megatron.mcore.parallel.device_batch import DeviceBatch
 from mft_megatron.mcore.platform import devices
 from mft_megatron.mcore.platform.megatron_fixes import become
 
@@ -82,7 +82,9 @@ class PackedGPTModel(GPTModel):
         if self.fused and self.post_process:
             become(self.output_layer, FusedOutputLayer)
 
-    def run(self, batch: Batch, with_loss: bool = True, slope: Callable[[Batch], Slope | None] | None = None) -> Tensor:
+    def run(
+        self, batch: DeviceBatch, with_loss: bool = True, slope: Callable[[DeviceBatch], Slope | None] | None = None
+    ) -> Tensor:
         """Forward pass of a micro-batch as one stream of T = B·S tokens.
 
         Args:
@@ -110,7 +112,7 @@ class PackedGPTModel(GPTModel):
             return output
         return shard.scatter(output[0], batch.tokens_BS.numel())[None]
 
-    def _rows(self, batch: Batch) -> Tensor | None:
+    def _rows(self, batch: DeviceBatch) -> Tensor | None:
         """What routers of experts are told of each token, as Megatron hands a padding mask on to them."""
         if self.config.num_moe_experts is None:
             return None
@@ -125,7 +127,7 @@ class PackedGPTModel(GPTModel):
             decoder_input.requires_grad_()
         return decoder_input, *prepared, padding_mask
 
-    def _targets(self, batch: Batch, slope: Callable[[Batch], Slope | None] | None) -> Tensor | Targets:
+    def _targets(self, batch: DeviceBatch, slope: Callable[[DeviceBatch], Slope | None] | None) -> Tensor | Targets:
         """What goes through Megatron's forward pass, untouched by it, as labels."""
         if not self.fused or not self.post_process:
             return batch.shard.take(batch.labels_BS)[None]

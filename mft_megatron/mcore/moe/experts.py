@@ -11,8 +11,8 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 
 from mft_megatron.arguments.table import Arguments
-from mft_megatron.batch import Batch
 from mft_megatron.errors import InputError
+from mft_megatron.mcore.parallel.device_batch import DeviceBatch
 from mft_megatron.mcore.platform import devices
 from mft_megatron.mcore.platform.megatron_fixes import reset_expert_loss_scale
 
@@ -71,7 +71,7 @@ def expert_options(arguments: Arguments) -> dict:
     }
 
 
-def rows_of_tokens(batch: Batch, sequence_parallel: bool) -> Tensor:
+def rows_of_tokens(batch: DeviceBatch, sequence_parallel: bool) -> Tensor:
     """Which row each of this rank's tokens belongs to, for its routers.
 
     Returns:

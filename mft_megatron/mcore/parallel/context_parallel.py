@@ -44,7 +44,12 @@ class ContextParallelShard:
 
     @classmethod
     def of(
-        cls, batch: Batch, rank: int, size: int, device: torch.device, group: dist.ProcessGroup | None = None
+        cls,
+        batch: Batch[np.ndarray],
+        rank: int,
+        size: int,
+        device: torch.device,
+        group: dist.ProcessGroup | None = None,
     ) -> "ContextParallelShard":
         """Of one of ``size`` ranks.
 
@@ -105,7 +110,7 @@ class ContextParallelShard:
         return value if self.group is None else _Sum.apply(value, self.group)
 
 
-def shard_of(batch: Batch, device: torch.device) -> ContextParallelShard:
+def shard_of(batch: Batch[np.ndarray], device: torch.device) -> ContextParallelShard:
     """Of this process; ``batch`` as arrays."""
     size = parallel_state.get_context_parallel_world_size()
     if size == 1:

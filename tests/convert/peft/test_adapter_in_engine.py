@@ -45,7 +45,8 @@ def _differences(layout, world_size, cases):
     from mft_megatron.convert.peft.weight_source import AdapterSource
     from mft_megatron.mcore.checkpointing.load_weights import fill_weights
     from mft_megatron.mcore.parallel import process_groups
-    from mft_megatron.mcore.trainer import Trainer, to_device
+    from mft_megatron.mcore.parallel.device_batch import to_device
+    from mft_megatron.mcore.trainer import Trainer
     from tests.batches import one_segment
 
     def arguments_for(hf, adapter):

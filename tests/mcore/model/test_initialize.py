@@ -92,7 +92,7 @@ def _padding_is_left_out(divisible_by):
     arguments = parse_arguments((BASE.replace("--make-vocab-size-divisible-by 64 ", "") + extra).split(), 1)
     with process_groups.process_groups(arguments.distributed, arguments.initialization.seed):
         model = Trainer(arguments, 100, 1).chunks[0].module.eval()
-        from mft_megatron.mcore.trainer import to_device
+        from mft_megatron.mcore.parallel.device_batch import to_device
 
         batch = one_segment(np.arange(32) * 3)
         with torch.no_grad():

@@ -21,7 +21,7 @@ def _weights(options):
     from mft_megatron.arguments.command import parse_arguments
     from mft_megatron.mcore.model.gpt import build_model
     from mft_megatron.mcore.parallel import process_groups
-    from mft_megatron.mcore.trainer import to_device
+    from mft_megatron.mcore.parallel.device_batch import to_device
     from tests.batches import one_segment
 
     results = []
