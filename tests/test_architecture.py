@@ -30,6 +30,7 @@ ORDER = {
 # Importing one of these imports no Megatron-Core and replaces nothing in torch.
 WITHOUT_MEGATRON = (
     "mcore.checkpointing.tensor_reader",
+    "mcore.checkpointing.weight_source",
     "mcore.platform.optional_packages",
     "mcore.model.rope_frequencies",
     "mcore.parallel.attention_spans",

@@ -55,7 +55,7 @@ class Ours:
         words = f"{RUN} {OURS[variant]} {'--bf16' * bf16} --seq-length {tokens_BS.size} --hf-checkpoint {folder}"
         arguments = parse_arguments(words.split(), describe_hf=lambda _: source.info)
         (self.chunk,) = build_model(arguments, source.info.vocab_size)
-        fill_model(self.chunk.module, source.read)
+        fill_model(self.chunk.module, source)
         self.chunk.train()
         length = tokens_BS.shape[1]
         positions, segments = np.arange(tokens_BS.size) % length, np.arange(tokens_BS.size) // length

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from mft_megatron.arguments.table import Arguments
 from mft_megatron.batch import Batch
-from mft_megatron.mcore.checkpointing.load_weights import Read, fill_model
+from mft_megatron.mcore.checkpointing.load_weights import fill_model
+from mft_megatron.mcore.checkpointing.weight_source import WeightSource
 from mft_megatron.mcore.model.config import dtype_of
 from mft_megatron.mcore.model.gpt import PackedGPTModel
 
@@ -19,21 +20,20 @@ from .platform import devices
 
 
 @contextlib.contextmanager
-def model_of(arguments: Arguments, vocab_size: int, read: Read) -> Iterator[PackedGPTModel]:
+def model_of(arguments: Arguments, vocab_size: int, source: WeightSource) -> Iterator[PackedGPTModel]:
     """The model of these arguments on this process alone, with weights from anywhere, ready for :func:`logits_of`.
 
     Args:
         arguments: of one process.
         vocab_size: real size of the vocabulary.
-        read: the content of a part of a weight, of any dtype, on the CPU; as of
-            :func:`.load_weights.fill_weights`.
+        source: where weights are read from.
 
     Raises:
         InputError: a weight is missing or damaged.
     """
     with process_groups.process_groups(arguments.distributed, seed=0), torch.no_grad():
         model = PackedGPTModel(arguments, vocab_size).to(devices.device(), dtype_of(arguments)).eval()
-        fill_model(model, read)
+        fill_model(model, source)
         yield model
 
 

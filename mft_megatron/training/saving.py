@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from mft_megatron.arguments.groups.checkpointing import CheckpointArguments
 from mft_megatron.arguments.table import Arguments
@@ -15,7 +15,7 @@ from mft_megatron.data.loading.dataset import PackedDataset
 from mft_megatron.errors import InputError
 from mft_megatron.mcore.checkpointing import checkpoint
 from mft_megatron.mcore.checkpointing.load_weights import fill_weights
-from mft_megatron.mcore.checkpointing.weight_source import CheckpointSource
+from mft_megatron.mcore.checkpointing.weight_source import CheckpointSource, WeightSource
 from mft_megatron.mcore.parallel import process_groups
 from mft_megatron.mcore.trainer import Trainer
 from mft_megatron.run_folder import (
@@ -37,16 +37,27 @@ from .progress import Progress
 from .run_log import RunLog
 
 
+class ModelSource(WeightSource, Protocol):
+    """The model of ``--hf-checkpoint``."""
+
+    def keep(self, target: Path) -> None:
+        """Copy into ``target`` what an export is to give back."""
+
+    def close(self) -> None:
+        """Close the files; reading opens them again."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Sources:
     """Hugging Face folders that a run reads; opened where the command is read, since training imports no conversion.
 
-    ``model`` of ``--hf-checkpoint`` has ``load(trainer)`` and ``keep(folder)``; ``adapter`` of ``--hf-adapter`` has
-    ``read``, which :func:`mft_megatron.mcore.checkpointing.load_weights.fill_weights` asks.
+    Attributes:
+        model: the folder of ``--hf-checkpoint``; ``None`` where no weights are read from it.
+        adapter: the folder of ``--hf-adapter``; ``None`` where there is none.
     """
 
-    model: Any = None
-    adapter: Any = None
+    model: ModelSource | None = None
+    adapter: WeightSource | None = None
 
 
 NO_SOURCES = Sources()
@@ -231,15 +242,16 @@ def resume(
         return Progress(), {}
     path, info = arguments.resume.path, arguments.resume.info
     options = dataclasses.replace(arguments.checkpoint, finetune=arguments.weights_alone)
-    if arguments.reads_hf:
-        sources.model.load(trainer)
+    if sources.model is not None:
+        with contextlib.closing(sources.model):
+            fill_weights(trainer, sources.model)
     elif arguments.base is not None:
-        fill_weights(trainer, CheckpointSource(arguments.base.path, arguments.base.info).read)
+        fill_weights(trainer, CheckpointSource(arguments.base.path, arguments.base.info))
     state = {}
     if arguments.base != arguments.resume:
         state = checkpoint.load(path, trainer, info, options)
-    if arguments.starts_from_adapter:
-        fill_weights(trainer, sources.adapter.read, adapters=True)
+    if arguments.starts_from_adapter and sources.adapter is not None:
+        fill_weights(trainer, sources.adapter, adapters=True)
     progress = Progress()
     if not options.finetune:
         progress = Progress(info.iteration, info.consumed_samples, info.skipped_steps)
@@ -260,7 +272,7 @@ def keep_source(arguments: Arguments, sources: Sources) -> None:
     """Copy what was kept of a model from Hugging Face into the run folder, so that an export gives it back."""
     if arguments.resume is None or not arguments.resume.info.source:
         return
-    if arguments.starts_from_hf:
+    if arguments.starts_from_hf and sources.model is not None:
         sources.model.keep(Path(arguments.checkpoint.save) / HUGGINGFACE)
         return
     source, target = arguments.resume.path.parent / HUGGINGFACE, Path(arguments.checkpoint.save) / HUGGINGFACE

@@ -1,6 +1,7 @@
 """Checkpoints with random adapters, and what they mean for a Hugging Face model: laid out row by row, by hand."""
 
 import dataclasses
+import types
 from pathlib import Path
 
 from tests.convert import tiny_models
@@ -66,15 +67,17 @@ def random_adapters(info, lora, dtype="float32", seed=0, size=0.4):
 
 def write_run(run, info, weights, iteration=7, **changes):
     """A run folder with one checkpoint of these weights, whole or in pieces; returns the checkpoint's description."""
-    from mft_megatron.mcore.checkpointing.tensor_writer import Piece, Weight, write_weights
+    from mft_megatron.mcore.checkpointing.tensor_writer import Weight, write_weights
+    from mft_megatron.mcore.checkpointing.weight_source import WeightSlice
     from mft_megatron.run_folder import TRACKER, iteration_folder, write_info
 
     run = Path(run)
     path = iteration_folder(run, iteration)
     path.mkdir(parents=True)
     planned = {name: Weight(name, tuple(weight.shape), weight.dtype) for name, weight in weights.items()}
-    pieces = [Piece(name, (0,) * len(weight.shape), weight.shape) for name, weight in planned.items()]
-    write_weights(path, planned, pieces, lambda piece: weights[piece.weight], 2**20)
+    slices = [WeightSlice(name, (), (0,) * len(weight.shape), weight.shape) for name, weight in planned.items()]
+    source = types.SimpleNamespace(read=lambda wanted: weights[wanted.name])
+    write_weights(path, planned, slices, source, 2**20)
     info = dataclasses.replace(info, iteration=iteration, consumed_samples=28, **changes)
     write_info(path, info)
     (run / TRACKER).write_text(f"{iteration}\n")

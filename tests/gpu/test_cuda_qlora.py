@@ -41,14 +41,14 @@ def memory(prefix, options, peft):
     from mft_megatron.mcore.parallel import process_groups
     from mft_megatron.mcore.trainer import Trainer
     from tests.parallel.run import data_seed, open_dataset, plans_of
-    from tests.parallel.test_qlora import qlora_arguments, reader
+    from tests.parallel.test_qlora import KnownBase, qlora_arguments
 
     arguments = qlora_arguments(prefix, options, 1, peft)
     dataset = open_dataset(arguments)
     split = dataset.split("train")
     with process_groups.process_groups(arguments.distributed, arguments.initialization.seed):
         trainer = Trainer(arguments, dataset.vocab_size, 4)
-        fill_weights(trainer, reader(arguments.network, False))
+        fill_weights(trainer, KnownBase(arguments.network, False))
         filled, filling = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         trainer.train_step(split, next(iter(plans_of(split, data_seed(split), 1))), np.ones(4))

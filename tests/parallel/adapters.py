@@ -3,15 +3,21 @@
 from tests.parallel.run import FOR_GRADIENTS, TASK_WEIGHTS, arguments_for, data_seed, open_dataset, plans_of
 
 
-def content_of(name, place, first, shape):
-    """A part of A or B, the same whatever the layout; B is not 0, so that A has a gradient from the first step."""
-    import hashlib
+class KnownAdapters:
+    """A source of adapters that are the same whatever the parallel layout, fp32.
 
-    import torch
+    B is not 0, so that A has a gradient from the first step.
+    """
 
-    seed = int.from_bytes(hashlib.sha256(f"{name}{place}".encode()).digest()[:4], "little")
-    whole = torch.randn(1024, 512, generator=torch.Generator().manual_seed(seed)) * 0.05
-    return whole[first[0] : first[0] + shape[0], first[1] : first[1] + shape[1]]
+    def read(self, wanted):
+        """Read a slice of A or B."""
+        import hashlib
+
+        import torch
+
+        seed = int.from_bytes(hashlib.sha256(f"{wanted.name}{wanted.index}".encode()).digest()[:4], "little")
+        whole = torch.randn(1024, 512, generator=torch.Generator().manual_seed(seed)) * 0.05
+        return whole[wanted.region]
 
 
 def trainer_of(arguments, dataset):
@@ -20,7 +26,7 @@ def trainer_of(arguments, dataset):
     from mft_megatron.mcore.trainer import Trainer
 
     trainer = Trainer(arguments, dataset.vocab_size, 4)
-    fill_weights(trainer, content_of, adapters=True)
+    fill_weights(trainer, KnownAdapters(), adapters=True)
     return trainer
 
 

@@ -5,7 +5,8 @@ import functools
 import numpy as np
 import pytest
 
-from tests.parallel.adapters import content_of, train_adapters, trainer_of, whole_adapters
+from mft_megatron.mcore.checkpointing.weight_source import WeightSlice
+from tests.parallel.adapters import KnownAdapters, train_adapters, trainer_of, whole_adapters
 from tests.parallel.layouts import Layout
 from tests.parallel.run import FOR_GRADIENTS, TASK_WEIGHTS, arguments_for, data_seed, open_dataset, plans_of
 from tests.ranks import run_on_ranks
@@ -109,8 +110,11 @@ def _factors(lora, module, shape, place, network):
         return None
     name, layer = place
     rank = lora.rank
-    a = content_of(f"{name}.lora_a", (layer,), (0, 0), (len(target.parts) * rank, shape[1])).double().numpy()
-    b = content_of(f"{name}.lora_b", (layer,), (0, 0), (shape[0], rank)).double().numpy()
+    shapes = {"lora_a": (len(target.parts) * rank, shape[1]), "lora_b": (shape[0], rank)}
+    a, b = (
+        KnownAdapters().read(WeightSlice(f"{name}.{key}", (layer,), (0, 0), size)).double().numpy()
+        for key, size in shapes.items()
+    )
     of_row = np.zeros((shape[0], rank, shape[1]))
     for row in range(shape[0]):
         for number, part in enumerate(target.parts):

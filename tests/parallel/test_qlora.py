@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mft_megatron.mcore.model.parameters import weight_norm
-from tests.parallel.adapters import FOR_GRADIENTS, _adapters, content_of, whole_adapters
+from tests.parallel.adapters import FOR_GRADIENTS, KnownAdapters, _adapters, whole_adapters
 from tests.parallel.layouts import Layout
 from tests.parallel.run import TASK_WEIGHTS, arguments_for, data_seed, open_dataset, plans_of
 from tests.ranks import run_on_ranks
@@ -68,20 +68,23 @@ def through_four_bits(network, name, weight):
     return again
 
 
-def reader(network, quantized):
-    """What fills the base: a part of a weight, or of what is left of it after 4 bits."""
+class KnownBase:
+    """A source of the base's weights, fp32; with ``quantized`` what is left of them after 4 bits."""
 
-    @functools.cache
-    def whole(name, place):
-        weight = base_content(network, name, place)
+    def __init__(self, network, quantized):
+        self.network, self.quantized = network, quantized
+        self.whole = functools.cache(self.whole)
+
+    def read(self, wanted):
+        """Read a slice of a weight."""
+        return self.whole(wanted.name, wanted.index)[wanted.region]
+
+    def whole(self, name, index):
+        """A whole weight of one layer and expert."""
+        weight = base_content(self.network, name, index)
         matrix = name.split(".")[-2] in MATRICES and name.endswith(".weight") and "experts" not in name
-        has_codes = quantized and matrix
-        return through_four_bits(network, name, weight) if has_codes else weight
-
-    def read(name, place, first, shape):
-        return whole(name, place)[tuple(slice(at, at + n) for at, n in zip(first, shape, strict=True))]
-
-    return read
+        has_codes = self.quantized and matrix
+        return through_four_bits(self.network, name, weight) if has_codes else weight
 
 
 def qlora_arguments(prefix, options, world_size, peft="qlora", shape="llama"):
@@ -98,8 +101,8 @@ def make_trainer(arguments, dataset, quantized=False):
     from mft_megatron.mcore.trainer import Trainer
 
     trainer = Trainer(arguments, dataset.vocab_size, 4)
-    fill_weights(trainer, reader(arguments.network, quantized))
-    fill_weights(trainer, content_of, adapters=True)
+    fill_weights(trainer, KnownBase(arguments.network, quantized))
+    fill_weights(trainer, KnownAdapters(), adapters=True)
     return trainer
 
 
@@ -204,13 +207,13 @@ def inspect(prefix, options, world_size, shape):
     import torch
 
     from mft_megatron.mcore.adapters import quantized_linear as quantized
-    from mft_megatron.mcore.checkpointing.load_weights import fill_weights
+    from mft_megatron.mcore.checkpointing.load_weights import fill_weights, slice_of
     from mft_megatron.mcore.parallel import process_groups
 
     arguments = qlora_arguments(prefix, options, world_size, shape=shape)
     dataset = open_dataset(arguments)
     split, made, there, read = dataset.split("train"), [], [], []
-    dequantize, expected = quantized.QuantizedWeight.dequantize, reader(arguments.network, True)
+    dequantize, expected = quantized.QuantizedWeight.dequantize, KnownBase(arguments.network, True)
 
     def watched(*args):
         there.append(sum(weight() is not None for weight in made))
@@ -218,24 +221,21 @@ def inspect(prefix, options, world_size, shape):
         made.append(weakref.ref(weight))
         return weight
 
-    def reading(*where):
-        part = reader(arguments.network, False)(*where).clone()
-        read.append(weakref.ref(part))
-        most.append(sum(weight() is not None for weight in read))
-        return part
+    class Watched(KnownBase):
+        def read(self, wanted):
+            content = super().read(wanted).clone()
+            read.append(weakref.ref(content))
+            most.append(sum(weight() is not None for weight in read))
+            return content
 
     most = []
     with process_groups.process_groups(arguments.distributed, arguments.initialization.seed):
         trainer = make_trainer(arguments, dataset)
-        fill_weights(trainer, reading)
+        fill_weights(trainer, Watched(arguments.network, False))
         model = trainer.chunks[0].module
         wrong = []
         for name, layer, shards in quantized.quantized_parts(model):
-            place, first = shards[0].global_offset[:1], [shard.global_offset[1:] for shard in shards]
-            parts = [
-                expected(shards[0].key, place, start, shard.data.shape)
-                for start, shard in zip(first, shards, strict=True)
-            ]
+            parts = [expected.read(slice_of(shard)) for shard in shards]
             if not torch.cat(parts).equal(layer.quantized.dequantize(torch.float32)):
                 wrong.append(name)
         layers = quantized.quantized_layers(model).values()

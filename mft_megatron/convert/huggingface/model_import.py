@@ -2,9 +2,9 @@
 
 ::
 
-    config.json ─► family, architecture ─► pieces of Megatron-Core's weights ─► rows of Hugging Face's ─► checkpoint
+    config.json ─► family, architecture ─► slices of Megatron-Core's weights ─► rows of Hugging Face's ─► checkpoint
 
-Weights stream through memory a piece at a time. The folder is written beside its final place and renamed when it is
+Weights stream through memory a slice at a time. The folder is written beside its final place and renamed when it is
 whole; within it the checkpoint's description comes last.
 """
 
@@ -15,19 +15,20 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from mft_megatron.arguments.groups.network import NetworkArguments
 from mft_megatron.convert.atomic_folder import refuse_content, replacing
 from mft_megatron.errors import InputError
-from mft_megatron.mcore.checkpointing.tensor_writer import Piece, Weight, write_weights
+from mft_megatron.mcore.checkpointing.tensor_writer import Weight, write_weights
 from mft_megatron.mcore.checkpointing.vocabulary import EMBEDDING
+from mft_megatron.mcore.checkpointing.weight_source import WeightSlice
 from mft_megatron.mcore.platform.precisions import BY_DTYPE
 from mft_megatron.run_folder import HUGGINGFACE, TRACKER, CheckpointInfo, iteration_folder, replace_text, write_info
 
 from .family import Family, Row, names_of, places
 from .model_folder import keep, read_architecture
-from .row_layouts import Sizes, part, sizes_of
+from .row_layouts import Sizes, sizes_of
+from .row_source import RowSource
 from .safetensors_files import PIECE_BYTES, WeightFiles, same_content
 
 FILE_BYTES = 512 * 2**20
@@ -62,12 +63,8 @@ def _convert(
     with replacing(target) as partial:
         path = iteration_folder(partial, 0)
         path.mkdir()
-        by_name = {row.ours: row for row in rows}
-
-        def read(piece: Piece) -> Tensor:
-            return read_piece(piece, by_name[piece.weight], weights[piece.weight].dtype, sizes, files)
-
-        write_weights(path, weights, list(_pieces(rows, architecture, weights, sizes)), read, FILE_BYTES)
+        slices = list(_slices(rows, architecture, weights, sizes))
+        write_weights(path, weights, slices, RowSource(files, rows, sizes), FILE_BYTES)
         keep(source, partial / HUGGINGFACE)
         write_info(path, info)
         replace_text(partial / TRACKER, "0\n")
@@ -145,10 +142,10 @@ def describe(source: str, architecture: NetworkArguments, vocab_size: int, dtype
     )
 
 
-def _pieces(
+def _slices(
     rows: Sequence[Row], architecture: NetworkArguments, weights: dict[str, Weight], sizes: Sizes
-) -> Iterator[Piece]:
-    """All pieces, layer by layer, so that files are read from their beginning to their end as far as may be."""
+) -> Iterator[WeightSlice]:
+    """Slices of all weights, layer by layer, so that files are read mostly from beginning to end."""
     in_order = [(place[:1], number, place) for number, row in enumerate(rows) for place in places(row, architecture)]
     for _, number, place in sorted(in_order):
         row = rows[number]
@@ -157,18 +154,4 @@ def _pieces(
         step = max(1, PIECE_BYTES // row_bytes)
         for first in range(0, shape[0], step):
             count = min(step, shape[0] - first)
-            offset = (*place, first, *(0 for _ in shape[1:]))
-            yield Piece(row.ours, offset, (*(1 for _ in place), count, *shape[1:]))
-
-
-def read_piece(piece: Piece, row: Row, dtype: torch.dtype, sizes: Sizes, files: WeightFiles) -> Tensor:
-    """The content of a piece, put together from its rows on the Hugging Face side."""
-    stacked = len(piece.shape) - len(row.shape(sizes))
-    place, first = piece.offset[:stacked], piece.offset[stacked]
-    content = torch.empty(piece.shape[stacked:], dtype=dtype)
-    at = 0
-    for block in part(row.blocks(sizes), first, first + len(content)):
-        name = row.theirs[block.source].format(*place)
-        files.read_into(content[at : at + block.rows], name, block.start)
-        at += block.rows
-    return content.view(piece.shape)
+            yield WeightSlice(row.ours, place, (first, *(0 for _ in shape[1:])), (count, *shape[1:]))

@@ -21,8 +21,9 @@ from mft_megatron.convert.huggingface.model_folder import CONFIG, keep, read_arc
 from mft_megatron.convert.huggingface.model_import import FILE_BYTES, describe
 from mft_megatron.errors import InputError
 from mft_megatron.mcore.checkpointing.tensor_reader import TensorReader
-from mft_megatron.mcore.checkpointing.tensor_writer import Piece, Weight, write_weights
+from mft_megatron.mcore.checkpointing.tensor_writer import Weight, write_weights
 from mft_megatron.mcore.checkpointing.vocabulary import EMBEDDING, has_shape
+from mft_megatron.mcore.checkpointing.weight_source import WeightSlice
 from mft_megatron.mcore.platform.precisions import BY_DTYPE
 from mft_megatron.run_folder import (
     HUGGINGFACE,
@@ -71,18 +72,11 @@ def import_megatron(
     stored = weights_of(architecture, vocab_size)
     refuse_mismatch(path, reader, stored)
     weights = {one.name: Weight(one.name, (*one.stack, *one.shape), _dtype(reader, one)) for one in stored}
-    by_name = {one.name: one for one in stored}
-
-    def read(piece: Piece) -> Tensor:
-        one = by_name[piece.weight]
-        name, place = _source(reader, one.name, piece.offset[: len(one.stack)])
-        return reader.read([(name, place)])[0][: one.shape[0]].to(weights[one.name].dtype).view(piece.shape)
-
-    pieces = [_piece(one, place) for one in stored for place in one.places]
+    slices = [WeightSlice(one.name, place, (0,) * len(one.shape), one.shape) for one in stored for place in one.places]
     with replacing(target) as partial:
         written = iteration_folder(partial, 0)
         written.mkdir()
-        write_weights(written, weights, pieces, read, FILE_BYTES)
+        write_weights(written, weights, slices, _WholeWeights(reader, weights), FILE_BYTES)
         source = _keep(hf, architecture, vocab_size, partial / HUGGINGFACE)
         info = describe(source, architecture, vocab_size, weights[EMBEDDING].dtype)
         write_info(written, info)
@@ -216,8 +210,15 @@ def _dtype(reader: TensorReader, one: Stored) -> torch.dtype:
     return reader.entry(_source(reader, one.name, next(one.places))[0])[1]
 
 
-def _piece(one: Stored, place: tuple[int, ...]) -> Piece:
-    return Piece(one.name, (*place, *(0 for _ in one.shape)), (*(1 for _ in place), *one.shape))
+class _WholeWeights:
+    """A source of whole weights of one layer and expert, without the rows that pad the vocabulary."""
+
+    def __init__(self, reader: TensorReader, weights: dict[str, Weight]):
+        self._reader, self._weights = reader, weights
+
+    def read(self, wanted: WeightSlice) -> Tensor:
+        weight = self._reader.read([_source(self._reader, wanted.name, wanted.index)])[0]
+        return weight[wanted.region].to(self._weights[wanted.name].dtype)
 
 
 def _keep(hf: Path | None, architecture: NetworkArguments, vocab_size: int, target: Path) -> str:

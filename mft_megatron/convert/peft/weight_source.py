@@ -17,6 +17,7 @@ from mft_megatron.convert.huggingface.family import Row
 from mft_megatron.convert.huggingface.row_layouts import Block, Blocks, part, sizes_of
 from mft_megatron.errors import InputError
 from mft_megatron.lora import LORA_A, LORA_B, Lora, Target, num_sources
+from mft_megatron.mcore.checkpointing.weight_source import WeightSlice
 from mft_megatron.run_folder import CheckpointInfo
 
 from .adapter_rows import AdaptedRow, adapted_rows, family_of_info, linear_rows, source_blocks
@@ -58,13 +59,8 @@ class AdapterSource:
         layers = self.architecture.num_layers
         return {name: (layers, *shape) for row in self._rows.values() for name, shape in row.our_shapes().items()}
 
-    def read(self, name: str, place: tuple[int, ...], first: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
-        """A part of a matrix, by its name in a checkpoint: ``….lora_a`` or ``….lora_b``.
-
-        Args:
-            place: its layer.
-            first: row and column at which the part begins.
-            shape: of the part.
+    def read(self, wanted: WeightSlice) -> Tensor:
+        """Read one slice of A or B, named ``….lora_a`` or ``….lora_b`` as in a checkpoint.
 
         Returns:
             its content, on the CPU, in :attr:`dtype`; rows of B that have no adapter are 0.
@@ -72,17 +68,18 @@ class AdapterSource:
         Raises:
             InputError: the adapter is on other matrices.
         """
+        name, place = wanted.name, wanted.index
         row = self._rows.get(name.removesuffix(LORA_A).removesuffix(LORA_B))
         if row is None:
             raise InputError(f"{self.folder}: has no {name}; it is {self.lora.describe()}")
-        rows, columns = (slice(start, start + count) for start, count in zip(first, shape, strict=True))
+        rows, columns = wanted.region
         if name.endswith(LORA_A):
             return self._read(row, "A", self._blocks_of_a(row), place, rows, columns)
         if len(row.target.parts) == 1 or len(row.row.theirs) > 1:
             return self._read(row, "B", row.blocks, place, rows, columns)
         # one matrix there and several A's here: of each row the columns of its own A
         wide = self._read(row, "B", row.blocks, place, rows, slice(0, len(row.target.parts) * self.lora.rank))
-        content, at = torch.zeros(shape, dtype=self.dtype), 0
+        content, at = torch.zeros(wanted.shape, dtype=self.dtype), 0
         for block in part(row.sources, rows.start, rows.stop):
             for number, sources in enumerate(row.target.parts):
                 if block.source in sources:

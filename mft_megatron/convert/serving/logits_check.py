@@ -12,7 +12,7 @@ import dataclasses
 import gc
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from mft_megatron.arguments.command import parse_arguments
 from mft_megatron.arguments.table import Arguments
 from mft_megatron.convert.huggingface.weight_source import HuggingFaceSource
 from mft_megatron.errors import InputError
+from mft_megatron.mcore.checkpointing.weight_source import CheckpointSource, WeightSource
 from mft_megatron.mcore.platform.precisions import DTYPES
 from mft_megatron.run_folder import CheckpointRef
 
@@ -163,16 +164,16 @@ def engine_logits(
     Raises:
         InputError: the model is not supported, or its files are damaged.
     """
-    read, arguments, vocab_size = _source(folder, checkpoint, dtype, max(map(len, texts)))
+    source, arguments, vocab_size = _source(folder, checkpoint, dtype, max(map(len, texts)))
     from mft_megatron.mcore.inference import logits_of, model_of
 
-    with model_of(arguments, vocab_size, read) as model:
+    with model_of(arguments, vocab_size, source) as model:
         return [logits_of(model, text) for text in texts]
 
 
 def _source(
     folder: Path, checkpoint: CheckpointRef | None, dtype: str, length: int
-) -> tuple[Callable[..., Tensor], Arguments, int]:
+) -> tuple[WeightSource, Arguments, int]:
     words = (
         f"--data-path none --seq-length {length} --micro-batch-size 1 --train-iters 1 --lr 1 --attention-dropout 0 "
         f"--hidden-dropout 0 --make-vocab-size-divisible-by 1 {'' if dtype == 'fp32' else f'--{dtype}'}"
@@ -180,8 +181,6 @@ def _source(
     if checkpoint is None:
         source = HuggingFaceSource(str(folder))
         words += ["--hf-checkpoint", str(folder)]
-        return source.read, parse_arguments(words, describe_hf=lambda _: source.info), source.info.vocab_size
-    from mft_megatron.mcore.checkpointing.weight_source import CheckpointSource
-
+        return source, parse_arguments(words, describe_hf=lambda _: source.info), source.info.vocab_size
     arguments = parse_arguments([*words, "--finetune", "--load", str(checkpoint.path)])
-    return CheckpointSource(checkpoint.path, checkpoint.info).read, arguments, checkpoint.info.vocab_size
+    return CheckpointSource(checkpoint.path, checkpoint.info), arguments, checkpoint.info.vocab_size

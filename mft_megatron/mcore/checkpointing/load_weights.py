@@ -1,12 +1,12 @@
-"""Weights of this rank filled from anywhere, by their place in a checkpoint: no checkpoint is needed.
+"""Load this rank's weights from any source, such as a Hugging Face folder, without a checkpoint.
 
-What part of each weight is this rank's, the sharded state dict knows; only that is asked for. Of weights that are kept
-in 4 bits there is one at a time in memory.
+The sharded state dict knows which slice of each weight belongs to this rank; only that slice is read. Weights that are
+kept in 4 bits are in memory one at a time.
 """
 
 import mft_megatron.mcore.platform.patched  # noqa: F401  (before Megatron-Core)
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
@@ -18,41 +18,44 @@ from mft_megatron.mcore.adapters.quantized_linear import quantized_parts
 from mft_megatron.mcore.parallel.sharded_weights import shards_of
 from mft_megatron.mcore.trainer import Trainer
 
-# name, (layer, expert) or less, first row and column, shape; of vectors rows alone
-Read = Callable[[str, tuple[int, ...], tuple[int, ...], tuple[int, ...]], Tensor]
+from .weight_source import WeightSlice, WeightSource
 
 
-def fill_weights(trainer: Trainer, read: Read, adapters: bool = False) -> None:
+def fill_weights(trainer: Trainer, source: WeightSource, adapters: bool = False) -> None:
     """Fill the weights of the trainer's model as :func:`fill_model` does, and the optimizer's copies of them."""
     for chunk in trainer.chunks:
-        fill_model(chunk.module, read, adapters)
+        fill_model(chunk.module, source, adapters)
     trainer.optimizer.reload_model_params()
 
 
 @torch.no_grad()
-def fill_model(model: GPTModel, read: Read, adapters: bool = False) -> None:
+def fill_model(model: GPTModel, source: WeightSource, adapters: bool = False) -> None:
     """Fill the weights of a model, in place.
 
     Args:
-        model: this rank's, or a stage of it.
-        read: the content of a part of a weight, of any dtype, on the CPU.
-        adapters: those of the adapters, or all others.
+        model: this rank's model, or a stage of it.
+        source: where weights are read from; converted to the dtype and device of the parameters.
+        adapters: fill the weights of adapters alone; otherwise all others.
+
+    Raises:
+        InputError: the source lacks a weight, or is damaged.
     """
     for shard in shards_of(model):
         if is_adapter(shard.key) == adapters:
-            shard.data.copy_(_read(shard, read))
+            shard.data.copy_(source.read(slice_of(shard)))
     if not adapters:
         for name, layer, shards in quantized_parts(model):
-            layer.hold_weight(_read_whole(shards, read), name.rpartition(".")[2])
+            layer.hold_weight(_read_shards(shards, source), name.rpartition(".")[2])
 
 
-def _read_whole(shards: Sequence[ShardedTensor], read: Read) -> Tensor:
-    """This rank's part of a weight out of its pieces."""
-    pieces = [_read(shard, read) for shard in shards]
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-
-
-def _read(shard: ShardedTensor, read: Read) -> Tensor:
+def slice_of(shard: ShardedTensor) -> WeightSlice:
+    """The slice of a checkpoint's weight that a shard stands for."""
     stacked = shard.prepend_axis_num
-    place, first = shard.global_offset[:stacked], shard.global_offset[stacked:]
-    return read(shard.key, place, first, tuple(shard.data.shape))
+    index, start = shard.global_offset[:stacked], shard.global_offset[stacked:]
+    return WeightSlice(shard.key, index, start, tuple(shard.data.shape))
+
+
+def _read_shards(shards: Sequence[ShardedTensor], source: WeightSource) -> Tensor:
+    """This rank's part of a weight [rows, columns] whose shards are stored separately, such as gate and up."""
+    contents = [source.read(slice_of(shard)) for shard in shards]
+    return contents[0] if len(contents) == 1 else torch.cat(contents)

@@ -1,7 +1,8 @@
-"""A distributed checkpoint of a model's weights, written by one process without a model, a few pieces at a time.
+"""Write a distributed checkpoint of a model's weights from one process without a model, a few slices at a time.
 
-Megatron-Core's ``torch_dist`` checkpoints are checkpoints of ``torch.distributed.checkpoint``. Its writer is told which
-pieces there will be, and asks for each when it is its turn; Megatron-Core's two small files stand beside.
+Megatron-Core's ``torch_dist`` checkpoints are checkpoints of ``torch.distributed.checkpoint``. torch's writer is given
+the list of slices and asks for the content of each when it writes it; Megatron-Core's two small files are written
+beside.
 """
 
 import mft_megatron.mcore.platform.patched  # noqa: F401  (before Megatron-Core)
@@ -9,7 +10,7 @@ import mft_megatron.mcore.platform.patched  # noqa: F401  (before Megatron-Core)
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -25,6 +26,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
 
+from .weight_source import WeightSlice, WeightSource
+
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
@@ -35,49 +38,42 @@ class Weight:
     dtype: torch.dtype
 
 
-@dataclasses.dataclass(frozen=True)
-class Piece:
-    """A rectangle of a weight: ``offset`` and ``shape`` on all its axes."""
-
-    weight: str
-    offset: tuple[int, ...]
-    shape: tuple[int, ...]
-
-
 def write_weights(
     path: Path,
     weights: Mapping[str, Weight],
-    pieces: Sequence[Piece],
-    read: Callable[[Piece], Tensor],
+    slices: Sequence[WeightSlice],
+    source: WeightSource,
     file_bytes: int,
 ) -> None:
     """Write the checkpoint ``path``, an existing, empty folder.
 
     Args:
-        pieces: together all of every weight, in the order in which they are asked for.
-        read: the content of a piece, on the CPU, of its shape and its weight's dtype.
-        file_bytes: a file is ended before a piece that would make it larger. Memory is that of one file's pieces.
+        path: the folder of the checkpoint.
+        weights: the weights by name.
+        slices: a partition of every weight, in the order in which they are read.
+        source: the content of the slices, in their weight's dtype.
+        file_bytes: bytes after which a new file is begun. Memory is that of one file's slices.
 
     Raises:
         OSError: a file cannot be written.
     """
     writer = FileSystemWriter(path)
     writer.set_up_storage_writer(is_coordinator=True)
-    planner = _PiecePlanner(pieces, read)
-    plans = [SavePlan([_item(piece, weights) for piece in group]) for group in _files(pieces, weights, file_bytes)]
+    planner = _SlicePlanner(slices, source)
+    plans = [SavePlan([_item(part, weights) for part in group]) for group in _files(slices, weights, file_bytes)]
     with warnings.catch_warnings():
-        # torch's writer announces the successor of what it uses itself
+        # torch's writer warns about a torch API that it uses itself
         warnings.filterwarnings("ignore", message="TypedStorage is deprecated")
         try:
             written = [writer.write_data(plan, planner).wait() for plan in writer.prepare_global_plan(plans)]
         except RuntimeError as error:
-            # on a full disk torch.save complains of what it has not written, over the error that says why
+            # on a full disk torch.save raises its own error over the OSError that names the cause
             raise error.__context__ if isinstance(error.__context__, OSError) else error from None
     torch.save({}, path / "common.pt")
     save_config(CheckpointingConfig("torch_dist", 1), str(path))
     chunks: dict[str, list[ChunkStorageMetadata]] = {name: [] for name in weights}
-    for piece in pieces:
-        chunks[piece.weight].append(_chunk(piece))
+    for part in slices:
+        chunks[part.name].append(_chunk(part))
     content = {
         name: TensorStorageMetadata(TensorProperties(weight.dtype), torch.Size(weight.shape), chunks[name])
         for name, weight in weights.items()
@@ -85,53 +81,55 @@ def write_weights(
     writer.finish(Metadata(content), written)
 
 
-def _chunk(piece: Piece) -> ChunkStorageMetadata:
-    return ChunkStorageMetadata(torch.Size(piece.offset), torch.Size(piece.shape))
+def _chunk(part: WeightSlice) -> ChunkStorageMetadata:
+    return ChunkStorageMetadata(torch.Size(part.offset), torch.Size(part.stacked_shape))
 
 
-def _item(piece: Piece, weights: Mapping[str, Weight]) -> WriteItem:
-    weight = weights[piece.weight]
-    data = TensorWriteData(_chunk(piece), TensorProperties(weight.dtype), torch.Size(weight.shape))
-    return WriteItem(MetadataIndex(piece.weight, piece.offset), WriteItemType.SHARD, tensor_data=data)
+def _item(part: WeightSlice, weights: Mapping[str, Weight]) -> WriteItem:
+    weight = weights[part.name]
+    data = TensorWriteData(_chunk(part), TensorProperties(weight.dtype), torch.Size(weight.shape))
+    return WriteItem(MetadataIndex(part.name, part.offset), WriteItemType.SHARD, tensor_data=data)
 
 
-def _files(pieces: Iterable[Piece], weights: Mapping[str, Weight], file_bytes: int) -> Iterable[list[Piece]]:
-    """The pieces of each file."""
-    group: list[Piece] = []
+def _files(
+    slices: Iterable[WeightSlice], weights: Mapping[str, Weight], file_bytes: int
+) -> Iterator[list[WeightSlice]]:
+    """The slices of each file."""
+    group: list[WeightSlice] = []
     size = 0
-    for piece in pieces:
-        more = math.prod(piece.shape) * weights[piece.weight].dtype.itemsize
+    for part in slices:
+        more = math.prod(part.shape) * weights[part.name].dtype.itemsize
         if group and size + more > file_bytes:
             yield group
             group, size = [], 0
-        group.append(piece)
+        group.append(part)
         size += more
     if group:
         yield group
 
 
-class _PiecePlanner(SavePlanner):
-    """Hands torch's writer each piece when it asks for it."""
+class _SlicePlanner(SavePlanner):
+    """Gives torch's writer the content of each slice when it asks for it."""
 
-    def __init__(self, pieces: Iterable[Piece], read: Callable[[Piece], Tensor]):
-        self._pieces = {(piece.weight, piece.offset): piece for piece in pieces}
-        self._read = read
+    def __init__(self, slices: Iterable[WeightSlice], source: WeightSource):
+        self._slices = {(part.name, part.offset): part for part in slices}
+        self._source = source
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
-        piece = self._pieces[write_item.index.fqn, tuple(write_item.index.offset)]
-        content = self._read(piece)
-        if tuple(content.shape) != piece.shape:
-            raise ValueError(f"{piece}: was given {tuple(content.shape)}")
-        return content
+        part = self._slices[write_item.index.fqn, tuple(write_item.index.offset)]
+        content = self._source.read(part)
+        if tuple(content.shape) != part.shape:
+            raise ValueError(f"{part}: the content has the shape {tuple(content.shape)}")
+        return content.view(part.stacked_shape)
 
     def set_up_planner(self, state_dict, storage_meta=None, is_coordinator=False) -> None:
-        raise NotImplementedError("made with its pieces")
+        raise NotImplementedError("made with its slices")
 
     def create_local_plan(self):
-        raise NotImplementedError("made with its pieces")
+        raise NotImplementedError("made with its slices")
 
     def create_global_plan(self, all_plans):
-        raise NotImplementedError("made with its pieces")
+        raise NotImplementedError("made with its slices")
 
     def finish_plan(self, new_plan):
-        raise NotImplementedError("made with its pieces")
+        raise NotImplementedError("made with its slices")

@@ -1,10 +1,12 @@
-"""A checkpoint as the source of a model's weights, read by name and part: each rank reads what it needs.
+"""Where weights are read from, slice by slice: the protocol that every source follows, and a checkpoint as a source.
 
-For a run that starts from a base it does not save: its own checkpoints have adapters alone.
+Sources are a checkpoint (:class:`CheckpointSource`), a Hugging Face folder and a PEFT adapter (both in ``convert``).
+Each rank asks a source for its slices of the weights alone, so that no rank holds a whole model.
 """
 
+import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,11 +18,59 @@ from .tensor_reader import TensorReader
 from .vocabulary import VOCABULARY_WEIGHTS
 
 
-class CheckpointSource:
-    """Weights of the checkpoint in one ``iter_NNNNNNN`` folder.
+@dataclasses.dataclass(frozen=True)
+class WeightSlice:
+    """A rectangle of one weight, by the weight's name in a checkpoint.
 
-    A weight of a layer is read whole and kept until another one is asked for: parts of one, such as gate and up
-    projection, come one after the other. Memory is that of one weight.
+    Weights of a kind are stacked in a checkpoint: by layer, those of experts by layer and expert.
+
+    Attributes:
+        name: the weight's name in a checkpoint; one name for all layers.
+        index: ``(layer,)``, ``(layer, expert)``, or ``()`` for a weight that is not stacked.
+        start: first row and first column; first element of a vector.
+        shape: rows and columns; elements of a vector.
+    """
+
+    name: str
+    index: tuple[int, ...]
+    start: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def offset(self) -> tuple[int, ...]:
+        """First element on every axis of the stacked weight."""
+        return (*self.index, *self.start)
+
+    @property
+    def stacked_shape(self) -> tuple[int, ...]:
+        """Shape on every axis of the stacked weight."""
+        return (*(1 for _ in self.index), *self.shape)
+
+    @property
+    def region(self) -> tuple[slice, ...]:
+        """The slice of a whole weight [rows, columns] that is meant: ``weight[region]``."""
+        return tuple(slice(start, start + size) for start, size in zip(self.start, self.shape, strict=True))
+
+
+class WeightSource(Protocol):
+    """Whatever can give any slice of a model's weights."""
+
+    def read(self, wanted: WeightSlice) -> Tensor:
+        """Read one slice.
+
+        Returns:
+            its content, of ``wanted.shape``, on the CPU, in the source's dtype; rows beyond the vocabulary are 0.
+
+        Raises:
+            InputError: the source has no such weight, or is damaged.
+        """
+
+
+class CheckpointSource:
+    """Weights of the checkpoint in one ``iter_NNNNNNN`` folder, for a run whose base is not in its own checkpoints.
+
+    A weight of a layer is read whole and kept until another one is asked for: slices of one, such as gate and up
+    projection, are consecutive. Memory is that of one weight.
     """
 
     def __init__(self, path: Path, info: CheckpointInfo):
@@ -35,51 +85,44 @@ class CheckpointSource:
         self.info = info
         self._path = path
         self._reader = TensorReader(path)
-        self._last: tuple[Any, Tensor | None] = (None, None)
+        self._last: tuple[tuple[str, tuple[int, ...]], Tensor] | None = None
 
-    def read(self, name: str, place: tuple[int, ...], first: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
-        """A part of a weight, on the CPU, in the dtype that it is stored in.
-
-        Args:
-            name: in the checkpoint.
-            place: its layer, or ``(layer, expert)``; empty for what is not part of a stack.
-            first: row and column, or row alone, at which the part begins.
-            shape: of the part. Rows beyond the vocabulary are 0.
+    def read(self, wanted: WeightSlice) -> Tensor:
+        """Read one slice, on the CPU, in the dtype that it is stored in. Rows beyond the vocabulary are 0.
 
         Raises:
-            InputError: the checkpoint has no such weight or part, or is damaged.
+            InputError: the checkpoint has no such weight or slice, or is damaged.
         """
-        weight = self._whole(name, place)
-        needed = [start + n for start, n in zip(first, shape, strict=True)]
-        if name in VOCABULARY_WEIGHTS:
+        weight = self._whole(wanted.name, wanted.index)
+        needed = [axis.stop for axis in wanted.region]
+        if wanted.name in VOCABULARY_WEIGHTS:
             needed[0] = self.info.vocab_size
-        if weight.dim() != len(shape) or any(n > there for n, there in zip(needed, weight.shape, strict=True)):
+        if weight.dim() != len(needed) or any(n > there for n, there in zip(needed, weight.shape, strict=True)):
             raise InputError(
-                f"{self._path}: {name} has the shape {list(weight.shape)}, at least {needed} is needed; it is a "
+                f"{self._path}: {wanted.name} has the shape {list(weight.shape)}, at least {needed} is needed; it is a "
                 "checkpoint of another model"
             )
-        real = min(shape[0], max(0, needed[0] - first[0]))
-        part = weight[tuple(slice(start, start + n) for start, n in zip(first, (real, *shape[1:]), strict=True))]
-        if real == shape[0]:
-            return part
-        padded = torch.zeros(shape, dtype=part.dtype)
-        padded[:real] = part
+        real = min(wanted.shape[0], max(0, needed[0] - wanted.start[0]))
+        rows = slice(wanted.start[0], wanted.start[0] + real)
+        content = weight[(rows, *wanted.region[1:])]
+        if real == wanted.shape[0]:
+            return content
+        padded = torch.zeros(wanted.shape, dtype=content.dtype)
+        padded[:real] = content
         return padded
 
-    def forget(self) -> None:
-        """Free the weight that was read last."""
-        self._last = (None, None)
-
-    def _whole(self, name: str, place: tuple[int, ...]) -> Tensor:
-        if self._last[0] != (name, place):
-            self.forget()  # before the next one is in memory, too
-            if not self._reader.has_entry(name):
-                raise InputError(f"{self._path}: has no {name}; it is a checkpoint of another model, or of adapters")
-            stack = self._reader.entry(name)[0][: len(place)]
-            if any(index >= size for index, size in zip(place, stack, strict=True)):
-                raise InputError(
-                    f"{self._path}: has {stack[0]} layers of {name}, and number {place[0]} is needed; it is a "
-                    "checkpoint of another model"
-                )
-            self._last = (name, place), self._reader.read([(name, place)])[0]
-        return self._last[1]
+    def _whole(self, name: str, index: tuple[int, ...]) -> Tensor:
+        if self._last is not None and self._last[0] == (name, index):
+            return self._last[1]
+        self._last = None  # frees it before the next one is in memory
+        if not self._reader.has_entry(name):
+            raise InputError(f"{self._path}: has no {name}; it is a checkpoint of another model, or of adapters")
+        stack = self._reader.entry(name)[0][: len(index)]
+        if any(position >= size for position, size in zip(index, stack, strict=True)):
+            raise InputError(
+                f"{self._path}: has {stack[0]} layers of {name}, and number {index[0]} is needed; it is a "
+                "checkpoint of another model"
+            )
+        weight = self._reader.read([(name, index)])[0]
+        self._last = (name, index), weight
+        return weight

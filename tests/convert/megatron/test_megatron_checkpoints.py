@@ -255,7 +255,7 @@ def _loaded(folders):
         words += " --attention-dropout 0 --make-vocab-size-divisible-by 1 --load"
         arguments = parse_arguments([*words.split(), folder])
         path, info = arguments.resume.path, arguments.resume.info
-        with model_of(arguments, info.vocab_size, CheckpointSource(Path(path), info).read) as model:
+        with model_of(arguments, info.vocab_size, CheckpointSource(path, info)) as model:
             ours = logits_of(model, some_tokens()[0].tolist())
             shapes = {shard.key: tuple(shard.global_shape) for shard in shards_of(model)}
             theirs = _model({**SHAPE, **MODELS[name][0]})

@@ -11,6 +11,7 @@ from mft_megatron.convert.commands.convert import lora_to_peft
 from mft_megatron.convert.peft.adapter_rows import family_of_info
 from mft_megatron.convert.peft.weight_source import AdapterSource
 from mft_megatron.errors import InputError
+from mft_megatron.mcore.checkpointing.weight_source import WeightSlice
 from mft_megatron.run_folder import HUGGINGFACE, TOKENIZER
 from tests.convert import made_adapters, tiny_models
 from tests.convert.made_adapters import RANK
@@ -75,7 +76,8 @@ def test_logits_are_those_of_the_matrices_multiplied_out(models, name, tmp_path)
     assert source.shapes() == {key: tuple(content.shape) for key, content in weights.items()}
     for key, content in weights.items():
         for layer in range(len(content)):
-            assert source.read(key, (layer,), (0, 0), tuple(content.shape[1:])).equal(content[layer]), key
+            wanted = WeightSlice(key, (layer,), (0, 0), tuple(content.shape[1:]))
+            assert source.read(wanted).equal(content[layer]), key
 
 
 def test_all_models_have_their_adapters_tried():

@@ -65,8 +65,8 @@ def _differences(layout, world_size, cases):
             arguments = arguments_for(hf, adapter)
             source = HuggingFaceSource(hf)
             trainer = Trainer(arguments, source.info.vocab_size, 1)
-            source.load(trainer)
-            fill_weights(trainer, AdapterSource(adapter, source.info).read, adapters=True)
+            fill_weights(trainer, source)
+            fill_weights(trainer, AdapterSource(adapter, source.info), adapters=True)
             model, batch = trainer.chunks[0].eval().module, to_device(one_segment(tiny_models.some_tokens().numpy()))
             with torch.no_grad():
                 output = model.run(batch, with_loss=False)

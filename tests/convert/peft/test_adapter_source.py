@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from mft_megatron.convert.commands.convert import lora_to_peft
 from mft_megatron.convert.peft.weight_source import AdapterSource
 from mft_megatron.errors import InputError
+from mft_megatron.mcore.checkpointing.weight_source import WeightSlice
 from tests.convert import made_adapters, tiny_models
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers and PEFT
@@ -56,7 +57,7 @@ def test_there_and_back_nothing_changes(made, name, tmp_path):
     assert MADE[name][2].items() <= parts.items()
     assert (source.lora.rank, source.lora.alpha) == (4, 6)
     weights = {
-        key: torch.stack([source.read(key, (layer,), (0, 0), shape[1:]) for layer in range(shape[0])])
+        key: torch.stack([source.read(WeightSlice(key, (layer,), (0, 0), shape[1:])) for layer in range(shape[0])])
         for key, shape in source.shapes().items()
     }
     made_adapters.write_adapters(tmp_path / "run", info, source.lora, weights)
@@ -86,10 +87,10 @@ def test_any_part_is_that_of_the_whole(tmp_path, name, names):
             for first in range(0, whole.shape[1] - rows + 1, rows):
                 columns = whole.shape[2] // 2
                 for begin in (0, columns):
-                    read = source.read(key, (2,), (first, begin), (rows, columns))
+                    read = source.read(WeightSlice(key, (2,), (first, begin), (rows, columns)))
                     assert read.equal(whole[2, first : first + rows, begin : begin + columns]), (key, first, begin)
     with pytest.raises(InputError, match=r"has no decoder.layers.mlp.linear_fc2.lora_a; it is LoRA of rank 3"):
-        source.read("decoder.layers.mlp.linear_fc2.lora_a", (0,), (0, 0), (1, 1))
+        source.read(WeightSlice("decoder.layers.mlp.linear_fc2.lora_a", (0,), (0, 0), (1, 1)))
 
 
 @pytest.fixture

@@ -1,11 +1,11 @@
-"""Parts of weights out of a checkpoint, by name and place."""
+"""Slices of weights out of a checkpoint."""
 
 import pytest
 import torch
 
 from mft_megatron.errors import InputError
-from mft_megatron.mcore.checkpointing.tensor_writer import Piece, Weight, write_weights
-from mft_megatron.mcore.checkpointing.weight_source import CheckpointSource
+from mft_megatron.mcore.checkpointing.tensor_writer import Weight, write_weights
+from mft_megatron.mcore.checkpointing.weight_source import CheckpointSource, WeightSlice
 from mft_megatron.run_folder import CheckpointInfo
 
 LAYERS = "decoder.layers.mlp.linear_fc1.weight"
@@ -13,23 +13,28 @@ EMBEDDING = "embedding.word_embeddings.weight"
 NORM = "decoder.final_layernorm.weight"
 
 
+class InMemory:
+    """A source of weights that are in memory, whole and stacked, by name."""
+
+    def __init__(self, weights):
+        self.weights = weights
+
+    def read(self, wanted):
+        return self.weights[wanted.name][wanted.index][wanted.region]
+
+
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory):
-    """A checkpoint of three weights, in several pieces, with 5 real rows of an embedding of 8; and the weights."""
+    """A checkpoint of three weights, in several slices, with 5 real rows of an embedding of 8; and the weights."""
     path = tmp_path_factory.mktemp("checkpoint") / "iter_0000001"
     path.mkdir()
     generator = torch.Generator().manual_seed(0)
     shapes = {LAYERS: (3, 12, 6), EMBEDDING: (8, 6), NORM: (6,)}
     weights = {name: torch.randn(shape, generator=generator).bfloat16() for name, shape in shapes.items()}
-    pieces = [Piece(LAYERS, (layer, row, 0), (1, 6, 6)) for layer in range(3) for row in (0, 6)]
-    pieces += [Piece(EMBEDDING, (row, 0), (4, 6)) for row in (0, 4)] + [Piece(NORM, (0,), (6,))]
-
-    def content(piece):
-        return weights[piece.weight][tuple(slice(a, a + n) for a, n in zip(piece.offset, piece.shape, strict=True))]
-
-    write_weights(
-        path, {name: Weight(name, shape, torch.bfloat16) for name, shape in shapes.items()}, pieces, content, 200
-    )
+    slices = [WeightSlice(LAYERS, (layer,), (row, 0), (6, 6)) for layer in range(3) for row in (0, 6)]
+    slices += [WeightSlice(EMBEDDING, (), (row, 0), (4, 6)) for row in (0, 4)] + [WeightSlice(NORM, (), (0,), (6,))]
+    planned = {name: Weight(name, shape, torch.bfloat16) for name, shape in shapes.items()}
+    write_weights(path, planned, slices, InMemory(weights), 200)
     return path, weights
 
 
@@ -39,37 +44,37 @@ def source(stored):
     return CheckpointSource(stored[0], info)
 
 
-def test_parts(stored, source):
+def test_slices(stored, source):
     weights = stored[1]
-    part = source.read(LAYERS, (1,), (4, 3), (5, 3))
+    part = source.read(WeightSlice(LAYERS, (1,), (4, 3), (5, 3)))
     assert part.equal(weights[LAYERS][1, 4:9, 3:6])
-    assert source.read(LAYERS, (2,), (0, 0), (12, 6)).equal(weights[LAYERS][2])
-    assert source.read(NORM, (), (2,), (4,)).equal(weights[NORM][2:])
+    assert source.read(WeightSlice(LAYERS, (2,), (0, 0), (12, 6))).equal(weights[LAYERS][2])
+    assert source.read(WeightSlice(NORM, (), (2,), (4,))).equal(weights[NORM][2:])
 
 
 def test_rows_beyond_the_vocabulary_are_zero(stored, source):
     """Whatever the checkpoint has there: more of them, none, or only such."""
     embedding = stored[1][EMBEDDING]
-    part = source.read(EMBEDDING, (), (4, 0), (4, 6))
+    part = source.read(WeightSlice(EMBEDDING, (), (4, 0), (4, 6)))
     assert part[:1].equal(embedding[4:5])
     assert part[1:].eq(0).all()
-    assert source.read(EMBEDDING, (), (8, 0), (8, 6)).eq(0).all()
-    assert source.read(EMBEDDING, (), (0, 0), (5, 6)).equal(embedding[:5])
+    assert source.read(WeightSlice(EMBEDDING, (), (8, 0), (8, 6))).eq(0).all()
+    assert source.read(WeightSlice(EMBEDDING, (), (0, 0), (5, 6))).equal(embedding[:5])
 
 
-def test_a_weight_is_read_once_for_all_its_parts(source, monkeypatch):
+def test_a_weight_is_read_once_for_all_its_slices(source, monkeypatch):
     asked = []
     read = source._reader.read
     monkeypatch.setattr(source._reader, "read", lambda requests: asked.append(requests) or read(requests))
     for first in ((0, 0), (6, 0)):
-        source.read(LAYERS, (1,), first, (6, 6))
-    source.read(NORM, (), (0,), (6,))
-    source.read(LAYERS, (1,), (0, 0), (6, 6))
+        source.read(WeightSlice(LAYERS, (1,), first, (6, 6)))
+    source.read(WeightSlice(NORM, (), (0,), (6,)))
+    source.read(WeightSlice(LAYERS, (1,), (0, 0), (6, 6)))
     assert asked == [[(LAYERS, (1,))], [(NORM, ())], [(LAYERS, (1,))]]
 
 
 @pytest.mark.parametrize(
-    ("where", "complaint"),
+    ("wanted", "complaint"),
     [
         (("decoder.layers.mlp.linear_fc2.weight", (0,), (0, 0), (1, 1)), "has no decoder.layers.mlp.linear_fc2.weight"),
         ((LAYERS, (3,), (0, 0), (12, 6)), "has 3 layers of decoder.layers.mlp.linear_fc1.weight, and number 3 is"),
@@ -79,12 +84,12 @@ def test_a_weight_is_read_once_for_all_its_parts(source, monkeypatch):
         ((NORM, (), (0, 0), (6, 1)), r"shape \[6\], at least \[6, 1\] is needed"),
     ],
 )
-def test_another_model_is_refused(source, where, complaint):
+def test_another_model_is_refused(source, wanted, complaint):
     with pytest.raises(InputError, match=complaint):
-        source.read(*where)
+        source.read(WeightSlice(*wanted))
 
 
 def test_a_vocabulary_that_is_not_whole_is_refused(stored):
     source = CheckpointSource(stored[0], CheckpointInfo(1, 0, {}, 9, {}, "", 1, 8))
     with pytest.raises(InputError, match=r"shape \[8, 6\], at least \[9, 6\] is needed"):
-        source.read(EMBEDDING, (), (0, 0), (4, 6))
+        source.read(WeightSlice(EMBEDDING, (), (0, 0), (4, 6)))
