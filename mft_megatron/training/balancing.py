@@ -1,4 +1,4 @@
-"""Where task weights come from while a run goes on: the options, or a balancer fed with validation draws.
+"""Task weights of a run: those of the options, or those of a balancer, which validation draws feed.
 
 ::
 
@@ -10,7 +10,7 @@ and the weights are those of the main rank.
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from mft_megatron.arguments.table import Arguments
 from mft_megatron.data.loading.dataset import PackedDataset
 from mft_megatron.data.loading.validation_sampling import ValidationDraws
 from mft_megatron.errors import InputError
+from mft_megatron.losses.balancers.balancer import Balancer, State
 from mft_megatron.losses.balancers.participation import mean_for_others
 from mft_megatron.losses.balancers.table import BALANCERS
 from mft_megatron.mcore.parallel import process_groups
@@ -30,122 +31,175 @@ from .progress import Progress
 from .run_log import RunLog
 from .task_weights import initial_weights, task_numbers
 
-# forward passes are about a third of a training step
-FORWARD_SHARE = 1 / 3
-# a share of the computation that earns an advice, and the draws whose sizes are looked at to tell
-DEAR = 0.2
-LOOKED_AT = 20
+# the cost of a forward pass, as a part of that of a training step
+FORWARD_COST = 1 / 3
+# draws that cost more than this part of training are worth an advice; their size is estimated from the first few
+EXPENSIVE = 0.2
+ESTIMATED_DRAWS = 20
+
+
+class BalanceState(TypedDict):
+    """Task weights in a checkpoint: of which balancer, fp64 [K], its state, and the step before which it started."""
+
+    kind: str
+    weight_K: torch.Tensor
+    balancer: State | None
+    begun: int
 
 
 class TaskBalance:
-    """The weights of a run: made before the first step, changed by draws, set to 0 for tasks that are stopped.
+    """Task weights that stay as the options set them, but for tasks that are stopped, whose weight is 0.
 
-    ``weight_K`` fp64 [K]: the weights of the next step and of evaluations before it.
+    Attributes:
+        kind: ``--task-balance``.
+        weight_K: fp64 [K], weights of the next step and of evaluations before it.
     """
 
-    def __init__(self, arguments: Arguments, dataset: PackedDataset):
+    kind = "static"
+
+    def __init__(self, weight_K: np.ndarray):
         """
-        Raises:
-            InputError: weights that do not fit the tasks, or a balancer without validation data.
+        Args:
+            weight_K: fp64 [K], weights before the first step.
         """
-        options = arguments.multi_task
-        self._weight_K = initial_weights(options, dataset.tasks, [task.weight for task in dataset.ledger.tasks])
-        self.weight_K = self._weight_K
-        self._active_K = np.ones(len(dataset.tasks), bool)
-        self._dataset = dataset
-        self._kind = options.task_balance
-        self._balancer = self._state = self._left_out = None
-        self._begun = 0  # the step before which the balancer started; its warm-up counts from there
-        if self._kind == "static":
-            return
-        if "valid" not in dataset.splits:
-            raise InputError(
-                f"--task-balance {self._kind} follows validation losses, and {dataset.prefix} has no validation split; "
-                "preprocess it with --split 98,2,0, or use --task-balance static"
-            )
-        given = _options_of(self._kind, options)
-        self._draws = ValidationDraws(dataset.split("valid"), arguments.initialization.seed, given["sample_valid_num"])
-        self._known_K = self._draws.known_K
-        if not self._known_K.any():
-            raise InputError(
-                f"--task-balance {self._kind}: no validation sample of {dataset.prefix} supervises a token"
-            )
-        if self._kind == "famo":
-            lowest_K = task_numbers("--famo-min-losses", options.famo_min_losses, dataset.tasks, default=0.0)
-            if (lowest_K < 0).any():
-                raise InputError(f"--famo-min-losses: no loss is below 0, as in {lowest_K.tolist()}")
-            given["min_losses"] = tuple(lowest_K[self._known_K])
-        self._balancer = BALANCERS[self._kind](**given)
-        self.weight_K = self._weight_K = np.full(len(dataset.tasks), 1 / len(dataset.tasks))
-        self._cost = _cost(self._draws, self._kind, self._balancer, arguments)
+        self._weight_K = self.weight_K = weight_K
+        self._active_K = np.ones(len(weight_K), bool)
 
     @property
-    def wants_first_losses(self) -> bool:
-        """Whether the balancer needs the losses of the whole validation split before the first step."""
-        return self._kind == "coba" and self._state is None
+    def needs_first_losses(self) -> bool:
+        """Whether :meth:`begin` needs the losses over the whole validation split."""
+        return False
 
-    def begin(self, trainer: Trainer, log: RunLog, progress: Progress, first_loss_K: np.ndarray | None) -> None:
-        """Start the balancer with draw 0, unless it goes on from a checkpoint; its weights hold then.
+    def begin(self, trainer: Trainer, log: RunLog, progress: Progress, first_loss_K: np.ndarray | None = None) -> None:
+        """Put the weights of the first step into force.
 
         Args:
-            first_loss_K: fp64 [K], NaN where unknown; where :attr:`wants_first_losses`.
+            trainer: computes losses of draws.
+            log: takes warnings.
+            progress: before the step.
+            first_loss_K: fp64 [K], losses over the whole validation split, NaN where it lacks a task; where
+                :attr:`needs_first_losses`.
         """
-        if self._balancer is not None:
-            log.say(self._cost)
-            missing = [name for name, known in zip(self._dataset.tasks, self._known_K, strict=True) if not known]
-            if missing:
-                log.write(
-                    event_record(
-                        progress,
-                        "warning",
-                        reason=f"--task-balance {self._kind}: no validation data; these tasks get the mean weight",
-                        tasks=missing,
-                    )
-                )
-            if self._state is None:
-                known = int(self._known_K.sum())
-                first = None if first_loss_K is None else torch.from_numpy(first_loss_K[self._known_K])
-                self._state, self._begun = self._balancer.begin(known, first), progress.step
-                self._draw(trainer, log, progress)
         self._apply()
 
     def after_step(self, trainer: Trainer, log: RunLog, progress: Progress) -> bool:
-        """Draw where a draw is due; the new weights hold for the next step. Returns whether there was a draw."""
-        draws = self._balancer is not None and progress.step % self._balancer.update_interval == 0
-        if draws:
-            self._draw(trainer, log, progress)
+        """Put the weights of the next step into force; return whether that took a validation draw."""
         self._apply()
-        return draws
+        return False
 
     def stop_tasks(self, active_K: np.ndarray) -> None:
-        """From the next step on, tasks that are not active have weight 0."""
+        """Give weight 0 to tasks that are not active, from the next step on; ``active_K`` bool [K]."""
         self._active_K = active_K
         self._apply()
+
+    def state(self) -> BalanceState:
+        """The state for a checkpoint."""
+        return {"kind": self.kind, "weight_K": torch.from_numpy(self._weight_K), "balancer": None, "begun": 0}
+
+    def load(self, state: BalanceState, log: RunLog, progress: Progress) -> None:
+        """Continue from a checkpoint's state; the state of another balancer is not used, and the log says so."""
+        if state["kind"] == self.kind:
+            self._resume(state)
+            return
+        reason = f"--task-balance {self.kind} starts from its beginning: the weights so far were {state['kind']}"
+        log.write(event_record(progress, "warning", reason=reason))
+
+    def _resume(self, state: BalanceState) -> None:
+        """Continue from a state of the same kind; weights of the options hold as they are now."""
 
     def _apply(self) -> None:
         self.weight_K = np.where(self._active_K, self._weight_K, 0.0)
 
-    def _draw(self, trainer: Trainer, log: RunLog, progress: Progress) -> None:
-        number = 0 if self._kind == "famo" else progress.step // self._balancer.update_interval
-        loss_K = trainer.task_losses(self._dataset, self._draws.rows(number))
+
+class DrawnBalance(TaskBalance):
+    """Task weights of a balancer: uniform before the first step, then changed by validation draws."""
+
+    def __init__(self, arguments: Arguments, dataset: PackedDataset):
+        """
+        Raises:
+            InputError: no validation data, or options that do not fit the tasks.
+        """
+        super().__init__(np.full(len(dataset.tasks), 1 / len(dataset.tasks)))
+        self.kind = arguments.multi_task.task_balance
+        if "valid" not in dataset.splits:
+            raise InputError(
+                f"--task-balance {self.kind} follows validation losses, and {dataset.prefix} has no validation split; "
+                "preprocess it with --split 98,2,0, or use --task-balance static"
+            )
+        values = balancer_options(self.kind, arguments.multi_task)
+        self._draws = ValidationDraws(dataset.split("valid"), arguments.initialization.seed, values["sample_valid_num"])
+        self._known_K = self._draws.known_K
+        if not self._known_K.any():
+            raise InputError(f"--task-balance {self.kind}: no validation sample of {dataset.prefix} supervises a token")
+        for name in BALANCERS[self.kind].task_options:
+            option = f"--{self.kind}-{name.replace('_', '-')}"
+            number_K = task_numbers(option, values[name], dataset.tasks, default=0.0)
+            if (number_K < 0).any():
+                raise InputError(f"{option}: numbers must be at least 0, not {number_K.tolist()}")
+            values[name] = tuple(number_K[self._known_K])
+        self._dataset = dataset
+        self._balancer = BALANCERS[self.kind](**values)
+        self._state: State | None = None
+        self._begun = 0  # the balancer's warm-up counts from this step
+        self._left_out: tuple[str, ...] = ()
+        self._cost = _cost(self._draws, self.kind, self._balancer, arguments)
+
+    @property
+    def needs_first_losses(self) -> bool:
+        """Whether the balancer needs the losses over the whole validation split, and has none from a checkpoint."""
+        return self._balancer.needs_first_losses and self._state is None
+
+    def begin(self, trainer: Trainer, log: RunLog, progress: Progress, first_loss_K: np.ndarray | None = None) -> None:
+        """Start the balancer with draw 0, unless it continues from a checkpoint, and put its weights into force."""
+        log.say(self._cost)
+        missing = [name for name, known in zip(self._dataset.tasks, self._known_K, strict=True) if not known]
+        if missing:
+            reason = f"--task-balance {self.kind}: no validation data; these tasks get the mean weight"
+            log.write(event_record(progress, "warning", reason=reason, tasks=missing))
+        if self._state is None:
+            first_loss = None if first_loss_K is None else torch.from_numpy(first_loss_K[self._known_K])
+            state, self._begun = self._balancer.begin(int(self._known_K.sum()), first_loss), progress.step
+            self._state = self._update(state, trainer, log, progress)
+        super().begin(trainer, log, progress)
+
+    def after_step(self, trainer: Trainer, log: RunLog, progress: Progress) -> bool:
+        """Update the weights with a validation draw every few steps; return whether there was one."""
+        due = progress.step % self._balancer.update_interval == 0
+        if due and self._state is not None:
+            self._state = self._update(self._state, trainer, log, progress)
+        super().after_step(trainer, log, progress)
+        return due
+
+    def state(self) -> BalanceState:
+        """The state for a checkpoint, with that of the balancer."""
+        return {**super().state(), "balancer": self._state, "begun": self._begun}
+
+    def _resume(self, state: BalanceState) -> None:
+        self._state, self._begun, self._weight_K = state["balancer"], state["begun"], state["weight_K"].numpy()
+
+    def _update(self, state: State, trainer: Trainer, log: RunLog, progress: Progress) -> State:
+        """Update the weights with the losses of a draw; the balancer's new state."""
+        draw = 0 if self._balancer.fixed_draw else progress.step // self._balancer.update_interval
+        loss_K = trainer.task_losses(self._dataset, self._draws.rows(draw))
         loss = torch.from_numpy(loss_K[self._known_K])
         if not loss.isfinite().all():
             raise InputError(
                 f"step {progress.step}: a validation loss is not finite ({loss_K.tolist()}); training has diverged. "
                 "Lower --lr, and continue from the last checkpoint with --load"
             )
-        self._state, weight, took_part = self._balancer.update(self._state, loss, progress.step - self._begun)
+        state, weight, took_part = self._balancer.update(state, loss, progress.step - self._begun)
         if not weight.isfinite().all():
             raise InputError(
-                f"step {progress.step}: the weights of --task-balance {self._kind} are {weight.tolist()}; its options "
+                f"step {progress.step}: the weights of --task-balance {self.kind} are {weight.tolist()}; its options "
                 "are too large for fp64, use values nearer to their defaults"
             )
-        known_K = torch.from_numpy(self._known_K)
-        weight_K = mean_for_others(weight, known_K)
+        weight_K = mean_for_others(weight, torch.from_numpy(self._known_K))
         self._weight_K = process_groups.from_main(weight_K).numpy()
-        self._name_those_left_out(took_part, log, progress)
+        self._warn_of_left_out(took_part, log, progress)
+        return state
 
-    def _name_those_left_out(self, took_part: torch.Tensor, log: RunLog, progress: Progress) -> None:
+    def _warn_of_left_out(self, took_part: torch.Tensor, log: RunLog, progress: Progress) -> None:
+        """Log which tasks did not take part, whenever these change; ``took_part`` bool [K']."""
         known = np.flatnonzero(self._known_K)
         left_out = tuple(self._dataset.tasks[task] for task in known[~took_part.numpy()])
         if left_out and left_out != self._left_out:
@@ -153,42 +207,37 @@ class TaskBalance:
             log.write(event_record(progress, "warning", reason=reason, tasks=list(left_out)))
         self._left_out = left_out
 
-    def state(self) -> dict[str, Any]:
-        """For a checkpoint."""
-        weight_K = torch.from_numpy(self._weight_K)
-        return {"kind": self._kind, "weight_K": weight_K, "balancer": self._state, "begun": self._begun}
 
-    def load(self, state: dict[str, Any], log: RunLog, progress: Progress) -> None:
-        """Go on from a checkpoint's state; another balancer than the checkpoint's starts anew, and the log says so."""
-        if state["kind"] != self._kind:
-            reason = f"--task-balance {self._kind} starts anew: until here the weights were {state['kind']}"
-            log.write(event_record(progress, "warning", reason=reason))
-        elif self._balancer is not None:
-            self._state, self._begun = state["balancer"], state["begun"]
-            self._weight_K = state["weight_K"].numpy()
+def task_balance(arguments: Arguments, dataset: PackedDataset) -> TaskBalance:
+    """The task weights of a run, as ``--task-balance`` chooses them.
+
+    Raises:
+        InputError: weights that do not fit the tasks, or a balancer without validation data.
+    """
+    options = arguments.multi_task
+    weight_K = initial_weights(options, dataset.tasks, [task.weight for task in dataset.ledger.tasks])
+    return TaskBalance(weight_K) if options.task_balance == TaskBalance.kind else DrawnBalance(arguments, dataset)
 
 
-def _options_of(kind: str, options: MultiTaskArguments) -> dict[str, Any]:
-    """The options of one balancer, by the names of its fields."""
-    prefix = kind.replace("-", "_") + "_"
-    return {
-        field.name.removeprefix(prefix): getattr(options, field.name)
-        for field in dataclasses.fields(options)
-        if field.name.startswith(prefix) and field.name != "famo_min_losses"
-    }
+def balancer_options(kind: str, options: MultiTaskArguments) -> dict[str, Any]:
+    """The values of a balancer's fields: of ``update_interval`` that of ``--<kind>-update-interval``, and so on."""
+    prefix = kind.replace("-", "_")
+    return {field.name: getattr(options, f"{prefix}_{field.name}") for field in dataclasses.fields(BALANCERS[kind])}
 
 
-def _cost(draws: ValidationDraws, kind: str, balancer: Any, arguments: Arguments) -> str:
-    """What draws cost beside training, before anything is measured, in words."""
+def _cost(draws: ValidationDraws, kind: str, balancer: Balancer, arguments: Arguments) -> str:
+    """The cost of draws compared to training, estimated before anything is measured, in words."""
     every, batch = balancer.update_interval, arguments.training.global_batch_size
-    rows = max(len(draws.rows(number)) for number in range(LOOKED_AT))
+    rows = max(len(draws.rows(draw)) for draw in range(ESTIMATED_DRAWS))
     computed = -(-rows // arguments.batch_multiple) * arguments.batch_multiple
-    share = FORWARD_SHARE * computed / (every * batch)
+    cost = FORWARD_COST * computed / (every * batch)
     text = (
         f"--task-balance {kind}: draws of up to {rows} packs ({balancer.sample_valid_num} asked for), {computed} with "
         f"the empty ones that fill up the ranks, every {every} step(s) of {batch} packs: about "
-        f"{math.ceil(100 * share)} % of the training's computation"
+        f"{math.ceil(100 * cost)} % of the training's computation"
     )
-    if share <= DEAR:
+    if cost <= EXPENSIVE:
         return text
-    return f"{text}; --{kind}-update-interval {math.ceil(every * share / DEAR)} would bring it below {DEAR:.0%}"
+    return (
+        f"{text}; --{kind}-update-interval {math.ceil(every * cost / EXPENSIVE)} would bring it below {EXPENSIVE:.0%}"
+    )

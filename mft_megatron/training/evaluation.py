@@ -19,7 +19,7 @@ from mft_megatron.data.loading.step_plan import plan_evaluation
 from mft_megatron.errors import InputError
 from mft_megatron.mcore.trainer import Trainer
 
-from .balancing import TaskBalance
+from .balancing import task_balance
 from .early_stopping import EarlyStopping
 from .events import event_record
 from .progress import Progress
@@ -37,7 +37,7 @@ class Evaluation:
         """
         self._arguments = arguments
         self._dataset = dataset
-        self.balance = TaskBalance(arguments, dataset)
+        self.balance = task_balance(arguments, dataset)
         options = arguments.validation
         trained = _named(dataset, self.balance.weight_K) & _named(dataset, _counts(dataset.split("train")))
         if not trained:
@@ -63,7 +63,7 @@ class Evaluation:
     def begin(self, trainer: Trainer, log: RunLog, progress: Progress) -> None:
         """Before the first step: start the balancer, which may want to know the losses of the fresh model."""
         first_loss_K = None
-        if self.balance.wants_first_losses:
+        if self.balance.needs_first_losses:
             record = self._record(trainer, progress, limit=None)
             log.write(record)
             losses = [record["tasks"][name]["loss"] for name in self._dataset.tasks]

@@ -10,7 +10,7 @@ from mft_megatron.batch import StepPlan
 from mft_megatron.data.loading.dataset import PackedDataset
 from mft_megatron.data.loading.step_plan import plan_step
 from mft_megatron.errors import InputError
-from mft_megatron.loss_names import WEIGHTED
+from mft_megatron.losses.table import LOSSES
 from mft_megatron.mcore.model.parameters import weight_norm
 from mft_megatron.mcore.platform import devices
 from mft_megatron.mcore.trainer import StepReport, Trainer
@@ -119,7 +119,7 @@ def _log_step(
     """Write a step down: everywhere where that is ``due``, and to boards where it is to be ``drawn``."""
     split, options = dataset.split("train"), arguments.logging
     tokens = split.num_tokens(plan.packs_G)
-    weighted = arguments.multi_task.mft_loss in WEIGHTED
+    weighted = LOSSES[arguments.multi_task.mft_loss].weighted
     each_layer = arguments.moe.moe_per_layer_logging
     record = train_record(progress, report, plan, tokens, step_time, balance_time, dataset.tasks, weighted, each_layer)
     if options.log_params_norm:

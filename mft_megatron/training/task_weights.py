@@ -6,7 +6,7 @@ import numpy as np
 
 from mft_megatron.arguments.groups.multi_task import MultiTaskArguments
 from mft_megatron.errors import InputError
-from mft_megatron.loss_names import FOCAL, WEIGHTED
+from mft_megatron.losses.table import LOSSES
 from mft_megatron.options import number_list
 from mft_megatron.suggestions import did_you_mean
 
@@ -25,13 +25,13 @@ def initial_weights(
     Raises:
         InputError: as :func:`task_numbers`; a negative weight, no weight above 0, an alpha that is not above 0.
     """
-    if options.mft_loss in FOCAL:
+    if LOSSES[options.mft_loss].focal:
         alpha_K = task_numbers("--focal-alpha", options.focal_alpha, task_names, default=1.0)
         if (alpha_K <= 0).any():
             raise InputError(f"--focal-alpha: numbers must be above 0, not {alpha_K.tolist()}")
         return alpha_K
     default_K = np.ones(len(task_names))
-    if of_data is not None and options.mft_loss in WEIGHTED:
+    if of_data is not None and LOSSES[options.mft_loss].weighted:
         default_K[:] = [1.0 if weight is None else weight for weight in of_data]
     weight_K = task_numbers("--task-weights", options.task_weights, task_names, default_K)
     if (weight_K < 0).any():
@@ -49,7 +49,7 @@ def weights_of_data(
     if not given:
         return None
     words = ", ".join(f"{name}={weight:g}" for name, weight in given.items())
-    if options.mft_loss not in WEIGHTED:
+    if not LOSSES[options.mft_loss].weighted:
         return f"task weights of the data set are not used, --mft-loss {options.mft_loss} takes none: {words}"
     if options.task_balance != "static":
         return (

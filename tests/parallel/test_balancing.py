@@ -211,15 +211,15 @@ def test_a_task_without_validation_data_has_the_mean_weight(with_an_unvalidated_
 
 def _refusals(prefix):
     from mft_megatron.errors import InputError
-    from mft_megatron.training.balancing import TaskBalance
+    from mft_megatron.training.balancing import task_balance
 
     messages = {}
     for name, extra in BALANCERS.items():
         arguments = arguments_for(prefix, extra, 1)
         with pytest.raises(InputError) as refused:
-            TaskBalance(arguments, open_dataset(arguments))
+            task_balance(arguments, open_dataset(arguments))
         messages[name] = str(refused.value)
-    TaskBalance(arguments_for(prefix, "", 1), open_dataset(arguments_for(prefix, "", 1)))
+    task_balance(arguments_for(prefix, "", 1), open_dataset(arguments_for(prefix, "", 1)))
     return messages
 
 

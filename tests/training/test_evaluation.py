@@ -79,8 +79,8 @@ def test_a_restart_with_other_options_says_what_changes(dataset_prefix):
 def test_other_balancers_than_the_checkpoints_start_anew(dataset_prefix):
     coba, log = made(dataset_prefix, "--task-balance coba"), Log()
     coba.load({"balance": made(dataset_prefix, "").balance.state()}, log, Progress(7))
-    assert "--task-balance coba starts anew: until here the weights were static" in log.records[0]["reason"]
-    assert coba.balance.wants_first_losses
+    assert "--task-balance coba starts from its beginning: the weights so far were static" in log.records[0]["reason"]
+    assert coba.balance.needs_first_losses
     static = made(dataset_prefix, "")
     static.load({"balance": coba.balance.state()}, log, Progress(7))
-    assert "--task-balance static starts anew: until here the weights were coba" in log.records[1]["reason"]
+    assert "--task-balance static starts from its beginning: the weights so far were coba" in log.records[1]["reason"]
