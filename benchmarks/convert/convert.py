@@ -35,7 +35,7 @@ def write_model(folder: Path, shape: tuple[int, ...], layers: int) -> int:
     from mft_megatron.convert.huggingface.families.llama import LLAMA
     from mft_megatron.convert.huggingface.family import places
     from mft_megatron.convert.huggingface.row_layouts import sizes_of
-    from mft_megatron.convert.huggingface.safetensors_files import Planned, ShardWriter
+    from mft_megatron.convert.huggingface.safetensors_writer import PlannedWeight, ShardWriter
 
     hidden, ffn, heads, groups, vocabulary = shape
     config = {
@@ -53,7 +53,7 @@ def write_model(folder: Path, shape: tuple[int, ...], layers: int) -> int:
     architecture = LLAMA.read_config(config)
     sizes = sizes_of(architecture, vocabulary)
     planned = [
-        Planned(name.format(*place), torch.bfloat16, shape)
+        PlannedWeight(name.format(*place), torch.bfloat16, shape)
         for row in LLAMA.rows(architecture)
         for place in places(row, architecture)
         for name, shape in zip(row.theirs, row.their_shapes(sizes), strict=True)
@@ -133,7 +133,7 @@ def measured(name: str, source: Path, target: Path) -> dict[str, float]:
 
 def same_weights(one: Path, other: Path) -> bool:
     """Whether two folders hold the same bytes under the same names."""
-    from mft_megatron.convert.huggingface.safetensors_files import WeightFiles, same_content
+    from mft_megatron.convert.huggingface.safetensors_reader import WeightFiles, same_content
 
     a, b = WeightFiles(one), WeightFiles(other)
     return a.weights.keys() == b.weights.keys() and all(same_content(a, name, b, name) for name in a.weights)

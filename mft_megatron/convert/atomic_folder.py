@@ -1,4 +1,4 @@
-"""A folder that is there as a whole or not at all."""
+"""A folder that exists completely or not at all."""
 
 import contextlib
 import os
@@ -10,10 +10,13 @@ from mft_megatron.errors import InputError
 
 
 def refuse_content(target: Path, option: str) -> None:
-    """Check, before there is work to lose, that a folder can be made or is empty.
+    """Check, before there is work to lose, that a folder can be created or is empty.
+
+    Args:
+        option: command-line option that named ``target``.
 
     Raises:
-        InputError: it has content; ``option`` named it.
+        InputError: the folder has content, or is a file.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"{option} {target}: exists already; remove it or name another folder")
@@ -21,7 +24,7 @@ def refuse_content(target: Path, option: str) -> None:
 
 @contextlib.contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """A hidden folder beside ``target`` that becomes it when the work is done, and vanishes when it is not."""
+    """Create a hidden folder beside ``target``; rename it to ``target`` on success, remove it on any error."""
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     partial.mkdir(parents=True)
     try:
@@ -32,6 +35,6 @@ def replacing(target: Path) -> Iterator[Path]:
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, OSError) and error.filename is None:
-            # a full disk is met while writing into an open file, which has no name then
+            # an error while writing to an open file, such as a full disk, names no file
             raise InputError(f"{target}: {error.strerror}; nothing was completed there") from None
         raise

@@ -55,27 +55,29 @@ def check(command_line: Sequence[str]) -> None:
     options = read_options(CheckOptions, command_line, "convert_checkpoint.py check", required=("hf",))
     folder = Path(options.hf)
     checkpoint = _checkpoint(options)
+    from mft_megatron.convert.huggingface.model_folder import read_architecture
     from mft_megatron.convert.serving import folder_check, logits_check
+    from mft_megatron.convert.serving.prompts import encode, read_prompts
 
-    prompts = logits_check.read_prompts(Path(options.prompts)) if options.prompts else None
+    prompts = read_prompts(Path(options.prompts)) if options.prompts else None
     tokenizer, reason = _tokenizer(folder)
     wrong = []
     for finding in folder_check.findings(folder, tokenizer, reason):
-        print(f"{finding.word:<8} {finding.what:<22} {finding.text}", flush=True)
-        wrong += [finding.what] if finding.word == "wrong" else []
+        print(f"{finding.verdict:<8} {finding.subject:<22} {finding.text}", flush=True)
+        wrong += [finding.subject] if finding.verdict == "wrong" else []
     if wrong:
         raise InputError(f"--hf {folder}: {', '.join(wrong)} wrong; see above, nothing was computed")
-    vocab_size = folder_check.read_architecture(folder)[2]
+    vocab_size = read_architecture(folder)[2]
     if checkpoint is not None and checkpoint.info.vocab_size != vocab_size:
         raise InputError(
             f"--hf {folder}: vocabulary of {vocab_size}, {checkpoint.path} has {checkpoint.info.vocab_size}; they are "
             "different models"
         )
-    texts = logits_check.encode(tokenizer, prompts, vocab_size, options.max_tokens)
+    texts = encode(tokenizer, prompts, vocab_size, options.max_tokens)
     theirs = logits_check.transformers_logits(folder, options.dtype, texts.values())
     ours = logits_check.engine_logits(folder, checkpoint, options.dtype, list(texts.values()))
     differences = list(map(logits_check.compare, theirs, ours))
-    _report(dict(zip(texts, differences, strict=True)), logits_check.together(differences), options, checkpoint)
+    _report(dict(zip(texts, differences, strict=True)), logits_check.combine(differences), options, checkpoint)
 
 
 def _checkpoint(options: CheckOptions) -> CheckpointRef | None:

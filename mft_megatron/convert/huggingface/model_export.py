@@ -6,7 +6,6 @@ renamed when it is whole.
 
 import contextlib
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,9 +21,9 @@ from mft_megatron.mcore.platform.precisions import BY_DTYPE
 from mft_megatron.run_folder import HUGGINGFACE, TOKENIZER, CheckpointInfo, copy_tokenizer
 
 from .family import Family, Row, first_difference, places
-from .model_folder import CONFIG, GENERATION, is_of_tokenizer, keep, kept, read_architecture, same_tokenizer
+from .model_folder import CONFIG, GENERATION, copy_kept_files, read_architecture, remove_tokenizer, same_tokenizer
 from .row_layouts import Sizes, sizes_of, split
-from .safetensors_files import Planned, ShardWriter
+from .safetensors_writer import PlannedWeight, ShardWriter
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -129,7 +128,7 @@ def _write_weights(
     """All weights, in the order of the model; the dtype of the last."""
     everything = in_order(rows, architecture)
     planned = [
-        Planned(name.format(*place), reader.entry(row.ours)[1], shape)
+        PlannedWeight(name.format(*place), reader.entry(row.ours)[1], shape)
         for row, place in everything
         for name, shape in zip(row.theirs, row.their_shapes(sizes), strict=True)
     ]
@@ -157,7 +156,7 @@ def in_order(rows: Sequence[Row], architecture: NetworkArguments) -> list[tuple[
 def write_config(checkpoint: Path, info: CheckpointInfo, family: Family, dtype: torch.dtype, folder: Path) -> None:
     """What the model came with besides weights, or the configuration that follows from its description."""
     if info.from_hugging_face:
-        keep(checkpoint.parent / HUGGINGFACE, folder)
+        copy_kept_files(checkpoint.parent / HUGGINGFACE, folder)
         return
     config = {**family.write_config(NetworkArguments(**info.architecture)), "vocab_size": info.vocab_size}
     config |= {"torch_dtype": BY_DTYPE[dtype].huggingface, "use_cache": True, **_special_tokens(info)}
@@ -185,11 +184,7 @@ def write_tokenizer(run: Path, tokenizer: Path | None, folder: Path) -> None:
     if tokenizer is None and same_tokenizer(own, folder):
         return  # the source's may have more files, and all are to be given back
     if own.exists():
-        for file in kept(folder):
-            if is_of_tokenizer(file):
-                file.unlink()
-        for emptied in folder.glob("additional_chat_templates"):
-            shutil.rmtree(emptied)
+        remove_tokenizer(folder)
     if not copy_tokenizer(own, folder) and tokenizer is not None:
         raise InputError(f"--tokenizer-model {tokenizer}: no tokenizer files there; give the tokenizer's folder")
 

@@ -1,9 +1,9 @@
-"""What a Hugging Face folder holds besides weights, and how it is kept byte by byte until a model is exported again."""
+"""Files of a Hugging Face model besides its weights: read, and kept byte by byte until the model is exported again."""
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from mft_megatron.arguments.groups.network import NetworkArguments
 from mft_megatron.convert.huggingface.families.table import family_of
@@ -15,29 +15,33 @@ from .family import Family
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
+_TEMPLATES = "additional_chat_templates"
+_TOKENIZER_PREFIXES = ("tokenizer", "tokenization_", "chat_template")
 _KEPT = (CONFIG, GENERATION, *TOKENIZER_FILES)
-_KEPT_BEGINNINGS = ("tokenizer", "tokenization_", "chat_template", "LICENSE", "NOTICE")
-_FOLDERS = ("additional_chat_templates",)
+_KEPT_PREFIXES = (*_TOKENIZER_PREFIXES, "LICENSE", "NOTICE")
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The content of ``config.json``.
+def read_config(folder: Path) -> dict[str, object]:
+    """Read ``config.json``.
 
     Raises:
-        InputError: it is missing or no JSON object.
+        InputError: the file is missing or not a JSON object.
     """
     file = folder / CONFIG
     if not file.is_file():
-        what = f"has no {CONFIG}; give the folder of a model" if folder.is_dir() else "is no folder"
-        raise InputError(f"{folder}: {what}")
+        reason = f"has no {CONFIG}; give the folder of a model" if folder.is_dir() else "is no folder"
+        raise InputError(f"{folder}: {reason}")
     return read_object(file, "download it again")
 
 
-def read_object(file: Path, remedy: str) -> dict[str, Any]:
-    """The content of a JSON file that is an object.
+def read_object(file: Path, remedy: str) -> dict[str, object]:
+    """Read a JSON file that must be an object.
+
+    Args:
+        remedy: what the user can do about a damaged file.
 
     Raises:
-        InputError: it is none; with the remedy.
+        InputError: the file is not a JSON object.
     """
     try:
         content = json.loads(file.read_text())
@@ -49,10 +53,10 @@ def read_object(file: Path, remedy: str) -> dict[str, Any]:
 
 
 def read_architecture(folder: Path) -> tuple[Family, NetworkArguments, int]:
-    """What ``config.json`` describes: family, architecture and size of the vocabulary.
+    """Read family, architecture and vocabulary size from ``config.json``.
 
     Raises:
-        InputError: it cannot be expressed here; in a line that names the entry.
+        InputError: an entry cannot be expressed; the message names it.
     """
     config = read_config(folder)
     try:
@@ -62,31 +66,48 @@ def read_architecture(folder: Path) -> tuple[Family, NetworkArguments, int]:
         raise InputError(f"{folder / CONFIG}: {error}") from None
 
 
-def keep(source: Path, target: Path) -> None:
-    """Copy everything that is to be given back with the weights into the folder ``target``."""
+def kept_files(folder: Path) -> list[Path]:
+    """Configurations, tokenizer, chat templates and licence of a model, in a fixed order."""
+    files = [
+        file
+        for file in sorted(folder.iterdir())
+        if file.is_file() and (file.name in _KEPT or file.name.startswith(_KEPT_PREFIXES))
+    ]
+    return files + [file for file in sorted((folder / _TEMPLATES).glob("*")) if file.is_file()]
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The kept files that belong to the tokenizer, chat templates included."""
+    return [
+        file
+        for file in kept_files(folder)
+        if file.name in TOKENIZER_FILES or file.name.startswith(_TOKENIZER_PREFIXES) or file.parent != folder
+    ]
+
+
+def copy_files(files: Iterable[Path], source: Path, target: Path) -> None:
+    """Copy files of the folder ``source`` to the same relative paths in ``target``."""
     target.mkdir(parents=True, exist_ok=True)
-    for file in kept(source):
+    for file in files:
         copy = target / file.relative_to(source)
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(file, copy)
 
 
-def kept(source: Path) -> list[Path]:
-    """Configurations, tokenizer, chat templates and licence of a model."""
-    found = [
-        file
-        for file in sorted(source.iterdir())
-        if file.is_file() and (file.name in _KEPT or file.name.startswith(_KEPT_BEGINNINGS))
-    ]
-    return found + [file for name in _FOLDERS for file in sorted((source / name).glob("*")) if file.is_file()]
+def copy_kept_files(source: Path, target: Path) -> None:
+    """Copy everything that an export gives back besides weights into the folder ``target``."""
+    copy_files(kept_files(source), source, target)
 
 
-def is_of_tokenizer(file: Path) -> bool:
-    """Whether a kept file belongs to the tokenizer rather than to the model."""
-    return file.name in TOKENIZER_FILES or file.name.startswith(("tokenizer", "tokenization_", "chat_template"))
+def remove_tokenizer(folder: Path) -> None:
+    """Remove the tokenizer's files and chat templates."""
+    for file in tokenizer_files(folder):
+        file.unlink()
+    for templates in folder.glob(_TEMPLATES):
+        shutil.rmtree(templates)
 
 
-def same_tokenizer(source: Path, other: Path) -> bool:
-    """Whether the tokenizer files of two folders are the same, as far as both have them."""
-    both = [name for name in TOKENIZER_FILES if (source / name).is_file() and (other / name).is_file()]
-    return bool(both) and all((source / name).read_bytes() == (other / name).read_bytes() for name in both)
+def same_tokenizer(folder: Path, other: Path) -> bool:
+    """Whether the tokenizer files that both folders have are equal, and there are some."""
+    both = [name for name in TOKENIZER_FILES if (folder / name).is_file() and (other / name).is_file()]
+    return bool(both) and all((folder / name).read_bytes() == (other / name).read_bytes() for name in both)

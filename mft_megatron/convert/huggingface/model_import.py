@@ -26,10 +26,10 @@ from mft_megatron.mcore.platform.precisions import BY_DTYPE
 from mft_megatron.run_folder import HUGGINGFACE, TRACKER, CheckpointInfo, iteration_folder, replace_text, write_info
 
 from .family import Family, Row, names_of, places
-from .model_folder import keep, read_architecture
+from .model_folder import copy_kept_files, read_architecture
 from .row_layouts import Sizes, sizes_of
 from .row_source import RowSource
-from .safetensors_files import PIECE_BYTES, WeightFiles, same_content
+from .safetensors_reader import BLOCK_BYTES, WeightFiles, same_content
 
 FILE_BYTES = 512 * 2**20
 OUTPUTS = {"lm_head.weight", "embed_out.weight"}
@@ -65,7 +65,7 @@ def _convert(
         path.mkdir()
         slices = list(_slices(rows, architecture, weights, sizes))
         write_weights(path, weights, slices, RowSource(files, rows, sizes), FILE_BYTES)
-        keep(source, partial / HUGGINGFACE)
+        copy_kept_files(source, partial / HUGGINGFACE)
         write_info(path, info)
         replace_text(partial / TRACKER, "0\n")
     return info
@@ -151,7 +151,7 @@ def _slices(
         row = rows[number]
         shape = row.shape(sizes)
         row_bytes = math.prod(shape[1:]) * weights[row.ours].dtype.itemsize
-        step = max(1, PIECE_BYTES // row_bytes)
+        step = max(1, BLOCK_BYTES // row_bytes)
         for first in range(0, shape[0], step):
             count = min(step, shape[0] - first)
             yield WeightSlice(row.ours, place, (first, *(0 for _ in shape[1:])), (count, *shape[1:]))

@@ -9,7 +9,7 @@ from mft_megatron.mcore.checkpointing.weight_source import WeightSlice
 
 from .family import Row
 from .row_layouts import Sizes, part, rows_of
-from .safetensors_files import WeightFiles
+from .safetensors_reader import WeightFiles
 
 
 class RowSource:
@@ -34,6 +34,6 @@ class RowSource:
         at = 0
         for block in part(blocks, first, first + real):
             name = row.theirs[block.source].format(*wanted.index)
-            self._files.read_part(content[at : at + block.rows], name, block.start, column)
+            self._files.read_block(content[at : at + block.rows], name, block.start, column)
             at += block.rows
         return content

@@ -13,7 +13,7 @@ from . import model_folder
 from .model_import import describe, refuse_mismatch
 from .row_layouts import sizes_of
 from .row_source import RowSource
-from .safetensors_files import WeightFiles
+from .safetensors_reader import WeightFiles
 
 
 class HuggingFaceSource:
@@ -40,7 +40,7 @@ class HuggingFaceSource:
 
     def keep(self, target: Path) -> None:
         """Copy what an export is to give back."""
-        model_folder.keep(self.folder, target)
+        model_folder.copy_kept_files(self.folder, target)
 
     def read(self, wanted: WeightSlice) -> Tensor:
         """Read one slice of a weight of Megatron-Core's, as :meth:`RowSource.read` does."""

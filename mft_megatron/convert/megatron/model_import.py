@@ -17,7 +17,7 @@ from mft_megatron.arguments.groups.network import NetworkArguments
 from mft_megatron.convert.atomic_folder import refuse_content, replacing
 from mft_megatron.convert.huggingface.families.table import family_for
 from mft_megatron.convert.huggingface.family import first_difference
-from mft_megatron.convert.huggingface.model_folder import CONFIG, keep, read_architecture
+from mft_megatron.convert.huggingface.model_folder import CONFIG, copy_kept_files, read_architecture
 from mft_megatron.convert.huggingface.model_import import FILE_BYTES, describe
 from mft_megatron.errors import InputError
 from mft_megatron.mcore.checkpointing.tensor_reader import TensorReader
@@ -225,7 +225,7 @@ def _keep(hf: Path | None, architecture: NetworkArguments, vocab_size: int, targ
     """Put into ``target`` what an export gives back; the Hugging Face architecture, or where none can express the
     model, what it came from."""
     if hf is not None:
-        keep(hf, target)
+        copy_kept_files(hf, target)
         return read_architecture(hf)[0].architecture
     try:
         family = family_for(architecture)

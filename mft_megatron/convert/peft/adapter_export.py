@@ -3,12 +3,12 @@
 import contextlib
 import json
 import os
-import shutil
 from pathlib import Path
 
 from mft_megatron.convert.atomic_folder import refuse_content, replacing
-from mft_megatron.convert.huggingface.model_folder import is_of_tokenizer, kept, same_tokenizer
-from mft_megatron.convert.huggingface.safetensors_files import SINGLE, Planned, ShardWriter
+from mft_megatron.convert.huggingface.model_folder import copy_files, same_tokenizer, tokenizer_files
+from mft_megatron.convert.huggingface.safetensors_reader import SINGLE
+from mft_megatron.convert.huggingface.safetensors_writer import PlannedWeight, ShardWriter
 from mft_megatron.errors import InputError
 from mft_megatron.lora import Lora
 from mft_megatron.run_folder import HUGGINGFACE, INFO, TOKENIZER, TRACKER, CheckpointInfo, copy_tokenizer
@@ -66,7 +66,7 @@ def _write_weights(reader: AdapterReader, folder: Path) -> None:
         name, rank = matrix.name.format(layer), len(matrix.parts) * reader.lora.rank
         keys = tuple(key_of(name, letter) for letter in "AB")
         shapes = (rank, matrix.shape[1]), (matrix.shape[0], rank)
-        planned += [Planned(key, reader.dtype, shape) for key, shape in zip(keys, shapes, strict=True)]
+        planned += [PlannedWeight(key, reader.dtype, shape) for key, shape in zip(keys, shapes, strict=True)]
         names.append((f"{name}.weight", keys))
     # one file, however large: PEFT looks for no other
     with contextlib.closing(ShardWriter(folder, planned, sum(weight.size for weight in planned))) as writer:
@@ -81,11 +81,7 @@ def _write_tokenizer(run: Path, tokenizer: Path | None, folder: Path) -> None:
     """The tokenizer that was asked for, that of the run, or else that of the model that the run started from."""
     own, source = tokenizer or run / TOKENIZER, run / HUGGINGFACE
     if tokenizer is None and source.is_dir() and (not own.exists() or same_tokenizer(own, source)):
-        for file in kept(source):  # it may have more files than the run's copy
-            copy = folder / file.relative_to(source)
-            if not is_of_tokenizer(file) and file.parent == source:
-                continue
-            copy.parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, copy)
+        # the source may have more files than the run's copy
+        copy_files(tokenizer_files(source), source, folder)
     elif not copy_tokenizer(own, folder) and tokenizer is not None:
         raise InputError(f"--tokenizer-model {tokenizer}: no tokenizer files there; give the tokenizer's folder")

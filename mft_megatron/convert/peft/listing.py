@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from mft_megatron.convert.huggingface.safetensors_files import Stored, read_header
+from mft_megatron.convert.huggingface.safetensors_reader import StoredWeight, read_header
 from mft_megatron.errors import InputError
 from mft_megatron.lora import is_adapter
 from mft_megatron.mcore.checkpointing.tensor_reader import TensorReader
@@ -120,7 +120,7 @@ def _peft(path: Path) -> Found:
     )
 
 
-def _bytes(weight: Stored) -> int:
+def _bytes(weight: StoredWeight) -> int:
     return math.prod(weight.shape) * weight.dtype.itemsize
 
 

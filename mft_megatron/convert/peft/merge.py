@@ -19,10 +19,11 @@ from mft_megatron.arguments.groups.network import NetworkArguments
 from mft_megatron.convert.atomic_folder import refuse_content, replacing
 from mft_megatron.convert.huggingface import model_export
 from mft_megatron.convert.huggingface.family import Family, Row, first_difference
-from mft_megatron.convert.huggingface.model_folder import CONFIG, keep, read_architecture, same_tokenizer
+from mft_megatron.convert.huggingface.model_folder import CONFIG, copy_kept_files, read_architecture, same_tokenizer
 from mft_megatron.convert.huggingface.model_import import describe, refuse_mismatch
 from mft_megatron.convert.huggingface.row_layouts import sizes_of, split
-from mft_megatron.convert.huggingface.safetensors_files import Planned, ShardWriter, WeightFiles
+from mft_megatron.convert.huggingface.safetensors_reader import WeightFiles
+from mft_megatron.convert.huggingface.safetensors_writer import PlannedWeight, ShardWriter
 from mft_megatron.errors import InputError
 from mft_megatron.lora import is_adapter
 from mft_megatron.mcore.checkpointing.tensor_reader import TensorReader
@@ -49,7 +50,7 @@ class Base(Protocol):
     family: Family
     architecture: NetworkArguments
 
-    def planned(self, row: Row, place: tuple[int, ...]) -> list[Planned]:
+    def planned(self, row: Row, place: tuple[int, ...]) -> list[PlannedWeight]:
         """The Hugging Face weights that a row stands for."""
 
     def read(self, row: Row, place: tuple[int, ...]) -> Iterator[Tensor]:
@@ -82,10 +83,10 @@ class FolderBase:
         dtype = max(dtypes, key=lambda dtype: dtype.itemsize)
         self.info = describe(self.family.architecture, self.architecture, vocab_size, dtype)
 
-    def planned(self, row: Row, place: tuple[int, ...]) -> list[Planned]:
+    def planned(self, row: Row, place: tuple[int, ...]) -> list[PlannedWeight]:
         names = [name.format(*place) for name in row.theirs]
         stored = [self._files.weights[name] for name in names]
-        return [Planned(name, s.dtype, s.shape) for name, s in zip(names, stored, strict=True)]
+        return [PlannedWeight(name, s.dtype, s.shape) for name, s in zip(names, stored, strict=True)]
 
     def read(self, row: Row, place: tuple[int, ...]) -> Iterator[Tensor]:
         for weight in self.planned(row, place):
@@ -94,7 +95,7 @@ class FolderBase:
             yield content
 
     def write_config(self, folder: Path) -> None:
-        keep(self.path, folder)
+        copy_kept_files(self.path, folder)
 
     def close(self) -> None:
         self._files.close()
@@ -118,9 +119,11 @@ class CheckpointBase:
         rows = self.family.rows(self.architecture)
         model_export.refuse_mismatch(self._reader, rows, self.architecture, self._sizes, self.family, path)
 
-    def planned(self, row: Row, place: tuple[int, ...]) -> list[Planned]:
+    def planned(self, row: Row, place: tuple[int, ...]) -> list[PlannedWeight]:
         dtype, shapes = self._reader.entry(row.ours)[1], row.their_shapes(self._sizes)
-        return [Planned(name.format(*place), dtype, shape) for name, shape in zip(row.theirs, shapes, strict=True)]
+        return [
+            PlannedWeight(name.format(*place), dtype, shape) for name, shape in zip(row.theirs, shapes, strict=True)
+        ]
 
     def read(self, row: Row, place: tuple[int, ...]) -> Iterator[Tensor]:
         weight = without_padding(row.ours, self._reader.read([(row.ours, place)])[0], self.info.vocab_size)

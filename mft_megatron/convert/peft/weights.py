@@ -17,7 +17,7 @@ from torch import Tensor
 from mft_megatron.arguments.groups.network import NetworkArguments
 from mft_megatron.convert.huggingface.family import Family, Row, names_of
 from mft_megatron.convert.huggingface.row_layouts import sizes_of
-from mft_megatron.convert.huggingface.safetensors_files import Stored, read_header
+from mft_megatron.convert.huggingface.safetensors_reader import StoredWeight, read_header
 from mft_megatron.errors import InputError
 from mft_megatron.lora import SOURCES
 
@@ -141,7 +141,7 @@ def _modules(family: Family, architecture: NetworkArguments) -> Modules:
     }
 
 
-def _header(folder: Path) -> dict[str, Stored]:
+def _header(folder: Path) -> dict[str, StoredWeight]:
     if (folder / WEIGHTS).is_file():
         return read_header(folder / WEIGHTS)
     if any(folder.glob("adapter_model*.bin")):

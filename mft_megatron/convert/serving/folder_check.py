@@ -1,40 +1,51 @@
-"""What a server needs of a Hugging Face folder, looked at without loading the model."""
+"""Checks of everything that a server reads from a Hugging Face folder, without loading the model."""
 
 import contextlib
 import dataclasses
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import torch
 
-from mft_megatron.convert.huggingface.model_folder import CONFIG, GENERATION, read_architecture, read_config
+from mft_megatron.convert.huggingface.model_folder import (
+    CONFIG,
+    GENERATION,
+    read_architecture,
+    read_config,
+    read_object,
+)
 from mft_megatron.convert.huggingface.model_import import refuse_mismatch
 from mft_megatron.convert.huggingface.row_layouts import sizes_of
-from mft_megatron.convert.huggingface.safetensors_files import WeightFiles
+from mft_megatron.convert.huggingface.safetensors_reader import WeightFiles
 from mft_megatron.errors import InputError
 from mft_megatron.mcore.platform.precisions import BY_DTYPE
 
-from .logits_check import CHAT
+from .prompts import CHAT, ServedTokenizer
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """``word``: ok; missing: a server can do without; wrong: it stumbles over that; note: worth knowing."""
+    """The result of one check.
 
-    word: str
-    what: str
+    Attributes:
+        verdict: ``ok``; ``missing``: a server can do without; ``wrong``: a server fails; ``note``: worth knowing.
+        subject: the file or feature that was checked.
+        text: the result in words.
+    """
+
+    verdict: Literal["ok", "missing", "wrong", "note"]
+    subject: str
     text: str
 
 
-def findings(folder: Path, tokenizer: Any, reason: str) -> Iterator[Finding]:
-    """Everything that is looked at, each as one finding.
+def findings(folder: Path, tokenizer: ServedTokenizer | None, reason: str) -> Iterator[Finding]:
+    """Check a folder; yield one finding for each check, and stop where the next ones would have no meaning.
 
     Args:
-        folder: of the model.
+        folder: folder of the model.
         tokenizer: its tokenizer as transformers loads it, or ``None``.
-        reason: why there is none.
+        reason: why there is no tokenizer.
     """
     try:
         family, architecture, vocab_size = read_architecture(folder)
@@ -50,40 +61,43 @@ def findings(folder: Path, tokenizer: Any, reason: str) -> Iterator[Finding]:
         return
     names = {stored.file.name for stored in files.weights.values()}
     yield Finding("ok", "weights", f"{len(files.weights):,} in {len(names)} safetensors files, of the shapes expected")
-    yield Finding("ok", "vocabulary", f"{vocab_size:,} rows, none is padding of a training layout")
+    yield Finding("ok", "vocabulary", f"{vocab_size:,} rows, none is padding of a parallel layout")
     config = read_config(folder)
     yield _dtype(config, {stored.dtype for stored in files.weights.values()})
     yield from _stop_tokens(folder, config, tokenizer, vocab_size)
     yield from _tokenizer(tokenizer, reason, vocab_size)
 
 
-def _dtype(config: dict[str, Any], stored: set[torch.dtype]) -> Finding:
-    said = config.get("dtype") or config.get("torch_dtype")
-    there = " and ".join(sorted(BY_DTYPE[dtype].safetensors for dtype in stored))
-    if said is None:
-        return Finding("missing", "dtype", f"{CONFIG} names none; the weights are {there}")
-    if {BY_DTYPE[dtype].huggingface for dtype in stored} == {said}:
-        return Finding("ok", "dtype", f"{said}")
-    return Finding("note", "dtype", f"{CONFIG} says {said}, the weights are {there}; give the server its --dtype")
+def _dtype(config: Mapping[str, object], stored: set[torch.dtype]) -> Finding:
+    configured = config.get("dtype") or config.get("torch_dtype")
+    names = " and ".join(sorted(BY_DTYPE[dtype].safetensors for dtype in stored))
+    if configured is None:
+        return Finding("missing", "dtype", f"{CONFIG} names none; the weights are {names}")
+    if {BY_DTYPE[dtype].huggingface for dtype in stored} == {configured}:
+        return Finding("ok", "dtype", f"{configured}")
+    return Finding("note", "dtype", f"{CONFIG} says {configured}, the weights are {names}; give the server its --dtype")
 
 
-def _stop_tokens(folder: Path, config: dict[str, Any], tokenizer: Any, vocab_size: int) -> Iterator[Finding]:
-    stops, file = config.get("eos_token_id"), folder / GENERATION
+def _stop_tokens(
+    folder: Path, config: Mapping[str, object], tokenizer: ServedTokenizer | None, vocab_size: int
+) -> Iterator[Finding]:
+    eos, file = config.get("eos_token_id"), folder / GENERATION
     if not file.is_file():
         yield Finding("missing", GENERATION, f"servers then stop at the eos_token_id of {CONFIG}")
     else:
         try:
-            generation = json.loads(file.read_text())
-            stops = generation.get("eos_token_id", stops)
-        except (ValueError, AttributeError) as error:
-            yield Finding("wrong", GENERATION, f"not a JSON object ({error}); write it again")
+            generation = read_object(file, "write it again")
+        except InputError as error:
+            yield Finding("wrong", GENERATION, str(error))
             return
+        eos = generation.get("eos_token_id", eos)
         yield Finding("ok", GENERATION, f"{len(generation)} entries")
-    stops = stops if isinstance(stops, list) else [] if stops is None else [stops]
-    if not stops:
+    listed = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if not listed:
         yield Finding("missing", "stop tokens", "no eos_token_id; answers end at the length limit alone")
         return
-    outside = [stop for stop in stops if not isinstance(stop, int) or not 0 <= stop < vocab_size]
+    stops = [stop for stop in listed if isinstance(stop, int) and 0 <= stop < vocab_size]
+    outside = [stop for stop in listed if not isinstance(stop, int) or not 0 <= stop < vocab_size]
     if outside:
         yield Finding(
             "wrong", "stop tokens", f"{outside} not in the vocabulary of {vocab_size:,}; correct eos_token_id"
@@ -93,7 +107,7 @@ def _stop_tokens(folder: Path, config: dict[str, Any], tokenizer: Any, vocab_siz
     yield Finding("ok", "stop tokens", f"{', '.join(map(str, stops))}{text}")
 
 
-def _tokenizer(tokenizer: Any, reason: str, vocab_size: int) -> Iterator[Finding]:
+def _tokenizer(tokenizer: ServedTokenizer | None, reason: str, vocab_size: int) -> Iterator[Finding]:
     if tokenizer is None:
         yield Finding("missing", "tokenizer", f"{reason}; random tokens are compared")
         yield Finding("missing", "chat template", "comes with a tokenizer")
@@ -107,7 +121,7 @@ def _tokenizer(tokenizer: Any, reason: str, vocab_size: int) -> Iterator[Finding
         return
     try:
         text = tokenizer.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # a template is a program
+    except Exception as error:  # a template is a program, which may raise anything
         yield Finding("wrong", "chat template", f"cannot be rendered ({' '.join(str(error).split())})")
         return
     yield Finding("ok", "chat template", f"{len(text)} characters of a question")

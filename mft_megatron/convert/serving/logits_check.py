@@ -1,20 +1,18 @@
-"""Whether transformers and the engine compute the same from a Hugging Face folder.
+"""Comparison of the logits that transformers and Megatron-Core compute from a Hugging Face folder.
 
 ::
 
-    folder ─► transformers, the oracle ─► logits ──────────────┐
+    folder ─► transformers, the reference ─► logits ───────────┐
     folder, or a checkpoint ─► Megatron-Core, one process ─────┴─► largest difference, KL divergence, top-1 agreement
 
-One model is in memory at a time. Differences are of every position of every prompt, not of the last alone.
+One model is in memory at a time. Every position of every prompt is compared, not only the last.
 """
 
 import dataclasses
 import gc
-import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,27 +25,19 @@ from mft_megatron.mcore.checkpointing.weight_source import CheckpointSource, Wei
 from mft_megatron.mcore.platform.precisions import DTYPES
 from mft_megatron.run_folder import CheckpointRef
 
-# of code models: some languages, prose in another script, structured text
-PROMPTS = {
-    "python": "def merge_sort(values: list[int]) -> list[int]:\n    if len(values) < 2:\n        return values\n",
-    "c++": "#include <vector>\n\ntemplate <typename T>\nT sum(const std::vector<T>& values) {\n    T total{};\n",
-    "sql": "SELECT task, COUNT(*) AS samples\nFROM runs\nWHERE loss < 0.5\nGROUP BY task\nORDER BY",
-    "json": '{"name": "check", "version": "1.0", "scripts": {"test": "',
-    "chinese": "# 用 Python 写一个函数,判断一个字符串是不是回文\ndef is_palindrome(",
-    "shell": "for file in $(git diff --name-only HEAD~1); do\n  if [[ $file == *.py ]]; then",
-}
-CHAT = [{"role": "user", "content": "Write a function that reverses a linked list, and test it."}]
-# where there is no tokenizer: so many texts of so many tokens
-RANDOM_TEXTS, RANDOM_TOKENS = 4, 32
+# positions compared at a time: fp64 copies of whole logits would be large
 ROWS_AT_ONCE = 32
 
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """Between the logits of two models after each of ``tokens`` tokens.
+    """Differences between the logits of two models at some positions.
 
-    ``largest``: absolute difference of any logit. ``divergence``: mean KL(theirs ‖ ours) of the next token's
-    distribution, in nats. ``agreement``: share of positions where both think the same token most likely.
+    Attributes:
+        tokens: number of positions.
+        largest: largest absolute difference of a logit; NaN where a logit is.
+        divergence: mean KL(reference ‖ engine) of the next token's distribution, in nats.
+        agreement: fraction of positions where both models' most likely token is the same.
     """
 
     tokens: int
@@ -56,21 +46,26 @@ class Difference:
     agreement: float
 
 
-def compare(theirs_SV: Tensor, ours_SV: Tensor) -> Difference:
-    """Compare logits, fp32 [S, V] both, in fp64."""
+def compare(reference_SV: Tensor, engine_SV: Tensor) -> Difference:
+    """Compare the logits of two models for one text.
+
+    Args:
+        reference_SV: fp32 [S, V], of transformers.
+        engine_SV: fp32 [S, V], of Megatron-Core. Both are compared in fp64.
+    """
     largest, divergence, agreeing = [], 0.0, 0
-    for theirs, ours in zip(theirs_SV.split(ROWS_AT_ONCE), ours_SV.split(ROWS_AT_ONCE), strict=True):
-        p, q = theirs.double().log_softmax(-1), ours.double().log_softmax(-1)
+    for reference, engine in zip(reference_SV.split(ROWS_AT_ONCE), engine_SV.split(ROWS_AT_ONCE), strict=True):
+        p, q = reference.double().log_softmax(-1), engine.double().log_softmax(-1)
         divergence += (p.exp() * (p - q)).sum().item()
-        largest.append((theirs.double() - ours.double()).abs().max())
-        agreeing += (theirs.argmax(-1) == ours.argmax(-1)).sum().item()
-    tokens = len(theirs_SV)
+        largest.append((reference.double() - engine.double()).abs().max())
+        agreeing += int((reference.argmax(-1) == engine.argmax(-1)).sum())
+    tokens = len(reference_SV)
     # torch's maximum, unlike Python's, is NaN where anything is
     return Difference(tokens, torch.stack(largest).max().item(), divergence / tokens, agreeing / tokens)
 
 
-def together(differences: Sequence[Difference]) -> Difference:
-    """Of all prompts as one text."""
+def combine(differences: Sequence[Difference]) -> Difference:
+    """Combine the differences of several texts as if they were one text."""
     tokens = sum(one.tokens for one in differences)
     largest = torch.tensor([one.largest for one in differences], dtype=torch.float64).max().item()
     means = (
@@ -80,59 +75,15 @@ def together(differences: Sequence[Difference]) -> Difference:
     return Difference(tokens, largest, *means)
 
 
-def read_prompts(file: Path) -> dict[str, str]:
-    """One prompt a line, by its number; a line that is a JSON string may hold line breaks.
-
-    Raises:
-        InputError: there is none.
-    """
-    if not file.is_file():
-        raise InputError(f"--prompts {file}: does not exist; give a text file with one prompt a line")
-    found = {}
-    for number, line in enumerate(file.read_text().splitlines(), 1):
-        try:
-            content = json.loads(line)
-        except ValueError:
-            content = line
-        text = content if isinstance(content, str) else line
-        if text.strip():
-            found[f"line {number}"] = text
-    if not found:
-        raise InputError(f"--prompts {file}: is empty; write one prompt a line")
-    return found
-
-
-def encode(tokenizer: Any, prompts: dict[str, str] | None, vocab_size: int, limit: int) -> dict[str, list[int]]:
-    """Token ids of the prompts, by name, cut to ``limit`` tokens.
+def transformers_logits(folder: Path, dtype: str, texts: Iterable[Sequence[int]]) -> list[Tensor]:
+    """Compute the logits of a folder with transformers.
 
     Args:
-        tokenizer: of transformers; ``None``: fixed random tokens take the prompts' place.
-        prompts: ``None`` for the built-in ones, to which a chat is added where the tokenizer has a template.
+        dtype: precision of the model: fp32, bf16 or fp16.
+        texts: token ids.
 
-    Raises:
-        InputError: a token is not in the vocabulary, or there are no tokens.
-    """
-    if tokenizer is None:
-        generator = torch.Generator().manual_seed(1)
-        texts = torch.randint(vocab_size, (RANDOM_TEXTS, min(RANDOM_TOKENS, limit)), generator=generator).tolist()
-        return {f"random {number}": text for number, text in enumerate(texts, 1)}
-    encoded = {name: tokenizer(text)["input_ids"][:limit] for name, text in (prompts or PROMPTS).items()}
-    if prompts is None and getattr(tokenizer, "chat_template", None):
-        text = tokenizer.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
-        encoded["chat"] = tokenizer(text, add_special_tokens=False)["input_ids"][:limit]
-    for name, tokens in encoded.items():
-        if not tokens:
-            raise InputError(f"prompt {name}: the tokenizer makes no tokens of it; leave it out")
-        if max(tokens) >= vocab_size:
-            raise InputError(
-                f"prompt {name}: the tokenizer gives token {max(tokens)}, the vocabulary has {vocab_size}; it is the "
-                "tokenizer of another model"
-            )
-    return encoded
-
-
-def transformers_logits(folder: Path, dtype: str, texts: Iterable[Sequence[int]]) -> list[Tensor]:
-    """Logits of a folder by transformers: fp32 [S, V] of each text, on the CPU.
+    Returns:
+        logits of each text, fp32 [S, V] on the CPU.
 
     Raises:
         InputError: transformers cannot load the folder.
@@ -145,21 +96,29 @@ def transformers_logits(folder: Path, dtype: str, texts: Iterable[Sequence[int]]
     logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype], attn_implementation="eager")
-    except Exception as error:  # whatever stands in its files
+    except Exception as error:  # damaged files fail in many ways
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"--hf {folder}: transformers cannot load it ({reason}); mend the folder") from None
     model = model.eval().to(devices.device())
     with torch.no_grad():
-        found = [model(torch.tensor([text], device=devices.device())).logits[0].float().cpu() for text in texts]
+        logits = [model(torch.tensor([text], device=devices.device())).logits[0].float().cpu() for text in texts]
     del model
     gc.collect()
-    return found
+    return logits
 
 
 def engine_logits(
     folder: Path, checkpoint: CheckpointRef | None, dtype: str, texts: Sequence[Sequence[int]]
 ) -> list[Tensor]:
-    """Logits by Megatron-Core of the folder, read as ``--hf-checkpoint`` reads it, or of a checkpoint.
+    """Compute the logits of a folder, read as ``--hf-checkpoint`` reads it, or of a checkpoint with Megatron-Core.
+
+    Args:
+        checkpoint: replaces the model of ``folder`` where it is not ``None``.
+        dtype: precision of the model: fp32, bf16 or fp16.
+        texts: token ids.
+
+    Returns:
+        logits of each text, fp32 [S, V] on the CPU.
 
     Raises:
         InputError: the model is not supported, or its files are damaged.

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 from mft_megatron.convert.commands.convert import hf_to_mcore, mcore_to_hf
 from mft_megatron.convert.huggingface import model_import
-from mft_megatron.convert.huggingface.safetensors_files import Planned, ShardWriter, WeightFiles
+from mft_megatron.convert.huggingface.safetensors_reader import WeightFiles
+from mft_megatron.convert.huggingface.safetensors_writer import PlannedWeight, ShardWriter
 from mft_megatron.errors import InputError, run_command
 from tests.convert import tiny_models
 
@@ -335,11 +336,12 @@ def test_an_export_of_another_models_configuration_is_refused(whole, tmp_path):
 
 
 def test_a_writer_wants_every_weight_as_announced(tmp_path):
-    writer = ShardWriter(tmp_path, [Planned("a", torch.float32, (2, 3)), Planned("b", torch.float32, (2,))], 10**9)
+    planned = [PlannedWeight("a", torch.float32, (2, 3)), PlannedWeight("b", torch.float32, (2,))]
+    writer = ShardWriter(tmp_path, planned, 10**9)
     with pytest.raises(ValueError, match="where"):
         writer.write("a", torch.zeros(3, 2))
     writer.close()
-    writer = ShardWriter(tmp_path, [Planned("a", torch.float32, (2, 3)), Planned("b", torch.float32, (2,))], 10**9)
+    writer = ShardWriter(tmp_path, planned, 10**9)
     writer.write("b", torch.tensor([1.0, 2.0]))
     with pytest.raises(ValueError, match="never written: a"):
         writer.finish()

@@ -120,7 +120,7 @@ def test_half_precision_stays_as_it_is(name, dtype, tmp_path, monkeypatch):
     weights = load_file(file)
     weights["model.embed_tokens.weight"].view(torch.int16)[:3] = torch.tensor([1, -32768, 0x7F80])[:, None]
     tiny_models.save_weights(weights, file)
-    monkeypatch.setattr(model_import, "PIECE_BYTES", 700)
+    monkeypatch.setattr(model_import, "BLOCK_BYTES", 700)
     monkeypatch.setattr(model_import, "FILE_BYTES", 2000)
     hf_to_mcore(["--hf", str(tmp_path / "hf"), "--save", str(tmp_path / "checkpoint")])
     assert len(list((tmp_path / "checkpoint" / "iter_0000000").glob("*.distcp"))) > 20

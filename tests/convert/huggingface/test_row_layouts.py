@@ -18,7 +18,8 @@ from mft_megatron.convert.huggingface.row_layouts import (
     split,
     whole,
 )
-from mft_megatron.convert.huggingface.safetensors_files import Planned, ShardWriter, read_header
+from mft_megatron.convert.huggingface.safetensors_reader import read_header
+from mft_megatron.convert.huggingface.safetensors_writer import PlannedWeight, ShardWriter
 from mft_megatron.errors import InputError
 
 SHAPE = NetworkArguments(
@@ -86,7 +87,7 @@ def test_the_llama_table_covers_a_model():
 
 
 def test_shards_end_before_they_are_too_large(tmp_path):
-    weights = [Planned(name, torch.float16, (size,)) for name, size in (("a", 4), ("b", 4), ("c", 20), ("d", 1))]
+    weights = [PlannedWeight(name, torch.float16, (size,)) for name, size in (("a", 4), ("b", 4), ("c", 20), ("d", 1))]
     writer = ShardWriter(tmp_path, weights, 16)
     for weight in reversed(weights):
         writer.write(weight.name, torch.full(weight.shape, float(ord(weight.name)), dtype=torch.float16))

@@ -44,8 +44,8 @@ def _compare(layout, world_size, folders):
             assert arguments.weights_alone
             assert arguments.network == loaded.network
             source, read = HuggingFaceSource(hf), []
-            whole = source._files.read_part
-            source._files.read_part = lambda part, *where, whole=whole, read=read: (
+            whole = source._files.read_block
+            source._files.read_block = lambda part, *where, whole=whole, read=read: (
                 read.append(part.nbytes),
                 whole(part, *where),
             )

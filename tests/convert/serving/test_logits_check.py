@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from mft_megatron.convert.serving.folder_check import findings
-from mft_megatron.convert.serving.logits_check import PROMPTS, compare, encode, read_prompts, together
+from mft_megatron.convert.serving.logits_check import combine, compare
+from mft_megatron.convert.serving.prompts import PROMPTS, encode, read_prompts
 from mft_megatron.errors import InputError
 from tests.convert import tiny_models
 
@@ -38,7 +39,7 @@ def test_numbers_are_those_of_a_slow_reference():
     assert 0.3 < found.agreement < 1
     assert compare(theirs, theirs) == type(found)(70, 0.0, 0.0, 1.0)
     parts = [compare(theirs[:9], ours[:9]), compare(theirs[9:], ours[9:])]
-    total = together(parts)
+    total = combine(parts)
     assert (total.tokens, total.largest) == (70, found.largest)
     assert (total.divergence, total.agreement) == pytest.approx((found.divergence, found.agreement), rel=1e-12)
 
@@ -50,8 +51,8 @@ def test_no_number_is_never_small():
     found = compare(theirs, broken)
     assert math.isnan(found.largest)
     assert math.isnan(found.divergence)
-    assert math.isnan(together([compare(theirs, theirs), found]).largest)
-    assert math.isnan(together([found, compare(theirs, theirs)]).largest)
+    assert math.isnan(combine([compare(theirs, theirs), found]).largest)
+    assert math.isnan(combine([found, compare(theirs, theirs)]).largest)
 
 
 class _Letters:
@@ -109,19 +110,19 @@ def model(whole, tmp_path):
     return tmp_path / "model"
 
 
-def words(folder, tokenizer=None):
-    return {finding.what: (finding.word, finding.text) for finding in findings(folder, tokenizer, "none there")}
+def checked(folder, tokenizer=None):
+    return {finding.subject: (finding.verdict, finding.text) for finding in findings(folder, tokenizer, "none there")}
 
 
 def test_a_good_folder(model):
     tokenizer = _Letters()
     tokenizer.chat_template = "<{}>"
-    found = words(model, tokenizer)
+    found = checked(model, tokenizer)
     assert {word for word, _ in found.values()} == {"ok"}
-    assert found["vocabulary"][1] == "131 rows, none is padding of a training layout"
+    assert found["vocabulary"][1] == "131 rows, none is padding of a parallel layout"
     assert found["stop tokens"][1] == "2, 3: \x02 \x03"
-    assert list(words(model)) == list(found)
-    assert words(model)["tokenizer"] == ("missing", "none there; random tokens are compared")
+    assert list(checked(model)) == list(found)
+    assert checked(model)["tokenizer"] == ("missing", "none there; random tokens are compared")
 
 
 def change(file, **changes):
@@ -133,7 +134,7 @@ def test_what_is_missing_or_wrong(model):
     config, generation = model / "config.json", model / "generation_config.json"
 
     def one(what, tokenizer=None):
-        return words(model, tokenizer)[what]
+        return checked(model, tokenizer)[what]
 
     change(config, torch_dtype="bfloat16", dtype="bfloat16")
     assert one("dtype") == ("note", "config.json says bfloat16, the weights are F32; give the server its --dtype")
@@ -156,11 +157,11 @@ def test_what_is_missing_or_wrong(model):
     change(config, vocab_size=130)
     assert one("weights")[0] == "wrong"  # one row too many, such as padding would be
     assert "embed_tokens.weight has the shape [131, 48], config.json says [130, 48]" in one("weights")[1]
-    assert "vocabulary" not in words(model)
+    assert "vocabulary" not in checked(model)
     config.unlink()
     assert one("config.json")[0] == "wrong"
 
 
 def test_a_tokenizer_that_is_larger_than_the_model(model, monkeypatch):
     monkeypatch.setattr(_Letters, "__len__", lambda self: 132)
-    assert words(model, _Letters())["tokenizer"] == ("wrong", "132 tokens, the model has 131; it is another's")
+    assert checked(model, _Letters())["tokenizer"] == ("wrong", "132 tokens, the model has 131; it is another's")
