@@ -20,9 +20,10 @@ from mft_megatron.arguments.checks.ranges import check_ranges
 from mft_megatron.arguments.checks.recompute import check_recompute_granularity
 from mft_megatron.arguments.checks.table import CHECKS
 from mft_megatron.arguments.groups.config_file import ConfigFileArguments
+from mft_megatron.arguments.groups.data import DataArguments
 from mft_megatron.arguments.groups.multi_task import MFTCODER_BALANCERS
 from mft_megatron.errors import InputError
-from mft_megatron.options import build_parser, fill, parse
+from mft_megatron.options import build_parser, fill, missing_option, parse
 from mft_megatron.run_folder import CheckpointRef
 
 from .adapters import from_adapter, from_checkpoint
@@ -57,7 +58,7 @@ def parse_arguments(
     """
     given, asked_for = _read(command_line)
     resume = find_checkpoint(given, describe_hf)
-    _need(given, "data_path", "--data-path PREFIX: the --output-prefix given to tools/preprocess_data.py")
+    _refuse(missing_option([fill(DataArguments, {"seq_length": 0, **given})]))
     if "seq_length" not in given and packed_lengths is not None:
         given["seq_length"] = _only_packed_length(given["data_path"], packed_lengths(given["data_path"]))
     if resume is not None:
@@ -67,8 +68,7 @@ def parse_arguments(
             given["seed"] = seed_from(resume, given)
         given = {**given, **from_checkpoint(resume, given, weights_alone)}
     given = {**given, **_from_adapter(given, resume, describe_adapter)}
-    for name, hint in _REQUIRED.items():
-        _need(given, name, hint)
+    _refuse(missing_option(fill(group, given) for _, group in GROUPS))
     _expand_mftcoder_balancer(given)
     _refuse(option_without_effect(given, asked_for))
     groups = {
@@ -128,22 +128,6 @@ def _expand_mftcoder_balancer(given: dict[str, Any]) -> None:
             "them out"
         )
     given.update(mft_loss="task-token", task_balance=balancer)
-
-
-_REQUIRED = {
-    "num_layers": "--num-layers N, or --load a checkpoint that knows it",
-    "hidden_size": "--hidden-size N, or --load a checkpoint that knows it",
-    "num_attention_heads": "--num-attention-heads N, or --load a checkpoint that knows it",
-    "seq_length": "--seq-length N: the length the data set is packed for",
-    "micro_batch_size": "--micro-batch-size N",
-    "train_iters": "--train-iters N",
-    "lr": "--lr X",
-}
-
-
-def _need(given: Mapping[str, Any], name: str, hint: str) -> None:
-    if given.get(name) is None:
-        raise InputError(f"missing option: give {hint}")
 
 
 def _from_adapter(given: Mapping[str, Any], resume: CheckpointRef | None, describe_adapter: Any) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from mft_megatron.arguments.groups.network import NetworkArguments
 from mft_megatron.arguments.groups.recompute import RecomputeArguments
 from mft_megatron.arguments.groups.training import TrainingArguments
 from mft_megatron.arguments.stages import virtual_stages
+from mft_megatron.options import is_given
 
 from .adapters import adapters_of
 from .table import Arguments
@@ -32,17 +33,17 @@ def complete(a: Arguments) -> Arguments:
 
 def _network(a: Arguments) -> NetworkArguments:
     network = a.network
-    if network.ffn_hidden_size is None:
+    if not is_given(network, "ffn_hidden_size"):
         size = 4 * network.hidden_size
         size = int(size * 2 / 3) // 64 * 64 if network.swiglu else size
         network = dataclasses.replace(network, ffn_hidden_size=size)
     if network.num_experts is not None and network.moe_ffn_hidden_size is None:
         network = dataclasses.replace(network, moe_ffn_hidden_size=network.ffn_hidden_size)
-    if network.kv_channels is None:
+    if not is_given(network, "kv_channels"):
         network = dataclasses.replace(network, kv_channels=network.hidden_size // network.num_attention_heads)
     if not network.group_query_attention:
         network = dataclasses.replace(network, num_query_groups=network.num_attention_heads)
-    if network.max_position_embeddings is None:
+    if not is_given(network, "max_position_embeddings"):
         network = dataclasses.replace(network, max_position_embeddings=a.data.seq_length)
     return network
 
@@ -51,7 +52,7 @@ def _training(a: Arguments) -> TrainingArguments:
     training = a.training
     if training.step_batch_size_schedule is not None:
         return dataclasses.replace(training, global_batch_size=a.batch_sizes.sizes[-1])
-    if training.global_batch_size is None:
+    if not is_given(training, "global_batch_size"):
         # too few ranks for the layout are refused later, in words of their own
         size = training.micro_batch_size * max(a.data_parallel_size, 1)
         return dataclasses.replace(training, global_batch_size=size)
@@ -77,7 +78,7 @@ def _distributed(a: Arguments) -> DistributedArguments:
 
 
 def _learning_rate(a: Arguments) -> LearningRateArguments:
-    if a.learning_rate.lr_decay_iters is not None:
+    if is_given(a.learning_rate, "lr_decay_iters"):
         return a.learning_rate
     return dataclasses.replace(a.learning_rate, lr_decay_iters=a.training.train_iters)
 

@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from mft_megatron.errors import InputError
-from mft_megatron.options import spelling
+from mft_megatron.options import info_of, spellings, value_count, value_type
 from mft_megatron.suggestions import did_you_mean
 
 # in a run's config.yaml: how many ranks it had
@@ -106,7 +106,7 @@ def _plain(name: str) -> str:
 
 
 def _names(field: dataclasses.Field) -> set[str]:
-    return {field.name, *map(_plain, (spelling(field), *field.metadata["aliases"]))}
+    return {field.name, *map(_plain, spellings(field))}
 
 
 def _flat(entries: list[_Entry], sections: dict[str, set[str]]) -> Iterator[tuple[_Entry, str | None]]:
@@ -129,36 +129,30 @@ def _flat(entries: list[_Entry], sections: dict[str, set[str]]) -> Iterator[tupl
 
 def _value(entry: _Entry, field: dataclasses.Field, key: str) -> Any:
     """The entry's value as the option's; ``None`` where it is not given."""
-    meta = field.metadata
-    kind, many = meta["type"], meta["many"]
+    kind, count = value_type(field), value_count(field)
     if isinstance(entry.value, _Scalar) and entry.value.is_null:
         return None
     if isinstance(entry.value, list) and kind not in KINDS:
         # an option that reads lists itself, as text
         return _scalar(entry, _Scalar(f"[{','.join(item.text for item in entry.value)}]", quoted=True), field)
     if isinstance(entry.value, list):
-        if not many:
+        if count is None:
             raise InputError(f"{entry.where}: {entry.key} is {_name(kind)}, not a list; give one value")
         values = tuple(_scalar(entry, item, field) for item in entry.value)
-        if not values or (many is not True and len(values) != many):
-            raise InputError(
-                f"{entry.where}: {entry.key} takes {'at least 1' if many is True else many} value(s), not {len(values)}"
-            )
+        if not values or (count and len(values) != count):
+            raise InputError(f"{entry.where}: {entry.key} takes {count or 'at least 1'} value(s), not {len(values)}")
         return values
     value = _scalar(entry, entry.value, field)
     if kind is bool and key != field.name:
         # a flag, which is given by true: then the option has the opposite of its default
         return field.default != value
-    if many is True:
-        return (value,)
-    if many:
-        raise InputError(f"{entry.where}: {entry.key} takes a list of {many} values, not one")
-    return value
+    if count:
+        raise InputError(f"{entry.where}: {entry.key} takes a list of {count} values, not one")
+    return value if count is None else (value,)
 
 
 def _scalar(entry: _Entry, scalar: _Scalar, field: dataclasses.Field) -> Any:
-    meta, text = field.metadata, scalar.text
-    kind = meta["type"]
+    info, kind, text = info_of(field), value_type(field), scalar.text
     wrong = InputError(f"{entry.where}: {entry.key} is {text!r}; it must be {_name(kind)}")
     if kind is bool:
         if scalar.quoted or text.lower() not in TRUE_FALSE:
@@ -172,10 +166,9 @@ def _scalar(entry: _Entry, scalar: _Scalar, field: dataclasses.Field) -> Any:
         raise wrong from None
     except Exception as error:  # a reader of its own, that says what is wrong
         raise InputError(f"{entry.where}: {entry.key} is {text!r}: {error}") from None
-    if meta["choices"] and value not in (*meta["choices"], *meta["values"]):
-        choices = ", ".join(map(str, meta["choices"]))
-        raise InputError(f"{entry.where}: {entry.key} is {text!r}; choose from {choices}")
-    return meta["values"].get(value, value) if isinstance(value, str) else value
+    if info.choices and value not in (*info.choices, *info.values):
+        raise InputError(f"{entry.where}: {entry.key} is {text!r}; choose from {', '.join(info.choices)}")
+    return info.values.get(value, value) if isinstance(value, str) else value
 
 
 def _name(kind: Any) -> str:

@@ -3,9 +3,10 @@
 import dataclasses
 import re
 import sys
+from typing import Any
 
 from mft_megatron.arguments.groups.config_file import ConfigFileArguments
-from mft_megatron.options import spelling
+from mft_megatron.options import info_of, spellings, value_type
 
 from .megatron_only import MEGATRON_ONLY
 from .table import GROUPS
@@ -43,27 +44,23 @@ def markdown() -> str:
 _COLUMNS = ("Option", "Default", "Meaning", "Differs from Megatron")
 
 
-def _row(field: dataclasses.Field) -> tuple[str, str, str, str]:
-    meta = field.metadata
-    names = "<br>".join(f"`{name}`" for name in (spelling(field), *meta["aliases"]))
-    meaning, *difference = _DIFFERENCE.split(meta["text"], maxsplit=1)
-    if meta["choices"]:
-        meaning += " One of " + ", ".join(f"`{choice}`" for choice in meta["choices"]) + "."
-    if meta["values"]:
-        meaning += " Also " + ", ".join(f"`{other}` = `{value}`" for other, value in meta["values"].items()) + "."
-    bounds = [
-        f"{word} {bound}"
-        for word, bound in zip(("at least", "above", "at most", "below"), meta["bounds"], strict=True)
-        if bound is not None
-    ]
-    if bounds:
+def _row(field: dataclasses.Field[Any]) -> tuple[str, str, str, str]:
+    info = info_of(field)
+    names = "<br>".join(f"`{name}`" for name in spellings(field))
+    meaning, *difference = _DIFFERENCE.split(info.text, maxsplit=1)
+    if info.choices:
+        meaning += " One of " + ", ".join(f"`{choice}`" for choice in info.choices) + "."
+    if info.values:
+        meaning += " Also " + ", ".join(f"`{other}` = `{value}`" for other, value in info.values.items()) + "."
+    if info.bounds:
+        bounds = [f"{name.replace('_', ' ')} {bound}" for name, bound in info.bounds.items()]
         meaning += f" ({', '.join(bounds)})"
     different = "".join(difference)
     return names, _default(field), _escaped(meaning), _escaped(different[:1].upper() + different[1:])
 
 
-def _default(field: dataclasses.Field) -> str:
-    if field.metadata["type"] is bool:
+def _default(field: dataclasses.Field[Any]) -> str:
+    if value_type(field) is bool:
         return "off"  # a switch is off until it is given
     default = field.default
     if default is None:

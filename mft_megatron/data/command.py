@@ -31,7 +31,7 @@ from .inspect import check, ledger_table, show_histograms, show_samples
 class PackingOptions:
     """How stored samples become rows."""
 
-    seq_length: int | None = option(None, "Tokens of a row.", type=int, at_least=2, at_most=1 << 24)
+    seq_length: int = option(None, "Tokens of a row.", at_least=2, at_most=1 << 24, required=True)
     split: str = option("98,2,0", "Weights of train, valid and test; each task is split so.", metavar="T,V,T")
     seed: int = option(1234, "Seed of the split, of sampling and of fill-in-the-middle.")
     overlong: str = option(
@@ -51,20 +51,17 @@ class PackingOptions:
     task_sampling: tuple[str, ...] | None = option(
         None,
         "Epochs of a task in one pass over the training rows, as in NAME=2 or NAME=0.5; 1 where nothing is said.",
-        type=str,
-        many=True,
         repeated=True,
         metavar="NAME=RATIO",
     )
     sampling_temperature: float | None = option(
         None,
         "Give tasks shares in proportion to their samples to the power of 1/T; the number of samples stays the same.",
-        type=float,
         at_least=1,
         metavar="T",
     )
     sampling_max_epochs: float | None = option(
-        None, "No task is used more often than this in one pass.", type=float, above=0, metavar="EPOCHS"
+        None, "No task is used more often than this in one pass.", above=0, metavar="EPOCHS"
     )
     sampling_epochs: int = option(
         1, "Epochs that one pass stands for; ratios that are no whole numbers come out even over them.", at_least=1
@@ -98,15 +95,12 @@ class TaskOptions:
     task: tuple[str, ...] | None = option(
         None,
         "A task: its name and its file or folder. Give the option once a task or file, or several words.",
-        type=str,
-        many=True,
         repeated=True,
         metavar="NAME=PATH",
     )
     task_file: str | None = option(
         None,
         "YAML file of tasks: name, path or paths; as wanted, format, template, weight, sampling, overlong, fim_rate.",
-        type=str,
         metavar="YAML",
     )
     on_error: str = option(
@@ -121,8 +115,8 @@ class TextOptions:
     """How records become tokens, and which of them are learnt."""
 
     tokenizer_type: str = option("HuggingFaceTokenizer", "Kind of tokenizer.", choices=tuple(TOKENIZERS))
-    tokenizer_model: str | None = option(
-        None, "Hugging Face folder with tokenizer.json, or SentencePiece .model file.", type=str, metavar="PATH"
+    tokenizer_model: str = option(
+        None, "Hugging Face folder with tokenizer.json, or SentencePiece .model file.", metavar="PATH", required=True
     )
     tokenizer_backend: str = option(
         "auto",
@@ -138,7 +132,6 @@ class TextOptions:
     role_markers: str | None = option(
         None,
         'What opens the turns of a role, as JSON: \'{"user": "<s>human\\n", "assistant": "<s>bot\\n"}\'.',
-        type=str,
         aliases=("--role_markers",),
         metavar="JSON",
     )
@@ -159,7 +152,6 @@ class TextOptions:
     fim_tokens: str | None = option(
         None,
         "Prefix, suffix and middle token; found by themselves for the model families that have them.",
-        type=str,
         metavar="P,S,M",
     )
 
@@ -168,15 +160,14 @@ class TextOptions:
 class OutputOptions:
     """Where to write, and with what."""
 
-    output_prefix: str | None = option(
-        None, "Where to write: files PREFIX_… and the ledger PREFIX_dataset.json.", type=str, metavar="PREFIX"
+    output_prefix: str = option(
+        None, "Where to write: files PREFIX_… and the ledger PREFIX_dataset.json.", metavar="PREFIX", required=True
     )
     workers: int = option(1, "Processes that tokenise; the result does not depend on it.", at_least=1)
     cache_dir: str | None = option(
         None,
         "Keep what has been tokenised here, by content: a task that is added or a file that grows costs no more than "
         "what is new. It may be removed at any time. Without it only a run that was killed goes on from what it had.",
-        type=str,
         metavar="DIR",
     )
 
@@ -184,8 +175,13 @@ class OutputOptions:
 def preprocess_main(command_line: Sequence[str]) -> None:
     """Run ``tools/preprocess_data.py``."""
     groups = [("tasks", TaskOptions), ("text", TextOptions), ("packing", PackingOptions), ("output", OutputOptions)]
-    required = ("tokenizer_model", "seq_length", "output_prefix")
-    tasks, text, packing, output = read_groups(groups, command_line, "preprocess_data.py", required)
+    options = read_groups(groups, command_line, "preprocess_data.py")
+    tasks, text, packing, output = (
+        options[TaskOptions],
+        options[TextOptions],
+        options[PackingOptions],
+        options[OutputOptions],
+    )
     recipe = Recipe(
         tasks=_tasks(tasks.task, tasks.task_file),
         on_error=tasks.on_error,
@@ -206,22 +202,17 @@ class DataSetOptions:
     """Stored samples are packed without tokenising. One data set: for one more length, or the same with other options.
     Several: merged into a new one. Packing options that are not given are those the first data set was packed with."""
 
-    data_path: tuple[str, ...] | None = option(
-        None, "Data sets, by their --output-prefix.", type=str, many=True, metavar="PREFIX"
-    )
+    data_path: tuple[str, ...] = option(None, "Data sets, by their --output-prefix.", metavar="PREFIX", required=True)
     output_prefix: str | None = option(
-        None,
-        "Where to write the merged data set; one data set alone is packed in its place.",
-        type=str,
-        metavar="PREFIX",
+        None, "Where to write the merged data set; one data set alone is packed in its place.", metavar="PREFIX"
     )
 
 
 def pack_main(command_line: Sequence[str]) -> None:
     """Run ``tools/pack_data.py``."""
     groups = [("data sets", DataSetOptions), ("packing", PackingOptions)]
-    required = ("data_path", "seq_length")
-    sets, packing = read_groups(groups, command_line, "pack_data.py", required, _packed_before)
+    options = read_groups(groups, command_line, "pack_data.py", _packed_before)
+    sets, packing = options[DataSetOptions], options[PackingOptions]
     if sets.output_prefix is None and len(sets.data_path) > 1:
         raise InputError("--data-path: several data sets are merged into a new one; give it an --output-prefix")
     if sets.output_prefix is None:

@@ -1,5 +1,6 @@
 """Numbers per task from the command line: ``--task-weights``, ``--focal-alpha``, ``--famo-min-losses``."""
 
+import json
 from collections.abc import Sequence
 
 import numpy as np
@@ -7,7 +8,6 @@ import numpy as np
 from mft_megatron.arguments.groups.multi_task import MultiTaskArguments
 from mft_megatron.errors import InputError
 from mft_megatron.losses.table import LOSSES
-from mft_megatron.options import number_list
 from mft_megatron.suggestions import did_you_mean
 
 
@@ -77,7 +77,7 @@ def task_numbers(
     """
     number_K = np.full(len(task_names), default, np.float64)
     given = given or ()
-    listed = number_list(given[0]) if len(given) == 1 else None
+    listed = _number_list(given[0]) if len(given) == 1 else None
     if listed is not None:
         if len(listed) != len(task_names):
             raise InputError(f"{option}: {len(listed)} numbers for {len(task_names)} tasks ({', '.join(task_names)})")
@@ -110,3 +110,21 @@ def _number(option: str, word: str, text: str) -> float:
         return float(text)
     except ValueError:
         raise InputError(f"{option} {word}: {text!r} is not a number") from None
+
+
+def _number_list(text: str) -> list[float] | None:
+    """Read ``[1, 2.5]``, MFTCoder's way to give weights; ``None`` for anything but a list.
+
+    Raises:
+        InputError: a list of something else.
+    """
+    try:
+        values = json.loads(text)
+    except ValueError:
+        return None
+    if not isinstance(values, list):
+        return None
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise InputError(f"{text}: {json.dumps(value)} is not a number")
+    return [float(value) for value in values]

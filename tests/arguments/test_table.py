@@ -4,29 +4,29 @@ import ast
 import dataclasses
 import math
 import re
+import shlex
+import types
+import typing
 from pathlib import Path
 
 import pytest
 
+from mft_megatron.arguments.command import parse_arguments
 from mft_megatron.arguments.groups.config_file import ConfigFileArguments
 from mft_megatron.arguments.megatron_only import MEGATRON_ONLY
 from mft_megatron.arguments.reference import markdown
 from mft_megatron.arguments.table import GROUPS, Arguments
 from mft_megatron.errors import InputError
-from mft_megatron.options import build_parser, fill, out_of_range, spelling
+from mft_megatron.options import build_parser, fill, info_of, out_of_range, spelling, spellings, value_count, value_type
 from mft_megatron.options import parse as parse_words
-from tests.arguments.command_line import parse
+from tests.arguments.command_line import BASE, parse
 
 FIELDS = {field.name: (group, field) for _, group in GROUPS for field in dataclasses.fields(group)}
 SOURCES = (("configuration file", ConfigFileArguments), *GROUPS)
-NAMES = {
-    name: field
-    for _, group in SOURCES
-    for field in dataclasses.fields(group)
-    for name in (spelling(field), *field.metadata["aliases"])
-}
+NAMES = {name: field for _, group in SOURCES for field in dataclasses.fields(group) for name in spellings(field)}
 GOLDEN = Path(__file__).parent.parent / "golden" / "megatron_options.txt"
 KINDS = (int, float, bool, str)
+BOUNDS = ("at_least", "above", "at_most", "below")
 # words of options that read their values themselves
 OWN_KINDS = {"window_size": "20,0", "rope_scaling": '{"rope_type": "linear", "factor": 2.0}'}
 
@@ -43,23 +43,21 @@ def given(*words):
 
 def words_of(field):
     """Some words that an option may be given."""
-    meta = field.metadata
-    kind = meta["type"]
+    info, kind = info_of(field), value_type(field)
     if kind is bool:
         return ()
-    if meta["choices"]:
-        word = meta["choices"][-1]
+    if info.choices:
+        word = info.choices[-1]
     elif kind not in KINDS:
         word = OWN_KINDS.get(field.name, "1")
     else:
-        at_least, above, at_most, below = meta["bounds"]
-        low = 1 if at_least is None and above is None else max(filter(None.__ne__, (at_least, above)))
+        at_least, above, at_most, below = (info.bounds.get(name) for name in BOUNDS)
+        low = max((bound for bound in (at_least, above) if bound is not None), default=1)
         word = low + (0 if above is None else 1) if kind is int else low + (0 if above is None else 1e-3)
         assert at_most is None or word <= at_most
         assert below is None or word < below
         word = word if kind in (int, float) else "text"
-    number = meta["many"] if meta["many"] not in (True, False) else 1
-    return (str(word),) * number
+    return (str(word),) * (value_count(field) or 1)
 
 
 def test_groups_are_in_the_order_of_the_arguments_and_share_no_name():
@@ -67,7 +65,7 @@ def test_groups_are_in_the_order_of_the_arguments_and_share_no_name():
     assert kinds[: len(GROUPS)] == [group for _, group in GROUPS]
     assert len(FIELDS) == sum(len(dataclasses.fields(group)) for _, group in GROUPS)
     spelled = [name for _, group in SOURCES for field in dataclasses.fields(group)
-               for name in (spelling(field), *field.metadata["aliases"])]  # fmt: skip
+               for name in spellings(field)]  # fmt: skip
     assert len(spelled) == len(set(spelled))
     titles = {title.replace(" ", "_").replace("-", "_") for title, _ in GROUPS}
     assert not titles & FIELDS.keys()
@@ -76,35 +74,33 @@ def test_groups_are_in_the_order_of_the_arguments_and_share_no_name():
 @pytest.mark.parametrize("name", FIELDS)
 def test_an_option_is_read_as_its_kind(name):
     group, field = FIELDS[name]
-    meta = field.metadata
-    for spelled in (spelling(field), *meta["aliases"]):
+    kind, many = value_type(field), value_count(field) is not None
+    for spelled in spellings(field):
         value = given(spelled, *words_of(field))[name]
-        if meta["type"] is bool:
+        if kind is bool:
             assert value is (not field.default)
-        elif meta["many"]:
+        elif many:
             assert isinstance(value, tuple)
-            assert value == tuple(map(meta["type"], words_of(field)))
+            assert value == tuple(map(kind, words_of(field)))
         else:
-            assert value == meta["type"](*words_of(field))
-        if meta["type"] in KINDS and not meta["many"]:
-            assert type(value) is meta["type"]
+            assert value == kind(*words_of(field))
+        if kind in KINDS and not many:
+            assert type(value) is kind
         assert out_of_range(fill(group, {name: value})) is None
     assert re.fullmatch(r"--[a-z][a-z0-9-]*", spelling(field))
-    if field.default is not None and not meta["many"]:
-        assert isinstance(field.default, meta["type"]) if meta["type"] in KINDS else True
+    if field.default is not None and not many:
+        assert isinstance(field.default, kind) if kind in KINDS else True
 
 
-@pytest.mark.parametrize("name", [name for name, (_, field) in FIELDS.items() if field.metadata["type"] is not bool])
+@pytest.mark.parametrize("name", [name for name, (_, field) in FIELDS.items() if value_type(field) is not bool])
 def test_a_word_that_is_none_of_its_kind_is_refused(name):
     _, field = FIELDS[name]
-    kind = field.metadata["type"]
-    if kind is str and not field.metadata["choices"]:
+    if value_type(field) is str and not info_of(field).choices:
         with pytest.raises(InputError, match="expected"):
             given(spelling(field))
         return
-    number = field.metadata["many"] if field.metadata["many"] not in (True, False) else 1
     with pytest.raises(InputError) as refusal:
-        given(spelling(field), *["xyzzy"] * number)
+        given(spelling(field), *["xyzzy"] * (value_count(field) or 1))
     line = str(refusal.value)
     assert spelling(field) in line
     assert "xyzzy" in line
@@ -112,32 +108,32 @@ def test_a_word_that_is_none_of_its_kind_is_refused(name):
 
 
 BOUNDED = [
-    (name, place)
+    (name, bound)
     for name, (_, field) in FIELDS.items()
-    for place, bound in enumerate(field.metadata["bounds"])
-    if bound is not None and not field.metadata["many"]
+    for bound in info_of(field).bounds
+    if value_count(field) is None
 ]
 
 
-@pytest.mark.parametrize(("name", "place"), BOUNDED, ids=lambda value: str(value))
-def test_bounds_hold_and_are_named(name, place):
+@pytest.mark.parametrize(("name", "kind"), BOUNDED, ids=lambda value: str(value))
+def test_bounds_hold_and_are_named(name, kind):
     group, field = FIELDS[name]
-    bound = field.metadata["bounds"][place]
-    step = 1 if field.metadata["type"] is int else abs(bound) * 1e-6 or 1e-9
-    beyond = {0: bound - step, 1: bound, 2: bound + step, 3: bound}[place]
-    within = {0: bound, 1: bound + step, 2: bound, 3: bound - step}[place]
+    bound, words = info_of(field).bounds[kind], kind.replace("_", " ")
+    step = 1 if value_type(field) is int else abs(bound) * 1e-6 or 1e-9
+    beyond = {"at_least": bound - step, "above": bound, "at_most": bound + step, "below": bound}[kind]
+    within = {"at_least": bound, "above": bound + step, "at_most": bound, "below": bound - step}[kind]
     line = out_of_range(fill(group, {name: beyond}))
     assert line is not None
     assert line.startswith(f"{spelling(field)} {beyond}: must be ")
-    assert f"{('at least', 'above', 'at most', 'below')[place]} {bound}" in line
+    assert f"{words} {bound}" in line
     line = out_of_range(fill(group, {name: within}))
-    assert line is None or f"{('at least', 'above', 'at most', 'below')[place]}" not in line
+    assert line is None or words not in line
 
 
-@pytest.mark.parametrize("name", [name for name, (_, field) in FIELDS.items() if field.metadata["type"] is float])
+@pytest.mark.parametrize("name", [name for name, (_, field) in FIELDS.items() if value_type(field) is float])
 def test_numbers_are_finite(name):
     group, field = FIELDS[name]
-    if field.metadata["many"]:
+    if value_count(field) is not None:
         return
     for value in (math.nan, math.inf, -math.inf):
         assert "finite" in out_of_range(fill(group, {name: value}))
@@ -152,9 +148,9 @@ def test_help_has_every_option_under_its_group(capsys):
     assert places == sorted(places)
     for (_, group), start, end in zip(SOURCES, places, [*places[1:], len(text)], strict=True):
         for field in dataclasses.fields(group):
-            for name in (spelling(field), *field.metadata["aliases"]):
+            for name in spellings(field):
                 assert re.search(rf"{re.escape(name)}[\s,]", text[start:end]), name
-            assert field.metadata["text"].rstrip().endswith("."), field.name
+            assert info_of(field).text.rstrip().endswith("."), field.name
 
 
 def test_config_has_every_option():
@@ -176,14 +172,14 @@ def test_every_option_of_megatron_is_here_or_answered():
 def test_defaults_are_megatrons_or_said_not_to_be():
     for name, theirs in golden().items():
         field = NAMES.get(name)
-        if field is None or "Unlike in Megatron" in field.metadata["text"]:
+        if field is None or "Unlike in Megatron" in info_of(field).text:
             continue
         ours = field.default
-        if field.metadata["type"] is bool and (name.startswith(("--no-", "--disable-")) or theirs is None):
+        if value_type(field) is bool and (name.startswith(("--no-", "--disable-")) or theirs is None):
             # what holds without the switch, by Megatron's name for it or by ours; None is off
             assert theirs in (None, True, False)
             continue
-        if name == spelling(field) and field.metadata["flag"]:
+        if name == spelling(field) and info_of(field).flag:
             ours = False
         ours = ours[0] if isinstance(ours, tuple) and not isinstance(theirs, list) else ours
         ours = list(ours) if isinstance(ours, tuple) else ours
@@ -228,3 +224,30 @@ def test_the_reference_has_every_option_and_what_differs():
     assert row[3].startswith("The default is the whole validation split")
     assert "0 turns evaluation off" in row[2]
     assert all(len(row) in (2, 4) for row in rows)
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_field_that_may_be_none_says_so_in_its_annotation(name):
+    """A default of ``None`` stays only where the annotation allows it; else the option is required or derived."""
+    _, field = FIELDS[name]
+    info, optional = info_of(field), types.NoneType in typing.get_args(field.type)
+    assert optional == (field.default is None and not info.required and not info.derived)
+    assert field.default is None or not (info.required or info.derived)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        "",
+        "--swiglu --bf16",
+        "--step-batch-size-schedule '0:2 2K:4'",
+        "--group-query-attention --num-query-groups 2 --recompute-activations",
+        "--num-experts 4 --disable-bias-linear",
+    ],
+)
+def test_complete_arguments_have_every_required_and_derived_option(extra):
+    a = parse_arguments(shlex.split(f"{BASE} {extra}"), 1)
+    for group in a.groups():
+        for field in dataclasses.fields(group):
+            value = getattr(group, field.name)
+            assert value is not None or types.NoneType in typing.get_args(field.type), field.name

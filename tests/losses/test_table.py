@@ -8,12 +8,13 @@ from mft_megatron import loss_names
 from mft_megatron.arguments.groups.multi_task import MultiTaskArguments
 from mft_megatron.losses.balancers.table import BALANCERS
 from mft_megatron.losses.table import LOSSES
+from mft_megatron.options import info_of
 
 
 def choices(option):
     """The values that an option of the objective takes."""
     fields = {field.name: field for field in dataclasses.fields(MultiTaskArguments)}
-    return tuple(fields[option].metadata["choices"])
+    return info_of(fields[option]).choices
 
 
 def test_the_losses_are_the_values_of_the_option():

@@ -3,6 +3,7 @@
 from mft_megatron.arguments.table import Arguments
 from mft_megatron.batch_sizes import step_schedule
 from mft_megatron.errors import InputError
+from mft_megatron.options import is_given
 
 
 def check_batch_schedule(a: Arguments) -> str | None:
@@ -14,7 +15,7 @@ def check_batch_schedule(a: Arguments) -> str | None:
             last = step_schedule(t.step_batch_size_schedule, a.data.seq_length).sizes[-1]
         except InputError as error:
             return str(error)
-        if t.global_batch_size not in (None, last):
+        if is_given(t, "global_batch_size") and t.global_batch_size != last:
             return (
                 f"--global-batch-size {t.global_batch_size}: with --step-batch-size-schedule it is the last size "
                 f"there, {last}; leave it out"
@@ -25,7 +26,7 @@ def check_batch_schedule(a: Arguments) -> str | None:
     ramp = f"--rampup-batch-size {start} {increment} {samples}"
     if min(t.rampup_batch_size) < 1:
         return f"{ramp}: START, INCREMENT and SAMPLES must be at least 1"
-    if t.global_batch_size is None:
+    if not is_given(t, "global_batch_size"):
         return f"{ramp} grows to --global-batch-size; give that, too"
     if start >= t.global_batch_size:
         return f"{ramp} does not start below --global-batch-size {t.global_batch_size}; lower START, or leave it out"

@@ -9,11 +9,10 @@ from mft_megatron.options import option
 class CheckpointArguments:
     """Megatron-Core distributed checkpoints: whatever layout wrote one, any other loads it."""
 
-    save: str | None = option(None, "Run folder: checkpoints, metrics, configuration.", type=str, metavar="DIR")
+    save: str | None = option(None, "Run folder: checkpoints, metrics, configuration.", metavar="DIR")
     save_interval: int | None = option(
         None,
         "Save after this many steps; the last step is always saved.",
-        type=int,
         aliases=("--persistent-save-interval",),
         at_least=1,
     )
@@ -21,37 +20,32 @@ class CheckpointArguments:
         None,
         "Continue from the newest checkpoint of this folder (or from one iter_NNNNNNN folder). Unlike in Megatron a "
         "folder without a checkpoint is an error, except when it is also the --save folder: then the run starts anew.",
-        type=str,
         metavar="DIR",
     )
     ckpt_step: int | None = option(
-        None, "Load this iteration of the --load folder, not the newest.", type=int, at_least=0, metavar="ITERATION"
+        None, "Load this iteration of the --load folder, not the newest.", at_least=0, metavar="ITERATION"
     )
     pretrained_checkpoint: str | None = option(
         None,
         "Start from the weights of this checkpoint, as with --load and --finetune, where --load has none: give it with "
         "--save and --load of one folder, and a job that is restarted goes on from there.",
-        type=str,
         metavar="DIR",
     )
     hf_checkpoint: str | None = option(
         None,
         "Start from the model of this Hugging Face folder (config.json and safetensors files) where --load has no "
         "checkpoint; each rank reads its part of each weight. Not Megatron's.",
-        type=str,
         metavar="DIR",
     )
     save_hf: str | None = option(
         None,
         "When the run ends, write its last checkpoint as a Hugging Face model, too: DIR/iter_NNNNNNN. Not Megatron's.",
-        type=str,
         metavar="DIR",
     )
     save_hf_interval: int | None = option(
         None,
         "Write the checkpoints of iterations divisible by this to --save-hf, too, by a process beside the run, which "
         "goes on meanwhile; a multiple of --save-interval. Not Megatron's.",
-        type=int,
         at_least=1,
     )
     exit_on_missing_checkpoint: bool = option(
@@ -61,7 +55,6 @@ class CheckpointArguments:
         None,
         "Keep only checkpoints of iterations divisible by this, the newest, and with --save-best the best; others go "
         "when the next one is complete.",
-        type=int,
         at_least=1,
     )
     finetune: bool = option(False, "Load the weights alone and start at iteration 0 with a fresh optimizer.")

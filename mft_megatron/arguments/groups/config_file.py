@@ -14,7 +14,6 @@ class ConfigFileArguments:
         "Read options from this file, YAML or .json: a key is an option's name, as in a run's config.yaml, which can "
         "be read again as it is. Unlike in Megatron keys are flat, or in sections called like the groups here, and the "
         "command line goes with it.",
-        type=str,
         aliases=("--config-file",),
         metavar="FILE",
     )

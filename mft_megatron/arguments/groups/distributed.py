@@ -13,16 +13,16 @@ class DistributedArguments:
     tensor_model_parallel_size: int = option(1, "Ranks that share each layer.", at_least=1)
     pipeline_model_parallel_size: int = option(1, "Ranks that share the stack of layers.", at_least=1)
     num_layers_per_virtual_pipeline_stage: int | None = option(
-        None, "Interleave the pipeline in virtual stages of this many layers.", type=int, at_least=1
+        None, "Interleave the pipeline in virtual stages of this many layers.", at_least=1
     )
     num_virtual_stages_per_pipeline_rank: int | None = option(
-        None, "Interleave the pipeline in this many virtual stages on each rank.", type=int, at_least=1
+        None, "Interleave the pipeline in this many virtual stages on each rank.", at_least=1
     )
     decoder_first_pipeline_num_layers: int | None = option(
-        None, "Layers of the first pipeline rank; the others share the rest evenly.", type=int, at_least=1
+        None, "Layers of the first pipeline rank; the others share the rest evenly.", at_least=1
     )
     decoder_last_pipeline_num_layers: int | None = option(
-        None, "Layers of the last pipeline rank; the others share the rest evenly.", type=int, at_least=1
+        None, "Layers of the last pipeline rank; the others share the rest evenly.", at_least=1
     )
     account_for_embedding_in_pipeline_split: bool = option(
         False, "Count the embedding as a layer when layers are shared out: the first stage has one less."
@@ -35,7 +35,6 @@ class DistributedArguments:
         "What each stage holds, stage by stage: E the embedding, t a layer, L the loss, | between stages, with *N and "
         "(…)*N for repetition, e.g. 'Et*3|(tt|)*29t|L'. More stages than pipeline ranks are virtual ones, dealt to "
         "the ranks in turn.",
-        type=str,
     )
     context_parallel_size: int = option(
         1,
@@ -47,15 +46,13 @@ class DistributedArguments:
         None,
         "How --context-parallel-size brings keys and values to queries. Unlike in Megatron the default, and the only "
         "way, is all_gather.",
-        type=str,
-        many=True,
     )
     sequence_parallel: bool = option(False, "Split norms and dropout over the tensor-parallel ranks, too.")
     expert_model_parallel_size: int = option(
         1, "Ranks that share the experts of each layer; they are data-parallel to each other elsewhere.", at_least=1
     )
     expert_tensor_parallel_size: int | None = option(
-        None, "Ranks that share each expert. Not given: --tensor-model-parallel-size.", type=int, at_least=1
+        None, "Ranks that share each expert. Not given: --tensor-model-parallel-size.", at_least=1
     )
     distributed_backend: str = option(
         "auto",
@@ -97,11 +94,10 @@ class DistributedArguments:
         None,
         "Weights of a bucket of --overlap-grad-reduce. Not given: 40 million, or 1 million × data-parallel size if "
         "that is more.",
-        type=int,
         at_least=1,
     )
     ddp_num_buckets: int | None = option(
-        None, "Buckets of --overlap-grad-reduce, in place of --ddp-bucket-size.", type=int, at_least=1
+        None, "Buckets of --overlap-grad-reduce, in place of --ddp-bucket-size.", at_least=1
     )
     ddp_pad_buckets_for_high_nccl_busbw: bool = option(
         False, "Make buckets of the distributed optimizer a multiple of 65,536 weights, for many ranks on NCCL."

@@ -16,9 +16,6 @@ class InitializationArguments:
         "those of whole matrices, whatever the tensor-parallel size.",
     )
     embedding_init_method_std: float | None = option(
-        None,
-        "Standard deviation of the initial embedding. Not given: drawn like all matrices.",
-        type=float,
-        at_least=0,
+        None, "Standard deviation of the initial embedding. Not given: drawn like all matrices.", at_least=0
     )
     init_method_std: float = option(0.02, "Standard deviation of the initial weights.", at_least=0)

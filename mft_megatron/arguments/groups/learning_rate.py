@@ -10,42 +10,35 @@ class LearningRateArguments:
     """Schedules count optimizer steps, so they do not depend on batch or world size. The first step has the rate at 0
     steps, which is --lr-warmup-init where there is a warm-up; step n the rate at n - 1."""
 
-    lr: float | None = option(None, "Learning rate at its peak.", type=float, at_least=0)
+    lr: float = option(None, "Learning rate at its peak.", at_least=0, required="--lr X")
     lr_decay_style: str = option(
         "linear",
         "Decay of the learning rate from the end of the warm-up on. WSD (warm-up, stable, decay) keeps --lr until the "
         "last --lr-wsd-decay-iters of the decay steps.",
         choices=("constant", "linear", "cosine", "inverse-square-root", "WSD"),
     )
-    lr_decay_iters: int | None = option(
+    lr_decay_iters: int = option(
         None,
         "Optimizer steps until the decay is over, the warm-up counted in; --min-lr from then on. Not given: "
         "--train-iters.",
-        type=int,
         at_least=1,
+        derived=True,
     )
     lr_wsd_decay_style: str = option(
-        "exponential",
-        "Decay in the last steps of WSD.",
-        choices=("exponential", "linear", "cosine", "minus_sqrt"),
+        "exponential", "Decay in the last steps of WSD.", choices=("exponential", "linear", "cosine", "minus_sqrt")
     )
     lr_wsd_decay_iters: int | None = option(
-        None, "Optimizer steps of WSD's decay, the last of the decay steps.", type=int, at_least=1
+        None, "Optimizer steps of WSD's decay, the last of the decay steps.", at_least=1
     )
     lr_warmup_iters: int = option(0, "Optimizer steps of linear warm-up.", at_least=0)
-    lr_warmup_fraction: float | None = option(
-        None, "Share of the decay steps to warm up in.", type=float, at_least=0, below=1
-    )
+    lr_warmup_fraction: float | None = option(None, "Share of the decay steps to warm up in.", at_least=0, below=1)
     lr_warmup_init: float = option(0.0, "Learning rate the warm-up starts from.", at_least=0)
     min_lr: float = option(0.0, "Learning rate at the end of the decay, and the lowest of it.", at_least=0)
     decoupled_lr: float | None = option(
-        None,
-        "Learning rate at its peak of the word embedding and the output layer. Not given: --lr.",
-        type=float,
-        at_least=0,
+        None, "Learning rate at its peak of the word embedding and the output layer. Not given: --lr.", at_least=0
     )
     decoupled_min_lr: float | None = option(
-        None, "Their learning rate at the end of the decay. Not given: --min-lr.", type=float, at_least=0
+        None, "Their learning rate at the end of the decay. Not given: --min-lr.", at_least=0
     )
 
     @property

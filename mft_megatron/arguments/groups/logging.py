@@ -11,13 +11,12 @@ class LoggingArguments:
 
     log_interval: int = option(100, "Log after this many steps.", at_least=1)
     tensorboard_dir: str | None = option(
-        None, "TensorBoard folder. Not given: tensorboard/ in the --save folder.", type=str, metavar="DIR"
+        None, "TensorBoard folder. Not given: tensorboard/ in the --save folder.", metavar="DIR"
     )
     tensorboard_log_interval: int | None = option(
         None,
         "Write steps to TensorBoard and Weights & Biases after this many. Unlike in Megatron, where it is 1, the "
         "default is --log-interval.",
-        type=int,
         at_least=1,
     )
     tensorboard_queue_size: int = option(1000, "Values that TensorBoard may hold back before it writes.", at_least=1)
@@ -34,14 +33,14 @@ class LoggingArguments:
         "Log TFLOP/s of each rank, too. Unlike in Megatron attention counts with the lengths that samples really have, "
         "not with --seq-length.",
     )
-    wandb_entity: str | None = option(None, "Team that owns the project there.", type=str, metavar="NAME")
+    wandb_entity: str | None = option(None, "Team that owns the project there.", metavar="NAME")
     wandb_save_dir: str | None = option(
-        None, "Where wandb keeps its files. Not given: the --save folder.", type=str, metavar="DIR"
+        None, "Where wandb keeps its files. Not given: the --save folder.", metavar="DIR"
     )
     wandb_project: str | None = option(
-        None, "Log to this project of Weights & Biases, too; needs pip install wandb.", type=str, metavar="NAME"
+        None, "Log to this project of Weights & Biases, too; needs pip install wandb.", metavar="NAME"
     )
     wandb_exp_name: str | None = option(
-        None, "Name of the run there. Not given: the --save folder's name.", type=str, metavar="NAME"
+        None, "Name of the run there. Not given: the --save folder's name.", metavar="NAME"
     )
     log_num_zeros_in_grad: bool = option(False, "Log how many elements of the gradients are 0.")

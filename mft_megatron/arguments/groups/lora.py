@@ -31,15 +31,11 @@ class LoraArguments:
         ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"),
         "Matrices with an adapter: by Megatron's names, where what Megatron joins shares one A; by Hugging Face's "
         "(q_proj v_proj …), where each has its own; or all-linear, all of the latter.",
-        type=str,
-        many=True,
         aliases=("--target-modules", "--target_modules"),
         metavar="NAME",
     )
     use_rslora: bool = option(False, "Scale adapters by alpha / √rank (rsLoRA).", aliases=("--use_rslora",))
-    loraplus_lr_ratio: float | None = option(
-        None, "Learning rate of the matrices B, times this (LoRA+).", type=float, above=0
-    )
+    loraplus_lr_ratio: float | None = option(None, "Learning rate of the matrices B, times this (LoRA+).", above=0)
     save_adapters_only: bool = option(
         False,
         "Checkpoints hold the adapters alone; going on then needs the model again: --hf-checkpoint or "
@@ -49,6 +45,5 @@ class LoraArguments:
         None,
         "Start from this PEFT adapter (adapter_config.json and adapter_model.safetensors), where --load has no "
         "checkpoint with adapters; rank, alpha and matrices are its own.",
-        type=str,
         metavar="DIR",
     )

@@ -28,7 +28,6 @@ class MixedPrecisionArguments:
         None,
         "A constant loss scale, in place of the dynamic one of --fp16. Unlike in Megatron a step that overflows under "
         "it ends the run, as there is nothing that could be lowered.",
-        type=float,
         above=0,
     )
     initial_loss_scale: float = option(2.0**32, "The dynamic loss scale of the first step.", above=0)

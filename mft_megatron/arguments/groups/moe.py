@@ -18,25 +18,20 @@ class MoEArguments:
         "on the loads of all data-parallel ranks in the step so far; unlike in Megatron it does not get weaker with "
         "their number. sinkhorn: no loss, tokens are spread by Sinkhorn's algorithm over those of a rank. Several "
         "losses may be given, with as many --moe-aux-loss-coeff.",
-        type=str,
         choices=BALANCING,
-        many=True,
     )
     moe_aux_loss_coeff: tuple[float, ...] = option(
         (0.0,),
         "Factor of the balancing loss: on its mean over micro-batches, added up over layers; 1e-2 is a good start.",
-        type=float,
-        many=True,
     )
     moe_z_loss_coeff: float | None = option(
         None,
         "Factor of a loss that keeps the router's scores small: on its mean over packs, added up over layers; 1e-3 is "
         "a good start.",
-        type=float,
         at_least=0,
     )
     moe_input_jitter_eps: float | None = option(
-        None, "Scale the router's input by random numbers from 1 - X to 1 + X.", type=float, above=0, below=1
+        None, "Scale the router's input by random numbers from 1 - X to 1 + X.", above=0, below=1
     )
     moe_router_bias_update_rate: float = option(
         1e-3, "Step of the biases of --moe-router-enable-expert-bias.", at_least=0
@@ -44,7 +39,6 @@ class MoEArguments:
     moe_router_dtype: str | None = option(
         None,
         "Precision of routing and of adding up experts' outputs. Not given: that of the model.",
-        type=str,
         choices=("fp32", "fp64"),
     )
     moe_token_dispatcher_type: str = option(
@@ -61,7 +55,6 @@ class MoEArguments:
         None,
         "An expert takes no more than this many times the mean number of tokens, counted by rank and micro-batch, so "
         "the result depends on the layout; what is over goes past the expert. Negative or not given: no limit.",
-        type=float,
     )
     moe_pad_expert_input_to_capacity: bool = option(
         False, "Give every expert exactly as many tokens as --moe-expert-capacity-factor allows."

@@ -37,8 +37,6 @@ class MultiTaskArguments:
         None,
         "Weight of each task for task-token and task-sample: name=number …, else that of the data set's task file, "
         "else 1; or one list in the data set's order of tasks, as in MFTCoder: '[1.0, 2.0]'.",
-        type=str,
-        many=True,
         aliases=("--task_weights",),
         metavar="NAME=W",
     )
@@ -49,11 +47,7 @@ class MultiTaskArguments:
     )
     focal_gamma: float = option(2.0, "Exponent of the focal losses; 0 turns them into task-sample.", at_least=0)
     focal_alpha: tuple[str, ...] | None = option(
-        None,
-        "Weight of each task in the focal losses, given as in --task-weights; above 0.",
-        type=str,
-        many=True,
-        metavar="NAME=A",
+        None, "Weight of each task in the focal losses, given as in --task-weights; above 0.", metavar="NAME=A"
     )
     focal_detach: bool = option(False, "Take the modulating factor of the focal losses as a constant.")
     self_paced_history_length: int = option(
@@ -71,11 +65,7 @@ class MultiTaskArguments:
     famo_beta1: float = option(0.9, "First coefficient of FAMO's Adam.", at_least=0, below=1)
     famo_beta2: float = option(0.999, "Second coefficient of FAMO's Adam.", at_least=0, below=1)
     famo_min_losses: tuple[str, ...] | None = option(
-        None,
-        "Lowest loss that each task can reach, given as in --task-weights; 0 where not named.",
-        type=str,
-        many=True,
-        metavar="NAME=B",
+        None, "Lowest loss that each task can reach, given as in --task-weights; 0 where not named.", metavar="NAME=B"
     )
     famo_update_interval: int = option(1, "Steps from one draw to the next.", at_least=1)
     famo_sample_valid_num: int = option(1, f"{_DRAW_HELP} FAMO draws the same samples every time.", at_least=1)

@@ -14,22 +14,34 @@ from mft_megatron.options import option
 class NetworkArguments:
     """The model's shape. With --load it comes from the checkpoint and need not be given."""
 
-    num_layers: int | None = option(None, "Number of transformer layers.", type=int, at_least=1)
-    hidden_size: int | None = option(None, "Size of the hidden states.", type=int, at_least=1)
-    ffn_hidden_size: int | None = option(
+    num_layers: int = option(
+        None,
+        "Number of transformer layers.",
+        at_least=1,
+        required="--num-layers N, or --load a checkpoint that knows it",
+    )
+    hidden_size: int = option(
+        None, "Size of the hidden states.", at_least=1, required="--hidden-size N, or --load a checkpoint that knows it"
+    )
+    ffn_hidden_size: int = option(
         None,
         "Size of the MLP. Not given: 4 × hidden size, or 2/3 of that in steps of 64 with --swiglu.",
-        type=int,
         at_least=1,
+        derived=True,
     )
-    num_attention_heads: int | None = option(None, "Number of attention heads.", type=int, at_least=1)
+    num_attention_heads: int = option(
+        None,
+        "Number of attention heads.",
+        at_least=1,
+        required="--num-attention-heads N, or --load a checkpoint that knows it",
+    )
     group_query_attention: bool = option(False, "Grouped-query attention.")
     num_query_groups: int = option(1, "Key/value heads of --group-query-attention.", at_least=1)
-    kv_channels: int | None = option(
-        None, "Size of a head. Not given: hidden size / attention heads.", type=int, at_least=1
+    kv_channels: int = option(
+        None, "Size of a head. Not given: hidden size / attention heads.", at_least=1, derived=True
     )
-    max_position_embeddings: int | None = option(
-        None, "Longest sequence the model is made for. Not given: --seq-length.", type=int, at_least=1
+    max_position_embeddings: int = option(
+        None, "Longest sequence the model is made for. Not given: --seq-length.", at_least=1, derived=True
     )
     position_embedding_type: str = option(
         "learned_absolute",
@@ -45,7 +57,6 @@ class NetworkArguments:
     rotary_seq_len_interpolation_factor: float | None = option(
         None,
         "Divide positions by this: linear interpolation to a longer context. Megatron takes whole numbers only.",
-        type=float,
         above=0,
     )
     rotary_percent: float = option(1.0, "Share of each head that is rotated.", above=0, at_most=1)
@@ -54,20 +65,20 @@ class NetworkArguments:
         "Rotary frequencies scaled for longer contexts, in the words of Hugging Face's config.json: "
         '\'{"rope_type": "linear", "factor": 4}\'; llama3 or yarn with their numbers. Takes the place of Megatron\'s '
         "--use-rope-scaling, which knows Llama 3's numbers alone.",
-        type=rope_scaling,
+        reader=rope_scaling,
         metavar="JSON",
     )
     window_size: str | None = option(
         None,
         "Tokens to its left that a token sees besides itself within its sample, -1 for all, and 0 to its right.",
-        type=window_size,
+        reader=window_size,
         metavar="LEFT,0",
     )
     window_attn_skip_freq: int | str | None = option(
         None,
         "Layers that --window-size leaves out: every N-th, or with a list the layers that have a 0 there, as in "
         "([1]*3+[0])*2 for eight layers. Not given: none.",
-        type=layer_frequency,
+        reader=layer_frequency,
         metavar="{N,LIST}",
     )
     normalization: str = option("LayerNorm", "Normalisation layers.", choices=("LayerNorm", "RMSNorm"))
@@ -106,18 +117,16 @@ class NetworkArguments:
         at_least=1,
     )
     num_experts: int | None = option(
-        None, "Experts of each mixture-of-experts layer; not given: every MLP is dense.", type=int, at_least=1
+        None, "Experts of each mixture-of-experts layer; not given: every MLP is dense.", at_least=1
     )
     moe_layer_freq: int | str = option(
         1,
         "Which layers have experts: N for the first of every N, or a list of 1 (experts) and 0 (dense MLP) for all "
         "layers, such as '[0]+[1]*23' or '([1]*3+[0])*2'. Layers of a model with both kinds are stored one by one.",
-        type=layer_frequency,
+        reader=layer_frequency,
         metavar="N|LIST",
     )
-    moe_ffn_hidden_size: int | None = option(
-        None, "Size of an expert. Not given: --ffn-hidden-size.", type=int, at_least=1
-    )
+    moe_ffn_hidden_size: int | None = option(None, "Size of an expert. Not given: --ffn-hidden-size.", at_least=1)
     moe_router_topk: int = option(2, "Experts that each token goes to.", at_least=1)
     moe_router_pre_softmax: bool = option(
         False, "Softmax over all experts' scores before the best are chosen, not over those of the chosen."
@@ -126,13 +135,13 @@ class NetworkArguments:
         "softmax", "What makes probabilities of the router's scores.", choices=("softmax", "sigmoid")
     )
     moe_router_topk_scaling_factor: float | None = option(
-        None, "Factor on the probabilities of the chosen experts.", type=float, above=0
+        None, "Factor on the probabilities of the chosen experts.", above=0
     )
     moe_router_num_groups: int | None = option(
-        None, "Groups of experts, of which each token goes to --moe-router-group-topk.", type=int, at_least=1
+        None, "Groups of experts, of which each token goes to --moe-router-group-topk.", at_least=1
     )
     moe_router_group_topk: int | None = option(
-        None, "Groups that a token's experts may lie in, with --moe-router-num-groups.", type=int, at_least=1
+        None, "Groups that a token's experts may lie in, with --moe-router-num-groups.", at_least=1
     )
     moe_router_enable_expert_bias: bool = option(
         False,
@@ -141,7 +150,7 @@ class NetworkArguments:
         "--moe-router-score-function sigmoid.",
     )
     moe_shared_expert_intermediate_size: int | None = option(
-        None, "Size of all shared experts together, which every token goes to. Not given: none.", type=int, at_least=1
+        None, "Size of all shared experts together, which every token goes to. Not given: none.", at_least=1
     )
     moe_shared_expert_gate: bool = option(False, "A sigmoid gate on the shared experts' output.")
 

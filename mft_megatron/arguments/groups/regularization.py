@@ -13,10 +13,10 @@ class RegularizationArguments:
     hidden_dropout: float = option(0.1, "Dropout of hidden states.", at_least=0, below=1)
     weight_decay: float = option(0.01, "Weight decay; biases and norms have none.", at_least=0)
     start_weight_decay: float | None = option(
-        None, "Weight decay of the first step, with --weight-decay-incr-style.", type=float, at_least=0
+        None, "Weight decay of the first step, with --weight-decay-incr-style.", at_least=0
     )
     end_weight_decay: float | None = option(
-        None, "Weight decay after --train-iters steps, with --weight-decay-incr-style.", type=float, at_least=0
+        None, "Weight decay after --train-iters steps, with --weight-decay-incr-style.", at_least=0
     )
     weight_decay_incr_style: str = option(
         "constant",

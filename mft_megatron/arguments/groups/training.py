@@ -9,25 +9,22 @@ from mft_megatron.options import option
 class TrainingArguments:
     """One pack is one sample of Megatron's batch sizes."""
 
-    micro_batch_size: int | None = option(
-        None, "Packs of one forward pass on one data-parallel rank.", type=int, at_least=1
+    micro_batch_size: int = option(
+        None, "Packs of one forward pass on one data-parallel rank.", at_least=1, required="--micro-batch-size N"
     )
-    global_batch_size: int | None = option(
-        None, "Packs of one optimizer step. Not given: micro-batch size × data-parallel size.", type=int, at_least=1
+    global_batch_size: int = option(
+        None, "Packs of one optimizer step. Not given: micro-batch size × data-parallel size.", at_least=1, derived=True
     )
-    rampup_batch_size: tuple[int, ...] | None = option(
+    rampup_batch_size: tuple[int, int, int] | None = option(
         None,
         "Packs of the first step, by how many packs a step grows at a time, and over how many packs in all it grows to "
         "--global-batch-size. Unlike in Megatron it goes with --train-iters, which stay optimizer steps.",
-        type=int,
-        many=3,
         metavar=("START", "INCREMENT", "SAMPLES"),
     )
     step_batch_size_schedule: str | None = option(
         None,
         "Packs of a step by the tokens consumed before it, padding counted in: '0:16 2.4B:320' takes 16 until 2.4e9 / "
         "--seq-length packs are consumed, then 320 (K, M, B, T: 1e3 … 1e12). The last size is --global-batch-size.",
-        type=str,
         metavar="'THRESHOLD:SIZE …'",
     )
     optimizer: str = option(
@@ -47,8 +44,11 @@ class TrainingArguments:
     overlap_cpu_optimizer_d2h_h2d: bool = option(
         False, "With --optimizer-cpu-offload compute updates while gradients and weights are being copied."
     )
-    train_iters: int | None = option(
-        None, "Number of optimizer steps in all, steps before a resume counted in.", type=int, at_least=1
+    train_iters: int = option(
+        None,
+        "Number of optimizer steps in all, steps before a resume counted in.",
+        at_least=1,
+        required="--train-iters N",
     )
     check_for_nan_in_loss_and_grad: bool = option(
         True,
@@ -58,7 +58,6 @@ class TrainingArguments:
     exit_interval: int | None = option(
         None,
         "Save and stop after an iteration divisible by this; the learning-rate schedule is unaffected.",
-        type=int,
         at_least=1,
     )
     attention_backend: str = option(
@@ -73,7 +72,6 @@ class TrainingArguments:
         None,
         "Save and stop after the first step that ends more than so many minutes after the start of the program. "
         "Megatron takes whole numbers only.",
-        type=float,
         at_least=0,
     )
     exit_signal_handler: bool = option(

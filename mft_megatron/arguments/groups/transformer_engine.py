@@ -20,7 +20,6 @@ class TransformerEngineArguments:
         None,
         "Matrix products of the layers in fp8: e4m3 everywhere, or hybrid with e5m2 for gradients. Needs --bf16 and "
         "--transformer-impl transformer_engine.",
-        type=str,
         choices=("e4m3", "hybrid"),
     )
     fp8_recipe: str = option(
@@ -34,9 +33,7 @@ class TransformerEngineArguments:
         1, "Micro-batches remembered by --fp8-recipe delayed. Transformer Engine's own default is 1024.", at_least=1
     )
     fp8_amax_compute_algo: str = option(
-        "most_recent",
-        "Which of the remembered sizes --fp8-recipe delayed scales by.",
-        choices=("most_recent", "max"),
+        "most_recent", "Which of the remembered sizes --fp8-recipe delayed scales by.", choices=("most_recent", "max")
     )
     fp8_wgrad: bool = option(True, "Gradients of weights in bf16, with --fp8-recipe delayed.", flag="--no-fp8-wgrad")
     first_last_layers_bf16: bool = option(

@@ -10,15 +10,12 @@ class ValidationArguments:
     """Evaluation goes through the validation split in order, every sample once."""
 
     eval_interval: int = option(
-        1000,
-        "Evaluate after this many steps, and after the last. Unlike in Megatron there is a default.",
-        at_least=1,
+        1000, "Evaluate after this many steps, and after the last. Unlike in Megatron there is a default.", at_least=1
     )
     eval_iters: int | None = option(
         None,
         "Evaluate on this many global batches only; 0 turns evaluation off. Unlike in Megatron the default is the "
         "whole validation split, exactly once.",
-        type=int,
         at_least=0,
     )
     full_validation: bool = option(
@@ -28,7 +25,6 @@ class ValidationArguments:
     early_stopping_patience: int | None = option(
         None,
         "Stop after this many evaluations in a row without a better result; with --save it implies --save-best.",
-        type=int,
         at_least=1,
         aliases=("--early_stopping_stall_num",),
     )
@@ -46,6 +42,5 @@ class ValidationArguments:
         None,
         "Give a task weight 0 after this many evaluations in a row in which its own validation loss was not better "
         "than its best one, see --early-stopping-min-delta.",
-        type=int,
         at_least=1,
     )

@@ -26,19 +26,18 @@ if TYPE_CHECKING:
 class PeftOptions:
     """The adapters of a checkpoint become a PEFT folder, whatever layout wrote it. Runs on one process."""
 
-    load: str | None = option(
-        None, "Run folder (its newest checkpoint is taken) or one iter_NNNNNNN folder.", type=str, metavar="CKPT"
+    load: str = option(
+        None, "Run folder (its newest checkpoint is taken) or one iter_NNNNNNN folder.", metavar="CKPT", required=True
     )
     best: bool = option(False, "Take the best checkpoint of the run folder instead of the newest.")
-    hf: str | None = option(None, "Folder to write; must not exist.", type=str, metavar="DIR")
+    hf: str = option(None, "Folder to write; must not exist.", metavar="DIR", required=True)
     base_model_name: str | None = option(
         None,
         "What adapter_config.json calls the model beside the adapters. Not given: the folder that it was read from.",
-        type=str,
         metavar="NAME",
     )
     tokenizer_model: str | None = option(
-        None, "Folder of tokenizer files to copy. Not given: tokenizer/ of the run folder.", type=str, metavar="DIR"
+        None, "Folder of tokenizer files to copy. Not given: tokenizer/ of the run folder.", metavar="DIR"
     )
 
 
@@ -53,15 +52,12 @@ class MergeOptions:
     load: str | None = option(
         None,
         "Checkpoint with adapters: run folder (its newest checkpoint is taken) or one iter_NNNNNNN folder.",
-        type=str,
         metavar="CKPT",
     )
     best: bool = option(False, "With --load: the best checkpoint of the run folder instead of the newest.")
     adapter: tuple[str, ...] | None = option(
         None,
         "PEFT folders to merge instead of --load's adapters; of several the sum. Needs --base.",
-        type=str,
-        many=True,
         repeated=True,
         metavar="DIR",
     )
@@ -69,15 +65,13 @@ class MergeOptions:
         None,
         "The model, as a Hugging Face folder or a checkpoint. Not given: that in the checkpoint of --load or, where it "
         "holds adapters alone, the folder that the run read it from.",
-        type=str,
         metavar="DIR",
     )
-    hf: str | None = option(None, "Folder to write; must not exist.", type=str, metavar="DIR")
+    hf: str = option(None, "Folder to write; must not exist.", metavar="DIR", required=True)
     tokenizer_model: str | None = option(
         None,
         "Folder of tokenizer files to copy. Not given: tokenizer/ of the run folder, those in the first PEFT folder "
         "that has some, or else those of the model.",
-        type=str,
         metavar="DIR",
     )
     max_shard_size: str = option("5GB", "Begin a new safetensors file at this size.")
@@ -87,14 +81,12 @@ class MergeOptions:
 class ListOptions:
     """Lists the adapters in and below folders: checkpoints of this program that have some, and PEFT folders."""
 
-    folder: tuple[str, ...] | None = option(
-        None, "Where to look. The option's name may be left out.", type=str, many=True, metavar="DIR"
-    )
+    folder: tuple[str, ...] | None = option(None, "Where to look. The option's name may be left out.", metavar="DIR")
 
 
 def lora_to_peft(command_line: Sequence[str]) -> None:
     """Export the adapters of a checkpoint."""
-    options = read_options(PeftOptions, command_line, "convert_checkpoint.py lora-to-peft", required=("load", "hf"))
+    options = read_options(PeftOptions, command_line, "convert_checkpoint.py lora-to-peft")
     checkpoint = select_checkpoint(options.load, options.best)
     path, info = checkpoint.path, checkpoint.info
     tokenizer = Path(options.tokenizer_model) if options.tokenizer_model else None
@@ -106,7 +98,7 @@ def lora_to_peft(command_line: Sequence[str]) -> None:
 
 def merge_lora(command_line: Sequence[str]) -> None:
     """Export a model with adapters merged into it."""
-    options = read_options(MergeOptions, command_line, "convert_checkpoint.py merge-lora", required=("hf",))
+    options = read_options(MergeOptions, command_line, "convert_checkpoint.py merge-lora")
     if (options.load is None) == (not options.adapter):
         raise InputError("give --load CKPT or --adapter DIR …, one of the two; see --help")
     if options.adapter and (options.base is None or options.best):

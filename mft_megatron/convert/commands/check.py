@@ -21,11 +21,10 @@ class CheckOptions:
     Runs on one process. Memory is that of the model in --dtype, once: one program computes after the other.
     """
 
-    hf: str | None = option(None, "Folder of the model, as mcore-to-hf wrote it.", type=str, metavar="DIR")
+    hf: str = option(None, "Folder of the model, as mcore-to-hf wrote it.", metavar="DIR", required=True)
     load: str | None = option(
         None,
         "Compare the folder with this checkpoint (run folder, or one iter_NNNNNNN) instead of with itself.",
-        type=str,
         metavar="CKPT",
     )
     best: bool = option(False, "With --load: the best checkpoint of the run folder instead of the newest.")
@@ -33,7 +32,6 @@ class CheckOptions:
     prompts: str | None = option(
         None,
         "One prompt a line, plain or as a JSON string. Not given: built-in ones; random tokens without a tokenizer.",
-        type=str,
         metavar="FILE",
     )
     max_tokens: int = option(256, "Cut prompts to this many tokens.", at_least=1)
@@ -41,7 +39,6 @@ class CheckOptions:
         None,
         "Fail above this: fp32, the largest difference of any logit (not given: 1e-4); bf16 and fp16, the mean KL "
         "divergence in nats (not given: 5e-3).",
-        type=float,
         above=0,
     )
 
@@ -52,7 +49,7 @@ def check(command_line: Sequence[str]) -> None:
     Raises:
         InputError: something is wrong with the folder, or the logits differ too much.
     """
-    options = read_options(CheckOptions, command_line, "convert_checkpoint.py check", required=("hf",))
+    options = read_options(CheckOptions, command_line, "convert_checkpoint.py check")
     folder = Path(options.hf)
     checkpoint = _checkpoint(options)
     from mft_megatron.convert.huggingface.model_folder import read_architecture

@@ -17,13 +17,13 @@ from .megatron import megatron_to_mcore
 class ExportOptions:
     """A checkpoint becomes a Hugging Face folder; the layout that wrote it does not matter. Runs on one process."""
 
-    load: str | None = option(
-        None, "Run folder (its newest checkpoint is taken) or one iter_NNNNNNN folder.", type=str, metavar="CKPT"
+    load: str = option(
+        None, "Run folder (its newest checkpoint is taken) or one iter_NNNNNNN folder.", metavar="CKPT", required=True
     )
     best: bool = option(False, "Take the best checkpoint of the run folder instead of the newest.")
-    hf: str | None = option(None, "Folder to write; must not exist.", type=str, metavar="DIR")
+    hf: str = option(None, "Folder to write; must not exist.", metavar="DIR", required=True)
     tokenizer_model: str | None = option(
-        None, "Folder of tokenizer files to copy. Not given: tokenizer/ of the run folder.", type=str, metavar="DIR"
+        None, "Folder of tokenizer files to copy. Not given: tokenizer/ of the run folder.", metavar="DIR"
     )
     max_shard_size: str = option("5GB", "Begin a new safetensors file at this size.")
 
@@ -32,13 +32,13 @@ class ExportOptions:
 class ImportOptions:
     """A Hugging Face folder becomes a checkpoint that any layout loads with --load. Runs on one process."""
 
-    hf: str | None = option(None, "Folder of the model: config.json and safetensors files.", type=str, metavar="DIR")
-    save: str | None = option(None, "Folder to write, to be given as --load; must not exist.", type=str, metavar="CKPT")
+    hf: str = option(None, "Folder of the model: config.json and safetensors files.", metavar="DIR", required=True)
+    save: str = option(None, "Folder to write, to be given as --load; must not exist.", metavar="CKPT", required=True)
 
 
 def hf_to_mcore(command_line: Sequence[str]) -> None:
     """Convert a model into a checkpoint."""
-    options = read_options(ImportOptions, command_line, "convert_checkpoint.py hf-to-mcore", required=("hf", "save"))
+    options = read_options(ImportOptions, command_line, "convert_checkpoint.py hf-to-mcore")
     from mft_megatron.convert.huggingface.model_import import import_model
 
     family, info = import_model(Path(options.hf), Path(options.save))
@@ -47,7 +47,7 @@ def hf_to_mcore(command_line: Sequence[str]) -> None:
 
 def mcore_to_hf(command_line: Sequence[str]) -> None:
     """Export the model of a checkpoint."""
-    options = read_options(ExportOptions, command_line, "convert_checkpoint.py mcore-to-hf", required=("load", "hf"))
+    options = read_options(ExportOptions, command_line, "convert_checkpoint.py mcore-to-hf")
     checkpoint = select_checkpoint(options.load, options.best)
     path, info = checkpoint.path, checkpoint.info
     refuse_adapters(path, info)

@@ -11,25 +11,21 @@ from mft_megatron.options import option, read_options
 class MegatronOptions:
     """A torch_dist checkpoint of Megatron-LM or Megatron-Bridge becomes one that --load takes; the weights alone."""
 
-    load: str | None = option(
+    load: str = option(
         None,
         "Folder with latest_checkpointed_iteration.txt, or one iter_NNNNNNN or release folder.",
-        type=str,
         metavar="DIR",
+        required=True,
     )
-    save: str | None = option(None, "Folder to write, to be given as --load; must not exist.", type=str, metavar="CKPT")
-    ckpt_step: int | None = option(None, "Take this iteration instead of the newest.", type=int, at_least=0)
+    save: str = option(None, "Folder to write, to be given as --load; must not exist.", metavar="CKPT", required=True)
+    ckpt_step: int | None = option(None, "Take this iteration instead of the newest.", at_least=0)
     vocab_size: int | None = option(
-        None,
-        "Tokens of the tokenizer; rows beyond them pad the vocabulary there and are left out.",
-        type=int,
-        at_least=1,
+        None, "Tokens of the tokenizer; rows beyond them pad the vocabulary there and are left out.", at_least=1
     )
     hf: str | None = option(
         None,
         "Hugging Face folder of the same architecture: an export gets its configuration and tokenizer, and its "
         "vocab_size is taken.",
-        type=str,
         metavar="DIR",
     )
 
@@ -37,7 +33,7 @@ class MegatronOptions:
 def megatron_to_mcore(command_line: Sequence[str]) -> None:
     """Convert a checkpoint that another program on Megatron-Core wrote."""
     program = "convert_checkpoint.py megatron-to-mcore"
-    options = read_options(MegatronOptions, command_line, program, required=("load", "save"))
+    options = read_options(MegatronOptions, command_line, program)
     from mft_megatron.convert.megatron.model_import import import_megatron
 
     hf = Path(options.hf) if options.hf else None

@@ -18,22 +18,20 @@ class QuantizeOptions:
     Runs in an environment of its own: examples/int4/requirements.txt.
     """
 
-    hf: str | None = option(None, "Folder of the model, as mcore-to-hf wrote it.", type=str, metavar="DIR")
-    out: str | None = option(None, "Folder to write; must not exist.", type=str, metavar="DIR")
+    hf: str = option(None, "Folder of the model, as mcore-to-hf wrote it.", metavar="DIR", required=True)
+    out: str = option(None, "Folder to write; must not exist.", metavar="DIR", required=True)
     method: str = option("gptq", "How to round.", choices=METHODS)
-    data_path: str | None = option(
-        None, "Data set whose text shows what matters: its --output-prefix.", type=str, metavar="PREFIX"
+    data_path: str = option(
+        None, "Data set whose text shows what matters: its --output-prefix.", metavar="PREFIX", required=True
     )
-    seq_length: int | None = option(
-        None, "Sequence length it is packed for, where there are several.", type=int, at_least=1
-    )
+    seq_length: int | None = option(None, "Sequence length it is packed for, where there are several.", at_least=1)
     split: str = option("valid", "Split to take text from.", choices=("train", "valid", "test"))
     samples: int = option(512, "Samples to take, from all tasks alike.", at_least=1)
 
 
 def main(command_line: Sequence[str]) -> None:
     """Quantise a folder."""
-    options = read_options(QuantizeOptions, command_line, "quantize_hf.py", required=("hf", "out", "data_path"))
+    options = read_options(QuantizeOptions, command_line, "quantize_hf.py")
     vocab_size = read_config(Path(options.hf)).get("vocab_size")
     lengths = packed_lengths(options.data_path)
     if options.seq_length is None and len(lengths) != 1:
