@@ -22,7 +22,7 @@ from mft_megatron.errors import InputError
 from mft_megatron.mcore.checkpointing.tensor_writer import Weight, write_weights
 from mft_megatron.mcore.checkpointing.vocabulary import EMBEDDING
 from mft_megatron.mcore.checkpointing.weight_source import WeightSlice
-from mft_megatron.mcore.platform.precisions import BY_DTYPE
+from mft_megatron.mcore.platform.precisions import BY_DTYPE, model_dtype
 from mft_megatron.run_folder import HUGGINGFACE, TRACKER, CheckpointInfo, iteration_folder, replace_text, write_info
 
 from .family import Family, Row, names_of, places
@@ -59,7 +59,7 @@ def _convert(
     rows, sizes = family.rows(architecture), sizes_of(architecture, vocab_size)
     refuse_mismatch(files, rows, architecture, sizes)
     weights = {row.ours: _weight(row, architecture, sizes, files) for row in rows}
-    info = describe(family.architecture, architecture, vocab_size, _dtype(list(weights.values())))
+    info = describe(family.architecture, architecture, vocab_size, stored_dtype(files, rows, architecture, sizes))
     with replacing(target) as partial:
         path = iteration_folder(partial, 0)
         path.mkdir()
@@ -119,9 +119,11 @@ def _weight(row: Row, architecture: NetworkArguments, sizes: Sizes, files: Weigh
     return Weight(row.ours, (*row.stack(architecture), *row.shape(sizes)), dtypes.pop())
 
 
-def _dtype(weights: Sequence[Weight]) -> torch.dtype:
-    """Of the model as a whole: that of its largest weights."""
-    return max(weights, key=lambda weight: math.prod(weight.shape)).dtype
+def stored_dtype(files: WeightFiles, rows: Sequence[Row], architecture: NetworkArguments, sizes: Sizes) -> torch.dtype:
+    """Dtype of a folder's model as a whole: that of its largest weight, all layers and experts together."""
+    return model_dtype(
+        ((*row.stack(architecture), *row.shape(sizes)), files.weights[row.theirs[0].format(0, 0)].dtype) for row in rows
+    )
 
 
 def describe(source: str, architecture: NetworkArguments, vocab_size: int, dtype: torch.dtype) -> CheckpointInfo:

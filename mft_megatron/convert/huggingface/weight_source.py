@@ -3,14 +3,13 @@
 import contextlib
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from mft_megatron.mcore.checkpointing.weight_source import WeightSlice
 from mft_megatron.run_folder import CheckpointInfo
 
 from . import model_folder
-from .model_import import describe, refuse_mismatch
+from .model_import import describe, refuse_mismatch, stored_dtype
 from .row_layouts import sizes_of
 from .row_source import RowSource
 from .safetensors_reader import WeightFiles
@@ -31,8 +30,8 @@ class HuggingFaceSource:
             refuse_mismatch(files, rows, architecture, sizes)
             self._files = files
         self._weights = RowSource(files, rows, sizes)
-        dtypes = {files.weights[row.theirs[0].format(0, 0)].dtype for row in rows}
-        self.info: CheckpointInfo = describe(family.architecture, architecture, vocab_size, _largest(dtypes))
+        dtype = stored_dtype(files, rows, architecture, sizes)
+        self.info: CheckpointInfo = describe(family.architecture, architecture, vocab_size, dtype)
 
     def close(self) -> None:
         """Close the files; reading opens them again."""
@@ -45,8 +44,3 @@ class HuggingFaceSource:
     def read(self, wanted: WeightSlice) -> Tensor:
         """Read one slice of a weight of Megatron-Core's, as :meth:`RowSource.read` does."""
         return self._weights.read(wanted)
-
-
-def _largest(dtypes: set[torch.dtype]) -> torch.dtype:
-    """The dtype that holds all."""
-    return max(dtypes, key=lambda dtype: (dtype.itemsize, str(dtype)))

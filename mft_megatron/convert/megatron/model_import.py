@@ -24,7 +24,7 @@ from mft_megatron.mcore.checkpointing.tensor_reader import TensorReader
 from mft_megatron.mcore.checkpointing.tensor_writer import Weight, write_weights
 from mft_megatron.mcore.checkpointing.vocabulary import EMBEDDING, has_shape
 from mft_megatron.mcore.checkpointing.weight_source import WeightSlice
-from mft_megatron.mcore.platform.precisions import BY_DTYPE
+from mft_megatron.mcore.platform.precisions import BY_DTYPE, model_dtype
 from mft_megatron.run_folder import (
     HUGGINGFACE,
     INFO,
@@ -78,7 +78,8 @@ def import_megatron(
         written.mkdir()
         write_weights(written, weights, slices, _WholeWeights(reader, weights), FILE_BYTES)
         source = _keep(hf, architecture, vocab_size, partial / HUGGINGFACE)
-        info = describe(source, architecture, vocab_size, weights[EMBEDDING].dtype)
+        dtype = model_dtype((weight.shape, weight.dtype) for weight in weights.values())
+        info = describe(source, architecture, vocab_size, dtype)
         write_info(written, info)
         replace_text(partial / TRACKER, "0\n")
     return path, info

@@ -20,7 +20,7 @@ from mft_megatron.convert.atomic_folder import refuse_content, replacing
 from mft_megatron.convert.huggingface import model_export
 from mft_megatron.convert.huggingface.family import Family, Row, first_difference
 from mft_megatron.convert.huggingface.model_folder import CONFIG, copy_kept_files, read_architecture, same_tokenizer
-from mft_megatron.convert.huggingface.model_import import describe, refuse_mismatch
+from mft_megatron.convert.huggingface.model_import import describe, refuse_mismatch, stored_dtype
 from mft_megatron.convert.huggingface.row_layouts import sizes_of, split
 from mft_megatron.convert.huggingface.safetensors_reader import WeightFiles
 from mft_megatron.convert.huggingface.safetensors_writer import PlannedWeight, ShardWriter
@@ -79,8 +79,7 @@ class FolderBase:
         self._files = WeightFiles(folder)
         with contextlib.closing(self._files):
             refuse_mismatch(self._files, rows, self.architecture, self._sizes)
-        dtypes = {self._files.weights[row.theirs[0].format(0, 0)].dtype for row in rows}
-        dtype = max(dtypes, key=lambda dtype: dtype.itemsize)
+        dtype = stored_dtype(self._files, rows, self.architecture, self._sizes)
         self.info = describe(self.family.architecture, self.architecture, vocab_size, dtype)
 
     def planned(self, row: Row, place: tuple[int, ...]) -> list[PlannedWeight]:

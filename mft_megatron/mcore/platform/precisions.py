@@ -1,6 +1,8 @@
 """The floating-point formats of weights, under every name that options and files use for them."""
 
 import dataclasses
+import math
+from collections.abc import Iterable
 
 import torch
 
@@ -23,3 +25,11 @@ PRECISIONS = (
 )
 DTYPES = {precision.name: precision.dtype for precision in PRECISIONS}
 BY_DTYPE = {precision.dtype: precision for precision in PRECISIONS}
+
+
+def model_dtype(weights: Iterable[tuple[tuple[int, ...], torch.dtype]]) -> torch.dtype:
+    """Dtype of a model as a whole, by its weights' shapes and dtypes: that of its largest weight.
+
+    Real models are of one dtype, or keep small weights such as norms and routers in fp32 beside matrices of 16 bits.
+    """
+    return max(weights, key=lambda weight: math.prod(weight[0]))[1]
