@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.made_dataset import write_dataset
-from tests.parallel.layouts import Layout
+from tests.parallel.layouts import ParallelLayout
 from tests.parallel.run import arguments_for, data_seed, open_dataset, plans_of, train
 from tests.parallel.test_balancing import Log
 from tests.ranks import run_on_ranks
@@ -65,7 +65,7 @@ def one_process(prefix):
 
 def compare(prefix, layout):
     expected, expected_sums, _ = one_process(prefix)
-    layout = Layout(layout)
+    layout = ParallelLayout(layout)
     results = run_on_ranks(layout.world_size, _train, prefix, layout.options, layout.world_size)
     for curve, sums, _ in results:
         for step, (ours, theirs) in enumerate(zip(curve, expected, strict=True)):
@@ -174,8 +174,8 @@ EPOCH_LAYOUTS = {
     "one": (1, "--micro-batch-size 2"),
     "DP2": (2, "--micro-batch-size 2"),
     "DP4": (4, "--micro-batch-size 1"),
-    "PP2 VPP2": (2, Layout("PP2 VPP2 MB2").options),
-    "TP2 DP2": (4, Layout("TP2 DP2 MB2").options),
+    "PP2 VPP2": (2, ParallelLayout("PP2 VPP2 MB2").options),
+    "TP2 DP2": (4, ParallelLayout("TP2 DP2 MB2").options),
 }
 
 

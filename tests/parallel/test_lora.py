@@ -7,7 +7,7 @@ import pytest
 
 from mft_megatron.mcore.checkpointing.weight_source import WeightSlice
 from tests.parallel.adapters import KnownAdapters, train_adapters, trainer_of, whole_adapters
-from tests.parallel.layouts import Layout
+from tests.parallel.layouts import ParallelLayout
 from tests.parallel.run import FOR_GRADIENTS, TASK_WEIGHTS, arguments_for, data_seed, open_dataset, plans_of
 from tests.ranks import run_on_ranks
 
@@ -16,25 +16,25 @@ SHARED = "--lora-rank 4 --lora-alpha 8"
 APART = f"{SHARED} --use-rslora --lora-target-modules q_proj v_proj o_proj up_proj down_proj"
 ATTENTION = f"{SHARED} --lora-target-modules q_proj linear_proj"
 CASES = [
-    (Layout("TP2 SP MB2", quick=True), SHARED),
-    (Layout("TP2 PP2", quick=True), APART),
-    (Layout("CP2 TP2 SP"), APART),
-    (Layout("TP2 MB2"), APART),
-    (Layout("PP2 VPP2 MB2", quick=True), SHARED),
-    (Layout("DP2 overlap", quick=True), SHARED),
-    (Layout("DP2 DO"), APART),
-    (Layout("TP2 PP2 DP2 SP"), SHARED),
-    (Layout("TP2 PP2 VPP2"), APART),
-    (Layout("TP2 SP full"), SHARED),
-    (Layout("TP2 SP selective"), APART),
-    (Layout("TP2 norms SP"), APART),
-    (Layout("PP2 full", "tied", quick=True), SHARED),
-    (Layout("TP2 PP2", "tied"), SHARED),
-    (Layout("PP2 first3"), APART),
-    (Layout("TP2 PP2", "Megatron's defaults"), SHARED),
-    (Layout("TP2 PP2", "q/k norm"), SHARED),
-    (Layout("DP2 EP2", "experts"), ATTENTION),
-    (Layout("TP2 SP EP2 DP2", "experts", quick=True), ATTENTION),
+    (ParallelLayout("TP2 SP MB2", quick=True), SHARED),
+    (ParallelLayout("TP2 PP2", quick=True), APART),
+    (ParallelLayout("CP2 TP2 SP"), APART),
+    (ParallelLayout("TP2 MB2"), APART),
+    (ParallelLayout("PP2 VPP2 MB2", quick=True), SHARED),
+    (ParallelLayout("DP2 overlap", quick=True), SHARED),
+    (ParallelLayout("DP2 DO"), APART),
+    (ParallelLayout("TP2 PP2 DP2 SP"), SHARED),
+    (ParallelLayout("TP2 PP2 VPP2"), APART),
+    (ParallelLayout("TP2 SP full"), SHARED),
+    (ParallelLayout("TP2 SP selective"), APART),
+    (ParallelLayout("TP2 norms SP"), APART),
+    (ParallelLayout("PP2 full", "tied", quick=True), SHARED),
+    (ParallelLayout("TP2 PP2", "tied"), SHARED),
+    (ParallelLayout("PP2 first3"), APART),
+    (ParallelLayout("TP2 PP2", "Megatron's defaults"), SHARED),
+    (ParallelLayout("TP2 PP2", "q/k norm"), SHARED),
+    (ParallelLayout("DP2 EP2", "experts"), ATTENTION),
+    (ParallelLayout("TP2 SP EP2 DP2", "experts", quick=True), ATTENTION),
 ]
 
 

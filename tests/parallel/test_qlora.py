@@ -7,7 +7,7 @@ import pytest
 
 from mft_megatron.mcore.model.parameters import weight_norm
 from tests.parallel.adapters import FOR_GRADIENTS, KnownAdapters, _adapters, whole_adapters
-from tests.parallel.layouts import Layout
+from tests.parallel.layouts import ParallelLayout
 from tests.parallel.run import TASK_WEIGHTS, arguments_for, data_seed, open_dataset, plans_of
 from tests.ranks import run_on_ranks
 
@@ -142,17 +142,17 @@ def one_process(prefix, peft="lora", quantized=True, options="--micro-batch-size
 
 
 LAYOUTS = [
-    Layout("MB2", quick=True),
-    Layout("TP2 SP", quick=True),
-    Layout("TP2"),
-    Layout("PP2"),
-    Layout("DP2"),
-    Layout("CP2"),
-    Layout("MB1 full"),
-    Layout("MB1 selective"),
-    Layout("TP2 SP norms"),
-    Layout("TP2 PP2 DO"),
-    Layout("PP2 VPP2", "llama"),
+    ParallelLayout("MB2", quick=True),
+    ParallelLayout("TP2 SP", quick=True),
+    ParallelLayout("TP2"),
+    ParallelLayout("PP2"),
+    ParallelLayout("DP2"),
+    ParallelLayout("CP2"),
+    ParallelLayout("MB1 full"),
+    ParallelLayout("MB1 selective"),
+    ParallelLayout("TP2 SP norms"),
+    ParallelLayout("TP2 PP2 DO"),
+    ParallelLayout("PP2 VPP2", "llama"),
 ]
 
 
