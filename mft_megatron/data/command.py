@@ -20,7 +20,7 @@ from mft_megatron.data.storage.ledger import Ledger, read_ledger
 from mft_megatron.data.tasks.task_file import read_task_file
 from mft_megatron.data.tasks.task_files import TaskSource, parse_tasks
 from mft_megatron.data.tokenizers.backends import BACKENDS
-from mft_megatron.data.tokenizers.tokenizer import TOKENIZERS
+from mft_megatron.data.tokenizers.load import TOKENIZERS
 from mft_megatron.errors import InputError
 from mft_megatron.options import option, read_groups, read_options
 

@@ -13,7 +13,7 @@ from mft_megatron.data.storage.arrays import check_files
 from mft_megatron.data.storage.indexed_dataset import IndexedDataset
 from mft_megatron.data.storage.ledger import Ledger, LengthEntry
 from mft_megatron.data.storage.stored_samples import read_stored_samples
-from mft_megatron.data.tokenizers.tokenizer import load_tokenizer
+from mft_megatron.data.tokenizers.load import load_tokenizer
 from mft_megatron.errors import InputError
 
 _CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}

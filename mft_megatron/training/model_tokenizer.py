@@ -9,7 +9,8 @@ from pathlib import Path
 
 from mft_megatron.arguments.table import Arguments
 from mft_megatron.data.loading.dataset import PackedDataset
-from mft_megatron.data.tokenizers.tokenizer import TOKENIZERS, Tokenizer, load_tokenizer
+from mft_megatron.data.tokenizers.load import TOKENIZERS, load_tokenizer
+from mft_megatron.data.tokenizers.tokenizer import Tokenizer
 from mft_megatron.errors import InputError
 from mft_megatron.run_folder import HUGGINGFACE, TOKENIZER
 

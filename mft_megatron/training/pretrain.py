@@ -11,7 +11,7 @@ from typing import Any
 from mft_megatron.arguments.table import Arguments
 from mft_megatron.data.loading.dataset import PackedDataset
 from mft_megatron.data.storage.ledger import read_ledger
-from mft_megatron.data.tokenizers.tokenizer import load_tokenizer
+from mft_megatron.data.tokenizers.load import load_tokenizer
 from mft_megatron.errors import InputError
 from mft_megatron.mcore.model import kernels
 from mft_megatron.mcore.parallel import process_groups

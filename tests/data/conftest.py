@@ -13,7 +13,7 @@ from mft_megatron.data.loading.dataset import PackedDataset
 from mft_megatron.data.packing.build_packs import Layout
 from mft_megatron.data.preprocessing.preprocess import Recipe, preprocess
 from mft_megatron.data.tasks.task_files import TaskSource
-from mft_megatron.data.tokenizers.tokenizer import load_tokenizer
+from mft_megatron.data.tokenizers.load import load_tokenizer
 
 SOURCES = [Path(module.__file__).read_text() for module in (argparse, ast, shutil)]
 

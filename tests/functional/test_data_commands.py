@@ -16,7 +16,7 @@ import pytest
 
 from mft_megatron.data.command import inspect_main, pack_main, preprocess_main
 from mft_megatron.data.loading.dataset import PackedDataset
-from mft_megatron.data.tokenizers.tokenizer import load_tokenizer
+from mft_megatron.data.tokenizers.load import load_tokenizer
 from mft_megatron.errors import run_command
 from tests.ranks import ROOT
 

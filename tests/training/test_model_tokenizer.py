@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from mft_megatron.data.tokenizers.tokenizer import load_tokenizer
+from mft_megatron.data.tokenizers.load import load_tokenizer
 from mft_megatron.errors import InputError
 from mft_megatron.run_folder import CheckpointRef
 from mft_megatron.training.model_tokenizer import check_model_tokenizer, difference

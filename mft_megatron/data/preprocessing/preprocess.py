@@ -26,7 +26,8 @@ from mft_megatron.data.storage.sample_writer import SampleWriter, TaskTally
 from mft_megatron.data.storage.stored_samples import StoredSamples
 from mft_megatron.data.tasks.task_files import SourceReader, TaskSource, files_on_disk
 from mft_megatron.data.tokenizers.backends import REFERENCE, BackendMismatch
-from mft_megatron.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from mft_megatron.data.tokenizers.load import load_tokenizer
+from mft_megatron.data.tokenizers.tokenizer import Tokenizer
 from mft_megatron.errors import InputError
 
 from .encoded_cache import Parts

@@ -9,7 +9,8 @@ import threading
 from collections.abc import Iterator, Mapping
 
 from mft_megatron.data.tasks.record_batches import Chunk, TokenChunk
-from mft_megatron.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from mft_megatron.data.tokenizers.load import load_tokenizer
+from mft_megatron.data.tokenizers.tokenizer import Tokenizer
 from mft_megatron.errors import InputError
 
 from .encoded_cache import Parts

@@ -1,44 +1,26 @@
-"""The library that cuts texts into tokens: the reference, or gigatoken where it has proved to do the same.
+"""The library that tokenises texts: the reference, or a fast backend that has proved to give the same ids.
 
 The reference is the ``tokenizers`` library for a Hugging Face folder and ``sentencepiece`` for its models. gigatoken is
-some forty times as fast, and another program: what it makes of a text is taken only as far as it has been compared.
-
-- It reads byte-level BPE with the pre-tokenizers of well-known models (GPT-2, Llama 3, Qwen 2, GPT-4o, …) and BPE with
-  bytes as fallback (Llama 2, Mistral, Gemma), as ``tokenizer.json`` or as SentencePiece model. It refuses unigram and
-  WordPiece models, other pre-tokenizers (also StarCoder's and DeepSeek-Coder's) and other normalisers than NFC.
-- Over some 6000 texts of random Unicode, mutated code and hard cases each, ids are equal for all of these, but for NFC
-  and the character maps of SentencePiece: there the libraries know different versions of Unicode, and order rare
-  combining marks differently. So where a tokenizer normalises, texts that have anything to normalise go to the
-  reference.
-- Dropout, suffixes and prefixes of words it does not know and ignores; byte-level BPE without a split it splits all the
-  same. Such tokenizers keep the reference.
-- Texts that hold the name of an added token always go to the reference, which knows when a name is a token.
-
-What remains is compared: fixed hard texts when the tokenizer is opened, the first texts that a process encodes, and
-after that a sample of them, drawn by content so that a text is compared in every run or in none.
+about forty times as fast, but it is another program, so its ids are compared with the reference's: for fixed hard texts
+when the tokenizer is opened, for the first texts that a process encodes, and after that for a sample of the texts. The
+sample is chosen by content, so a text is compared in every run or in none. Texts with the name of an added token always
+go to the reference, which knows when a name is a token.
 """
 
 import re
 import zlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 BACKENDS = ("auto", "hf", "sentencepiece", "gigatoken")
-REFERENCE = "reference"  # hf or sentencepiece, as the tokenizer has it
+REFERENCE = "reference"  # stands for hf or sentencepiece, whichever the tokenizer has
 
-FIRST = 64  # texts of a process that are all compared,
-FIRST_CHARACTERS = 1 << 20  # unless they are longer together
-ONE_IN = 256  # of the others
-
-# characters below never change under NFC and never combine with one of their neighbours, in any version of Unicode
-_MAY_CHANGE = re.compile(
-    "[^\0-\u02ff\u0375-\u037d\u037f-\u0383\u0388-\u0482\u048a-\u0530\u2002-\u20cf\u2100-\u2125\u2127-\u2129"
-    "\u212c-\u2328\u232b-\u2adb\u2add-\u2bff\u3000-\u3029\u3030-\u3098\u309b-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
-    "\uac00-\ud7a3\ufe0e\ufe0f\uff00-\uffef\U0001f300-\U0001faff]"
-)
-_NOT_ASCII = re.compile("[^\0-\x7f]")
+# the first texts of a process are all compared, up to these limits; then one of so many
+FIRST_TEXTS = 64
+FIRST_CHARACTERS = 1 << 20
+SAMPLED_ONE_IN = 256
 
 HARD_TEXTS = (
     *("", " ", "  ", "\n", "\n\n\n", "\r\n\r\n", "\t\t", "\0", "a\0b\0\0", " " * 300, "\n" * 300, "a" * 5000),
@@ -62,89 +44,103 @@ HARD_TEXTS = (
 
 
 class BackendMismatch(Exception):  # noqa: N818
-    """The fast backend cuts a text otherwise than the reference; the message names file and line."""
+    """The fast backend tokenises a text otherwise than the reference; the message names file and line."""
 
 
 class BackendError(Exception):
-    """Why the fast backend cannot be used with a tokenizer: words that follow "because"."""
+    """The fast backend cannot be used with a tokenizer; the message is words that follow "because"."""
 
 
 class DifferenceError(Exception):
-    """Text number ``position`` of those to encode came out differently."""
+    """The fast backend and the reference give different ids for a text.
+
+    Attributes:
+        position: index of the text among those to encode.
+    """
 
     def __init__(self, position: int, text: str):
-        super().__init__(f"{_shown(text)} is cut differently")
+        super().__init__(f"{shortened(text)} is tokenised differently")
         self.position = position
 
 
-class Fast(NamedTuple):
-    """A fast backend. ``encode``: ids of one text, an integer array. ``not_for``: what a text must not hold."""
+class FastBackend(NamedTuple):
+    """A fast backend.
+
+    Attributes:
+        name: of the backend.
+        encode: returns the ids of one text, an integer array [tokens].
+        excluded: pattern of texts that it must not get.
+    """
 
     name: str
     encode: Callable[[str], np.ndarray]
-    not_for: re.Pattern[str] | None = None
+    excluded: re.Pattern[str] | None = None
 
 
-# int32 ids of each text, as cut by the reference; the names of special tokens stand for them where it says so
+# Ids of each text by the reference, int32 [tokens]. The flag is markup: whether names of special tokens in the texts
+# become those tokens.
 Reference = Callable[[Sequence[str], bool], list[np.ndarray]]
 
 
-class Checked:
-    """A fast backend together with the reference: fast where they have to agree, compared now and then."""
+class CheckedBackend:
+    """A fast backend that is compared with the reference on some of the texts."""
 
-    def __init__(self, fast: Fast, reference: Reference, names: Iterable[str]):
-        """
+    def __init__(self, fast: FastBackend, reference: Reference, names: Iterable[str]):
+        """Choose the two backends.
+
         Args:
-            fast: to use.
-            reference: what it is compared with.
-            names: texts that hold one of these go to the reference.
+            fast: that encodes most texts.
+            reference: that it is compared with.
+            names: of added tokens; texts that hold one of them go to the reference.
         """
         self._fast = fast
         self._reference = reference
         self._names = _Names(names)
-        self._first, self._first_characters = FIRST, FIRST_CHARACTERS
+        self._first, self._first_characters = FIRST_TEXTS, FIRST_CHARACTERS
 
     def prove(self, texts: Sequence[str] = HARD_TEXTS) -> None:
         """Compare all of ``texts``.
 
         Raises:
-            BackendError: one of them is cut differently.
+            BackendError: the ids of one of them differ.
         """
         texts = [text for text in texts if not self._is_for_the_reference(text)]
         try:
-            self._compare(texts, range(len(texts)), self._cut(texts))
+            self._compare(texts, range(len(texts)), self._encode_fast(texts))
         except DifferenceError as difference:
             raise BackendError(f"it is not equal to the reference: {difference}") from None
 
     def encode(self, texts: Sequence[str], markup: bool) -> list[np.ndarray]:
-        """Ids of each text, integer arrays.
+        """Encode texts; nothing is added to them.
+
+        Args:
+            texts: to encode.
+            markup: whether names of special tokens in the texts become those tokens.
+
+        Returns:
+            ids of each text, an integer array [tokens].
 
         Raises:
-            DifferenceError: a text that was compared is cut differently.
+            DifferenceError: a text that was compared has different ids.
         """
-        theirs = set()
-        if self._names.perhaps_in("\n".join(texts)) or self._fast.not_for is not None:
-            theirs = {number for number, text in enumerate(texts) if self._is_for_the_reference(text)}
-        places = [number for number in range(len(texts)) if number not in theirs] if theirs else range(len(texts))
-        own = [texts[place] for place in places] if theirs else texts
-        cut = self._cut(own)
-        to_compare = [number for number, text in enumerate(own) if self._is_first(text) or _drawn(text)]
+        referred = set()
+        if self._names.perhaps_in("\n".join(texts)) or self._fast.excluded is not None:
+            referred = {index for index, text in enumerate(texts) if self._is_for_the_reference(text)}
+        indices = [index for index in range(len(texts)) if index not in referred] if referred else range(len(texts))
+        fast_texts = [texts[index] for index in indices] if referred else texts
+        fast_ids = self._encode_fast(fast_texts)
+        compared = [index for index, text in enumerate(fast_texts) if self._is_first(text) or _is_sampled(text)]
         try:
-            self._compare(own, to_compare, cut)
+            self._compare(fast_texts, compared, fast_ids)
         except DifferenceError as difference:
-            difference.position = places[difference.position]
+            difference.position = indices[difference.position]
             raise
-        if not theirs:
-            return cut
-        ids: list[np.ndarray | None] = [None] * len(texts)
-        ordered = sorted(theirs)
-        for numbers, arrays in (
-            (places, cut),
-            (ordered, self._reference([texts[number] for number in ordered], markup)),
-        ):
-            for number, array in zip(numbers, arrays, strict=True):
-                ids[number] = array
-        return ids
+        if not referred:
+            return fast_ids
+        ordered = sorted(referred)
+        reference_ids = self._reference([texts[index] for index in ordered], markup)
+        ids = dict(zip(indices, fast_ids, strict=True)) | dict(zip(ordered, reference_ids, strict=True))
+        return [ids[index] for index in range(len(texts))]
 
     def _is_first(self, text: str) -> bool:
         if self._first <= 0 or self._first_characters <= 0:
@@ -154,110 +150,69 @@ class Checked:
         return True
 
     def _is_for_the_reference(self, text: str) -> bool:
-        not_for = self._fast.not_for
-        return (not_for is not None and not text.isascii() and not_for.search(text) is not None) or self._names.in_(
-            text
-        )
+        excluded = self._fast.excluded
+        if excluded is not None and not text.isascii() and excluded.search(text) is not None:
+            return True
+        return self._names.in_(text)
 
-    def _cut(self, texts: Sequence[str]) -> list[np.ndarray]:
-        encode, ids = self._fast.encode, []
+    def _encode_fast(self, texts: Sequence[str]) -> list[np.ndarray]:
+        encode = self._fast.encode
+        ids: list[np.ndarray] = []
         try:
             for text in texts:
                 ids.append(encode(text))
-        except BaseException as error:  # a panic of its Rust code is no Exception
-            if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
+        except BaseException as error:
+            if not is_backend_fault(error):
                 raise
             raise DifferenceError(len(ids), text) from None
         return ids
 
-    def _compare(self, texts: Sequence[str], numbers: Iterable[int], cut: list[np.ndarray]) -> None:
-        numbers = list(numbers)
-        if not numbers:
+    def _compare(self, texts: Sequence[str], indices: Sequence[int], ids: list[np.ndarray]) -> None:
+        if not indices:
             return
-        expected = self._reference([texts[number] for number in numbers], False)
-        for number, ids in zip(numbers, expected, strict=True):
-            if not np.array_equal(cut[number], ids):
-                raise DifferenceError(number, texts[number])
+        expected = self._reference([texts[index] for index in indices], False)
+        for index, expected_ids in zip(indices, expected, strict=True):
+            if not np.array_equal(ids[index], expected_ids):
+                raise DifferenceError(index, texts[index])
 
 
 class _Names:
-    """Finds out quickly that none of many names is in a text: most begin alike, and few texts hold that beginning."""
+    """Quick test whether a text holds any of many names: most begin alike, and few texts hold that beginning."""
 
     def __init__(self, names: Iterable[str]):
         # some tokenizers write a space as ▁ before they look for names
         spelled = {spelling for name in names if name for spelling in (name, name.replace("▁", " "))}
-        firsts: dict[str, list[str]] = {}
+        by_first_character: dict[str, list[str]] = {}
         for name in spelled:
-            firsts.setdefault(name[0], []).append(name)
-        self._stems = [_common_start(min(alike), max(alike)) for alike in firsts.values()]
+            by_first_character.setdefault(name[0], []).append(name)
+        self._stems = [_common_start(min(alike), max(alike)) for alike in by_first_character.values()]
         self._pattern = re.compile("|".join(map(re.escape, sorted(spelled))))
 
     def perhaps_in(self, text: str) -> bool:
+        """Whether the beginning of a name is in a text."""
         return any(stem in text for stem in self._stems)
 
     def in_(self, text: str) -> bool:
+        """Whether a name is in a text."""
         return self.perhaps_in(text) and self._pattern.search(text) is not None
 
 
 def _common_start(one: str, other: str) -> str:
-    for place, (mine, its) in enumerate(zip(one, other, strict=False)):
-        if mine != its:
-            return one[:place]
+    for length, (a, b) in enumerate(zip(one, other, strict=False)):
+        if a != b:
+            return one[:length]
     return min(one, other, key=len)
 
 
-def gigatoken_of_json(content: str) -> Fast:
-    """gigatoken with a ``tokenizer.json``, without its added tokens.
-
-    Raises:
-        BackendError: it is not installed, or cannot read this tokenizer.
-    """
-    import json
-
-    parts = json.loads(content)
-    model = parts["model"]
-    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
-        if model.get(name):
-            raise BackendError(f"it does not know {name}")
-    parts["added_tokens"] = []
-    normalises = any(part["type"] != "Replace" for part in _flat(parts.get("normalizer"), "normalizers"))
-    return _open("from_json", json.dumps(parts), _MAY_CHANGE if normalises else None)
+def _is_sampled(text: str) -> bool:
+    return zlib.crc32(text.encode("utf-8", "surrogatepass")) % SAMPLED_ONE_IN == 0
 
 
-def gigatoken_of_sentencepiece(model: bytes, normalises: bool) -> Fast:
-    """gigatoken with a SentencePiece model, a serialised ``ModelProto``; ``normalises``: it has a character map.
-
-    Raises:
-        BackendError: it is not installed, or cannot read this model.
-    """
-    return _open("from_sentencepiece", model, _NOT_ASCII if normalises else None)
+def is_backend_fault(error: BaseException) -> bool:
+    """Whether an error comes from the backend itself; a panic of its Rust code is not an ``Exception``."""
+    return not isinstance(error, KeyboardInterrupt | SystemExit | MemoryError)
 
 
-def _open(opener: str, content: str | bytes, not_for: re.Pattern[str] | None) -> Fast:
-    try:
-        import gigatoken
-    except ImportError as error:
-        raise BackendError(f"gigatoken cannot be imported ({error})") from None
-    try:
-        tokenizer = getattr(gigatoken.Tokenizer, opener)(content)
-    except BaseException as error:  # a panic of its Rust code is no Exception
-        if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
-            raise
-        raise BackendError(f"it cannot read this tokenizer ({_shown(str(error).partition(chr(10))[0], 120)})") from None
-    return Fast("gigatoken", tokenizer.encode, not_for)
-
-
-def _flat(part: dict[str, Any] | None, several: str) -> list[dict[str, Any]]:
-    if part is None:
-        return []
-    if part["type"] == "Sequence":
-        return [inner for one in part[several] for inner in _flat(one, several)]
-    return [part]
-
-
-def _drawn(text: str) -> bool:
-    return zlib.crc32(text.encode("utf-8", "surrogatepass")) % ONE_IN == 0
-
-
-def _shown(text: str, longest: int = 60) -> str:
+def shortened(text: str, longest: int = 60) -> str:
+    """Quote a text for a message, cut to at most ``longest`` characters."""
     return repr(text if len(text) <= longest else text[:longest] + "…")

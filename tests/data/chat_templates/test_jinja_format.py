@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from mft_megatron.data.chat_templates.formats import chat_format
 from mft_megatron.data.records.conversation import Conversation, RecordError, Turn
-from mft_megatron.data.tokenizers.tokenizer import load_tokenizer
+from mft_megatron.data.tokenizers.load import load_tokenizer
 from mft_megatron.errors import InputError
 from tests.data.chat_templates.templates import QWEN2, QWEN3, SPECIAL, TAGGED, TEMPLATES, save_tokenizer
 
@@ -539,7 +539,7 @@ def test_rendering_needs_neither_torch_nor_transformers(tmp_path):
     code = (
         "import sys\nfrom mft_megatron.data.chat_templates.formats import chat_format\n"
         "from mft_megatron.data.records.conversation import Conversation, Turn\n"
-        "from mft_megatron.data.tokenizers.tokenizer import load_tokenizer\n"
+        "from mft_megatron.data.tokenizers.load import load_tokenizer\n"
         f"style = chat_format('auto', load_tokenizer('HuggingFaceTokenizer', {str(folder)!r}))\n"
         "style.segments(Conversation((Turn('user', 'Q'), Turn('assistant', 'A'))))\n"
         "print({'torch', 'transformers'} & set(sys.modules))"

@@ -17,8 +17,8 @@ from mft_megatron.data.records.fim import Fim
 from mft_megatron.data.records.record_formats import read_record
 from mft_megatron.data.records.segments import Segment
 from mft_megatron.data.tokenizers import backends
-from mft_megatron.data.tokenizers.backends import BackendMismatch, Fast
-from mft_megatron.data.tokenizers.tokenizer import load_tokenizer
+from mft_megatron.data.tokenizers.backends import BackendMismatch, FastBackend
+from mft_megatron.data.tokenizers.load import load_tokenizer
 from mft_megatron.errors import InputError
 from tests.data.conftest import TASKS, functions
 
@@ -291,12 +291,14 @@ def test_a_fast_backend_that_is_wrong_is_named_with_its_line(tokenizer_folder, b
     def wrong(text):
         return right(text)[::-1] if text.startswith("spoilt") else right(text)
 
-    tokenizer._checked._fast = Fast("gigatoken", wrong)
+    tokenizer._checked._fast = FastBackend("gigatoken", wrong)
     lines = [json.dumps({"prompt": f"{name} <|im_end|>", "completion": f"{name} text"}) for name in map(str, range(31))]
     lines[bad] = json.dumps({"prompt": "p <|im_end|>", "completion": "spoilt text"})
     lines[4:4] = ["", "{"]  # a blank line and a bad one shift the places
     line = bad + 1 + 2 * (bad >= 4)
-    with pytest.raises(BackendMismatch, match=rf"^file:{line}: 'spoilt text' is cut differently by gigatoken and hf$"):
+    with pytest.raises(
+        BackendMismatch, match=rf"^file:{line}: 'spoilt text' is tokenised differently by gigatoken and hf$"
+    ):
         encode(tokenizer, lines)
 
 
@@ -306,7 +308,7 @@ def test_wrong_texts_later_on_are_found_by_the_sample(tokenizer_folder):
     encoder = Encoder(tokenizer, {"task": TaskEncoding(chat_format("chatml", tokenizer))})
     lines = [json.dumps({"text": f"some text with number {number} in it"}).encode() for number in range(2000)]
     encoder.encode("task", Chunk("file", 1, lines[:100]))
-    tokenizer._checked._fast = Fast("gigatoken", lambda text: right(text)[:-1])
-    drawn = next(n for n, line in enumerate(lines) if n >= 100 and backends._drawn(json.loads(line)["text"]))
+    tokenizer._checked._fast = FastBackend("gigatoken", lambda text: right(text)[:-1])
+    drawn = next(n for n, line in enumerate(lines) if n >= 100 and backends._is_sampled(json.loads(line)["text"]))
     with pytest.raises(BackendMismatch, match=f"^file:{drawn + 1}: "):
         encoder.encode("task", Chunk("file", 101, lines[100:]))

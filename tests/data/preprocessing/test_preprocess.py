@@ -191,7 +191,7 @@ def test_samples_are_stored_by_task_in_the_order_of_their_files(make_dataset):
     opened = PackedDataset.open(prefix, 256)
     assert opened.tasks == ("b", "a")
     assert opened.task_ids.tolist() == [0] * 20 + [1] * 20
-    from mft_megatron.data.tokenizers.tokenizer import load_tokenizer
+    from mft_megatron.data.tokenizers.load import load_tokenizer
 
     decode = load_tokenizer(ledger.tokenizer.type, ledger.tokenizer.model).decode
     expected = [f"{name} {i}<|endoftext|>" for name in "ba" for i in range(20)]

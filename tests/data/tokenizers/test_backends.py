@@ -11,9 +11,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mft_megatron.data.tokenizers import backends
-from mft_megatron.data.tokenizers.backends import BackendError, BackendMismatch, Checked, DifferenceError, Fast
-from mft_megatron.data.tokenizers.tokenizer import load_tokenizer
+from mft_megatron.data.tokenizers import backends, gigatoken_backend
+from mft_megatron.data.tokenizers.backends import (
+    BackendError,
+    BackendMismatch,
+    CheckedBackend,
+    DifferenceError,
+    FastBackend,
+)
+from mft_megatron.data.tokenizers.load import load_tokenizer
 from mft_megatron.errors import InputError
 from tests.data.conftest import SOURCES, functions
 
@@ -121,7 +127,7 @@ UNFIT = {
     "cannot read this tokenizer.*NFKC": dict(normalizer={"type": "NFKC"}),
     "cannot read this tokenizer.*Unknown pre_tokenizer": dict(pre_tokenizer=split_at("[a-z]+|[^a-z]+")),
     # gigatoken opens this one, and cuts at words where the reference does not
-    "not equal to the reference: .* is cut differently": dict(
+    "not equal to the reference: .* is tokenised differently": dict(
         pre_tokenizer={"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     ),
 }
@@ -176,7 +182,7 @@ def wrong_for(bad, error=None):
             raise error
         return cut(text)[:-1] if text == bad else cut(text)
 
-    return Fast("fake", encode)
+    return FastBackend("fake", encode)
 
 
 class PanicError(BaseException):
@@ -186,30 +192,30 @@ class PanicError(BaseException):
 @pytest.mark.parametrize("error", [None, ValueError("no"), PanicError("panicked")])
 @pytest.mark.parametrize("bad", backends.HARD_TEXTS[1:8])
 def test_a_backend_that_is_wrong_on_a_hard_text_is_refused(bad, error):
-    with pytest.raises(BackendError, match=r"not equal to the reference: .* is cut"):
-        Checked(wrong_for(bad, error), reference, ["<>"]).prove()
-    Checked(wrong_for("something else"), reference, ["<>"]).prove()
+    with pytest.raises(BackendError, match=r"not equal to the reference: .* is tokenised"):
+        CheckedBackend(wrong_for(bad, error), reference, ["<>"]).prove()
+    CheckedBackend(wrong_for("something else"), reference, ["<>"]).prove()
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
 def test_what_is_not_the_backends_fault_passes(error):
     with pytest.raises(error):
-        Checked(wrong_for(" ", error()), reference, []).prove()
+        CheckedBackend(wrong_for(" ", error()), reference, []).prove()
 
 
-@pytest.mark.parametrize("bad", range(0, backends.FIRST + 4, 3))
+@pytest.mark.parametrize("bad", range(0, backends.FIRST_TEXTS + 4, 3))
 def test_all_of_the_first_texts_are_compared(bad):
     # every fourth text goes to the reference, so places shift
-    texts = [f"<>{number}" if number % 4 == 2 else f"text {number}" for number in range(backends.FIRST + 30)]
+    texts = [f"<>{number}" if number % 4 == 2 else f"text {number}" for number in range(backends.FIRST_TEXTS + 30)]
     texts[bad] = f"text {bad}"
     with pytest.raises(DifferenceError) as difference:
-        Checked(wrong_for(texts[bad]), reference, ["<>"]).encode(texts, markup=True)
+        CheckedBackend(wrong_for(texts[bad]), reference, ["<>"]).encode(texts, markup=True)
     assert difference.value.position == bad
 
 
 def test_the_first_texts_may_come_in_several_calls():
-    checked = Checked(wrong_for("bad"), reference, [])
-    checked.encode(["a"] * (backends.FIRST - 1), False)
+    checked = CheckedBackend(wrong_for("bad"), reference, [])
+    checked.encode(["a"] * (backends.FIRST_TEXTS - 1), False)
     with pytest.raises(DifferenceError):
         checked.encode(["bad"], False)
 
@@ -217,8 +223,10 @@ def test_the_first_texts_may_come_in_several_calls():
 def test_long_texts_end_the_first_ones_early(monkeypatch):
     monkeypatch.setattr(backends, "FIRST_CHARACTERS", 50)
     compared = []
-    checked = Checked(Fast("fake", cut), lambda texts, markup: compared.extend(texts) or reference(texts, markup), [])
-    texts = [text for text in (f"{number:020}" for number in range(20)) if not backends._drawn(text)]
+    checked = CheckedBackend(
+        FastBackend("fake", cut), lambda texts, markup: compared.extend(texts) or reference(texts, markup), []
+    )
+    texts = [text for text in (f"{number:020}" for number in range(20)) if not backends._is_sampled(text)]
     checked.encode(texts, False)
     assert compared == texts[:3]
 
@@ -227,22 +235,22 @@ def test_later_texts_are_compared_by_sample():
     texts = [f"text {number}" for number in range(20_000)]
     caught = []
     for bad in texts[:3000]:
-        checked = Checked(wrong_for(bad), reference, [])
-        checked.encode(["a"] * backends.FIRST, False)
+        checked = CheckedBackend(wrong_for(bad), reference, [])
+        checked.encode(["a"] * backends.FIRST_TEXTS, False)
         try:
             checked.encode([bad], False)
         except DifferenceError:
             caught.append(bad)
-    assert 0.4 < len(caught) / (3000 / backends.ONE_IN) < 1.8
-    assert caught == [text for text in texts[:3000] if backends._drawn(text)]
+    assert 0.4 < len(caught) / (3000 / backends.SAMPLED_ONE_IN) < 1.8
+    assert caught == [text for text in texts[:3000] if backends._is_sampled(text)]
 
 
 @pytest.mark.parametrize("markup", [False, True])
 def test_texts_with_names_of_tokens_go_to_the_reference(markup):
     seen = []
-    fake = Fast("fake", lambda text: seen.append(text) or cut(text))
+    fake = FastBackend("fake", lambda text: seen.append(text) or cut(text))
     texts = ["a", "b<>c", "", "<|", "<>", "d"]
-    got = Checked(fake, reference, ["<>"]).encode(texts, markup)
+    got = CheckedBackend(fake, reference, ["<>"]).encode(texts, markup)
     assert [ids.tolist() for ids in got] == [ids.tolist() for ids in reference(texts, markup)]
     assert seen == ["a", "", "<|", "d"]
 
@@ -259,7 +267,7 @@ def test_names_are_found(names, text):
 
 
 def test_characters_taken_as_stable_are_stable():
-    safe = [chr(code) for code in range(0x110000) if not backends._MAY_CHANGE.match(chr(code))]
+    safe = [chr(code) for code in range(0x110000) if not gigatoken_backend._MAY_CHANGE.match(chr(code))]
     assert len(safe) > 40_000
     for character in safe:
         assert unicodedata.combining(character) == 0
@@ -267,7 +275,7 @@ def test_characters_taken_as_stable_are_stable():
     for code in range(0x110000):  # no pair of them composes
         decomposed = unicodedata.normalize("NFD", chr(code))
         if len(decomposed) > 1 and unicodedata.normalize("NFC", decomposed) == chr(code):
-            assert any(backends._MAY_CHANGE.match(part) for part in decomposed[1:])
+            assert any(gigatoken_backend._MAY_CHANGE.match(part) for part in decomposed[1:])
 
 
 def test_a_mismatch_crosses_processes():

@@ -1,4 +1,4 @@
-"""Large texts are cut in pieces, and nobody can tell from the ids."""
+"""Large texts are split, and the ids are those of the whole text."""
 
 import base64
 import itertools
@@ -10,19 +10,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mft_megatron.data.tokenizers import large_texts, tokenizer
-from mft_megatron.data.tokenizers.backends import DifferenceError, Fast
-from mft_megatron.data.tokenizers.large_texts import pieces_of
+from mft_megatron.data.tokenizers.backends import DifferenceError, FastBackend
+from mft_megatron.data.tokenizers.large_texts import split_text
 from tests.data.conftest import SOURCES
 
 
 @pytest.fixture
 def small(monkeypatch):
-    """A function that sets the sizes: large texts, their pieces, and what is tested at their borders."""
+    """A function that sets the sizes: of large texts, of their parts, and of the tested text at borders."""
 
-    def sizes(large, piece, tested):
+    def sizes(large, part, tested):
         monkeypatch.setattr(large_texts, "LARGE", large)
         monkeypatch.setattr(tokenizer, "LARGE", large)
-        monkeypatch.setattr(large_texts, "PIECE", piece)
+        monkeypatch.setattr(large_texts, "PART", part)
         monkeypatch.setattr(large_texts, "TESTED", tested)
 
     return sizes
@@ -47,7 +47,7 @@ ODD = {
 
 @pytest.mark.parametrize("markup", [False, True])
 @pytest.mark.parametrize("name", ODD)
-def test_pieces_give_the_ids_of_the_whole(both, small, name, markup):
+def test_parts_give_the_ids_of_the_whole(both, small, name, markup):
     texts = ["short", ODD[name], "", ODD[name][::-1][:9000], "x" * 50]
     expected = [np.array(ids) for ids in both[0].encode_batch(texts, markup)]
     small(8000, 4000, 500)
@@ -59,7 +59,7 @@ def test_pieces_give_the_ids_of_the_whole(both, small, name, markup):
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
 @given(st.lists(st.text(max_size=6) | st.sampled_from(["\n", "  ", "def ", "</s>", "é", "12"]), max_size=60))
-def test_any_text_in_pieces(both, small, parts):
+def test_any_text_in_parts(both, small, parts):
     text = "".join(parts) + "x\ny z" * 30
     small(60, 30, 64)
     (expected,) = both[0].encode_batch([text])
@@ -67,14 +67,14 @@ def test_any_text_in_pieces(both, small, parts):
         assert one.encode_arrays([text])[0].tolist() == expected
 
 
-def test_pieces_are_small_and_make_the_text(both):
+def test_parts_are_small_and_make_the_text(both):
     text = CODE * (3 * large_texts.LARGE // len(CODE))
-    pieces = list(pieces_of(text, both[0].encode_batch))
-    assert "".join(pieces) == text
-    assert len(pieces) >= 5
-    assert max(map(len, pieces)) < 1.6 * large_texts.PIECE
-    assert all(piece.endswith("\n") for piece in pieces[:-1])
-    assert list(pieces_of(CODE, None)) == [CODE]
+    parts = list(split_text(text, both[0].encode_batch))
+    assert "".join(parts) == text
+    assert len(parts) >= 5
+    assert max(map(len, parts)) < 1.6 * large_texts.PART
+    assert all(part.endswith("\n") for part in parts[:-1])
+    assert list(split_text(CODE, None)) == [CODE]
 
 
 def pairs(texts):
@@ -88,11 +88,11 @@ def pairs(texts):
 def test_places_that_change_ids_are_no_borders(small):
     small(100, 50, 20)
     text = "ab c\n" * 100
-    pieces = list(pieces_of(text, pairs))
-    assert len(pieces) > 4
-    assert all(len(piece) % 2 == 0 for piece in pieces[:-1])
+    parts = list(split_text(text, pairs))
+    assert len(parts) > 4
+    assert all(len(part) % 2 == 0 for part in parts[:-1])
     # for which the whole text is one token
-    assert list(pieces_of(text, lambda texts: [[hash(part)] for part in texts])) == [text]
+    assert list(split_text(text, lambda texts: [[hash(part)] for part in texts])) == [text]
 
 
 def test_the_reference_gets_a_few_texts_at_a_time(both, small, monkeypatch):
@@ -107,15 +107,15 @@ def test_the_reference_gets_a_few_texts_at_a_time(both, small, monkeypatch):
     assert max(seen) < 3000
 
 
-def test_a_difference_in_a_piece_is_one_in_its_text(both, small, monkeypatch):
+def test_a_difference_in_a_part_is_one_in_its_text(both, small, monkeypatch):
     one = both[1]
     right = one._checked._fast.encode
-    monkeypatch.setattr(one._checked, "_fast", Fast("gigatoken", lambda text: right(text)[:-1]))
+    monkeypatch.setattr(one._checked, "_fast", FastBackend("gigatoken", lambda text: right(text)[:-1]))
     monkeypatch.setattr(one._checked, "_first", 0)
     small(1000, 500, 100)
     drawn = []
     monkeypatch.setattr(
-        "mft_megatron.data.tokenizers.backends._drawn", lambda text: drawn.append(text) or len(drawn) == 9
+        "mft_megatron.data.tokenizers.backends._is_sampled", lambda text: drawn.append(text) or len(drawn) == 9
     )
     with pytest.raises(DifferenceError) as difference:
         one.encode_arrays(["short", CODE[:1500], "short", CODE[1500:9000], "short"])

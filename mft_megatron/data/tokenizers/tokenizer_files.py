@@ -1,0 +1,45 @@
+"""Small files beside a tokenizer: JSON objects and the chat template."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mft_megatron.errors import InputError
+
+
+def read_json_object(file: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        InputError: the file is not JSON, or JSON of another kind.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{file}: not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{file}: not a JSON object")
+    return content
+
+
+def read_chat_template(folder: Path) -> str | None:
+    """Read the chat template of a tokenizer's folder; ``None`` if it has none.
+
+    It is in ``chat_template.jinja``, else in ``tokenizer_config.json``: one template, or "default" of several by name.
+
+    Raises:
+        InputError: a file cannot be read, or the template is not text.
+    """
+    alone, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    if alone.is_file():
+        try:
+            return alone.read_text(encoding="utf-8")
+        except ValueError as error:
+            raise InputError(f"{alone}: not UTF-8 ({error})") from None
+    template = read_json_object(config).get("chat_template") if config.is_file() else None
+    if isinstance(template, list):
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+    if template is not None and not isinstance(template, str):
+        raise InputError(f"{config}: chat_template is no text; put the template into {alone.name} beside it")
+    return template
