@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mft_megatron.data.packing.build_packs import Layout, write_layout
+from mft_megatron.data.packing.build_packs import PackingOptions, write_packs
 from mft_megatron.data.storage.dataset_writer import DatasetWriter
 from mft_megatron.data.storage.ledger import Ledger, TokenizerEntry
 from mft_megatron.data.storage.sample_writer import SampleWriter, TaskTally
@@ -23,7 +23,7 @@ def functions(longest):
     return [text for text in map(ast.unparse, nodes) if len(text.encode()) <= longest]
 
 
-def write_dataset(prefix, seq_length, longest=None, documents=False, weights=None, tasks=TASKS, **layout):
+def write_dataset(prefix, seq_length, longest=None, documents=False, weights=None, tasks=TASKS, **options):
     """Write the data set ``prefix``; returns its ledger. Functions are samples of ``tasks``, the second half of each
     supervised, or all of it where they are ``documents``."""
     weights, texts = weights or {}, functions(longest or seq_length)
@@ -39,7 +39,7 @@ def write_dataset(prefix, seq_length, longest=None, documents=False, weights=Non
                 tally.samples_in += 1
                 tally.documents += documents
         stored = writer.finish()
-        entry, _ = write_layout(stored, Layout(seq_length, **layout), files)
+        entry, _ = write_packs(stored, PackingOptions(seq_length, **options), files)
         tokenizer = TokenizerEntry("HuggingFaceTokenizer", "bytes", "bytes", VOCABULARY, None, 10, VOCABULARY - 1)
         lengths = {str(seq_length): entry}
         ledger = Ledger(list(stored.tasks), tokenizer, {"stop_token_ids": [10]}, lengths, files.entries())

@@ -3,7 +3,7 @@
 ::
 
     lognormal samples ─best fit─► packs ─at random─► global batches ─┬─► rows in turns, rank by rank
-                                                                     └─► deal_plan: by Σ length² of the segments
+                                                                     └─► shard_plan: by Σ length² of the segments
 
 The step waits for the rank that has most: *imbalance* is its cost over the mean. A second table is about padded data
 sets, one sample in a row: the share of positions that hold a token, at full width, in turns and dealt.
@@ -18,7 +18,7 @@ from stopwatch import in_turn, machine, median_of
 
 from mft_megatron.batch import Ranks, StepPlan
 from mft_megatron.data._sample_index import best_fit_decreasing
-from mft_megatron.data.loading.step_plan import deal_plan
+from mft_megatron.data.loading.step_plan import shard_plan
 
 
 def sample_lengths(samples: int, seq_length: int, seed: int) -> np.ndarray:
@@ -40,7 +40,7 @@ def in_turns(plan: StepPlan, ranks: int, micro_batch_size: int) -> np.ndarray:
 
 
 def dealt(plan: StepPlan, ranks: int, micro_batch_size: int, padded: bool) -> np.ndarray:
-    return np.stack([deal_plan(plan, Ranks(rank, ranks), micro_batch_size, padded) for rank in range(ranks)])
+    return np.stack([shard_plan(plan, Ranks(rank, ranks), micro_batch_size, padded) for rank in range(ranks)])
 
 
 def imbalance(plan: StepPlan, places: np.ndarray) -> float:
@@ -62,7 +62,7 @@ def packed(lengths: np.ndarray, options: argparse.Namespace) -> list[dict]:
             )
         )
         (plan, *_) = plans(costs, options)
-        calls = {"deal": lambda plan=plan, n=ranks: [deal_plan(plan, Ranks(0, n), 1, False) for _ in range(100)]}
+        calls = {"deal": lambda plan=plan, n=ranks: [shard_plan(plan, Ranks(0, n), 1, False) for _ in range(100)]}
         readings = in_turn(calls, options.repeat)["deal"]
         results.append(
             {

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from mft_megatron.data.chat_templates.formats import FORMATS
-from mft_megatron.data.packing.build_packs import Layout
+from mft_megatron.data.packing.build_packs import PackingOptions
 from mft_megatron.data.packing.cutting import OVERLONG
 from mft_megatron.data.packing.packs import PADDING_MODES
 from mft_megatron.data.preprocessing.preprocess import Recipe, preprocess
 from mft_megatron.data.preprocessing.repack import add_length, merge
 from mft_megatron.data.storage.ledger import Ledger, read_ledger
 from mft_megatron.data.tasks.task_file import read_task_file
-from mft_megatron.data.tasks.task_files import TaskSource, parse_tasks
+from mft_megatron.data.tasks.task_files import TaskFiles, parse_tasks
 from mft_megatron.data.tokenizers.backends import BACKENDS
 from mft_megatron.data.tokenizers.load import TOKENIZERS
 from mft_megatron.errors import InputError
@@ -28,7 +28,7 @@ from .inspect import check, ledger_table, show_histograms, show_samples
 
 
 @dataclasses.dataclass(frozen=True)
-class PackingOptions:
+class PackingArguments:
     """How stored samples become rows."""
 
     seq_length: int = option(None, "Tokens of a row.", at_least=2, at_most=1 << 24, required=True)
@@ -67,13 +67,13 @@ class PackingOptions:
         1, "Epochs that one pass stands for; ratios that are no whole numbers come out even over them.", at_least=1
     )
 
-    def layout(self) -> Layout:
+    def parsed(self) -> PackingOptions:
         """The options, parsed.
 
         Raises:
             InputError: a malformed split or ratio.
         """
-        return Layout(
+        return PackingOptions(
             seq_length=self.seq_length,
             split=_split_weights(self.split),
             seed=self.seed,
@@ -174,18 +174,18 @@ class OutputOptions:
 
 def preprocess_main(command_line: Sequence[str]) -> None:
     """Run ``tools/preprocess_data.py``."""
-    groups = [("tasks", TaskOptions), ("text", TextOptions), ("packing", PackingOptions), ("output", OutputOptions)]
+    groups = [("tasks", TaskOptions), ("text", TextOptions), ("packing", PackingArguments), ("output", OutputOptions)]
     options = read_groups(groups, command_line, "preprocess_data.py")
     tasks, text, packing, output = (
         options[TaskOptions],
         options[TextOptions],
-        options[PackingOptions],
+        options[PackingArguments],
         options[OutputOptions],
     )
     recipe = Recipe(
         tasks=_tasks(tasks.task, tasks.task_file),
         on_error=tasks.on_error,
-        layout=packing.layout(),
+        packing=packing.parsed(),
         output_prefix=_output(output.output_prefix),
         workers=output.workers,
         cache_dir=None if output.cache_dir is None else Path(output.cache_dir),
@@ -210,15 +210,15 @@ class DataSetOptions:
 
 def pack_main(command_line: Sequence[str]) -> None:
     """Run ``tools/pack_data.py``."""
-    groups = [("data sets", DataSetOptions), ("packing", PackingOptions)]
+    groups = [("data sets", DataSetOptions), ("packing", PackingArguments)]
     options = read_groups(groups, command_line, "pack_data.py", _packed_before)
-    sets, packing = options[DataSetOptions], options[PackingOptions]
+    sets, packing = options[DataSetOptions], options[PackingArguments]
     if sets.output_prefix is None and len(sets.data_path) > 1:
         raise InputError("--data-path: several data sets are merged into a new one; give it an --output-prefix")
     if sets.output_prefix is None:
-        ledger, notices = add_length(sets.data_path[0], packing.layout())
+        ledger, notices = add_length(sets.data_path[0], packing.parsed())
     else:
-        ledger, notices = merge(sets.data_path, _output(sets.output_prefix), packing.layout())
+        ledger, notices = merge(sets.data_path, _output(sets.output_prefix), packing.parsed())
     _tell(ledger, notices, sets.output_prefix or sets.data_path[0])
 
 
@@ -227,14 +227,14 @@ def _packed_before(given: Mapping[str, Any]) -> dict[str, Any]:
     if "data_path" not in given:
         return {}
     ledger = read_ledger(given["data_path"][0])
-    layout = dataclasses.asdict(Layout.of(next(iter(ledger.lengths.values())), given["data_path"][0]))
-    layout["split"] = ",".join(map(repr, layout["split"]))
-    layout["task_sampling"] = tuple(f"{name}={ratio}" for name, ratio in layout["task_sampling"].items()) or None
-    sampling = [name for name in layout if "sampling" in name]
+    options = dataclasses.asdict(PackingOptions.from_entry(next(iter(ledger.lengths.values())), given["data_path"][0]))
+    options["split"] = ",".join(map(repr, options["split"]))
+    options["task_sampling"] = tuple(f"{name}={ratio}" for name, ratio in options["task_sampling"].items()) or None
+    sampling = [name for name in options if "sampling" in name]
     left_out = {"seq_length"}
     if given.get("padding_mode") == "concat" or any(name in given for name in sampling):
         left_out.update(sampling)  # they belong together
-    return {name: value for name, value in layout.items() if value is not None and name not in left_out}
+    return {name: value for name, value in options.items() if value is not None and name not in left_out}
 
 
 def _tell(ledger: Ledger, notices: Sequence[str], prefix: str) -> None:
@@ -257,7 +257,7 @@ def _ended_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _tasks(words: tuple[str, ...] | None, task_file: str | None) -> dict[str, TaskSource]:
+def _tasks(words: tuple[str, ...] | None, task_file: str | None) -> dict[str, TaskFiles]:
     if words is None and task_file is None:
         raise InputError("missing option: give --task or --task-file; see --help")
     tasks = {} if task_file is None else read_task_file(task_file)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from mft_megatron.data.loading.dataset import PackedDataset
-from mft_megatron.data.packing.build_packs import Layout, lay_out
+from mft_megatron.data.packing.build_packs import PackingOptions, build_packs
 from mft_megatron.data.packing.packs import SPLITS
 from mft_megatron.data.storage.arrays import check_files
 from mft_megatron.data.storage.indexed_dataset import IndexedDataset
@@ -129,7 +129,7 @@ def check(prefix: str, ledger: Ledger) -> None:
         _agree(f"task {task.name}: samples, tokens, supervised tokens", found, expected)
         _agree(f"task {task.name}: kept and dropped", task.kept + sum(task.dropped.values()), task.samples_in)
     for length, entry in ledger.lengths.items():
-        packs, again, _ = lay_out(stored, Layout.of(entry, f"{prefix}_dataset.json"))
+        packs, again, _ = build_packs(stored, PackingOptions.from_entry(entry, f"{prefix}_dataset.json"))
         _agree(f"{prefix}: counts at length {length}", again, entry)
         for split, packed in packs.items():
             for end, values in packed.files(split, int(length)).items():

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from mft_megatron.data.loading.dataset import PackedDataset
-from mft_megatron.data.packing.build_packs import Layout
+from mft_megatron.data.packing.build_packs import PackingOptions
 from mft_megatron.data.preprocessing.preprocess import Recipe, preprocess
-from mft_megatron.data.tasks.task_files import TaskSource
+from mft_megatron.data.tasks.task_files import TaskFiles
 from mft_megatron.data.tokenizers.load import load_tokenizer
 
 SOURCES = [Path(module.__file__).read_text() for module in (argparse, ast, shutil)]
@@ -133,15 +133,15 @@ def make_dataset(tmp_path_factory, tokenizer_folder):
         folder = tmp_path_factory.mktemp("made")
         if records is None:
             records = {name: make_records(functions()) for name, make_records in TASKS.items()}
-        names = {field.name for field in dataclasses.fields(Layout)}
-        layout = {name: options.pop(name) for name in names & set(options)}
+        names = {field.name for field in dataclasses.fields(PackingOptions)}
+        packing = {name: options.pop(name) for name in names & set(options)}
         recipe = dict(
-            tasks={name: TaskSource(name, (write_task(folder, name, own),)) for name, own in records.items()},
+            tasks={name: TaskFiles(name, (write_task(folder, name, own),)) for name, own in records.items()},
             tokenizer_type="HuggingFaceTokenizer",
             tokenizer_model=str(tokenizer_folder),
             chat_template="chatml",
             output_prefix=folder / "set",
-            layout=Layout(**{"seq_length": 256, "split": (80.0, 15.0, 5.0), **layout}),
+            packing=PackingOptions(**{"seq_length": 256, "split": (80.0, 15.0, 5.0), **packing}),
         )
         recipe = Recipe(**{**recipe, **options})
         ledger, _ = preprocess(recipe)

@@ -54,7 +54,7 @@ def lacks_tasks(plans, split):
     each rank, and in the first three one is lacking from all that a rank has.
     """
     from mft_megatron.batch import Ranks
-    from mft_megatron.data.loading.step_plan import deal_plan
+    from mft_megatron.data.loading.step_plan import shard_plan
 
     tokens = np.array([plan.supervised_tokens_K for plan in plans])
     present, last = tokens > 0, split.num_tasks - 1
@@ -67,7 +67,7 @@ def lacks_tasks(plans, split):
             [
                 [
                     split.counts(packs_B)[0]
-                    for packs_B in plan.packs_G[deal_plan(plan, Ranks(rank, data_size), micro_batch_size, False)]
+                    for packs_B in plan.packs_G[shard_plan(plan, Ranks(rank, data_size), micro_batch_size, False)]
                 ]
                 for rank in range(data_size)
             ]

@@ -15,9 +15,9 @@ from mft_megatron.batch import Batch, Ranks, StepPlan
 from mft_megatron.data.sample_slices import SampleSlices, concatenate_slices
 
 from .dataset import PackedDataset, PackedSplit, rows_of
-from .step_plan import deal_plan
+from .step_plan import shard_plan
 from .usage import Usage
-from .validation_sampling import deal
+from .validation_sampling import shard_rows
 
 # the sample slices of each row
 Rows: TypeAlias = Sequence[SampleSlices]
@@ -86,7 +86,7 @@ class MicroBatches:
             micro_batch_size: rows of a micro-batch.
             width_multiple: see :meth:`__init__`.
         """
-        places = deal_plan(plan, ranks, micro_batch_size, split.dataset.padded)
+        places = shard_plan(plan, ranks, micro_batch_size, split.dataset.padded)
         rows = [[split.slices_of(pack) for pack in packs_B] for packs_B in plan.packs_G[places]]
         return cls(split.dataset, rows, plan.epochs_G[places], width_multiple)
 
@@ -110,7 +110,7 @@ class MicroBatches:
             batch_multiple: empty rows are added up to a multiple of this many.
             width_multiple: see :meth:`__init__`.
         """
-        own = deal(list(rows), ranks, micro_batch_size, batch_multiple)
+        own = shard_rows(list(rows), ranks, micro_batch_size, batch_multiple)
         return cls(dataset, own, np.zeros((len(own), micro_batch_size), np.int64), width_multiple)
 
     @property

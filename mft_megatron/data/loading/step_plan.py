@@ -4,7 +4,7 @@ The packs form an endless stream: epoch after epoch, each in an order of its own
 the stream, so an epoch uses every pack exactly once, for any data-parallel size, and the last, incomplete global batch
 of an epoch is filled from the next. Every rank computes the same plan; resuming needs one number.
 
-Which rank gets which rows of a global batch is decided by what they cost (:func:`deal_plan`). That changes nothing but
+Which rank gets which rows of a global batch is decided by what they cost (:func:`shard_plan`). That changes nothing but
 the order of a sum.
 """
 
@@ -63,7 +63,7 @@ def row_costs(split: PackedSplit, packs_G: np.ndarray) -> np.ndarray:
     return costs_G**2 if split.dataset.joined else costs_G
 
 
-def deal_plan(plan: StepPlan, ranks: Ranks, micro_batch_size: int, padded: bool) -> np.ndarray:
+def shard_plan(plan: StepPlan, ranks: Ranks, micro_batch_size: int, padded: bool) -> np.ndarray:
     """The rows of one data-parallel rank: places in the plan, int64 [micro-batches, ``micro_batch_size``].
 
     All ranks get the same number of rows of about the same cost, from the dearest to the cheapest, so that what

@@ -58,7 +58,9 @@ class ValidationDraws:
         return named_permutation(f"{self._name}/{task}/{epoch}", len(self._units_of_task[task]))
 
 
-def deal(rows: list[SampleSlices], ranks: Ranks, micro_batch_size: int, multiple: int) -> list[list[SampleSlices]]:
+def shard_rows(
+    rows: list[SampleSlices], ranks: Ranks, micro_batch_size: int, multiple: int
+) -> list[list[SampleSlices]]:
     """Rows of one data-parallel rank by micro-batch.
 
     Args:

@@ -24,7 +24,7 @@ from .splitting import assign_splits
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class PackingOptions:
     """How stored samples become rows: the packing options of the commands, parsed.
 
     ``split``: weights of train, valid and test. ``overlong``: of :data:`.cutting.OVERLONG`; a task may have its own.
@@ -43,7 +43,7 @@ class Layout:
     sampling_epochs: int = 1
 
     @classmethod
-    def of(cls, entry: LengthEntry, where: str) -> "Layout":
+    def from_entry(cls, entry: LengthEntry, where: str) -> "PackingOptions":
         """As a data set was packed for one length.
 
         Raises:
@@ -55,98 +55,98 @@ class Layout:
             raise InputError(f"{where}: packing options that cannot be read ({error}); preprocess again") from None
 
 
-def lay_out(stored: StoredSamples, layout: Layout) -> tuple[dict[str, SplitPacks], LengthEntry, list[str]]:
+def build_packs(stored: StoredSamples, options: PackingOptions) -> tuple[dict[str, SplitPacks], LengthEntry, list[str]]:
     """Rows of every split that has samples, their entry for the ledger, and what the user should know of them.
 
     Raises:
         InputError: options that contradict each other or the data, or a task of which nothing is left.
     """
-    check_layout(layout, stored.tasks)
-    overlong = [task.overlong or layout.overlong for task in stored.tasks]
-    if layout.padding_mode == "concat":
+    check_packing_options(options, stored.tasks)
+    overlong = [task.overlong or options.overlong for task in stored.tasks]
+    if options.padding_mode == "concat":
         overlong = ["split"] * len(stored.tasks)  # borders do not matter: nothing is too long
-    made = cut(stored.lengths, stored.supervised, stored.mask, stored.task_ids, layout.seq_length, overlong)
+    made = cut(stored.lengths, stored.supervised, stored.mask, stored.task_ids, options.seq_length, overlong)
     split_of_sample = np.concatenate(
-        [assign_splits(task.kept, layout.split, layout.seed, task.name) for task in stored.tasks]
+        [assign_splits(task.kept, options.split, options.seed, task.name) for task in stored.tasks]
     )
-    uses = _uses(stored, layout, made, split_of_sample)
+    uses = _uses(stored, options, made, split_of_sample)
     cuts = [
-        _task_cut(task, own, made, split_of_sample, uses, layout)
+        _task_cut(task, own, made, split_of_sample, uses, options)
         for task, own in zip(stored.tasks, _samples_of_tasks(stored.tasks), strict=True)
     ]
-    _refuse_empty(stored.tasks, cuts, layout)
+    _refuse_empty(stored.tasks, cuts, options)
     packs = {}
     for number, name in enumerate(SPLITS):
-        packed = _pack(stored, layout, made, split_of_sample == number, uses if name == "train" else None)
+        packed = _pack(stored, options, made, split_of_sample == number, uses if name == "train" else None)
         if packed is not None:
             packs[name] = packed
-    options = dataclasses.asdict(layout) | {"split": list(layout.split)}
-    entries = {name: _pack_entry(packed, layout.seq_length) for name, packed in packs.items()}
-    return packs, LengthEntry(options, cuts, entries), _notices(stored.tasks, cuts, layout)
+    entries = {name: _pack_entry(packed, options.seq_length) for name, packed in packs.items()}
+    stored_options = dataclasses.asdict(options) | {"split": list(options.split)}
+    return packs, LengthEntry(stored_options, cuts, entries), _notices(stored.tasks, cuts, options)
 
 
-def write_layout(stored: StoredSamples, layout: Layout, files: DatasetWriter) -> tuple[LengthEntry, list[str]]:
-    """:func:`lay_out`, with the arrays written among ``files``; the entry, and what the user should know."""
-    packs, entry, notices = lay_out(stored, layout)
+def write_packs(stored: StoredSamples, options: PackingOptions, files: DatasetWriter) -> tuple[LengthEntry, list[str]]:
+    """:func:`build_packs`, with the arrays written among ``files``; the entry, and what the user should know."""
+    packs, entry, notices = build_packs(stored, options)
     for split, packed in packs.items():
-        for end, values in packed.files(split, layout.seq_length).items():
+        for end, values in packed.files(split, options.seq_length).items():
             files.save(end, values)
     return entry, notices
 
 
-def check_layout(layout: Layout, tasks: Sequence[TaskEntry] = ()) -> None:
+def check_packing_options(options: PackingOptions, tasks: Sequence[TaskEntry] = ()) -> None:
     """Refuse options that contradict each other or, where ``tasks`` are known, the data.
 
     Raises:
         InputError: the first contradiction.
     """
-    if layout.sampling_temperature is not None and layout.task_sampling:
+    if options.sampling_temperature is not None and options.task_sampling:
         raise InputError("--sampling-temperature: gives every task its ratio; leave --task-sampling out, or it")
-    if layout.padding_mode == "concat" and layout.sampling_epochs != 1:
+    if options.padding_mode == "concat" and options.sampling_epochs != 1:
         raise InputError("--padding-mode concat: every token is used once; leave the sampling options out")
-    sampled = layout.task_sampling or layout.sampling_temperature or layout.sampling_max_epochs
-    if layout.padding_mode == "concat" and sampled:
+    sampled = options.task_sampling or options.sampling_temperature or options.sampling_max_epochs
+    if options.padding_mode == "concat" and sampled:
         raise InputError("--padding-mode concat: every token is used once; leave the sampling options out")
-    own = [task.name for task in tasks if task.sampling is not None and task.name not in layout.task_sampling]
-    if own and (layout.padding_mode == "concat" or layout.sampling_temperature is not None):
-        option = "--padding-mode concat" if layout.padding_mode == "concat" else "--sampling-temperature"
+    own = [task.name for task in tasks if task.sampling is not None and task.name not in options.task_sampling]
+    if own and (options.padding_mode == "concat" or options.sampling_temperature is not None):
+        option = "--padding-mode concat" if options.padding_mode == "concat" else "--sampling-temperature"
         raise InputError(f"{option}: the task file has a sampling of its own for task {own[0]}; leave one of them out")
     names = [task.name for task in tasks]
-    unknown = [name for name in layout.task_sampling if name not in names]
+    unknown = [name for name in options.task_sampling if name not in names]
     if tasks and unknown:
         raise InputError(f"--task-sampling {unknown[0]}: no such task; there are {', '.join(names)}")
     partly = [task.name for task in tasks if not task.documents]
-    if layout.padding_mode == "concat" and partly:
+    if options.padding_mode == "concat" and partly:
         raise InputError(
             f"--padding-mode concat: task {partly[0]} is not of text alone, and cutting through a conversation would "
             "train on answers without their questions; use pack"
         )
 
 
-def _uses(stored: StoredSamples, layout: Layout, made: Cut, split_of_sample: np.ndarray) -> np.ndarray:
+def _uses(stored: StoredSamples, options: PackingOptions, made: Cut, split_of_sample: np.ndarray) -> np.ndarray:
     """How often one pass uses each sample, int64; 0 for those that are not in the training split."""
     usable = (made.outcome <= WINDOWED) & (split_of_sample == 0)
     samples_K = np.bincount(stored.task_ids[usable], minlength=len(stored.tasks))
     given = {
-        number: layout.task_sampling.get(task.name, task.sampling)
+        number: options.task_sampling.get(task.name, task.sampling)
         for number, task in enumerate(stored.tasks)
-        if task.name in layout.task_sampling or task.sampling is not None
+        if task.name in options.task_sampling or task.sampling is not None
     }
-    ratios = task_ratios(samples_K, given, layout.sampling_temperature, layout.sampling_max_epochs)
+    ratios = task_ratios(samples_K, given, options.sampling_temperature, options.sampling_max_epochs)
     uses = np.zeros(len(stored.lengths), np.int64)
     for number, (task, samples) in enumerate(zip(stored.tasks, _samples_of_tasks(stored.tasks), strict=True)):
         own = samples.start + np.flatnonzero(usable[samples])
-        name = f"{layout.seed}/{task.name}/sampling"
-        uses[own] = uses_of_samples(len(own), float(ratios[number]), layout.sampling_epochs, name)
+        name = f"{options.seed}/{task.name}/sampling"
+        uses[own] = uses_of_samples(len(own), float(ratios[number]), options.sampling_epochs, name)
     return uses
 
 
 def _pack(
-    stored: StoredSamples, layout: Layout, made: Cut, in_split: np.ndarray, uses: np.ndarray | None
+    stored: StoredSamples, options: PackingOptions, made: Cut, in_split: np.ndarray, uses: np.ndarray | None
 ) -> SplitPacks | None:
     """Rows of one split; ``None`` where it has no sample."""
-    if layout.padding_mode == "concat":
-        return _concatenate(stored, layout, in_split)
+    if options.padding_mode == "concat":
+        return _concatenate(stored, options, in_split)
     own = in_split[made.slices.samples]
     slices, supervised = made.slices.take(own), made.supervised[own]
     tasks = stored.task_ids[slices.samples]
@@ -154,22 +154,22 @@ def _pack(
     groups = []
     for copy in range(int(copies.max(initial=0))):
         places = np.flatnonzero(copies > copy)
-        groups += [places] if layout.packing == "mixed" else [places[tasks[places] == t] for t in np.unique(tasks)]
+        groups += [places] if options.packing == "mixed" else [places[tasks[places] == t] for t in np.unique(tasks)]
     groups = [group for group in groups if len(group)]
     if not groups:
         return None
-    return pack_split(slices, supervised, tasks, groups, layout.seq_length, layout.padding_mode, stored.lengths)
+    return pack_split(slices, supervised, tasks, groups, options.seq_length, options.padding_mode, stored.lengths)
 
 
-def _concatenate(stored: StoredSamples, layout: Layout, in_split: np.ndarray) -> SplitPacks | None:
+def _concatenate(stored: StoredSamples, options: PackingOptions, in_split: np.ndarray) -> SplitPacks | None:
     documents, tasks = [], []
     for number, (task, samples) in enumerate(zip(stored.tasks, _samples_of_tasks(stored.tasks), strict=True)):
         own = samples.start + np.flatnonzero(in_split[samples])
         if len(own):
-            own = own[named_permutation(f"{layout.seed}/{task.name}/concat", len(own))]
+            own = own[named_permutation(f"{options.seed}/{task.name}/concat", len(own))]
             documents.append(SampleSlices(own, np.zeros(len(own), np.int64), stored.lengths[own].astype(np.int64)))
             tasks.append(number)
-    return concatenate(documents, tasks, layout.seq_length, stored.lengths) if documents else None
+    return concatenate(documents, tasks, options.seq_length, stored.lengths) if documents else None
 
 
 def _samples_of_tasks(tasks: Sequence[TaskEntry]) -> list[slice]:
@@ -179,9 +179,9 @@ def _samples_of_tasks(tasks: Sequence[TaskEntry]) -> list[slice]:
 
 
 def _task_cut(
-    task: TaskEntry, own: slice, made: Cut, split_of_sample: np.ndarray, uses: np.ndarray, layout: Layout
+    task: TaskEntry, own: slice, made: Cut, split_of_sample: np.ndarray, uses: np.ndarray, options: PackingOptions
 ) -> TaskCut:
-    outcome, concat = made.outcome[own], layout.padding_mode == "concat"
+    outcome, concat = made.outcome[own], options.padding_mode == "concat"
     kept = np.isin(outcome, (KEPT, TRUNCATED, WINDOWED)) | concat
     in_split = np.bincount(split_of_sample[own][kept], minlength=len(SPLITS))
     trained = split_of_sample[own] == 0
@@ -203,27 +203,27 @@ def _task_cut(
     )
 
 
-def _refuse_empty(tasks: Sequence[TaskEntry], cuts: Sequence[TaskCut], layout: Layout) -> None:
+def _refuse_empty(tasks: Sequence[TaskEntry], cuts: Sequence[TaskCut], options: PackingOptions) -> None:
     for task, made in zip(tasks, cuts, strict=True):
         if made.kept == 0:
             reasons = ", ".join(f"{reason} {n}" for reason, n in made.dropped.items())
             raise InputError(
-                f"task {task.name} is empty at --seq-length {layout.seq_length}: {task.kept} samples, none kept "
+                f"task {task.name} is empty at --seq-length {options.seq_length}: {task.kept} samples, none kept "
                 f"({reasons}); raise --seq-length, choose another --overlong, or leave the task out"
             )
-        if layout.split[0] > 0 and made.splits["train"] == 0:
+        if options.split[0] > 0 and made.splits["train"] == 0:
             raise InputError(
-                f"task {task.name}: none of its samples in the train split fits into --seq-length {layout.seq_length} "
+                f"task {task.name}: none of its samples in the train split fits into --seq-length {options.seq_length} "
                 f"({made.kept} of {task.kept} samples do); raise it, or choose another --overlong"
             )
 
 
-def _notices(tasks: Sequence[TaskEntry], cuts: Sequence[TaskCut], layout: Layout) -> list[str]:
+def _notices(tasks: Sequence[TaskEntry], cuts: Sequence[TaskCut], options: PackingOptions) -> list[str]:
     """Lines for the user: splits that got nothing of a task, samples that sampling leaves out."""
     lines = []
     for task, made in zip(tasks, cuts, strict=True):
         for number, name in enumerate(SPLITS):
-            if layout.split[number] > 0 and made.splits[name] == 0:
+            if options.split[number] > 0 and made.splits[name] == 0:
                 why = "too few samples" if made.kept == task.kept else "too few samples that fit"
                 lines.append(f"task {task.name}: {why} to have any in the {name} split")
         if unused := made.uses.get("0", 0):

@@ -1,6 +1,6 @@
 """Records become token ids and loss masks: the part of preprocessing that runs in worker processes.
 
-A chunk of records is one call; its answer is a few arrays and a list of what could not be used, so that little crosses
+A batch of records is one call; its answer is a few arrays and a list of what could not be used, so that little crosses
 between processes. The same records give the same answer in whatever process.
 """
 
@@ -19,12 +19,12 @@ from mft_megatron.data.records.json_values import json_fault
 from mft_megatron.data.records.record_formats import read_record
 from mft_megatron.data.records.segments import Segment
 from mft_megatron.data.sample_slices import supervised_tokens
-from mft_megatron.data.tasks.record_batches import Chunk
+from mft_megatron.data.tasks.record_batches import RecordBatch
 from mft_megatron.data.tokenizers.backends import BackendMismatch, DifferenceError
 from mft_megatron.data.tokenizers.tokenizer import Tokenizer
 from mft_megatron.errors import InputError
 
-__all__ = ["BackendMismatch", "Chunk", "Drop", "EncodedChunk", "Encoder", "TaskEncoding"]
+__all__ = ["BackendMismatch", "Drop", "EncodedBatch", "Encoder", "RecordBatch", "TaskEncoding"]
 
 # texts up to this many characters are kept once they are cut: role names, line breaks, short answers
 _SHORT = 32
@@ -54,8 +54,8 @@ class Drop:
 
 
 @dataclasses.dataclass
-class EncodedChunk:
-    """Samples of a chunk, in order, whole however long they are.
+class EncodedBatch:
+    """Samples of a batch, in order, whole however long they are.
 
     ``ids`` int32 and ``mask`` uint8 (1: supervised) of all samples one behind the other, ``lengths`` int32 of each, at
     least 2. ``records`` counts the lines that are not blank, ``documents`` the samples that came of ``text`` records,
@@ -72,7 +72,7 @@ class EncodedChunk:
 
 
 class Encoder:
-    """Encodes chunks of several tasks with one tokenizer."""
+    """Encodes batches of several tasks with one tokenizer."""
 
     def __init__(self, tokenizer: Tokenizer, tasks: Mapping[str, TaskEncoding]):
         """
@@ -87,8 +87,8 @@ class Encoder:
             if task.add_bos and tokenizer.bos_token_id is None:
                 raise InputError(f"task {name}: samples are to begin with a bos token, but the tokenizer names none")
 
-    def encode(self, task: str, chunk: Chunk) -> EncodedChunk:
-        """Encode one chunk of a task; a record that cannot be used is in ``drops``.
+    def encode(self, task: str, batch: RecordBatch) -> EncodedBatch:
+        """Encode one batch of a task; a record that cannot be used is in ``drops``.
 
         Raises:
             InputError: a chat record, and a tokenizer without the token that ends a turn.
@@ -100,7 +100,7 @@ class Encoder:
         documents: list[bool] = []
         filled: list[bool] = []
         records = 0
-        for number, line in enumerate(chunk.lines, chunk.first_line):
+        for number, line in enumerate(batch.lines, batch.first_line):
             try:
                 if type(line) is bytes:
                     if not line or line.isspace():
@@ -114,11 +114,11 @@ class Encoder:
                 cut = None if plan.fim is None else _cut_for_filling(conversation, plan.fim)
                 segments = plan.style.segments(conversation) if cut is None else cut
             except RecordError as error:
-                drops.append(Drop(chunk.path, number, error.reason, str(error)))
+                drops.append(Drop(batch.path, number, error.reason, str(error)))
                 continue
             if not (conversation.raw or self._known[task]):
                 raise InputError(
-                    f"{chunk.path}:{number}: a chat record, but the tokenizer has no token {plan.style.stop_token} to "
+                    f"{batch.path}:{number}: a chat record, but the tokenizer has no token {plan.style.stop_token} to "
                     f"end a turn of --chat-template {plan.style.name} with; use mftcoder, or add the token"
                 )
             lines.append(number)
@@ -129,18 +129,18 @@ class Encoder:
             ids, mask, lengths = samples.arrays(self._tokenizer.bos_token_id if plan.add_bos else None)
         except _SampleError as differs:
             raise BackendMismatch(
-                f"{chunk.path}:{lines[differs.sample]}: {differs} by {self._tokenizer.backend} and "
+                f"{batch.path}:{lines[differs.sample]}: {differs} by {self._tokenizer.backend} and "
                 f"{self._tokenizer.reference}"
             ) from None
         useful = supervised_tokens(mask, lengths) > 0
         for place in np.flatnonzero(~useful):
-            drops.append(Drop(chunk.path, lines[place], "no_supervised_token", "no supervised token in it"))
+            drops.append(Drop(batch.path, lines[place], "no_supervised_token", "no supervised token in it"))
         if not useful.all():
             kept = np.repeat(useful, lengths)
             ids, mask, lengths = ids[kept], mask[kept], lengths[useful]
         drops.sort(key=lambda drop: drop.line)
         documents_kept, filled_kept = (int(np.count_nonzero(useful & np.array(of, bool))) for of in (documents, filled))
-        return EncodedChunk(ids, mask, lengths, records, documents_kept, drops, filled_kept)
+        return EncodedBatch(ids, mask, lengths, records, documents_kept, drops, filled_kept)
 
 
 def _cut_for_filling(conversation: Conversation, fim: Fim) -> list[Segment] | None:
@@ -156,7 +156,7 @@ class _SampleError(Exception):
 
 
 class _Texts:
-    """What outlives a chunk: ids of token names and of short texts, each found once. Arrays of any integer type."""
+    """What outlives a batch: ids of token names and of short texts, each found once. Arrays of any integer type."""
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
@@ -182,7 +182,7 @@ class _Texts:
 
 
 class _Samples:
-    """Samples of a chunk as pieces: tokens, and texts that are all cut in one go at the end."""
+    """Samples of a batch as pieces: tokens, and texts that are all cut in one go at the end."""
 
     def __init__(self, texts: _Texts):
         self._texts = texts

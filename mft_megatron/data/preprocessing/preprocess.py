@@ -2,7 +2,7 @@
 
 ::
 
-    files ─► chunks ─► workers (encoding, or parts from before) ─► store: ids, masks, tasks ─► layout: packs ─► ledger
+    files ─► batches ─► workers (encoding, or parts from before) ─► store: ids, masks, tasks ─► packs ─► ledger
 
 The result does not depend on the number of workers, nor on what was reused. Everything is written under temporary
 names; only when all of it is on disk do the files take their places, the ledger last. A run that fails leaves an
@@ -17,21 +17,21 @@ from typing import Any
 import numpy as np
 
 from mft_megatron.data.chat_templates.formats import ChatFormat, chat_format
-from mft_megatron.data.packing.build_packs import Layout, check_layout, write_layout
+from mft_megatron.data.packing.build_packs import PackingOptions, check_packing_options, write_packs
 from mft_megatron.data.records.fim import fim
 from mft_megatron.data.storage.dataset_writer import DatasetWriter, report_full_disk, require_free_space
 from mft_megatron.data.storage.indexed_dataset import token_dtype
 from mft_megatron.data.storage.ledger import Ledger, TokenizerEntry
 from mft_megatron.data.storage.sample_writer import SampleWriter, TaskTally
 from mft_megatron.data.storage.stored_samples import StoredSamples
-from mft_megatron.data.tasks.task_files import SourceReader, TaskSource, files_on_disk
+from mft_megatron.data.tasks.task_files import TaskFiles, TaskReader, files_on_disk
 from mft_megatron.data.tokenizers.backends import REFERENCE, BackendMismatch
 from mft_megatron.data.tokenizers.load import load_tokenizer
 from mft_megatron.data.tokenizers.tokenizer import Tokenizer
 from mft_megatron.errors import InputError
 
-from .encoded_cache import Parts
-from .encoding import EncodedChunk, TaskEncoding
+from .encoded_cache import EncodedCache
+from .encoding import EncodedBatch, TaskEncoding
 from .workers import Workers
 
 COMPRESSED = {".gz": 4, ".zst": 4, ".parquet": 3}  # how much larger the text is, roughly
@@ -47,11 +47,11 @@ class Recipe:
     with task, bytes read and bytes in all.
     """
 
-    tasks: dict[str, TaskSource]
+    tasks: dict[str, TaskFiles]
     tokenizer_type: str
     tokenizer_model: str
     output_prefix: Path
-    layout: Layout
+    packing: PackingOptions
     tokenizer_backend: str = "auto"
     chat_template: str = "auto"
     role_markers: str | None = None
@@ -73,7 +73,7 @@ def preprocess(recipe: Recipe) -> tuple[Ledger, list[str]]:
         InputError: a record that cannot be used (``file:line``), a task whose mask cannot be right or of which nothing
             is left, a tokenizer or chat format that cannot be used, contradicting options, a full disk.
     """
-    check_layout(recipe.layout)
+    check_packing_options(recipe.packing)
     _refuse_own_output(recipe)
     try:
         return _make(recipe, recipe.tokenizer_backend)
@@ -102,10 +102,10 @@ def _make(recipe: Recipe, backend: str) -> tuple[Ledger, list[str]]:
     encodings = {name: _encoding(recipe, source, tokenizer, styles) for name, source in recipe.tasks.items()}
     require_free_space(recipe.output_prefix.parent, _bytes_needed(recipe, tokenizer))
     with report_full_disk(recipe.output_prefix), DatasetWriter(recipe.output_prefix) as files:
-        parts = Parts(recipe.cache_dir or files.cache_folder)
+        parts = EncodedCache(recipe.cache_dir or files.cache_folder)
         try:
             stored = _store(recipe, tokenizer, encodings, files, parts)
-            entry, notices = write_layout(stored, recipe.layout, files)
+            entry, notices = write_packs(stored, recipe.packing, files)
             default = styles[recipe.chat_template]
             ledger = Ledger(
                 tasks=list(stored.tasks),
@@ -115,7 +115,7 @@ def _make(recipe: Recipe, backend: str) -> tuple[Ledger, list[str]]:
                     "fingerprint": default.fingerprint,
                     "stop_token_ids": stop_token_ids(tokenizer, styles.values()),
                 },
-                lengths={str(recipe.layout.seq_length): entry},
+                lengths={str(recipe.packing.seq_length): entry},
                 arrays=files.entries(),
             )
             files.publish(ledger)
@@ -130,9 +130,9 @@ def _make(recipe: Recipe, backend: str) -> tuple[Ledger, list[str]]:
     return ledger, [*([tokenizer.backend_note] if tokenizer.backend_note else []), *notices]
 
 
-def _encoding(recipe: Recipe, source: TaskSource, tokenizer: Tokenizer, styles: dict[str, ChatFormat]) -> TaskEncoding:
+def _encoding(recipe: Recipe, source: TaskFiles, tokenizer: Tokenizer, styles: dict[str, ChatFormat]) -> TaskEncoding:
     rate = recipe.fim_rate if source.fim_rate is None else source.fim_rate
-    cut = fim(tokenizer, rate, recipe.fim_spm_rate, recipe.fim_tokens, recipe.layout.seed) if rate > 0 else None
+    cut = fim(tokenizer, rate, recipe.fim_spm_rate, recipe.fim_tokens, recipe.packing.seed) if rate > 0 else None
     return TaskEncoding(styles[source.template or recipe.chat_template], source.shape, cut, recipe.add_bos)
 
 
@@ -160,7 +160,7 @@ def _bytes_needed(recipe: Recipe, tokenizer: Tokenizer) -> int:
 
 
 def _store(
-    recipe: Recipe, tokenizer: Tokenizer, encodings: dict[str, TaskEncoding], files: DatasetWriter, parts: Parts
+    recipe: Recipe, tokenizer: Tokenizer, encodings: dict[str, TaskEncoding], files: DatasetWriter, parts: EncodedCache
 ) -> StoredSamples:
     """Write the samples of all tasks."""
     writer = SampleWriter(files, tokenizer.vocab_size)
@@ -172,10 +172,10 @@ def _store(
                 tally = TaskTally(name, description, source.weight, source.sampling, source.overlong)
                 writer.begin(tally)
                 stop = stop_token_ids(tokenizer, [style])
-                readers = [SourceReader(file) for file in source.files]
+                readers = [TaskReader(file) for file in source.files]
                 total = sum(reader.size_on_disk for reader in readers)
                 for reader in readers:
-                    for encoded in workers.encode(name, reader.chunks()):
+                    for encoded in workers.encode(name, reader.batches()):
                         _take(encoded, tally, stop, recipe.on_error)
                         writer.add(encoded.ids, encoded.mask, encoded.lengths)
                         recipe.progress(name, sum(one.bytes_read for one in readers), total)
@@ -186,7 +186,7 @@ def _store(
         writer.close()
 
 
-def _take(encoded: EncodedChunk, tally: TaskTally, stop_ids: list[int], on_error: str) -> None:
+def _take(encoded: EncodedBatch, tally: TaskTally, stop_ids: list[int], on_error: str) -> None:
     for drop in encoded.drops:
         if on_error == "stop":
             raise InputError(

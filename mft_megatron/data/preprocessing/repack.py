@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from mft_megatron.data.packing.build_packs import Layout, check_layout, write_layout
+from mft_megatron.data.packing.build_packs import PackingOptions, check_packing_options, write_packs
 from mft_megatron.data.packing.packs import SPLITS, pack_files
 from mft_megatron.data.storage.arrays import check_files
 from mft_megatron.data.storage.dataset_writer import DatasetWriter, report_full_disk, require_free_space
@@ -19,8 +19,8 @@ from mft_megatron.data.storage.stored_samples import SAMPLES_AT_ONCE, StoredSamp
 from mft_megatron.errors import InputError
 
 
-def add_length(prefix: str, layout: Layout) -> tuple[Ledger, list[str]]:
-    """Pack the data set ``prefix`` for ``layout.seq_length``, beside the lengths it has; the same length is replaced.
+def add_length(prefix: str, options: PackingOptions) -> tuple[Ledger, list[str]]:
+    """Pack the data set ``prefix`` for ``options.seq_length``, beside the lengths it has; the same length is replaced.
 
     Returns:
         its new ledger, and lines that the user should read.
@@ -29,12 +29,12 @@ def add_length(prefix: str, layout: Layout) -> tuple[Ledger, list[str]]:
         InputError: no such data set, options that cannot be, a full disk.
     """
     before = read_ledger(prefix)
-    check_layout(layout, before.tasks)
+    check_packing_options(options, before.tasks)
     check_files(prefix, before.arrays, hashes=False)
-    length = str(layout.seq_length)
+    length = str(options.seq_length)
     with report_full_disk(Path(prefix)), DatasetWriter(prefix) as files:
-        entry, notices = write_layout(read_stored_samples(prefix, before), layout, files)
-        own = {end for split in SPLITS for end in pack_files(split, layout.seq_length)}
+        entry, notices = write_packs(read_stored_samples(prefix, before), options, files)
+        own = {end for split in SPLITS for end in pack_files(split, options.seq_length)}
         for end, array in before.arrays.items():
             if end not in own:
                 files.keep(end, array)
@@ -43,7 +43,7 @@ def add_length(prefix: str, layout: Layout) -> tuple[Ledger, list[str]]:
     return ledger, notices
 
 
-def merge(prefixes: Sequence[str], output_prefix: Path, layout: Layout) -> tuple[Ledger, list[str]]:
+def merge(prefixes: Sequence[str], output_prefix: Path, options: PackingOptions) -> tuple[Ledger, list[str]]:
     """One data set of the tasks of several; a task that is in more than one has the samples of all.
 
     Returns:
@@ -58,7 +58,7 @@ def merge(prefixes: Sequence[str], output_prefix: Path, layout: Layout) -> tuple
         raise InputError(f"--data-path {twice[0]}: is given twice")
     ledgers = {prefix: read_ledger(prefix) for prefix in prefixes}
     _refuse_strangers(ledgers, output_prefix)
-    check_layout(layout)
+    check_packing_options(options)
     for prefix, ledger in ledgers.items():
         check_files(prefix, ledger.arrays, hashes=False)
     first = next(iter(ledgers.values()))
@@ -67,13 +67,13 @@ def merge(prefixes: Sequence[str], output_prefix: Path, layout: Layout) -> tuple
     require_free_space(output_prefix.parent, needed)
     with report_full_disk(output_prefix), DatasetWriter(output_prefix) as files:
         stored = _copy(ledgers, files)
-        entry, notices = write_layout(stored, layout, files)
+        entry, notices = write_packs(stored, options, files)
         stops = sorted({number for ledger in ledgers.values() for number in ledger.chat_template["stop_token_ids"]})
         ledger = Ledger(
             tasks=list(stored.tasks),
             tokenizer=first.tokenizer,
             chat_template={**first.chat_template, "stop_token_ids": stops},
-            lengths={str(layout.seq_length): entry},
+            lengths={str(options.seq_length): entry},
             arrays=files.entries(),
         )
         files.publish(ledger)

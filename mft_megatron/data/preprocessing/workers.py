@@ -1,4 +1,4 @@
-"""Chunks of records encoded in order, in this process or in several; at most a few chunks a worker are in memory."""
+"""Batches of records encoded in order, in this process or in several; at most a few batches a worker are in memory."""
 
 import collections
 import concurrent.futures
@@ -8,22 +8,22 @@ import os
 import threading
 from collections.abc import Iterator, Mapping
 
-from mft_megatron.data.tasks.record_batches import Chunk, TokenChunk
+from mft_megatron.data.tasks.record_batches import RecordBatch, TokenizedBatch
 from mft_megatron.data.tokenizers.load import load_tokenizer
 from mft_megatron.data.tokenizers.tokenizer import Tokenizer
 from mft_megatron.errors import InputError
 
-from .encoded_cache import Parts
-from .encoding import EncodedChunk, Encoder, TaskEncoding
+from .encoded_cache import EncodedCache
+from .encoding import EncodedBatch, Encoder, TaskEncoding
 from .pretokenized import take_over
 
 
 class Workers:
-    """Encodes the chunks of all tasks; use it in a ``with`` statement. What ``parts`` has is not encoded again."""
+    """Encodes the batches of all tasks; use it in a ``with`` statement. What ``parts`` has is not encoded again."""
 
     AHEAD = 3
 
-    def __init__(self, number: int, tokenizer: Tokenizer, encodings: Mapping[str, TaskEncoding], parts: Parts):
+    def __init__(self, number: int, tokenizer: Tokenizer, encodings: Mapping[str, TaskEncoding], parts: EncodedCache):
         self._number = number
         self._tokenizer = tokenizer
         self._parts = parts
@@ -51,8 +51,8 @@ class Workers:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
-    def encode(self, task: str, chunks: Iterator[Chunk | TokenChunk]) -> Iterator[EncodedChunk]:
-        """What becomes of each chunk, in order.
+    def encode(self, task: str, batches: Iterator[RecordBatch | TokenizedBatch]) -> Iterator[EncodedBatch]:
+        """What becomes of each batch, in order.
 
         Raises:
             InputError: as the encoder does, or a worker process was killed.
@@ -60,26 +60,26 @@ class Workers:
         """
         waiting: collections.deque = collections.deque()
         ahead = 0 if self._pool is None else self.AHEAD * self._number
-        for chunk in chunks:
-            waiting.append((chunk, *self._submit(task, chunk)))
+        for batch in batches:
+            waiting.append((batch, *self._submit(task, batch)))
             if len(waiting) > ahead:
                 yield self._finished(*waiting.popleft())
         while waiting:
             yield self._finished(*waiting.popleft())
 
-    def _submit(self, task: str, chunk: Chunk | TokenChunk) -> tuple[str | None, object]:
+    def _submit(self, task: str, batch: RecordBatch | TokenizedBatch) -> tuple[str | None, object]:
         """The key to keep the answer under, if it is to be kept, and the answer or its future."""
-        if isinstance(chunk, TokenChunk):
-            return None, take_over(chunk, self._tokenizer.vocab_size)
-        key = self._parts.key(chunk, self._fingerprints[task])
-        known = self._parts.read(key, chunk)
+        if isinstance(batch, TokenizedBatch):
+            return None, take_over(batch, self._tokenizer.vocab_size)
+        key = self._parts.key(batch, self._fingerprints[task])
+        known = self._parts.read(key, batch)
         if known is not None:
             return None, known
         if self._pool is None:
-            return key, self._encoder.encode(task, chunk)
-        return key, self._pool.submit(_encode_in_worker, task, chunk)
+            return key, self._encoder.encode(task, batch)
+        return key, self._pool.submit(_encode_in_worker, task, batch)
 
-    def _finished(self, chunk: Chunk | TokenChunk, key: str | None, answer) -> EncodedChunk:
+    def _finished(self, batch: RecordBatch | TokenizedBatch, key: str | None, answer) -> EncodedBatch:
         if isinstance(answer, concurrent.futures.Future):
             try:
                 answer = answer.result()
@@ -88,7 +88,7 @@ class Workers:
                     "--workers: a worker process was killed, most likely for memory; give fewer workers"
                 ) from None
         if key is not None:
-            self._parts.write(key, chunk, answer)
+            self._parts.write(key, batch, answer)
         return answer
 
 
@@ -112,5 +112,5 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _encode_in_worker(task: str, chunk: Chunk) -> EncodedChunk:
-    return _encoder.encode(task, chunk)
+def _encode_in_worker(task: str, batch: RecordBatch) -> EncodedBatch:
+    return _encoder.encode(task, batch)

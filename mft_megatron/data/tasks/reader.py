@@ -1,6 +1,6 @@
 """One file of a task, read once and in order: lines of JSON, plain or compressed, rows of a table, or tokens.
 
-Only a chunk is in memory at a time, and of a compressed file one block; a line is never cut. What a file was, for the
+Only a batch is in memory at a time, and of a compressed file one block; a line is never cut. What a file was, for the
 ledger, is known when it has been read: bytes and sha256 are those of the file on disk.
 """
 
@@ -17,10 +17,10 @@ from mft_megatron.data.storage.indexed_dataset import IndexedDataset
 from mft_megatron.data.storage.ledger import InputFile
 from mft_megatron.errors import InputError
 
-from .record_batches import Chunk, TokenChunk
+from .record_batches import RecordBatch, TokenizedBatch
 
-CHUNK_BYTES = 1 << 20
-CHUNK_LINES = 1 << 12  # a chunk of tiny records would otherwise be very many of them
+BATCH_BYTES = 1 << 20
+BATCH_RECORDS = 1 << 12  # a batch of tiny records would otherwise be very many of them
 IDS, MASK = "_input_ids", "_loss_mask"  # how the names of MFTCoder's pairs end, before .idx and .bin
 _BLOCK, _SLICE = 1 << 16, 1 << 12  # compressed input that is read, and that is unpacked into memory, at once
 _BOM = b"\xef\xbb\xbf"
@@ -43,8 +43,8 @@ def mask_index(path: Path) -> Path | None:
     return mask if mask.exists() else None
 
 
-class SourceReader:
-    """Reads one file in chunks, and knows what it has read at the end.
+class TaskReader:
+    """Reads one file in batches, and knows what it has read at the end.
 
     By the end of its name: ``.gz`` and ``.zst`` hold compressed lines, ``.parquet`` rows, ``.idx`` is the index of
     tokens (see :meth:`_tokens`); whatever else is lines. ``bytes_read`` of ``size_on_disk`` have been read so far.
@@ -63,27 +63,27 @@ class SourceReader:
     def size_on_disk(self) -> int:
         return sum(file.stat().st_size for file in files_on_disk(self._path))
 
-    def chunks(self, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Chunk | TokenChunk]:
-        """What is in the file, about ``chunk_bytes`` at a time and never less than a line, row or document.
+    def batches(self, batch_bytes: int = BATCH_BYTES) -> Iterator[RecordBatch | TokenizedBatch]:
+        """What is in the file, about ``batch_bytes`` at a time and never less than a line, row or document.
 
         Raises:
             InputError: the file is damaged or cut off; the line names it.
         """
         suffix = self._path.suffix
         if suffix == ".parquet":
-            return self._rows(chunk_bytes)
+            return self._rows(batch_bytes)
         if suffix == ".idx":
-            return self._tokens(chunk_bytes)
+            return self._tokens(batch_bytes)
         if suffix == ".gz":
-            return self._line_chunks(self._inflated("gzip", _gzip_member, zlib.error), chunk_bytes)
+            return self._line_batches(self._inflated("gzip", _gzip_member, zlib.error), batch_bytes)
         if suffix == ".zst":
             import zstandard
 
-            return self._line_chunks(self._inflated("zstd", _zstd_frame, zstandard.ZstdError), chunk_bytes)
-        return self._line_chunks(self._blocks(max(chunk_bytes, 1)), chunk_bytes)
+            return self._line_batches(self._inflated("zstd", _zstd_frame, zstandard.ZstdError), batch_bytes)
+        return self._line_batches(self._blocks(max(batch_bytes, 1)), batch_bytes)
 
     def entry(self) -> InputFile:
-        """What was read, for the ledger; after the last chunk."""
+        """What was read, for the ledger; after the last batch."""
         return InputFile(str(self._path), self._size, self._lines, self._digest.hexdigest())
 
     # ------------------------------------------------------------------------------------------------------------ lines
@@ -119,41 +119,41 @@ class SourceReader:
         for block in self._blocks(_BLOCK):
             yield from (block[start : start + _SLICE] for start in range(0, len(block), _SLICE))
 
-    def _line_chunks(self, blocks: Iterable[bytes], chunk_bytes: int) -> Iterator[Chunk]:
+    def _line_batches(self, blocks: Iterable[bytes], batch_bytes: int) -> Iterator[RecordBatch]:
         pieces: list[bytes] = []  # what is read and not handed on
         held, ended = 0, False  # bytes in pieces, and whether a line ends in them
         for block in blocks:
             cut = block.rfind(b"\n") + 1
             ended = ended or cut > 0
             held += len(block)
-            if held < chunk_bytes or not ended:
+            if held < batch_bytes or not ended:
                 pieces.append(block)
                 continue
             if not cut:  # the last line ends in an earlier block
                 whole = b"".join([*pieces, block])
                 cut, block, pieces = whole.rfind(b"\n") + 1, whole, []
             pieces.append(block[:cut])
-            yield from self._chunk_of(b"".join(pieces))
+            yield from self._batches_of(b"".join(pieces))
             pieces = [block[cut:]]
             held, ended = len(pieces[0]), False
         if held:
-            yield from self._chunk_of(b"".join(pieces))
+            yield from self._batches_of(b"".join(pieces))
 
-    def _chunk_of(self, content: bytes) -> Iterator[Chunk]:
+    def _batches_of(self, content: bytes) -> Iterator[RecordBatch]:
         if self._lines == 0:
             content = content.removeprefix(_BOM)
         lines = io.BytesIO(content).readlines()  # splits at \n alone
-        for start in range(0, len(lines), CHUNK_LINES):
-            yield from self._chunk(lines[start : start + CHUNK_LINES])
+        for start in range(0, len(lines), BATCH_RECORDS):
+            yield from self._batch(lines[start : start + BATCH_RECORDS])
 
-    def _chunk(self, lines: list[Any]) -> Iterator[Chunk]:
+    def _batch(self, lines: list[Any]) -> Iterator[RecordBatch]:
         if lines:
             self._lines += len(lines)
-            yield Chunk(str(self._path), self._lines - len(lines) + 1, lines)
+            yield RecordBatch(str(self._path), self._lines - len(lines) + 1, lines)
 
     # ------------------------------------------------------------------------------------------------------------- rows
 
-    def _rows(self, chunk_bytes: int) -> Iterator[Chunk]:
+    def _rows(self, batch_bytes: int) -> Iterator[RecordBatch]:
         """Rows of a parquet file as dicts; fields that are null are left out, at any depth, and columns of times."""
         import pyarrow
         from pyarrow import parquet
@@ -161,7 +161,7 @@ class SourceReader:
         self._read_through()  # a table is not read from front to back
         damage = (pyarrow.ArrowException, OSError, ValueError, KeyError)
         try:
-            table = parquet.ParquetFile(self._path, buffer_size=CHUNK_BYTES)
+            table = parquet.ParquetFile(self._path, buffer_size=BATCH_BYTES)
         except damage as error:
             raise self._unreadable("damaged, or not a parquet file", error) from None
         with table:
@@ -169,7 +169,7 @@ class SourceReader:
             schema = table.schema_arrow
             columns = [field.name for field in schema if not pyarrow.types.is_temporal(field.type)]
             columns = None if len(columns) == len(schema) else columns
-            batches = table.iter_batches(_rows_of(table.metadata, chunk_bytes), columns=columns, use_threads=False)
+            batches = table.iter_batches(_rows_of(table.metadata, batch_bytes), columns=columns, use_threads=False)
             while True:
                 try:
                     batch = next(batches, None)
@@ -178,7 +178,7 @@ class SourceReader:
                     raise self._unreadable(f"cannot be read from row {self._lines + 1} on", error) from None
                 if batch is None:
                     return
-                yield from self._chunk([_without_nulls(row) for row in rows])
+                yield from self._batch([_without_nulls(row) for row in rows])
 
     def _unreadable(self, what: str, error: Exception) -> InputError:
         reason = " ".join(str(error).split())[:160] or type(error).__name__
@@ -186,7 +186,7 @@ class SourceReader:
 
     # ----------------------------------------------------------------------------------------------------------- tokens
 
-    def _tokens(self, chunk_bytes: int) -> Iterator[TokenChunk]:
+    def _tokens(self, batch_bytes: int) -> Iterator[TokenizedBatch]:
         """The documents of an MMIDIDX index, each one sample: its sequences joined.
 
         An ``X_input_ids.idx`` that has an ``X_loss_mask.idx`` beside it takes its mask from there; the tokens of any
@@ -208,15 +208,15 @@ class SourceReader:
             self._read_through(path)
         first, documents = 0, len(bounds) - 1
         while first < documents:
-            # documents up to chunk_bytes of int32, at least one
-            last = int(np.searchsorted(bounds, bounds[first] + max(chunk_bytes // 4, 1), "right")) - 1
+            # documents up to batch_bytes of int32, at least one
+            last = int(np.searchsorted(bounds, bounds[first] + max(batch_bytes // 4, 1), "right")) - 1
             last = min(max(last, first + 1), documents)
             items = slice(int(bounds[first]), int(bounds[last]))
-            chunk_ids = self._ids(ids.items[items])
-            chunk_mask = np.ones(len(chunk_ids), np.uint8) if mask is None else _mask(mask.items[items], mask_path)
+            batch_ids = self._ids(ids.items[items])
+            batch_mask = np.ones(len(batch_ids), np.uint8) if mask is None else _mask(mask.items[items], mask_path)
             self._lines = last
             lengths = np.diff(bounds[first : last + 1]).astype(np.int32)
-            yield TokenChunk(str(self._path), first + 1, chunk_ids, chunk_mask, lengths)
+            yield TokenizedBatch(str(self._path), first + 1, batch_ids, batch_mask, lengths)
             first = last
 
     def _ids(self, items: np.ndarray) -> np.ndarray:
@@ -225,7 +225,7 @@ class SourceReader:
         return items.astype(np.int32)
 
     def _read_through(self, path: Path | None = None) -> None:
-        for _ in self._blocks(CHUNK_BYTES, path):
+        for _ in self._blocks(BATCH_BYTES, path):
             pass
 
 
@@ -239,10 +239,10 @@ def _zstd_frame() -> Any:
     return zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
 
 
-def _rows_of(metadata: Any, chunk_bytes: int) -> int:
-    """How many rows of a parquet file make about ``chunk_bytes``."""
+def _rows_of(metadata: Any, batch_bytes: int) -> int:
+    """How many rows of a parquet file make about ``batch_bytes``."""
     size = sum(metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups))
-    return max(1, min(chunk_bytes * metadata.num_rows // max(size, 1), 1 << 16))
+    return max(1, min(batch_bytes * metadata.num_rows // max(size, 1), 1 << 16))
 
 
 def _without_nulls(value: Any) -> Any:

@@ -7,7 +7,7 @@ import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
-class Chunk:
+class RecordBatch:
     """Records of one file: ``lines[i]`` is line ``first_line + i``, counted from 1.
 
     A line is bytes as they stand in the file, its line end included; or a dict, one row of a parquet file.
@@ -19,7 +19,7 @@ class Chunk:
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenChunk:
+class TokenizedBatch:
     """Documents that are tokens already: ``ids`` int32 and ``mask`` uint8 (1: supervised) of all of them one behind the
     other, ``lengths`` int32 of each, 0 for an empty one. ``first``: number of the first one in its file, from 1."""
 

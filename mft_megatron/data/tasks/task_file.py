@@ -22,10 +22,10 @@ from mft_megatron.data.records.record_formats import RECORD_FORMATS
 from mft_megatron.errors import InputError
 from mft_megatron.suggestions import did_you_mean
 
-from .task_files import TaskSource, check_task_name, expand_path, unite_files, usable_files
+from .task_files import TaskFiles, check_task_name, expand_path, unite_files, usable_files
 
 
-def read_task_file(path: str | Path) -> dict[str, TaskSource]:
+def read_task_file(path: str | Path) -> dict[str, TaskFiles]:
     """The tasks of a YAML file, in its order.
 
     Raises:
@@ -43,7 +43,7 @@ def read_task_file(path: str | Path) -> dict[str, TaskSource]:
     try:
         loader = yaml.SafeLoader(text)
         root = loader.get_single_node()
-        tasks: dict[str, TaskSource] = {}
+        tasks: dict[str, TaskFiles] = {}
         for name, name_node, settings in _tasks(loader, root, path):
             where = f"{_place(path, name_node)}: task {name}"
             check_task_name(name, _place(path, name_node))
@@ -87,12 +87,12 @@ def _name(loader: Any, node: Any, path: Path) -> str:
     return name
 
 
-def _task(loader: Any, name: str, node: Any, path: Path, where: str) -> TaskSource:
+def _task(loader: Any, name: str, node: Any, path: Path, where: str) -> TaskFiles:
     import yaml
 
     if not isinstance(node, yaml.MappingNode):
         files = _files(loader.construct_object(node, deep=True), path.parent, where)
-        return TaskSource(name, tuple(files))
+        return TaskFiles(name, tuple(files))
     given: dict[str, tuple[Any, str]] = {}
     for key_node, value_node in _pairs(loader, node, where):
         key = str(key_node.value) if isinstance(key_node, yaml.ScalarNode) else "…"
@@ -112,7 +112,7 @@ def _task(loader: Any, name: str, node: Any, path: Path, where: str) -> TaskSour
     for key, (value, place) in given.items():
         field, check = _SETTINGS[key]
         settings[field] = check(value, f"{place}: {key}", path.parent)
-    return TaskSource(name, tuple(files), **settings)
+    return TaskFiles(name, tuple(files), **settings)
 
 
 def _pairs(loader: Any, node: Any, where: str) -> list[Any]:

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from mft_megatron.errors import InputError
 
-from .reader import CHUNK_BYTES, IDS, MASK, SourceReader, files_on_disk
+from .reader import BATCH_BYTES, IDS, MASK, TaskReader, files_on_disk
 
 __all__ = [
-    "CHUNK_BYTES",
+    "BATCH_BYTES",
     "SUFFIXES",
-    "SourceReader",
-    "TaskSource",
+    "TaskFiles",
+    "TaskReader",
     "check_task_name",
     "expand_path",
     "files_on_disk",
@@ -27,7 +27,7 @@ RESERVED_NAMES = ("macro", "objective")  # what --early-stopping-metric means by
 
 
 @dataclasses.dataclass(frozen=True)
-class TaskSource:
+class TaskFiles:
     """A task: its files in the order they are read, and what is set for it alone; ``None`` leaves it to the options.
 
     ``shape``: a key of ``RECORD_FORMATS`` or "auto". ``template``: as ``--chat-template``. ``weight``: of the
@@ -45,7 +45,7 @@ class TaskSource:
     fim_rate: float | None = None
 
 
-def parse_tasks(words: tuple[str, ...]) -> dict[str, TaskSource]:
+def parse_tasks(words: tuple[str, ...]) -> dict[str, TaskFiles]:
     """``NAME=PATH`` words as tasks, in the order their names come; the words of one name add up.
 
     Raises:
@@ -59,7 +59,7 @@ def parse_tasks(words: tuple[str, ...]) -> dict[str, TaskSource]:
             raise InputError(f"{where}: give NAME=PATH")
         check_task_name(name, where)
         files[name] = unite_files(files.get(name, []), expand_path(Path(text), where), where)
-    return {name: TaskSource(name, tuple(paths)) for name, paths in files.items()}
+    return {name: TaskFiles(name, tuple(paths)) for name, paths in files.items()}
 
 
 def check_task_name(name: str, where: str) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mft_megatron.batch import Ranks, StepPlan
 from mft_megatron.data._sample_index import best_fit_decreasing
-from mft_megatron.data.loading.step_plan import deal_plan, epoch_order, plan_evaluation, plan_step
+from mft_megatron.data.loading.step_plan import epoch_order, plan_evaluation, plan_step, shard_plan
 from mft_megatron.data.sample_slices import SampleSlices
 
 
@@ -55,7 +55,7 @@ def test_an_epoch_uses_every_pack_once_on_any_layout(num_packs, data_size, micro
         assert sorted(own) == list(range(num_packs))
     # what the ranks get, put together, is the global batch
     plan = plan_step(split, seed=seed, global_batch_size=size, consumed_samples=size)
-    dealt = [deal_plan(plan, Ranks(rank, data_size), micro, padded=False) for rank in range(data_size)]
+    dealt = [shard_plan(plan, Ranks(rank, data_size), micro, padded=False) for rank in range(data_size)]
     assert all(own.shape == (accumulation, micro) for own in dealt)
     assert sorted(np.concatenate(dealt, axis=None)) == list(range(size))
     assert plan.epochs_G.tolist() == [place // num_packs for place in range(size, 2 * size)]
@@ -145,12 +145,12 @@ def plans(draw):
 @given(plans(), st.booleans())
 def test_dealing_is_a_permutation_and_everyone_gets_the_same_number(case, padded):
     plan, data_size, micro = case
-    dealt = [deal_plan(plan, Ranks(rank, data_size), micro, padded) for rank in range(data_size)]
+    dealt = [shard_plan(plan, Ranks(rank, data_size), micro, padded) for rank in range(data_size)]
     assert len({own.shape for own in dealt}) == 1
     assert all(own.shape[1] == micro for own in dealt)
     assert sorted(np.concatenate(dealt, axis=None)) == list(range(len(plan.packs_G)))
     for rank, own in enumerate(dealt):
-        np.testing.assert_array_equal(own, deal_plan(plan, Ranks(rank, data_size), micro, padded))
+        np.testing.assert_array_equal(own, shard_plan(plan, Ranks(rank, data_size), micro, padded))
         if padded or data_size > 1:  # from the dearest to the cheapest
             assert (np.diff(plan.costs_G[own].ravel() if not padded else plan.costs_G[own].max(1)) <= 0).all()
 
@@ -158,14 +158,14 @@ def test_dealing_is_a_permutation_and_everyone_gets_the_same_number(case, padded
 @given(plans())
 def test_a_rank_alone_takes_packed_rows_as_they_come(case):
     plan, _, micro = case
-    assert deal_plan(plan, Ranks(), micro, padded=False).ravel().tolist() == list(range(len(plan.packs_G)))
+    assert shard_plan(plan, Ranks(), micro, padded=False).ravel().tolist() == list(range(len(plan.packs_G)))
 
 
 @given(plans())
 def test_padded_rows_of_like_length_share_a_micro_batch(case):
     """No arrangement in micro-batches of that size is narrower."""
     plan, data_size, micro = case
-    dealt = np.concatenate([deal_plan(plan, Ranks(rank, data_size), micro, padded=True) for rank in range(data_size)])
+    dealt = np.concatenate([shard_plan(plan, Ranks(rank, data_size), micro, padded=True) for rank in range(data_size)])
     narrowest = np.sort(plan.costs_G)[::-1].reshape(-1, micro)[:, 0]
     assert sorted(plan.costs_G[dealt].max(1)) == sorted(narrowest)
 
@@ -179,7 +179,7 @@ def test_ranks_cost_about_the_same(data_size, before, after):
     costs = random.permutation(np.add.reduceat(lengths[samples].astype(np.int64) ** 2, offsets[:-1]))[:512]
     none = np.zeros(1, np.int64)
     plan = StepPlan(np.arange(512), none, none, np.zeros(512, np.int64), costs)
-    dealt = [plan.costs_G[deal_plan(plan, Ranks(rank, data_size), 1, False)].sum() for rank in range(data_size)]
+    dealt = [plan.costs_G[shard_plan(plan, Ranks(rank, data_size), 1, False)].sum() for rank in range(data_size)]
     turns = plan.costs_G.reshape(-1, data_size).sum(0)
     assert turns.max() / turns.mean() > before
     assert max(dealt) / np.mean(dealt) < after
@@ -200,4 +200,4 @@ def test_costs_are_those_of_the_data_set():
 def test_rows_that_cannot_be_dealt_evenly_are_refused():
     plan = plan_step(Packs(5), seed=1, global_batch_size=6, consumed_samples=0)
     with pytest.raises(ValueError, match="6 rows for 2 ranks, 2 at a time"):
-        deal_plan(plan, Ranks(0, 2), 2, padded=False)
+        shard_plan(plan, Ranks(0, 2), 2, padded=False)

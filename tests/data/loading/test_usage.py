@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from mft_megatron.batch import Ranks
 from mft_megatron.data.loading.dataset import PackedDataset
 from mft_megatron.data.loading.micro_batches import UsageByEpoch
-from mft_megatron.data.loading.step_plan import deal_plan, plan_step
+from mft_megatron.data.loading.step_plan import plan_step, shard_plan
 from mft_megatron.data.loading.usage import Usage, hash64, planned_usage
 from mft_megatron.data.sample_slices import SampleSlices
 from tests.made_dataset import write_dataset
@@ -49,7 +49,7 @@ def consume(split, usages, consumed, size, micro, spoil=None):
     """One step on as many ranks as there are usages."""
     plan = plan_step(split, seed=3, global_batch_size=size, consumed_samples=consumed)
     for rank, usage in enumerate(usages):
-        places = deal_plan(plan, Ranks(rank, len(usages)), micro, split.dataset.padded).ravel()
+        places = shard_plan(plan, Ranks(rank, len(usages)), micro, split.dataset.padded).ravel()
         rows = [split.slices_of(pack) for pack in plan.packs_G[places]]
         usage.add(spoil(rows) if spoil else rows, plan.epochs_G[places], split.dataset.task_ids)
 

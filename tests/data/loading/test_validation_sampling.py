@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mft_megatron.batch import Ranks
 from mft_megatron.data.loading.dataset import PackedDataset, rows_of
-from mft_megatron.data.loading.validation_sampling import ValidationDraws, deal
+from mft_megatron.data.loading.validation_sampling import ValidationDraws, shard_rows
 from mft_megatron.data.sample_slices import NO_SLICES, SampleSlices, concatenate_slices
 
 WIDTH = 64
@@ -170,7 +170,7 @@ def test_ranks_are_dealt_every_row_once(num_rows, data_size, micro_batch_size, t
     """``times``: of what number the micro-batches must be a multiple, as interleaved pipelines want it."""
     rows = [SampleSlices(*(np.array([value]) for value in (number, 0, 1))) for number in range(num_rows)]
     multiple = data_size * micro_batch_size * times
-    dealt = [deal(rows, Ranks(rank, data_size), micro_batch_size, multiple) for rank in range(data_size)]
+    dealt = [shard_rows(rows, Ranks(rank, data_size), micro_batch_size, multiple) for rank in range(data_size)]
     assert {len(own) for own in dealt} == {-(-num_rows // multiple) * times}
     assert all(len(micro_batch) == micro_batch_size for own in dealt for micro_batch in own)
     everything = [row for own in dealt for micro_batch in own for row in micro_batch]
@@ -188,7 +188,7 @@ def test_draws_of_a_real_split(dataset, number, num_packs, data_size):
     rows = draws.rows(number)
     tokens = np.zeros(split.num_tasks, np.int64)
     for rank in range(data_size):
-        for micro_batch in deal(rows, Ranks(rank, data_size), 2, 2 * data_size):
+        for micro_batch in shard_rows(rows, Ranks(rank, data_size), 2, 2 * data_size):
             batch = rows_of(dataset, micro_batch)
             assert batch.tokens_BS.shape == (2, split.seq_length)
             tokens += np.bincount(batch.task_ids_BS[batch.loss_mask_BS == 1], minlength=split.num_tasks)

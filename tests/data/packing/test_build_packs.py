@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mft_megatron.data.packing.build_packs import Layout, lay_out
+from mft_megatron.data.packing.build_packs import PackingOptions, build_packs
 from mft_megatron.errors import InputError
 from tests.data.stores import stored_of
 
@@ -28,8 +28,8 @@ def slices_of(packed):
 @given(TASKS, st.sampled_from(["pack", "padding"]), st.sampled_from(["mixed", "per-task"]), st.integers(25, 60))
 def test_every_sample_is_in_one_row_of_one_split(tasks, padding_mode, packing, seq_length):
     stored = stored_of(tasks)
-    layout = Layout(seq_length, split=(3, 1, 1), padding_mode=padding_mode, packing=packing)
-    packs, made, _ = lay_out(stored, layout)
+    options = PackingOptions(seq_length, split=(3, 1, 1), padding_mode=padding_mode, packing=packing)
+    packs, made, _ = build_packs(stored, options)
     rows = [row for packed in packs.values() for row in slices_of(packed)]
     samples = sorted(sample for row in rows for sample, _, _ in row)
     assert samples == list(range(len(stored.lengths)))
@@ -66,7 +66,7 @@ def recount(stored, packed):
 def test_counts_are_those_of_the_slices(tasks, seq_length, overlong):
     stored = stored_of(tasks)
     try:
-        packs, made, _ = lay_out(stored, Layout(seq_length, split=(1, 1, 0), overlong=overlong))
+        packs, made, _ = build_packs(stored, PackingOptions(seq_length, split=(1, 1, 0), overlong=overlong))
     except InputError as error:
         # most examples are not refused
         assert any(why in str(error) for why in ("is empty at --seq-length", "none of its samples in the train split"))  # noqa: PT017
@@ -84,8 +84,10 @@ def test_counts_are_those_of_the_slices(tasks, seq_length, overlong):
 def test_samples_are_used_as_often_as_the_ledger_says(tasks, ratio, epochs, packing):
     stored = stored_of(tasks)
     chosen = next(iter(tasks))
-    layout = Layout(25, split=(4, 1, 0), packing=packing, task_sampling={chosen: ratio}, sampling_epochs=epochs)
-    packs, made, notices = lay_out(stored, layout)
+    options = PackingOptions(
+        25, split=(4, 1, 0), packing=packing, task_sampling={chosen: ratio}, sampling_epochs=epochs
+    )
+    packs, made, notices = build_packs(stored, options)
     used = collections.Counter(packs["train"].slices.samples.tolist())
     for row in slices_of(packs["train"]):
         assert len({sample for sample, _, _ in row}) == len(row)  # no row holds a sample twice
@@ -106,7 +108,7 @@ def test_samples_are_used_as_often_as_the_ledger_says(tasks, ratio, epochs, pack
 @given(DOCUMENTS, st.integers(2, 20))
 def test_joined_rows_are_full_and_hold_every_token_as_a_target_once(documents, seq_length):
     stored = stored_of(documents)
-    packs, made, _ = lay_out(stored, Layout(seq_length, split=(1, 0, 0), padding_mode="concat"))
+    packs, made, _ = build_packs(stored, PackingOptions(seq_length, split=(1, 0, 0), padding_mode="concat"))
     packed = packs["train"]
     rows = slices_of(packed)
     tasks = [{int(stored.task_ids[sample]) for sample, _, _ in row} for row in rows]
@@ -134,7 +136,7 @@ def test_documents_are_joined_in_an_order_that_the_seed_decides():
     stored = stored_of({"a": [[1] * 4] * 50})
 
     def order(seed):
-        packs, _, _ = lay_out(stored, Layout(4, split=(1, 0, 0), padding_mode="concat", seed=seed))
+        packs, _, _ = build_packs(stored, PackingOptions(4, split=(1, 0, 0), padding_mode="concat", seed=seed))
         return list(dict.fromkeys(packs["train"].slices.samples.tolist()))
 
     assert order(1) == order(1)
@@ -145,15 +147,15 @@ def test_documents_are_joined_in_an_order_that_the_seed_decides():
 def test_a_task_may_have_its_own_sampling_and_its_own_way_with_long_samples():
     masks = [[0, 1, 1, 1, 1, 1]] * 4
     stored = stored_of({"a": masks, "b": masks}, a={"sampling": 2.0, "overlong": "split"}, b={"overlong": "truncate"})
-    _, made, _ = lay_out(stored, Layout(4, split=(1, 0, 0)))
+    _, made, _ = build_packs(stored, PackingOptions(4, split=(1, 0, 0)))
     assert [(cut.uses, cut.windowed, cut.truncated) for cut in made.tasks] == [({"2": 4}, 4, 0), ({"1": 4}, 0, 4)]
-    _, made, _ = lay_out(stored, Layout(4, split=(1, 0, 0), task_sampling={"a": 3.0}))
+    _, made, _ = build_packs(stored, PackingOptions(4, split=(1, 0, 0), task_sampling={"a": 3.0}))
     assert made.tasks[0].uses == {"3": 4}
 
 
 def test_small_tasks_without_a_validation_sample_are_named():
     stored = stored_of({"large": [[0, 1]] * 50, "tiny": [[0, 1]]})
-    _, made, notices = lay_out(stored, Layout(8))
+    _, made, notices = build_packs(stored, PackingOptions(8))
     assert [cut.splits["valid"] for cut in made.tasks] == [1, 0]
     assert notices == ["task tiny: too few samples to have any in the valid split"]
 
@@ -174,7 +176,7 @@ def test_contradictions_are_refused(options, message):
     tasks = {"a": [[0, 1, 1]]} if options.get("seq_length") != 3 else {"b": [[0, 1], [0, 1, 1, 1]]}
     stored = stored_of(tasks)
     with pytest.raises(InputError) as error:
-        lay_out(stored, Layout(**{"seq_length": 8, **options}))
+        build_packs(stored, PackingOptions(**{"seq_length": 8, **options}))
     assert message in str(error.value)
 
 
@@ -185,5 +187,5 @@ def test_a_task_files_sampling_contradicts_what_cannot_keep_it():
         ({"sampling_temperature": 2.0}, "--sampling-temperature: the task file has a sampling of its own for task a"),
     ):
         with pytest.raises(InputError) as error:
-            lay_out(documents, Layout(8, **options))
+            build_packs(documents, PackingOptions(8, **options))
         assert message in str(error.value)

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from mft_megatron.data.loading.dataset import PackedDataset
-from mft_megatron.data.preprocessing.encoded_cache import Parts
-from mft_megatron.data.preprocessing.encoding import Drop, EncodedChunk, Encoder
-from mft_megatron.data.tasks.record_batches import Chunk
+from mft_megatron.data.preprocessing.encoded_cache import EncodedCache
+from mft_megatron.data.preprocessing.encoding import Drop, EncodedBatch, Encoder
+from mft_megatron.data.tasks.record_batches import RecordBatch
 from mft_megatron.errors import InputError
 
-ENCODED = EncodedChunk(
+ENCODED = EncodedBatch(
     ids=np.array([5, 6, 7], np.int32),
     mask=np.array([0, 1, 1], np.uint8),
     lengths=np.array([3], np.int32),
@@ -19,7 +19,7 @@ ENCODED = EncodedChunk(
     documents=0,
     drops=[Drop("a", 12, "wrong_type", "text must be a string")],
 )
-CHUNK = Chunk("a", 11, [b'{"text": "x"}\n', b'{"text": 3}\n'])
+BATCH = RecordBatch("a", 11, [b'{"text": "x"}\n', b'{"text": 3}\n'])
 
 
 def assert_same(one, other):
@@ -30,12 +30,12 @@ def assert_same(one, other):
 
 
 def test_a_part_comes_back_as_it_was_with_the_lines_of_where_it_is_now(tmp_path):
-    parts = Parts(tmp_path / "parts")
-    key = parts.key(CHUNK, "how")
-    assert parts.read(key, CHUNK) is None
-    parts.write(key, CHUNK, ENCODED)
-    assert_same(parts.read(key, CHUNK), ENCODED)
-    elsewhere = Chunk("b", 101, CHUNK.lines)
+    parts = EncodedCache(tmp_path / "parts")
+    key = parts.key(BATCH, "how")
+    assert parts.read(key, BATCH) is None
+    parts.write(key, BATCH, ENCODED)
+    assert_same(parts.read(key, BATCH), ENCODED)
+    elsewhere = RecordBatch("b", 101, BATCH.lines)
     assert parts.key(elsewhere, "how") == key
     assert parts.read(key, elsewhere).drops == [Drop("b", 102, "wrong_type", "text must be a string")]
     assert parts.reused == 2
@@ -44,11 +44,11 @@ def test_a_part_comes_back_as_it_was_with_the_lines_of_where_it_is_now(tmp_path)
 
 
 def test_other_content_and_another_way_to_encode_it_are_other_parts():
-    parts = Parts(None)
-    rows = Chunk("a", 1, [{"text": "x"}])
-    keys = [parts.key(CHUNK, "how"), parts.key(CHUNK, "else"), parts.key(rows, "how")]
+    parts = EncodedCache(None)
+    rows = RecordBatch("a", 1, [{"text": "x"}])
+    keys = [parts.key(BATCH, "how"), parts.key(BATCH, "else"), parts.key(rows, "how")]
     others = [b"x\n"], [b"y\n"], [b"x\n", b"\n"], [b"\n", b"x\n"], []
-    keys += [parts.key(Chunk("a", 1, lines), "how") for lines in others]
+    keys += [parts.key(RecordBatch("a", 1, lines), "how") for lines in others]
     assert len(set(keys)) == len(keys)
 
 
@@ -56,14 +56,14 @@ def test_other_content_and_another_way_to_encode_it_are_other_parts():
     "damage", [lambda b: b[:-20], lambda b: b"", lambda b: b.replace(b"\x05\0\0\0", b"\x09\0\0\0")]
 )
 def test_a_damaged_part_is_none(tmp_path, damage):
-    parts = Parts(tmp_path)
-    key = parts.key(CHUNK, "how")
-    parts.write(key, CHUNK, ENCODED)
+    parts = EncodedCache(tmp_path)
+    key = parts.key(BATCH, "how")
+    parts.write(key, BATCH, ENCODED)
     (path,) = tmp_path.rglob("*.npz")
     content = path.read_bytes()
     assert damage(content) != content
     path.write_bytes(damage(content))
-    assert parts.read(key, CHUNK) is None
+    assert parts.read(key, BATCH) is None
     assert parts.reused == 0
     assert not path.exists()
 
@@ -77,9 +77,9 @@ def encoded_texts(monkeypatch):
     lines = []
     encode = Encoder.encode
 
-    def counting(self, task, chunk):
-        lines.extend(chunk.lines)
-        return encode(self, task, chunk)
+    def counting(self, task, batch):
+        lines.extend(batch.lines)
+        return encode(self, task, batch)
 
     monkeypatch.setattr(Encoder, "encode", counting)
     return lines

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mft_megatron.data.chat_templates.formats import ChatFormat, chat_format
 from mft_megatron.data.preprocessing import encoding
-from mft_megatron.data.preprocessing.encoding import Chunk, Encoder, TaskEncoding
+from mft_megatron.data.preprocessing.encoding import Encoder, RecordBatch, TaskEncoding
 from mft_megatron.data.records.conversation import RecordError
 from mft_megatron.data.records.fim import Fim
 from mft_megatron.data.records.record_formats import read_record
@@ -40,7 +40,7 @@ def naive(tokenizer, segments):
     return ids, mask
 
 
-def naive_chunk(tokenizer, plan, records):
+def naive_batch(tokenizer, plan, records):
     samples = [naive(tokenizer, plan.style.segments(read_record(record, plan.shape))) for record in records]
     return [(ids, mask) for ids, mask in samples if any(mask[1:])]
 
@@ -58,7 +58,7 @@ def samples_of(encoded):
 def encode(tokenizer, records, plan=None, **options):
     plan = plan or TaskEncoding(chat_format("mftcoder", tokenizer), **options)
     lines = [record if isinstance(record, bytes | dict) else record.encode() for record in records]
-    return Encoder(tokenizer, {"task": plan}).encode("task", Chunk("file", 1, lines))
+    return Encoder(tokenizer, {"task": plan}).encode("task", RecordBatch("file", 1, lines))
 
 
 @pytest.mark.parametrize("template", ["chatml", "mftcoder"])
@@ -68,7 +68,7 @@ def test_real_text_is_encoded_as_segment_by_segment(both, template, task):
     if template == "chatml" and task in ("chat", "rounds") and both[0].token_id("<|im_end|>") is None:
         template = "mftcoder"
     plan = TaskEncoding(chat_format(template, both[0]))
-    expected = naive_chunk(both[0], plan, records)
+    expected = naive_batch(both[0], plan, records)
     for tokenizer in both:
         encoded = encode(tokenizer, map(json.dumps, records), plan)
         assert samples_of(encoded) == expected
@@ -101,7 +101,7 @@ def test_any_segments_are_encoded_one_by_one(both, samples, kept):
             patch.setattr(encoding, "_KEPT", kept)  # short texts come and go
             for _ in range(2):  # the second time with texts from the first
                 lines = [json.dumps({"text": json.dumps(sample)}).encode() for sample in samples]
-                encoded = encoder.encode("task", Chunk("file", 5, lines))
+                encoded = encoder.encode("task", RecordBatch("file", 5, lines))
                 assert samples_of(encoded) == [sample for sample, use in zip(expected, useful, strict=True) if use]
                 assert [drop.line for drop in encoded.drops] == [5 + n for n, use in enumerate(useful) if not use]
                 assert {drop.reason for drop in encoded.drops} <= {"no_supervised_token"}
@@ -117,7 +117,7 @@ def test_short_texts_are_kept_apart_by_markup(both, order):
         encoder = Encoder(tokenizer, {"task": plan})
         for sample, own in zip(samples * 2, expected * 2, strict=True):
             line = json.dumps({"text": json.dumps(sample)}).encode()
-            assert samples_of(encoder.encode("task", Chunk("file", 1, [line]))) == [own]
+            assert samples_of(encoder.encode("task", RecordBatch("file", 1, [line]))) == [own]
 
 
 def test_each_task_has_its_own_encoding(tokenizer):
@@ -128,10 +128,10 @@ def test_each_task_has_its_own_encoding(tokenizer):
     }
     record = {"instruction": "a", "output": "b", "prompt": "c", "completion": "d"}
     encoder = Encoder(tokenizer, pickle.loads(pickle.dumps(plans)))
-    chunk = Chunk("file", 1, [json.dumps(record).encode()])
+    batch = RecordBatch("file", 1, [json.dumps(record).encode()])
     end = tokenizer.end_of_text
     for task, expected in {"chat": f"b{end}", "marked": f"A: b{end}", "raw": f"cd{end}"}.items():
-        assert tokenizer.decode(encoder.encode(task, chunk).ids).strip().endswith(expected)
+        assert tokenizer.decode(encoder.encode(task, batch).ids).strip().endswith(expected)
 
 
 def test_rows_are_records_as_lines_are(tokenizer):
@@ -257,7 +257,7 @@ def test_names_of_tokens_count_in_a_raw_prompt_alone(tokenizer):
         assert [ids.count(number) for ids, _ in samples] == [2, 1, 1, 1]
 
 
-def test_chunks_of_nothing(tokenizer):
+def test_batches_of_nothing(tokenizer):
     for lines in ([], [b"\n"], [b"{"]):
         encoded = encode(tokenizer, lines)
         assert samples_of(encoded) == []
@@ -307,8 +307,8 @@ def test_wrong_texts_later_on_are_found_by_the_sample(tokenizer_folder):
     right = tokenizer._checked._fast.encode
     encoder = Encoder(tokenizer, {"task": TaskEncoding(chat_format("chatml", tokenizer))})
     lines = [json.dumps({"text": f"some text with number {number} in it"}).encode() for number in range(2000)]
-    encoder.encode("task", Chunk("file", 1, lines[:100]))
+    encoder.encode("task", RecordBatch("file", 1, lines[:100]))
     tokenizer._checked._fast = FastBackend("gigatoken", lambda text: right(text)[:-1])
     drawn = next(n for n, line in enumerate(lines) if n >= 100 and backends._is_sampled(json.loads(line)["text"]))
     with pytest.raises(BackendMismatch, match=f"^file:{drawn + 1}: "):
-        encoder.encode("task", Chunk("file", 101, lines[100:]))
+        encoder.encode("task", RecordBatch("file", 101, lines[100:]))

@@ -12,16 +12,16 @@ from hypothesis import strategies as st
 from mft_megatron.data.chat_templates.formats import chat_format
 from mft_megatron.data.loading.dataset import PackedDataset
 from mft_megatron.data.packing.splitting import assign_splits
-from mft_megatron.data.preprocessing.encoding import Chunk, Encoder, TaskEncoding
+from mft_megatron.data.preprocessing.encoding import Encoder, RecordBatch, TaskEncoding
 from mft_megatron.data.sample_slices import supervised_tokens
-from mft_megatron.data.tasks.task_files import SourceReader
+from mft_megatron.data.tasks.task_files import TaskReader
 from mft_megatron.errors import InputError
 
 
 def encode(tokenizer, lines, template="chatml", first_line=1):
     encoder = Encoder(tokenizer, {"task": TaskEncoding(chat_format(template, tokenizer))})
     lines = [line if isinstance(line, bytes) else line.encode() for line in lines]
-    return encoder.encode("task", Chunk("file", first_line, lines))
+    return encoder.encode("task", RecordBatch("file", first_line, lines))
 
 
 def supervised_text(tokenizer, encoded, sample=0):
@@ -85,7 +85,7 @@ def test_a_question_is_cut_as_in_a_prompt_cut_whole(tokenizer):
     assert prompt == whole
 
 
-def test_tokenised_by_sample_and_by_chunk_alike(tokenizer):
+def test_tokenised_by_sample_and_by_batch_alike(tokenizer):
     lines = [json.dumps({"prompt": f"def f{i}(", "completion": "x):\n" * i}) for i in range(5)]
     together = encode(tokenizer, lines)
     alone = [encode(tokenizer, [line]) for line in lines]
@@ -179,8 +179,8 @@ def files_of(prefix):
 
 def test_the_workers_do_not_change_a_byte(make_dataset, monkeypatch):
     alone = make_dataset()[0]
-    # nor does where the chunks end
-    monkeypatch.setattr(SourceReader.chunks, "__defaults__", (3000,))
+    # nor does where the batches end
+    monkeypatch.setattr(TaskReader.batches, "__defaults__", (3000,))
     assert files_of(make_dataset()[0]) == files_of(alone)
     assert files_of(make_dataset(workers=3)[0]) == files_of(alone)
 

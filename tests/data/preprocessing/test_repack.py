@@ -7,12 +7,12 @@ import pytest
 
 from mft_megatron.data.inspect import check
 from mft_megatron.data.loading.dataset import PackedDataset, packed_lengths
-from mft_megatron.data.packing.build_packs import Layout
+from mft_megatron.data.packing.build_packs import PackingOptions
 from mft_megatron.data.preprocessing.repack import add_length, merge
 from mft_megatron.data.storage.ledger import read_ledger
 from mft_megatron.errors import InputError
 
-LAYOUT = Layout(96, split=(80.0, 15.0, 5.0), overlong="truncate")
+OPTIONS = PackingOptions(96, split=(80.0, 15.0, 5.0), overlong="truncate")
 
 
 def files_of(prefix):
@@ -26,7 +26,7 @@ def arrays_of(prefix):
 
 def test_a_second_length_is_what_preprocessing_for_it_gives(make_dataset):
     prefix, before = make_dataset()
-    ledger, _ = add_length(prefix, LAYOUT)
+    ledger, _ = add_length(prefix, OPTIONS)
     assert packed_lengths(prefix) == [96, 256]
     assert read_ledger(prefix) == ledger
     check(prefix, ledger)
@@ -42,7 +42,7 @@ def test_a_second_length_is_what_preprocessing_for_it_gives(make_dataset):
 def test_a_length_is_replaced_and_its_old_files_are_removed(make_dataset):
     prefix, _ = make_dataset(overlong="split")
     assert any(name.endswith("_cuts.npy") for name in files_of(prefix))
-    ledger, _ = add_length(prefix, Layout(256, split=(1, 0, 0)))
+    ledger, _ = add_length(prefix, PackingOptions(256, split=(1, 0, 0)))
     assert not any(name.endswith("_cuts.npy") for name in files_of(prefix))
     assert set(files_of(prefix)) == {*ledger.arrays, "_dataset.json"}
     check(prefix, ledger)
@@ -53,7 +53,7 @@ def test_a_data_set_with_a_damaged_file_is_not_packed_again(make_dataset):
     path = Path(f"{prefix}_loss_mask.bin")
     path.write_bytes(path.read_bytes() + b"x")
     with pytest.raises(InputError, match=r"_loss_mask\.bin: .* bytes, the ledger says"):
-        add_length(prefix, LAYOUT)
+        add_length(prefix, OPTIONS)
     assert packed_lengths(prefix) == [256]
 
 
@@ -63,7 +63,7 @@ TASKS = {name: [{"prompt": f"{name} {i}: ", "completion": "y" * i} for i in rang
 def test_merged_is_what_all_tasks_at_once_give(make_dataset, tmp_path):
     first, _ = make_dataset({"a": TASKS["a"], "b": TASKS["b"]})
     second, _ = make_dataset({"c": TASKS["c"]})
-    ledger, _ = merge([first, second], tmp_path / "all", LAYOUT)
+    ledger, _ = merge([first, second], tmp_path / "all", OPTIONS)
     check(str(tmp_path / "all"), ledger)
     together, expected = make_dataset(TASKS, seq_length=96, overlong="truncate")
     assert arrays_of(tmp_path / "all") == arrays_of(together)
@@ -75,7 +75,7 @@ def test_merged_is_what_all_tasks_at_once_give(make_dataset, tmp_path):
 def test_a_task_of_several_data_sets_has_the_samples_of_all(make_dataset, tmp_path):
     first, _ = make_dataset({"a": TASKS["a"], "b": TASKS["b"]})
     second, _ = make_dataset({"b": TASKS["c"], "a": TASKS["a"][:3]})
-    ledger, _ = merge([first, second], tmp_path / "all", LAYOUT)
+    ledger, _ = merge([first, second], tmp_path / "all", OPTIONS)
     assert [(task.name, task.kept) for task in ledger.tasks] == [("a", 32), ("b", 58)]
     opened = PackedDataset.open(tmp_path / "all", 96, check="hashes")
     one, two = (PackedDataset.open(prefix, 256) for prefix in (first, second))
@@ -90,15 +90,15 @@ def test_what_cannot_be_merged_is_refused(make_dataset, tmp_path, train_sentence
     model = train_sentencepiece(normalization_rule_name="identity")
     other, _ = make_dataset({"b": TASKS["b"]}, tokenizer_type="SentencePieceTokenizer", tokenizer_model=str(model))
     with pytest.raises(InputError, match="made with another tokenizer"):
-        merge([first, other], tmp_path / "all", LAYOUT)
+        merge([first, other], tmp_path / "all", OPTIONS)
     with pytest.raises(InputError, match="is one of the data sets to merge"):
-        merge([first], Path(first), LAYOUT)
+        merge([first], Path(first), OPTIONS)
     with pytest.raises(InputError, match="is given twice"):
-        merge([first, f"{Path(first).parent}/./set"], tmp_path / "all", LAYOUT)
+        merge([first, f"{Path(first).parent}/./set"], tmp_path / "all", OPTIONS)
     chat = {"a": [{"instruction": "x", "output": "y"}] * 3}
     styles = [make_dataset(chat, chat_template=name)[0] for name in ("chatml", "mftcoder")]
     with pytest.raises(
         InputError, match="task a was made with template mftcoder, and with chatml in a data set before it"
     ):
-        merge(styles, tmp_path / "all", LAYOUT)
+        merge(styles, tmp_path / "all", OPTIONS)
     assert list(tmp_path.iterdir()) == []

@@ -124,7 +124,7 @@ def test_arrays_are_written_as_numpy_writes_them(tmp_path, values):
 def test_the_data_set_before_stays_one_while_names_are_only_added(tmp_path, monkeypatch):
     """Packing for one more length must not cost the data set when it is killed on the way."""
     from mft_megatron.data.loading.dataset import PackedDataset
-    from mft_megatron.data.packing.build_packs import Layout
+    from mft_megatron.data.packing.build_packs import PackingOptions
     from mft_megatron.data.preprocessing.repack import add_length
     from tests.made_dataset import write_dataset
 
@@ -140,7 +140,7 @@ def test_the_data_set_before_stays_one_while_names_are_only_added(tmp_path, monk
     with monkeypatch.context() as patch:
         patch.setattr(module.os, "replace", killed)
         with pytest.raises(KeyboardInterrupt):
-            add_length(prefix, Layout(512, split=(1, 0, 0)))
+            add_length(prefix, PackingOptions(512, split=(1, 0, 0)))
     assert PackedDataset.open(prefix, 256, check="hashes").entry.packs
-    add_length(prefix, Layout(512, split=(1, 0, 0)))
+    add_length(prefix, PackingOptions(512, split=(1, 0, 0)))
     assert PackedDataset.open(prefix, 512, check="hashes").entry.packs

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from mft_megatron.data.packing.cutting import OVERLONG
 from mft_megatron.data.tasks.task_file import read_task_file
-from mft_megatron.data.tasks.task_files import TaskSource, parse_tasks
+from mft_megatron.data.tasks.task_files import TaskFiles, parse_tasks
 from mft_megatron.errors import InputError
 
 FILES = ("a.jsonl", "b.jsonl", "d/e.parquet", "d/f.jsonl.gz", "d/notes.txt", "my [old] data/g.jsonl")
@@ -42,8 +42,8 @@ chat:
   paths: [b.jsonl, d]
 """
     assert read(folder, text) == {
-        "code": TaskSource("code", (folder / "a.jsonl",), "question_answer", "chatml", 2.0, 0.5, "truncate-left", 0.9),
-        "chat": TaskSource("chat", (folder / "b.jsonl", folder / "d/e.parquet", folder / "d/f.jsonl.gz")),
+        "code": TaskFiles("code", (folder / "a.jsonl",), "question_answer", "chatml", 2.0, 0.5, "truncate-left", 0.9),
+        "chat": TaskFiles("chat", (folder / "b.jsonl", folder / "d/e.parquet", folder / "d/f.jsonl.gz")),
     }
 
 
@@ -65,7 +65,7 @@ def test_ways_to_write_the_same(folder, text):
 
 def test_settings_may_be_shared(folder):
     text = "x: &common\n  path: a.jsonl\n  weight: 2\ny:\n  <<: *common\n  path: b.jsonl\n"
-    assert read(folder, text)["y"] == TaskSource("y", (folder / "b.jsonl",), weight=2.0)
+    assert read(folder, text)["y"] == TaskFiles("y", (folder / "b.jsonl",), weight=2.0)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Files of tasks: every kind read whole, in order and in chunks; whatever is damaged is named; paths become tasks."""
+"""Files of tasks: every kind read whole, in order and in batches; whatever is damaged is named; paths become tasks."""
 
 import gzip
 import hashlib
@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mft_megatron.data.storage.indexed_dataset import IndexedDatasetWriter
-from mft_megatron.data.tasks.record_batches import Chunk, TokenChunk
-from mft_megatron.data.tasks.task_files import SourceReader, TaskSource, check_task_name, parse_tasks
+from mft_megatron.data.tasks.record_batches import RecordBatch, TokenizedBatch
+from mft_megatron.data.tasks.task_files import TaskFiles, TaskReader, check_task_name, parse_tasks
 from mft_megatron.errors import InputError
 
 MODULES = sorted(Path(json.__file__).parent.glob("*.py"))
@@ -36,8 +36,8 @@ def write_lines(folder, suffix, content=CONTENT):
     return path
 
 
-def lines_of(path, chunk_bytes=5000):
-    return [line for chunk in SourceReader(path).chunks(chunk_bytes) for line in chunk.lines]
+def lines_of(path, batch_bytes=5000):
+    return [line for batch in TaskReader(path).batches(batch_bytes) for line in batch.lines]
 
 
 def check_entry(reader, path, lines):
@@ -57,18 +57,18 @@ def check_entry(reader, path, lines):
     st.integers(1, 40),
     st.sampled_from(["", ".gz", ".zst"]),
 )
-def test_chunks_hold_every_line_once(tmp_path_factory, pieces, chunk_bytes, suffix):
+def test_batches_hold_every_line_once(tmp_path_factory, pieces, batch_bytes, suffix):
     content = b"".join(pieces)
     path = write_lines(tmp_path_factory.mktemp("source"), suffix, content)
-    reader = SourceReader(path)
-    chunks = list(reader.chunks(chunk_bytes))
-    lines = [line for chunk in chunks for line in chunk.lines]
+    reader = TaskReader(path)
+    batches = list(reader.batches(batch_bytes))
+    lines = [line for batch in batches for line in batch.lines]
     assert b"".join(lines) == content.removeprefix(b"\xef\xbb\xbf")
     assert all(line.count(b"\n") == line.endswith(b"\n") for line in lines)
     assert all(line.endswith(b"\n") for line in lines[:-1])
-    assert all(chunk.lines for chunk in chunks)
-    assert [chunk.first_line for chunk in chunks] == [
-        1 + sum(len(before.lines) for before in chunks[:number]) for number in range(len(chunks))
+    assert all(batch.lines for batch in batches)
+    assert [batch.first_line for batch in batches] == [
+        1 + sum(len(before.lines) for before in batches[:number]) for number in range(len(batches))
     ]
     check_entry(reader, path, len(lines))
 
@@ -77,27 +77,27 @@ def test_chunks_hold_every_line_once(tmp_path_factory, pieces, chunk_bytes, suff
 @pytest.mark.parametrize("content", LINE_ENDS.values(), ids=LINE_ENDS)
 def test_records_come_through_whatever_the_file_is(tmp_path, suffix, content):
     path = write_lines(tmp_path, suffix, content)
-    reader = SourceReader(path)
-    chunks = list(reader.chunks(5000))
-    assert [json.loads(line) for chunk in chunks for line in chunk.lines] == RECORDS
-    assert {chunk.path for chunk in chunks} == {str(path)}
-    assert len(chunks) > 10 or suffix
+    reader = TaskReader(path)
+    batches = list(reader.batches(5000))
+    assert [json.loads(line) for batch in batches for line in batch.lines] == RECORDS
+    assert {batch.path for batch in batches} == {str(path)}
+    assert len(batches) > 10 or suffix
     check_entry(reader, path, len(RECORDS))
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
-@pytest.mark.parametrize("chunk_bytes", [1, 2, 1 << 20])
-def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path, suffix, chunk_bytes):
+@pytest.mark.parametrize("batch_bytes", [1, 2, 1 << 20])
+def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path, suffix, batch_bytes):
     mark = "\ufeff".encode()
     path = write_lines(tmp_path, suffix, mark + b'{"a": 1}\n' + mark + b'{"a": 2}\n')
-    reader = SourceReader(path)
-    lines = [line for chunk in reader.chunks(chunk_bytes) for line in chunk.lines]
+    reader = TaskReader(path)
+    lines = [line for batch in reader.batches(batch_bytes) for line in batch.lines]
     assert lines == [b'{"a": 1}\n', mark + b'{"a": 2}\n']
     check_entry(reader, path, 2)
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
-def test_lines_longer_than_a_chunk_stay_whole(tmp_path, suffix):
+def test_lines_longer_than_a_batch_stay_whole(tmp_path, suffix):
     long = os.urandom(300_000).hex().encode()
     lines = [b"a\n", long + b"\n", b"b\n", long + b"\n", b"c"]
     assert lines_of(write_lines(tmp_path, suffix, b"".join(lines)), 1000) == lines
@@ -119,7 +119,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path, suffix):
     del lines
     tracemalloc.start()
     try:
-        count = sum(len(chunk.lines) for chunk in SourceReader(path).chunks(100_000))
+        count = sum(len(batch.lines) for batch in TaskReader(path).batches(100_000))
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -176,15 +176,15 @@ def write_table(path, rows=ROWS, **options):
     return path
 
 
-@pytest.mark.parametrize("chunk_bytes", [1, 3000, 1 << 20])
+@pytest.mark.parametrize("batch_bytes", [1, 3000, 1 << 20])
 @pytest.mark.parametrize("options", [{"row_group_size": 7}, {"compression": "zstd"}, {"use_dictionary": False}])
-def test_rows_of_a_table(tmp_path, chunk_bytes, options):
+def test_rows_of_a_table(tmp_path, batch_bytes, options):
     path = write_table(tmp_path / "rows.parquet", **options)
-    reader = SourceReader(path)
-    chunks = list(reader.chunks(chunk_bytes))
-    rows = [row for chunk in chunks for row in chunk.lines]
-    numbers = [chunk.first_line for chunk in chunks]
-    assert numbers == [1 + sum(len(before.lines) for before in chunks[:number]) for number in range(len(chunks))]
+    reader = TaskReader(path)
+    batches = list(reader.batches(batch_bytes))
+    rows = [row for batch in batches for row in batch.lines]
+    numbers = [batch.first_line for batch in batches]
+    assert numbers == [1 + sum(len(before.lines) for before in batches[:number]) for number in range(len(batches))]
     assert len(rows) == len(ROWS)
     for row, given_row in zip(rows, ROWS, strict=True):
         expected = {key: value for key, value in given_row.items() if value is not None}
@@ -196,7 +196,7 @@ def test_rows_of_a_table(tmp_path, chunk_bytes, options):
     check_entry(reader, path, len(ROWS))
 
 
-def test_maps_are_dicts_and_an_empty_table_has_no_chunk(tmp_path):
+def test_maps_are_dicts_and_an_empty_table_has_no_batch(tmp_path):
     import pyarrow
     from pyarrow import parquet
 
@@ -205,8 +205,8 @@ def test_maps_are_dicts_and_an_empty_table_has_no_chunk(tmp_path):
     parquet.write_table(table, tmp_path / "maps.parquet")
     assert lines_of(tmp_path / "maps.parquet") == [{"turn": {"role": "user", "content": "a"}}]
     parquet.write_table(table.slice(0, 0), tmp_path / "none.parquet")
-    reader = SourceReader(tmp_path / "none.parquet")
-    assert list(reader.chunks()) == []
+    reader = TaskReader(tmp_path / "none.parquet")
+    assert list(reader.batches()) == []
     check_entry(reader, tmp_path / "none.parquet", 0)
 
 
@@ -253,17 +253,17 @@ def write_index(prefix, sequences, dtype=np.int32, marks=None):
     return path
 
 
-def documents_of(path, chunk_bytes=40):
+def documents_of(path, batch_bytes=40):
     documents = []
-    reader = SourceReader(path)
-    for chunk in reader.chunks(chunk_bytes):
-        assert isinstance(chunk, TokenChunk)
-        assert (chunk.ids.dtype, chunk.mask.dtype, chunk.lengths.dtype) == (np.int32, np.uint8, np.int32)
-        assert chunk.first == len(documents) + 1
-        assert chunk.path == str(path)
-        assert len(chunk.ids) == len(chunk.mask) == chunk.lengths.sum()
-        ends = np.cumsum(chunk.lengths)[:-1]
-        documents += zip(np.split(chunk.ids, ends), np.split(chunk.mask, ends), strict=True)
+    reader = TaskReader(path)
+    for batch in reader.batches(batch_bytes):
+        assert isinstance(batch, TokenizedBatch)
+        assert (batch.ids.dtype, batch.mask.dtype, batch.lengths.dtype) == (np.int32, np.uint8, np.int32)
+        assert batch.first == len(documents) + 1
+        assert batch.path == str(path)
+        assert len(batch.ids) == len(batch.mask) == batch.lengths.sum()
+        ends = np.cumsum(batch.lengths)[:-1]
+        documents += zip(np.split(batch.ids, ends), np.split(batch.mask, ends), strict=True)
     return [(ids.tolist(), mask.tolist()) for ids, mask in documents], reader.entry()
 
 
@@ -276,11 +276,11 @@ sequences = st.lists(st.lists(st.integers(0, 60_000), max_size=8), max_size=12)
 
 @settings(deadline=None)
 @given(sequences, st.sampled_from([np.uint16, np.int32, np.int64]), st.integers(1, 200), st.data())
-def test_documents_are_their_sequences_joined(tmp_path_factory, lists, dtype, chunk_bytes, data):
+def test_documents_are_their_sequences_joined(tmp_path_factory, lists, dtype, batch_bytes, data):
     marks = sorted(data.draw(st.lists(st.integers(0, len(lists)), max_size=5)))
     marks = [0, *marks, len(lists)]
     path = write_index(tmp_path_factory.mktemp("tokens") / "d", lists, dtype, marks)
-    documents, entry = documents_of(path, chunk_bytes)
+    documents, entry = documents_of(path, batch_bytes)
     expected = [list(itertools.chain(*lists[start:end])) for start, end in itertools.pairwise(marks)]
     assert documents == [(ids, [1] * len(ids)) for ids in expected]
     files = path, path.with_suffix(".bin")
@@ -298,7 +298,7 @@ def test_pairs_of_mftcoder(tmp_path, dtype, mask_dtype):
     documents, entry = documents_of(path)
     assert documents == list(zip(rows, masks, strict=True))
     assert entry.sha256 == hash_of(path, path.with_suffix(".bin"), mask, mask.with_suffix(".bin"))
-    assert SourceReader(path).size_on_disk == entry.size
+    assert TaskReader(path).size_on_disk == entry.size
 
 
 def test_tokens_without_masks_are_all_supervised(tmp_path):
@@ -370,7 +370,7 @@ def test_a_folder_stands_for_its_files_and_those_below(tmp_path):
     expected = touch(tmp_path, "a.jsonl", "b/c.parquet", "b/d/e.jsonl.gz", "b/f.jsonl.zst", "g.idx", "h_input_ids.idx")
     touch(tmp_path, "notes.txt", "g.bin", "h_loss_mask.idx", "h_input_ids.bin", "data.json", "x.parquet.part")
     touch(tmp_path, ".hidden.jsonl", ".cache/z.jsonl", "b/.git/y.jsonl")
-    assert parse_tasks((f"t={tmp_path}",)) == {"t": TaskSource("t", tuple(expected))}
+    assert parse_tasks((f"t={tmp_path}",)) == {"t": TaskFiles("t", tuple(expected))}
 
 
 def test_links_to_folders_are_followed_once(tmp_path):
@@ -384,7 +384,7 @@ def test_links_to_folders_are_followed_once(tmp_path):
 def test_files_of_one_name_add_up_in_their_order(tmp_path):
     b, a, c = touch(tmp_path, "b.jsonl", "a.parquet", "c/c.jsonl.gz")
     tasks = parse_tasks((f"t={b}", f"u={a}", f"t={a}", f"t={tmp_path / 'c'}"))
-    assert tasks == {"t": TaskSource("t", (b, a, c)), "u": TaskSource("u", (a,))}
+    assert tasks == {"t": TaskFiles("t", (b, a, c)), "u": TaskFiles("u", (a,))}
     assert list(tasks) == ["t", "u"]
 
 
@@ -440,7 +440,7 @@ def test_what_cannot_be_read_is_refused_by_name(tmp_path):
             parse_tasks((f"t={tmp_path / name}",))
 
 
-def test_chunk_is_where_others_look_for_it():
+def test_record_batch_is_where_others_look_for_it():
     from mft_megatron.data.preprocessing import encoding
 
-    assert encoding.Chunk is Chunk
+    assert encoding.RecordBatch is RecordBatch

@@ -27,7 +27,7 @@ def _step(prefix, extra, world, scale=None):
 
     from mft_megatron.arguments.command import parse_arguments
     from mft_megatron.data.loading.dataset import PackedDataset
-    from mft_megatron.data.loading.step_plan import deal_plan, plan_step
+    from mft_megatron.data.loading.step_plan import plan_step, shard_plan
     from mft_megatron.mcore.parallel import process_groups
     from mft_megatron.mcore.trainer import Trainer
 
@@ -43,7 +43,7 @@ def _step(prefix, extra, world, scale=None):
         first *= process_groups.parallel_state.get_expert_model_parallel_rank()
         weights = {_global(name, first): weight.detach().cpu().clone() for name, weight in model.named_parameters()}
         plan = plan_step(split, seed=3, global_batch_size=4, consumed_samples=0)
-        places = deal_plan(plan, process_groups.ranks(), arguments.training.micro_batch_size, False)
+        places = shard_plan(plan, process_groups.ranks(), arguments.training.micro_batch_size, False)
         micro_batches = [split.rows(packs_B) for packs_B in plan.packs_G[places]]
         report = trainer.train_step(split, plan, np.ones(len(dataset.tasks)))
         return types.SimpleNamespace(
