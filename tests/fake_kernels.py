@@ -1,8 +1,8 @@
-"""Attention as its packages document it, in plain PyTorch: an independent reference, and stand-ins for the packages.
+"""Attention packages in plain PyTorch: a reference of what they document, and functions to replace theirs.
 
-The stand-ins have the signatures of the real functions and do what those do with their arguments, also where they are
-wrong: queries and keys beyond ``max_seqlen`` are not computed, a mask is aligned where the package aligns it, dropout
-drops whoever asks for it. So a wrong argument gives wrong numbers, as it would on a GPU.
+The functions have the signatures of the real ones and do what those do with wrong arguments too: queries and keys
+beyond ``max_seqlen`` are not computed, a mask is aligned where the package aligns it, dropout is applied whenever it is
+passed. So a wrong argument gives wrong numbers, as it would on a GPU.
 """
 
 import sys
@@ -14,25 +14,33 @@ import torch
 def dense(
     query, key, value, cu_q, cu_k, scale=None, window=(-1, 0), aligned_at_end=True, dropout=0.0, most=(None, None)
 ):
-    """Attention of a whole stream with one mask for all of it, in the tensors' own dtype.
+    """Attention of a whole stream with one dense mask, in the tensors' dtype.
 
     Args:
-        query: [Tq, heads, d]; key, value: [Tk, groups, d].
-        cu_q, cu_k: starts of the pieces, then the number of tokens.
-        window: (left, right): keys that are seen besides the one that is aligned with the query; -1 for all.
+        query: [Tq, heads, d].
+        key: [Tk, groups, d].
+        value: [Tk, groups, d].
+        cu_q: int32 [slices + 1], where each slice's queries start, then how many there are.
+        cu_k: int32 [slices + 1], the same of keys.
+        scale: of the products; ``None`` for ``1 / sqrt(d)``.
+        window: (left, right): keys to either side of the one that is aligned with the query; -1 for all.
         aligned_at_end: the last query is aligned with the last key, or the first with the first.
-        most: queries and keys of a piece that are computed.
+        dropout: probability with which a weight is dropped.
+        most: queries and keys of a slice that are computed.
+
+    Returns:
+        [Tq, heads, d].
     """
     lengths_q, lengths_k = cu_q.diff(), cu_k.diff()
-    piece_q, place_q = _places(lengths_q)
-    piece_k, place_k = _places(lengths_k)
-    shift = (lengths_k - lengths_q if aligned_at_end else torch.zeros_like(lengths_q))[piece_q]
-    distance = (place_q + shift)[:, None] - place_k[None]  # of a key, to the left
-    mask = piece_q[:, None] == piece_k[None]
+    slice_q, index_q = _slices_and_indices(lengths_q)
+    slice_k, index_k = _slices_and_indices(lengths_k)
+    shift = (lengths_k - lengths_q if aligned_at_end else torch.zeros_like(lengths_q))[slice_q]
+    distance = (index_q + shift)[:, None] - index_k[None]  # how far a key is to the left
+    mask = slice_q[:, None] == slice_k[None]
     left, right = window
     mask &= (distance <= left) if left >= 0 else True
     mask &= (-distance <= right) if right >= 0 else True
-    mask &= (place_k < most[1])[None] if most[1] is not None else True
+    mask &= (index_k < most[1])[None] if most[1] is not None else True
     repeat = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(repeat, dim=1) for x in (key, value))
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -40,18 +48,18 @@ def dense(
     weights = scores.masked_fill(~mask, float("-inf")).softmax(-1).nan_to_num(0.0)  # no key at all: zeros
     weights = torch.nn.functional.dropout(weights, dropout)
     output = torch.einsum("hqk,khd->qhd", weights, value)
-    return output if most[0] is None else output * (place_q < most[0])[:, None, None]
+    return output if most[0] is None else output * (index_q < most[0])[:, None, None]
 
 
-def _places(lengths):
-    """For each token: its piece, and its place there."""
-    piece = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+def _slices_and_indices(lengths):
+    """For each token, its slice and its index there."""
+    number = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
     starts = lengths.cumsum(0) - lengths
-    return piece, torch.arange(int(lengths.sum())) - starts[piece]
+    return number, torch.arange(int(lengths.sum())) - starts[number]
 
 
 def _check(query, key, value, cu_q, cu_k):
-    """What every one of the packages refuses."""
+    """Refuse arguments that each of the packages refuses."""
     assert cu_q.dtype == cu_k.dtype == torch.int32
     assert cu_q.shape == cu_k.shape
     assert query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
@@ -76,12 +84,12 @@ def varlen_attn(
     block_table=None,
     num_splits=None,
 ):
-    """Of ``torch.nn.attention.varlen``."""
+    """The function of ``torch.nn.attention.varlen``."""
     _check(query, key, value, cu_seq_q, cu_seq_k)
     if not enable_gqa and query.size(1) != key.size(1):
         raise ValueError("Expect query and key/value to have the same number of heads")
     assert query.shape[2] % 8 == 0
-    assert isinstance(window_size, tuple)  # a list is not equal to (-1, 0), by which it knows that it is causal
+    assert isinstance(window_size, tuple)  # it is causal where this equals (-1, 0), and a list does not
     return dense(query, key, value, cu_seq_q, cu_seq_k, scale, window_size, most=(max_q, max_k))
 
 
@@ -103,7 +111,7 @@ def flash_attn_varlen_func(
     return_attn_probs=False,
     block_table=None,
 ):
-    """Of flash-attn 2.7.3 to 2.8.3."""
+    """The function of flash-attn 2.7.3 to 2.8.3."""
     _check(q, k, v, cu_seqlens_q, cu_seqlens_k)
     window = (window_size[0], 0 if causal else window_size[1])
     most = (max_seqlen_q, max_seqlen_k)
@@ -111,8 +119,10 @@ def flash_attn_varlen_func(
 
 
 class DotProductAttention(torch.nn.Module):
-    """Of Transformer Engine 2.11, as far as ``thd`` goes: cuDNN has neither dropout with a mask that is aligned at the
-    end nor dropout with a window."""
+    """The module of Transformer Engine 2.11, for ``thd`` only.
+
+    cuDNN has no dropout with a mask that is aligned at the end, and none with a window.
+    """
 
     def __init__(
         self,
@@ -188,10 +198,12 @@ VERSIONS = {"flash_attn": "2.8.3", "transformer_engine": "2.11.0"}
 
 
 def install(monkeypatch, versions=None, **replaced):
-    """Put the stand-ins in the packages' places, on a machine that seems to have an H100.
+    """Replace the packages by the functions of this file, on a machine that seems to have an H100.
 
-    ``versions``: others than :data:`VERSIONS`; ``None`` there for a package that is absent. ``replaced``: functions by
-    name, in place of those here.
+    Args:
+        monkeypatch: of pytest.
+        versions: by package, where they differ from :data:`VERSIONS`; ``None`` for a package that is absent.
+        replaced: by name, functions in place of those of this file.
     """
     from mft_megatron.mcore.platform import devices
 

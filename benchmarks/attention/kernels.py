@@ -26,8 +26,8 @@ from clock import Clock, machine, median_of, ratio_of, telling
 
 from mft_megatron.arguments.values.attention import AttentionShape
 from mft_megatron.mcore.attention.backends import KERNELS, choose, unavailable
-from mft_megatron.mcore.parallel.attention_spans import Pieces, Spans, pieces
-from mft_megatron.mcore.parallel.context_parallel import own_ranges
+from mft_megatron.mcore.parallel.attention_spans import SegmentSlices, Spans, slice_segments
+from mft_megatron.mcore.parallel.context_parallel import rank_ranges
 from mft_megatron.mcore.platform import devices
 
 LOCAL, REPEATED, MASK = "local", "repeated keys", "explicit mask"
@@ -72,7 +72,7 @@ class Case:
 
     def __init__(self, options: argparse.Namespace, mean_length: int):
         cu_seqlens, size = segments(options.tokens, mean_length, options.seed), options.context_parallel_size
-        own = [pieces(cu_seqlens, own_ranges(options.tokens, rank, size)) for rank in range(size)]
+        own = [slice_segments(cu_seqlens, rank_ranges(options.tokens, rank, size)) for rank in range(size)]
         # pairs of query and key that attention is about
         busiest = max(own, key=_pairs)
         self.pairs, self.spans = _pairs(busiest), busiest.spans(devices.device())
@@ -109,7 +109,7 @@ class Case:
                     raise SystemExit(f"{name} differs from {LOCAL} by {error:.1e}")
 
 
-def _pairs(own: Pieces) -> int:
+def _pairs(own: SegmentSlices) -> int:
     queries, keys = own.end - own.start, own.end - own.segment
     return int((queries * keys - queries * (queries - 1) // 2).sum())
 

@@ -254,7 +254,7 @@ def _objective(objective: Objective, factors: StepFactors, sums: Tensor, batch: 
     loss_BS = loss_BS.view(batch.labels_BS.shape)
     shard = batch.shard
     value, coefficient_BS = objective.contribution(factors, batch, loss_BS, shard.sum)
-    if process_groups.counts_losses():
+    if process_groups.reports_losses():
         sums += objective.sums(batch, loss_BS, coefficient_BS, sums.shape[1], shard.token_mask(loss_BS.shape))
     return value, torch.zeros([], dtype=torch.int, device=value.device), {}
 

@@ -194,7 +194,7 @@ class DrawnBalance(TaskBalance):
                 "are too large for fp64, use values nearer to their defaults"
             )
         weight_K = mean_for_others(weight, torch.from_numpy(self._known_K))
-        self._weight_K = process_groups.from_main(weight_K).numpy()
+        self._weight_K = process_groups.broadcast_from_main(weight_K).numpy()
         self._warn_of_left_out(took_part, log, progress)
         return state
 

@@ -116,7 +116,7 @@ def collectives():
             "backend": dist.get_backend(),
             "sum": process_groups.sum_over_data(np.arange(3)).tolist(),
             "any": [process_groups.any_rank(True), process_groups.any_rank(False)],
-            "main": process_groups.from_main(torch.arange(3)).tolist(),
+            "main": process_groups.broadcast_from_main(torch.arange(3)).tolist(),
         }
 
 

@@ -5,32 +5,32 @@ import pytest
 import torch
 
 from mft_megatron.arguments.values.attention import AttentionShape
+from mft_megatron.mcore.platform.precisions import BY_DTYPE
 from tests.fake_kernels import dense
 
-# queries and keys of each piece
-PIECES = {
+# queries and keys of each segment slice
+SLICES = {
     "segments": ((7, 1, 160, 8, 64), (7, 1, 160, 8, 64)),
     "many": ((3,) * 200, (3,) * 200),
     "one long": ((2048,), (2048,)),
     "fewer queries than keys": ((128, 1, 70, 128), (128, 90, 300, 1024)),
 }
 HEADS = {"all heads": (8, 8), "grouped": (8, 2), "one group": (6, 1)}
-# of the largest value: bf16 has 8 bits, fp16 11; both round the weights of each row once more
+# relative to the largest value: bf16 has 8 bits, fp16 11; both round the weights of each row once more
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 2e-5}
-PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
-def errors(kernel, pieces, heads, size, dtype, scale, window, device="cuda"):
-    """Largest error of output and gradients, of the largest value; inputs are rounded to ``dtype`` first."""
+def errors(kernel, lengths, heads, size, dtype, scale, window, device="cuda"):
+    """Largest errors of output and gradients, relative to the largest value; inputs are rounded to ``dtype`` first."""
     from mft_megatron.mcore.parallel.attention_spans import Spans
 
     generator = torch.Generator().manual_seed(0)
-    queries, keys = map(sum, pieces)
+    queries, keys = map(sum, lengths)
     shapes = [(queries, heads[0], size), (keys, heads[1], size), (keys, heads[1], size), (queries, heads[0], size)]
     rounded = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
     ours = [tensor.to(device, copy=True).requires_grad_() for tensor in rounded[:3]]
     theirs = [tensor.double().requires_grad_() for tensor in rounded[:3]]
-    spans = Spans.of(*map(np.array, pieces), device)
+    spans = Spans.of(*map(np.array, lengths), device)
     output = kernel(*ours, spans, scale, window, 0.0)
     output.backward(rounded[3].to(device))
     expected = dense(*theirs, spans.cu_q.cpu(), spans.cu_k.cpu(), scale, (-1 if window is None else window, 0))
@@ -42,9 +42,10 @@ def errors(kernel, pieces, heads, size, dtype, scale, window, device="cuda"):
 
 
 def kernel_of(backend, dtype, size):
+    """The kernel of a backend; skips the test where it cannot compute this here."""
     from mft_megatron.mcore.attention.backends import choose, unavailable
 
-    shape = AttentionShape(PRECISIONS[dtype], size)
+    shape = AttentionShape(BY_DTYPE[dtype].name, size)
     reason = unavailable(backend, shape)
     if reason is not None:
         pytest.skip(f"{backend} {reason}")
@@ -53,11 +54,11 @@ def kernel_of(backend, dtype, size):
 
 @pytest.mark.parametrize("window", [None, 0, 5, 100])
 @pytest.mark.parametrize("heads", HEADS)
-@pytest.mark.parametrize("pieces", PIECES)
+@pytest.mark.parametrize("case", SLICES)
 @pytest.mark.parametrize("backend", ["local", "varlen", "flash", "fused"])
-def test_bf16(backend, pieces, heads, window):
+def test_bf16(backend, case, heads, window):
     kernel = kernel_of(backend, torch.bfloat16, 64)
-    found = errors(kernel, PIECES[pieces], HEADS[heads], 64, torch.bfloat16, None, window)
+    found = errors(kernel, SLICES[case], HEADS[heads], 64, torch.bfloat16, None, window)
     assert max(found) < TOLERANCE[torch.bfloat16], found
 
 
@@ -66,22 +67,22 @@ def test_bf16(backend, pieces, heads, window):
 @pytest.mark.parametrize("backend", ["local", "varlen", "flash", "fused"])
 def test_heads_of_all_sizes(backend, size, dtype):
     kernel = kernel_of(backend, dtype, size)
-    found = errors(kernel, PIECES["segments"], (4, 2), size, dtype, 0.3 * size**-0.5, None)
+    found = errors(kernel, SLICES["segments"], (4, 2), size, dtype, 0.3 * size**-0.5, None)
     assert max(found) < TOLERANCE[dtype], found
 
 
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("heads", HEADS)
-@pytest.mark.parametrize("pieces", PIECES)
-def test_local_in_fp32(pieces, heads, window):
+@pytest.mark.parametrize("case", SLICES)
+def test_local_in_fp32(case, heads, window):
     kernel = kernel_of("local", torch.float32, 20)
-    found = errors(kernel, PIECES[pieces], HEADS[heads], 20, torch.float32, None, window)
+    found = errors(kernel, SLICES[case], HEADS[heads], 20, torch.float32, None, window)
     assert max(found) < TOLERANCE[torch.float32], found
 
 
 @pytest.mark.parametrize("backend", ["local", "flash", "fused"])
-def test_dropout_drops_its_share(backend):
-    """Of values that are all 1 each output is the sum of a row's weights: 1 in the mean, and not in each row."""
+def test_dropout_keeps_the_mean(backend):
+    """With values of 1 each output is the sum of a row's weights: 1 in the mean, but not in each row."""
     from mft_megatron.mcore.parallel.attention_spans import Spans
 
     kernel = kernel_of(backend, torch.bfloat16, 64)

@@ -50,12 +50,12 @@ def _save_twice(prefix, folder, world):
         facts.append(_newest(folder))
         for plan in plans[1:3]:
             trainer.train_step(split, plan, np.ones(4))
-        process_groups.wait()
+        process_groups.barrier()
         facts.append("trained")
         writer.save(Path(folder), trainer, _info(3), None, lambda: facts.append("complete 3"))
-        process_groups.wait()
+        process_groups.barrier()
         facts.append(_newest(folder))
-        process_groups.wait()
+        process_groups.barrier()
         while facts[-1] != "complete 3":
             writer.poll()
         facts.append(_newest(folder))

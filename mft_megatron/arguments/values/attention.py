@@ -25,7 +25,7 @@ class AttentionShape:
 
     ``precision``: of queries, keys and values: fp32, bf16 or fp16. ``head_size``: of a head. ``dropout``: of attention
     weights, while training. ``window``: tokens that are seen besides oneself in layers with a window, or ``None``.
-    ``context_parallel``: whether pieces have fewer queries than keys.
+    ``context_parallel``: whether segment slices have fewer queries than keys.
     """
 
     precision: str

@@ -1,12 +1,11 @@
 """Attention within each segment of a packed stream.
 
 A micro-batch arrives as one stream of tokens cut into segments. Each segment attends causally to itself alone: other
-segments are not even passed in, so a sample's result does not depend on its neighbours and no work is done on masked
-blocks. Where context-parallel ranks share the stream, keys and values are gathered first
-(:mod:`.parallel.context_parallel`).
+segments are not passed to the kernel, so a sample's result does not depend on its neighbours and no work is done on
+masked blocks. Under context parallelism keys and values are gathered first (:mod:`.parallel.context_parallel`).
 
-The kernel is one of several (:mod:`.sdpa` runs everywhere). Megatron-Core's own attention without Transformer Engine
-knows no packing, and on CUDA its fused softmax would ignore an explicit mask.
+The kernel is one of several (:mod:`.backends`). Megatron-Core's own attention without Transformer Engine does not
+support packing, and on CUDA its fused softmax would ignore an explicit mask.
 """
 
 import mft_megatron.mcore.platform.patched  # noqa: F401  (before Megatron-Core)
@@ -17,6 +16,7 @@ import dataclasses
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
@@ -29,9 +29,11 @@ from .backends import choose, shape_of
 
 @dataclasses.dataclass
 class PackedStream(PackedSeqParams):
-    """What Megatron hands through its layers to attention: the rank's shard and the positions of its tokens.
+    """The argument that Megatron passes through its layers to attention and rotary embedding.
 
-    To Megatron it is no ``thd``: it would then want to rotate, and cut, each segment for itself.
+    ``shard``: this rank's part of the micro-batch, for :class:`PackedAttention`. ``positions``: of its tokens in their
+    segments, int64 [T], for the rotary embedding. ``qkv_format`` is not ``thd``, for which Megatron would rotate and
+    cut each segment itself.
     """
 
     qkv_format: str = "sbhd"
@@ -40,10 +42,7 @@ class PackedStream(PackedSeqParams):
 
 
 class PackedAttention(torch.nn.Module):
-    """Core attention of a stream: query [T, 1, heads, d], key and value [T, 1, groups, d] -> [T, 1, heads · d].
-
-    T counts the tokens of this context-parallel rank.
-    """
+    """Core attention of a stream, in place of Megatron-Core's ``DotProductAttention``."""
 
     def __init__(
         self,
@@ -54,16 +53,25 @@ class PackedAttention(torch.nn.Module):
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
-        pg_collection=None,
+        pg_collection: ProcessGroupCollection | None = None,
         backend: str = "auto",
     ):
-        """
+        """Choose the kernel and the window; all arguments but the last are Megatron's.
+
         Args:
-            layer_number: in the whole model, from 1 on; says whether the layer has a window.
+            config: of the model.
+            layer_number: in the whole model, from 1 on; determines whether the layer has a window.
+            attn_mask_type: has to be causal.
+            attention_type: has to be ``self``.
+            attention_dropout: probability; ``None`` for the configuration's.
+            softmax_scale: ``None`` for ``1 / sqrt(d)``.
+            cp_comm_type: not used.
+            pg_collection: not used.
             backend: ``--attention-backend``.
 
         Raises:
-            InputError: that kernel cannot compute this, or not here.
+            ValueError: the attention is not causal self-attention.
+            InputError: the kernel cannot compute this, or not on this machine.
         """
         super().__init__()
         if attn_mask_type != AttnMaskType.causal or attention_type != "self":
@@ -84,11 +92,31 @@ class PackedAttention(torch.nn.Module):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedStream | None = None,
     ) -> Tensor:
+        """Compute attention of the T tokens of this context-parallel rank.
+
+        Args:
+            query: [T, 1, heads, d].
+            key: [T, 1, groups, d].
+            value: [T, 1, groups, d].
+            attention_mask: not used; the segments say what a token sees.
+            attn_mask_type: not used.
+            attention_bias: not used.
+            packed_seq_params: the stream's segments.
+
+        Returns:
+            [T, 1, heads · d].
+
+        Raises:
+            ValueError: there is no stream.
+        """
+        if packed_seq_params is None or packed_seq_params.shard is None:
+            raise ValueError("attention of packed rows needs a PackedStream with a shard")
         shard = packed_seq_params.shard
         key, value = shard.gather(key.squeeze(1), value.squeeze(1))
         dropout = self.dropout if self.training else 0.0
-        # Heads are split over tensor-parallel ranks, so each draws dropout of its own. Under sequence parallelism the
-        # whole block does, and a fork within a fork would draw other numbers where the layer is computed again.
+        # Heads are split over tensor-parallel ranks, so each needs its own random numbers for dropout. Under sequence
+        # parallelism Megatron has forked the random state around the whole block, and a fork within a fork would give
+        # other numbers where the layer is recomputed.
         forks = dropout and not self.sequence_parallel
         with tensor_parallel.get_cuda_rng_tracker().fork() if forks else contextlib.nullcontext():
             output = self.kernel(query.squeeze(1), key, value, shard.spans, self.scale, self.window, dropout)
@@ -96,6 +124,6 @@ class PackedAttention(torch.nn.Module):
 
 
 def _window(config: TransformerConfig, layer_number: int) -> int | None:
-    """How many tokens to its left a token of this layer sees besides itself; ``None`` for all of its segment."""
+    """Tokens to the left of its position that a query of this layer sees; ``None`` for all of its segment."""
     windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
     return config.window_size[0] if windowed and config.window_size[0] >= 0 else None

@@ -1,8 +1,10 @@
-"""Attention by PyTorch's scaled dot-product attention, piece by piece: everywhere, in any dtype.
+"""Attention by PyTorch's scaled dot-product attention, slice by slice: any device, any dtype.
 
-Other pieces are not even passed in, so a piece's result does not depend on its neighbours, bit for bit, and no work is
-done on masked blocks. Keys and values of grouped queries are not repeated.
+Other segment slices are not passed in, so a slice's result does not depend on its neighbours, bit for bit, and no work
+is done on masked blocks. Keys and values of grouped queries are not repeated.
 """
+
+from typing import TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +12,16 @@ from torch import Tensor
 
 from mft_megatron.mcore.parallel.attention_spans import Spans
 
-# queries that share a mask, where one is needed: it is [BLOCK, keys that any of them sees]
+# queries that are computed with one mask, where one is needed: [BLOCK, keys that any of them sees]
 BLOCK = 256
+
+
+class _Options(TypedDict):
+    """Arguments of ``scaled_dot_product_attention``."""
+
+    scale: float | None
+    dropout_p: float
+    enable_gqa: bool
 
 
 def local(
@@ -23,31 +33,32 @@ def local(
     window: int | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Causal attention within each piece.
+    """Compute causal attention within each segment slice.
 
     Args:
         query: [queries, heads, d], floating point.
-        key, value: [keys, groups, d]; ``groups`` divides ``heads``.
-        spans: the pieces, in the order of queries and keys.
-        scale: of the products; ``None`` for ``1 / sqrt(d)``.
-        window: how many tokens to its left a token sees besides itself; ``None`` for all.
+        key: [keys, groups, d]; ``groups`` divides ``heads``.
+        value: [keys, groups, d].
+        spans: lengths of the slices, in the order of queries and keys.
+        scale: factor of the products; ``None`` for ``1 / sqrt(d)``.
+        window: tokens to the left of its position that a query sees; ``None`` for all.
         dropout: probability with which a weight is dropped.
 
     Returns:
-        [queries, heads, d], like ``query``.
+        [queries, heads, d], dtype of ``query``.
     """
-    options = {"scale": scale, "dropout_p": dropout, "enable_gqa": query.shape[1] != key.shape[1]}
-    # one [1, heads or groups, t, d] per piece
+    options: _Options = {"scale": scale, "dropout_p": dropout, "enable_gqa": query.shape[1] != key.shape[1]}
+    # one [1, heads or groups, t, d] per slice
     queries, keys, values = (
-        tensor.transpose(0, 1).unsqueeze(0).split(lengths, dim=2)
+        tensor.transpose(0, 1).unsqueeze(0).split(list(lengths), dim=2)
         for tensor, lengths in ((query, spans.lengths_q), (key, spans.lengths_k), (value, spans.lengths_k))
     )
-    outputs = [_piece(*piece, window, options) for piece in zip(queries, keys, values, strict=True)]
+    outputs = [_attend(q, k, v, window, options) for q, k, v in zip(queries, keys, values, strict=True)]
     return torch.cat(outputs, dim=2).squeeze(0).transpose(0, 1)
 
 
-def _piece(query: Tensor, key: Tensor, value: Tensor, window: int | None, options: dict) -> Tensor:
-    """Of one piece: query [1, heads, q, d], key and value [1, groups, k, d] with k >= q."""
+def _attend(query: Tensor, key: Tensor, value: Tensor, window: int | None, options: _Options) -> Tensor:
+    """Attention of one slice: query [1, heads, q, d], key and value [1, groups, k, d] with k >= q."""
     length, before = query.shape[2], key.shape[2] - query.shape[2]
     if window is not None and window >= key.shape[2] - 1:
         window = None
@@ -58,14 +69,15 @@ def _piece(query: Tensor, key: Tensor, value: Tensor, window: int | None, option
         end = min(start + BLOCK, length)
         first, last = 0 if window is None else max(before + start - window, 0), before + end
         mask = _mask(end - start, last - first, window, query.device)
-        seen = (slice(None), slice(None), slice(first, last))
         outputs.append(
-            F.scaled_dot_product_attention(query[:, :, start:end], key[seen], value[seen], attn_mask=mask, **options)
+            F.scaled_dot_product_attention(
+                query[:, :, start:end], key[:, :, first:last], value[:, :, first:last], attn_mask=mask, **options
+            )
         )
     return torch.cat(outputs, dim=2)
 
 
 def _mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
-    """Which of the last keys a query sees; the last query sees the last key."""
+    """Whether a query sees a key, bool [queries, keys]; the last query sees the last key."""
     mask = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
     return mask if window is None else mask.triu(keys - queries - window)

@@ -82,14 +82,14 @@ class Writer:
         if process_groups.is_main():
             shutil.rmtree(path, ignore_errors=True)  # left by an interrupted save, or by a run that is being repeated
             path.mkdir(parents=True)
-        process_groups.wait()
+        process_groups.barrier()
 
         def complete() -> None:
-            process_groups.wait()
+            process_groups.barrier()
             if process_groups.is_main():
                 write_info(path, info)
                 replace_text(folder / TRACKER, f"{info.iteration}\n")
-            process_groups.wait()
+            process_groups.barrier()
             if when_complete is not None:
                 when_complete()
 

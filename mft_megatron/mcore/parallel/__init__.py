@@ -1,1 +1,1 @@
-"""Ranks and what they share: process groups, shards of weights, of tokens and of segments."""
+"""Process groups, data parallelism, and shards of weights, tokens and segments."""

@@ -1,4 +1,4 @@
-"""Context parallelism: which tokens of a micro-batch a rank computes, and what it needs of the others.
+"""Context parallelism: the tokens of a micro-batch that a rank computes, and the keys that it needs of other ranks.
 
 ::
 
@@ -6,14 +6,15 @@
     rank 0 of 2            0           3          blocks r and 2 · CP - 1 - r: early tokens attend to few keys,
     rank 1 of 2                1   2              late ones to many, so each rank gets some of both
 
-The stream is cut, not each of its samples, so no sample is padded and no datum is changed. Every rank knows the whole
-micro-batch (it is made from the plan, and small beside the activations); keys and values are gathered in each layer,
-and a rank takes those of its own pieces.
+The stream is cut, not each of its samples, so no sample is padded and no datum is changed. Every rank has the whole
+micro-batch (each builds it from the plan, and it is small next to the activations); keys and values are gathered in
+each layer, and a rank takes those of its segment slices.
 """
 
 import mft_megatron.mcore.platform.patched  # noqa: F401  (before Megatron-Core)
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,16 +25,16 @@ from torch import Tensor
 
 from mft_megatron.batch import Batch
 
-from .attention_spans import Spans, pieces
+from .attention_spans import Spans, slice_segments
 
 
 @dataclasses.dataclass(frozen=True)
 class ContextParallelShard:
-    """What of a micro-batch one context-parallel rank computes; tensors lie on its device.
+    """The part of a micro-batch that one context-parallel rank computes; tensors are on its device.
 
-    ``spans``: its attention. ``supervised_N`` int64: which of its tokens have a target that counts, by their number
-    among its tokens. Where ranks share the stream also: ``index_T`` int64 [T / CP], places of its tokens in the stream,
-    rising; ``keys`` int64, places of the keys of ``spans`` in what is gathered from the ranks; ``group``, the ranks.
+    ``spans``: its attention. ``supervised_N`` int64: indices, among the rank's tokens, of those with a supervised
+    label. Only where the stream is cut: ``index_T`` int64 [T / CP], indices of the rank's tokens in the stream,
+    ascending; ``keys`` int64, indices of the keys of ``spans`` in the tokens that are gathered; ``group``, the ranks.
     """
 
     spans: Spans
@@ -51,67 +52,78 @@ class ContextParallelShard:
         device: torch.device,
         group: dist.ProcessGroup | None = None,
     ) -> "ContextParallelShard":
-        """Of one of ``size`` ranks.
+        """Build the shard of one of ``size`` ranks.
 
         Args:
-            batch: as arrays; its B·S tokens are a multiple of ``2 * size`` where ``size`` is above 1.
+            batch: numpy arrays; its B·S tokens are a multiple of ``2 * size`` where ``size`` is above 1.
+            rank: from 0 on.
+            size: number of context-parallel ranks.
+            device: for the tensors.
+            group: the ranks; ``None`` where nothing is to be gathered or summed.
+
+        Raises:
+            ValueError: the tokens cannot be cut evenly.
         """
         length, supervised = batch.loss_mask_BS.size, batch.loss_mask_BS.ravel().astype(bool)
-        ranges = own_ranges(length, rank, size)
-        own = pieces(batch.cu_seqlens, ranges)
-        places = np.concatenate([np.arange(*limits) for limits in ranges])
-        there = lambda array: torch.from_numpy(array).to(device, non_blocking=True)  # noqa: E731
-        spans, supervised_N = own.spans(device), there(np.flatnonzero(supervised[places]))
+        ranges = rank_ranges(length, rank, size)
+        slices = slice_segments(batch.cu_seqlens, ranges)
+        index = np.concatenate([np.arange(*limits) for limits in ranges])
+        spans, supervised_N = slices.spans(device), _to_device(np.flatnonzero(supervised[index]), device)
         if size == 1:
             return cls(spans, supervised_N)
-        return cls(spans, supervised_N, there(places), there(gathered_places(own.keys(), length, size)), group)
+        keys = gathered_indices(slices.key_indices(), length, size)
+        return cls(spans, supervised_N, _to_device(index, device), _to_device(keys, device), group)
 
     def take(self, value_BS: Tensor) -> Tensor:
-        """A value of each token of the micro-batch, of the rank's own tokens alone: [B, S] -> [T / CP]."""
+        """Select the rank's tokens: [B, S] of any dtype -> [T / CP]."""
         flat = value_BS.flatten()
         return flat if self.index_T is None else flat.index_select(0, self.index_T)
 
     def scatter(self, value_T: Tensor, length: int) -> Tensor:
-        """The other way round, with 0 for tokens of other ranks: [T / CP] -> [T]; differentiable."""
+        """Put values of the rank's tokens at their indices in the stream: [T / CP] -> [T].
+
+        Tokens of other ranks are 0; differentiable.
+        """
         if self.index_T is None:
             return value_T
         return value_T.new_zeros(length).index_copy(0, self.index_T, value_T)
 
     def supervised_indices(self) -> Tensor:
-        """``supervised_N`` by the place in the stream."""
+        """Indices in the stream of the rank's supervised tokens, int64 [N]."""
         return self.supervised_N if self.index_T is None else self.index_T.index_select(0, self.supervised_N)
 
     def token_mask(self, shape: torch.Size) -> Tensor | None:
-        """Whether a token is the rank's own, bool [B, S]; ``None`` where all are."""
+        """Whether each token is this rank's, bool [B, S]; ``None`` where all are."""
         if self.index_T is None:
             return None
-        mine_T = torch.zeros(shape.numel(), dtype=torch.bool, device=self.index_T.device)
-        return mine_T.index_fill(0, self.index_T, True).view(shape)
+        mask_T = torch.zeros(shape.numel(), dtype=torch.bool, device=self.index_T.device)
+        return mask_T.index_fill(0, self.index_T, True).view(shape)
 
     def gather(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of the rank's pieces, from those of all ranks' own tokens.
+        """Gather keys and values of all ranks' tokens and select those of this rank's segment slices.
 
-        The backward pass sums the gradients over the ranks and gives each those of its own tokens.
+        The backward pass sums the gradients over the ranks and gives each those of its tokens.
 
         Args:
-            key, value: [T / CP, groups, d], of the rank's own tokens.
+            key: [T / CP, groups, d], of this rank's tokens.
+            value: [T / CP, groups, d], of this rank's tokens.
 
         Returns:
-            the same, in the order of ``spans``.
+            both as [keys, groups, d], in the order of ``spans``.
         """
         if self.keys is None:
             return key, value
         both = gather_from_sequence_parallel_region(torch.stack((key, value), dim=1), group=self.group)
-        key, value = (tensor.index_select(0, self.keys) for tensor in both.unbind(1))
-        return key, value
+        key, value = both.unbind(1)
+        return key.index_select(0, self.keys), value.index_select(0, self.keys)
 
     def sum(self, value: Tensor) -> Tensor:
-        """Sum of a tensor over the ranks, the same on each of them; differentiable."""
+        """Sum a tensor over the ranks, the same on each of them; differentiable."""
         return value if self.group is None else _Sum.apply(value, self.group)
 
 
 def shard_of(batch: Batch[np.ndarray], device: torch.device) -> ContextParallelShard:
-    """Of this process; ``batch`` as arrays."""
+    """Build this process's shard of a micro-batch of numpy arrays, with tensors on ``device``."""
     size = parallel_state.get_context_parallel_world_size()
     if size == 1:
         return ContextParallelShard.of(batch, 0, 1, device)
@@ -120,8 +132,8 @@ def shard_of(batch: Batch[np.ndarray], device: torch.device) -> ContextParallelS
     )
 
 
-def own_ranges(length: int, rank: int, size: int) -> list[tuple[int, int]]:
-    """Where in a stream of ``length`` tokens the blocks of a rank lie; one range where its blocks are neighbours.
+def rank_ranges(length: int, rank: int, size: int) -> list[tuple[int, int]]:
+    """Start and end of a rank's blocks in a stream of ``length`` tokens; one range where its blocks are neighbours.
 
     Raises:
         ValueError: the stream cannot be cut evenly.
@@ -136,28 +148,41 @@ def own_ranges(length: int, rank: int, size: int) -> list[tuple[int, int]]:
     return [(rank * block, (rank + 1) * block), (mirror * block, (mirror + 1) * block)]
 
 
-def gathered_places(places: np.ndarray, length: int, size: int) -> np.ndarray:
-    """Where tokens of the stream lie once the own tokens of all ranks are joined, rank after rank; int64."""
+def gathered_indices(indices: np.ndarray, length: int, size: int) -> np.ndarray:
+    """Indices of tokens after the tokens of all ranks are concatenated in the order of the ranks.
+
+    Args:
+        indices: int64, token indices in a stream of ``length`` tokens.
+        length: a multiple of ``2 * size``.
+        size: number of context-parallel ranks.
+
+    Returns:
+        int64, of the same shape.
+    """
     block = length // (2 * size)
-    number, offset = np.divmod(places, block)
+    number, offset = np.divmod(indices, block)
     rank = np.minimum(number, 2 * size - 1 - number)
     return (2 * rank + (number >= size)) * block + offset
 
 
+def _to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    return torch.from_numpy(array).to(device, non_blocking=True)
+
+
 class _Sum(torch.autograd.Function):
-    """A sum over ranks, each of which makes its own part of the objective of it: their gradients add up, too."""
+    """A sum over ranks of which each computes its part of the objective: their gradients are summed as well."""
 
     @staticmethod
-    def forward(ctx, value: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx: Any, value: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
-        return _summed(value, group)
+        return _all_reduced(value, group)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor):
-        return _summed(gradient, ctx.group), None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _all_reduced(gradient, ctx.group), None
 
 
-def _summed(value: Tensor, group: dist.ProcessGroup) -> Tensor:
+def _all_reduced(value: Tensor, group: dist.ProcessGroup) -> Tensor:
     total = value.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total, group=group)
     return total

@@ -1,18 +1,19 @@
-"""Megatron-Core's data parallelism: how chunks are wrapped, when gradients are reduced and when weights are whole.
+"""Megatron-Core's data parallelism: wrap model chunks, reduce gradients, gather weights.
 
 ::
 
-    backward of the last micro-batch ─► a bucket's gradients are there ─► reduced, with --overlap-grad-reduce meanwhile
-    optimizer step: a rank's part of the weights ─► gathered at once, or with --overlap-param-gather in the next forward
+    backward of the last micro-batch ─► a bucket's gradients are complete ─► reduced; --overlap-grad-reduce: meanwhile
+    optimizer step: a rank's shard of the weights ─► gathered at once; --overlap-param-gather: in the next forward pass
 
-Gradients are summed over ranks, never averaged: the objective has its whole normalisation in itself.
+Gradients are summed over ranks, never averaged: the objective's coefficients contain the whole normalisation.
 """
 
 import mft_megatron.mcore.platform.patched  # noqa: F401  (before Megatron-Core)
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -21,25 +22,25 @@ from mft_megatron.arguments.table import Arguments
 
 
 def wrap(arguments: Arguments, models: Sequence[torch.nn.Module]) -> list[DistributedDataParallel]:
-    """This rank's chunks of the model, with buffers of gradients and, if that is distributed, for the optimizer."""
-    _quiet()
+    """Wrap this rank's model chunks for data parallelism, with the buffers of gradients."""
+    _ignore_warnings()
     trained = sum(p.numel() for model in models for p in model.parameters() if p.requires_grad)
     config = data_parallel_config(arguments, trained)
     chunks = [
-        # only the first chunk's gradients come last, with nothing left to compute meanwhile
-        DistributedDataParallel(config=model.config, ddp_config=config, module=model, disable_bucketing=number > 0)
-        for number, model in enumerate(models)
+        # Only the first chunk's gradients come when no computation is left to hide their reduction.
+        DistributedDataParallel(config=model.config, ddp_config=config, module=model, disable_bucketing=index > 0)
+        for index, model in enumerate(models)
     ]
     _let_schedule_reduce(arguments, chunks)
     return chunks
 
 
 def data_parallel_config(arguments: Arguments, num_parameters: int = 0) -> DistributedDataParallelConfig:
-    """Megatron-Core's configuration.
+    """Build Megatron-Core's configuration of data parallelism.
 
     Args:
-        arguments: of the whole run.
-        num_parameters: that are trained, of this rank's chunks, which ``--ddp-num-buckets`` divides.
+        arguments: all of the run's.
+        num_parameters: trained elements of this rank's chunks; only for ``--ddp-num-buckets``, which divides them.
     """
     layout, size = arguments.distributed, arguments.distributed.ddp_bucket_size
     if layout.ddp_num_buckets is not None:
@@ -57,8 +58,8 @@ def data_parallel_config(arguments: Arguments, num_parameters: int = 0) -> Distr
     )
 
 
-def _quiet() -> None:
-    """Megatron-Core uses collectives whose successors torch announces, and looks for gradients of pieces of weights."""
+def _ignore_warnings() -> None:
+    """Silence torch about Megatron-Core's use of deprecated collectives and of gradients of weight slices."""
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     warnings.filterwarnings(
         "ignore", message="The .grad attribute of a Tensor that is not a leaf", category=UserWarning
@@ -66,13 +67,13 @@ def _quiet() -> None:
 
 
 def _aligns_gather(arguments: Arguments) -> bool:
-    """Only the schedule of interleaved stages gathers on behalf of them."""
+    """Whether the pipeline schedule starts the gathering of weights; only that of interleaved stages can."""
     layout = arguments.distributed
     return layout.overlap_param_gather and layout.align_param_gather and layout.interleaved
 
 
 def _let_schedule_reduce(arguments: Arguments, chunks: Sequence[DistributedDataParallel]) -> None:
-    """Tell the pipeline schedule how to hold reductions back until a chunk's last micro-batch."""
+    """Give the pipeline schedule the functions by which it delays reductions until a chunk's last micro-batch."""
     layout = arguments.distributed
     if not layout.overlap_grad_reduce:
         return
@@ -82,16 +83,18 @@ def _let_schedule_reduce(arguments: Arguments, chunks: Sequence[DistributedDataP
             chunk.config.grad_sync_func = _one_or_all([each.start_grad_sync for each in chunks])
 
 
-def _one_or_all(functions: list):
+def _one_or_all(functions: list[Callable[..., Any]]) -> Callable[..., Any] | list[Callable[..., Any]]:
+    """One function, or the list of them, as Megatron-Core's schedules expect for one or several chunks."""
     return functions[0] if len(functions) == 1 else functions
 
 
 class WeightGathering:
-    """Who gathers weights after a step of an optimizer that left each rank with its part of them.
+    """The gathering of weights after a distributed optimizer's step, which updates only each rank's shard of them.
 
-    Without ``--overlap-param-gather`` the optimizer does, and all of this does nothing. With it the modules do, in
-    their next forward pass: outside of one, weights are not to be read but within :meth:`whole`. Before the first
-    step every rank has all weights and nothing is gathered, so that one that was loaded wrong is not handed on.
+    Without ``--overlap-param-gather`` the optimizer gathers them, and this class does nothing. With it the modules
+    gather them in their next forward pass; outside of a forward pass weights may be read only within :meth:`whole`.
+    Before the first step every rank has all weights and nothing is gathered, so that a rank that loaded a wrong weight
+    does not send it to others.
     """
 
     def __init__(self, arguments: Arguments, chunks: Sequence[DistributedDataParallel]):
@@ -102,13 +105,13 @@ class WeightGathering:
             chunk.disable_forward_pre_hook(param_sync=False)
 
     def after_update(self) -> None:
-        """The optimizer has stepped."""
+        """Let the next forward pass gather weights; call after each optimizer step."""
         if not self._overlaps:
             self._turn_on()
 
     @contextlib.contextmanager
     def whole(self) -> Iterator[None]:
-        """Every rank has all weights of its chunks, as of the last step; forward passes gather nothing."""
+        """Give every rank all weights of its chunks, as of the last step; within, forward passes gather nothing."""
         if not self._overlaps:
             yield
             return

@@ -1,4 +1,4 @@
-"""Process groups and Megatron's model-parallel ranks: made, asked and taken down here."""
+"""Process groups and Megatron's model-parallel ranks: start them, ask them, destroy them."""
 
 import mft_megatron.mcore.platform.patched  # noqa: F401  (before Megatron-Core)
 
@@ -22,10 +22,14 @@ from mft_megatron.mcore.platform import devices
 
 @contextlib.contextmanager
 def process_groups(layout: DistributedArguments, seed: int) -> Iterator[None]:
-    """Start the process groups of ``layout``, seed this rank's random numbers, and take all down at the end.
+    """Start the process groups of a parallel layout and seed this rank; destroy the groups at the end.
 
     Ranks come from torchrun's environment; without it the process is a world of one. Dropout in regions that tensor
     parallelism splits differs between its ranks; everywhere else it is the same, as in Megatron.
+
+    Args:
+        layout: sizes of the groups, backend and timeout.
+        seed: ``--seed``; each pipeline stage adds 100 times its rank.
 
     Raises:
         InputError: Megatron-Core lacks a package that this layout needs.
@@ -52,7 +56,7 @@ def process_groups(layout: DistributedArguments, seed: int) -> Iterator[None]:
         expert_model_parallel_size=layout.expert_model_parallel_size,
         expert_tensor_parallel_size=layout.expert_tensor_parallel_size,
         num_distributed_optimizer_instances=layout.num_distributed_optimizer_instances,
-        # a second, gloo copy of each data-parallel group is for an optimizer that is not used here
+        # Only an optimizer that is not used here needs the gloo copy of each data-parallel group.
         create_gloo_process_groups=False,
         distributed_timeout_minutes=layout.distributed_timeout_minutes,
     )
@@ -68,12 +72,15 @@ def process_groups(layout: DistributedArguments, seed: int) -> Iterator[None]:
 
 
 def ranks() -> Ranks:
-    """Where this process stands in the data-parallel group; context-parallel ranks are one place in it."""
+    """This process's rank and size of data parallelism; context-parallel ranks of the same data have the same rank."""
     return Ranks(parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size())
 
 
 def layout() -> dict[str, int | str]:
-    """Sizes of this run's layout by name, and its kind of device: what a random-number state belongs to."""
+    """Sizes of this run's parallel layout by name, and the type of its device.
+
+    A checkpoint's random-number states are only loaded where all of these are the same.
+    """
     return {
         "device": devices.device().type,
         "world": dist.get_world_size(),
@@ -93,43 +100,43 @@ def is_main() -> bool:
 
 
 def is_last_stage() -> bool:
-    """Whether this process has the output layer, in the last of its chunks where stages are interleaved."""
+    """Whether this process has the output layer; where stages are interleaved, in the last of its chunks."""
     return parallel_state.is_pipeline_last_stage()
 
 
-def counts_losses() -> bool:
-    """Whether this process adds its losses to the log: one tensor-parallel rank of the last pipeline stage.
+def reports_losses() -> bool:
+    """Whether this process adds losses to the report of a step: one tensor-parallel rank of the last pipeline stage.
 
-    Of context-parallel ranks each adds those of its own tokens.
+    Each context-parallel rank adds those of its tokens.
     """
     return is_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
 
 
 def sum_over_world(value: Tensor) -> Tensor:
-    """Sum of a tensor over all processes, in place."""
+    """Sum a tensor over all processes, in place; returns it."""
     dist.all_reduce(value)
     return value
 
 
 def sum_over_data(values: np.ndarray) -> np.ndarray:
-    """Sum of an int64 array over the data-parallel ranks; the argument stays as it is."""
+    """Sum an int64 array over the data-parallel ranks; the argument is not changed."""
     total = torch.from_numpy(values).to(devices.device(), copy=True)
     dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
     return total.cpu().numpy()
 
 
 def any_rank(value: bool) -> bool:
-    """Whether it is true on any process."""
+    """Whether ``value`` is true on any process."""
     return sum_over_world(torch.tensor(int(value), device=devices.device())).item() > 0
 
 
-def from_main(value: Tensor) -> Tensor:
-    """The main process's value of a CPU tensor, on every process."""
-    there = value.to(devices.device())
-    dist.broadcast(there, src=0)
-    return there.cpu()
+def broadcast_from_main(value: Tensor) -> Tensor:
+    """Send the main process's value of a CPU tensor to every process; returns it."""
+    on_device = value.to(devices.device())
+    dist.broadcast(on_device, src=0)
+    return on_device.cpu()
 
 
-def wait() -> None:
+def barrier() -> None:
     """Wait for all processes."""
     dist.barrier()

@@ -1,4 +1,4 @@
-"""This rank's parts of a model's weights, and where in the checkpoint each of them lies."""
+"""This rank's shards of a model's weights, each with its offset in the checkpoint's tensor."""
 
 import mft_megatron.mcore.platform.patched  # noqa: F401  (before Megatron-Core)
 
@@ -10,15 +10,15 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 
 
 def shards_of(model: torch.nn.Module) -> Iterator[ShardedTensor]:
-    """Of all weights of a module of Megatron-Core's; ``data`` of each is a view of the parameter.
+    """Yield the shards of all weights of a Megatron-Core module; ``data`` of each is a view of the parameter.
 
-    A parameter that is several pieces of the checkpoint (gate and up projection) yields each of them.
+    A parameter that consists of several tensors of the checkpoint (gate and up projection) yields a shard of each.
     """
     yield from shards_in(model.sharded_state_dict().values())
 
 
 def shards_in(entries: Iterable[Any]) -> Iterator[ShardedTensor]:
-    """Of the weights among entries of a sharded state dict."""
+    """Yield the shards of the weights among entries of a sharded state dict, which may be of other types too."""
     for entry in entries:
         if isinstance(entry, ShardedTensorFactory):
             parts = entry.build()

@@ -1,7 +1,7 @@
-"""The kernels of --attention-backend: what they are given, what is refused and what auto takes.
+"""The kernels of --attention-backend: their arguments, refusals, and the choice of auto.
 
-The packages are stood in for by plain PyTorch with their signatures and meanings (``fake_kernels``); the real ones are
-compared in ``tests/gpu``.
+The packages are replaced by plain PyTorch with their signatures and meanings (``fake_kernels``); ``tests/gpu`` compares
+the real ones.
 """
 
 import dataclasses
@@ -15,13 +15,14 @@ import torch
 
 from mft_megatron.arguments.values.attention import AttentionShape
 from mft_megatron.errors import InputError
+from mft_megatron.mcore.parallel.attention_spans import Spans
 from tests import fake_kernels
 from tests.ranks import run_on_ranks
 
-# queries and keys of each piece
-PIECES = {
+# queries and keys of each segment slice
+SLICES = {
     "segments": ((7, 1, 16, 8), (7, 1, 16, 8)),
-    "pieces with fewer queries than keys": ((7, 1, 5, 8), (7, 9, 16, 30)),
+    "fewer queries than keys": ((7, 1, 5, 8), (7, 9, 16, 30)),
     "one long": ((64,), (64,)),
     "many of one token": ((1,) * 20, (1,) * 20),
     "one query": ((1, 1), (40, 3)),
@@ -31,7 +32,7 @@ BF16 = AttentionShape("bf16", 8)
 
 
 def tensors(lengths, heads, groups, size=8, seed=0):
-    """Query, key and value of fp64, and a gradient for what comes out of them."""
+    """Query [queries, heads, size], key and value [keys, groups, size], and a gradient of the output, all fp64."""
     generator = torch.Generator().manual_seed(seed)
     queries, keys = map(sum, lengths)
     shapes = [(queries, heads, size), (keys, groups, size), (keys, groups, size), (queries, heads, size)]
@@ -40,8 +41,7 @@ def tensors(lengths, heads, groups, size=8, seed=0):
 
 
 def forward_and_backward(kernel, lengths, heads, groups, scale, window):
-    from mft_megatron.mcore.parallel.attention_spans import Spans
-
+    """Output of a kernel, and gradients of query, key and value."""
     inputs, upstream = tensors(lengths, heads, groups)
     output = kernel(*inputs, Spans.of(*map(np.array, lengths)), scale, window, 0.0)
     output.backward(upstream)
@@ -49,6 +49,7 @@ def forward_and_backward(kernel, lengths, heads, groups, scale, window):
 
 
 def kernel_of(name):
+    """The kernel of a backend for bf16 and heads of 8."""
     from mft_megatron.mcore.attention.backends import choose
 
     return choose(name, BF16).kernel
@@ -56,25 +57,24 @@ def kernel_of(name):
 
 @pytest.fixture
 def packages(monkeypatch):
+    """Replace the packages of kernels by plain PyTorch."""
     fake_kernels.install(monkeypatch)
 
 
 @pytest.mark.parametrize("window", [None, 0, 3, 100])
 @pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (3, 1)])
-@pytest.mark.parametrize("case", PIECES)
+@pytest.mark.parametrize("case", SLICES)
 @pytest.mark.parametrize("name", FAST)
 def test_each_computes_what_local_does(packages, name, case, heads, groups, window):
     from mft_megatron.mcore.attention.sdpa import local
 
-    arguments = (PIECES[case], heads, groups, 0.3 if window == 3 else None, window)
+    arguments = (SLICES[case], heads, groups, 0.3 if window == 3 else None, window)
     ours, theirs = (forward_and_backward(kernel, *arguments) for kernel in (kernel_of(name), local))
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
 def test_a_view_with_scattered_heads_is_made_dense(packages):
-    from mft_megatron.mcore.parallel.attention_spans import Spans
-
     lengths = np.array([5, 9])
     scattered = [torch.randn(8, 14, 4).permute(1, 2, 0) for _ in range(3)]
     dense = [tensor.contiguous() for tensor in scattered]
@@ -83,36 +83,32 @@ def test_a_view_with_scattered_heads_is_made_dense(packages):
         assert kernel_of(name)(*scattered, spans).equal(kernel_of(name)(*dense, spans))
 
 
-def test_the_stand_in_for_torch_has_its_signature():
+def test_the_replacement_of_varlen_has_its_signature():
     from torch.nn.attention import varlen
 
-    real, ours = (inspect.signature(place.varlen_attn).parameters.values() for place in (varlen, fake_kernels))
+    real, ours = (inspect.signature(module.varlen_attn).parameters.values() for module in (varlen, fake_kernels))
     assert [(p.name, p.kind, p.default) for p in real] == [(p.name, p.kind, p.default) for p in ours]
 
 
 @pytest.mark.parametrize("name", ["flash", "fused"])
-def test_dropout_is_handed_on(packages, name):
-    from mft_megatron.mcore.parallel.attention_spans import Spans
-
-    inputs, _ = tensors(PIECES["segments"], 4, 2)
-    spans, kernel = Spans.of(*map(np.array, PIECES["segments"])), kernel_of(name)
+def test_dropout_is_passed_on(packages, name):
+    inputs, _ = tensors(SLICES["segments"], 4, 2)
+    spans, kernel = Spans.of(*map(np.array, SLICES["segments"])), kernel_of(name)
     torch.manual_seed(0)
     dropped = kernel(*inputs, spans, None, None, 0.5)
     whole = kernel(*inputs, spans, None, None, 0.0)
     assert kernel(*inputs, spans, None, None, 0.0).equal(whole)
     assert not dropped.equal(whole)
-    # a weight that stays is worth more by what was dropped: of one key it is 0 or twice as much
+    # a kept weight is scaled by 1 / (1 - p): with one key the output is 0 or twice as large
     one = whole[7], dropped[7]
     assert all(torch.allclose(b, torch.zeros_like(b)) or torch.allclose(b, 2 * a) for a, b in zip(*one, strict=True))
 
 
 @pytest.mark.parametrize("name", ["flash", "fused"])
-def test_a_layer_that_is_computed_again_drops_the_same(packages, name):
-    """Recomputed activations come from a first pass without gradients."""
-    from mft_megatron.mcore.parallel.attention_spans import Spans
-
-    inputs, _ = tensors(PIECES["segments"], 4, 2)
-    spans, kernel, outputs = Spans.of(*map(np.array, PIECES["segments"])), kernel_of(name), []
+def test_a_recomputed_layer_drops_the_same_weights(packages, name):
+    """The first pass of a recomputed layer has no gradients."""
+    inputs, _ = tensors(SLICES["segments"], 4, 2)
+    spans, kernel, outputs = Spans.of(*map(np.array, SLICES["segments"])), kernel_of(name), []
     for records in (False, True):
         torch.manual_seed(0)
         with torch.set_grad_enabled(records):
@@ -121,31 +117,26 @@ def test_a_layer_that_is_computed_again_drops_the_same(packages, name):
 
 
 def test_varlen_has_no_dropout(packages):
-    from mft_megatron.mcore.parallel.attention_spans import Spans
-
-    inputs, _ = tensors(PIECES["segments"], 4, 2)
+    inputs, _ = tensors(SLICES["segments"], 4, 2)
     with pytest.raises(ValueError, match="no dropout"):
-        kernel_of("varlen")(*inputs, Spans.of(*map(np.array, PIECES["segments"])), None, None, 0.5)
+        kernel_of("varlen")(*inputs, Spans.of(*map(np.array, SLICES["segments"])), None, None, 0.5)
 
 
-def test_what_cudnn_cannot_is_told_in_a_line(packages):
-    from mft_megatron.mcore.parallel.attention_spans import Spans
-
-    inputs, _ = tensors(PIECES["one query"], 4, 2)
+def test_no_kernel_of_cudnn_is_an_error_of_one_line(packages):
+    inputs, _ = tensors(SLICES["one query"], 4, 2)
     with pytest.raises(InputError, match="--attention-backend fused: Transformer Engine finds no kernel") as refused:
-        kernel_of("fused")(*inputs, Spans.of(*map(np.array, PIECES["one query"])), None, None, 0.5)
+        kernel_of("fused")(*inputs, Spans.of(*map(np.array, SLICES["one query"])), None, None, 0.5)
     assert refused.value.always
 
 
 def _dropout_of_the_module(name):
-    """Dropout that the kernel is given while training and in evaluation, and the keys of the module's state."""
+    """Dropout that the kernel gets while training and in evaluation, and the keys of the module's state."""
     from megatron.core.transformer.enums import AttnMaskType
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from mft_megatron.arguments.groups.distributed import DistributedArguments
     from mft_megatron.mcore.attention.packed_attention import PackedAttention, PackedStream
     from mft_megatron.mcore.parallel import process_groups
-    from mft_megatron.mcore.parallel.attention_spans import Spans
     from mft_megatron.mcore.parallel.context_parallel import ContextParallelShard
 
     with pytest.MonkeyPatch.context() as monkeypatch, process_groups.process_groups(DistributedArguments(), seed=1):
@@ -154,15 +145,15 @@ def _dropout_of_the_module(name):
             num_layers=1, hidden_size=32, num_attention_heads=4, params_dtype=torch.bfloat16, attention_dropout=0.5
         )
         attention = PackedAttention(config, 1, AttnMaskType.causal, "self", backend=name)
-        kernel, given = attention.kernel, []
-        attention.kernel = lambda *arguments: (given.append(arguments[-1]), kernel(*arguments))[1]
+        kernel, dropouts = attention.kernel, []
+        attention.kernel = lambda *arguments: (dropouts.append(arguments[-1]), kernel(*arguments))[1]
         lengths = np.array([5, 7])
         shard = ContextParallelShard(Spans.of(lengths, lengths), torch.arange(12))
         inputs = [torch.randn(12, 1, 4, 8) for _ in range(3)]
         for train in (True, False):
             attention.train(train)
             attention(*inputs, None, packed_seq_params=PackedStream(shard=shard))
-        return given, list(attention.state_dict())
+        return dropouts, list(attention.state_dict())
 
 
 @pytest.mark.parametrize("name", ["flash", "fused"])
@@ -171,7 +162,7 @@ def test_no_dropout_in_evaluation_and_nothing_in_the_checkpoint(name):
 
 
 @pytest.mark.parametrize(
-    ("missing", "shape", "taken", "why_not"),
+    ("missing", "shape", "chosen", "why_not"),
     [
         ((), BF16, "flash", {}),
         (("flash_attn",), BF16, "varlen", {"flash": "not installed"}),
@@ -182,16 +173,16 @@ def test_no_dropout_in_evaluation_and_nothing_in_the_checkpoint(name):
         ((), AttentionShape("bf16", 264), "local", {"flash": "up to 256", "varlen": "up to 256"}),
     ],
 )
-def test_auto_takes_the_first_that_can(monkeypatch, missing, shape, taken, why_not):
+def test_auto_takes_the_first_that_can(monkeypatch, missing, shape, chosen, why_not):
     from mft_megatron.mcore.attention.backends import choose
 
     fake_kernels.install(monkeypatch, dict.fromkeys(missing))
     choice = choose("auto", shape)
-    assert choice.name == taken
+    assert choice.name == chosen
     assert set(choice.why_not) == set(why_not)
     assert all(text in choice.why_not[name] for name, text in why_not.items())
     line = choice.describe()
-    assert line.startswith(f"attention: {taken}")
+    assert line.startswith(f"attention: {chosen}")
     assert all(name in line for name in why_not)
     assert "\n" not in line
 
@@ -255,8 +246,8 @@ def test_packages_that_are_absent_too_old_or_broken(monkeypatch, tmp_path, name,
     with monkeypatch.context() as patch:
         fake_kernels.install(patch, {module: "1.0"})
         assert "or newer, and 1.0 is installed" in refusal()
-    # as where it was built for another torch: the package is found, its compiled part is not
-    for content, said in (
+    # built for another torch: the package is found, its compiled module is not
+    for content, message in (
         ("raise ImportError('undefined symbol: _ZN3c104cuda\\nsecond line')", "ImportError: undefined symbol"),
         ("raise OSError('libcudnn.so.9: cannot open')", "OSError: libcudnn.so.9"),
         ("import compiled_part_that_is_not_there", "No module named 'compiled_part_that_is_not_there'"),
@@ -268,13 +259,13 @@ def test_packages_that_are_absent_too_old_or_broken(monkeypatch, tmp_path, name,
         with monkeypatch.context() as patch:
             fake_kernels.install(patch, {module: None})
             patch.syspath_prepend(folder.parent)
-            assert said in (line := refusal())
+            assert message in (line := refusal())
             assert "installed and cannot be imported" in line
 
 
 @pytest.mark.filterwarnings("ignore:full scope is deprecated")
-def test_the_configuration_says_what_is_asked():
-    """Windows that see all to the left are none; sizes are those of the configuration."""
+def test_the_shape_is_that_of_the_configuration():
+    """A window that sees all tokens to the left is none."""
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from mft_megatron.mcore.attention.backends import shape_of
@@ -289,7 +280,7 @@ def test_the_configuration_says_what_is_asked():
 
 
 def test_choosing_needs_neither_package():
-    """Importing the module imports neither: an installation that is broken must not stop a run with local."""
+    """Importing the module imports neither: a broken installation must not stop a run with local."""
     code = (
         "import sys, mft_megatron.mcore.attention.backends\n"
         "assert not {'flash_attn', 'transformer_engine.pytorch'} & set(sys.modules)"

@@ -11,7 +11,7 @@ LENGTHS = (7, 1, 16, 8)
 
 
 def attend(tensors, lengths, layer_number=1, training=True, **options):
-    """Through Megatron's interface: query [T, heads, d], key and value [T, groups, d] -> [T, heads, d]."""
+    """Call attention as Megatron does: query [T, heads, d], key and value [T, groups, d] -> [T, heads, d]."""
     from megatron.core.transformer.enums import AttnMaskType
     from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -29,17 +29,15 @@ def attend(tensors, lengths, layer_number=1, training=True, **options):
 
 
 def make(dtype, seed=0):
+    """Query [T, 4, 8], key and value [T, 2, 8] of the same numbers for each dtype."""
     total = sum(LENGTHS)
     generator = torch.Generator().manual_seed(seed)
     shapes = ((total, 4, 8), (total, 2, 8), (total, 2, 8))
     return [torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype) for shape in shapes]
 
 
-def detached(pairs):
-    return [(a.detach().double(), b.detach()) for a, b in pairs]
-
-
 def _forward_and_backward(options, layer_number, window):
+    """Errors of the output and of the gradients of query, key and value, relative to the largest value."""
     ours = [x.requires_grad_() for x in make(torch.float32)]
     theirs = [x.requires_grad_() for x in make(torch.float64)]
     upstream = torch.randn(sum(LENGTHS), 4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -48,7 +46,8 @@ def _forward_and_backward(options, layer_number, window):
     ours_out.backward(upstream.float())
     theirs_out.backward(upstream)
     pairs = [(ours_out, theirs_out), *((a.grad, b.grad) for a, b in zip(ours, theirs, strict=True))]
-    return [float((a - b).abs().max() / b.abs().max().clamp(min=1)) for a, b in detached(pairs)]
+    pairs = [(a.detach().double(), b.detach()) for a, b in pairs]
+    return [float((a - b).abs().max() / b.abs().max().clamp(min=1)) for a, b in pairs]
 
 
 @pytest.mark.parametrize(
@@ -70,6 +69,7 @@ def test_equals_dense_block_diagonal_attention(options, layer_number, window):
 
 
 def _neighbours_replaced():
+    """Whether a segment's output, and that of the segments before it, stay where those around it change."""
     tensors, others = make(torch.float32), make(torch.float32, seed=5)
     start, end = LENGTHS[0] + LENGTHS[1], sum(LENGTHS[:3])
     mixed = [torch.cat([b[:start], a[start:end], b[end:]]) for a, b in zip(tensors, others, strict=True)]
@@ -84,25 +84,27 @@ def test_neighbours_do_not_matter():
 
 
 def _with_dropout():
+    """Outputs while training and in evaluation, and random numbers that are drawn afterwards."""
     from mft_megatron.arguments.groups.distributed import DistributedArguments
     from mft_megatron.mcore.parallel import process_groups
 
     with process_groups.process_groups(DistributedArguments(tensor_model_parallel_size=2), seed=1):
         dropped = attend(make(torch.float32), LENGTHS, attention_dropout=0.5)
-        around = torch.rand(3)
-        return dropped, attend(make(torch.float32), LENGTHS, attention_dropout=0.5, training=False), around
+        after = torch.rand(3)
+        return dropped, attend(make(torch.float32), LENGTHS, attention_dropout=0.5, training=False), after
 
 
 def test_tensor_parallel_ranks_drop_different_weights_and_leave_other_random_numbers_alone():
-    """Their heads are different heads; elsewhere the ranks must draw alike."""
-    (one, one_whole, one_around), (two, two_whole, two_around) = run_on_ranks(2, _with_dropout)
+    """The ranks have different heads; outside of attention they need the same random numbers."""
+    (one, one_whole, one_after), (two, two_whole, two_after) = run_on_ranks(2, _with_dropout)
     assert one_whole.equal(two_whole)
     assert not one.equal(one_whole)
     assert not one.equal(two)
-    assert one_around.equal(two_around)
+    assert one_after.equal(two_after)
 
 
 def _wrong_use():
+    """Build attention with another mask."""
     from megatron.core.transformer.enums import AttnMaskType
     from megatron.core.transformer.transformer_config import TransformerConfig
 

@@ -1,4 +1,4 @@
-"""What a context-parallel rank has of a micro-batch, and attention that several ranks compute together."""
+"""The shard of a micro-batch that a context-parallel rank has, and attention that several ranks compute."""
 
 import dataclasses
 import itertools
@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 
 def batch_of(lengths, mask=None, rows=1):
-    """A micro-batch of segments; all targets count unless a mask says otherwise."""
+    """A micro-batch of segments of these lengths; all tokens are supervised unless a mask says otherwise."""
     total = sum(lengths)
     batch = one_segment(np.arange(total))
     mask = np.ones(total, np.uint8) if mask is None else mask
@@ -35,20 +35,20 @@ def test_each_token_belongs_to_one_rank(size):
     parts = [shard.take(tokens_BS) for shard in shards]
     assert all(len(part) == 24 // size for part in parts)
     assert sorted(torch.cat(parts).tolist()) == list(range(24))
-    wholes = torch.stack([shard.scatter(part + 1.0, 24) for shard, part in zip(shards, parts, strict=True)])
-    assert wholes.sum(0).tolist() == (tokens_BS.flatten() + 1.0).tolist()
-    assert (wholes != 0).sum(0).tolist() == [1] * 24
+    scattered = torch.stack([shard.scatter(part + 1.0, 24) for shard, part in zip(shards, parts, strict=True)])
+    assert scattered.sum(0).tolist() == (tokens_BS.flatten() + 1.0).tolist()
+    assert (scattered != 0).sum(0).tolist() == [1] * 24
     supervised = [shard.supervised_indices().tolist() for shard in shards]
     assert sorted(itertools.chain(*supervised)) == np.flatnonzero(mask).tolist()
-    for shard, part, places in zip(shards, parts, supervised, strict=True):
-        assert part[shard.supervised_N].tolist() == places
-        mine = shard.token_mask(tokens_BS.shape)
-        assert (mine is None) == (size == 1)
-        if mine is not None:
-            assert tokens_BS[mine].tolist() == part.tolist()
+    for shard, part, indices in zip(shards, parts, supervised, strict=True):
+        assert part[shard.supervised_N].tolist() == indices
+        mask_BS = shard.token_mask(tokens_BS.shape)
+        assert (mask_BS is None) == (size == 1)
+        if mask_BS is not None:
+            assert tokens_BS[mask_BS].tolist() == part.tolist()
 
 
-def test_the_gradient_of_a_part_goes_back_to_its_tokens():
+def test_the_gradient_of_scattered_values_goes_back_to_them():
     shard = ContextParallelShard.of(batch_of((8,)), 0, 2, CPU)
     part = torch.ones(4, requires_grad=True)
     (shard.scatter(part, 8) * torch.arange(8.0)).sum().backward()
@@ -56,7 +56,7 @@ def test_the_gradient_of_a_part_goes_back_to_its_tokens():
 
 
 def _attend(lengths, size, window, dtype):
-    """This rank's output and gradients of its own tokens, with their places."""
+    """Indices of this rank's tokens, their attention output, and gradients of their queries, keys and values."""
     from megatron.core import parallel_state
     from megatron.core.transformer.enums import AttnMaskType
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -91,6 +91,7 @@ def shard_rows(shard, tensor):
 
 
 def make(lengths):
+    """Query [T, 4, 8], key and value [T, 2, 8], and a gradient of the output [T, 4, 8], fp64."""
     total, generator = sum(lengths), torch.Generator().manual_seed(0)
     shapes = ((total, 4, 8), (total, 2, 8), (total, 2, 8), (total, 4, 8))
     return [torch.randn(shape, dtype=torch.float64, generator=generator) for shape in shapes]
@@ -101,12 +102,12 @@ def make(lengths):
     [
         (2, (13, 1, 22, 12), None),
         (2, (48,), None),
-        (4, (5, 40, 3), None),  # one segment in all chunks but one
+        (4, (5, 40, 3), None),  # one segment in all blocks but one
         (2, (13, 1, 22, 12), 4),
         (3, (1,) * 12, None),
     ],
 )
-def test_ranks_together_equal_one(size, lengths, window):
+def test_several_ranks_equal_one(size, lengths, window):
     """Output and the gradients of queries, keys and values; fp64, so that nothing but the order of sums differs."""
     *tensors, upstream = make(lengths)
     for tensor in tensors:
@@ -129,19 +130,19 @@ def _sum(size):
 
     with process_groups.process_groups(DistributedArguments(context_parallel_size=size), seed=1):
         rank = torch.distributed.get_rank()
-        own = torch.tensor([1.0 + rank, 10.0], requires_grad=True)
-        total = shard_of(batch_of((8,)), CPU).sum(own)
-        # each rank's part of an objective: total² times its own number
+        value = torch.tensor([1.0 + rank, 10.0], requires_grad=True)
+        total = shard_of(batch_of((8,)), CPU).sum(value)
+        # each rank's part of the objective is (rank + 1) · total²
         ((rank + 1) * total**2).sum().backward()
-        return total.tolist(), own.grad.tolist(), own.tolist()
+        return total.tolist(), value.grad.tolist(), value.tolist()
 
 
 def test_a_sum_over_ranks_is_differentiated():
-    """d/dx Σ_r (r+1)·total² = 2·total·Σ(r+1), on every rank alike."""
-    for number, (total, gradient, own) in enumerate(run_on_ranks(2, _sum, 2)):
+    """d/dx Σ_r (r+1)·total² = 2·total·Σ(r+1), the same on every rank."""
+    for rank, (total, gradient, value) in enumerate(run_on_ranks(2, _sum, 2)):
         assert total == [3.0, 20.0]
         assert gradient == [2 * 3.0 * 3, 2 * 20.0 * 3]
-        assert own == [1.0 + number, 10.0]  # it is not summed in place
+        assert value == [1.0 + rank, 10.0]  # it is not summed in place
 
 
 def _layout():
@@ -152,9 +153,9 @@ def _layout():
         return process_groups.ranks(), process_groups.layout(), count_parameters([torch.nn.Linear(3, 5)])
 
 
-def test_context_parallel_ranks_are_one_place_of_data_parallelism():
-    """Four ranks, two of which share their data: they count parameters once, and the layout says what it is."""
+def test_context_parallel_ranks_have_one_data_parallel_rank():
+    """Four ranks, two of which have the same data: parameters are counted once, and the layout has both sizes."""
     results = run_on_ranks(4, _layout)
-    assert [(own.data_rank, own.data_size) for own, _, _ in results] == [(0, 2), (0, 2), (1, 2), (1, 2)]
+    assert [(ranks.data_rank, ranks.data_size) for ranks, _, _ in results] == [(0, 2), (0, 2), (1, 2), (1, 2)]
     assert {(layout["context"], layout["data"]) for _, layout, _ in results} == {(2, 2)}
     assert {parameters for _, _, parameters in results} == {20}
