@@ -187,13 +187,13 @@ def without_validation(dataset_prefix, tokenizer_folder, tmp_path_factory):
 
 
 def _preprocessed(prefix, tokenizer_folder, output, more_tasks, split):
-    from mft_megatron.data.packing.build_packs import Layout
+    from mft_megatron.data.packing.build_packs import PackingOptions
     from mft_megatron.data.preprocessing.preprocess import Recipe, preprocess
-    from mft_megatron.data.tasks.task_files import TaskSource
+    from mft_megatron.data.tasks.task_files import TaskFiles
 
     files = {name: Path(prefix).with_name(f"{name}.jsonl") for name in ("completion", "explain", "write", "read")}
-    tasks = {name: TaskSource(name, (file,)) for name, file in (files | more_tasks).items()}
-    preprocess(Recipe(tasks, "HuggingFaceTokenizer", str(tokenizer_folder), output, Layout(128, split=split)))
+    tasks = {name: TaskFiles(name, (file,)) for name, file in (files | more_tasks).items()}
+    preprocess(Recipe(tasks, "HuggingFaceTokenizer", str(tokenizer_folder), output, PackingOptions(128, split=split)))
     return str(output)
 
 

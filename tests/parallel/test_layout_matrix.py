@@ -114,20 +114,20 @@ def test_tasks_are_missing_wherever_they_can(dataset_prefix):
 @pytest.fixture(scope="module")
 def same_samples(dataset_prefix, tokenizer_folder, tmp_path_factory):
     """Prefixes of the same few samples, by name: packed for 128 tokens, for 192, and each in a row of its own."""
-    from mft_megatron.data.packing.build_packs import Layout
+    from mft_megatron.data.packing.build_packs import PackingOptions
     from mft_megatron.data.preprocessing.preprocess import Recipe, preprocess
     from mft_megatron.data.preprocessing.repack import add_length
-    from mft_megatron.data.tasks.task_files import TaskSource
+    from mft_megatron.data.tasks.task_files import TaskFiles
 
     folder = tmp_path_factory.mktemp("same_samples")
     tasks = {}
     for path in sorted(Path(dataset_prefix).parent.glob("*.jsonl")):
         lines = [line for line in path.read_text().splitlines() if len(line) < 200][:6]
-        tasks[path.stem] = TaskSource(path.stem, (folder / path.name,))
+        tasks[path.stem] = TaskFiles(path.stem, (folder / path.name,))
         tasks[path.stem].files[0].write_text("".join(f"{line}\n" for line in lines))
-    packed = Layout(128, split=(1, 0, 0))
-    for name, layout in {"packed": packed, "single": dataclasses.replace(packed, padding_mode="padding")}.items():
-        preprocess(Recipe(tasks, "HuggingFaceTokenizer", str(tokenizer_folder), folder / name, layout))
+    packed = PackingOptions(128, split=(1, 0, 0))
+    for name, options in {"packed": packed, "single": dataclasses.replace(packed, padding_mode="padding")}.items():
+        preprocess(Recipe(tasks, "HuggingFaceTokenizer", str(tokenizer_folder), folder / name, options))
     add_length(str(folder / "packed"), dataclasses.replace(packed, seq_length=192))
     packed, single = str(folder / "packed"), str(folder / "single")
     return {"packed": (packed, ""), "longer": (packed, "--seq-length 192"), "single": (single, "")}
