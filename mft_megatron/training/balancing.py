@@ -151,7 +151,7 @@ class DrawnBalance(TaskBalance):
 
     def begin(self, trainer: Trainer, log: RunLog, progress: Progress, first_loss_K: np.ndarray | None = None) -> None:
         """Start the balancer with draw 0, unless it continues from a checkpoint, and put its weights into force."""
-        log.say(self._cost)
+        log.print(self._cost)
         missing = [name for name, known in zip(self._dataset.tasks, self._known_K, strict=True) if not known]
         if missing:
             reason = f"--task-balance {self.kind}: no validation data; these tasks get the mean weight"

@@ -92,7 +92,7 @@ class Evaluation:
         """Why the run is over; ``None`` while it is not."""
         return self._stopping.finished(self._state)
 
-    def to_keep(self, progress: Progress) -> bool:
+    def is_best(self, progress: Progress) -> bool:
         """Whether this step has the best evaluation so far, and its checkpoint is to be kept for that."""
         return self._keeps_best and self._best_step == progress.step
 

@@ -9,7 +9,7 @@ from mft_megatron.arguments.groups.training import TrainingArguments
 from mft_megatron.mcore.parallel import process_groups
 
 
-class Leaving:
+class ExitConditions:
     """Asked after each step. Within ``with`` it catches ``--exit-signal``, if it is to."""
 
     def __init__(self, training: TrainingArguments):
@@ -17,7 +17,7 @@ class Leaving:
         self._caught = False
         self._before = None
 
-    def __enter__(self) -> "Leaving":
+    def __enter__(self) -> "ExitConditions":
         if self._training.exit_signal_handler:
             self._before = signal.signal(signal.Signals[self._training.exit_signal], self._catch)
         return self

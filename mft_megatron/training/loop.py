@@ -1,13 +1,13 @@
-"""The training loop: plan a step, take it, log it; now and then draw, evaluate, save and stop."""
+"""The training loop: plan a step, take it, log it; at intervals update task weights, evaluate, save and stop."""
 
 import math
 import time
-from typing import Any
 
 from mft_megatron.arguments.groups.mixed_precision import MixedPrecisionArguments
 from mft_megatron.arguments.table import Arguments
 from mft_megatron.batch import StepPlan
-from mft_megatron.data.loading.dataset import PackedDataset
+from mft_megatron.batch_sizes import BatchSizes
+from mft_megatron.data.loading.dataset import PackedDataset, PackedSplit
 from mft_megatron.data.loading.step_plan import plan_step
 from mft_megatron.errors import InputError
 from mft_megatron.losses.table import LOSSES
@@ -18,7 +18,7 @@ from mft_megatron.mcore.trainer import StepReport, Trainer
 from .epochs import EpochProof
 from .evaluation import Evaluation
 from .events import event_record
-from .exit_conditions import Leaving
+from .exit_conditions import ExitConditions
 from .garbage_collection import GarbageCollection
 from .progress import Progress
 from .records import share_warning, train_record
@@ -37,171 +37,209 @@ def train(
     log: RunLog,
     progress: Progress,
 ) -> Progress:
-    """Train from ``progress`` to ``--train-iters``, or to where evaluations say that it is enough.
+    """Train from ``progress`` to ``--train-iters``, or until early stopping or an exit condition ends the run.
 
     Raises:
         InputError: training diverged: the gradient norm or a validation loss is not finite, or gradients overflow at
             the lowest loss scale; or an epoch did not use the data as planned.
     """
-    leaving, garbage = Leaving(arguments.training), GarbageCollection(arguments.training)
-    with leaving, garbage, saver.completed_first():
-        split, training, balance = dataset.split("train"), arguments.training, evaluation.balance
+    split, training, balance = dataset.split("train"), arguments.training, evaluation.balance
+    batch_sizes, seed = arguments.batch_sizes, arguments.initialization.seed
+    exits, garbage = ExitConditions(training), GarbageCollection(training)
+    with exits, garbage, saver.completed_first():
         evaluation.begin(trainer, log, progress)
         if evaluation.finished:
             log.write(event_record(progress, "early stop", reason=evaluation.finished))
             return progress
-        clock, due, unlogged, sizes = _Clock(), False, None, arguments.batch_sizes
+        steps = StepLogger(arguments, dataset, trainer, log)
         while progress.step < training.train_iters:
-            batch_size = sizes.after(progress.consumed_samples)
-            plan = plan_step(
-                split,
-                seed=arguments.initialization.seed,
-                global_batch_size=batch_size,
-                consumed_samples=progress.consumed_samples,
-            )
+            before, plan = progress, _next_plan(split, seed, batch_sizes, progress)
             report = trainer.train_step(split, plan, balance.weight_K)
-            skipped = report is None or report.overflow
-            before, progress = progress, progress.after_step(batch_size, skipped)
-            if skipped:
-                clock.leave_out()
-                log.write(_skip_record(progress, report))
-                _refuse_lasting_overflow(arguments.precision, progress, report)
-            else:
-                clock.count_step()
-                _refuse_divergence(progress, report.grad_norm)
-                unlogged = (progress, report, plan)
+            progress = before.after_step(len(plan.packs_G), skipped=report is None or report.overflow)
+            steps.count(progress, plan, report)
+            _refuse_divergence(arguments.precision, progress, report)
             saver.poll(progress, log)
             epochs.after_step(trainer, log, before, progress)
             if balance.after_step(trainer, log, progress):
-                clock.count_draw()
+                steps.count_draw()
             last = progress.step == training.train_iters
-            reason = leaving.reason(progress.step)
-            # where the step that is due was skipped, the last one before it is logged, or else the next
-            due = due or progress.step % arguments.logging.log_interval == 0 or last
-            drawn = progress.step % (arguments.logging.tensorboard_log_interval or arguments.logging.log_interval) == 0
-            if (due or drawn) and unlogged is not None:
-                _log_step(arguments, dataset, trainer, log, *unlogged, *clock.read(), due, drawn)
-                if due:
-                    clock.restart()
-                due, unlogged = False, None
+            exit_reason = exits.reason(progress.step)
+            steps.write(progress, last)
             if progress.step % arguments.validation.eval_interval == 0 or last:
                 with garbage.around_evaluation():
                     evaluation.run(trainer, log, progress)
             garbage.after_step(progress.step)
-            ending = last or reason is not None or evaluation.finished is not None
-            if saver.due(progress.step, ending, evaluation.to_keep(progress)):
+            ending, best = last or bool(exit_reason or evaluation.finished), evaluation.is_best(progress)
+            if saver.due(progress.step, ending, best):
                 state = {**evaluation.state(), "usage": epochs.state(trainer, progress)}
-                saver.save(trainer, progress, log, ending, evaluation.to_keep(progress), state)
-            clock.leave_out()
+                saver.save(trainer, progress, log, ending, best, state)
+            steps.exclude_time()
             if evaluation.finished:
                 log.write(event_record(progress, "early stop", reason=evaluation.finished))
                 break
-            if reason is not None and not last:
-                log.write(event_record(progress, "exit", reason=reason))
+            if exit_reason is not None and not last:
+                log.write(event_record(progress, "exit", reason=exit_reason))
                 break
         saver.finish()
         return progress
 
 
-def _log_step(
-    arguments: Arguments,
-    dataset: PackedDataset,
-    trainer: Trainer,
-    log: RunLog,
-    progress: Progress,
-    report: StepReport,
-    plan: StepPlan,
-    step_time: float,
-    balance_time: float,
-    due: bool,
-    drawn: bool,
-) -> None:
-    """Write a step down: everywhere where that is ``due``, and to boards where it is to be ``drawn``."""
-    split, options = dataset.split("train"), arguments.logging
-    tokens = split.num_tokens(plan.packs_G)
-    weighted = LOSSES[arguments.multi_task.mft_loss].weighted
-    each_layer = arguments.moe.moe_per_layer_logging
-    record = train_record(progress, report, plan, tokens, step_time, balance_time, dataset.tasks, weighted, each_layer)
-    if options.log_params_norm:
-        with trainer.weights.whole():
-            record["params_norm"] = weight_norm(trainer.chunks)
-    if options.log_throughput:
-        lengths = segment_lengths(split, plan.packs_G)
-        operations = step_operations(arguments, lengths, record["supervised_tokens"], dataset.vocab_size)
-        record["tflops"] = operations / step_time / arguments.world_size / 1e12
-    if drawn:
-        log.draw(record, _of_the_machine(arguments))
-    if not due:
-        return
-    log.write(record)
-    warning = share_warning(record, arguments.multi_task.mft_normalization)
-    if warning:
-        log.write(event_record(progress, "warning", reason=warning))
+def _next_plan(split: PackedSplit, seed: int, batch_sizes: BatchSizes, progress: Progress) -> StepPlan:
+    consumed = progress.consumed_samples
+    return plan_step(split, seed=seed, global_batch_size=batch_sizes.after(consumed), consumed_samples=consumed)
 
 
-def _of_the_machine(arguments: Arguments) -> dict[str, float]:
-    """What boards get besides the record."""
-    scalars = {}
-    if arguments.logging.log_world_size_to_tensorboard:
-        scalars["world-size"] = arguments.world_size
-    if arguments.logging.log_memory_to_tensorboard:
-        scalars |= {f"memory/{name}": value for name, value in devices.memory().items()}
-    return scalars
+class StepLogger:
+    """Log of steps at ``--log-interval``, and of their scalars at ``--tensorboard-log-interval``, with mean times.
 
+    If the step to be logged was skipped, the last one before it is logged instead, or else the next.
+    """
 
-def _skip_record(progress: Progress, report: StepReport | None) -> dict[str, Any]:
-    """Of a step that has updated nothing."""
-    if report is None:
-        return event_record(progress, "skip", reason="no supervised token of a weighted task")
-    return event_record(progress, "skip", reason="gradients overflow at the loss scale", loss_scale=report.loss_scale)
+    def __init__(self, arguments: Arguments, dataset: PackedDataset, trainer: Trainer, log: RunLog):
+        self._arguments, self._dataset, self._trainer, self._log = arguments, dataset, trainer, log
+        self._clock = StepClock()
+        self._due = False
+        self._newest: tuple[Progress, StepPlan, StepReport] | None = None
 
+    def count(self, progress: Progress, plan: StepPlan, report: StepReport | None) -> None:
+        """Count a step that has just ended; one that updated nothing is logged at once, and its time excluded.
 
-def _refuse_lasting_overflow(precision: MixedPrecisionArguments, progress: Progress, report: StepReport | None) -> None:
-    """A loss scale that is too high is lowered; one that cannot be is the end."""
-    if report is None or (precision.dynamic_loss_scale and report.loss_scale > precision.min_loss_scale):
-        return
-    remedy = "lower --lr or --clip-grad, or train with --bf16, and continue from the last checkpoint with --load"
-    if not precision.dynamic_loss_scale:
-        remedy = f"lower --loss-scale, {remedy}"
-    raise InputError(
-        f"step {progress.step}: gradients overflow at the loss scale {report.loss_scale:g}, and it cannot be lowered; "
-        f"{remedy}"
-    )
+        Args:
+            progress: after the step.
+            plan: of the step.
+            report: of the step; ``None`` where the batch had nothing to learn from.
+        """
+        if report is None:
+            self._clock.exclude()
+            self._log.write(event_record(progress, "skip", reason="no supervised token of a weighted task"))
+        elif report.overflow:
+            self._clock.exclude()
+            reason = "gradients overflow at the loss scale"
+            self._log.write(event_record(progress, "skip", reason=reason, loss_scale=report.loss_scale))
+        else:
+            self._clock.count_step()
+            self._newest = progress, plan, report
 
+    def count_draw(self) -> None:
+        """Count a validation draw that has just ended."""
+        self._clock.count_draw()
 
-def _refuse_divergence(progress: Progress, grad_norm: float) -> None:
-    if not math.isfinite(grad_norm):
-        raise InputError(
-            f"step {progress.step}: the gradient norm is {grad_norm}; training has diverged. Lower --lr or --clip-grad "
-            "or lengthen the warm-up, and continue from the last checkpoint with --load"
+    def exclude_time(self) -> None:
+        """Count the time since the last step or draw for nothing."""
+        self._clock.exclude()
+
+    def write(self, progress: Progress, last: bool) -> None:
+        """Log the newest step if an interval ends after ``progress``, or it is the ``last`` of the run."""
+        options = self._arguments.logging
+        self._due = self._due or progress.step % options.log_interval == 0 or last
+        scalars_due = progress.step % (options.tensorboard_log_interval or options.log_interval) == 0
+        if self._newest is None or not (self._due or scalars_due):
+            return
+        record = self._record(*self._newest)
+        if scalars_due:
+            self._log.write_scalars(record, self._machine_scalars())
+        if self._due:
+            self._log.write(record)
+            warning = share_warning(record, self._arguments.multi_task.mft_normalization)
+            if warning:
+                self._log.write(event_record(self._newest[0], "warning", reason=warning))
+            self._clock.restart()
+        self._due, self._newest = False, None
+
+    def _record(self, progress: Progress, plan: StepPlan, report: StepReport) -> dict[str, object]:
+        arguments, split = self._arguments, self._dataset.split("train")
+        step_time, draw_time = self._clock.read()
+        record = train_record(
+            progress,
+            report,
+            plan,
+            tokens=split.num_tokens(plan.packs_G),
+            step_time=step_time,
+            balance_time=draw_time,
+            task_names=self._dataset.tasks,
+            weighted=LOSSES[arguments.multi_task.mft_loss].weighted,
+            each_layer=arguments.moe.moe_per_layer_logging,
         )
+        if arguments.logging.log_params_norm:
+            with self._trainer.weights.whole():
+                record["params_norm"] = weight_norm(self._trainer.chunks)
+        if arguments.logging.log_throughput:
+            lengths = segment_lengths(split, plan.packs_G)
+            supervised_tokens = int(plan.supervised_tokens_K.sum())
+            operations = step_operations(arguments, lengths, supervised_tokens, self._dataset.vocab_size)
+            record["tflops"] = operations / step_time / arguments.world_size / 1e12
+        return record
+
+    def _machine_scalars(self) -> dict[str, float]:
+        """Scalars of the machine, for boards alone: the number of ranks, and this rank's memory in bytes."""
+        options = self._arguments.logging
+        scalars: dict[str, float] = {}
+        if options.log_world_size_to_tensorboard:
+            scalars["world-size"] = self._arguments.world_size
+        if options.log_memory_to_tensorboard:
+            scalars |= {f"memory/{name}": value for name, value in devices.memory().items()}
+        return scalars
 
 
-class _Clock:
-    """Mean wall time of steps, and of the balancer's draws by step, since it was started anew; all else is left out."""
+class StepClock:
+    """Mean wall time of steps, and of validation draws by step, since the last restart; other time is excluded."""
 
     def __init__(self):
-        self._steps, self._seconds, self._balance, self._since = 0, 0.0, 0.0, time.perf_counter()
+        self._steps, self._step_seconds, self._draw_seconds = 0, 0.0, 0.0
+        self._since = time.perf_counter()
 
     def count_step(self) -> None:
+        """Count the time since the last call as a step, including what the device still computes of it."""
         devices.synchronize()
-        self._seconds += self._lap()
+        self._step_seconds += self._lap()
         self._steps += 1
 
     def count_draw(self) -> None:
-        self._balance += self._lap()
+        """Count the time since the last call as a validation draw."""
+        self._draw_seconds += self._lap()
 
-    def leave_out(self) -> None:
+    def exclude(self) -> None:
+        """Count the time since the last call for nothing."""
         self._lap()
 
     def read(self) -> tuple[float, float]:
-        """Seconds of a step, and of draws by step, since the last :meth:`restart`."""
-        return self._seconds / self._steps, self._balance / self._steps
+        """Mean seconds of a step, and of draws by step, since the last :meth:`restart`; there was a step."""
+        return self._step_seconds / self._steps, self._draw_seconds / self._steps
 
     def restart(self) -> None:
-        self._steps, self._seconds, self._balance = 0, 0.0, 0.0
+        """Forget all steps and draws."""
+        self._steps, self._step_seconds, self._draw_seconds = 0, 0.0, 0.0
 
     def _lap(self) -> float:
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
         return seconds
+
+
+def _refuse_divergence(precision: MixedPrecisionArguments, progress: Progress, report: StepReport | None) -> None:
+    """Check that training can continue after a step.
+
+    Raises:
+        InputError: the gradient norm is not finite, or gradients overflow at a loss scale that cannot be lowered.
+    """
+    if report is None:
+        return
+    if report.overflow:
+        _refuse_lasting_overflow(precision, progress, report.loss_scale)
+    elif report.grad_norm is not None and not math.isfinite(report.grad_norm):
+        raise InputError(
+            f"step {progress.step}: the gradient norm is {report.grad_norm}; training has diverged. Lower --lr or "
+            "--clip-grad or lengthen the warm-up, and continue from the last checkpoint with --load"
+        )
+
+
+def _refuse_lasting_overflow(precision: MixedPrecisionArguments, progress: Progress, loss_scale: float | None) -> None:
+    # after an overflow a dynamic loss scale is lowered, but not below its minimum
+    if loss_scale is None or (precision.dynamic_loss_scale and loss_scale > precision.min_loss_scale):
+        return
+    remedy = "lower --lr or --clip-grad, or train with --bf16, and continue from the last checkpoint with --load"
+    if not precision.dynamic_loss_scale:
+        remedy = f"lower --loss-scale, {remedy}"
+    raise InputError(
+        f"step {progress.step}: gradients overflow at the loss scale {loss_scale:g}, and it cannot be lowered; {remedy}"
+    )

@@ -54,19 +54,19 @@ def pretrain(arguments: Arguments, main_rank: bool = True, sources: Sources = NO
         options = arguments.checkpoint
         log = RunLog(process_groups.is_main(), options.save, arguments.logging)
         try:
-            log.say(f"{arguments.world_size} rank(s) on {devices.describe()}")
+            log.print(f"{arguments.world_size} rank(s) on {devices.describe()}")
             if not checked:
-                log.say("large data set: sizes of its files are checked, contents by tools/inspect_data.py --check")
+                log.print("large data set: sizes of its files are checked, contents by tools/inspect_data.py --check")
             if of_model:
-                log.say(of_model)
+                log.print(of_model)
             trainer = Trainer(arguments, model_vocab_size(arguments, dataset), len(dataset.tasks))
-            log.say(_shape(arguments, dataset, trainer))
-            log.say(kernels.describe(arguments, trainer.chunks[0].config))
+            log.print(_shape(arguments, dataset, trainer))
+            log.print(kernels.describe(arguments, trainer.chunks[0].config))
             of_data = weights_of_data(
                 arguments.multi_task, dataset.tasks, [task.weight for task in dataset.ledger.tasks]
             )
             if of_data is not None:
-                log.say(of_data)
+                log.print(of_data)
             if options.save is not None and process_groups.is_main():
                 _describe_run(arguments, dataset, log, sources)
             progress, state = resume(arguments, trainer, log, sources)

@@ -54,10 +54,10 @@ class RunLog:
             self._file.write(json.dumps(record, allow_nan=False) + "\n")
             self._file.flush()
         if record["kind"] == "valid":
-            self.draw(record)
-        self.say(_line(record))
+            self.write_scalars(record)
+        self.print(_line(record))
 
-    def draw(self, record: dict[str, Any], others: dict[str, float] | None = None) -> None:
+    def write_scalars(self, record: dict[str, Any], others: dict[str, float] | None = None) -> None:
         """Put the numbers of a step or an evaluation, and ``others`` of the same step, on the boards."""
         if not self._active:
             return
@@ -68,7 +68,7 @@ class RunLog:
         if self._wandb is not None:
             self._wandb.log(scalars, step=record["step"])
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         """A line on the terminal alone."""
         if self._active:
             print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True)

@@ -141,7 +141,7 @@ class Saver:
             try:
                 remove_checkpoint(path)
             except OSError as error:  # a full disk is worse than an ended run, but not now
-                log.say(f"{path} is {reason} and cannot be removed ({error}); remove it")
+                log.print(f"{path} is {reason} and cannot be removed ({error}); remove it")
             else:
                 log.write(event_record(progress, "remove", path=str(path), reason=reason))
 
@@ -264,7 +264,7 @@ def resume(
         if process_groups.is_main():
             restore_best(Path(options.save), best)
     elif best is not None:
-        log.say(f"the best evaluation so far was at step {best}; a checkpoint of it is in {path.parent} alone")
+        log.print(f"the best evaluation so far was at step {best}; a checkpoint of it is in {path.parent} alone")
     return progress, state
 
 
@@ -283,4 +283,4 @@ def keep_source(arguments: Arguments, sources: Sources) -> None:
 def keep_tokenizer(folder: str, model: str, log: RunLog) -> None:
     """Copy the tokenizer's files into the run folder, so that an export is complete; where they are gone, say so."""
     if not copy_tokenizer(Path(model), Path(folder) / TOKENIZER):
-        log.say(f"the tokenizer {model} is gone: an export of this run will need --tokenizer-model")
+        log.print(f"the tokenizer {model} is gone: an export of this run will need --tokenizer-model")

@@ -41,10 +41,10 @@ class Log:
     def write(self, record):
         self.records.append(record)
 
-    def draw(self, record, scalars):
+    def write_scalars(self, record, others):
         pass
 
-    def say(self, text):
+    def print(self, text):
         pass
 
     def of_kind(self, kind):

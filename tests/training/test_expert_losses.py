@@ -55,7 +55,7 @@ def test_where_records_go(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", lambda folder, **options: board)
     log = RunLog(True, str(tmp_path))
     log.write(record(LOSSES, each_layer=True))
-    log.draw(record(LOSSES, each_layer=True))
+    log.write_scalars(record(LOSSES, each_layer=True))
     log.close()
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["moe"]["z_loss"] == 4.0
     assert scalars["train-moe/z_loss"] == 4.0

@@ -91,7 +91,7 @@ def test_records_go_to_file_board_and_terminal(tmp_path, capsys):
     ]
     for record in written:
         log.write(record)
-    log.draw(written[0])
+    log.write_scalars(written[0])
     log.close()
     assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == written
     assert list((tmp_path / "tensorboard").iterdir())
