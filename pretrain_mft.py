@@ -5,50 +5,72 @@
 See ``--help`` for all options, and README.md for a whole run.
 """
 
+import dataclasses
 import functools
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mft_megatron.errors import run_command
-from mft_megatron.run_folder import CheckpointInfo
+
+if TYPE_CHECKING:
+    from mft_megatron.arguments.command import CommandLine
+    from mft_megatron.arguments.start import Start
+    from mft_megatron.arguments.table import Arguments
+    from mft_megatron.convert.background_export import Exports
+    from mft_megatron.convert.huggingface.weight_source import HuggingFaceSource
+    from mft_megatron.convert.peft.weight_source import AdapterSource
 
 
 def main() -> None:
     """Check every option first; only then load torch and start process groups."""
-    from mft_megatron.arguments.command import parse_arguments
+    from mft_megatron.arguments.command import make_arguments, read_command_line
     from mft_megatron.data.loading.dataset import packed_lengths
 
-    # options depend on the adapter, and opening it reads its matrices: once
-    adapters = {}
-
-    def describe_adapter(folder: str, info: CheckpointInfo):
-        adapters[folder] = open_adapter(folder, info)
-        return adapters[folder].lora
-
-    arguments = parse_arguments(
-        sys.argv[1:],
-        int(os.environ.get("WORLD_SIZE", 1)),
-        packed_lengths,
-        lambda folder: open_source(folder).info,
-        describe_adapter,
-    )
+    command_line = read_command_line(sys.argv[1:])
+    start, model, adapter = open_start(command_line)
+    arguments = make_arguments(command_line, start, int(os.environ.get("WORLD_SIZE", 1)), packed_lengths)
     from mft_megatron.training.pretrain import pretrain
     from mft_megatron.training.saving import Sources
 
-    model = open_source(arguments.checkpoint.hf_checkpoint) if arguments.reads_hf else None
-    adapter = adapters.get(arguments.lora.hf_adapter)
     main_rank = os.environ.get("RANK", "0") == "0"
     run = functools.partial(pretrain, arguments, main_rank, Sources(model, adapter))
-    # an evaluation alone saves nothing that could be exported
+    # A run that only evaluates saves nothing that could be exported.
     if arguments.checkpoint.save_hf is None or arguments.validation.skip_train:
         run()
     else:
         run_and_export(arguments, main_rank, run)
 
 
-def run_and_export(arguments, main_rank: bool, run) -> None:
-    """``--save-hf``: rank 0 has checkpoints exported while the run goes on, and the newest at its end."""
+def open_start(command_line: "CommandLine") -> "tuple[Start, HuggingFaceSource | None, AdapterSource | None]":
+    """Find the checkpoint of a run, and open the model of ``--hf-checkpoint`` and the adapter of ``--hf-adapter``.
+
+    Each is opened once, because that reads weights, and only if the run reads it. Torch is imported only then.
+    """
+    from mft_megatron.arguments.groups.checkpointing import CheckpointArguments
+    from mft_megatron.arguments.groups.lora import LoraArguments
+    from mft_megatron.arguments.start import Start, find_checkpoint, reads_adapter, reads_hf_model
+
+    options, lora = command_line.group(CheckpointArguments), command_line.group(LoraArguments)
+    start, model, adapter = Start(find_checkpoint(options)), None, None
+    if options.hf_checkpoint is not None and reads_hf_model(options, start.checkpoint):
+        from mft_megatron.convert.huggingface.weight_source import HuggingFaceSource
+
+        model = HuggingFaceSource(options.hf_checkpoint)
+        start = dataclasses.replace(start, hf_model=model.info)
+    resume = start.resume(options)
+    if lora.hf_adapter is not None and resume is not None and reads_adapter(lora, start.checkpoint):
+        from mft_megatron.convert.peft.weight_source import AdapterSource
+
+        adapter = AdapterSource(lora.hf_adapter, resume.info)
+        start = dataclasses.replace(start, adapter=adapter.lora)
+    return start, model, adapter
+
+
+def run_and_export(arguments: "Arguments", main_rank: bool, run: Callable[..., None]) -> None:
+    """Train with ``--save-hf``: rank 0 exports checkpoints during the run, and the newest at its end."""
     from mft_megatron.convert.huggingface.model_export import refuse_export
     from mft_megatron.training.saving import remove_exported
 
@@ -66,23 +88,8 @@ def run_and_export(arguments, main_rank: bool, run) -> None:
     exports.refuse_failures()
 
 
-@functools.cache
-def open_source(folder: str):
-    """The model of ``--hf-checkpoint``; imported only where it is asked for."""
-    from mft_megatron.convert.huggingface.weight_source import HuggingFaceSource
-
-    return HuggingFaceSource(folder)
-
-
-def open_adapter(folder: str, info: CheckpointInfo):
-    """The adapter of ``--hf-adapter``, for the model that ``info`` describes."""
-    from mft_megatron.convert.peft.weight_source import AdapterSource
-
-    return AdapterSource(folder, info)
-
-
-def open_exports(arguments):
-    """What writes checkpoints to ``--save-hf``: models, or adapters where those are what is trained."""
+def open_exports(arguments: "Arguments") -> "Exports":
+    """Open what writes checkpoints to ``--save-hf``: models, or adapters if adapters are trained."""
     from mft_megatron.convert.background_export import Exports
 
     direction = "mcore-to-hf" if arguments.adapters is None else "lora-to-peft"

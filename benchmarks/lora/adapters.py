@@ -53,7 +53,7 @@ class Ours:
     def __init__(self, variant: str, folder: Path, tokens_BS: np.ndarray, bf16: bool):
         source = HuggingFaceSource(str(folder))
         words = f"{RUN} {OURS[variant]} {'--bf16' * bf16} --seq-length {tokens_BS.size} --hf-checkpoint {folder}"
-        arguments = parse_arguments(words.split(), describe_hf=lambda _: source.info)
+        arguments = parse_arguments(words.split(), hf_model=source.info)
         (self.chunk,) = build_model(arguments, source.info.vocab_size)
         fill_model(self.chunk.module, source)
         self.chunk.train()

@@ -1,95 +1,99 @@
-"""The options of ``pretrain_mft.py``, read, completed and checked.
+"""The options of ``pretrain_mft.py``: read, completed and checked.
 
 ::
 
     command line, then --yaml-cfg FILE ─┐
-    checkpoint's architecture ──────────┼─► Arguments ─► check (no device, no process group) ─► training
+    checkpoint's architecture ──────────┼─► Arguments ─► checks (no device, no process group) ─► training
     Megatron's defaults ────────────────┘
 
-What can be refused without a device is refused by :mod:`.checks`, in one line that names the numbers and the
-remedy. Where an option differs from Megatron's, its help says so.
+Whatever can be refused without a device is refused by :mod:`.checks`, in one line with the numbers and the remedy. The
+help of an option says where it differs from Megatron's.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence, Set
+from typing import TYPE_CHECKING, TypeVar
 
 from mft_megatron.arguments.checks.batches import check_batch_schedule
 from mft_megatron.arguments.checks.parallel_layout import check_virtual_stages
 from mft_megatron.arguments.checks.ranges import check_ranges
 from mft_megatron.arguments.checks.recompute import check_recompute_granularity
 from mft_megatron.arguments.checks.table import CHECKS
+from mft_megatron.arguments.groups.checkpointing import CheckpointArguments
 from mft_megatron.arguments.groups.config_file import ConfigFileArguments
-from mft_megatron.arguments.groups.data import DataArguments
+from mft_megatron.arguments.groups.lora import LoraArguments
 from mft_megatron.arguments.groups.multi_task import MFTCODER_BALANCERS
 from mft_megatron.errors import InputError
-from mft_megatron.options import build_parser, fill, missing_option, parse
-from mft_megatron.run_folder import CheckpointRef
+from mft_megatron.lora import Lora
+from mft_megatron.options import Given, build_parser, fill, missing_option, parse
+from mft_megatron.run_folder import CheckpointInfo, CheckpointRef
 
 from .adapters import from_adapter, from_checkpoint
 from .completion import complete
 from .config_file import read_config_file
 from .megatron_only import MEGATRON_ONLY
-from .start import architecture_from, find_base, find_checkpoint, seed_from
+from .start import Start, architecture_from, find_base, find_checkpoint, reads_adapter, seed_from
 from .table import GROUPS, Arguments, from_pretrained
 from .without_effect import option_without_effect
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+    G = TypeVar("G", bound=DataclassInstance)
+else:
+    G = TypeVar("G")
+
+PackedLengths = Callable[[str], Sequence[int]]
+
+
+@dataclasses.dataclass(frozen=True)
+class CommandLine:
+    """What a command line and the file that it names give, by field.
+
+    Attributes:
+        given: the values.
+        asked_for: fields that the user set. Of a file these are the values that differ from the defaults; none of a
+            run's ``config.yaml``, which has a value for every option, including those without effect.
+    """
+
+    given: Given
+    asked_for: Set[str]
+
+    def group(self, group: type[G]) -> G:
+        """One group of options; what is not given has its default."""
+        return fill(group, self.given)
+
 
 def parse_arguments(
-    command_line: Sequence[str],
+    words: Sequence[str],
     world_size: int = 1,
-    packed_lengths: Any = None,
-    describe_hf: Any = None,
-    describe_adapter: Any = None,
+    packed_lengths: PackedLengths | None = None,
+    hf_model: CheckpointInfo | None = None,
+    adapter: Lora | None = None,
 ) -> Arguments:
     """Read, complete and check the command line of ``pretrain_mft.py``.
 
     Args:
-        command_line: the words after the program's name.
+        words: the words after the program's name.
         world_size: number of ranks, torchrun's ``WORLD_SIZE``.
-        packed_lengths: function from a data prefix to the sequence lengths it is packed for; used where
+        packed_lengths: function from a data prefix to the sequence lengths that it is packed for; called if
             ``--seq-length`` is not given.
-        describe_hf: function from a Hugging Face folder to its :class:`CheckpointInfo`; used with ``--hf-checkpoint``.
-        describe_adapter: function from a PEFT folder and the description of its model to a :class:`.lora.Lora`; used
-            with ``--hf-adapter``.
+        hf_model: description of the model of ``--hf-checkpoint``, if the run reads it.
+        adapter: description of the adapter of ``--hf-adapter``, if the run reads it.
 
     Raises:
         InputError: an unknown, misspelt, missing or contradictory option, or a ``--load`` without a checkpoint.
     """
-    given, asked_for = _read(command_line)
-    resume = find_checkpoint(given, describe_hf)
-    _refuse(missing_option([fill(DataArguments, {"seq_length": 0, **given})]))
-    if "seq_length" not in given and packed_lengths is not None:
-        given["seq_length"] = _only_packed_length(given["data_path"], packed_lengths(given["data_path"]))
-    if resume is not None:
-        given = {**architecture_from(resume, given), **given}
-        weights_alone = given.get("finetune") or from_pretrained(resume, given.get("pretrained_checkpoint"))
-        if not weights_alone:
-            given["seed"] = seed_from(resume, given)
-        given = {**given, **from_checkpoint(resume, given, weights_alone)}
-    given = {**given, **_from_adapter(given, resume, describe_adapter)}
-    _refuse(missing_option(fill(group, given) for _, group in GROUPS))
-    _expand_mftcoder_balancer(given)
-    _refuse(option_without_effect(given, asked_for))
-    groups = {
-        field.name: fill(group, given) for field, (_, group) in zip(dataclasses.fields(Arguments), GROUPS, strict=False)
-    }
-    base = find_base(given, resume, describe_hf)
-    arguments = Arguments(**groups, world_size=world_size, resume=resume, base=base)
-    # before anything is derived from these numbers; again below for the derived ones
-    for check in (check_ranges, check_recompute_granularity, check_virtual_stages, check_batch_schedule):
-        _refuse(check(arguments))
-    arguments = complete(arguments)
-    for check in CHECKS:
-        _refuse(check(arguments))
-    return arguments
+    command_line = read_command_line(words)
+    start = Start(find_checkpoint(command_line.group(CheckpointArguments)), hf_model, adapter)
+    return make_arguments(command_line, start, world_size, packed_lengths)
 
 
-def _read(command_line: Sequence[str]) -> tuple[dict[str, Any], set[str]]:
-    """What the command line and the file it names give, and the fields that somebody asked for.
+def read_command_line(words: Sequence[str]) -> CommandLine:
+    """Read a command line and the file of ``--yaml-cfg``; the command line takes precedence.
 
-    What a file says beyond a default is asked for, but for what stands in a run's own ``config.yaml``: there every
-    option has a value, those that have no effect, too.
+    Raises:
+        InputError: an unknown option, or a missing or malformed value.
     """
     groups = (("configuration file", ConfigFileArguments), *GROUPS)
     parser = build_parser(
@@ -100,16 +104,49 @@ def _read(command_line: Sequence[str]) -> tuple[dict[str, Any], set[str]]:
         "defaults are Megatron's unless the help says otherwise.",
         refused=MEGATRON_ONLY,
     )
-    given = parse(parser, command_line, groups)
+    given = parse(parser, words, groups)
     asked_for = set(given)
     path = given.pop("yaml_cfg", None)
     if path is None:
-        return given, asked_for
+        return CommandLine(given, asked_for)
     of_file, effective = read_config_file(path, GROUPS, MEGATRON_ONLY)
     if not effective:
         defaults = {field.name: field.default for _, group in GROUPS for field in dataclasses.fields(group)}
         asked_for |= {name for name, value in of_file.items() if value != defaults[name]}
-    return {**of_file, **given}, asked_for
+    return CommandLine({**of_file, **given}, asked_for)
+
+
+def make_arguments(
+    command_line: CommandLine, start: Start, world_size: int = 1, packed_lengths: PackedLengths | None = None
+) -> Arguments:
+    """Complete and check the options of a command line that has been read; see :func:`parse_arguments`."""
+    given = dict(command_line.given)
+    resume = start.resume(command_line.group(CheckpointArguments))
+    if "seq_length" not in given and "data_path" in given and packed_lengths is not None:
+        given["seq_length"] = _only_packed_length(given["data_path"], packed_lengths(given["data_path"]))
+    if resume is not None:
+        given = {**architecture_from(resume, given), **given}
+        weights_alone = given.get("finetune") or from_pretrained(resume, given.get("pretrained_checkpoint"))
+        if not weights_alone:
+            given["seed"] = seed_from(resume, given)
+        given = {**given, **from_checkpoint(resume, given, weights_alone)}
+    given = {**given, **_from_adapter(given, resume, start)}
+    _refuse(missing_option(fill(group, given) for _, group in GROUPS))
+    _expand_mftcoder_balancer(given)
+    groups = {
+        field.name: fill(group, given) for field, (_, group) in zip(dataclasses.fields(Arguments), GROUPS, strict=False)
+    }
+    arguments = Arguments(**groups, world_size=world_size, resume=resume)
+    _refuse(option_without_effect(arguments, command_line.asked_for))
+    base = find_base(arguments.checkpoint, arguments.lora.peft_type, start)
+    arguments = dataclasses.replace(arguments, base=base)
+    # These checks come before completion, which computes with the numbers that they check, and again after it.
+    for check in (check_ranges, check_recompute_granularity, check_virtual_stages, check_batch_schedule):
+        _refuse(check(arguments))
+    arguments = complete(arguments)
+    for check in CHECKS:
+        _refuse(check(arguments))
+    return arguments
 
 
 def _refuse(problem: str | None) -> None:
@@ -117,9 +154,9 @@ def _refuse(problem: str | None) -> None:
         raise InputError(problem)
 
 
-def _expand_mftcoder_balancer(given: dict[str, Any]) -> None:
-    """``--weighted_loss_mode coba``: a loss and a balancer in one value."""
-    balancer = MFTCODER_BALANCERS.get(given.get("mft_loss"))
+def _expand_mftcoder_balancer(given: Given) -> None:
+    """Replace a value of ``--weighted_loss_mode`` such as coba by the loss and the balancer that it means."""
+    balancer = MFTCODER_BALANCERS.get(given.get("mft_loss", ""))
     if balancer is None:
         return
     if given.get("task_balance", balancer) != balancer:
@@ -130,16 +167,19 @@ def _expand_mftcoder_balancer(given: dict[str, Any]) -> None:
     given.update(mft_loss="task-token", task_balance=balancer)
 
 
-def _from_adapter(given: Mapping[str, Any], resume: CheckpointRef | None, describe_adapter: Any) -> dict[str, Any]:
+def _from_adapter(given: Given, resume: CheckpointRef | None, start: Start) -> Given:
     """Options that follow from the adapter of ``--hf-adapter``, unless a checkpoint has adapters already."""
-    folder = given.get("hf_adapter")
-    if folder is None or (resume is not None and resume.info.lora is not None):
+    lora = fill(LoraArguments, given)
+    if lora.hf_adapter is None or not reads_adapter(lora, start.checkpoint):
         return {}
     if resume is None:
         raise InputError(
-            f"--hf-adapter {folder} belongs to a model: give it with --hf-checkpoint, --pretrained-checkpoint or --load"
+            f"--hf-adapter {lora.hf_adapter} belongs to a model: give it with --hf-checkpoint, --pretrained-checkpoint "
+            "or --load"
         )
-    return from_adapter(folder, describe_adapter(folder, resume.info), given)
+    if start.adapter is None:
+        raise ValueError(f"--hf-adapter {lora.hf_adapter}: open the folder first")
+    return from_adapter(lora.hf_adapter, start.adapter, given)
 
 
 def _only_packed_length(prefix: str, lengths: Sequence[int]) -> int:

@@ -1,85 +1,139 @@
-"""What a run starts from: a checkpoint or a model, and what follows from that."""
+"""The checkpoint, model or adapter that a run starts from, and the options that follow from it."""
 
 import dataclasses
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+from mft_megatron.arguments.groups.checkpointing import CheckpointArguments
+from mft_megatron.arguments.groups.lora import LoraArguments
 from mft_megatron.arguments.groups.network import NetworkArguments
 from mft_megatron.errors import InputError
-from mft_megatron.options import spelling
-from mft_megatron.run_folder import CheckpointRef, checkpoint_of, content_digest, is_checkpoint, latest_checkpoint
+from mft_megatron.lora import Lora
+from mft_megatron.options import Given, spelling
+from mft_megatron.run_folder import (
+    CheckpointInfo,
+    CheckpointRef,
+    checkpoint_of,
+    content_digest,
+    is_checkpoint,
+    latest_checkpoint,
+)
 
 
-def find_checkpoint(given: Mapping[str, Any], describe_hf: Any) -> CheckpointRef | None:
-    """The checkpoint of ``--load``, else of ``--pretrained-checkpoint`` or the model of ``--hf-checkpoint``; ``None``
-    for a run that starts from nothing.
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """What a run starts from, read before its options are complete.
+
+    Attributes:
+        checkpoint: what :func:`find_checkpoint` found.
+        hf_model: description of the model of ``--hf-checkpoint``, if :func:`reads_hf_model`.
+        adapter: description of the adapter of ``--hf-adapter``, if :func:`reads_adapter`.
+    """
+
+    checkpoint: CheckpointRef | None = None
+    hf_model: CheckpointInfo | None = None
+    adapter: Lora | None = None
+
+    def resume(self, options: CheckpointArguments) -> CheckpointRef | None:
+        """The checkpoint, else the model of ``--hf-checkpoint``; ``None`` for a run that starts from random weights."""
+        return self.checkpoint if self.checkpoint is not None or not options.hf_checkpoint else self.hf_ref(options)
+
+    def hf_ref(self, options: CheckpointArguments) -> CheckpointRef:
+        """The model of ``--hf-checkpoint``.
+
+        Raises:
+            ValueError: its description is missing.
+        """
+        if options.hf_checkpoint is None or self.hf_model is None:
+            raise ValueError(f"--hf-checkpoint {options.hf_checkpoint}: open the folder first")
+        return CheckpointRef(Path(os.path.abspath(options.hf_checkpoint)), self.hf_model)
+
+
+def find_checkpoint(options: CheckpointArguments) -> CheckpointRef | None:
+    """Find the checkpoint of ``--load``, else of ``--pretrained-checkpoint``.
+
+    Returns:
+        ``None`` if neither is given, or if ``--load`` is the ``--save`` folder and has no checkpoint yet.
 
     Raises:
-        InputError: what is named is not there, unfinished, or not to be understood.
+        InputError: the checkpoint does not exist, is unfinished or unreadable, or two options name the start.
     """
-    hf = given.get("hf_checkpoint")
-    if hf is not None and given.get("pretrained_checkpoint") is not None:
+    load, pretrained = options.load, options.pretrained_checkpoint
+    if options.hf_checkpoint is not None and pretrained is not None:
         raise InputError("--hf-checkpoint and --pretrained-checkpoint both say what to start from; leave one out")
-    load, step, pretrained = (given.get(name) for name in ("load", "ckpt_step", "pretrained_checkpoint"))
-    # The idiom of a job that is restarted with the same command line: nothing saved yet means "start".
-    same = None not in (load, given.get("save")) and os.path.abspath(load) == os.path.abspath(given["save"])
-    if load is not None and (is_checkpoint(load) or not same or given.get("exit_on_missing_checkpoint")):
-        return latest_checkpoint(load) if step is None else checkpoint_of(load, step)
-    if pretrained is not None:
-        return latest_checkpoint(os.path.abspath(pretrained), "--pretrained-checkpoint")
-    return CheckpointRef(Path(os.path.abspath(hf)), describe_hf(hf)) if hf is not None else None
+    if load is not None and (is_checkpoint(load) or options.exit_on_missing_checkpoint or not _is_save_folder(options)):
+        return latest_checkpoint(load) if options.ckpt_step is None else checkpoint_of(load, options.ckpt_step)
+    return _pretrained_checkpoint(pretrained) if pretrained is not None else None
 
 
-def find_base(given: Mapping[str, Any], resume: CheckpointRef | None, describe_hf: Any) -> CheckpointRef | None:
-    """The model whose weights are read name by name: see :class:`.table.Arguments`.
+def _is_save_folder(options: CheckpointArguments) -> bool:
+    """Whether ``--load`` is the ``--save`` folder: jobs that are restarted with the same command line give both."""
+    load, save = options.load, options.save
+    return load is not None and save is not None and os.path.abspath(load) == os.path.abspath(save)
+
+
+def _pretrained_checkpoint(folder: str) -> CheckpointRef:
+    return latest_checkpoint(os.path.abspath(folder), "--pretrained-checkpoint")
+
+
+def reads_hf_model(options: CheckpointArguments, checkpoint: CheckpointRef | None) -> bool:
+    """Whether a run reads weights from the folder of ``--hf-checkpoint``."""
+    return options.hf_checkpoint is not None and (checkpoint is None or not checkpoint.info.has_base)
+
+
+def reads_adapter(options: LoraArguments, checkpoint: CheckpointRef | None) -> bool:
+    """Whether a run reads the adapter of ``--hf-adapter``."""
+    return options.hf_adapter is not None and (checkpoint is None or checkpoint.info.lora is None)
+
+
+def find_base(options: CheckpointArguments, peft_type: str, start: Start) -> CheckpointRef | None:
+    """Find the model whose weights are read name by name: ``base`` of :class:`.table.Arguments`.
 
     Raises:
-        InputError: a checkpoint that holds adapters alone, and no model for them, or another one than theirs.
+        InputError: a checkpoint holds only adapters, and their model is not given or is a different one.
     """
+    resume = start.resume(options)
     if resume is None:
         return None
-    path, info = resume.path, resume.info
-    hf, pretrained = given.get("hf_checkpoint"), given.get("pretrained_checkpoint")
+    info = resume.info
+    hf, pretrained = options.hf_checkpoint, options.pretrained_checkpoint
     if info.has_base:
-        of_hf = hf is not None and Path(os.path.abspath(hf)) == path
-        return resume if of_hf or (info.lora is None and given.get("peft_type", "none") != "none") else None
-    if hf is None and pretrained is None:
+        of_hf = hf is not None and Path(os.path.abspath(hf)) == resume.path
+        return resume if of_hf or (info.lora is None and peft_type != "none") else None
+    if hf is not None:
+        base = start.hf_ref(options)
+    elif pretrained is not None:
+        base = _pretrained_checkpoint(pretrained)
+    else:
         raise InputError(
-            f"--load {path}: it holds adapters alone; give the model that they were trained beside with "
+            f"--load {resume.path}: it holds only adapters; give the model that they were trained with as "
             f"--hf-checkpoint or --pretrained-checkpoint (it was {info.base})"
         )
-    if hf is not None:
-        base = CheckpointRef(Path(os.path.abspath(hf)), describe_hf(hf))
-    else:
-        base = latest_checkpoint(os.path.abspath(pretrained), "--pretrained-checkpoint")
-        if not base.info.has_base:
-            raise InputError(
-                f"--pretrained-checkpoint {base.path}: it holds adapters alone; give it with --load and --finetune, "
-                f"and the model that they were trained beside with --hf-checkpoint or --pretrained-checkpoint (it "
-                f"was {base.info.base})"
-            )
+    if not base.info.has_base:
+        raise InputError(
+            f"--pretrained-checkpoint {base.path}: it holds only adapters; give it as --load with --finetune, and the "
+            "model that they were trained with as --hf-checkpoint or --pretrained-checkpoint (it was "
+            f"{base.info.base})"
+        )
     if content_digest(base.path) != info.base_digest:
         raise InputError(
-            f"{base.path}: its weight files are not those that the adapters of {path} were trained beside; give these "
-            f"or a copy (they were in {info.base}): the same model in other files counts as another"
+            f"{base.path}: its weight files are not those that the adapters of {resume.path} were trained with; give "
+            f"these or a copy (they were in {info.base}): the same model in other files counts as a different one"
         )
     return base
 
 
-def architecture_from(resume: CheckpointRef, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of the network, which are the checkpoint's.
+def architecture_from(resume: CheckpointRef, given: Given) -> Given:
+    """Return the fields of the network, which the checkpoint decides.
 
     Raises:
-        InputError: the command line says otherwise.
+        InputError: the command line contradicts the checkpoint.
     """
-    path, info = resume.path, resume.info
     known = {field.name: field for field in dataclasses.fields(NetworkArguments)}
-    # what a description from an earlier version leaves out was as its default says
-    younger = {name: field.default for name, field in known.items() if field.default is not None}
-    architecture = {**younger, **{name: value for name, value in info.architecture.items() if name in known}}
-    # these shape no weight: the length, where positions are not learned, follows --seq-length when it is not given
+    # A description that an earlier version wrote lacks newer fields: they had their defaults.
+    defaults = {name: field.default for name, field in known.items() if field.default is not None}
+    architecture = {**defaults, **{name: value for name, value in resume.info.architecture.items() if name in known}}
+    # These fields change no weight. Without learned positions the maximum length follows --seq-length.
     free = {"make_vocab_size_divisible_by"}
     if architecture.get("position_embedding_type") != "learned_absolute":
         free.add("max_position_embeddings")
@@ -88,22 +142,22 @@ def architecture_from(resume: CheckpointRef, given: Mapping[str, Any]) -> dict[s
     for name, value in architecture.items():
         if name not in free and name in given and given[name] != value:
             raise InputError(
-                f"{spelling(known[name])} gives {name} = {given[name]}, but the checkpoint {path} has {value}; leave "
-                "the option out, the architecture comes from the checkpoint"
+                f"{spelling(known[name])} gives {name} = {given[name]}, but the checkpoint {resume.path} has {value}; "
+                "leave the option out, the architecture comes from the checkpoint"
             )
     return architecture
 
 
-def seed_from(resume: CheckpointRef, given: Mapping[str, Any]) -> int:
-    """The seed fixes the order of the data, which a resumed run goes on following.
+def seed_from(resume: CheckpointRef, given: Given) -> int:
+    """Return the seed of the checkpoint: it determines the data order, which a resumed run follows.
 
     Raises:
-        InputError: the command line says otherwise.
+        InputError: the command line contradicts the checkpoint.
     """
-    path, info = resume.path, resume.info
-    if given.get("seed", info.seed) != info.seed:
+    seed = resume.info.seed
+    if given.get("seed", seed) != seed:
         raise InputError(
-            f"--seed {given['seed']}: the checkpoint {path} follows the data order of seed {info.seed}; leave "
-            "the option out, or start a new pass with --finetune"
+            f"--seed {given['seed']}: the checkpoint {resume.path} follows the data order of seed {seed}; leave the "
+            "option out, or start a new pass with --finetune"
         )
-    return info.seed
+    return seed

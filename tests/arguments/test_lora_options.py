@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from mft_megatron.arguments.command import parse_arguments
+import pretrain_mft
+from mft_megatron.arguments.command import make_arguments, parse_arguments, read_command_line
 from mft_megatron.lora import Lora, Target, num_sources, read_targets
 from mft_megatron.run_folder import content_digest, effective_configuration
 from tests.arguments.command_line import BASE, WITHOUT_SHAPE, checkpoint, parse, refused
@@ -150,7 +151,7 @@ def test_adapters_alone_need_their_model(tmp_path):
     digest = content_digest(model / "iter_0000005")
     folder = _with_adapters(tmp_path / "run", has_base=False, base=path, base_digest=digest)
     with refused(
-        f"it holds adapters alone; give the model that they were trained beside with --hf-checkpoint or "
+        f"it holds only adapters; give the model that they were trained with as --hf-checkpoint or "
         f"--pretrained-checkpoint (it was {path})"
     ):
         parse(f"--load {folder}", base=WITHOUT_SHAPE)
@@ -159,7 +160,7 @@ def test_adapters_alone_need_their_model(tmp_path):
     assert arguments.resume.info.lora is not None
     assert not arguments.weights_alone
     assert not arguments.saves_base
-    with refused(f"--pretrained-checkpoint {folder}/iter_0000005: it holds adapters alone; give it with --load and"):
+    with refused(f"--pretrained-checkpoint {folder}/iter_0000005: it holds only adapters; give it as --load with"):
         parse(f"--pretrained-checkpoint {folder}", base=WITHOUT_SHAPE)
     weights.write_bytes(bytes(255 - byte for byte in range(256)) * 5000)
     with refused(f"{path}: its weight files are not those that the adapters of"):
@@ -205,29 +206,43 @@ def test_damaged_adapters_are_a_damaged_description(tmp_path):
 
 def test_an_adapter_from_elsewhere_fixes_its_options(tmp_path):
     folder = checkpoint(tmp_path / "model")
-    asked = []
-
-    def describe(adapter, info):
-        asked.append((adapter, info.iteration))
-        return dataclasses.replace(LORA, dropout=0.2)
 
     def of(extra):
         words = f"{WITHOUT_SHAPE} --pretrained-checkpoint {folder} --hf-adapter there {extra}".split()
-        return parse_arguments(words, describe_adapter=describe)
+        return parse_arguments(words, adapter=dataclasses.replace(LORA, dropout=0.2))
 
     arguments = of("--peft-type qlora")
-    assert asked == [("there", 5)]
     assert arguments.adapters == LORA
     assert arguments.starts_from_adapter
     with refused("--lora-rank 4: the adapter there has 8; leave the option out"):
         of("--peft-type lora --lora-rank 4")
     with refused("--hf-adapter there: adapters are trained with --peft-type lora or qlora; give one of them"):
         of("")
-    # the command of a job that is started again: its own adapters come first
+
+
+def test_an_adapter_is_opened_once_for_the_model_it_belongs_to(tmp_path, monkeypatch):
+    folder, opened = checkpoint(tmp_path / "model"), []
+
+    class Adapter:
+        lora = dataclasses.replace(LORA, dropout=0.2)
+
+        def __init__(self, adapter, info):
+            opened.append((adapter, info.iteration))
+
+    monkeypatch.setattr("mft_megatron.convert.peft.weight_source.AdapterSource", Adapter)
+    words = f"{WITHOUT_SHAPE} --pretrained-checkpoint {folder} --hf-adapter there --peft-type lora"
+    command_line = read_command_line(words.split())
+    start, _, adapter = pretrain_mft.open_start(command_line)
+    assert opened == [("there", 5)]
+    assert isinstance(adapter, Adapter)
+    assert make_arguments(command_line, start).starts_from_adapter
+    # When the job is restarted with the same command, its own adapters take precedence.
     run = _with_adapters(tmp_path / "run")
-    again = f"{WITHOUT_SHAPE} --load {run} --pretrained-checkpoint {folder} --hf-adapter there --peft-type lora".split()
-    assert not parse_arguments(again, describe_adapter=describe).starts_from_adapter
-    assert len(asked) == 3
+    command_line = read_command_line(f"{words} --load {run}".split())
+    start, _, adapter = pretrain_mft.open_start(command_line)
+    assert len(opened) == 1
+    assert adapter is None
+    assert not make_arguments(command_line, start).starts_from_adapter
 
 
 def test_pieces_of_files_tell_models_apart(tmp_path):

@@ -107,7 +107,8 @@ def test_a_data_set_of_another_tokenizer_is_refused(model, checkpoint, dataset_p
     content["model"]["merges"].pop()
     file.write_text(json.dumps(content))
     words = [*RUN[2:], "--data-path", str(dataset_prefix), "--lr", "1e-3", start, str(source)]
-    arguments = parse_arguments(words, 1, lambda prefix: [128], lambda folder: HuggingFaceSource(folder).info)
+    described = HuggingFaceSource(str(source)).info if start == "--hf-checkpoint" else None
+    arguments = parse_arguments(words, 1, lambda prefix: [128], described)
     with pytest.raises(InputError, match=r"the model's tokenizer is another one than .* was made with: "):
         pretrain(arguments)
 

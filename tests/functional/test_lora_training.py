@@ -76,7 +76,7 @@ def test_adapters_without_their_model_are_refused(run, model, dataset_prefix, tm
     from mft_megatron.errors import InputError
 
     words = [*RUN, "--data-path", str(dataset_prefix), "--load", str(run), "--train-iters", "5"]
-    with pytest.raises(InputError, match=r"it holds adapters alone; give the model .* \(it was .*model\)"):
+    with pytest.raises(InputError, match=r"it holds only adapters; give the model .* \(it was .*model\)"):
         parse_arguments(words, 1, lambda prefix: [128])
     other = tmp_path / "other"
     shutil.copytree(model, other)
@@ -84,10 +84,9 @@ def test_adapters_without_their_model_are_refused(run, model, dataset_prefix, tm
     content[-1] ^= 1
     content[len(content) // 64 * 40] ^= 1
     (other / "model.safetensors").write_bytes(content)
+    described = HuggingFaceSource(str(other)).info
     with pytest.raises(InputError, match=r"other: its weight files are not those that the adapters of .* were trained"):
-        parse_arguments(
-            [*words, "--hf-checkpoint", str(other)], 1, lambda prefix: [128], lambda hf: HuggingFaceSource(hf).info
-        )
+        parse_arguments([*words, "--hf-checkpoint", str(other)], 1, lambda prefix: [128], described)
 
 
 def test_model_and_adapters_in_one_checkpoint(run, model, dataset_prefix, tmp_path):

@@ -113,17 +113,15 @@ def test_rows_that_are_no_whole_blocks_are_refused(model, sizes, ranks, complain
     from mft_megatron.convert.huggingface.weight_source import HuggingFaceSource
     from mft_megatron.errors import InputError
 
-    def describe(folder):
-        info = HuggingFaceSource(folder).info
-        return dataclasses.replace(info, architecture={**info.architecture, **sizes})
-
+    info = HuggingFaceSource(str(model)).info
+    info = dataclasses.replace(info, architecture={**info.architecture, **sizes})
     words = [*RUN, *QLORA, "--data-path", "none", "--hf-checkpoint", str(model)]
     words += ["--tensor-model-parallel-size", str(ranks)]
     if complaint is None:
-        assert not parse_arguments(words, ranks, lambda prefix: [128], describe).saves_base
+        assert not parse_arguments(words, ranks, lambda prefix: [128], info).saves_base
         return
     with pytest.raises(InputError, match=f"--peft-type qlora: {complaint}"):
-        parse_arguments(words, ranks, lambda prefix: [128], describe)
+        parse_arguments(words, ranks, lambda prefix: [128], info)
 
 
 def test_a_model_is_needed(dataset_prefix):

@@ -140,6 +140,6 @@ def _source(
     if checkpoint is None:
         source = HuggingFaceSource(str(folder))
         words += ["--hf-checkpoint", str(folder)]
-        return source, parse_arguments(words, describe_hf=lambda _: source.info), source.info.vocab_size
+        return source, parse_arguments(words, hf_model=source.info), source.info.vocab_size
     arguments = parse_arguments([*words, "--finetune", "--load", str(checkpoint.path)])
     return CheckpointSource(checkpoint.path, checkpoint.info), arguments, checkpoint.info.vocab_size

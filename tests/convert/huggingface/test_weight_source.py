@@ -39,7 +39,7 @@ def _compare(layout, world_size, folders):
         for checkpoint, hf in folders:
             loaded = tiny_models.arguments_for(checkpoint, world_size, layout)
             words = tiny_models.words_for(f"--hf-checkpoint {hf} {layout}")
-            arguments = parse_arguments(words, world_size, None, lambda folder: HuggingFaceSource(folder).info)
+            arguments = parse_arguments(words, world_size, None, HuggingFaceSource(hf).info)
             assert arguments.starts_from_hf
             assert arguments.weights_alone
             assert arguments.network == loaded.network

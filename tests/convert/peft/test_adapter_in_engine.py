@@ -51,13 +51,9 @@ def _differences(layout, world_size, cases):
 
     def arguments_for(hf, adapter):
         words = f"--hf-checkpoint {hf} --hf-adapter {adapter} --peft-type lora {layout}"
-        return parse_arguments(
-            tiny_models.words_for(words),
-            world_size,
-            None,
-            lambda folder: HuggingFaceSource(folder).info,
-            lambda folder, info: AdapterSource(folder, info).lora,
-        )
+        model = HuggingFaceSource(hf).info
+        lora = AdapterSource(adapter, model).lora
+        return parse_arguments(tiny_models.words_for(words), world_size, None, model, lora)
 
     found = []
     with process_groups.process_groups(arguments_for(*cases[0][:2]).distributed, seed=3):
