@@ -33,7 +33,6 @@ def write_model(folder: Path, shape: tuple[int, ...], layers: int) -> int:
     import torch
 
     from mft_megatron.convert.huggingface.families.llama import LLAMA
-    from mft_megatron.convert.huggingface.family import places
     from mft_megatron.convert.huggingface.row_layouts import sizes_of
     from mft_megatron.convert.huggingface.safetensors_writer import PlannedWeight, ShardWriter
 
@@ -53,10 +52,10 @@ def write_model(folder: Path, shape: tuple[int, ...], layers: int) -> int:
     architecture = LLAMA.read_config(config)
     sizes = sizes_of(architecture, vocabulary)
     planned = [
-        PlannedWeight(name.format(*place), torch.bfloat16, shape)
-        for row in LLAMA.rows(architecture)
-        for place in places(row, architecture)
-        for name, shape in zip(row.theirs, row.their_shapes(sizes), strict=True)
+        PlannedWeight(name, torch.bfloat16, shape)
+        for weight in LLAMA.weights(architecture)
+        for index in weight.indices(architecture)
+        for name, shape in zip(weight.hf_names_at(index), weight.hf_shapes(sizes), strict=True)
     ]
     writer = ShardWriter(folder, planned, 10**9)
     generator = torch.Generator().manual_seed(1)

@@ -1,7 +1,7 @@
-"""What a model family is: a table of weights and a table of configuration entries, each read in both directions."""
+"""A model family: a table of weights and a table of configuration entries, each used in both directions."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from mft_megatron.arguments.groups.network import NetworkArguments
@@ -9,69 +9,33 @@ from mft_megatron.errors import InputError
 
 from .config_entries.entry import Config, Entry
 from .config_entries.window import windowed_layers
-from .row_layouts import Blocks, RowKind, Sizes, rows_of, rows_of_sources
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One weight of the checkpoint and its Hugging Face names.
-
-    ``{}`` in a name stands for the layer, ``{}`` after that for the expert. ``columns``: what they are counted by;
-    ``None`` for a vector.
-    """
-
-    ours: str
-    theirs: tuple[str, ...]
-    kind: RowKind
-    columns: str | None = None
-
-    @property
-    def in_layers(self) -> bool:
-        return self.ours.startswith("decoder.layers.")
-
-    @property
-    def in_experts(self) -> bool:
-        return self.theirs[0].count("{}") > 1
-
-    def blocks(self, sizes: Sizes) -> Blocks:
-        return self.kind(sizes)
-
-    def shape(self, sizes: Sizes) -> tuple[int, ...]:
-        """Of the Megatron-Core weight, of one layer and expert."""
-        return (rows_of(self.kind(sizes)), *self._columns(sizes))
-
-    def their_shapes(self, sizes: Sizes) -> list[tuple[int, ...]]:
-        """Of each Hugging Face weight."""
-        return [(rows, *self._columns(sizes)) for rows in rows_of_sources(self.kind(sizes))]
-
-    def stack(self, architecture: NetworkArguments) -> tuple[int, ...]:
-        """Leading axes of the checkpoint's weight: layers, experts."""
-        layers = (architecture.num_layers,) if self.in_layers else ()
-        return (*layers, architecture.num_experts) if self.in_experts else layers
-
-    def _columns(self, sizes: Sizes) -> tuple[int, ...]:
-        return () if self.columns is None else (sizes[self.columns],)
+from .mapped_weight import MappedWeight
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """``name``: for people. ``model_type``, ``architecture``: as in ``config.json``.
+    """The tables of one model family.
 
-    ``rows(architecture)``: every weight of such a model. ``entries``: every entry of ``config.json`` that says
-    something about the function of the model; others than these and ``config_entries.ignored.IRRELEVANT`` are refused.
+    Attributes:
+        name: name in messages.
+        model_type: ``model_type`` of ``config.json``.
+        architecture: entry of ``architectures`` in ``config.json``: the model's class in transformers.
+        weights: function from an architecture to every weight of such a model.
+        entries: every entry of ``config.json`` that changes what the model computes; any other is refused unless
+            ``config_entries/ignored.py`` lists it.
     """
 
     name: str
     model_type: str
     architecture: str
-    rows: Callable[[NetworkArguments], tuple[Row, ...]]
+    weights: Callable[[NetworkArguments], tuple[MappedWeight, ...]]
     entries: tuple[Entry, ...]
 
     def read_config(self, config: Config) -> NetworkArguments:
-        """The architecture that ``config.json`` describes.
+        """Read the architecture that ``config.json`` describes.
 
         Raises:
-            InputError: an entry is missing, unknown, or says what cannot be expressed.
+            InputError: an entry is missing, damaged, or cannot be expressed.
         """
         # fields differ in type
         fields: dict[str, Any] = {}
@@ -80,14 +44,17 @@ class Family:
         return NetworkArguments(**fields)
 
     def write_config(self, architecture: NetworkArguments) -> dict[str, object]:
-        """The entries of ``config.json`` that describe ``architecture``, as far as this family can."""
+        """Write the entries of ``config.json`` that describe ``architecture``, as far as this family can."""
         config: dict[str, object] = {"architectures": [self.architecture], "model_type": self.model_type}
         for entry in self.entries:
             config.update(entry.write(architecture))
         return config
 
     def refuses(self, architecture: NetworkArguments) -> str | None:
-        """Why this family cannot express an architecture, or ``None``: what it would write says something else."""
+        """Why this family cannot express an architecture, or ``None`` if it can.
+
+        A family can express what it reads back unchanged from the configuration that it writes.
+        """
         try:
             expressed = self.read_config(self.write_config(architecture))
         except InputError as error:
@@ -95,16 +62,16 @@ class Family:
         difference = first_difference(architecture, expressed)
         if difference is None:
             return None
-        name, wanted, has = difference
-        return f"{name} is {wanted}, {self.name} has {has}"
+        name, wanted, expressed_value = difference
+        return f"{name} is {wanted}, {self.name} has {expressed_value}"
 
-    def reads(self) -> set[str]:
+    def entry_names(self) -> set[str]:
         """Names of the entries of ``config.json`` that this family understands."""
         return {name for entry in self.entries for name in entry.names}
 
 
-def comparable(architecture: NetworkArguments) -> dict[str, Any]:
-    """What of an architecture makes its function: equal for models that compute the same."""
+def comparable(architecture: NetworkArguments) -> dict[str, object]:
+    """Everything in an architecture that changes what a model computes: equal for models that compute the same."""
     content = dataclasses.asdict(architecture)
     for name in ("make_vocab_size_divisible_by", "group_query_attention", "max_position_embeddings"):
         del content[name]
@@ -119,24 +86,7 @@ def comparable(architecture: NetworkArguments) -> dict[str, Any]:
     return content
 
 
-def first_difference(ours: NetworkArguments, theirs: NetworkArguments) -> tuple[str, Any, Any] | None:
-    """The first entry in which two architectures differ in function: its name and both values."""
-    here, there = comparable(ours), comparable(theirs)
-    return next(((name, value, there.get(name)) for name, value in here.items() if there.get(name) != value), None)
-
-
-def names_of(rows: Sequence[Row], architecture: NetworkArguments) -> set[str]:
-    """Every Hugging Face weight of a model."""
-    names: set[str] = set()
-    for row in rows:
-        for place in places(row, architecture):
-            names.update(name.format(*place) for name in row.theirs)
-    return names
-
-
-def places(row: Row, architecture: NetworkArguments) -> list[tuple[int, ...]]:
-    """Every (layer, expert) that a row has a weight of: ``()`` for one outside the layers."""
-    found: list[tuple[int, ...]] = [()]
-    for count in row.stack(architecture):
-        found = [(*place, number) for place in found for number in range(count)]
-    return found
+def first_difference(architecture: NetworkArguments, other: NetworkArguments) -> tuple[str, object, object] | None:
+    """Find the first entry in which two architectures compute differently: its name and both values."""
+    entries, others = comparable(architecture), comparable(other)
+    return next(((name, value, others.get(name)) for name, value in entries.items() if others.get(name) != value), None)

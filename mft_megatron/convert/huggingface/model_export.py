@@ -1,7 +1,7 @@
-"""A checkpoint as a Hugging Face folder that ``transformers.AutoModelForCausalLM.from_pretrained`` loads.
+"""Export of a checkpoint as a Hugging Face folder that ``transformers.AutoModelForCausalLM.from_pretrained`` loads.
 
-Weights stream through memory one at a time into safetensors shards. The folder is written beside its final place and
-renamed when it is whole.
+Weights stream through memory one at a time into safetensors shards. The folder is written beside its final path and
+renamed when it is complete.
 """
 
 import contextlib
@@ -20,7 +20,8 @@ from mft_megatron.mcore.checkpointing.vocabulary import has_shape, without_paddi
 from mft_megatron.mcore.platform.precisions import BY_DTYPE
 from mft_megatron.run_folder import HUGGINGFACE, TOKENIZER, CheckpointInfo, copy_tokenizer
 
-from .family import Family, Row, first_difference, places
+from .family import Family, first_difference
+from .mapped_weight import MappedWeight
 from .model_folder import CONFIG, GENERATION, copy_kept_files, read_architecture, remove_tokenizer, same_tokenizer
 from .row_layouts import Sizes, sizes_of, split
 from .safetensors_writer import PlannedWeight, ShardWriter
@@ -37,12 +38,12 @@ def export(checkpoint: Path, info: CheckpointInfo, target: Path, tokenizer: Path
     Args:
         checkpoint: an ``iter_NNNNNNN`` folder.
         info: its description.
-        target: folder to make; must not exist, or be empty.
-        tokenizer: folder of tokenizer files to copy as they are; ``None`` for those kept in the run folder.
+        target: folder to create; must not exist, or be empty.
+        tokenizer: folder of tokenizer files to copy; ``None``: those kept in the run folder.
         shard_bytes: size at which a new shard is begun.
 
     Returns:
-        the family the model was written as.
+        the family that the model was written as.
 
     Raises:
         InputError: no family can express the architecture, a weight is missing or left over, or ``target`` has content.
@@ -51,10 +52,10 @@ def export(checkpoint: Path, info: CheckpointInfo, target: Path, tokenizer: Path
     architecture = NetworkArguments(**info.architecture)
     family = family_of_checkpoint(checkpoint, info)
     reader = TensorReader(checkpoint)
-    rows, sizes = family.rows(architecture), sizes_of(architecture, info.vocab_size)
-    refuse_mismatch(reader, rows, architecture, sizes, family, checkpoint)
+    sizes = sizes_of(architecture, info.vocab_size)
+    refuse_mismatch(reader, family, architecture, sizes, checkpoint)
     with replacing(target) as partial:
-        dtype = _write_weights(reader, rows, architecture, sizes, partial, shard_bytes)
+        dtype = _write_weights(reader, family.weights(architecture), architecture, sizes, partial, shard_bytes)
         write_config(checkpoint, info, family, dtype, partial)
         write_generation_config(info, partial)
         write_tokenizer(checkpoint.parent, tokenizer, partial)
@@ -75,10 +76,10 @@ def refuse_export(architecture: NetworkArguments, from_hugging_face: bool) -> No
 
 
 def family_of_checkpoint(checkpoint: Path, info: CheckpointInfo) -> Family:
-    """What the model of a checkpoint is written as: what it came as, or the first family that can express it.
+    """Choose the family to write the model of a checkpoint as: its original one, or the first that can express it.
 
     Raises:
-        InputError: there is none, or the configuration it came with is gone or another one's.
+        InputError: no family can, or the original configuration is gone or is that of another model.
     """
     architecture, source = NetworkArguments(**info.architecture), checkpoint.parent / HUGGINGFACE
     if not info.from_hugging_face:
@@ -97,77 +98,90 @@ def family_of_checkpoint(checkpoint: Path, info: CheckpointInfo) -> Family:
 
 
 def refuse_mismatch(
-    reader: TensorReader,
-    rows: Sequence[Row],
-    architecture: NetworkArguments,
-    sizes: Sizes,
-    family: Family,
-    checkpoint: Path,
+    reader: TensorReader, family: Family, architecture: NetworkArguments, sizes: Sizes, checkpoint: Path
 ) -> None:
-    expected, found = {row.ours for row in rows}, set(reader.names())
-    for names, what in ((expected - found, "has no"), (found - expected, f"has weights {family.name} has not:")):
+    """Check that a checkpoint holds exactly the weights of its architecture.
+
+    Raises:
+        InputError: a weight is missing, left over, or of another shape.
+    """
+    mapped = family.weights(architecture)
+    expected, stored = {weight.name for weight in mapped}, set(reader.names())
+    for names, problem in (
+        (expected - stored, "has no"),
+        (stored - expected, f"has weights {family.name} has not:"),
+    ):
         if names:
-            raise InputError(f"{checkpoint}: {what} {', '.join(sorted(names))}; it was not written by this program")
-    for row in rows:
-        shape, wanted = reader.entry(row.ours)[0], (*row.stack(architecture), *row.shape(sizes))
-        if not has_shape(row.ours, shape, wanted):
+            raise InputError(f"{checkpoint}: {problem} {', '.join(sorted(names))}; it was not written by this program")
+    for weight in mapped:
+        shape, wanted = reader.entry(weight.name)[0], (*weight.stack(architecture), *weight.shape(sizes))
+        if not has_shape(weight.name, shape, wanted):
             raise InputError(
-                f"{checkpoint}: {row.ours} has the shape {list(shape)}, its description says {list(wanted)}; the "
+                f"{checkpoint}: {weight.name} has the shape {list(shape)}, its description says {list(wanted)}; the "
                 "checkpoint is damaged"
             )
 
 
 def _write_weights(
     reader: TensorReader,
-    rows: Sequence[Row],
+    mapped: Sequence[MappedWeight],
     architecture: NetworkArguments,
     sizes: Sizes,
     folder: Path,
     shard_bytes: int,
 ) -> torch.dtype:
-    """All weights, in the order of the model; the dtype of the last."""
-    everything = in_order(rows, architecture)
+    """Write all weights in the order of the model; return the dtype of the last."""
+    ordered = in_order(mapped, architecture)
     planned = [
-        PlannedWeight(name.format(*place), reader.entry(row.ours)[1], shape)
-        for row, place in everything
-        for name, shape in zip(row.theirs, row.their_shapes(sizes), strict=True)
+        PlannedWeight(name, reader.entry(weight.name)[1], shape)
+        for weight, index in ordered
+        for name, shape in zip(weight.hf_names_at(index), weight.hf_shapes(sizes), strict=True)
     ]
     with contextlib.closing(ShardWriter(folder, planned, shard_bytes)) as writer:
-        for row, place in everything:
-            weight = without_padding(row.ours, reader.read([(row.ours, place)])[0], sizes["vocab"])
-            for name, content in zip(row.theirs, split(weight, row.blocks(sizes)), strict=True):
-                writer.write(name.format(*place), content)
+        for weight, index in ordered:
+            content = without_padding(weight.name, reader.read([(weight.name, index)])[0], sizes["vocab"])
+            parts = split(content, weight.blocks(sizes))
+            for name, hf_weight in zip(weight.hf_names_at(index), parts, strict=True):
+                writer.write(name, hf_weight)
         writer.finish()
-    return reader.entry(rows[-1].ours)[1]
+    return reader.entry(mapped[-1].name)[1]
 
 
-def in_order(rows: Sequence[Row], architecture: NetworkArguments) -> list[tuple[Row, tuple[int, ...]]]:
-    """What comes before the layers, each layer, what comes after."""
-    inside = [number for number, row in enumerate(rows) if row.in_layers]
+def in_order(
+    mapped: Sequence[MappedWeight], architecture: NetworkArguments
+) -> list[tuple[MappedWeight, tuple[int, ...]]]:
+    """Every weight with its index in the stack: those before the layers, layer by layer, those after the layers."""
+    in_layers = [position for position, weight in enumerate(mapped) if weight.in_layers]
 
     def order(entry: tuple[int, tuple[int, ...]]) -> tuple[int, ...]:
-        number, place = entry
-        return (0 if number < inside[0] else 2 if number > inside[-1] else 1, *place[:1], number, *place[1:])
+        position, index = entry
+        stage = 0 if position < in_layers[0] else 2 if position > in_layers[-1] else 1
+        return (stage, *index[:1], position, *index[1:])
 
-    everything = [(number, place) for number, row in enumerate(rows) for place in places(row, architecture)]
-    return [(rows[number], place) for number, place in sorted(everything, key=order)]
+    entries = [(position, index) for position, weight in enumerate(mapped) for index in weight.indices(architecture)]
+    return [(mapped[position], index) for position, index in sorted(entries, key=order)]
 
 
 def write_config(checkpoint: Path, info: CheckpointInfo, family: Family, dtype: torch.dtype, folder: Path) -> None:
-    """What the model came with besides weights, or the configuration that follows from its description."""
+    """Write the files that the model came with besides weights, or else a configuration from its description."""
     if info.from_hugging_face:
         copy_kept_files(checkpoint.parent / HUGGINGFACE, folder)
         return
-    config = {**family.write_config(NetworkArguments(**info.architecture)), "vocab_size": info.vocab_size}
-    config |= {"torch_dtype": BY_DTYPE[dtype].huggingface, "use_cache": True, **_special_tokens(info)}
+    config = {
+        **family.write_config(NetworkArguments(**info.architecture)),
+        "vocab_size": info.vocab_size,
+        "torch_dtype": BY_DTYPE[dtype].huggingface,
+        "use_cache": True,
+        **_special_tokens(info),
+    }
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 
 def write_generation_config(info: CheckpointInfo, folder: Path) -> None:
-    """For a model that came with none and was trained here: where it is to stop."""
+    """Write the stop tokens of a model that came without a generation configuration and was trained here."""
     if (folder / GENERATION).is_file():
         return
-    # a chat model stops where a turn ends, not only where the text does
+    # a chat model stops at the end of a turn, not only at the end of a text
     stops = {"eos_token_id": info.tokenizer["stop_token_ids"]} if info.tokenizer.get("stop_token_ids") else {}
     if tokens := {**_special_tokens(info), **stops}:
         (folder / GENERATION).write_text(json.dumps(tokens, indent=2) + "\n")
@@ -179,21 +193,30 @@ def _special_tokens(info: CheckpointInfo) -> dict[str, int]:
 
 
 def write_tokenizer(run: Path, tokenizer: Path | None, folder: Path) -> None:
-    """The tokenizer that was asked for, that of the run, or else that of the source, which is there already."""
-    own = tokenizer or run / TOKENIZER
-    if tokenizer is None and same_tokenizer(own, folder):
-        return  # the source's may have more files, and all are to be given back
-    if own.exists():
+    """Write the tokenizer into an export that may have the source model's tokenizer already.
+
+    Args:
+        run: run folder, whose tokenizer replaces that of the source.
+        tokenizer: folder of tokenizer files that replace both.
+        folder: folder of the export.
+
+    Raises:
+        InputError: ``tokenizer`` has no tokenizer files.
+    """
+    origin = tokenizer or run / TOKENIZER
+    if tokenizer is None and same_tokenizer(origin, folder):
+        return  # the source may have more files than the run's copy, and an export returns all of them
+    if origin.exists():
         remove_tokenizer(folder)
-    if not copy_tokenizer(own, folder) and tokenizer is not None:
+    if not copy_tokenizer(origin, folder) and tokenizer is not None:
         raise InputError(f"--tokenizer-model {tokenizer}: no tokenizer files there; give the tokenizer's folder")
 
 
 def parse_size(text: str) -> int:
-    """``5GB``, ``200MB`` or ``64KB`` in bytes.
+    """Convert a size such as ``5GB``, ``200MB`` or ``64KB`` to bytes.
 
     Raises:
-        InputError: anything else.
+        InputError: the text is no such size.
     """
     number, unit = text[:-2].strip(), text[-2:].upper()
     if unit not in UNITS or not number.isdecimal() or int(number) == 0:

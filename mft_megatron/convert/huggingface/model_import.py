@@ -1,17 +1,17 @@
-"""A Hugging Face folder as a Megatron-Core distributed checkpoint, which any layout loads.
+"""Import of a Hugging Face folder: a Megatron-Core distributed checkpoint, which any parallel layout loads.
 
 ::
 
     config.json ─► family, architecture ─► slices of Megatron-Core's weights ─► rows of Hugging Face's ─► checkpoint
 
-Weights stream through memory a slice at a time. The folder is written beside its final place and renamed when it is
-whole; within it the checkpoint's description comes last.
+Weights stream through memory a slice at a time. The folder is written beside its final path and renamed when it is
+complete; within it the checkpoint's description is written last.
 """
 
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -20,21 +20,21 @@ from mft_megatron.arguments.groups.network import NetworkArguments
 from mft_megatron.convert.atomic_folder import refuse_content, replacing
 from mft_megatron.errors import InputError
 from mft_megatron.mcore.checkpointing.tensor_writer import Weight, write_weights
-from mft_megatron.mcore.checkpointing.vocabulary import EMBEDDING
+from mft_megatron.mcore.checkpointing.vocabulary import EMBEDDING, OUTPUT_LAYER
 from mft_megatron.mcore.checkpointing.weight_source import WeightSlice
 from mft_megatron.mcore.platform.precisions import BY_DTYPE, model_dtype
 from mft_megatron.run_folder import HUGGINGFACE, TRACKER, CheckpointInfo, iteration_folder, replace_text, write_info
 
-from .family import Family, Row, names_of, places
+from .family import Family
+from .mapped_source import MappedSource
+from .mapped_weight import MappedWeight, names_of
 from .model_folder import copy_kept_files, read_architecture
 from .row_layouts import Sizes, sizes_of
-from .row_source import RowSource
 from .safetensors_reader import BLOCK_BYTES, WeightFiles, same_content
 
 FILE_BYTES = 512 * 2**20
-OUTPUTS = {"lm_head.weight", "embed_out.weight"}
-# What old versions of transformers stored although it follows from the configuration.
-FOLLOWS = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
+# Buffers that old versions of transformers stored although they follow from the configuration.
+COMPUTED_BUFFERS = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
 
 
 def import_model(source: Path, target: Path) -> tuple[Family, CheckpointInfo]:
@@ -56,53 +56,66 @@ def import_model(source: Path, target: Path) -> tuple[Family, CheckpointInfo]:
 def _convert(
     source: Path, target: Path, files: WeightFiles, family: Family, architecture: NetworkArguments, vocab_size: int
 ) -> CheckpointInfo:
-    rows, sizes = family.rows(architecture), sizes_of(architecture, vocab_size)
-    refuse_mismatch(files, rows, architecture, sizes)
-    weights = {row.ours: _weight(row, architecture, sizes, files) for row in rows}
-    info = describe(family.architecture, architecture, vocab_size, stored_dtype(files, rows, architecture, sizes))
+    refuse_mismatch(files, family, architecture, vocab_size)
+    mapped, sizes = family.weights(architecture), sizes_of(architecture, vocab_size)
+    weights = {weight.name: _stacked(weight, architecture, sizes, files) for weight in mapped}
+    info = describe_folder(files, family, architecture, vocab_size)
     with replacing(target) as partial:
         path = iteration_folder(partial, 0)
         path.mkdir()
-        slices = list(_slices(rows, architecture, weights, sizes))
-        write_weights(path, weights, slices, RowSource(files, rows, sizes), FILE_BYTES)
+        slices = list(_slices(mapped, architecture, weights, sizes))
+        write_weights(path, weights, slices, MappedSource(files, mapped, sizes), FILE_BYTES)
         copy_kept_files(source, partial / HUGGINGFACE)
         write_info(path, info)
         replace_text(partial / TRACKER, "0\n")
     return info
 
 
-def refuse_mismatch(files: WeightFiles, rows: Sequence[Row], architecture: NetworkArguments, sizes: Sizes) -> None:
+def refuse_mismatch(files: WeightFiles, family: Family, architecture: NetworkArguments, vocab_size: int) -> None:
     """Check that a folder holds exactly the weights of its architecture.
 
     Raises:
-        InputError: one is missing, unknown, or of another shape.
+        InputError: a weight is missing, unknown, or of another shape.
     """
-    expected = names_of(rows, architecture)
+    mapped, sizes = family.weights(architecture), sizes_of(architecture, vocab_size)
+    expected = names_of(mapped, architecture)
     if missing := sorted(expected - files.weights.keys()):
         raise InputError(f"{files.folder}: {_some(missing)} missing; download the model again")
-    extra = {name for name in files.weights.keys() - expected if not name.endswith(FOLLOWS)}
-    for output in extra & OUTPUTS if architecture.tie_embeddings else ():
-        extra.remove(output)
-        embedding = next(row for row in rows if row.ours == EMBEDDING).theirs[0]
+    unknown = {name for name in files.weights.keys() - expected if not name.endswith(COMPUTED_BUFFERS)}
+    if architecture.tie_embeddings:
+        unknown -= _tied_outputs(files, family, architecture)
+    if unknown:
+        raise InputError(
+            f"{files.folder}: {_some(sorted(unknown))} not known in this architecture; the model is of another one"
+        )
+    for weight in mapped:
+        for index in weight.indices(architecture):
+            for name, shape in zip(weight.hf_names_at(index), weight.hf_shapes(sizes), strict=True):
+                stored = files.weights[name].shape
+                if stored != shape:
+                    raise InputError(
+                        f"{files.folder}: {name} has the shape {list(stored)}, config.json says {list(shape)}; they "
+                        "are of different models"
+                    )
+
+
+def _tied_outputs(files: WeightFiles, family: Family, architecture: NetworkArguments) -> set[str]:
+    """Output layers that a folder stores although they are the embedding's weight.
+
+    Raises:
+        InputError: the output layer is not the embedding's weight.
+    """
+    untied = family.weights(dataclasses.replace(architecture, tie_embeddings=False))
+    hf_names = {weight.name: weight.hf_names for weight in untied}
+    embedding = hf_names[EMBEDDING][0]
+    stored = {name for name in hf_names[OUTPUT_LAYER] if name in files.weights}
+    for output in stored:
         if not same_content(files, output, files, embedding):
             raise InputError(
                 f"{files.folder}: config.json ties the embeddings, but {output} differs from {embedding}; set "
                 "tie_word_embeddings to what the model was trained with"
             )
-    if extra:
-        raise InputError(
-            f"{files.folder}: {_some(sorted(extra))} not known in this architecture; the model is of another one"
-        )
-    for row in rows:
-        shapes = row.their_shapes(sizes)
-        for place in places(row, architecture):
-            for name, shape in zip(row.theirs, shapes, strict=True):
-                found = files.weights[name.format(*place)].shape
-                if found != shape:
-                    raise InputError(
-                        f"{files.folder}: {name.format(*place)} has the shape {list(found)}, config.json says "
-                        f"{list(shape)}; they are of different models"
-                    )
+    return stored
 
 
 def _some(names: Sequence[str]) -> str:
@@ -110,24 +123,35 @@ def _some(names: Sequence[str]) -> str:
     return f"{', '.join(names[:3])}{more} {'is' if len(names) == 1 else 'are'}"
 
 
-def _weight(row: Row, architecture: NetworkArguments, sizes: Sizes, files: WeightFiles) -> Weight:
-    """The checkpoint's weight for a row, all layers and experts together."""
-    dtypes = {files.weights[name.format(*place)].dtype for place in places(row, architecture) for name in row.theirs}
+def _stacked(weight: MappedWeight, architecture: NetworkArguments, sizes: Sizes, files: WeightFiles) -> Weight:
+    """The checkpoint's weight, with all layers and experts."""
+    names = names_of([weight], architecture)
+    dtypes = {files.weights[name].dtype for name in names}
     if len(dtypes) > 1:
         listed = " and ".join(sorted(BY_DTYPE[dtype].safetensors for dtype in dtypes))
-        raise InputError(f"{files.folder}: {row.theirs[0]} and its like are {listed}; use one")
-    return Weight(row.ours, (*row.stack(architecture), *row.shape(sizes)), dtypes.pop())
+        raise InputError(f"{files.folder}: {weight.hf_names[0]} and its like are {listed}; use one")
+    return Weight(weight.name, (*weight.stack(architecture), *weight.shape(sizes)), dtypes.pop())
 
 
-def stored_dtype(files: WeightFiles, rows: Sequence[Row], architecture: NetworkArguments, sizes: Sizes) -> torch.dtype:
-    """Dtype of a folder's model as a whole: that of its largest weight, all layers and experts together."""
-    return model_dtype(
-        ((*row.stack(architecture), *row.shape(sizes)), files.weights[row.theirs[0].format(0, 0)].dtype) for row in rows
+def describe_folder(
+    files: WeightFiles, family: Family, architecture: NetworkArguments, vocab_size: int
+) -> CheckpointInfo:
+    """Describe the model of a Hugging Face folder; its precision is that of its largest weight."""
+    sizes = sizes_of(architecture, vocab_size)
+    dtype = model_dtype(
+        ((*weight.stack(architecture), *weight.shape(sizes)), files.weights[weight.hf_names[0].format(0, 0)].dtype)
+        for weight in family.weights(architecture)
     )
+    return describe(family.architecture, architecture, vocab_size, dtype)
 
 
 def describe(source: str, architecture: NetworkArguments, vocab_size: int, dtype: torch.dtype) -> CheckpointInfo:
-    """The description of a model that has no run behind it; ``source``: what it came as."""
+    """Describe a model that was not trained here.
+
+    Args:
+        source: the Hugging Face architecture that it came as.
+        vocab_size: tokens, without padding.
+    """
     return CheckpointInfo(
         iteration=0,
         consumed_samples=0,
@@ -145,15 +169,17 @@ def describe(source: str, architecture: NetworkArguments, vocab_size: int, dtype
 
 
 def _slices(
-    rows: Sequence[Row], architecture: NetworkArguments, weights: dict[str, Weight], sizes: Sizes
+    mapped: Sequence[MappedWeight], architecture: NetworkArguments, weights: Mapping[str, Weight], sizes: Sizes
 ) -> Iterator[WeightSlice]:
     """Slices of all weights, layer by layer, so that files are read mostly from beginning to end."""
-    in_order = [(place[:1], number, place) for number, row in enumerate(rows) for place in places(row, architecture)]
-    for _, number, place in sorted(in_order):
-        row = rows[number]
-        shape = row.shape(sizes)
-        row_bytes = math.prod(shape[1:]) * weights[row.ours].dtype.itemsize
+    by_layer = [
+        (index[:1], position, index) for position, weight in enumerate(mapped) for index in weight.indices(architecture)
+    ]
+    for _, position, index in sorted(by_layer):
+        weight = mapped[position]
+        shape = weight.shape(sizes)
+        row_bytes = math.prod(shape[1:]) * weights[weight.name].dtype.itemsize
         step = max(1, BLOCK_BYTES // row_bytes)
         for first in range(0, shape[0], step):
             count = min(step, shape[0] - first)
-            yield WeightSlice(row.ours, place, (first, *(0 for _ in shape[1:])), (count, *shape[1:]))
+            yield WeightSlice(weight.name, index, (first, *(0 for _ in shape[1:])), (count, *shape[1:]))

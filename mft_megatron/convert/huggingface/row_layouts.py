@@ -1,4 +1,4 @@
-"""How the rows of one Megatron-Core weight are made of the rows of one or more Hugging Face weights.
+"""Row layouts: how the rows of one Megatron-Core weight are made of the rows of one or more Hugging Face weights.
 
 ::
 
@@ -6,13 +6,13 @@
                  │           │                  source 0: q_proj, 1: k_proj, 2: v_proj
                  group 0     group 1
 
-A kind lists the blocks in the order of Megatron-Core's rows. That is all there is to know for both directions, for the
-shapes, and for reading a part alone. A checkpoint holds whole weights, whatever layout wrote it, so nothing here knows
-about parallelism.
+A layout lists the blocks in the order of Megatron-Core's rows. That is enough for both directions, for the shapes, and
+for reading some rows alone. A checkpoint holds whole weights at every parallel layout, so nothing here knows about
+parallelism.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -24,7 +24,13 @@ Sizes = Mapping[str, int]
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """``rows`` rows from row ``start`` on of the ``source``-th Hugging Face weight."""
+    """Consecutive rows of one Hugging Face weight.
+
+    Attributes:
+        source: index of the Hugging Face weight.
+        start: first row in that weight.
+        rows: number of rows.
+    """
 
     source: int
     start: int
@@ -32,11 +38,15 @@ class Block:
 
 
 Blocks = tuple[Block, ...]
-RowKind = Callable[[Sizes], Blocks]
+RowLayout = Callable[[Sizes], Blocks]
 
 
 def sizes_of(architecture: NetworkArguments, vocab_size: int) -> dict[str, int]:
-    """What rows and columns are counted by."""
+    """Sizes of rows and columns by the keys that layouts use.
+
+    Args:
+        vocab_size: tokens, without padding.
+    """
     a = architecture
     return {
         "vocab": vocab_size,
@@ -51,18 +61,18 @@ def sizes_of(architecture: NetworkArguments, vocab_size: int) -> dict[str, int]:
     }
 
 
-def whole(size: str) -> RowKind:
-    """One weight under another name; ``size``: what its rows are counted by."""
+def whole(size: str) -> RowLayout:
+    """One Hugging Face weight, with the same rows; ``size``: key of their number."""
     return lambda sizes: (Block(0, 0, sizes[size]),)
 
 
-def glu(size: str) -> RowKind:
-    """Gate above up projection, from two weights."""
+def glu(size: str) -> RowLayout:
+    """Gate projection above up projection, from two weights; ``size``: key of the rows of each."""
     return lambda sizes: (Block(0, 0, sizes[size]), Block(1, 0, sizes[size]))
 
 
 def qkv(sizes: Sizes) -> Blocks:
-    """In groups, one a key/value head: its query heads, the key head, the value head; from three weights."""
+    """For each key/value head its query heads, the key head and the value head, from three weights."""
     head, groups = sizes["head"], sizes["groups"]
     queries = sizes["heads"] // groups * head
     return tuple(
@@ -73,7 +83,7 @@ def qkv(sizes: Sizes) -> Blocks:
 
 
 def qkv_in_groups(sizes: Sizes) -> Blocks:
-    """The same order on both sides, in one weight."""
+    """The order of :func:`qkv` in one Hugging Face weight."""
     return (Block(0, 0, (sizes["heads"] + 2 * sizes["groups"]) * sizes["head"]),)
 
 
@@ -88,29 +98,25 @@ def rows_of_sources(blocks: Blocks) -> list[int]:
     return [sum(block.rows for block in blocks if block.source == source) for source in range(count)]
 
 
-def part(blocks: Blocks, first: int, last: int) -> Blocks:
-    """The blocks of Megatron-Core's rows ``first`` to before ``last``."""
-    found, at = [], 0
+def slice_blocks(blocks: Blocks, first: int, last: int) -> Blocks:
+    """Blocks of the Megatron-Core rows from ``first`` to before ``last``."""
+    sliced, position = [], 0
     for block in blocks:
-        begin, end = max(first - at, 0), min(last - at, block.rows)
+        begin, end = max(first - position, 0), min(last - position, block.rows)
         if begin < end:
-            found.append(Block(block.source, block.start + begin, end - begin))
-        at += block.rows
-    return tuple(found)
+            sliced.append(Block(block.source, block.start + begin, end - begin))
+        position += block.rows
+    return tuple(sliced)
 
 
 def split(weight: Tensor, blocks: Blocks) -> list[Tensor]:
-    """A Megatron-Core weight -> the Hugging Face weights, each contiguous."""
-    pieces = weight.split([block.rows for block in blocks])
-    sources: dict[int, list[tuple[int, Tensor]]] = {}
-    for block, piece in zip(blocks, pieces, strict=True):
-        sources.setdefault(block.source, []).append((block.start, piece))
-    return [_joined([piece for _, piece in sorted(sources[source], key=_start)]) for source in sorted(sources)]
+    """Split a Megatron-Core weight [rows, …] into the Hugging Face weights, each contiguous."""
+    sources: dict[int, dict[int, Tensor]] = {}
+    for block, rows in zip(blocks, weight.split([block.rows for block in blocks]), strict=True):
+        sources.setdefault(block.source, {})[block.start] = rows
+    return [_concatenated([rows for _, rows in sorted(sources[source].items())]) for source in sorted(sources)]
 
 
-def _start(piece: tuple[int, Tensor]) -> int:
-    return piece[0]
-
-
-def _joined(pieces: Sequence[Tensor]) -> Tensor:
-    return pieces[0].contiguous() if len(pieces) == 1 else torch.cat(tuple(pieces))
+def _concatenated(slices: list[Tensor]) -> Tensor:
+    # a single slice need not be copied where it is contiguous
+    return slices[0].contiguous() if len(slices) == 1 else torch.cat(slices)

@@ -1,4 +1,4 @@
-"""A Hugging Face folder that a run starts from directly: each rank reads its part of each weight."""
+"""A Hugging Face folder that a run starts from directly: each rank reads its slices of the weights."""
 
 import contextlib
 from pathlib import Path
@@ -6,41 +6,39 @@ from pathlib import Path
 from torch import Tensor
 
 from mft_megatron.mcore.checkpointing.weight_source import WeightSlice
-from mft_megatron.run_folder import CheckpointInfo
 
-from . import model_folder
-from .model_import import describe, refuse_mismatch, stored_dtype
+from .mapped_source import MappedSource
+from .model_folder import copy_kept_files, read_architecture
+from .model_import import describe_folder, refuse_mismatch
 from .row_layouts import sizes_of
-from .row_source import RowSource
 from .safetensors_reader import WeightFiles
 
 
 class HuggingFaceSource:
-    """``--hf-checkpoint DIR``: what it is, its weights, and what is kept of it."""
+    """The model of ``--hf-checkpoint DIR``: its description in ``info``, and its weights."""
 
     def __init__(self, folder: str):
         """
         Raises:
-            InputError: the model is not supported, or its folder is not whole.
+            InputError: the model is not supported, or the folder is incomplete.
         """
         self.folder = Path(folder)
-        family, architecture, vocab_size = model_folder.read_architecture(self.folder)
-        rows, sizes = family.rows(architecture), sizes_of(architecture, vocab_size)
+        family, architecture, vocab_size = read_architecture(self.folder)
+        weights, sizes = family.weights(architecture), sizes_of(architecture, vocab_size)
         with contextlib.closing(WeightFiles(self.folder)) as files:
-            refuse_mismatch(files, rows, architecture, sizes)
+            refuse_mismatch(files, family, architecture, vocab_size)
             self._files = files
-        self._weights = RowSource(files, rows, sizes)
-        dtype = stored_dtype(files, rows, architecture, sizes)
-        self.info: CheckpointInfo = describe(family.architecture, architecture, vocab_size, dtype)
+        self._weights = MappedSource(files, weights, sizes)
+        self.info = describe_folder(files, family, architecture, vocab_size)
 
     def close(self) -> None:
         """Close the files; reading opens them again."""
         self._files.close()
 
     def keep(self, target: Path) -> None:
-        """Copy what an export is to give back."""
-        model_folder.copy_kept_files(self.folder, target)
+        """Copy everything that an export gives back besides weights into the folder ``target``."""
+        copy_kept_files(self.folder, target)
 
     def read(self, wanted: WeightSlice) -> Tensor:
-        """Read one slice of a weight of Megatron-Core's, as :meth:`RowSource.read` does."""
+        """Read one slice of a weight of Megatron-Core, as :meth:`MappedSource.read` does."""
         return self._weights.read(wanted)

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from mft_megatron.arguments.groups.network import NetworkArguments
 from mft_megatron.convert.huggingface.families.table import FAMILIES, family_for
-from mft_megatron.convert.huggingface.family import Family, Row
+from mft_megatron.convert.huggingface.family import Family
+from mft_megatron.convert.huggingface.mapped_weight import MappedWeight
 from mft_megatron.convert.huggingface.row_layouts import Block, Blocks, Sizes, glu, qkv, rows_of, sizes_of, split
 from mft_megatron.errors import InputError
 from mft_megatron.lora import LORA_A, LORA_B, Lora, Target
@@ -61,7 +62,7 @@ class AdaptedRow:
     Face's matrices.
     """
 
-    row: Row
+    row: MappedWeight
     target: Target
     rank: int
     sources: Blocks
@@ -95,7 +96,7 @@ class AdaptedRow:
         for number, served_by in enumerate(self._served_by):
             parts = tuple(part for part in range(len(self.target.parts)) if (served_by == part).any())
             if parts:
-                name = self.row.theirs[number].removesuffix(".weight")
+                name = self.row.hf_names[number].removesuffix(".weight")
                 found[number] = Matrix(name, parts, self.shapes[number])
         return found
 
@@ -137,15 +138,15 @@ def adapted_rows(lora: Lora, family: Family, architecture: NetworkArguments) -> 
                 f"{target.module}: {family.name} has experts there, which cannot have adapters; those of attention can"
             )
         sources = source_blocks(target.module, architecture, sizes)
-        shapes = tuple(row.their_shapes(sizes))
+        shapes = tuple(row.hf_shapes(sizes))
         found.append(AdaptedRow(row, target, lora.rank, sources, row.blocks(sizes), shapes))
     return tuple(found)
 
 
-def linear_rows(family: Family, architecture: NetworkArguments) -> Mapping[str, Row]:
+def linear_rows(family: Family, architecture: NetworkArguments) -> Mapping[str, MappedWeight]:
     """The rows of the matrices that can have adapters, by module."""
     modules = {f"{place}.weight": module for module, place in PLACES.items()}
-    return {modules[row.ours]: row for row in family.rows(architecture) if row.ours in modules}
+    return {modules[row.name]: row for row in family.weights(architecture) if row.name in modules}
 
 
 def source_blocks(module: str, architecture: NetworkArguments, sizes: Sizes) -> Blocks:

@@ -18,9 +18,10 @@ from torch import Tensor
 from mft_megatron.arguments.groups.network import NetworkArguments
 from mft_megatron.convert.atomic_folder import refuse_content, replacing
 from mft_megatron.convert.huggingface import model_export
-from mft_megatron.convert.huggingface.family import Family, Row, first_difference
+from mft_megatron.convert.huggingface.family import Family, first_difference
+from mft_megatron.convert.huggingface.mapped_weight import MappedWeight
 from mft_megatron.convert.huggingface.model_folder import CONFIG, copy_kept_files, read_architecture, same_tokenizer
-from mft_megatron.convert.huggingface.model_import import describe, refuse_mismatch, stored_dtype
+from mft_megatron.convert.huggingface.model_import import describe_folder, refuse_mismatch
 from mft_megatron.convert.huggingface.row_layouts import sizes_of, split
 from mft_megatron.convert.huggingface.safetensors_reader import WeightFiles
 from mft_megatron.convert.huggingface.safetensors_writer import PlannedWeight, ShardWriter
@@ -50,10 +51,10 @@ class Base(Protocol):
     family: Family
     architecture: NetworkArguments
 
-    def planned(self, row: Row, place: tuple[int, ...]) -> list[PlannedWeight]:
+    def planned(self, row: MappedWeight, place: tuple[int, ...]) -> list[PlannedWeight]:
         """The Hugging Face weights that a row stands for."""
 
-    def read(self, row: Row, place: tuple[int, ...]) -> Iterator[Tensor]:
+    def read(self, row: MappedWeight, place: tuple[int, ...]) -> Iterator[Tensor]:
         """Their content, in the same order."""
 
     def write_config(self, folder: Path) -> None:
@@ -74,20 +75,17 @@ class FolderBase:
         if not any(folder.glob("*.safetensors")):
             raise InputError(f"--base {folder}: no safetensors files there; give the folder of a whole model")
         self.family, self.architecture, vocab_size = read_architecture(folder)
-        rows = self.family.rows(self.architecture)
-        self._sizes = sizes_of(self.architecture, vocab_size)
         self._files = WeightFiles(folder)
         with contextlib.closing(self._files):
-            refuse_mismatch(self._files, rows, self.architecture, self._sizes)
-        dtype = stored_dtype(self._files, rows, self.architecture, self._sizes)
-        self.info = describe(self.family.architecture, self.architecture, vocab_size, dtype)
+            refuse_mismatch(self._files, self.family, self.architecture, vocab_size)
+        self.info = describe_folder(self._files, self.family, self.architecture, vocab_size)
 
-    def planned(self, row: Row, place: tuple[int, ...]) -> list[PlannedWeight]:
-        names = [name.format(*place) for name in row.theirs]
+    def planned(self, row: MappedWeight, place: tuple[int, ...]) -> list[PlannedWeight]:
+        names = [name.format(*place) for name in row.hf_names]
         stored = [self._files.weights[name] for name in names]
         return [PlannedWeight(name, s.dtype, s.shape) for name, s in zip(names, stored, strict=True)]
 
-    def read(self, row: Row, place: tuple[int, ...]) -> Iterator[Tensor]:
+    def read(self, row: MappedWeight, place: tuple[int, ...]) -> Iterator[Tensor]:
         for weight in self.planned(row, place):
             content = torch.empty(weight.shape, dtype=weight.dtype)
             self._files.read_into(content, weight.name, 0)
@@ -115,21 +113,20 @@ class CheckpointBase:
         self.family = model_export.family_of_checkpoint(path, info)
         self._reader = _ModelReader(path)
         self._sizes = sizes_of(self.architecture, info.vocab_size)
-        rows = self.family.rows(self.architecture)
-        model_export.refuse_mismatch(self._reader, rows, self.architecture, self._sizes, self.family, path)
+        model_export.refuse_mismatch(self._reader, self.family, self.architecture, self._sizes, path)
 
-    def planned(self, row: Row, place: tuple[int, ...]) -> list[PlannedWeight]:
-        dtype, shapes = self._reader.entry(row.ours)[1], row.their_shapes(self._sizes)
+    def planned(self, row: MappedWeight, place: tuple[int, ...]) -> list[PlannedWeight]:
+        dtype, shapes = self._reader.entry(row.name)[1], row.hf_shapes(self._sizes)
         return [
-            PlannedWeight(name.format(*place), dtype, shape) for name, shape in zip(row.theirs, shapes, strict=True)
+            PlannedWeight(name.format(*place), dtype, shape) for name, shape in zip(row.hf_names, shapes, strict=True)
         ]
 
-    def read(self, row: Row, place: tuple[int, ...]) -> Iterator[Tensor]:
-        weight = without_padding(row.ours, self._reader.read([(row.ours, place)])[0], self.info.vocab_size)
+    def read(self, row: MappedWeight, place: tuple[int, ...]) -> Iterator[Tensor]:
+        weight = without_padding(row.name, self._reader.read([(row.name, place)])[0], self.info.vocab_size)
         yield from split(weight, row.blocks(self._sizes))
 
     def write_config(self, folder: Path) -> None:
-        dtype = self._reader.entry(self.family.rows(self.architecture)[-1].ours)[1]
+        dtype = self._reader.entry(self.family.weights(self.architecture)[-1].name)[1]
         model_export.write_config(self.path, self.info, self.family, dtype, folder)
 
     def close(self) -> None:
@@ -197,7 +194,7 @@ def merge(
         InputError: ``target`` has content, or a file is damaged.
     """
     refuse_content(target, "--hf")
-    rows = base.family.rows(base.architecture)
+    rows = base.family.weights(base.architecture)
     in_order = model_export.in_order(rows, base.architecture)
     planned = [weight for row, place in in_order for weight in base.planned(row, place)]
     with contextlib.closing(base), replacing(target) as partial:

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mft_megatron.convert.huggingface.family import Row
-from mft_megatron.convert.huggingface.row_layouts import Block, Blocks, part, sizes_of
+from mft_megatron.convert.huggingface.mapped_weight import MappedWeight
+from mft_megatron.convert.huggingface.row_layouts import Block, Blocks, sizes_of, slice_blocks
 from mft_megatron.errors import InputError
 from mft_megatron.lora import LORA_A, LORA_B, Lora, Target, num_sources
 from mft_megatron.mcore.checkpointing.weight_source import WeightSlice
@@ -75,12 +75,12 @@ class AdapterSource:
         rows, columns = wanted.region
         if name.endswith(LORA_A):
             return self._read(row, "A", self._blocks_of_a(row), place, rows, columns)
-        if len(row.target.parts) == 1 or len(row.row.theirs) > 1:
+        if len(row.target.parts) == 1 or len(row.row.hf_names) > 1:
             return self._read(row, "B", row.blocks, place, rows, columns)
         # one matrix there and several A's here: of each row the columns of its own A
         wide = self._read(row, "B", row.blocks, place, rows, slice(0, len(row.target.parts) * self.lora.rank))
         content, at = torch.zeros(wanted.shape, dtype=self.dtype), 0
-        for block in part(row.sources, rows.start, rows.stop):
+        for block in slice_blocks(row.sources, rows.start, rows.stop):
             for number, sources in enumerate(row.target.parts):
                 if block.source in sources:
                     own = wide[at : at + block.rows, number * self.lora.rank :]
@@ -101,7 +101,7 @@ class AdapterSource:
         """Rows that are made of those of their matrices by ``blocks``; 0 of a matrix that has no adapter."""
         content = torch.zeros(rows.stop - rows.start, columns.stop - columns.start, dtype=self.dtype)
         at = 0
-        for block in part(blocks, rows.start, rows.stop):
+        for block in slice_blocks(blocks, rows.start, rows.stop):
             if block.source in self._weights.numbers[row.target.module]:
                 theirs = slice(block.start, block.start + block.rows)
                 module = _module(row.row, block.source, place[0])
@@ -112,17 +112,17 @@ class AdapterSource:
     def _blocks_of_a(self, row: AdaptedRow) -> Blocks:
         """Which matrices of theirs the rows of A come from."""
         numbers, parts = self._weights.numbers[row.target.module], len(row.target.parts)
-        if len(row.row.theirs) == 1:
+        if len(row.row.hf_names) == 1:
             return (Block(0, 0, parts * self.lora.rank),)
         return tuple(Block(number, 0, self.lora.rank) for number in numbers[:parts])
 
     def _one_rank(self, targets: Sequence[Target], config: PeftConfig) -> tuple[int, float]:
         """Rank and alpha of each A, which must be those of all."""
         # of a matrix that is several of ours, what lora-to-peft made of them is undone
-        joined = {t.module: len(t.parts) for t in targets if len(self._of_linear[t.module].theirs) == 1}
+        joined = {t.module: len(t.parts) for t in targets if len(self._of_linear[t.module].hf_names) == 1}
         found = set()
         for name, (row, _, _) in self._weights.modules.items():
-            count = joined.get(row.ours.split(".")[-2], 1)
+            count = joined.get(row.name.split(".")[-2], 1)
             alpha = config.alpha_of(name) / (math.sqrt(count) if config.rslora else count)
             found.add((config.rank_of(name) // count, round(alpha, 9)))
         if len(found) > 1:
@@ -136,13 +136,13 @@ class AdapterSource:
     def _target(self, module: str, numbers: Sequence[int]) -> Target:
         """What of ours stands for an adapter on those of a row's matrices."""
         row, sources = self._of_linear[module], num_sources(module, self.architecture.gated)
-        if len(row.theirs) == 1:
+        if len(row.hf_names) == 1:
             return Target(module, sources, self._parts(module, row, sources))
-        if len(numbers) == len(row.theirs) and self._same_a(row, numbers):
+        if len(numbers) == len(row.hf_names) and self._same_a(row, numbers):
             return Target(module, sources, (tuple(range(sources)),))
         return Target(module, sources, tuple((number,) for number in numbers))
 
-    def _same_a(self, row: Row, numbers: Sequence[int]) -> bool:
+    def _same_a(self, row: MappedWeight, numbers: Sequence[int]) -> bool:
         """Whether one A serves all, bit for bit, in every layer."""
         for layer in range(self.architecture.num_layers):
             first, *others = (self._weights.whole(_module(row, number, layer), "A") for number in numbers)
@@ -151,7 +151,7 @@ class AdapterSource:
                 return False
         return True
 
-    def _parts(self, module: str, row: Row, sources: int) -> tuple[tuple[int, ...], ...]:
+    def _parts(self, module: str, row: MappedWeight, sources: int) -> tuple[tuple[int, ...], ...]:
         """Of a matrix that is one on both sides: which of our sources each part of the rank serves."""
         used = None
         for layer in range(self.architecture.num_layers if sources > 1 else 0):
@@ -170,5 +170,5 @@ class AdapterSource:
         return (tuple(range(sources)),)
 
 
-def _module(row: Row, number: int, layer: int) -> str:
-    return row.theirs[number].removesuffix(".weight").format(layer)
+def _module(row: MappedWeight, number: int, layer: int) -> str:
+    return row.hf_names[number].removesuffix(".weight").format(layer)

@@ -15,7 +15,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from mft_megatron.arguments.groups.network import NetworkArguments
-from mft_megatron.convert.huggingface.family import Family, Row, names_of
+from mft_megatron.convert.huggingface.family import Family
+from mft_megatron.convert.huggingface.mapped_weight import MappedWeight, names_of
 from mft_megatron.convert.huggingface.row_layouts import sizes_of
 from mft_megatron.convert.huggingface.safetensors_reader import StoredWeight, read_header
 from mft_megatron.errors import InputError
@@ -34,7 +35,7 @@ _OTHERS = {
     ".weight": "whole matrices beside the adapters cannot be expressed",
 }
 # by a module's full name: the row of its weight, its number in it, its layer
-Modules = Mapping[str, tuple[Row, int, int]]
+Modules = Mapping[str, tuple[MappedWeight, int, int]]
 
 
 def key_of(module: str, letter: str) -> str:
@@ -87,7 +88,7 @@ class PeftWeights:
                 raise InputError(f"{self.file}: {key}: {reason}")
             name = match["module"]
             if name not in everywhere:
-                known = f"{name}.weight" in names_of(family.rows(architecture), architecture) or ".experts." in name
+                known = f"{name}.weight" in names_of(family.weights(architecture), architecture) or ".experts." in name
                 what = (
                     "embeddings, output layer, routers and experts cannot have one here; train one without it"
                     if known
@@ -102,7 +103,7 @@ class PeftWeights:
     def _refuse_other_shapes(self, config: PeftConfig, family: Family, architecture: NetworkArguments) -> None:
         sizes = sizes_of(architecture, 0)
         for module, (row, number, _) in self.modules.items():
-            rows, columns = row.their_shapes(sizes)[number]
+            rows, columns = row.hf_shapes(sizes)[number]
             rank = config.rank_of(module)
             for letter, wanted in (("A", (rank, columns)), ("B", (rows, rank))):
                 key = key_of(module, letter)
@@ -127,8 +128,8 @@ class PeftWeights:
         return {module: tuple(sorted(numbers[module])) for module in SOURCES if module in numbers}
 
 
-def _ours(row: Row) -> str:
-    return row.ours.split(".")[-2]
+def _ours(row: MappedWeight) -> str:
+    return row.name.split(".")[-2]
 
 
 def _modules(family: Family, architecture: NetworkArguments) -> Modules:
@@ -136,7 +137,7 @@ def _modules(family: Family, architecture: NetworkArguments) -> Modules:
     return {
         name.removesuffix(".weight").format(layer): (row, number, layer)
         for row in linear_rows(family, architecture).values()
-        for number, name in enumerate(row.theirs)
+        for number, name in enumerate(row.hf_names)
         for layer in range(architecture.num_layers)
     }
 

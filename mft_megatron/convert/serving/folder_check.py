@@ -16,7 +16,6 @@ from mft_megatron.convert.huggingface.model_folder import (
     read_object,
 )
 from mft_megatron.convert.huggingface.model_import import refuse_mismatch
-from mft_megatron.convert.huggingface.row_layouts import sizes_of
 from mft_megatron.convert.huggingface.safetensors_reader import WeightFiles
 from mft_megatron.errors import InputError
 from mft_megatron.mcore.platform.precisions import BY_DTYPE
@@ -55,7 +54,7 @@ def findings(folder: Path, tokenizer: ServedTokenizer | None, reason: str) -> It
     yield Finding("ok", CONFIG, f"{family.architecture}, {architecture.num_layers} layers, vocabulary {vocab_size:,}")
     try:
         with contextlib.closing(WeightFiles(folder)) as files:
-            refuse_mismatch(files, family.rows(architecture), architecture, sizes_of(architecture, vocab_size))
+            refuse_mismatch(files, family, architecture, vocab_size)
     except InputError as error:
         yield Finding("wrong", "weights", str(error))
         return

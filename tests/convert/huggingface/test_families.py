@@ -173,7 +173,7 @@ def test_what_a_configuration_leaves_out_is_what_transformers_takes(converted, n
 
     config = json.loads((Path(converted[name][1]) / "config.json").read_text())
     family, tried = family_of(config), 0
-    for key in sorted(family.reads() & config.keys() - {"vocab_size"}):
+    for key in sorted(family.entry_names() & config.keys() - {"vocab_size"}):
         less = {other: value for other, value in config.items() if other != key}
         if key in NEEDED:
             with pytest.raises(InputError, match=f"no {key}"):

@@ -9,12 +9,12 @@ from mft_megatron.convert.huggingface.model_export import parse_size
 from mft_megatron.convert.huggingface.row_layouts import (
     Block,
     glu,
-    part,
     qkv,
     qkv_in_groups,
     rows_of,
     rows_of_sources,
     sizes_of,
+    slice_blocks,
     split,
     whole,
 )
@@ -71,15 +71,15 @@ def test_any_part_is_the_same_rows_as_of_the_whole(kind):
     assert [len(source) for source in sources] == rows_of_sources(blocks)
     for first in range(len(weight) + 1):
         for last in range(first, len(weight) + 1):
-            found = [sources[b.source][b.start : b.start + b.rows] for b in part(blocks, first, last)]
+            found = [sources[b.source][b.start : b.start + b.rows] for b in slice_blocks(blocks, first, last)]
             assert torch.cat([torch.empty(0), *found]).equal(weight[first:last])
 
 
 def test_the_llama_table_covers_a_model():
-    names = [name for row in LLAMA.rows(SHAPE) for name in row.theirs]
+    names = [name for row in LLAMA.weights(SHAPE) for name in row.hf_names]
     assert len(names) == len(set(names)) == 12
     assert not any(".bias" in name or "_norm." in name.replace("model.norm", "") for name in names)
-    shapes = {n: s for row in LLAMA.rows(SHAPE) for n, s in zip(row.theirs, row.their_shapes(SIZES), strict=True)}
+    shapes = {n: s for row in LLAMA.weights(SHAPE) for n, s in zip(row.hf_names, row.hf_shapes(SIZES), strict=True)}
     assert shapes["model.layers.{}.self_attn.k_proj.weight"] == (6, 6)
     assert shapes["model.layers.{}.self_attn.o_proj.weight"] == (6, 12)
     assert shapes["model.layers.{}.mlp.down_proj.weight"] == (6, 5)

@@ -9,13 +9,13 @@ from mft_megatron.convert.huggingface.config_entries.heads import Heads
 from mft_megatron.convert.huggingface.config_entries.rope import Rope
 from mft_megatron.convert.huggingface.family import Family
 
-from .llama import SHAPE, llama_rows
+from .llama import SHAPE, llama_weights
 
 GEMMA = Family(
     name="Gemma",
     model_type="gemma",
     architecture="GemmaForCausalLM",
-    rows=llama_rows,
+    weights=llama_weights,
     entries=(
         *SHAPE,
         Fixed(

@@ -5,7 +5,8 @@ from mft_megatron.convert.huggingface.config_entries.activation import Gelu
 from mft_megatron.convert.huggingface.config_entries.basic import Fixed, Flag, Only, RealNumber, Vocabulary, WholeNumber
 from mft_megatron.convert.huggingface.config_entries.heads import Heads
 from mft_megatron.convert.huggingface.config_entries.rope import PartialRope
-from mft_megatron.convert.huggingface.family import Family, Row
+from mft_megatron.convert.huggingface.family import Family
+from mft_megatron.convert.huggingface.mapped_weight import MappedWeight
 from mft_megatron.convert.huggingface.row_layouts import qkv_in_groups, whole
 
 _OURS = "decoder.layers."
@@ -24,16 +25,18 @@ _NORMS = (
 )
 
 
-def _rows(architecture: NetworkArguments) -> tuple[Row, ...]:
-    rows = [Row("embedding.word_embeddings.weight", ("gpt_neox.embed_in.weight",), whole("vocab"), "hidden")]
+def _weights(architecture: NetworkArguments) -> tuple[MappedWeight, ...]:
+    rows = [MappedWeight("embedding.word_embeddings.weight", ("gpt_neox.embed_in.weight",), whole("vocab"), "hidden")]
     for ours, theirs, kind, columns in _LINEAR:
-        rows.append(Row(f"{_OURS}{ours}weight", (f"{_THEIRS}{theirs}weight",), kind, columns))
-        rows.append(Row(f"{_OURS}{ours}bias", (f"{_THEIRS}{theirs}bias",), kind))
+        rows.append(MappedWeight(f"{_OURS}{ours}weight", (f"{_THEIRS}{theirs}weight",), kind, columns))
+        rows.append(MappedWeight(f"{_OURS}{ours}bias", (f"{_THEIRS}{theirs}bias",), kind))
     rows += [
-        Row(ours + part, (theirs + part,), whole("hidden")) for ours, theirs in _NORMS for part in ("weight", "bias")
+        MappedWeight(ours + part, (theirs + part,), whole("hidden"))
+        for ours, theirs in _NORMS
+        for part in ("weight", "bias")
     ]
     if not architecture.tie_embeddings:
-        rows.append(Row("output_layer.weight", ("embed_out.weight",), whole("vocab"), "hidden"))
+        rows.append(MappedWeight("output_layer.weight", ("embed_out.weight",), whole("vocab"), "hidden"))
     return tuple(rows)
 
 
@@ -41,7 +44,7 @@ GPT_NEOX = Family(
     name="GPT-NeoX",
     model_type="gpt_neox",
     architecture="GPTNeoXForCausalLM",
-    rows=_rows,
+    weights=_weights,
     entries=(
         Vocabulary(),
         WholeNumber("num_layers", "num_hidden_layers"),

@@ -1,4 +1,7 @@
-"""Llama: RMSNorm, SwiGLU, rotary positions, grouped queries; CodeLlama and DeepSeek-Coder, too."""
+"""Llama: RMSNorm, SwiGLU, rotary positions, grouped queries; also CodeLlama and DeepSeek-Coder.
+
+Later families share these tables, since most of their weights and entries have the same names.
+"""
 
 from mft_megatron.arguments.groups.network import NetworkArguments
 from mft_megatron.convert.huggingface.config_entries.basic import (
@@ -13,95 +16,100 @@ from mft_megatron.convert.huggingface.config_entries.basic import (
 from mft_megatron.convert.huggingface.config_entries.entry import Entry
 from mft_megatron.convert.huggingface.config_entries.heads import Heads
 from mft_megatron.convert.huggingface.config_entries.rope import Rope
-from mft_megatron.convert.huggingface.family import Family, Row
+from mft_megatron.convert.huggingface.family import Family
+from mft_megatron.convert.huggingface.mapped_weight import MappedWeight
 from mft_megatron.convert.huggingface.row_layouts import glu, qkv, whole
 
 _LAYER = "decoder.layers."
-_THEIRS = "model.layers.{}."
+_HF_LAYER = "model.layers.{}."
 _ATTENTION = _LAYER + "self_attention."
 
-# what models after Llama call alike
 SHAPE: tuple[Entry, ...] = (
     Vocabulary(),
     WholeNumber("num_layers", "num_hidden_layers"),
     WholeNumber("hidden_size", "hidden_size"),
     WholeNumber("ffn_hidden_size", "intermediate_size"),
 )
-GATED: tuple[Entry, ...] = (
+SWIGLU: tuple[Entry, ...] = (
     Fixed(normalization="RMSNorm", swiglu=True),
     Only("hidden_act", "silu", "swish"),
-    RealNumber("norm_epsilon", "rms_norm_eps", 1e-6),
 )
 
 
-def attention_rows(architecture: NetworkArguments) -> tuple[Row, ...]:
-    """Attention of a layer, without its norm."""
-    names = tuple(f"{_THEIRS}self_attn.{name}_proj" for name in "qkv")
-    rows = [Row(_ATTENTION + "linear_qkv.weight", tuple(f"{name}.weight" for name in names), qkv, "hidden")]
+def attention_weights(architecture: NetworkArguments) -> tuple[MappedWeight, ...]:
+    """Weights of attention in a layer, without the norm before it."""
+    hf_qkv = tuple(f"{_HF_LAYER}self_attn.{name}_proj" for name in "qkv")
+    hf_out = _HF_LAYER + "self_attn.o_proj"
+    weights = [
+        MappedWeight(_ATTENTION + "linear_qkv.weight", tuple(f"{name}.weight" for name in hf_qkv), qkv, "hidden")
+    ]
     if architecture.add_bias_linear or architecture.add_qkv_bias:
-        rows.append(Row(_ATTENTION + "linear_qkv.bias", tuple(f"{name}.bias" for name in names), qkv))
+        weights.append(MappedWeight(_ATTENTION + "linear_qkv.bias", tuple(f"{name}.bias" for name in hf_qkv), qkv))
     for norm in "qk" if architecture.qk_layernorm else "":
-        theirs = (f"{_THEIRS}self_attn.{norm}_norm.weight",)
-        rows.append(Row(f"{_ATTENTION}{norm}_layernorm.weight", theirs, whole("head")))
-    out = _THEIRS + "self_attn.o_proj."
-    rows.append(Row(_ATTENTION + "linear_proj.weight", (out + "weight",), whole("hidden"), "attention"))
+        hf_norm = f"{_HF_LAYER}self_attn.{norm}_norm.weight"
+        weights.append(MappedWeight(f"{_ATTENTION}{norm}_layernorm.weight", (hf_norm,), whole("head")))
+    weights.append(MappedWeight(_ATTENTION + "linear_proj.weight", (hf_out + ".weight",), whole("hidden"), "attention"))
     if architecture.add_bias_linear:
-        rows.append(Row(_ATTENTION + "linear_proj.bias", (out + "bias",), whole("hidden")))
-    return tuple(rows)
+        weights.append(MappedWeight(_ATTENTION + "linear_proj.bias", (hf_out + ".bias",), whole("hidden")))
+    return tuple(weights)
 
 
-def gated_rows(architecture: NetworkArguments) -> tuple[Row, ...]:
-    """The MLP of a layer, without its norm."""
-    up = (_THEIRS + "mlp.gate_proj.", _THEIRS + "mlp.up_proj.")
-    down = _THEIRS + "mlp.down_proj."
-    rows = [Row(_LAYER + "mlp.linear_fc1.weight", tuple(f"{name}weight" for name in up), glu("ffn"), "hidden")]
+def gated_weights(architecture: NetworkArguments) -> tuple[MappedWeight, ...]:
+    """Weights of the gated MLP of a layer, without the norm before it."""
+    fc1, fc2 = _LAYER + "mlp.linear_fc1.", _LAYER + "mlp.linear_fc2."
+    gate, up, down = (f"{_HF_LAYER}mlp.{name}_proj." for name in ("gate", "up", "down"))
+    weights = [MappedWeight(fc1 + "weight", (gate + "weight", up + "weight"), glu("ffn"), "hidden")]
     if architecture.add_bias_linear:
-        rows.append(Row(_LAYER + "mlp.linear_fc1.bias", tuple(f"{name}bias" for name in up), glu("ffn")))
-    rows.append(Row(_LAYER + "mlp.linear_fc2.weight", (down + "weight",), whole("hidden"), "ffn"))
+        weights.append(MappedWeight(fc1 + "bias", (gate + "bias", up + "bias"), glu("ffn")))
+    weights.append(MappedWeight(fc2 + "weight", (down + "weight",), whole("hidden"), "ffn"))
     if architecture.add_bias_linear:
-        rows.append(Row(_LAYER + "mlp.linear_fc2.bias", (down + "bias",), whole("hidden")))
-    return tuple(rows)
+        weights.append(MappedWeight(fc2 + "bias", (down + "bias",), whole("hidden")))
+    return tuple(weights)
 
 
-def model_rows(
-    architecture: NetworkArguments, mlp: tuple[Row, ...], before_mlp: str = _LAYER + "mlp.linear_fc1.layer_norm_"
-) -> tuple[Row, ...]:
-    """A whole model around an MLP.
+def model_weights(
+    architecture: NetworkArguments,
+    mlp: tuple[MappedWeight, ...],
+    norm_before_mlp: str = _LAYER + "mlp.linear_fc1.layer_norm_",
+) -> tuple[MappedWeight, ...]:
+    """Every weight of a model.
 
     Args:
-        before_mlp: what the checkpoint's names of the norm before it begin with.
+        mlp: weights of the MLP of a layer, without the norm before it.
+        norm_before_mlp: beginning of that norm's names in a checkpoint.
     """
-    kinds = ("weight",) if architecture.normalization == "RMSNorm" else ("weight", "bias")
+    endings = ("weight",) if architecture.normalization == "RMSNorm" else ("weight", "bias")
 
-    def norm(ours: str, theirs: str) -> list[Row]:
-        return [Row(ours + kind, (theirs + kind,), whole("hidden")) for kind in kinds]
+    def norm(name: str, hf_name: str) -> list[MappedWeight]:
+        return [MappedWeight(name + ending, (hf_name + ending,), whole("hidden")) for ending in endings]
 
-    rows = [
-        Row("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), whole("vocab"), "hidden"),
-        *norm(_ATTENTION + "linear_qkv.layer_norm_", _THEIRS + "input_layernorm."),
-        *attention_rows(architecture),
-        *norm(before_mlp, _THEIRS + "post_attention_layernorm."),
+    weights = [
+        MappedWeight("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), whole("vocab"), "hidden"),
+        *norm(_ATTENTION + "linear_qkv.layer_norm_", _HF_LAYER + "input_layernorm."),
+        *attention_weights(architecture),
+        *norm(norm_before_mlp, _HF_LAYER + "post_attention_layernorm."),
         *mlp,
         *norm("decoder.final_layernorm.", "model.norm."),
     ]
     if not architecture.tie_embeddings:
-        rows.append(Row("output_layer.weight", ("lm_head.weight",), whole("vocab"), "hidden"))
-    return tuple(rows)
+        weights.append(MappedWeight("output_layer.weight", ("lm_head.weight",), whole("vocab"), "hidden"))
+    return tuple(weights)
 
 
-def llama_rows(architecture: NetworkArguments) -> tuple[Row, ...]:
-    """Every weight of a model with gated units."""
-    return model_rows(architecture, gated_rows(architecture))
+def llama_weights(architecture: NetworkArguments) -> tuple[MappedWeight, ...]:
+    """Every weight of a model with gated MLPs."""
+    return model_weights(architecture, gated_weights(architecture))
 
 
 LLAMA = Family(
     name="Llama",
     model_type="llama",
     architecture="LlamaForCausalLM",
-    rows=llama_rows,
+    weights=llama_weights,
     entries=(
         *SHAPE,
-        *GATED,
+        *SWIGLU,
+        RealNumber("norm_epsilon", "rms_norm_eps", 1e-6),
         Heads(),
         WholeNumber("max_position_embeddings", "max_position_embeddings", 2048),
         Rope(),

@@ -1,38 +1,39 @@
-"""Mixtral: Mistral with a mixture of experts in place of each MLP."""
+"""Mixtral: like Mistral, with a mixture of experts instead of each MLP."""
 
 from mft_megatron.arguments.groups.network import NetworkArguments
 from mft_megatron.convert.huggingface.config_entries.basic import Fixed, Flag, RealNumber, WholeNumber
 from mft_megatron.convert.huggingface.config_entries.heads import Heads
 from mft_megatron.convert.huggingface.config_entries.rope import Rope
 from mft_megatron.convert.huggingface.config_entries.window import Window
-from mft_megatron.convert.huggingface.family import Family, Row
+from mft_megatron.convert.huggingface.family import Family
+from mft_megatron.convert.huggingface.mapped_weight import MappedWeight
 from mft_megatron.convert.huggingface.row_layouts import glu, whole
 
-from .llama import GATED, SHAPE, model_rows
+from .llama import SHAPE, SWIGLU, model_weights
 
-_OURS = "decoder.layers.mlp."
-_THEIRS = "model.layers.{}.block_sparse_moe."
-_EXPERT = _THEIRS + "experts.{}."
+_MLP = "decoder.layers.mlp."
+_HF_MLP = "model.layers.{}.block_sparse_moe."
+_HF_EXPERT = _HF_MLP + "experts.{}."
 
 
-def _rows(architecture: NetworkArguments) -> tuple[Row, ...]:
-    up = (_EXPERT + "w1.weight", _EXPERT + "w3.weight")
+def _weights(architecture: NetworkArguments) -> tuple[MappedWeight, ...]:
+    gate, up, down = (f"{_HF_EXPERT}{name}.weight" for name in ("w1", "w3", "w2"))
     mlp = (
-        Row(_OURS + "router.weight", (_THEIRS + "gate.weight",), whole("experts"), "hidden"),
-        Row(_OURS + "experts.experts.linear_fc1.weight", up, glu("expert ffn"), "hidden"),
-        Row(_OURS + "experts.experts.linear_fc2.weight", (_EXPERT + "w2.weight",), whole("hidden"), "expert ffn"),
+        MappedWeight(_MLP + "router.weight", (_HF_MLP + "gate.weight",), whole("experts"), "hidden"),
+        MappedWeight(_MLP + "experts.experts.linear_fc1.weight", (gate, up), glu("expert ffn"), "hidden"),
+        MappedWeight(_MLP + "experts.experts.linear_fc2.weight", (down,), whole("hidden"), "expert ffn"),
     )
-    return model_rows(architecture, mlp, before_mlp="decoder.layers.pre_mlp_layernorm.")
+    return model_weights(architecture, mlp, norm_before_mlp="decoder.layers.pre_mlp_layernorm.")
 
 
 MIXTRAL = Family(
     name="Mixtral",
     model_type="mixtral",
     architecture="MixtralForCausalLM",
-    rows=_rows,
+    weights=_weights,
     entries=(
         *SHAPE,
-        *GATED[:2],
+        *SWIGLU,
         RealNumber("norm_epsilon", "rms_norm_eps", 1e-5),
         Fixed(add_bias_linear=False),
         WholeNumber("num_experts", "num_local_experts", 8),

@@ -5,31 +5,32 @@ from mft_megatron.convert.huggingface.config_entries.basic import Biases, Fixed,
 from mft_megatron.convert.huggingface.config_entries.heads import Heads
 from mft_megatron.convert.huggingface.config_entries.rope import Rope
 from mft_megatron.convert.huggingface.config_entries.window import Window
-from mft_megatron.convert.huggingface.family import Family, Row
+from mft_megatron.convert.huggingface.family import Family
+from mft_megatron.convert.huggingface.mapped_weight import MappedWeight
 from mft_megatron.convert.huggingface.row_layouts import whole
 
-from .llama import SHAPE, model_rows
+from .llama import SHAPE, model_weights
 
 _OURS = "decoder.layers.mlp."
 _THEIRS = "model.layers.{}.mlp."
 
 
-def _rows(architecture: NetworkArguments) -> tuple[Row, ...]:
+def _weights(architecture: NetworkArguments) -> tuple[MappedWeight, ...]:
     rows = [
-        Row(_OURS + "linear_fc1.weight", (_THEIRS + "c_fc.weight",), whole("ffn"), "hidden"),
-        Row(_OURS + "linear_fc2.weight", (_THEIRS + "c_proj.weight",), whole("hidden"), "ffn"),
+        MappedWeight(_OURS + "linear_fc1.weight", (_THEIRS + "c_fc.weight",), whole("ffn"), "hidden"),
+        MappedWeight(_OURS + "linear_fc2.weight", (_THEIRS + "c_proj.weight",), whole("hidden"), "ffn"),
     ]
     if architecture.add_bias_linear:
-        rows.append(Row(_OURS + "linear_fc1.bias", (_THEIRS + "c_fc.bias",), whole("ffn")))
-        rows.append(Row(_OURS + "linear_fc2.bias", (_THEIRS + "c_proj.bias",), whole("hidden")))
-    return model_rows(architecture, tuple(rows))
+        rows.append(MappedWeight(_OURS + "linear_fc1.bias", (_THEIRS + "c_fc.bias",), whole("ffn")))
+        rows.append(MappedWeight(_OURS + "linear_fc2.bias", (_THEIRS + "c_proj.bias",), whole("hidden")))
+    return model_weights(architecture, tuple(rows))
 
 
 STARCODER2 = Family(
     name="StarCoder2",
     model_type="starcoder2",
     architecture="Starcoder2ForCausalLM",
-    rows=_rows,
+    weights=_weights,
     entries=(
         *SHAPE,
         Fixed(normalization="LayerNorm", openai_gelu=True),

@@ -40,7 +40,7 @@ def family_of(config: Mapping[str, Any]) -> Family:
         raise InputError(f"{', '.join(map(str, architectures))} is not supported; {known}")
     if config.get("quantization_config") is not None:
         raise InputError("quantization_config: quantised weights cannot be converted; take the model they were made of")
-    known_names = family.reads() | IRRELEVANT | {"quantization_config"}
+    known_names = family.entry_names() | IRRELEVANT | {"quantization_config"}
     unknown = [
         name
         for name, value in config.items()
