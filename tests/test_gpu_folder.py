@@ -1,6 +1,6 @@
-"""The tests of ``tests/gpu`` where there is no GPU: skipped for that reason alone, and computing what they say.
+"""The tests of ``tests/gpu`` on a machine without a GPU: they are skipped for that reason only.
 
-What they compare with is checked here on the CPU, with a fault planted where it is to be seen.
+Their comparisons are run here on the CPU, also with a fault that they have to find.
 """
 
 import os
@@ -29,23 +29,23 @@ def test_all_are_collected_and_skipped_for_lack_of_a_gpu():
 
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("heads", ["grouped", "one group"])
-@pytest.mark.parametrize("pieces", ["segments", "fewer queries than keys"])
-def test_attention_is_compared_with_what_it_should_be(pieces, heads, window):
+@pytest.mark.parametrize("case", ["segments", "fewer queries than keys"])
+def test_comparisons_of_attention_find_a_fault(case, heads, window):
     from mft_megatron.mcore.attention.sdpa import local
-    from tests.gpu.test_cuda_attention import HEADS, PIECES, TOLERANCE, errors
+    from tests.gpu.test_cuda_attention import HEADS, SLICES, TOLERANCE, errors
 
     def with_a_larger_window(query, key, value, spans, scale, window, dropout):
         return local(query, key, value, spans, scale, window + 1 if window is not None else 1, dropout)
 
     for dtype in (torch.float32, torch.bfloat16):
-        arguments = (PIECES[pieces], HEADS[heads], 16, dtype, None, window, "cpu")
+        arguments = (SLICES[case], HEADS[heads], 16, dtype, None, window, "cpu")
         assert max(errors(local, *arguments)) < TOLERANCE[dtype]
         assert max(errors(with_a_larger_window, *arguments)) > 2 * TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_token_losses_are_compared_with_what_they_should_be(dtype, known):
+def test_comparisons_of_token_losses_find_a_fault(dtype, known):
     from tests.gpu.test_cuda_cross_entropy import TOLERANCE, both
 
     for ours, theirs in zip(*both(dtype, known, "cpu"), strict=True):
