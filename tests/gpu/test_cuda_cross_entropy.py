@@ -10,7 +10,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 def both(dtype, known, device="cuda"):
     """Losses and gradients of hidden states and weight, ours on the device and torch's in fp64."""
     from mft_megatron.losses.objective import Slope
-    from mft_megatron.mcore.output_layer.fused_cross_entropy import VocabularyPart, token_losses
+    from mft_megatron.mcore.output_layer.fused_cross_entropy import VocabularyShard, token_losses
 
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(TOKENS, HIDDEN, generator=generator).to(dtype)
@@ -19,7 +19,7 @@ def both(dtype, known, device="cuda"):
     linear = torch.rand(TOKENS, dtype=torch.float64, generator=generator) / TOKENS
     inputs = [tensor.to(device, copy=True).requires_grad_() for tensor in (hidden, weight)]
     coefficients = linear.to(device)
-    losses = token_losses(*inputs, labels.to(device), VocabularyPart(0, VOCAB), Slope(coefficients) if known else None)
+    losses = token_losses(*inputs, labels.to(device), VocabularyShard(0, VOCAB), Slope(coefficients) if known else None)
     (coefficients * losses.double()).sum().backward()
     exact = [tensor.double().requires_grad_() for tensor in (hidden, weight)]
     expected = torch.nn.functional.cross_entropy(exact[0] @ exact[1][:VOCAB].T, labels, reduction="none")

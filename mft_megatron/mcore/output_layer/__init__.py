@@ -1,1 +1,1 @@
-"""Hidden states to token losses: vocabulary-parallel cross entropy."""
+"""From hidden states to token losses: vocabulary-parallel cross entropy."""

@@ -9,6 +9,7 @@ TOKENS, VOCAB, PADDED = 9, 131, 256
 
 
 def _losses(tensor_parallel_size):
+    """Losses, and the gradient of this rank's shard of the logits."""
     from megatron.core import parallel_state
 
     from mft_megatron.arguments.groups.distributed import DistributedArguments
@@ -25,6 +26,7 @@ def _losses(tensor_parallel_size):
 
 
 def make():
+    """Logits [T, padded V] and a gradient of the losses [T], fp64, and labels [T]."""
     generator = torch.Generator().manual_seed(3)
     logits = torch.randn(TOKENS, PADDED, dtype=torch.float64, generator=generator) * 3
     labels = torch.randint(0, VOCAB, (TOKENS,), generator=generator)

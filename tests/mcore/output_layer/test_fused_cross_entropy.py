@@ -10,25 +10,25 @@ from hypothesis import strategies as st
 from tests.ranks import run_on_ranks
 
 HIDDEN, VOCAB, PADDED, TOKENS = 24, 131, 256, 40
-# by name: which tokens are supervised
+# by name, a mask of supervised tokens
 MASKS = {
     "some": lambda generator: torch.rand(TOKENS, generator=generator) < 0.4,
     "none": lambda generator: torch.zeros(TOKENS, dtype=bool),
     "all": lambda generator: torch.ones(TOKENS, dtype=bool),
     "one": lambda generator: torch.arange(TOKENS) == 17,
 }
-# by name: what is known of the slope in the forward pass
+# what the forward pass knows of the slope
 SLOPES = ("linear", "exponential", "unknown", "frozen")
 
 
 def make(mask, seed=3):
-    """Hidden states, weight (padding last, its rows large), labels, mask; slopes of both kinds."""
+    """Hidden states [T, 1, H], weight [padded V, H] (padding last, its rows large), labels, mask, slopes; fp64."""
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(TOKENS, 1, HIDDEN, dtype=torch.float64, generator=generator)
     weight = torch.randn(PADDED, HIDDEN, dtype=torch.float64, generator=generator)
     weight[VOCAB:] *= 5
     labels = torch.randint(0, VOCAB, (TOKENS,), generator=generator)
-    labels[16:20] = torch.tensor([0, VOCAB - 1, 127, 128])  # ends of the vocabulary and of ranks' parts
+    labels[16:20] = torch.tensor([0, VOCAB - 1, 127, 128])  # ends of the vocabulary and of shards
     linear, exponential = torch.rand(2, TOKENS, dtype=torch.float64, generator=generator) / TOKENS
     return hidden, weight, labels, MASKS[mask](generator), linear, exponential
 
@@ -40,7 +40,7 @@ def value_of(losses, linear, exponential, kind):
 
 
 def reference(mask, kind, dtype=torch.float64):
-    """Losses, gradient of the hidden states and of the weight, in fp64 by torch, of operands rounded to ``dtype``."""
+    """Losses and gradients of hidden states and weight, by torch in fp64, from operands rounded to ``dtype``."""
     hidden, weight, labels, supervised, linear, exponential = make(mask)
     hidden, weight = (value.to(dtype).double().requires_grad_() for value in (hidden, weight))
     losses = torch.nn.functional.cross_entropy(hidden[:, 0] @ weight[:VOCAB].T, labels, reduction="none")
@@ -50,7 +50,7 @@ def reference(mask, kind, dtype=torch.float64):
 
 
 def build(tensor_parallel_size, sequence_parallel, dtype, kind, main_grad, overlap=False):
-    """This rank's output layer with its part of the weight, under Megatron's data parallelism or bare."""
+    """This rank's output layer with its shard of the weight, and Megatron's data parallelism around it or ``None``."""
     from megatron.core import parallel_state
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -82,7 +82,7 @@ def build(tensor_parallel_size, sequence_parallel, dtype, kind, main_grad, overl
 
 
 def on_ranks(cases, tensor_parallel_size, sequence_parallel):
-    """Losses, hidden gradient (its part with SP) and the weight's gradient (its part), fused and Megatron-Core's."""
+    """Losses and gradients of hidden states and weight of this rank, fused and Megatron-Core's."""
     from megatron.core import parallel_state
 
     from mft_megatron.arguments.groups.distributed import DistributedArguments
@@ -96,13 +96,13 @@ def on_ranks(cases, tensor_parallel_size, sequence_parallel):
     with process_groups.process_groups(layout, seed=1):
         rank = parallel_state.get_tensor_model_parallel_rank()
         for case in cases:
-            mask, kind, chunk, dtype, main_grad = case
-            fused_cross_entropy.CHUNK_LOGITS["cpu"], fused_cross_entropy.MIN_CHUNK_TOKENS = 0, chunk
+            mask, kind, block_tokens, dtype, main_grad = case
+            fused_cross_entropy.BLOCK_LOGITS["cpu"], fused_cross_entropy.MIN_BLOCK_TOKENS = 0, block_tokens
             whole, _, labels, supervised, linear, exponential = make(mask)
             linear, exponential = linear * supervised, exponential * supervised
-            places = supervised.nonzero()[:, 0]
+            indices = supervised.nonzero()[:, 0]
             slope = {"linear": Slope(linear), "exponential": Slope(linear, exponential)}.get(kind)
-            targets = Targets(labels, places, slope and slope.take(places), VOCAB)
+            targets = Targets(labels, indices, slope and slope.take(indices), VOCAB)
             for fused in (True, False):
                 layer, _ = build(tensor_parallel_size, sequence_parallel, dtype, kind, main_grad)
                 hidden = whole.chunk(tensor_parallel_size)[rank] if sequence_parallel else whole
@@ -132,33 +132,35 @@ CASES = [
     *(("some", kind, 7, torch.bfloat16, True) for kind in SLOPES),
     ("some", "linear", 7, torch.bfloat16, False),
 ]
-# tensor parallelism over 4 leaves ranks 2 (but for three rows) and 3 with nothing but padding
+# with TP4 rank 2 has three real rows, and rank 3 has only padding
 LAYOUTS = {"TP1": (1, False), "TP2": (2, False), "TP2 SP": (2, True), "TP4": (4, False), "TP4 SP": (4, True)}
 
 
 @functools.cache
 def ranks_of(layout):
+    """Results of all cases on each rank of a parallel layout."""
     return run_on_ranks(LAYOUTS[layout][0], on_ranks, CASES, *LAYOUTS[layout])
 
 
-def whole_of(layout, case, fused):
-    """Losses and both gradients put together from the ranks; what all ranks have must be the same."""
+def gathered(layout, case, fused):
+    """Losses and both gradients, gathered from the ranks; replicated results must be the same on all of them."""
     of_ranks = [result[case, fused] for result in ranks_of(layout)]
     losses, hidden, weight = zip(*of_ranks, strict=True)
-    assert all(torch.equal(own, losses[0]) for own in losses)
+    assert all(torch.equal(value, losses[0]) for value in losses)
     if not LAYOUTS[layout][1]:
-        assert all(torch.equal(own, hidden[0]) for own in hidden)
+        assert all(torch.equal(value, hidden[0]) for value in hidden)
         hidden = hidden[:1]
     return losses[0], torch.cat(hidden), None if weight[0] is None else torch.cat(weight)
 
 
 def assert_near(ours, theirs, tolerance):
-    """Within a tolerance relative to the largest of ``theirs``."""
+    """Compare within a tolerance relative to the largest of ``theirs``."""
     atol = tolerance * float(theirs.abs().max()) + 1e-30
     torch.testing.assert_close(ours.double(), theirs.double(), rtol=0, atol=atol)
 
 
 def named(case):
+    """The name of a case."""
     return " ".join(str(part).removeprefix("torch.") for part in case)
 
 
@@ -166,40 +168,41 @@ def named(case):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_equals_fp64_and_megatron_core(layout, case):
     mask, kind, _, dtype, _ = case
-    near = {torch.float32: 2e-6, torch.bfloat16: 2e-2}[dtype]
+    tolerance = {torch.float32: 2e-6, torch.bfloat16: 2e-2}[dtype]
     expected = reference(mask, kind, dtype)
-    losses, hidden, weight = whole_of(layout, case, fused=True)
+    losses, hidden, weight = gathered(layout, case, fused=True)
     assert losses.dtype == torch.float32
     assert hidden.dtype == dtype
     assert torch.equal(losses == 0, ~make(mask)[3])
     for ours, theirs in zip((losses, hidden), expected, strict=False):
-        assert_near(ours, theirs, near)
+        assert_near(ours, theirs, tolerance)
     if kind == "frozen":
         assert weight is None
     else:
-        assert_near(weight, expected[2], near)
+        assert_near(weight, expected[2], tolerance)
         assert not weight[VOCAB:].any()
-    for ours, theirs in zip((losses, hidden, weight), whole_of(layout, case, fused=False), strict=True):
+    for ours, theirs in zip((losses, hidden, weight), gathered(layout, case, fused=False), strict=True):
         if ours is not None:
-            assert_near(ours, theirs, near)
+            assert_near(ours, theirs, tolerance)
 
 
-def test_bf16_is_as_near_as_megatron_core():
-    """Not merely within bf16's coarse tolerance: chunks and ranks add no error of their own."""
+def test_bf16_is_as_exact_as_megatron_core():
+    """A stricter comparison than bf16's coarse tolerance: blocks and ranks add no errors."""
     for case in CASES:
         if case[3] == torch.bfloat16 and case[0] == "some":
             expected = reference(case[0], case[1], case[3])
             for part in range(2 if case[1] == "frozen" else 3):
                 ours, theirs = (
-                    (whole_of("TP2", case, fused)[part].double() - expected[part]).norm() for fused in (True, False)
+                    (gathered("TP2", case, fused)[part].double() - expected[part]).norm() for fused in (True, False)
                 )
                 assert ours < 1.3 * theirs, (named(case), part)
 
 
-def single(hidden, weight, labels, vocab, slope, chunk):
-    from mft_megatron.mcore.output_layer.fused_cross_entropy import VocabularyPart, token_losses
+def single(hidden, weight, labels, vocab, slope, block_tokens):
+    """Token losses on one rank."""
+    from mft_megatron.mcore.output_layer.fused_cross_entropy import VocabularyShard, token_losses
 
-    return token_losses(hidden, weight, labels, VocabularyPart.of(weight, vocab), slope, chunk)
+    return token_losses(hidden, weight, labels, VocabularyShard.of(weight, vocab), slope, block_tokens)
 
 
 @settings(max_examples=60, deadline=None)
@@ -215,8 +218,8 @@ def single(hidden, weight, labels, vocab, slope, chunk):
     st.booleans(),
     st.sampled_from([0.0, 1.0, 40.0]),
 )
-def test_any_shape_in_fp64(tokens, vocab, padding, hidden_size, chunk, seed, known, spread):
-    """In fp64 to its rounding, for any number of tokens, vocabulary and chunk, also with logits far apart."""
+def test_any_shape_in_fp64(tokens, vocab, padding, hidden_size, block_tokens, seed, known, spread):
+    """Exact to fp64's rounding for any number of tokens, vocabulary and block, also with very different logits."""
     from mft_megatron.losses.objective import Slope
 
     generator = torch.Generator().manual_seed(seed)
@@ -224,7 +227,7 @@ def test_any_shape_in_fp64(tokens, vocab, padding, hidden_size, chunk, seed, kno
     weight = torch.randn(vocab + padding, hidden_size, dtype=torch.float64, generator=generator).requires_grad_()
     labels = torch.randint(0, vocab, (tokens,), generator=generator)
     linear = torch.randn(tokens, dtype=torch.float64, generator=generator)
-    losses = single(hidden, weight, labels, vocab, Slope(linear) if known else None, chunk)
+    losses = single(hidden, weight, labels, vocab, Slope(linear) if known else None, block_tokens)
     expected = torch.nn.functional.cross_entropy(hidden @ weight[:vocab].T, labels, reduction="none")
     torch.testing.assert_close(losses, expected, rtol=1e-12, atol=1e-12)
     ours = torch.autograd.grad(linear @ losses, (hidden, weight))
@@ -233,12 +236,13 @@ def test_any_shape_in_fp64(tokens, vocab, padding, hidden_size, chunk, seed, kno
 
 
 def operands(dtype=torch.float32):
+    """Hidden states [T, H], weight, labels and slopes, all tokens supervised."""
     hidden, weight, labels, _, linear, exponential = make("all")
     return hidden[:, 0].to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), labels, linear, exponential
 
 
 def test_another_slope_than_announced_is_refused():
-    """The weight's gradient has been formed with it, so nothing else may come back."""
+    """The forward pass has computed the weight's gradient with it."""
     from mft_megatron.losses.objective import Slope
 
     hidden, weight, labels, linear, exponential = operands()
@@ -250,7 +254,7 @@ def test_another_slope_than_announced_is_refused():
 
 @pytest.mark.parametrize("scale", [1.0, 2.0**16, 3.7, 1e-3])
 def test_slope_times_the_scale_of_a_grad_scaler(scale):
-    """As Megatron multiplies the value in fp32 and the model the slope in fp64."""
+    """Megatron multiplies the value in fp32, and the model the slope in fp64."""
     from mft_megatron.losses.objective import Slope
 
     gradients = []
@@ -264,7 +268,7 @@ def test_slope_times_the_scale_of_a_grad_scaler(scale):
         torch.testing.assert_close(scaled, plain * scale, rtol=2e-6, atol=1e-6 * scale / TOKENS)
 
 
-def test_a_loss_that_is_not_finite_is_not_called_another_slope():
+def test_a_loss_that_is_not_finite_is_no_other_slope():
     from mft_megatron.losses.objective import Slope
 
     hidden, weight, labels, linear, exponential = operands()
@@ -275,7 +279,7 @@ def test_a_loss_that_is_not_finite_is_not_called_another_slope():
 
 
 def _no_gradient():
-    """Evaluation, and a weight whose gradient some other pass has begun to gather."""
+    """Losses without gradients, and the weight, whose ``main_grad`` holds another pass's gradient."""
     from mft_megatron.losses.objective import Slope
 
     hidden, weight, labels, linear, _ = operands()
@@ -285,7 +289,7 @@ def _no_gradient():
     return losses, weight
 
 
-def test_evaluation_forms_no_gradient():
+def test_evaluation_computes_no_gradient():
     losses, weight = _no_gradient()
     assert not losses.requires_grad
     assert losses.grad_fn is None
@@ -295,7 +299,7 @@ def test_evaluation_forms_no_gradient():
 
 @pytest.mark.parametrize("slope_known", [True, False])
 def test_gradients_of_micro_batches_are_added_to_main_grad(slope_known):
-    """Forward and backward of two micro-batches, as one stage after another of a pipeline would order them."""
+    """Two micro-batches whose backward passes run in either order, as in a pipeline."""
     from mft_megatron.losses.objective import Slope
 
     def gradient(order):
@@ -304,16 +308,16 @@ def test_gradients_of_micro_batches_are_added_to_main_grad(slope_known):
         halves = (slice(0, 15), slice(15, None))
         values = [
             (
-                linear[own]
+                linear[half]
                 * single(
-                    hidden[own], weight, labels[own], VOCAB, Slope(linear[own]) if slope_known else None, 4
+                    hidden[half], weight, labels[half], VOCAB, Slope(linear[half]) if slope_known else None, 4
                 ).double()
             ).sum()
-            for own in halves
+            for half in halves
         ]
         for number in order:
             values[number].backward()
-            # what Megatron's hook wants to find, and drops; it has taken no memory
+            # the gradient that Megatron's hook needs, and drops, takes no memory
             assert weight.grad.shape == weight.shape
             assert weight.grad.untyped_storage().nbytes() == weight.element_size()
             weight.grad = None
@@ -328,7 +332,7 @@ def test_gradients_of_micro_batches_are_added_to_main_grad(slope_known):
 
 
 def _tied_and_overlapped(data_parallel):
-    """The weight's gradient where the embedding has a part in it, with overlapped reduction and without."""
+    """The weight's gradient by (tied to the embedding, overlapped reduction, slope known)."""
     import torch.distributed as dist
 
     from mft_megatron.arguments.groups.distributed import DistributedArguments
@@ -339,7 +343,7 @@ def _tied_and_overlapped(data_parallel):
     results = {}
     with process_groups.process_groups(DistributedArguments(), seed=1):
         hidden, _, labels, supervised, linear, _ = make("some")
-        places = supervised.nonzero()[:, 0]
+        indices = supervised.nonzero()[:, 0]
         for tied in (False, True):
             for overlap in (False, True):
                 for known in (False, True):
@@ -348,9 +352,9 @@ def _tied_and_overlapped(data_parallel):
                         layer.weight.zero_out_wgrad = True  # as Megatron marks a weight with two users
                     for last in (False, True):
                         with model.no_sync() if not last else torch.enable_grad():
-                            own = hidden.float() * (1 + dist.get_rank())
-                            slope = Slope(linear).take(places) if known else None
-                            losses = model(own, targets=Targets(labels, places, slope, VOCAB))
+                            input_ = hidden.float() * (1 + dist.get_rank())
+                            slope = Slope(linear).take(indices) if known else None
+                            losses = model(input_, targets=Targets(labels, indices, slope, VOCAB))
                             value = (linear * supervised * losses[0].double()).sum()
                             if tied:
                                 value = value + torch.nn.functional.embedding(labels, layer.weight).double().sum()
@@ -361,8 +365,8 @@ def _tied_and_overlapped(data_parallel):
 
 
 def test_tied_weight_and_overlapped_reduction():
-    """Hooks fire, twice for two micro-batches, and the embedding's part is there once each time."""
-    labels, supervised, linear = (make("some")[number] for number in (2, 3, 4))
+    """Hooks fire for each of two micro-batches, and the embedding's part is added once each time."""
+    labels, supervised, linear = (make("some")[index] for index in (2, 3, 4))
     expected = {}
     for tied in (False, True):
         hidden, weight = (value.double().requires_grad_() for value in make("some")[:2])
@@ -380,29 +384,29 @@ def test_tied_weight_and_overlapped_reduction():
 
 
 def _reached():
-    """With hidden states of unsupervised tokens that are not numbers: tokens of each product, losses, gradients."""
+    """Tokens of each product, losses and gradients, where hidden states of unsupervised tokens are NaN."""
     from mft_megatron.arguments.groups.distributed import DistributedArguments
     from mft_megatron.losses.objective import Slope
     from mft_megatron.mcore.output_layer import fused_cross_entropy
     from mft_megatron.mcore.output_layer.cross_entropy import Targets
     from mft_megatron.mcore.parallel import process_groups
 
-    fused_cross_entropy.CHUNK_LOGITS["cpu"], fused_cross_entropy.MIN_CHUNK_TOKENS = 0, 7
-    room, seen = fused_cross_entropy._Room, []
-    logits = room.logits
-    room.logits = lambda self, hidden_CH: seen.append(len(hidden_CH)) or logits(self, hidden_CH)
+    fused_cross_entropy.BLOCK_LOGITS["cpu"], fused_cross_entropy.MIN_BLOCK_TOKENS = 0, 7
+    buffer, seen = fused_cross_entropy._Buffer, []
+    logits = buffer.logits
+    buffer.logits = lambda self, hidden_CH: seen.append(len(hidden_CH)) or logits(self, hidden_CH)
     with process_groups.process_groups(DistributedArguments(), seed=1):
         layer, _ = build(1, False, torch.float32, "linear", main_grad=False)
         hidden, _, labels, supervised, linear, _ = make("some")
         hidden[~supervised] = float("nan")
-        hidden, places = hidden.float().requires_grad_(), supervised.nonzero()[:, 0]
-        losses = layer(hidden, targets=Targets(labels, places, Slope(linear).take(places), VOCAB))
+        hidden, indices = hidden.float().requires_grad_(), supervised.nonzero()[:, 0]
+        losses = layer(hidden, targets=Targets(labels, indices, Slope(linear).take(indices), VOCAB))
         (linear * supervised * losses[0].double()).sum().backward()
         return seen, losses.detach(), hidden.grad, layer.weight.grad
 
 
 def test_only_supervised_tokens_reach_the_output_layer():
-    """Hidden states of others may be anything, and the most that is multiplied at a time is a chunk."""
+    """Hidden states of other tokens may be anything, and no more than a block is multiplied at a time."""
     (seen, losses, hidden, weight), supervised = run_on_ranks(1, _reached)[0], make("some")[3]
     assert sum(seen) == supervised.sum() < TOKENS
     assert max(seen) == 7
@@ -413,7 +417,7 @@ def test_only_supervised_tokens_reach_the_output_layer():
 
 @pytest.mark.parametrize("kind", SLOPES)
 def test_nothing_waits_for_the_device(kind):
-    """On the meta device tensors have no numbers: whatever asks for one fails."""
+    """On the meta device tensors have no values: whatever reads one fails."""
     from mft_megatron.losses.objective import Slope
 
     hidden = torch.empty(TOKENS, HIDDEN, device="meta", requires_grad=True)
