@@ -47,35 +47,50 @@ WIDTH_MULTIPLE = 64
 
 
 @dataclasses.dataclass(frozen=True)
-class StepReport:
-    """What a step (or an evaluation) did, summed over all ranks; tensors stay on the device until they are read.
+class EvaluationReport:
+    """Sums over all batches of an evaluation and over all ranks; tensors stay on the device until they are read.
 
-    ``loss_K``: Σ l_t over supervised tokens of each task. ``tokens_K``: how many those are.
-    ``objective_K``: each task's part of the objective; ``share_K``: Σ c_t of each task. All fp64 [K].
-    ``weight_K``: the tasks' weights w_i that held. ``grad_norm``: before clipping. ``learning_rate``: of this step.
-    ``loss_scale``: that the step was computed at, where there is one. ``overflow``: gradients were too large for it, so
-    that nothing was updated; then there is no gradient norm, and losses may be no numbers. ``zeros_in_grad``: elements
-    of the gradients that are 0, where they are counted.
-    ``expert_losses``: balancing and z losses by Megatron's name, fp64 [layers], without coefficient; means over the
-    step's micro-batches. NaN for layers without experts.
+    Attributes:
+        loss_K: Σ l_t over supervised tokens of each task, fp64.
+        tokens_K: supervised tokens of each task, fp64.
+        objective_K: each task's part of the objective, fp64.
+        share_K: Σ c_t of each task, fp64.
     """
 
     loss_K: Tensor
     tokens_K: Tensor
     objective_K: Tensor
     share_K: Tensor
-    weight_K: np.ndarray | None = None
-    grad_norm: float | None = None
-    learning_rate: float | None = None
-    loss_scale: float | None = None
-    overflow: bool = False
-    zeros_in_grad: int | None = None
-    expert_losses: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
     @property
     def loss(self) -> float:
         """The objective."""
         return self.objective_K.sum().item()
+
+
+@dataclasses.dataclass(frozen=True)
+class StepReport(EvaluationReport):
+    """The same sums over the global batch of a step, and the step's update.
+
+    Attributes:
+        weight_K: fp64, the tasks' weights ``w_i`` of this step.
+        learning_rate: of this step.
+        loss_scale: of this step; ``None`` where the precision needs none.
+        overflow: whether gradients were too large for the loss scale, so that nothing was updated; losses may then be
+            no numbers.
+        grad_norm: before clipping; ``None`` after an overflow.
+        zeros_in_grad: elements of the gradients that are 0; ``None`` where they are not counted.
+        expert_losses: balancing and z losses by Megatron's name, fp64 [layers], without coefficient; means over the
+            step's micro-batches. NaN for layers without experts.
+    """
+
+    weight_K: np.ndarray
+    learning_rate: float
+    loss_scale: float | None = None
+    overflow: bool = False
+    grad_norm: float | None = None
+    zeros_in_grad: int | None = None
+    expert_losses: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
 
 class Trainer:
@@ -137,8 +152,8 @@ class Trainer:
         sums = self._run(self.objective, factors, micro_batches, forward_only=False)
         micro_batches.add_used_to(self.usage)
         samples_K = torch.from_numpy(plan.samples_K)
-        report = dataclasses.replace(
-            _report(self.objective, factors, sums, samples_K),
+        report = StepReport(
+            **vars(_report(self.objective, factors, sums, samples_K)),
             weight_K=weight_K,
             learning_rate=learning_rate(self.optimizer),
             loss_scale=loss_scale(self.optimizer),
@@ -153,7 +168,7 @@ class Trainer:
         self.statistics = self.objective.statistics_after(self.statistics, sums, samples_K)
         return dataclasses.replace(report, grad_norm=grad_norm, zeros_in_grad=zeros)
 
-    def evaluate(self, split: PackedSplit, plans: Sequence[StepPlan], weight_K: np.ndarray) -> StepReport:
+    def evaluate(self, split: PackedSplit, plans: Sequence[StepPlan], weight_K: np.ndarray) -> EvaluationReport:
         """Token losses of every task over the given batches, without changing anything.
 
         The objective is that of all batches as one, whatever ``--mft-normalization`` says: their counts are added up
@@ -234,10 +249,10 @@ class Trainer:
         return math.lcm(WIDTH_MULTIPLE, self.arguments.distributed.stream_multiple)
 
 
-def _report(objective: Objective, factors: StepFactors, sums: Tensor, samples_K: Tensor) -> StepReport:
+def _report(objective: Objective, factors: StepFactors, sums: Tensor, samples_K: Tensor) -> EvaluationReport:
     named = dict(zip(SUMS, sums, strict=True))
     by_task_K = objective.by_task(factors, sums, samples_K)
-    return StepReport(named["loss_K"], named["tokens_K"], by_task_K, named["share_K"])
+    return EvaluationReport(named["loss_K"], named["tokens_K"], by_task_K, named["share_K"])
 
 
 def _forward(loss_function, slope, batches: Iterator[DeviceBatch], model: DistributedDataParallel):

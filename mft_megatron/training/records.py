@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from mft_megatron.batch import StepPlan
-from mft_megatron.mcore.trainer import StepReport
+from mft_megatron.mcore.trainer import EvaluationReport, StepReport
 
 from .progress import Progress
 
@@ -119,7 +119,7 @@ def share_warning(record: dict[str, Any], normalization: str) -> str | None:
     return f"realised shares of the objective: {', '.join(off)}; {why}"
 
 
-def valid_record(progress: Progress, report: StepReport, task_names: Sequence[str]) -> dict[str, Any]:
+def valid_record(progress: Progress, report: EvaluationReport, task_names: Sequence[str]) -> dict[str, Any]:
     """One evaluation.
 
     ``loss`` is the training objective over the whole split, ``null`` where no task with a weight has a sample there;
