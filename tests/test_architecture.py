@@ -14,7 +14,7 @@ ORDER = {
     "data": (
         "sample_slices|permutation|_sample_index",
         *("storage", "tokenizers", "records", "chat_templates", "packing", "tasks", "loading", "preprocessing"),
-        "command|inspect",
+        "command_options|command|inspect",
     ),
     "mcore": (
         *("platform", "parallel", "attention", "moe", "output_layer", "adapters", "model", "optim"),

@@ -1,4 +1,4 @@
-"""Pack stored samples anew, without tokenising: another length, other options, or several data sets as one."""
+"""Pack stored samples again without tokenising: another length, other options, or several data sets merged."""
 
 import sys
 

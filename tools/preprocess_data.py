@@ -1,4 +1,4 @@
-"""Write a packed, memory-mapped multi-task data set; see --help."""
+"""Tokenise and pack the files of several tasks into a memory-mapped data set; see --help."""
 
 import sys
 

@@ -1,8 +1,9 @@
-"""Looking into a packed data set: its ledger as a table, samples with their mask, and a check of everything."""
+"""Inspecting a packed data set: its ledger as a table, samples with their mask, lengths, and a complete check."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -16,15 +17,17 @@ from mft_megatron.data.storage.stored_samples import read_stored_samples
 from mft_megatron.data.tokenizers.load import load_tokenizer
 from mft_megatron.errors import InputError
 
+# control characters other than line breaks and tabs would act on the terminal
 _CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+# beginning and end of supervised text, with colour and without
 MARKS = {True: ("\033[32m", "\033[0m"), False: ("⟦", "⟧")}
 
 
 def ledger_table(ledger: Ledger) -> str:
-    """The ledger in aligned columns: for every length the tasks, then the packs."""
+    """Write a ledger in aligned columns: for every length the tasks, then the packs."""
     lines = []
     for length, entry in ledger.lengths.items():
-        rows = [("task", "in", "kept", "truncated", "dropped", "tokens", "supervised", *SPLITS)]
+        rows: list[tuple[str, ...]] = [("task", "in", "kept", "truncated", "dropped", "tokens", "supervised", *SPLITS)]
         for task, cut in zip(ledger.tasks, entry.tasks, strict=True):
             dropped = ", ".join(f"{reason} {n}" for reason, n in (task.dropped | cut.dropped).items()) or "0"
             numbers = (task.samples_in, cut.kept, cut.truncated)
@@ -41,7 +44,7 @@ def ledger_table(ledger: Ledger) -> str:
 
 
 def _windows_and_uses(ledger: Ledger, entry: LengthEntry) -> Iterator[str]:
-    """A line for each task whose samples were cut into windows, or are not used exactly once."""
+    """Describe each task whose samples were cut into windows, or are not used exactly once."""
     for task, cut in zip(ledger.tasks, entry.tasks, strict=True):
         if cut.windowed:
             left_out = f", {cut.unsupervised_windows:,} without a target left out" if cut.unsupervised_windows else ""
@@ -60,13 +63,19 @@ def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
     ]
 
 
-def show_samples(prefix: str, ledger: Ledger, number: int, colour: bool) -> Iterator[str]:
-    """The first ``number`` samples of each task, supervised text in colour or in ⟦brackets⟧.
+def show_samples(prefix: str, ledger: Ledger, count: int, colour: bool) -> Iterator[str]:
+    """Write the first samples of each task, with supervised text in colour or in ⟦brackets⟧.
+
+    Args:
+        prefix: of the data set.
+        ledger: of the data set.
+        count: samples of each task.
+        colour: whether to use colour.
 
     Raises:
-        InputError: the tokenizer that the data were made with is gone, or there is another one in its place.
+        InputError: the tokenizer that the data set was made with is missing, or has changed.
     """
-    if number < 1:
+    if count < 1:
         return
     if not Path(ledger.tokenizer.model).exists():
         raise InputError(f"the tokenizer {ledger.tokenizer.model} is gone, so samples cannot be shown; use --samples 0")
@@ -79,14 +88,29 @@ def show_samples(prefix: str, ledger: Ledger, number: int, colour: bool) -> Iter
     dataset = PackedDataset.open(prefix, int(next(iter(ledger.lengths))))
     for task, name in enumerate(dataset.tasks):
         first = int(np.searchsorted(dataset.task_ids, task))
-        for sample in range(first, min(first + number, first + ledger.tasks[task].kept)):
+        for sample in range(first, min(first + count, first + ledger.tasks[task].kept)):
             yield f"\n── {name}, sample {sample}: {len(dataset.tokens[sample])} tokens"
             yield marked(tokenizer, dataset.tokens[sample], dataset.mask[sample], colour)
 
 
-def marked(tokenizer, ids: np.ndarray, mask: np.ndarray, colour: bool) -> str:
-    """The text of a sample; runs of supervised tokens stand between two marks. Control characters other than line
-    breaks and tabs are written as ``\\x1b``: they would act on the terminal."""
+class Decoder(Protocol):
+    """The part of a tokenizer that showing text needs."""
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of ids."""
+
+
+def marked(tokenizer: Decoder, ids: np.ndarray, mask: np.ndarray, colour: bool) -> str:
+    """Write the text of a sample with marks around runs of supervised tokens.
+
+    Control characters other than line breaks and tabs are written as, for example, ``\\x1b``.
+
+    Args:
+        tokenizer: that made the ids.
+        ids: int [tokens].
+        mask: uint8 [tokens], 1 where a token is supervised.
+        colour: whether marks are colours or ⟦brackets⟧.
+    """
     opening, closing = MARKS[colour]
     borders = [0, *(np.flatnonzero(np.diff(mask)) + 1), len(ids)]
     text = []
@@ -97,13 +121,13 @@ def marked(tokenizer, ids: np.ndarray, mask: np.ndarray, colour: bool) -> str:
 
 
 def show_histograms(prefix: str, ledger: Ledger) -> Iterator[str]:
-    """How long the samples of each task are: a bar for each power of two, with the share of supervised tokens."""
+    """Write the lengths of each task's samples, a bar for each power of two, and the fraction of supervised targets."""
     stored = read_stored_samples(prefix, ledger)
-    for number, task in enumerate(ledger.tasks):
-        own = stored.task_ids == number
-        lengths, supervised = stored.lengths[own], stored.supervised[own]
-        share = supervised.sum() / max(int(lengths.sum()) - len(lengths), 1)
-        yield f"\n── {task.name}: {len(lengths):,} samples, {share:.1%} of targets supervised"
+    for index, task in enumerate(ledger.tasks):
+        in_task = stored.task_ids == index
+        lengths, supervised = stored.lengths[in_task], stored.supervised[in_task]
+        fraction = supervised.sum() / max(int(lengths.sum()) - len(lengths), 1)
+        yield f"\n── {task.name}: {len(lengths):,} samples, {fraction:.1%} of targets supervised"
         middle, most = np.percentile(lengths, [50, 99])
         yield f"   tokens: median {middle:,.0f}, 99 % up to {most:,.0f}, longest {lengths.max():,}"
         bins = np.bincount(np.log2(lengths).astype(int))
@@ -113,30 +137,37 @@ def show_histograms(prefix: str, ledger: Ledger) -> Iterator[str]:
 
 
 def check(prefix: str, ledger: Ledger) -> None:
-    """Verify every hash, and that counts and packs are what the stored samples and the ledger's options give.
+    """Check every hash, and that packing the stored samples with the ledger's options gives its counts and packs.
 
     Raises:
-        InputError: the first thing that does not agree.
+        InputError: something does not agree; the message names the first such thing.
     """
     check_files(prefix, ledger.arrays, hashes=True)
     stored = read_stored_samples(prefix, ledger)
     lengths = IndexedDataset(f"{prefix}_input_ids").lengths
     _agree(f"{prefix}_loss_mask.idx: lengths", stored.lengths, lengths)
-    for number, task in enumerate(ledger.tasks):
-        own = stored.task_ids == number
-        found = (int(own.sum()), int(stored.lengths[own].sum()), int(stored.supervised[own].sum()))
+    for index, task in enumerate(ledger.tasks):
+        in_task = stored.task_ids == index
+        counted = (
+            int(in_task.sum()),
+            int(stored.lengths[in_task].sum()),
+            int(stored.supervised[in_task].sum()),
+        )
         expected = (task.kept, task.tokens, task.supervised_tokens)
-        _agree(f"task {task.name}: samples, tokens, supervised tokens", found, expected)
+        _agree(f"task {task.name}: samples, tokens, supervised tokens", counted, expected)
         _agree(f"task {task.name}: kept and dropped", task.kept + sum(task.dropped.values()), task.samples_in)
     for length, entry in ledger.lengths.items():
-        packs, again, _ = build_packs(stored, PackingOptions.from_entry(entry, f"{prefix}_dataset.json"))
-        _agree(f"{prefix}: counts at length {length}", again, entry)
+        packs, counts, _ = build_packs(stored, PackingOptions.from_entry(entry, f"{prefix}_dataset.json"))
+        _agree(f"{prefix}: counts at length {length}", counts, entry)
         for split, packed in packs.items():
-            for end, values in packed.files(split, int(length)).items():
-                _agree(f"{prefix}{end}: packs", np.load(f"{prefix}{end}", mmap_mode="r"), values)
+            for suffix, values in packed.files(split, int(length)).items():
+                _agree(f"{prefix}{suffix}: packs", np.load(f"{prefix}{suffix}", mmap_mode="r"), values)
 
 
-def _agree(what: str, found, expected) -> None:
-    same = np.array_equal(found, expected) if isinstance(found, np.ndarray) else found == expected
+def _agree(name: str, actual: object, expected: object) -> None:
+    if isinstance(actual, np.ndarray) and isinstance(expected, np.ndarray):
+        same = np.array_equal(actual, expected)
+    else:
+        same = actual == expected
     if not same:
-        raise InputError(f"{what}: does not agree with the ledger; preprocess the data again")
+        raise InputError(f"{name}: does not agree with the ledger; preprocess the data again")
