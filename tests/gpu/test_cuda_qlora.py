@@ -78,12 +78,13 @@ def test_kernels(shape, dtype):
 def test_second_level():
     """The mean is summed in another order: a magnitude in the middle of two 8-bit numbers may fall to either."""
     from mft_megatron.mcore.adapters import nf4
+    from tests.mcore.adapters.magnitudes import expand_all
 
     magnitudes = torch.rand(20_000, generator=torch.Generator().manual_seed(1)) + 0.01
     here, there = nf4.compress(magnitudes), nf4.compress(magnitudes.cuda())
     assert (here.codes != there.codes.cpu()).sum() <= 20
     torch.testing.assert_close(there.largest.cpu(), here.largest, rtol=1e-5, atol=0)
-    apart = nf4.expand_all(there).cpu() - nf4.expand_all(here)
+    apart = expand_all(there).cpu() - expand_all(here)
     assert (apart.abs() > 1e-6).sum() <= 20
 
 

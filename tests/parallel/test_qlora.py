@@ -59,11 +59,12 @@ def through_four_bits(network, name, weight):
     import torch
 
     from mft_megatron.mcore.adapters import nf4
+    from tests.mcore.adapters.magnitudes import expand_all
 
     reference, again = nf4.Reference(), torch.empty_like(weight)
     for rows in rows_of_sources(network, name, len(weight)):
         codes, magnitudes = reference.quantize(weight[rows])
-        rounded = nf4.expand_all(nf4.compress(magnitudes))
+        rounded = expand_all(nf4.compress(magnitudes))
         again[rows] = reference.dequantize(codes, rounded, weight[rows].shape, weight.dtype)
     return again
 
@@ -234,7 +235,7 @@ def inspect(prefix, options, world_size, shape):
         fill_weights(trainer, Watched(arguments.network, False))
         model = trainer.chunks[0].module
         wrong = []
-        for name, layer, shards in quantized.quantized_parts(model):
+        for name, layer, shards in quantized.quantized_shards(model):
             parts = [expected.read(slice_of(shard)) for shard in shards]
             if not torch.cat(parts).equal(layer.quantized.dequantize(torch.float32)):
                 wrong.append(name)

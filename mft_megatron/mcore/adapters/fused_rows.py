@@ -1,4 +1,4 @@
-"""Of which of Hugging Face's matrices the rows of a matrix of Megatron-Core's are."""
+"""Rows of Megatron-Core's fused matrices and the Hugging Face matrices that they come from."""
 
 import mft_megatron.mcore.platform.patched  # noqa: F401  (before Megatron-Core)
 
@@ -8,20 +8,20 @@ from torch import Tensor
 
 
 def source_of_rows(module: str, config: TransformerConfig, rows: int) -> Tensor:
-    """The source of each row of this rank's part; :mod:`mft_megatron.lora` numbers them.
+    """Index of the Hugging Face matrix that each row of this rank's shard comes from, as in :mod:`mft_megatron.lora`.
 
-    The rows of a source are in Hugging Face's order, from one tensor-parallel rank to the next, too.
+    The rows of one Hugging Face matrix keep its order, within a rank and from one tensor-parallel rank to the next.
 
     Args:
         module: ``linear_qkv``, ``linear_proj``, ``linear_fc1`` or ``linear_fc2``.
-        config: of the model.
-        rows: how many rows the part has.
+        config: the model's configuration.
+        rows: rows of the shard.
 
     Returns:
         int64 [rows].
     """
     if module == "linear_qkv":
-        # one group after the other: its query heads, its key head, its value head
+        # group by group: its query heads, its key head, its value head
         head = config.kv_channels
         sizes = [config.num_attention_heads // config.num_query_groups * head, head, head]
     elif module == "linear_fc1" and config.gated_linear_unit:

@@ -3,12 +3,13 @@
 ::
 
     64 weights ─► their largest magnitude, and 4 bits each: the nearest of 16 quantiles of a normal distribution
-    256 such magnitudes, less the mean of all ─► the largest of these, and 8 bits each: the nearest of a "dynamic" map
+    256 such magnitudes, minus the mean of all ─► the largest of these, and 8 bits each: the nearest of a "dynamic" map
 
-    bytes a weight: 1/2 + 1/64 + 4/(64·256) = 0.516
+    bytes per weight: 1/2 + 1/64 + 4/(64·256) = 0.516
 
-The numbers are those of ``bitsandbytes.functional.quantize_4bit(weight, blocksize=64, compress_statistics=True,
-quant_type="nf4")``. The first level is the work, on CUDA of the library; the second is 1/64 of it, always in torch.
+Results equal ``bitsandbytes.functional.quantize_4bit(weight, blocksize=64, compress_statistics=True,
+quant_type="nf4")``. The first level is nearly all of the work; on CUDA the library computes it. The second is 1/64 of
+it and always computed in torch.
 """
 
 import dataclasses
@@ -41,22 +42,23 @@ VALUES = (
     0.7229568362236023,
     1.0,
 )
-_LEAST = 1e-38  # below the magnitude of any block but of one that is all 0
+_LEAST = 1e-38  # smaller than the magnitude of any block that is not all 0
 
 
 class Reference:
-    """The first level in torch, on any device."""
+    """First level in torch, on any device."""
 
     name = "torch"
 
     def quantize(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes and magnitudes of a weight's blocks, which follow one another through all rows.
+        """Quantise a weight of n elements in blocks of 64, in row-major order.
 
         Args:
             weight: of any shape and of a floating-point dtype.
 
         Returns:
-            codes, uint8 [ceil(n / 2)], the first of two in the upper half; magnitudes, fp32 [ceil(n / 64)].
+            codes, uint8 [ceil(n / 2)], two per byte, the first in the upper half; magnitudes of the blocks, fp32
+            [ceil(n / 64)].
         """
         scaled, magnitudes = _scaled(weight, BLOCK)
         scaled = torch.nn.functional.pad(scaled, (0, scaled.numel() % 2))
@@ -64,7 +66,14 @@ class Reference:
         return (codes[::2] << 4) | codes[1::2], magnitudes
 
     def dequantize(self, codes: Tensor, magnitudes: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """The weight again, each element rounded once, from fp32 to ``dtype``."""
+        """Compute the weight of :meth:`quantize`'s results, each element rounded once, from fp32 to ``dtype``.
+
+        Args:
+            codes: uint8 [ceil(n / 2)].
+            magnitudes: fp32 [ceil(n / 64)].
+            shape: shape of the weight, n elements.
+            dtype: dtype of the result.
+        """
         n, values = torch.Size(shape).numel(), _values(codes.device)
         pairs = torch.stack([values.repeat_interleave(16), values.repeat(16)], 1)  # by byte
         content = pairs.index_select(0, codes.int()).view(-1)[:n]
@@ -72,14 +81,15 @@ class Reference:
 
 
 class Bitsandbytes:
-    """The same by the kernels of bitsandbytes."""
+    """First level by the kernels of bitsandbytes."""
 
     name = "bitsandbytes"
 
-    def __init__(self):
-        """
+    def __init__(self) -> None:
+        """Import the library.
+
         Raises:
-            InputError: the library is not installed.
+            InputError: it is not installed.
         """
         why = optional_packages.missing(optional_packages.BITSANDBYTES)
         if why is not None:
@@ -89,12 +99,12 @@ class Bitsandbytes:
         self.name = f"bitsandbytes {bitsandbytes.__version__}"
 
     def quantize(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """As :meth:`Reference.quantize`, of fp32, bf16 or fp16."""
+        """Quantise as :meth:`Reference.quantize` does, a weight of fp32, bf16 or fp16."""
         codes, magnitudes = torch.ops.bitsandbytes.quantize_4bit(weight.contiguous(), BLOCK, "nf4", torch.uint8)
         return codes.view(-1), magnitudes
 
     def dequantize(self, codes: Tensor, magnitudes: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """As :meth:`Reference.dequantize`."""
+        """Compute the weight as :meth:`Reference.dequantize` does."""
         return torch.ops.bitsandbytes.dequantize_4bit(codes.view(-1, 1), magnitudes, BLOCK, "nf4", list(shape), dtype)
 
 
@@ -103,24 +113,27 @@ Kernels = Reference | Bitsandbytes
 
 @functools.cache
 def kernels() -> Kernels:
-    """What this machine computes the first level with: the library on CUDA, the reference elsewhere.
+    """Choose the kernels of the first level: the library's on CUDA, the reference elsewhere.
 
     Raises:
-        InputError: there is CUDA, and the library is not installed.
+        InputError: there is a CUDA device, and the library is not installed.
     """
     return Bitsandbytes() if devices.HAS_CUDA else Reference()
 
 
 def describe() -> str:
-    """What is in 4 bits, and what computes that, for the log."""
+    """Describe for the log what is kept in 4 bits and which kernels compute it."""
     return f"frozen matrices: NF4, by {kernels().name}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Magnitudes:
-    """Magnitudes of the blocks of a matrix at the second level.
+    """Quantised magnitudes of the blocks of a matrix: the second level.
 
-    ``codes``: uint8 [blocks]. ``largest``: fp32 [ceil(blocks / 256)], of each group. ``offset``: fp32 [], their mean.
+    Attributes:
+        codes: uint8 [blocks].
+        largest: fp32 [ceil(blocks / 256)], largest distance from ``offset`` in each group.
+        offset: fp32 [], mean of all magnitudes.
     """
 
     codes: Tensor
@@ -129,7 +142,7 @@ class Magnitudes:
 
 
 def compress(magnitudes: Tensor) -> Magnitudes:
-    """The second level of a whole matrix: fp32 [blocks]."""
+    """Quantise the magnitudes of a whole matrix, fp32 [blocks]."""
     offset = magnitudes.mean()
     scaled, largest = _scaled(magnitudes - offset, GROUP)
     codes = torch.bucketize(scaled, _bounds(_dynamic_map(magnitudes.device)), out_int32=True)
@@ -137,22 +150,25 @@ def compress(magnitudes: Tensor) -> Magnitudes:
 
 
 def expand(codes: Tensor, largest: Tensor, offset: Tensor) -> Tensor:
-    """Magnitudes again, fp32, each out of its code and of what its group has; all of one shape."""
+    """Compute magnitudes from their codes.
+
+    Args:
+        codes: uint8, of any shape.
+        largest: fp32 of the same shape, each element its group's.
+        offset: fp32 of the same shape, or [].
+
+    Returns:
+        fp32 of the same shape.
+    """
     return _dynamic_map(codes.device).index_select(0, codes.view(-1).int()).view(codes.shape) * largest + offset
 
 
-def expand_all(magnitudes: Magnitudes) -> Tensor:
-    """Of a whole matrix: fp32 [blocks]."""
-    codes = magnitudes.codes
-    return expand(codes, magnitudes.largest.repeat_interleave(GROUP)[: codes.numel()], magnitudes.offset)
-
-
 def _scaled(values: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Values, in order, over the largest magnitude of their block, and these; fp32 [n], fp32 [ceil(n / size)]."""
+    """Values divided by the largest magnitude of their block, fp32 [n], and these magnitudes, fp32 [ceil(n / size)]."""
     flat = values.reshape(-1).float()
     padded = torch.nn.functional.pad(flat, (0, -flat.numel() % size)).view(-1, size)
     largest = padded.abs().amax(1)
-    # kernels multiply by the reciprocal, which is not quite a division
+    # the library's kernels multiply by the reciprocal, which rounds differently from a division
     scaled = (padded * (1.0 / largest.clamp(min=_LEAST))[:, None]).clamp_(-1, 1)
     return scaled.view(-1)[: flat.numel()], largest
 
@@ -163,7 +179,7 @@ def _times_blocks(content: Tensor, magnitudes: Tensor, size: int) -> Tensor:
 
 
 def _bounds(values: Tensor) -> Tensor:
-    """Between which a number belongs to each of the sorted ``values``; in the middle of two it belongs to the lower."""
+    """Midpoints between the sorted ``values``, fp32 [n] -> [n - 1]; a midpoint itself is rounded down."""
     return (values[:-1] + values[1:]) / 2
 
 
@@ -174,7 +190,7 @@ def _values(device: torch.device) -> Tensor:
 
 @functools.cache
 def _dynamic_map(device: torch.device) -> Tensor:
-    """256 numbers of [-1, 1] (Dettmers 2015, arXiv 1511.04561): in each larger power of ten twice as many, evenly."""
+    """256 values in [-1, 1], fp32 (Dettmers 2015, arXiv 1511.04561): twice as many per power of ten, evenly spaced."""
     positive = [0.0, 1.0]
     for power in range(7):
         edges = torch.linspace(0.1, 1, 2**power + 1, dtype=torch.float32)

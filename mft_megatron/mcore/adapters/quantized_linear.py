@@ -3,19 +3,20 @@
 ::
 
     forward   codes ─► W in the model's dtype ─► Megatron-Core's product ─► W is freed
-    backward  codes ─► W again ─► gradient of the input
+    backward  codes ─► W computed again ─► gradient of the input
 
-What is quantised is each matrix of Hugging Face's as a whole: blocks are within rows, and the magnitudes of all blocks,
-1/64 of the weights, are gathered over tensor-parallel ranks before their second level. So a model's numbers are the
-same on every layout, and those of transformers with ``load_in_4bit`` and double quantisation.
+Each Hugging Face matrix is quantised as a whole: blocks are within rows, and the magnitudes of all blocks, 1/64 of the
+weights, are gathered over tensor-parallel ranks before their second level. So the values are the same on every parallel
+layout, and equal those of transformers with ``load_in_4bit`` and double quantisation.
 
-A weight has no content until :meth:`hold_weight`, and no place in a checkpoint.
+A weight has no content until :meth:`QuantizedLinear.hold_weight`, and is not stored in checkpoints.
 """
 
 import mft_megatron.mcore.platform.patched  # noqa: F401  (before Megatron-Core)
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -35,11 +37,14 @@ from .nf4 import BLOCK, GROUP, compress, expand, kernels
 
 @dataclasses.dataclass(frozen=True)
 class QuantizedWeight:
-    """This rank's part [out, in] of a weight.
+    """This rank's shard [out, in] of a weight in 4 bits. R: rows of the shard, G: groups of the whole weight.
 
-    ``codes``: uint8 [out · in / 2], two elements each. ``magnitudes``: uint8 [out, in / 64], codes of the blocks'.
-    ``first_R``: int32 [out], the number of each row's first block; 256 numbers are a group. ``largest_G``,
-    ``offset_G``: fp32 [groups], of all groups of the whole matrix.
+    Attributes:
+        codes: uint8 [out · in / 2], two elements each.
+        magnitudes: uint8 [out, in / 64], codes of the blocks' magnitudes.
+        first_R: int32 [out], index of each row's first block; 256 consecutive indices are a group.
+        largest_G: fp32 [groups], see :class:`.nf4.Magnitudes`.
+        offset_G: fp32 [groups], the offset of each group's matrix.
     """
 
     codes: Tensor
@@ -50,91 +55,131 @@ class QuantizedWeight:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all tensors."""
         return sum(getattr(self, field.name).nbytes for field in dataclasses.fields(self))
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """The part's content."""
+        """Compute the shard's content, [out, in] of ``dtype``."""
         rows, blocks = self.magnitudes.shape
-        number = self.first_R[:, None] + torch.arange(blocks, dtype=torch.int32, device=self.codes.device)
-        group = (number // GROUP).view(-1)
-        largest, offset = (of.index_select(0, group).view(rows, blocks) for of in (self.largest_G, self.offset_G))
+        index = self.first_R[:, None] + torch.arange(blocks, dtype=torch.int32, device=self.codes.device)
+        group = (index // GROUP).view(-1)
+        largest, offset = (
+            value_G.index_select(0, group).view(rows, blocks) for value_G in (self.largest_G, self.offset_G)
+        )
         magnitudes = expand(self.magnitudes, largest, offset)
         return kernels().dequantize(self.codes, magnitudes.view(-1), (rows, blocks * BLOCK), dtype)
 
 
 def quantize(weight: Tensor, source_R: Tensor, split_axis: int, group: dist.ProcessGroup) -> QuantizedWeight:
-    """Quantise this rank's part of a matrix; a collective of ``group``.
+    """Quantise this rank's shard of a weight; a collective of ``group``.
 
     Args:
         weight: [out, in] of this rank, on its device; fp32, bf16 or fp16. 64 divides ``in``.
-        source_R: int64 [out], which matrix of Hugging Face's each row is of, on the same device.
-        split_axis: that is split over ranks.
-        group: its ranks.
+        source_R: int64 [out], the Hugging Face matrix of each row (:func:`.source_of_rows`), on the same device.
+        split_axis: axis of the weight that is split over ranks.
+        group: the tensor-parallel ranks.
     """
     rows, blocks = weight.shape[0], weight.shape[1] // BLOCK
     codes, magnitudes = kernels().quantize(weight)
-    parts = _gathered(magnitudes.view(rows, blocks), group)
-    here, size = dist.get_rank(group), len(parts)
-    kept = torch.empty(rows, blocks, dtype=torch.uint8, device=weight.device)
+    shards = _all_gather(magnitudes.view(rows, blocks), group)
+    rank, size = dist.get_rank(group), len(shards)
+    magnitude_codes = torch.empty(rows, blocks, dtype=torch.uint8, device=weight.device)
     first_R = torch.empty(rows, dtype=torch.int32, device=weight.device)
-    largest, offset = [], []
+    largest: list[Tensor] = []
+    offset: list[Tensor] = []
+    groups = 0
     for source in source_R.unique().tolist():
-        mine = source_R == source
-        whole = torch.cat([part[mine] for part in parts], split_axis)
-        found, (height, width) = compress(whole.view(-1)), whole.shape
-        row, column = ((here * height // size, 0), (0, here * width // size))[split_axis]
-        kept[mine] = found.codes.view(height, width)[row:, column:][: int(mine.sum()), :blocks]
-        number = torch.arange(row, row + int(mine.sum()), dtype=torch.int32, device=weight.device) * width + column
-        # groups of the sources follow one another; each source begins a new one
-        first_R[mine] = number + GROUP * sum(map(len, largest))
-        largest.append(found.largest)
-        offset.append(found.offset.expand_as(found.largest))
-    return QuantizedWeight(codes, kept, first_R, torch.cat(largest), torch.cat(offset))
+        of_source = source_R == source
+        whole = torch.cat([shard[of_source] for shard in shards], split_axis)
+        compressed, (height, width) = compress(whole.view(-1)), whole.shape
+        row, column = ((rank * height // size, 0), (0, rank * width // size))[split_axis]
+        count = int(of_source.sum())
+        magnitude_codes[of_source] = compressed.codes.view(height, width)[row:, column:][:count, :blocks]
+        index = torch.arange(row, row + count, dtype=torch.int32, device=weight.device) * width + column
+        # groups of consecutive sources are concatenated; each source begins a new group
+        first_R[of_source] = index + GROUP * groups
+        groups += len(compressed.largest)
+        largest.append(compressed.largest)
+        offset.append(compressed.offset.expand_as(compressed.largest))
+    return QuantizedWeight(codes, magnitude_codes, first_R, torch.cat(largest), torch.cat(offset))
 
 
-def _gathered(part: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
+def _all_gather(shard: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
     if dist.get_world_size(group) == 1:
-        return [part]
-    parts = [torch.empty_like(part) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, part.contiguous(), group=group)
-    return parts
+        return [shard]
+    shards = [torch.empty_like(shard) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(shards, shard.contiguous(), group=group)
+    return shards
 
 
-class QuantizedLinear:
-    """What both kinds of linear layer have. ``weight``, without content, has shape and dtype of this rank's part."""
+class QuantizedLinear(torch.nn.Module):
+    """The common part of both kinds of linear layer.
+
+    Attributes:
+        weight: a meta tensor with shape [out, in] and dtype of this rank's shard.
+        quantized: the shard's content; ``None`` until :meth:`hold_weight`.
+        split_axis: axis of the weight that is split over tensor-parallel ranks.
+    """
 
     split_axis: int
+    weight: Tensor
     quantized: QuantizedWeight | None = None
+    # attributes of Megatron-Core's layer
+    config: TransformerConfig
+    tp_group: dist.ProcessGroup
 
-    def __init__(self, *args, **named):
-        """
+    def __init__(self, *args: Any, **named: Any):
+        """Build Megatron-Core's layer and drop its weight.
+
         Raises:
-            ValueError: 64 does not divide a row of this rank's part.
+            ValueError: 64 does not divide a row of this rank's shard.
         """
         super().__init__(*args, **named)
-        allocated = self._parameters.pop("weight")
+        allocated = self.weight
+        del self.weight
         if allocated.shape[1] % BLOCK:
-            raise ValueError(f"rows of {allocated.shape[1]} elements on a rank are no whole blocks of {BLOCK}")
+            raise ValueError(
+                f"rows of {allocated.shape[1]} elements on a rank are no multiple of the block size {BLOCK}"
+            )
         self.weight = torch.empty_like(allocated, device="meta", requires_grad=False)
 
     def hold_weight(self, content: Tensor, module: str) -> None:
-        """Quantise this rank's part of the weight and keep that; all tensor-parallel ranks call it together.
+        """Quantise this rank's shard of the weight and keep the result; a collective of the tensor-parallel ranks.
 
         Args:
-            content: [out, in] of this rank, of a floating-point dtype, anywhere.
+            content: [out, in] of this rank, of a floating-point dtype, on any device.
             module: the layer's name, e.g. ``linear_qkv``.
         """
         source_R = source_of_rows(module, self.config, content.shape[0]).to(devices.device())
         self.quantized = quantize(content.to(devices.device()), source_R, self.split_axis, self.tp_group)
 
-    def _forward_impl(self, input, weight, *args, **named):
-        """Megatron-Core's product; ``weight`` has no content, and what has some is not kept for the backward pass."""
+    def weight_or_raise(self) -> QuantizedWeight:
+        """Give the content.
+
+        Raises:
+            RuntimeError: there is none yet.
+        """
         if self.quantized is None:
             raise RuntimeError("a quantised weight has no content yet")
-        return _product(super()._forward_impl, self.quantized, weight.dtype, input, *args, **named)
+        return self.quantized
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **named: Any) -> Tensor:
+        """Compute Megatron-Core's product with the content instead of ``weight``, which has none.
+
+        The dequantised weight is not kept for the backward pass.
+        """
+        product = super()._forward_impl  # type: ignore[misc]  # of the next base class, Megatron-Core's layer
+        return _product(product, self.weight_or_raise(), weight.dtype, input, *args, **named)
 
 
-def _product(product, quantized: QuantizedWeight, dtype: torch.dtype, input: Tensor, *args, **named) -> Tensor:
+def _product(
+    product: Callable[..., Tensor],
+    quantized: QuantizedWeight,
+    dtype: torch.dtype,
+    input: Tensor,
+    *args: Any,
+    **named: Any,
+) -> Tensor:
     weight = quantized.dequantize(dtype)
     address = weight.data_ptr()
 
@@ -149,22 +194,22 @@ def _product(product, quantized: QuantizedWeight, dtype: torch.dtype, input: Ten
 
 
 class QuantizedColumnParallelLinear(QuantizedLinear, ColumnParallelLinear):
-    """Rows are split."""
+    """Column-parallel linear layer with a weight in 4 bits; rows are split over ranks."""
 
     split_axis = 0
 
 
 class QuantizedRowParallelLinear(QuantizedLinear, RowParallelLinear):
-    """Columns are split."""
+    """Row-parallel linear layer with a weight in 4 bits; columns are split over ranks."""
 
     split_axis = 1
 
 
 def quantize_layer(layer: ModuleSpec) -> None:
-    """Have the linear layers of a transformer layer's specification quantised, in place; those of experts stay.
+    """Make the linear layers in a transformer layer's specification quantised ones, in place, except experts'.
 
     Raises:
-        InputError: nothing can compute that here.
+        InputError: there is a CUDA device, and the library of its kernels is not installed.
     """
     kernels()
     attention, mlp = layer.submodules.self_attention.submodules, layer.submodules.mlp.submodules
@@ -174,13 +219,15 @@ def quantize_layer(layer: ModuleSpec) -> None:
 
 
 def quantized_layers(model: torch.nn.Module) -> dict[str, QuantizedLinear]:
-    """Of a model of Megatron-Core's, by name."""
+    """Quantised linear layers of a model, by module name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
 
 
-def quantized_parts(model: GPTModel) -> Iterator[tuple[str, QuantizedLinear, list[ShardedTensor]]]:
-    """Quantised layers by name, and where in a checkpoint the pieces of this rank's part of each weight lie, from its
-    first row to its last; they have no content."""
+def quantized_shards(model: GPTModel) -> Iterator[tuple[str, QuantizedLinear, list[ShardedTensor]]]:
+    """Yield the name of each quantised layer, the layer, and the shards that its weight would have in a checkpoint.
+
+    The shards of a weight, such as gate and up projection, are in the order of its rows. They have no content.
+    """
     layers = quantized_layers(model)
     for layer in layers.values():
         layer._parameters["weight"] = Parameter(layer.weight, requires_grad=False)

@@ -14,7 +14,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
 from mft_megatron.lora import is_adapter
-from mft_megatron.mcore.adapters.quantized_linear import quantized_parts
+from mft_megatron.mcore.adapters.quantized_linear import quantized_shards
 from mft_megatron.mcore.parallel.sharded_weights import shards_of
 from mft_megatron.mcore.trainer import Trainer
 
@@ -44,7 +44,7 @@ def fill_model(model: GPTModel, source: WeightSource, adapters: bool = False) ->
         if is_adapter(shard.key) == adapters:
             shard.data.copy_(source.read(slice_of(shard)))
     if not adapters:
-        for name, layer, shards in quantized_parts(model):
+        for name, layer, shards in quantized_shards(model):
             layer.hold_weight(_read_shards(shards, source), name.rpartition(".")[2])
 
 

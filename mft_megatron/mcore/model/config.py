@@ -1,4 +1,4 @@
-"""Megatron-Core's configuration of the model for one set of arguments and this machine."""
+"""Megatron-Core's ``TransformerConfig`` for one set of arguments and this machine."""
 
 import mft_megatron.mcore.platform.patched  # noqa: F401  (before Megatron-Core)
 
@@ -27,11 +27,11 @@ from .rope_frequencies import softmax_scale
 
 
 def transformer_config(arguments: Arguments) -> TransformerConfig:
-    """Megatron-Core's configuration for these arguments and this machine."""
+    """Build Megatron-Core's configuration for these arguments and this machine."""
     with warnings.catch_warnings():
-        # it warns about its own default value of an option for CUDA graphs
+        # Megatron-Core warns about its own default value of an option for CUDA graphs
         warnings.filterwarnings("ignore", message="full scope is deprecated")
-        # and advises against recomputing core attention, which was asked for
+        # it advises against recomputing core attention, which the user asked for
         warnings.filterwarnings("ignore", message="If you are using transformer_engine as the transformer")
         return _transformer_config(arguments)
 
@@ -74,17 +74,17 @@ def _transformer_config(arguments: Arguments) -> TransformerConfig:
         fp16=arguments.precision.fp16,
         params_dtype=dtype_of(arguments),
         pipeline_dtype=dtype_of(arguments),
-        # Losses carry their whole normalisation in their coefficients; Megatron is to sum and nothing else.
+        # the coefficients of the losses hold the whole normalisation; Megatron must only sum
         calculate_per_token_loss=True,
         batch_p2p_comm=batches_p2p(layout),
         overlap_p2p_comm=layout.interleaved,
-        # sets variables of the environment by which Transformer Engine would choose; to all other kernels it is nothing
+        # sets the environment variables by which Transformer Engine chooses kernels; no other kernel reads them
         attention_backend=AttnBackend.fused if arguments.training.attention_backend == "fused" else AttnBackend.local,
         transformer_impl=arguments.transformer_engine.transformer_impl,
         **fp8_options(arguments),
         **recompute_options(arguments.recompute),
         **expert_options(arguments),
-        # weights are drawn by initialize_weights, the same for every layout
+        # initialize_weights initialises weights, the same on every parallel layout
         perform_initialization=False,
         use_cpu_initialization=not devices.HAS_CUDA,
         **fusions(arguments),
@@ -92,15 +92,17 @@ def _transformer_config(arguments: Arguments) -> TransformerConfig:
 
 
 def pipeline_layout(layout: DistributedArguments) -> list[list[str]] | None:
-    """What each stage holds, in Megatron-Core's words; from the text it would read it by rules of its own."""
-    if layout.pipeline_model_parallel_layout is None:
+    """Contents of each pipeline stage in Megatron-Core's words; it would parse the option's text differently."""
+    text = layout.pipeline_model_parallel_layout
+    stages = layout_stages(text) if text is not None else None
+    if stages is None:
         return None
     words = {"E": "embedding", "t": "decoder", "L": "loss"}
-    return [[words[letter] for letter in stage] for stage in layout_stages(layout.pipeline_model_parallel_layout)]
+    return [[words[letter] for letter in stage] for stage in stages]
 
 
 def activation(network: NetworkArguments) -> Callable[[Tensor], Tensor]:
-    """Of the MLP, or of its gate."""
+    """Activation function of the MLP, or of its gate."""
     if network.swiglu:
         return F.silu
     if network.squared_relu:
@@ -109,19 +111,19 @@ def activation(network: NetworkArguments) -> Callable[[Tensor], Tensor]:
 
 
 def tanh_gelu(hidden: Tensor) -> Tensor:
-    """GELU by its tanh approximation; differs from the exact one by up to 5e-4."""
+    """Compute GELU by its tanh approximation, elementwise; differs from the exact one by up to 5e-4."""
     return F.gelu(hidden, approximate="tanh")
 
 
 def dtype_of(arguments: Arguments) -> torch.dtype:
-    """Of weights and activations."""
+    """Dtype of weights and activations."""
     return DTYPES[arguments.precision.name]
 
 
 def batches_p2p(layout: DistributedArguments) -> bool:
     """Whether ranks of a pipeline exchange tensors as one batch of sends and receives.
 
-    Never between interleaved stages: at pipeline size 2 the rank before is also the rank after, messages in the two
-    directions are taken for each other, and the numbers are silently wrong.
+    Never between interleaved stages: at pipeline size 2 the previous rank is also the next rank, messages in the two
+    directions are confused, and the results are silently wrong.
     """
     return not layout.interleaved and devices.backend(layout.distributed_backend) != "gloo"

@@ -1,17 +1,18 @@
-"""The GPT model of Megatron-Core for one set of arguments: configuration, layer specification, loss per token.
+"""Megatron-Core's GPT model for one set of arguments: configuration, layer specification, loss per token.
 
 ::
 
     NetworkArguments ─► TransformerConfig ─┐
     norm, attention  ─► layer spec ────────┴─► GPTModel (a stage of this rank) ─► DistributedDataParallel
 
-Called with labels the model yields the negative log-likelihood of every supervised token, fp32 [1, T]; the objective is
-not its business.
+With labels the model returns the negative log-likelihood of every supervised token, fp32 [1, T]; the objective is
+computed elsewhere. B: rows, S: tokens per row, T = B·S, N: supervised tokens.
 """
 
 import mft_megatron.mcore.platform.patched  # noqa: F401  (before Megatron-Core)
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -39,7 +40,7 @@ from .rotary import RotaryByPosition
 
 
 def padded_vocab_size(vocab_size: int, divisible_by: int, tensor_parallel_size: int) -> int:
-    """Rows of the embedding: Megatron pads to a multiple of ``divisible_by · tensor_parallel_size``."""
+    """Compute the rows of the embedding: Megatron pads to a multiple of ``divisible_by · tensor_parallel_size``."""
     multiple = divisible_by * tensor_parallel_size
     return -(-vocab_size // multiple) * multiple
 
@@ -47,10 +48,17 @@ def padded_vocab_size(vocab_size: int, divisible_by: int, tensor_parallel_size: 
 class PackedGPTModel(GPTModel):
     """Megatron-Core's GPT over packed micro-batches, with padded vocabulary rows kept out of the softmax.
 
-    One stage of the pipeline: this rank's, or where stages are interleaved the ``virtual_stage``-th of this rank's.
+    An instance is one stage of the pipeline.
     """
 
     def __init__(self, arguments: Arguments, vocab_size: int, virtual_stage: int | None = None):
+        """Build this rank's stage.
+
+        Args:
+            arguments: complete and checked.
+            vocab_size: tokens of the vocabulary, without padding.
+            virtual_stage: which of this rank's stages, where stages are interleaved.
+        """
         network = arguments.network
         config = transformer_config(arguments)
         super().__init__(
@@ -85,18 +93,18 @@ class PackedGPTModel(GPTModel):
     def run(
         self, batch: DeviceBatch, with_loss: bool = True, slope: Callable[[DeviceBatch], Slope | None] | None = None
     ) -> Tensor:
-        """Forward pass of a micro-batch as one stream of T = B·S tokens.
+        """Run the forward pass of a micro-batch as one stream of T = B·S tokens.
 
         Args:
-            batch: on this process's device, with its shard.
-            with_loss: or logits.
-            slope: what is known of the gradient that the token losses will get, before Megatron scales it. Asked for
-                where a backward pass follows and it saves one computation of the logits.
+            batch: on this process's device, with its context-parallel shard.
+            with_loss: compute token losses; otherwise logits.
+            slope: gives the gradient that the token losses will receive, before Megatron scales it, if it is known. It
+                is called where a backward pass follows and saves one computation of the logits.
 
         Returns:
-            on the last pipeline stage token losses fp32 [1, T], 0 for tokens of other context-parallel ranks (or
-            without loss the own tokens' logits [1, T / CP, vocabulary / TP]), elsewhere hidden states. Losses of
-            unsupervised tokens have no meaning; fused, they are 0.
+            on the last pipeline stage token losses fp32 [1, T], 0 for tokens of other context-parallel ranks (without
+            loss the logits of this rank's tokens [1, T / CP, vocabulary / TP]); on other stages hidden states. Losses
+            of unsupervised tokens are undefined; with the fused cross entropy they are 0.
         """
         shard = batch.shard
         positions = shard.take(batch.position_ids_BS)
@@ -113,22 +121,21 @@ class PackedGPTModel(GPTModel):
         return shard.scatter(output[0], batch.tokens_BS.numel())[None]
 
     def _rows(self, batch: DeviceBatch) -> Tensor | None:
-        """What routers of experts are told of each token, as Megatron hands a padding mask on to them."""
+        """Row of each token, for experts' routers; Megatron passes it on as a padding mask."""
         if self.config.num_moe_experts is None:
             return None
         return rows_of_tokens(batch, self.config.sequence_parallel)
 
-    def _preprocess(self, *, padding_mask: Tensor | None = None, **others) -> tuple:
-        """Megatron's first step, on each stage; it would divide the mask for sequence parallelism on the first only."""
+    def _preprocess(self, *, padding_mask: Tensor | None = None, **others: Any) -> tuple:
+        """Run Megatron's first step without the mask, which it would split for sequence parallelism on one stage."""
         decoder_input, *prepared, _ = super()._preprocess(**others)
         if decoder_input is not None and self.has_adapters and torch.is_grad_enabled():
-            # nothing before the first adapter is trained, and a layer that is to be computed again has gradients only
-            # if its input has
+            # nothing before the first adapter is trained, and a recomputed layer has gradients only if its input has
             decoder_input.requires_grad_()
         return decoder_input, *prepared, padding_mask
 
     def _targets(self, batch: DeviceBatch, slope: Callable[[DeviceBatch], Slope | None] | None) -> Tensor | Targets:
-        """What goes through Megatron's forward pass, untouched by it, as labels."""
+        """Labels, or the targets of the fused cross entropy; Megatron's forward pass passes either through."""
         if not self.fused or not self.post_process:
             return batch.shard.take(batch.labels_BS)[None]
         known = slope(batch) if slope is not None and torch.is_grad_enabled() else None
@@ -139,26 +146,34 @@ class PackedGPTModel(GPTModel):
         labels_T = batch.shard.take(batch.labels_BS)
         return Targets(labels_T, batch.shard.supervised_N, known, self.real_vocab_size)
 
-    def _postprocess(self, hidden_states: Tensor, *, labels: Tensor | Targets | None, **others) -> Tensor:
-        """Megatron's last step: logits, or losses of logits; here also losses of hidden states."""
+    def _postprocess(self, hidden_states: Tensor, *, labels: Tensor | Targets | None, **others: Any) -> Tensor:
+        """Run Megatron's last step, which gives logits or losses; with the fused cross entropy compute losses here."""
         if not isinstance(labels, Targets):
             return super()._postprocess(hidden_states=hidden_states, labels=labels, **others)
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         return self.output_layer(hidden_states, weight=weight, targets=labels)
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
-        """Negative log-likelihood per token: labels [1, T], logits [T, 1, vocabulary / TP] -> fp32 [1, T]."""
+        """Compute the negative log-likelihood of each token; called by Megatron.
+
+        Args:
+            labels: int64 [1, T].
+            logits: [T, 1, vocabulary / TP].
+
+        Returns:
+            fp32 [1, T].
+        """
         return vocab_parallel_nll(logits, labels.transpose(0, 1), self.real_vocab_size).transpose(0, 1)
 
 
 def build_model(arguments: Arguments, vocab_size: int) -> list[DistributedDataParallel]:
-    """This rank's chunks of the model, one for each of its stages, wrapped for data parallelism; their weights come
-    from the seed, or hold nothing yet where ``--load`` is about to fill them all.
+    """Build this rank's chunks of the model, one for each of its stages, wrapped for data parallelism.
 
-    Gradients are summed over data-parallel ranks and micro-batches, never averaged.
+    Weights are initialised from the seed, or uninitialised where ``--load`` is about to fill them. Gradients are summed
+    over data-parallel ranks and micro-batches, never averaged.
     """
     count = arguments.distributed.num_virtual_stages_per_pipeline_rank
-    stages = [None] if count is None else range(count)
+    stages: Sequence[int | None] = [None] if count is None else range(count)
     return wrap(arguments, [_build_chunk(arguments, vocab_size, stage) for stage in stages])
 
 

@@ -1,6 +1,6 @@
-"""Which kernels a run computes with: attention, linear layers, fused operations, fp8; and a line about it.
+"""The kernels of a run: attention, linear layers, fused operations and fp8, chosen and described in a line.
 
-What is missing on a machine is left out where nothing but time is lost, and refused where it was asked for.
+A kernel that a machine lacks is left out where only time is lost, and refused where the user asked for it.
 """
 
 import mft_megatron.mcore.platform.patched  # noqa: F401  (before Megatron-Core)
@@ -13,18 +13,18 @@ from mft_megatron.mcore.attention.backends import choose, shape_of
 from mft_megatron.mcore.platform import devices
 from mft_megatron.mcore.platform.optional_packages import importable
 
-# apex's kernel that adds a weight's gradient to its sum while it computes it
+# apex's kernel that computes a weight's gradient and accumulates it in one operation
 WEIGHT_GRADIENT = "fused_weight_gradient_mlp_cuda"
 
 
 def fusions(arguments: Arguments) -> dict[str, bool]:
-    """The fields of Megatron-Core's configuration that are about fused operations; all off on the CPU."""
+    """Fields of Megatron-Core's configuration for fused operations; all off on the CPU."""
     wanted = arguments.fusions
     return {
         "gradient_accumulation_fusion": (
             devices.HAS_CUDA and wanted.gradient_accumulation_fusion and importable(WEIGHT_GRADIENT)
         ),
-        # the fused GELU is the tanh approximation: another function than the CPU computes
+        # the fused GELU is the tanh approximation, a different function from the one that the CPU computes
         "bias_activation_fusion": (devices.HAS_CUDA and wanted.bias_swiglu_fusion and arguments.network.swiglu),
         "bias_dropout_fusion": devices.HAS_CUDA and wanted.bias_dropout_fusion,
         # of Megatron's own attention, rotary embedding and norms, which are not used here
@@ -35,7 +35,7 @@ def fusions(arguments: Arguments) -> dict[str, bool]:
 
 
 def fp8_options(arguments: Arguments) -> dict[str, object]:
-    """The fields of Megatron-Core's configuration that are about fp8."""
+    """Fields of Megatron-Core's configuration for fp8."""
     options = arguments.transformer_engine
     if options.fp8_format is None:
         return {}
@@ -53,13 +53,14 @@ def fp8_options(arguments: Arguments) -> dict[str, object]:
 
 
 def describe(arguments: Arguments, config: TransformerConfig) -> str:
-    """What computes this run, in a line for the log.
+    """Describe the kernels of a run in a line for the log.
 
     Args:
-        config: of the arguments.
+        arguments: complete and checked.
+        config: Megatron-Core's configuration for them.
 
     Raises:
-        InputError: the attention kernel that was asked for cannot compute this, or not here.
+        InputError: ``--attention-backend`` names a kernel that does not support this model or this machine.
     """
     attention = choose(arguments.training.attention_backend, shape_of(config, config.attention_dropout))
     linear = {"local": "Megatron-Core", "transformer_engine": "Transformer Engine"}[config.transformer_impl]

@@ -1,4 +1,4 @@
-"""What the layers are made of: Megatron-Core's layer specification with this project's norms and attention."""
+"""Megatron-Core's layer specification with this project's norms, attention and router."""
 
 import mft_megatron.mcore.platform.patched  # noqa: F401  (before Megatron-Core)
 
@@ -22,12 +22,13 @@ from .parallel_residual import ParallelResidualLayer
 def block_spec(
     config: TransformerConfig, arguments: Arguments, virtual_stage: int | None
 ) -> TransformerBlockSubmodules:
-    """The layers of this rank's stage, or of its ``virtual_stage``-th."""
+    """Specify the layers of this rank's stage, or with interleaved stages of its ``virtual_stage``-th one."""
     first = get_transformer_layer_offset(config, virtual_stage)
-    own = arguments.network.expert_layers[first : first + get_num_layers_to_build(config, virtual_stage)]
-    kinds = {has_experts: _layer(config, arguments, has_experts) for has_experts in sorted(set(own))}
+    expert_layers = arguments.network.expert_layers[first : first + get_num_layers_to_build(config, virtual_stage)]
+    layers = {has_experts: _layer(config, arguments, has_experts) for has_experts in sorted(set(expert_layers))}
     return TransformerBlockSubmodules(
-        layer_specs=[kinds[has_experts] for has_experts in own], layer_norm=NORMS[arguments.network.normalization]
+        layer_specs=[layers[has_experts] for has_experts in expert_layers],
+        layer_norm=NORMS[arguments.network.normalization],
     )
 
 
@@ -47,14 +48,14 @@ def _layer(config: TransformerConfig, arguments: Arguments, has_experts: bool) -
         quantize_layer(layer)
     if has_experts:
         layer.submodules.mlp.submodules.router = PackedRouter
-        # in a checkpoint the norm goes by the MLP's first matrix, and here there is none
+        # Megatron-Core stores this norm under the name of the MLP's first matrix, which experts do not have
         layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
     if network.parallel_residual:
         layer.module = ParallelResidualLayer
-    # Transformer Engine has most norms inside its linear layers
-    for place in ("input_layernorm", "pre_mlp_layernorm"):
-        if getattr(layer.submodules, place) is not IdentityOp:
-            setattr(layer.submodules, place, norm)
+    # most norms of Transformer Engine are inside its linear layers; IdentityOp stands for them
+    for name in ("input_layernorm", "pre_mlp_layernorm"):
+        if getattr(layer.submodules, name) is not IdentityOp:
+            setattr(layer.submodules, name, norm)
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = ModuleSpec(PackedAttention, {"backend": arguments.training.attention_backend})
     if network.qk_layernorm:

@@ -1,7 +1,7 @@
-"""RMSNorm and LayerNorm for any layout.
+"""RMSNorm and LayerNorm for any parallel layout.
 
-Megatron-Core's own norm without Transformer Engine and apex refuses sequence parallelism. All that it takes is the mark
-on the weight: under sequence parallelism each rank sees part of the tokens, and gradients of marked weights are summed.
+Without Transformer Engine and apex, Megatron-Core's norm refuses sequence parallelism. A mark on the weight is enough:
+under sequence parallelism each rank has part of the tokens, and Megatron-Core sums the gradients of marked weights.
 """
 
 import mft_megatron.mcore.platform.patched  # noqa: F401  (before Megatron-Core)
@@ -11,43 +11,50 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 
-class _Marked:
-    """``shift``: what is added to the stored weight: 1 with ``--apply-layernorm-1p``."""
+def _weight_shift(norm: torch.nn.Module, config: TransformerConfig) -> float:
+    """Mark a norm's parameters for sequence parallelism and return what is added to its stored weight.
 
-    def _mark(self, config: TransformerConfig) -> None:
-        self.shift = 1.0 if config.layernorm_zero_centered_gamma else 0.0
-        if self.shift:
-            torch.nn.init.zeros_(self.weight)
-        for parameter in self.parameters():
-            parameter.sequence_parallel = config.sequence_parallel
+    That is 1 with ``--apply-layernorm-1p``, where the stored weight is initialised to 0, and 0 otherwise.
+    """
+    for parameter in norm.parameters():
+        # Megatron-Core reads this attribute of a parameter
+        parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+    if not config.layernorm_zero_centered_gamma:
+        return 0.0
+    torch.nn.init.zeros_(norm.get_parameter("weight"))
+    return 1.0
 
 
-class RMSNorm(torch.nn.RMSNorm, _Marked):
+class RMSNorm(torch.nn.RMSNorm):
     """Root-mean-square norm, computed in fp32 whatever the input's dtype."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5):
+        """Allocate the weight; Megatron-Core builds norms with these arguments."""
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        self._mark(config)
+        self.shift = _weight_shift(self, config)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        # a node of its own before the norm's several uses of it, so that their gradients are added up before the
-        # residual stream's comes in: then a norm that is computed again gives the same gradient, bit for bit
+        """Normalise [..., hidden size]; shape and dtype are kept."""
+        # The view is an autograd node before the norm's several uses of the input, so that their gradients are added
+        # before the residual stream's gradient: then a recomputed norm gives the same gradient, bit for bit.
         hidden = hidden.view_as(hidden)
         normed = torch.nn.functional.rms_norm(hidden.float(), self.normalized_shape, None, self.eps)
         if self.shift:
-            # as Gemma and Transformer Engine do: 1 + weight in bf16 would lose the digits that the storage is for
+            # in fp32 as in Gemma and Transformer Engine: 1 + weight in bf16 would lose the digits that are stored
             return (normed * (self.weight.float() + self.shift)).to(hidden.dtype)
         return normed.to(hidden.dtype) * self.weight
 
 
-class LayerNorm(torch.nn.LayerNorm, _Marked):
+class LayerNorm(torch.nn.LayerNorm):
     """Layer norm with weight and bias."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5):
+        """Allocate weight and bias; Megatron-Core builds norms with these arguments."""
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        self._mark(config)
+        self.shift = _weight_shift(self, config)
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """Normalise [..., hidden size]; shape and dtype are kept."""
         if not self.shift:
             return torch.nn.functional.layer_norm(hidden, self.normalized_shape, self.weight, self.bias, self.eps)
         weight, bias = self.weight.float() + self.shift, self.bias.float()

@@ -15,11 +15,13 @@ from mft_megatron.mcore.platform import devices
 
 
 def count_parameters(chunks: Iterable[torch.nn.Module], trained: bool = False) -> int:
-    """Parameters of the whole model over all ranks, each counted once, or those of them that are ``trained``.
+    """Count the parameters of the whole model over all ranks, each once; a collective.
 
-    ``chunks`` are this rank's part.
+    Args:
+        chunks: this rank's chunks of the model.
+        trained: count trained parameters alone.
     """
-    counted = _of_all_weights(
+    counted = _sum_over_weights(
         chunks,
         lambda weight: weight.numel() * (weight.requires_grad or not trained),
         lambda layer: 0 if trained else layer.weight.numel(),
@@ -28,32 +30,35 @@ def count_parameters(chunks: Iterable[torch.nn.Module], trained: bool = False) -
 
 
 def weight_norm(chunks: Iterable[torch.nn.Module]) -> float:
-    """L2 norm of all weights of the model over all ranks, each counted once, in fp64; a collective."""
+    """Compute the L2 norm of all weights of the model over all ranks, each counted once, in fp64; a collective."""
 
     def squared(weight: Tensor) -> float:
         return weight.detach().double().square().sum().item()
 
-    return math.sqrt(_of_all_weights(chunks, squared, lambda layer: squared(layer.quantized.dequantize(torch.float32))))
+    def squared_quantized(layer: QuantizedLinear) -> float:
+        return squared(layer.weight_or_raise().dequantize(torch.float32))
+
+    return math.sqrt(_sum_over_weights(chunks, squared, squared_quantized))
 
 
-def _of_all_weights(
+def _sum_over_weights(
     chunks: Iterable[torch.nn.Module],
-    number: Callable[[Tensor], float],
-    of_quantized: Callable[[QuantizedLinear], float],
+    value: Callable[[Tensor], float],
+    value_of_quantized: Callable[[QuantizedLinear], float],
 ) -> float:
-    """The sum of a number of each weight of the model, whether it is a parameter or kept in 4 bits."""
-    # by how many ranks have the same: experts are shared out among data-parallel ranks
+    """Sum a value of each weight of the model, whether it is a parameter or kept in 4 bits."""
+    # number of ranks that have a copy, by Megatron-Core's mark "allreduce": experts are split over data-parallel ranks
     copies = {
         True: parallel_state.get_data_parallel_world_size(with_context_parallel=True),
         False: parallel_state.get_expert_data_parallel_world_size(),
     }
-    mine = dict.fromkeys(copies, 0)
+    totals = dict.fromkeys(copies, 0.0)
     for chunk in chunks:
         for parameter in chunk.parameters():
             counted = tensor_parallel.param_is_not_tensor_parallel_duplicate(parameter)
             if counted and not getattr(parameter, "shared", False):
-                mine[getattr(parameter, "allreduce", True)] += number(parameter)
-        # of those each tensor-parallel rank has a part of its own
-        mine[True] += sum(map(of_quantized, quantized_layers(chunk).values()))
-    total = sum_over_world(torch.tensor(list(mine.values()), device=devices.device(), dtype=torch.float64))
-    return sum(count / size for count, size in zip(total.tolist(), copies.values(), strict=True))
+                totals[getattr(parameter, "allreduce", True)] += value(parameter)
+        # each tensor-parallel rank has a different shard of a quantised weight
+        totals[True] += sum(map(value_of_quantized, quantized_layers(chunk).values()))
+    over_ranks = sum_over_world(torch.tensor(list(totals.values()), device=devices.device(), dtype=torch.float64))
+    return sum(total / size for total, size in zip(over_ranks.tolist(), copies.values(), strict=True))

@@ -1,4 +1,4 @@
-"""Activation recompute: Megatron-Core's options for it."""
+"""Activation recompute: the options of Megatron-Core."""
 
 import mft_megatron.mcore.platform.patched  # noqa: F401  (before Megatron-Core)
 
@@ -9,7 +9,7 @@ from mft_megatron.mcore.platform.megatron_fixes import recompute_without_transfo
 
 
 def recompute_options(recompute: RecomputeArguments) -> dict[str, Any]:
-    """Fields of Megatron-Core's ``TransformerConfig``."""
+    """Fields of Megatron-Core's ``TransformerConfig`` for activation recompute."""
     if recompute.recompute_granularity == "selective":
         recompute_without_transformer_engine()
     return {

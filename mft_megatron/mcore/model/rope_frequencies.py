@@ -1,7 +1,7 @@
 """Frequencies of rotary positions: plain, or scaled for contexts longer than those of pretraining.
 
-Computed here, from all numbers of the scaling: Megatron-Core's own Llama-3 scaling knows the factors 1 and 4 and the
-length 8192 alone.
+Megatron-Core's Llama-3 scaling supports only the factors 1 and 4 and the length 8192; here all values of a scaling are
+used.
 """
 
 import math
@@ -13,11 +13,12 @@ from mft_megatron.arguments.values.rope_scaling import RopeScaling
 
 
 def inverse_frequencies(size: int, base: float, scaling: RopeScaling | None = None) -> Tensor:
-    """What a position is multiplied by to get its angles.
+    """Compute the inverse frequencies, by which a position is multiplied to get its angles.
 
     Args:
-        size: how much of a head is rotated, even.
+        size: elements of a head that are rotated, even.
         base: ``--rotary-base``.
+        scaling: ``--rope-scaling`` options; ``None`` for plain frequencies.
 
     Returns:
         fp32 [size / 2].
@@ -28,27 +29,41 @@ def inverse_frequencies(size: int, base: float, scaling: RopeScaling | None = No
     return _SCALINGS[scaling.rope_type](plain, size, base, scaling)
 
 
+def _needed(scaling: RopeScaling, field: str) -> float:
+    """A value that this kind of scaling always has.
+
+    Raises:
+        ValueError: it is missing, in a scaling that the command line did not check.
+    """
+    value: float | None = getattr(scaling, field)
+    if value is None:
+        raise ValueError(f"{scaling.rope_type} needs {field}")
+    return value
+
+
 def _linear(plain: Tensor, size: int, base: float, scaling: RopeScaling) -> Tensor:
     return plain / scaling.factor
 
 
 def _llama3(plain: Tensor, size: int, base: float, scaling: RopeScaling) -> Tensor:
-    """Short waves stay, long ones are stretched, those between are a mixture of both."""
-    turns = scaling.original_max_position_embeddings * plain / (2 * math.pi)  # within the length of pretraining
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    """Keep short wavelengths, stretch long ones, and interpolate between (``_compute_llama3_parameters``)."""
+    turns = (
+        _needed(scaling, "original_max_position_embeddings") * plain / (2 * math.pi)
+    )  # within the pretraining length
+    low, high = _needed(scaling, "low_freq_factor"), _needed(scaling, "high_freq_factor")
     kept = ((turns - low) / (high - low)).clamp(0, 1)
     return kept * plain + (1 - kept) * plain / scaling.factor
 
 
 def _yarn(plain: Tensor, size: int, base: float, scaling: RopeScaling) -> Tensor:
-    """Like Llama 3's, with a ramp over the number of the frequency instead of its turns."""
+    """Scale like Llama 3, with a ramp over the index of the frequency instead of its turns (arXiv 2309.00071)."""
 
-    def place(turns: float) -> float:
-        """Where the frequency is that turns so often within the length of pretraining."""
-        length = scaling.original_max_position_embeddings
+    def index_of(turns: float) -> float:
+        """Index of the frequency with so many turns within the pretraining length; not always whole."""
+        length = _needed(scaling, "original_max_position_embeddings")
         return size * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(base))
 
-    first, last = place(scaling.beta_fast), place(scaling.beta_slow)
+    first, last = index_of(_needed(scaling, "beta_fast")), index_of(_needed(scaling, "beta_slow"))
     if scaling.truncate:
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, size - 1)
@@ -60,9 +75,16 @@ _SCALINGS = {"linear": _linear, "llama3": _llama3, "yarn": _yarn}
 
 
 def softmax_scale(head: int, scaling: RopeScaling | None) -> float | None:
-    """The scale of attention scores where a scaling changes it, for whole heads that are rotated; else ``None``.
+    """Compute the scale of attention scores where a scaling changes it, for heads that are rotated as a whole.
 
-    Cosines and sines of query and key times a factor are scores times its square.
+    A factor on cosines and sines of query and key multiplies scores by its square.
+
+    Args:
+        head: elements of a head.
+        scaling: ``--rope-scaling`` options.
+
+    Returns:
+        the scale; ``None`` for the usual one, 1 / √head.
     """
     factor = None if scaling is None else scaling.attention_factor
-    return None if factor in (None, 1.0) else factor**2 / math.sqrt(head)
+    return None if factor is None or factor == 1.0 else factor**2 / math.sqrt(head)

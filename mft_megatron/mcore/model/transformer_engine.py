@@ -1,8 +1,8 @@
-"""Layers of Transformer Engine: ``--transformer-impl transformer_engine``, and what fp8 needs of a machine.
+"""Layers of Transformer Engine (``--transformer-impl transformer_engine``), and the hardware that fp8 needs.
 
-Linear layers, and the norms before them which they are fused with, are Transformer Engine's. All else stays: attention,
-the last norm and those of queries and keys, embedding, output layer and losses. The parameters are those of the local
-layers under the same keys of a checkpoint, so either reads the other's.
+Linear layers, and the norms before them that they are fused with, are Transformer Engine's. Everything else is the same
+as without it: attention, the last norm and those of queries and keys, embedding, output layer and losses. Parameters
+have the same keys in a checkpoint as those of the local layers, so either implementation reads the other's checkpoints.
 """
 
 import mft_megatron.mcore.platform.patched  # noqa: F401  (before Megatron-Core)
@@ -44,7 +44,7 @@ def require(arguments: Arguments) -> None:
 
 
 def layer_spec(config: TransformerConfig, has_experts: bool = False) -> ModuleSpec:
-    """A layer whose linear layers are Transformer Engine's, each fused with the norm before it."""
+    """Specify a layer whose linear layers are Transformer Engine's, each fused with the norm before it."""
     return get_gpt_layer_with_transformer_engine_spec(
         num_experts=config.num_moe_experts if has_experts else None,
         moe_grouped_gemm=config.moe_grouped_gemm,
