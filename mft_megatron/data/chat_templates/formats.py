@@ -1,7 +1,7 @@
-"""How a conversation is written: formats of our own, and the choice between them and the model's own template.
+"""Chat formats, which write a conversation as text: built-in ones, and the choice between them and Jinja templates.
 
-Every assistant turn and the token that ends it are supervised, nothing else. :data:`FORMATS` names the formats; a new
-one is a function, its markers and a line. Templates are in :mod:`~mft_megatron.data.chat_templates.jinja_format`.
+Every assistant turn and the token that ends it are supervised, nothing else. :data:`FORMATS` lists the built-in
+formats; a new one is a function, its markers and a line. Templates are in :mod:`.jinja_format`.
 """
 
 import dataclasses
@@ -10,7 +10,6 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from mft_megatron.data.records.conversation import Conversation, Turn
 from mft_megatron.data.records.segments import SUPERVISE, Segment, raw_segments, refuse_reasoning, supervised_turns
@@ -19,15 +18,16 @@ from mft_megatron.errors import InputError
 
 from .jinja_format import TemplateFormat, template_format
 
-__all__ = ["FORMATS", "SUPERVISE", "ChatFormat", "Segment", "TemplateFormat", "chat_format"]
-
 
 @dataclasses.dataclass(frozen=True)
 class ChatFormat:
-    """A format of :data:`FORMATS`. :class:`.jinja_format.TemplateFormat` has the same interface.
+    """A built-in format; :class:`.jinja_format.TemplateFormat` has the same interface.
 
-    ``markers``: what opens the turn of each role. ``end_of_text``: the tokenizer's. ``supervise``: of
-    :data:`~mft_megatron.data.records.segments.SUPERVISE`.
+    Attributes:
+        name: a key of :data:`FORMATS`.
+        markers: text that opens the turn of each role.
+        end_of_text: name of the tokenizer's end-of-text token.
+        supervise: one of :data:`~mft_megatron.data.records.segments.SUPERVISE`.
     """
 
     name: str
@@ -37,20 +37,20 @@ class ChatFormat:
 
     @property
     def stop_token(self) -> str:
-        """The token that ends an assistant's turn."""
+        """Name of the token that ends an assistant's turn."""
         return STOP_TOKENS.get(self.name, self.end_of_text)
 
     def segments(self, conversation: Conversation) -> list[Segment]:
-        """The whole sample in order.
+        """Write a conversation as segments of the whole sample, in order.
 
         Raises:
-            RecordError: nothing in it is supervised, or a turn says something that this format has no place for.
+            RecordError: nothing in it is supervised, or a turn has reasoning, which these formats cannot write.
         """
         if conversation.raw:
             return raw_segments(conversation, self.end_of_text)
         refuse_reasoning(
             conversation,
-            f"which --chat-template {self.name} has no place for; use the model's own template, or move it into the "
+            f"which --chat-template {self.name} cannot write; use the model's own template, or move it into the "
             "content",
         )
         supervised = supervised_turns(conversation, self.supervise)
@@ -62,11 +62,11 @@ class ChatFormat:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of all that decides how a conversation is written."""
+        """sha256 over everything that decides how a conversation is written."""
         content = json.dumps([self.name, dict(self.markers), self.end_of_text, self.supervise], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
 
-    # what is the same in every conversation, made once
+    # segments that are the same in every conversation
     @functools.cached_property
     def _openings(self) -> dict[str, tuple[Segment, ...]]:
         return {role: _opening(self.name, marker) for role, marker in self.markers.items()}
@@ -80,7 +80,7 @@ class ChatFormat:
 def _opening(name: str, marker: str) -> tuple[Segment, ...]:
     if name == "chatml":
         return Segment("<|im_start|>", False, True), Segment(f"{marker}\n", False)
-    # a marker's <s>, where it begins with one, is one token where the vocabulary has it
+    # a <s> at the beginning of a marker is one token if the vocabulary has it
     if marker.startswith("<s>"):
         rest = marker[len("<s>") :]
         return (Segment("<s>", False, True), Segment(rest, False)) if rest else (Segment("<s>", False, True),)
@@ -91,8 +91,8 @@ _NEWLINE = Segment("\n", False)
 
 
 def _chatml(style: ChatFormat, turns: tuple[Turn, ...], supervised: list[bool]) -> list[Segment]:
-    """``<|im_start|>role\\ncontent<|im_end|>\\n``; answers of tools between ``<tool_response>`` tags, and in one turn
-    where one follows the other. Qwen2.5 has them in a turn of the user: ``--role-markers '{"tool": "user"}'``."""
+    """``<|im_start|>role\\ncontent<|im_end|>\\n``. Answers of tools are between ``<tool_response>`` tags; consecutive
+    ones share a turn. Qwen2.5 writes them in a turn of the user: ``--role-markers '{"tool": "user"}'``."""
     openings, stops = style._openings, style._stops
     written: list[Segment] = []
     role_before = None
@@ -128,7 +128,7 @@ def _mftcoder(style: ChatFormat, turns: tuple[Turn, ...], supervised: list[bool]
 
 
 def _calls(turn: Turn, learn: bool) -> list[Segment]:
-    """An assistant's content, then its calls, as Qwen2.5 and Hermes write them."""
+    """Write an assistant's content and then its calls, as Qwen2.5 and Hermes do."""
     written = [Segment(turn.content, learn)] if turn.content else []
     for call in turn.tool_calls:
         if written:
@@ -139,23 +139,23 @@ def _calls(turn: Turn, learn: bool) -> list[Segment]:
 
 
 def _tag(name: str, content: str, learn: bool) -> tuple[Segment, ...]:
-    """The tags are one token each in the vocabularies that have them, else text."""
+    """Write text between two tags; each tag is one token if the vocabulary has it, else text."""
     return Segment(f"<{name}>", learn, True), Segment(f"\n{content}\n", learn), Segment(f"</{name}>", learn, True)
 
 
-def _with_tools(turns: tuple[Turn, ...], tools: tuple[Mapping[str, Any], ...]) -> tuple[Turn, ...]:
-    """The turns, with the tools listed at the end of the system turn, which is put in front where there is none."""
+def _with_tools(turns: tuple[Turn, ...], tools: tuple[Mapping[str, object], ...]) -> tuple[Turn, ...]:
+    """List the tools at the end of the system turn, which is added if there is none."""
     listed = _TOOLS.format(tools="\n".join(map(_json, tools)))
     if turns[0].role == "system":
         return dataclasses.replace(turns[0], content=f"{turns[0].content}\n\n{listed}"), *turns[1:]
     return Turn("system", listed), *turns
 
 
-def _json(value: Any) -> str:
+def _json(value: object) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-# what models of the Qwen2.5 and Hermes kind were trained to find in their system turn
+# the text in the system turn on which models such as Qwen2.5 and Hermes were trained
 _TOOLS = """\
 # Tools
 
@@ -175,7 +175,7 @@ FORMATS: dict[str, Callable[[ChatFormat, tuple[Turn, ...], list[bool]], list[Seg
     "chatml": _chatml,
     "mftcoder": _mftcoder,
 }
-STOP_TOKENS = {"chatml": "<|im_end|>"}  # where it is not the end-of-text token
+STOP_TOKENS = {"chatml": "<|im_end|>"}  # of formats in which it is not the end-of-text token
 MARKERS = {
     "chatml": {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool"},
     "mftcoder": {"system": "<s>system\n", "user": "<s>human\n", "assistant": "<s>bot\n", "tool": "<s>tool\n"},
@@ -185,16 +185,15 @@ MARKERS = {
 def chat_format(
     name: str, tokenizer: Tokenizer, role_markers: str | None = None, supervise: str = "all"
 ) -> ChatFormat | TemplateFormat:
-    """The format of ``--chat-template`` with the markers of ``--role-markers``.
+    """Make the format of ``--chat-template`` with the markers of ``--role-markers``.
 
     Args:
-        name: a key of :data:`FORMATS`; a path of a ``.jinja`` file; or "auto": the tokenizer's own template where it
-            has one, else chatml where it has the tokens for it, else mftcoder. The ``name`` of what is returned says
-            which it is.
+        name: a key of :data:`FORMATS`; the path of a ``.jinja`` file; or "auto": the tokenizer's template if it has
+            one, else chatml if it has the tokens for it, else mftcoder. The result's ``name`` tells which it is.
         tokenizer: of the data set.
-        role_markers: JSON object of markers by role; the roles may be called user and assistant, or as in MFTCoder
-            human and bot. Roles not named keep the format's marker. Templates have no markers.
-        supervise: of :data:`~mft_megatron.data.records.segments.SUPERVISE`.
+        role_markers: JSON object of markers by role; roles are named as here, or human and bot as in MFTCoder. Other
+            roles keep the format's marker. Templates have no markers.
+        supervise: one of :data:`~mft_megatron.data.records.segments.SUPERVISE`.
 
     Raises:
         InputError: an unknown name, a template that cannot be used, markers that are no JSON object of strings, or an
@@ -211,17 +210,17 @@ def chat_format(
     return ChatFormat(name, _markers(name, role_markers), tokenizer.end_of_text, supervise)
 
 
-_OWN = "template"  # the name of the tokenizer's own
+_TOKENIZERS_TEMPLATE = "template"  # name of the template that comes with the tokenizer
 
 
 def _automatic(tokenizer: Tokenizer) -> str:
     if tokenizer.chat_template is not None:
-        return _OWN
+        return _TOKENIZERS_TEMPLATE
     return "mftcoder" if tokenizer.token_id(STOP_TOKENS["chatml"]) is None else "chatml"
 
 
 def _template(name: str, tokenizer: Tokenizer) -> str:
-    if name == _OWN and tokenizer.chat_template is not None:
+    if name == _TOKENIZERS_TEMPLATE and tokenizer.chat_template is not None:
         return tokenizer.chat_template
     if not name.endswith(".jinja"):
         raise InputError(f"--chat-template {name}: give auto, {', '.join(FORMATS)} or the path of a .jinja file")
@@ -238,12 +237,12 @@ def _markers(name: str, role_markers: str | None) -> dict[str, str]:
     if role_markers is None:
         return markers
     try:
-        given = json.loads(role_markers)
+        changed = json.loads(role_markers)
     except ValueError as error:
         raise InputError(f"--role-markers {role_markers}: not JSON ({error})") from None
-    if not isinstance(given, dict) or not all(isinstance(text, str) for text in given.values()):
+    if not isinstance(changed, dict) or not all(isinstance(text, str) for text in changed.values()):
         raise InputError(f"--role-markers {role_markers}: give a JSON object of strings, one a role")
-    for role, text in given.items():
+    for role, text in changed.items():
         role = {"human": "user", "bot": "assistant"}.get(role, role)
         if role not in markers:
             raise InputError(f"--role-markers: unknown role {role!r}; known: {', '.join(markers)}, human, bot")

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import orjson
 
-from mft_megatron.data.chat_templates.formats import ChatFormat, TemplateFormat
+from mft_megatron.data.chat_templates.formats import ChatFormat
+from mft_megatron.data.chat_templates.jinja_format import TemplateFormat
 from mft_megatron.data.records.conversation import Conversation, RecordError
 from mft_megatron.data.records.fim import Fim
 from mft_megatron.data.records.json_values import json_fault

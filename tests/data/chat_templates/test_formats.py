@@ -229,7 +229,7 @@ def test_a_call_that_is_not_to_be_learned(name):
 @pytest.mark.parametrize("name", FORMATS)
 def test_reasoning_beside_the_content_is_not_lost(name):
     conversation = Conversation((Turn("user", "U"), Turn("assistant", "A", extra={"reasoning_content": "R"})))
-    with pytest.raises(RecordError, match=f"turn 1 has reasoning.*--chat-template {name} has no place") as error:
+    with pytest.raises(RecordError, match=f"turn 1 has reasoning.*--chat-template {name} cannot write") as error:
         made(name).segments(conversation)
     assert error.value.reason == "reasoning_has_no_place"
 

@@ -374,7 +374,7 @@ def test_a_macro_moves_no_span(tokenizer, write, theirs):
         ("{{ messages[0].a.b }}", "no attribute 'a'"),
         ("{{ raise_exception('not today') }}", "not today"),
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
-        ("no turn at all", "leaves out what the assistant says"),
+        ("no turn at all", "leaves out the content of assistant turns"),
         (TAGS_OF_LAST, "do not enclose"),
         (TAGGED.replace("== 'assistant'", "== 'user'"), "do not enclose"),
         ("{% generation %}", "endgeneration"),
@@ -476,7 +476,7 @@ FULL = Conversation(
         (NO_NAME, "tools_have_no_place", "the tool call of turn 2"),
         (NO_ARGUMENTS, "tools_have_no_place", "the arguments of the tool call of turn 2"),
         (NO_ANSWER, "tools_have_no_place", "the tool's answer in turn 3"),
-        (NO_CONTENT, "content_has_no_place", "what turn 2 says beside its tool call"),
+        (NO_CONTENT, "content_has_no_place", "the content of turn 2 beside its tool call"),
     ],
 )
 @pytest.mark.parametrize("said", ["", "<|im_end|>"])  # which is guarded
