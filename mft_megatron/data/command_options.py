@@ -141,7 +141,7 @@ class PackingArguments:
 
 @dataclasses.dataclass(frozen=True)
 class OutputOptions:
-    """Where to write, and with how many processes."""
+    """Names of the output files, and processes that make them."""
 
     output_prefix: str = option(
         None, "Where to write: files PREFIX_… and the ledger PREFIX_dataset.json.", metavar="PREFIX", required=True
