@@ -1,6 +1,6 @@
-"""Between Megatron-Core distributed checkpoints and Hugging Face folders.
+"""Conversion of Megatron-Core checkpoints to and from Hugging Face models, PEFT adapters and Megatron-LM's checkpoints.
 
 ::
 
-    TensorReader (one layer at a time) ─► family table: names and row kinds ─► safetensors shards + config + tokenizer
+    TensorReader (one weight at a time) ─► a family's table: names, row layouts ─► safetensors shards, config, tokenizer
 """

@@ -1,1 +1,1 @@
-"""Hugging Face models, both ways: folders, configurations, families, weights."""
+"""Hugging Face models, read and written: folders, configurations, families, weights."""

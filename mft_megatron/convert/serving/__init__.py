@@ -1,1 +1,1 @@
-"""Checks of a folder before it is served, and its quantised export."""
+"""Checks of a Hugging Face folder before it is served, and its export in 4 bits."""

@@ -1,1 +1,1 @@
-"""Model families: one declarative table a file; ``table`` lists them by ``model_type``."""
+"""Model families: one file of two tables each, weights and configuration entries; ``table`` lists all families."""

@@ -1,6 +1,6 @@
-"""Gemma and CodeGemma: like Llama, with GELU in the gate, scaled embeddings, norms less 1, heads of their own size.
+"""Gemma and CodeGemma: like Llama, with GELU in the gate, scaled embeddings, norms stored less 1, a separate head size.
 
-Gemma 2 and 3 norm what leaves attention and MLP, too, and cap or mix attention; they are other architectures.
+Gemma 2 and 3 are other architectures: they also normalise the outputs of attention and MLP, and cap or mix attention.
 """
 
 from mft_megatron.convert.huggingface.config_entries.activation import TanhGelu

@@ -1,4 +1,4 @@
-"""GPT-NeoX and Pythia: LayerNorm, GELU, biases everywhere, partly rotated heads, attention and MLP side by side."""
+"""GPT-NeoX and Pythia: LayerNorm, GELU, biases everywhere, partly rotated heads, parallel residual."""
 
 from mft_megatron.arguments.groups.network import NetworkArguments
 from mft_megatron.convert.huggingface.config_entries.activation import Gelu
@@ -9,9 +9,9 @@ from mft_megatron.convert.huggingface.family import Family
 from mft_megatron.convert.huggingface.mapped_weight import MappedWeight
 from mft_megatron.convert.huggingface.row_layouts import qkv_in_groups, whole
 
-_OURS = "decoder.layers."
-_THEIRS = "gpt_neox.layers.{}."
-# of ours, of theirs, rows, columns; each with a bias
+_LAYER = "decoder.layers."
+_HF_LAYER = "gpt_neox.layers.{}."
+# names in a checkpoint and in Hugging Face, rows, columns; each with a bias
 _LINEAR = (
     ("self_attention.linear_qkv.", "attention.query_key_value.", qkv_in_groups, "hidden"),
     ("self_attention.linear_proj.", "attention.dense.", whole("hidden"), "attention"),
@@ -19,25 +19,23 @@ _LINEAR = (
     ("mlp.linear_fc2.", "mlp.dense_4h_to_h.", whole("hidden"), "ffn"),
 )
 _NORMS = (
-    (_OURS + "self_attention.linear_qkv.layer_norm_", _THEIRS + "input_layernorm."),
-    (_OURS + "mlp.linear_fc1.layer_norm_", _THEIRS + "post_attention_layernorm."),
+    (_LAYER + "self_attention.linear_qkv.layer_norm_", _HF_LAYER + "input_layernorm."),
+    (_LAYER + "mlp.linear_fc1.layer_norm_", _HF_LAYER + "post_attention_layernorm."),
     ("decoder.final_layernorm.", "gpt_neox.final_layer_norm."),
 )
 
 
 def _weights(architecture: NetworkArguments) -> tuple[MappedWeight, ...]:
-    rows = [MappedWeight("embedding.word_embeddings.weight", ("gpt_neox.embed_in.weight",), whole("vocab"), "hidden")]
-    for ours, theirs, kind, columns in _LINEAR:
-        rows.append(MappedWeight(f"{_OURS}{ours}weight", (f"{_THEIRS}{theirs}weight",), kind, columns))
-        rows.append(MappedWeight(f"{_OURS}{ours}bias", (f"{_THEIRS}{theirs}bias",), kind))
-    rows += [
-        MappedWeight(ours + part, (theirs + part,), whole("hidden"))
-        for ours, theirs in _NORMS
-        for part in ("weight", "bias")
-    ]
+    embedding = "embedding.word_embeddings.weight"
+    weights = [MappedWeight(embedding, ("gpt_neox.embed_in.weight",), whole("vocab"), "hidden")]
+    for name, hf_name, layout, columns in _LINEAR:
+        weights.append(MappedWeight(f"{_LAYER}{name}weight", (f"{_HF_LAYER}{hf_name}weight",), layout, columns))
+        weights.append(MappedWeight(f"{_LAYER}{name}bias", (f"{_HF_LAYER}{hf_name}bias",), layout))
+    for name, hf_name in _NORMS:
+        weights += [MappedWeight(name + part, (hf_name + part,), whole("hidden")) for part in ("weight", "bias")]
     if not architecture.tie_embeddings:
-        rows.append(MappedWeight("output_layer.weight", ("embed_out.weight",), whole("vocab"), "hidden"))
-    return tuple(rows)
+        weights.append(MappedWeight("output_layer.weight", ("embed_out.weight",), whole("vocab"), "hidden"))
+    return tuple(weights)
 
 
 GPT_NEOX = Family(

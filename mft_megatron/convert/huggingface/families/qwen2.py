@@ -1,4 +1,4 @@
-"""Qwen2, Qwen2.5 and Qwen2.5-Coder: like Llama, with biases of queries, keys and values."""
+"""Qwen2, Qwen2.5 and Qwen2.5-Coder: like Llama, with biases in the projections of queries, keys and values."""
 
 from mft_megatron.convert.huggingface.config_entries.basic import Fixed, Flag, RealNumber, WholeNumber
 from mft_megatron.convert.huggingface.config_entries.heads import Heads

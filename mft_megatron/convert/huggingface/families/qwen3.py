@@ -1,4 +1,4 @@
-"""Qwen3: like Llama, with norms of queries and keys, and heads of their own size."""
+"""Qwen3: like Llama, with norms of queries and keys, and a separate head size."""
 
 from mft_megatron.convert.huggingface.config_entries.basic import Fixed, Flag, Only, RealNumber, WholeNumber
 from mft_megatron.convert.huggingface.config_entries.heads import Heads

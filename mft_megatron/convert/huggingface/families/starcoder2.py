@@ -11,19 +11,19 @@ from mft_megatron.convert.huggingface.row_layouts import whole
 
 from .llama import SHAPE, model_weights
 
-_OURS = "decoder.layers.mlp."
-_THEIRS = "model.layers.{}.mlp."
+_MLP = "decoder.layers.mlp."
+_HF_MLP = "model.layers.{}.mlp."
 
 
 def _weights(architecture: NetworkArguments) -> tuple[MappedWeight, ...]:
-    rows = [
-        MappedWeight(_OURS + "linear_fc1.weight", (_THEIRS + "c_fc.weight",), whole("ffn"), "hidden"),
-        MappedWeight(_OURS + "linear_fc2.weight", (_THEIRS + "c_proj.weight",), whole("hidden"), "ffn"),
+    weights = [
+        MappedWeight(_MLP + "linear_fc1.weight", (_HF_MLP + "c_fc.weight",), whole("ffn"), "hidden"),
+        MappedWeight(_MLP + "linear_fc2.weight", (_HF_MLP + "c_proj.weight",), whole("hidden"), "ffn"),
     ]
     if architecture.add_bias_linear:
-        rows.append(MappedWeight(_OURS + "linear_fc1.bias", (_THEIRS + "c_fc.bias",), whole("ffn")))
-        rows.append(MappedWeight(_OURS + "linear_fc2.bias", (_THEIRS + "c_proj.bias",), whole("hidden")))
-    return model_weights(architecture, tuple(rows))
+        weights.append(MappedWeight(_MLP + "linear_fc1.bias", (_HF_MLP + "c_fc.bias",), whole("ffn")))
+        weights.append(MappedWeight(_MLP + "linear_fc2.bias", (_HF_MLP + "c_proj.bias",), whole("hidden")))
+    return model_weights(architecture, tuple(weights))
 
 
 STARCODER2 = Family(

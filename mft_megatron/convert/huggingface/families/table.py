@@ -1,9 +1,7 @@
-"""Model families: one file each, one line here, under the ``model_type`` of their ``config.json``."""
-
-from collections.abc import Mapping
-from typing import Any
+"""Every model family by the ``model_type`` of its ``config.json``: one file each, one line here."""
 
 from mft_megatron.arguments.groups.network import NetworkArguments
+from mft_megatron.convert.huggingface.config_entries.entry import Config
 from mft_megatron.convert.huggingface.config_entries.ignored import IRRELEVANT, MUST_BE_OFF
 from mft_megatron.convert.huggingface.family import Family
 from mft_megatron.errors import InputError
@@ -17,34 +15,34 @@ from .qwen2 import QWEN2
 from .qwen3 import QWEN3
 from .starcoder2 import STARCODER2
 
-# in the order in which they are asked whether they can express an architecture
+# a model that did not come from Hugging Face is exported as the first of these that can express it
 FAMILIES: dict[str, Family] = {
     family.model_type: family for family in (LLAMA, QWEN2, QWEN3, MISTRAL, MIXTRAL, GEMMA, STARCODER2, GPT_NEOX)
 }
 
 
-def family_of(config: Mapping[str, Any]) -> Family:
-    """The family of a ``config.json``.
+def family_of(config: Config) -> Family:
+    """Find the family of a ``config.json``.
 
     Raises:
-        InputError: an architecture that is not in :data:`FAMILIES`, a quantised model, or an entry that this program
-            does not understand.
+        InputError: the architecture is not in :data:`FAMILIES`, the model is quantised, or an entry is not understood.
     """
     known = f"known are {', '.join(family.architecture for family in FAMILIES.values())}"
-    architectures = config.get("architectures") or []
-    family = FAMILIES.get(config.get("model_type", ""))
+    listed, model_type = config.get("architectures"), config.get("model_type")
+    architectures = list(map(str, listed)) if isinstance(listed, list) else []
+    family = FAMILIES.get(str(model_type))
     if family is None:
-        name = ", ".join(map(str, architectures)) or f"model_type {config.get('model_type')!r}"
+        name = ", ".join(architectures) or f"model_type {model_type!r}"
         raise InputError(f"{name} is not supported; {known}")
     if architectures and family.architecture not in architectures:
-        raise InputError(f"{', '.join(map(str, architectures))} is not supported; {known}")
+        raise InputError(f"{', '.join(architectures)} is not supported; {known}")
     if config.get("quantization_config") is not None:
         raise InputError("quantization_config: quantised weights cannot be converted; take the model they were made of")
-    known_names = family.entry_names() | IRRELEVANT | {"quantization_config"}
+    understood = family.entry_names() | IRRELEVANT | {"quantization_config"}
     unknown = [
         name
         for name, value in config.items()
-        if name not in known_names and value is not None and not (name in MUST_BE_OFF and not value)
+        if name not in understood and value is not None and not (name in MUST_BE_OFF and not value)
     ]
     if unknown:
         raise InputError(
@@ -55,10 +53,10 @@ def family_of(config: Mapping[str, Any]) -> Family:
 
 
 def family_for(architecture: NetworkArguments) -> Family:
-    """The first family that can express an architecture.
+    """Find the first family that can express an architecture.
 
     Raises:
-        InputError: none can; with the reason of each.
+        InputError: no family can; the message has the reason of each.
     """
     objections = []
     for family in FAMILIES.values():
