@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mft_megatron.data.packing.build_packs import PackingOptions, write_packs
+from mft_megatron.data.packing.build_packs import write_packs
+from mft_megatron.data.packing.packing_options import PackingOptions
 from mft_megatron.data.storage.dataset_writer import DatasetWriter
 from mft_megatron.data.storage.ledger import Ledger, TokenizerEntry
 from mft_megatron.data.storage.sample_writer import SampleWriter, TaskTally

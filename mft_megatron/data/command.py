@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mft_megatron.data.packing.build_packs import PackingOptions
+from mft_megatron.data.packing.packing_options import PackingOptions
 from mft_megatron.data.preprocessing.preprocess import Recipe, preprocess
 from mft_megatron.data.preprocessing.repack import add_length, merge
 from mft_megatron.data.storage.ledger import Ledger, read_ledger

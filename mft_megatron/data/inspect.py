@@ -8,7 +8,8 @@ from typing import Protocol
 import numpy as np
 
 from mft_megatron.data.loading.dataset import PackedDataset
-from mft_megatron.data.packing.build_packs import PackingOptions, build_packs
+from mft_megatron.data.packing.build_packs import build_packs
+from mft_megatron.data.packing.packing_options import PackingOptions
 from mft_megatron.data.packing.packs import SPLITS
 from mft_megatron.data.storage.arrays import check_files
 from mft_megatron.data.storage.indexed_dataset import IndexedDataset

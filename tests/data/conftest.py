@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mft_megatron.data.loading.dataset import PackedDataset
-from mft_megatron.data.packing.build_packs import PackingOptions
+from mft_megatron.data.packing.packing_options import PackingOptions
 from mft_megatron.data.preprocessing.preprocess import Recipe, preprocess
 from mft_megatron.data.tasks.task_files import TaskFiles
 from mft_megatron.data.tokenizers.load import load_tokenizer

@@ -187,7 +187,7 @@ def without_validation(dataset_prefix, tokenizer_folder, tmp_path_factory):
 
 
 def _preprocessed(prefix, tokenizer_folder, output, more_tasks, split):
-    from mft_megatron.data.packing.build_packs import PackingOptions
+    from mft_megatron.data.packing.packing_options import PackingOptions
     from mft_megatron.data.preprocessing.preprocess import Recipe, preprocess
     from mft_megatron.data.tasks.task_files import TaskFiles
 

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from mft_megatron.data.chat_templates.formats import ChatFormat, chat_format
-from mft_megatron.data.packing.build_packs import PackingOptions, check_packing_options, write_packs
+from mft_megatron.data.packing.build_packs import write_packs
+from mft_megatron.data.packing.packing_options import PackingOptions, check_packing_options
 from mft_megatron.data.records.fim import fim
 from mft_megatron.data.storage.dataset_writer import DatasetWriter, report_full_disk, require_free_space
 from mft_megatron.data.storage.indexed_dataset import token_dtype

@@ -8,7 +8,8 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from mft_megatron.data.packing.build_packs import PackingOptions, check_packing_options, write_packs
+from mft_megatron.data.packing.build_packs import write_packs
+from mft_megatron.data.packing.packing_options import PackingOptions, check_packing_options
 from mft_megatron.data.packing.packs import SPLITS, pack_files
 from mft_megatron.data.storage.arrays import check_files
 from mft_megatron.data.storage.dataset_writer import DatasetWriter, report_full_disk, require_free_space

@@ -1,4 +1,4 @@
-"""From stored samples to packs: every slice as often as planned, whatever the mode, against counting by hand."""
+"""Stored samples to packs: every slice as often as planned in every mode, compared with counts made by hand."""
 
 import collections
 
@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mft_megatron.data.packing.build_packs import PackingOptions, build_packs
+from mft_megatron.data.packing.build_packs import build_packs
+from mft_megatron.data.packing.packing_options import PackingOptions
 from mft_megatron.errors import InputError
 from tests.data.stores import stored_of
 
@@ -29,7 +30,7 @@ def slices_of(packed):
 def test_every_sample_is_in_one_row_of_one_split(tasks, padding_mode, packing, seq_length):
     stored = stored_of(tasks)
     options = PackingOptions(seq_length, split=(3, 1, 1), padding_mode=padding_mode, packing=packing)
-    packs, made, _ = build_packs(stored, options)
+    packs, entry, _ = build_packs(stored, options)
     rows = [row for packed in packs.values() for row in slices_of(packed)]
     samples = sorted(sample for row in rows for sample, _, _ in row)
     assert samples == list(range(len(stored.lengths)))
@@ -39,25 +40,25 @@ def test_every_sample_is_in_one_row_of_one_split(tasks, padding_mode, packing, s
         assert all(len(row) == 1 for row in rows)
     if packing == "per-task":
         assert all(len({stored.task_ids[sample] for sample, _, _ in row}) == 1 for row in rows)
-    for number, task in enumerate(made.tasks):
-        own = stored.task_ids == number
-        assert (task.kept, task.tokens) == (own.sum(), stored.lengths[own].sum())
+    for index, task in enumerate(entry.tasks):
+        of_task = stored.task_ids == index
+        assert (task.kept, task.tokens) == (of_task.sum(), stored.lengths[of_task].sum())
         assert sum(task.splits.values()) == task.kept
     for name, packed in packs.items():
-        assert made.packs[name].samples == len(packed.slices.samples)
+        assert entry.packs[name].samples == len(packed.slices.samples)
 
 
 def recount(stored, packed):
-    """Rows of the counts: (pack, task, supervised tokens, samples that have any)."""
+    """Entries of the counts: (pack, task, supervised tokens, samples that have any)."""
     rows = []
-    for number, pack in enumerate(slices_of(packed)):
+    for index, pack in enumerate(slices_of(packed)):
         by_task = collections.defaultdict(lambda: [0, 0])
         for sample, start, length in pack:
             first = int(stored.mask.start_of(sample)) + start
             targets = int(stored.mask.items[first + 1 : first + length].sum())
             by_task[int(stored.task_ids[sample])][0] += targets
             by_task[int(stored.task_ids[sample])][1] += targets > 0
-        rows += [(number, task, *counts) for task, counts in sorted(by_task.items())]
+        rows += [(index, task, *counts) for task, counts in sorted(by_task.items())]
     return rows
 
 
@@ -66,16 +67,16 @@ def recount(stored, packed):
 def test_counts_are_those_of_the_slices(tasks, seq_length, overlong):
     stored = stored_of(tasks)
     try:
-        packs, made, _ = build_packs(stored, PackingOptions(seq_length, split=(1, 1, 0), overlong=overlong))
+        packs, entry, _ = build_packs(stored, PackingOptions(seq_length, split=(1, 1, 0), overlong=overlong))
     except InputError as error:
         # most examples are not refused
         assert any(why in str(error) for why in ("is empty at --seq-length", "none of its samples in the train split"))  # noqa: PT017
         return
     for packed in packs.values():
         assert [tuple(row) for row in packed.counts.T.tolist()] == recount(stored, packed)
-    targets = sum(entry.supervised_tokens for entry in made.packs.values())
-    assert targets == sum(task.supervised_tokens for task in made.tasks)
-    for task, cut in zip(stored.tasks, made.tasks, strict=True):
+    targets = sum(packed.supervised_tokens for packed in entry.packs.values())
+    assert targets == sum(task.supervised_tokens for task in entry.tasks)
+    for task, cut in zip(stored.tasks, entry.tasks, strict=True):
         assert task.kept == cut.kept + sum(cut.dropped.values())
 
 
@@ -87,17 +88,17 @@ def test_samples_are_used_as_often_as_the_ledger_says(tasks, ratio, epochs, pack
     options = PackingOptions(
         25, split=(4, 1, 0), packing=packing, task_sampling={chosen: ratio}, sampling_epochs=epochs
     )
-    packs, made, notices = build_packs(stored, options)
+    packs, entry, notices = build_packs(stored, options)
     used = collections.Counter(packs["train"].slices.samples.tolist())
     for row in slices_of(packs["train"]):
         assert len({sample for sample, _, _ in row}) == len(row)  # no row holds a sample twice
-    for number, (task, cut) in enumerate(zip(stored.tasks, made.tasks, strict=True)):
-        own = [used[sample] for sample in used if stored.task_ids[sample] == number]
+    for index, (task, cut) in enumerate(zip(stored.tasks, entry.tasks, strict=True)):
+        uses = [used[sample] for sample in used if stored.task_ids[sample] == index]
         expected = ratio if task.name == chosen else 1
-        assert sum(own) == max(round(expected * epochs * cut.splits["train"]), 1)
-        times = collections.Counter(map(str, own))
+        assert sum(uses) == max(round(expected * epochs * cut.splits["train"]), 1)
+        times = collections.Counter(map(str, uses))
         assert {time: n for time, n in cut.uses.items() if time != "0"} == times
-        unused = cut.splits["train"] - len(own)
+        unused = cut.splits["train"] - len(uses)
         assert cut.uses.get("0", 0) == unused
         assert any(f"task {task.name}: sampling leaves out {unused:,}" in line for line in notices) == (unused > 0)
     if "valid" in packs:
@@ -106,33 +107,33 @@ def test_samples_are_used_as_often_as_the_ledger_says(tasks, ratio, epochs, pack
 
 @settings(deadline=None)
 @given(DOCUMENTS, st.integers(2, 20))
-def test_joined_rows_are_full_and_hold_every_token_as_a_target_once(documents, seq_length):
+def test_concatenated_rows_are_full_and_hold_every_token_as_a_target_once(documents, seq_length):
     stored = stored_of(documents)
-    packs, made, _ = build_packs(stored, PackingOptions(seq_length, split=(1, 0, 0), padding_mode="concat"))
+    packs, entry, _ = build_packs(stored, PackingOptions(seq_length, split=(1, 0, 0), padding_mode="concat"))
     packed = packs["train"]
     rows = slices_of(packed)
     tasks = [{int(stored.task_ids[sample]) for sample, _, _ in row} for row in rows]
-    assert all(len(own) == 1 for own in tasks)
+    assert all(len(of_row) == 1 for of_row in tasks)
     seen = collections.Counter()
     for number, row in enumerate(rows):
-        tokens = [(sample, place) for sample, start, length in row for place in range(start, start + length)]
+        tokens = [(sample, index) for sample, start, length in row for index in range(start, start + length)]
         last_of_task = number + 1 == len(rows) or tasks[number + 1] != tasks[number]
         assert len(tokens) == seq_length or last_of_task
         seen.update(tokens[1:])  # a row's first token is no target
     for number, task in enumerate(stored.tasks):
-        own = np.flatnonzero(stored.task_ids == number)
-        targets = [n for (sample, _), n in seen.items() if sample in own]
+        samples = np.flatnonzero(stored.task_ids == number)
+        targets = [n for (sample, _), n in seen.items() if sample in samples]
         assert set(targets) == {1}
         assert len(targets) == task.tokens - 1
     assert packed.counts[2].sum() == sum(task.tokens - 1 for task in stored.tasks)
-    assert packed.counts[1].tolist() == [next(iter(own)) for own in tasks]
+    assert packed.counts[1].tolist() == [next(iter(of_row)) for of_row in tasks]
     assert (packed.counts[3] == 1).all()
     assert packed.counts[0].tolist() == list(range(len(rows)))
     assert packed.slices.lengths.min() > 0
-    assert [cut.kept for cut in made.tasks] == [task.kept for task in stored.tasks]
+    assert [cut.kept for cut in entry.tasks] == [task.kept for task in stored.tasks]
 
 
-def test_documents_are_joined_in_an_order_that_the_seed_decides():
+def test_the_seed_decides_the_order_of_concatenated_documents():
     stored = stored_of({"a": [[1] * 4] * 50})
 
     def order(seed):
@@ -144,19 +145,19 @@ def test_documents_are_joined_in_an_order_that_the_seed_decides():
     assert len({tuple(order(1)), tuple(order(2)), tuple(range(50))}) == 3
 
 
-def test_a_task_may_have_its_own_sampling_and_its_own_way_with_long_samples():
+def test_a_task_may_have_other_sampling_and_overlong_than_the_options():
     masks = [[0, 1, 1, 1, 1, 1]] * 4
     stored = stored_of({"a": masks, "b": masks}, a={"sampling": 2.0, "overlong": "split"}, b={"overlong": "truncate"})
-    _, made, _ = build_packs(stored, PackingOptions(4, split=(1, 0, 0)))
-    assert [(cut.uses, cut.windowed, cut.truncated) for cut in made.tasks] == [({"2": 4}, 4, 0), ({"1": 4}, 0, 4)]
-    _, made, _ = build_packs(stored, PackingOptions(4, split=(1, 0, 0), task_sampling={"a": 3.0}))
-    assert made.tasks[0].uses == {"3": 4}
+    _, entry, _ = build_packs(stored, PackingOptions(4, split=(1, 0, 0)))
+    assert [(cut.uses, cut.windowed, cut.truncated) for cut in entry.tasks] == [({"2": 4}, 4, 0), ({"1": 4}, 0, 4)]
+    _, entry, _ = build_packs(stored, PackingOptions(4, split=(1, 0, 0), task_sampling={"a": 3.0}))
+    assert entry.tasks[0].uses == {"3": 4}
 
 
-def test_small_tasks_without_a_validation_sample_are_named():
+def test_small_tasks_without_a_validation_sample_are_reported():
     stored = stored_of({"large": [[0, 1]] * 50, "tiny": [[0, 1]]})
-    _, made, notices = build_packs(stored, PackingOptions(8))
-    assert [cut.splits["valid"] for cut in made.tasks] == [1, 0]
+    _, entry, notices = build_packs(stored, PackingOptions(8))
+    assert [cut.splits["valid"] for cut in entry.tasks] == [1, 0]
     assert notices == ["task tiny: too few samples to have any in the valid split"]
 
 
@@ -180,7 +181,7 @@ def test_contradictions_are_refused(options, message):
     assert message in str(error.value)
 
 
-def test_a_task_files_sampling_contradicts_what_cannot_keep_it():
+def test_a_task_files_sampling_contradicts_options_that_would_override_it():
     documents = stored_of({"a": [[1, 1]] * 3}, a={"sampling": 2.0})
     for options, message in (
         ({"padding_mode": "concat"}, "--padding-mode concat: the task file has a sampling of its own for task a"),

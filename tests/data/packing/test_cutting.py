@@ -1,4 +1,4 @@
-"""Samples that are longer than a row, against cutting one mask at a time."""
+"""Cutting samples that are longer than a pack, compared with cutting one mask at a time."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mft_megatron.data.packing import cutting
-from mft_megatron.data.packing.cutting import CUT_TO_NOTHING, KEPT, OVERLONG, TOO_LONG, TRUNCATED, WINDOWED, cut
+from mft_megatron.data.packing.cutting import CUT_TO_NOTHING, KEPT, OVERLONG, TOO_LONG, TRUNCATED, WINDOWED, cut_samples
 from tests.data.stores import stored_of
 
 MASKS = st.lists(st.lists(st.integers(0, 1), min_size=2, max_size=30).filter(lambda mask: any(mask[1:])), min_size=1)
@@ -32,47 +32,47 @@ def slow_cut(mask, length, overlong):
 
 @pytest.mark.parametrize("at_once", [1, 1 << 24])
 @given(MASKS, st.integers(2, 12), st.sampled_from(OVERLONG))
-def test_every_sample_as_if_it_were_alone(at_once, masks, length, overlong):
+def test_every_sample_is_cut_independently_of_the_others(at_once, masks, length, overlong):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cutting, "_TOKENS_AT_ONCE", at_once)
         stored = stored_of({"a": masks})
-        made = cut(stored.lengths, stored.supervised, stored.mask, stored.task_ids, length, [overlong])
+        cut = cut_samples(stored.lengths, stored.supervised, stored.mask, stored.task_ids, length, [overlong])
     expected = [slow_cut(mask, length, overlong) for mask in masks]
-    assert made.outcome.tolist() == [outcome for outcome, _, _ in expected]
-    assert made.unsupervised_windows.tolist() == [without for _, _, without in expected]
+    assert cut.outcome.tolist() == [outcome for outcome, _, _ in expected]
+    assert cut.unsupervised_windows.tolist() == [without for _, _, without in expected]
     slices = [(number, *window) for number, (_, windows, _) in enumerate(expected) for window in windows]
-    found = [*zip(*(values.tolist() for values in made.slices), made.supervised.tolist(), strict=True)]
+    found = [*zip(*(values.tolist() for values in cut.slices), cut.supervised.tolist(), strict=True)]
     assert found == slices
 
 
 @given(MASKS, st.integers(2, 12))
 def test_windows_hold_every_target_exactly_once(masks, length):
     stored = stored_of({"a": masks})
-    made = cut(stored.lengths, stored.supervised, stored.mask, stored.task_ids, length, ["split"])
-    kept = made.outcome != CUT_TO_NOTHING
+    cut = cut_samples(stored.lengths, stored.supervised, stored.mask, stored.task_ids, length, ["split"])
+    kept = cut.outcome != CUT_TO_NOTHING
     assert kept.all()
-    assert made.supervised.sum() == stored.supervised.sum()
-    assert made.slices.lengths.max() <= length
+    assert cut.supervised.sum() == stored.supervised.sum()
+    assert cut.slices.lengths.max() <= length
 
 
-def test_each_task_has_its_own_way():
+def test_each_task_has_its_overlong():
     stored = stored_of({name: [[0, *[1] * 9]] for name in OVERLONG})
-    made = cut(stored.lengths, stored.supervised, stored.mask, stored.task_ids, 4, list(OVERLONG))
-    assert made.outcome.tolist() == [TOO_LONG, TRUNCATED, TRUNCATED, WINDOWED]
-    assert made.slices.samples.tolist() == [1, 2, 3, 3, 3]
-    assert made.slices.starts.tolist() == [0, 6, 0, 3, 6]
+    cut = cut_samples(stored.lengths, stored.supervised, stored.mask, stored.task_ids, 4, list(OVERLONG))
+    assert cut.outcome.tolist() == [TOO_LONG, TRUNCATED, TRUNCATED, WINDOWED]
+    assert cut.slices.samples.tolist() == [1, 2, 3, 3, 3]
+    assert cut.slices.starts.tolist() == [0, 6, 0, 3, 6]
 
 
-def test_nothing_is_read_of_masks_that_fit():
+def test_masks_of_samples_that_fit_are_not_read():
     stored = stored_of({"a": [[0, 1]] * 3})
     stored.mask.items = None
-    made = cut(stored.lengths, stored.supervised, stored.mask, stored.task_ids, 2, ["split"])
-    assert made.supervised.tolist() == [1, 1, 1]
+    cut = cut_samples(stored.lengths, stored.supervised, stored.mask, stored.task_ids, 2, ["split"])
+    assert cut.supervised.tolist() == [1, 1, 1]
 
 
 def test_truncating_from_the_left_keeps_the_end():
     stored = stored_of({"a": [[1, 1, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 1]]})
     arguments = (stored.lengths, stored.supervised, stored.mask, stored.task_ids, 3)
-    assert cut(*arguments, ["truncate"]).outcome.tolist() == [TRUNCATED, CUT_TO_NOTHING]
-    assert cut(*arguments, ["truncate-left"]).outcome.tolist() == [CUT_TO_NOTHING, TRUNCATED]
-    assert np.array_equal(cut(*arguments, ["truncate-left"]).slices.starts, [4])
+    assert cut_samples(*arguments, ["truncate"]).outcome.tolist() == [TRUNCATED, CUT_TO_NOTHING]
+    assert cut_samples(*arguments, ["truncate-left"]).outcome.tolist() == [CUT_TO_NOTHING, TRUNCATED]
+    assert np.array_equal(cut_samples(*arguments, ["truncate-left"]).slices.starts, [4])

@@ -1,4 +1,4 @@
-"""How often samples are used: exact counts for every ratio, temperature and cap."""
+"""Uses of samples: exact counts for every ratio, temperature and cap."""
 
 import numpy as np
 import pytest
@@ -22,14 +22,14 @@ def test_a_whole_ratio_uses_every_sample_alike():
     assert uses_of_samples(0, 3.0, 1, "x").tolist() == []
 
 
-def test_the_rest_goes_to_samples_that_the_name_decides():
+def test_the_name_decides_which_samples_get_one_more_use():
     half = [uses_of_samples(100, 0.5, 1, name) for name in ("1/a", "1/a", "2/a")]
     assert np.array_equal(half[0], half[1])
     assert not np.array_equal(half[0], half[2])
     assert 0 < half[0][:50].sum() < 50
 
 
-def test_a_temperature_flattens_the_shares_and_keeps_the_number():
+def test_a_temperature_flattens_the_ratios_and_keeps_the_total():
     samples = np.array([1000, 100, 10, 0])
     for temperature, expected in ((1, [1000, 100, 10, 0]), (1e9, [370, 370, 370, 0])):
         used = task_ratios(samples, {}, temperature) * samples
@@ -39,7 +39,7 @@ def test_a_temperature_flattens_the_shares_and_keeps_the_number():
     assert used.sum() == pytest.approx(1110)
 
 
-def test_ratios_that_are_given_and_caps():
+def test_given_ratios_and_caps():
     samples = np.array([1000, 10])
     assert task_ratios(samples, {1: 7.0}).tolist() == [1.0, 7.0]
     assert task_ratios(samples, {1: 7.0}, max_epochs=4).tolist() == [1.0, 4.0]

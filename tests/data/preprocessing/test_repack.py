@@ -7,7 +7,7 @@ import pytest
 
 from mft_megatron.data.inspect import check
 from mft_megatron.data.loading.dataset import PackedDataset, packed_lengths
-from mft_megatron.data.packing.build_packs import PackingOptions
+from mft_megatron.data.packing.packing_options import PackingOptions
 from mft_megatron.data.preprocessing.repack import add_length, merge
 from mft_megatron.data.storage.ledger import read_ledger
 from mft_megatron.errors import InputError

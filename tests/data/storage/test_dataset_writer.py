@@ -124,7 +124,7 @@ def test_arrays_are_written_as_numpy_writes_them(tmp_path, values):
 def test_the_data_set_before_stays_one_while_names_are_only_added(tmp_path, monkeypatch):
     """Packing for one more length must not cost the data set when it is killed on the way."""
     from mft_megatron.data.loading.dataset import PackedDataset
-    from mft_megatron.data.packing.build_packs import PackingOptions
+    from mft_megatron.data.packing.packing_options import PackingOptions
     from mft_megatron.data.preprocessing.repack import add_length
     from tests.made_dataset import write_dataset
 
