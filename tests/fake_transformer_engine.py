@@ -1,7 +1,7 @@
-"""Transformer Engine's linear layers in plain PyTorch, so that Megatron-Core's own wrappers of them run on the CPU.
+"""Transformer Engine's linear layers in plain PyTorch, so that Megatron-Core's wrappers of them run on the CPU.
 
-:func:`install` before Megatron-Core is imported. What is here has the constructors, parameter names, marks and states
-of Transformer Engine 2.11, as far as Megatron-Core uses them; what is not here, Megatron-Core takes for not installed.
+Call :func:`install` before Megatron-Core is imported. The classes have the constructors, parameter names, marks and
+states of Transformer Engine 2.11 that Megatron-Core uses; the rest counts as not installed.
 """
 
 import contextlib
@@ -80,11 +80,11 @@ class _Linear(torch.nn.Module):
 
 
 class Linear(_Linear):
-    """``transformer_engine.pytorch.Linear``."""
+    """Replacement of ``transformer_engine.pytorch.Linear``."""
 
 
 class LayerNormLinear(_Linear):
-    """``transformer_engine.pytorch.LayerNormLinear``."""
+    """Replacement of ``transformer_engine.pytorch.LayerNormLinear``."""
 
     def __init__(self, in_features, out_features, eps=1e-5, normalization="LayerNorm", **others):
         assert not others.pop("zero_centered_gamma")
@@ -108,7 +108,7 @@ class LayerNormLinear(_Linear):
 
 
 class _Unused:
-    """What Megatron-Core derives from, or names, without its being used here."""
+    """A class that Megatron-Core derives from or names, and that no test uses."""
 
     def __init__(self, *args, **kwargs):
         raise NotImplementedError
@@ -118,13 +118,13 @@ def install():
     """Register the package, as version 2.11.0."""
 
     def module(name, **content):
-        made = types.ModuleType(f"transformer_engine{name}")
-        made.__path__ = []  # a package, so that Megatron-Core may ask for what is not in it
-        made.__dict__.update(content)
-        sys.modules[made.__name__] = made
+        package = types.ModuleType(f"transformer_engine{name}")
+        package.__path__ = []  # lets Megatron-Core's imports of missing modules fail
+        package.__dict__.update(content)
+        sys.modules[package.__name__] = package
         if name:
-            above, _, last = made.__name__.rpartition(".")
-            setattr(sys.modules[above], last, made)
+            parent, _, last = package.__name__.rpartition(".")
+            setattr(sys.modules[parent], last, package)
 
     unused = {name: _Unused for name in ("DotProductAttention", "LayerNorm", "RMSNorm", "GroupedLinear")}
     module("", __version__="2.11.0")
@@ -139,5 +139,5 @@ def install():
     module(".pytorch.tensor", QuantizedTensor=_Unused)
     module(".pytorch.tensor.utils", replace_raw_data=None, cast_master_weights_to_fp8=None)
     module(".pytorch.float8_tensor", Float8Tensor=_Unused)
-    routed = ("fused_compute_score_for_moe_aux_loss", "fused_moe_aux_loss", "fused_topk_with_score_function")
-    module(".pytorch.router", **dict.fromkeys(routed))
+    router_functions = ("fused_compute_score_for_moe_aux_loss", "fused_moe_aux_loss", "fused_topk_with_score_function")
+    module(".pytorch.router", **dict.fromkeys(router_functions))

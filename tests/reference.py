@@ -1,12 +1,16 @@
-"""The objective by the book: docs/LOSSES.md written out in numpy, slow and obvious, fp64."""
+"""Reference of the objective: docs/LOSSES.md in numpy, slow and obvious, fp64."""
 
 import numpy as np
 
 
 def reference_loss(mode, losses, weights, gamma=2.0):
-    """The objective by the book. ``losses``: one (task, [token losses]) per sample of the whole global batch.
+    """Value of the objective ``--mft-loss mode``; focal-task is Eq. 3.
 
-    ``weights``: ``w_i``, or ``alpha_i`` of the focal losses. focal-task is Eq. 3 itself.
+    Args:
+        mode: name of the loss.
+        losses: (task, [token losses]) of each sample of the whole global batch.
+        weights: ``w_i`` of each task, or ``alpha_i`` of the focal losses.
+        gamma: of the focal losses.
     """
     samples = [(task, np.asarray(tokens, np.float64)) for task, tokens in losses if len(tokens)]
     if mode == "token":
@@ -16,40 +20,48 @@ def reference_loss(mode, losses, weights, gamma=2.0):
     present = sorted({task for task, _ in samples if weights[task] > 0})
     by_task = {task: [tokens for other, tokens in samples if other == task] for task in present}
     if mode == "task-token":
-        means = {task: np.concatenate(own).mean() for task, own in by_task.items()}
+        means = {task: np.concatenate(of_task).mean() for task, of_task in by_task.items()}
     elif mode == "task-sample":
-        means = {task: np.mean([tokens.mean() for tokens in own]) for task, own in by_task.items()}
+        means = {task: np.mean([tokens.mean() for tokens in of_task]) for task, of_task in by_task.items()}
     else:
         eq = focal_sample if mode == "focal-sample" else focal_task
-        return sum(weights[task] * eq(own, gamma) for task, own in by_task.items()) / len(present)
+        return sum(weights[task] * eq(of_task, gamma) for task, of_task in by_task.items()) / len(present)
     return sum(weights[task] * means[task] for task in present) / sum(weights[task] for task in present)
 
 
 def focal_sample(samples, gamma):
-    """Eq. 2 of one task: (1 - P_j)^gamma Q_j, mean over its samples."""
+    """Equation 2 for one task: (1 - P_j)^gamma Q_j, mean over its samples."""
     return np.mean([(1 - np.exp(-tokens).mean()) ** gamma * tokens.mean() for tokens in samples])
 
 
 def focal_task(samples, gamma):
-    """Eq. 3 of one task: (1 - P_i)^gamma Q_i."""
+    """Equation 3 for one task: (1 - P_i)^gamma Q_i."""
     p = np.mean([np.exp(-tokens).mean() for tokens in samples])
     return (1 - p) ** gamma * np.mean([tokens.mean() for tokens in samples])
 
 
 def reference_focal_surrogate(losses, alphas, gamma, detach, before):
-    """Gradient of every token loss under focal-task, by docs/LOSSES.md §3: the product rule at the statistics before.
+    """Gradient of every token loss under focal-task, docs/LOSSES.md §3: the product rule at the earlier statistics.
 
-    ``before``: {task: (P, Q)} of earlier steps. Returns one array of gradients per sample of ``losses``.
+    Args:
+        losses: (task, [token losses]) of each sample.
+        alphas: of each task.
+        gamma: exponent.
+        detach: whether the modulation is a constant.
+        before: {task: (P, Q)} of earlier steps.
+
+    Returns:
+        an array of gradients for each sample.
     """
     samples = [(task, np.asarray(tokens, np.float64)) for task, tokens in losses]
     present = {task for task, tokens in samples if len(tokens) and alphas[task] > 0}
-    number = {task: sum(1 for other, tokens in samples if other == task and len(tokens)) for task in present}
+    count = {task: sum(1 for other, tokens in samples if other == task and len(tokens)) for task in present}
     gradients = []
     for task, tokens in samples:
         if task not in present or not len(tokens):
             gradients.append(np.zeros(len(tokens)))
             continue
-        scale = alphas[task] / (len(present) * number[task] * len(tokens))
+        scale = alphas[task] / (len(present) * count[task] * len(tokens))
         if task not in before:
             gradients.append(np.full(len(tokens), scale))
             continue

@@ -1,1 +1,1 @@
-"""Mixtures of experts: routing, balancing losses, counts."""
+"""Mixtures of experts: routing, and losses that balance the load."""

@@ -1,8 +1,9 @@
-"""A mixture of experts as part of a step: its layers, its weights, its losses over all ranks."""
+"""A mixture of experts in a step: configuration, rows of tokens, marks of weights, losses over all ranks."""
 
 import mft_megatron.mcore.platform.patched  # noqa: F401  (before Megatron-Core)
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,31 +20,29 @@ from mft_megatron.mcore.platform.megatron_fixes import reset_expert_loss_scale
 from .router import BALANCING_LOSSES, Z_LOSS, PackedRouter
 
 
-def expert_options(arguments: Arguments) -> dict:
-    """The fields of Megatron-Core's configuration that concern experts.
+def expert_options(arguments: Arguments) -> dict[str, Any]:
+    """Fields of Megatron-Core's ``TransformerConfig`` for experts; empty for a model without any.
 
     Raises:
-        InputError: the dispatcher needs what gloo cannot do.
+        InputError: the dispatcher needs a collective that gloo does not have.
     """
     network, moe, layout = arguments.network, arguments.moe, arguments.distributed
     if network.num_experts is None:
         return {}
-    shared = layout.expert_tensor_parallel_size or layout.tensor_model_parallel_size
-    sent = moe.moe_token_dispatcher_type == "alltoall" and layout.expert_model_parallel_size > 1
-    if sent and shared > 1 and devices.backend(layout.distributed_backend) == "gloo":
+    expert_tensor_size = layout.expert_tensor_parallel_size or layout.tensor_model_parallel_size
+    sends = moe.moe_token_dispatcher_type == "alltoall" and layout.expert_model_parallel_size > 1
+    if sends and expert_tensor_size > 1 and devices.backend(layout.distributed_backend) == "gloo":
         raise InputError(
-            f"--moe-token-dispatcher-type alltoall between ranks of which {shared} share each expert: those gather "
+            f"--moe-token-dispatcher-type alltoall where {expert_tensor_size} ranks split each expert: those gather "
             "different numbers of tokens, which gloo cannot; give --expert-tensor-parallel-size 1, or take allgather"
         )
     kinds, factors = list(moe.moe_router_load_balancing_type), list(moe.moe_aux_loss_coeff)
-    alone = len(kinds) == 1
+    single = len(kinds) == 1
     frequency = network.moe_layer_freq
-    if not isinstance(frequency, int):
-        frequency = [int(has) for has in network.expert_layers]
     factor = moe.moe_expert_capacity_factor
     return {
         "num_moe_experts": network.num_experts,
-        "moe_layer_freq": frequency,
+        "moe_layer_freq": frequency if isinstance(frequency, int) else [int(has) for has in network.expert_layers],
         "moe_ffn_hidden_size": network.moe_ffn_hidden_size,
         "moe_router_topk": network.moe_router_topk,
         "moe_router_pre_softmax": network.moe_router_pre_softmax,
@@ -54,11 +53,11 @@ def expert_options(arguments: Arguments) -> dict:
         "moe_router_enable_expert_bias": network.moe_router_enable_expert_bias,
         "moe_shared_expert_intermediate_size": network.moe_shared_expert_intermediate_size,
         "moe_shared_expert_gate": network.moe_shared_expert_gate,
-        "moe_router_load_balancing_type": kinds[0] if alone else kinds,
-        "moe_aux_loss_coeff": factors[0] if alone else factors,
+        "moe_router_load_balancing_type": kinds[0] if single else kinds,
+        "moe_aux_loss_coeff": factors[0] if single else factors,
         "moe_z_loss_coeff": moe.moe_z_loss_coeff,
         "moe_input_jitter_eps": moe.moe_input_jitter_eps,
-        # a bias of the frozen model stays as it is; checkpoints of adapters alone have no place for another
+        # With adapters the biases are part of the frozen model, and checkpoints of adapters do not contain them.
         "moe_router_bias_update_rate": 0.0 if arguments.adapters is not None else moe.moe_router_bias_update_rate,
         "moe_router_dtype": moe.moe_router_dtype,
         "moe_token_dispatcher_type": moe.moe_token_dispatcher_type,
@@ -72,33 +71,37 @@ def expert_options(arguments: Arguments) -> dict:
 
 
 def rows_of_tokens(batch: DeviceBatch, sequence_parallel: bool) -> Tensor:
-    """Which row each of this rank's tokens belongs to, for its routers.
+    """Find the row of each of this rank's tokens, for its routers.
+
+    Args:
+        batch: on this process's device.
+        sequence_parallel: whether tensor-parallel ranks have different tokens.
 
     Returns:
-        bool [B, tokens of this rank]; nowhere True for padding.
+        bool [B, tokens of this rank], whether a token belongs to a row; padding belongs to none.
     """
-    number_B1 = torch.arange(len(batch.tokens_BS), device=batch.tokens_BS.device)[:, None]
-    row_BS = number_B1.expand_as(batch.tokens_BS)
+    row_B1 = torch.arange(len(batch.tokens_BS), device=batch.tokens_BS.device)[:, None]
+    row_BS = row_B1.expand_as(batch.tokens_BS)
     if batch.lengths_B is not None:
-        places_S = torch.arange(batch.tokens_BS.shape[1], device=batch.tokens_BS.device)
-        row_BS = row_BS.masked_fill(places_S >= batch.lengths_B[:, None], -1)
+        position_S = torch.arange(batch.tokens_BS.shape[1], device=batch.tokens_BS.device)
+        row_BS = row_BS.masked_fill(position_S >= batch.lengths_B[:, None], -1)
     row_T = batch.shard.take(row_BS)
     if sequence_parallel:
         row_T = row_T.chunk(parallel_state.get_tensor_model_parallel_world_size())[
             parallel_state.get_tensor_model_parallel_rank()
         ]
-    return row_T == number_B1
+    return row_T == row_B1
 
 
 def mark_expert_weights(model: torch.nn.Module) -> None:
-    """Say which weights are experts', so that their gradients are reduced, and counted, over the experts' own groups.
+    """Mark the weights of experts, so that their gradients are reduced, and their norms summed, over experts' groups.
 
-    Megatron does so only where expert-parallel ranks share them. Experts that are split over another number of
-    tensor-parallel ranks than the rest have other groups, too; without the mark their gradients lack other ranks' part.
+    Megatron marks them only under expert parallelism. Experts that are split over another number of tensor-parallel
+    ranks than the rest have other groups as well; without the mark their gradients would lack other ranks' parts.
     """
     tensor_size = parallel_state.get_tensor_model_parallel_world_size()
-    split_alike = parallel_state.get_expert_tensor_parallel_world_size() == tensor_size
-    if split_alike and parallel_state.get_expert_model_parallel_world_size() == 1:
+    same_split = parallel_state.get_expert_tensor_parallel_world_size() == tensor_size
+    if same_split and parallel_state.get_expert_model_parallel_world_size() == 1:
         return
     for module in model.modules():
         if isinstance(module, MoELayer):
@@ -107,13 +110,13 @@ def mark_expert_weights(model: torch.nn.Module) -> None:
 
 
 def routers(chunks: Iterable[torch.nn.Module]) -> Iterator[PackedRouter]:
-    """Of this rank's layers."""
+    """Yield the routers of this rank's layers."""
     for chunk in chunks:
         yield from (module for module in chunk.modules() if isinstance(module, PackedRouter))
 
 
 def loss_names(arguments: Arguments) -> list[str]:
-    """Names of the losses of experts that the run has."""
+    """Names, in the log, of the losses of experts that the run has."""
     moe = arguments.moe
     if arguments.network.num_experts is None:
         return []
@@ -123,25 +126,25 @@ def loss_names(arguments: Arguments) -> list[str]:
 
 
 def begin_step(chunks: Iterable[torch.nn.Module], num_micro_batches: int) -> None:
-    """Prepare the routers for a step of so many micro-batches, over all data-parallel ranks."""
-    # the schedule sets it with each micro-batch
+    """Prepare the routers for a step; ``num_micro_batches`` counts those of all data-parallel ranks."""
     reset_expert_loss_scale()
     for router in routers(chunks):
         router.begin_step(1 / num_micro_batches)
 
 
 def losses_of_step(chunks: Iterable[torch.nn.Module], arguments: Arguments) -> dict[str, Tensor]:
-    """Balancing and z losses of each layer without coefficient, means over the step; the same on every rank.
+    """Sum the balancing and z losses of the step over all ranks; the same on every rank.
 
     Returns:
-        by name fp64 [layers], NaN for layers without experts; empty for a model that has no such losses.
+        by name fp64 [layers], means over the step without coefficient, NaN for layers without experts; empty for a
+        model without such losses.
     """
-    names = loss_names(arguments)
-    values = torch.zeros(len(names), arguments.network.num_layers, dtype=torch.float64, device=devices.device())
+    names, num_layers = loss_names(arguments), len(arguments.network.expert_layers)
+    values = torch.zeros(len(names), num_layers, dtype=torch.float64, device=devices.device())
     for router in routers(chunks):
-        for number, name in enumerate(names):
+        for index, name in enumerate(names):
             if name in router.losses:
-                values[number, router.layer_number - 1] += router.losses[name]
+                values[index, router.layer_number - 1] += router.losses[name]
     if names:
         dist.all_reduce(values)
     dense = torch.tensor([not has_experts for has_experts in arguments.network.expert_layers], device=values.device)

@@ -1,4 +1,4 @@
-"""Experts: a step of a small model against plain PyTorch in fp64, and the router by itself."""
+"""Experts: a step of a small model against plain PyTorch in fp64, and the router alone."""
 
 import types
 
@@ -22,7 +22,7 @@ PACK_LOSSES = "--moe-router-load-balancing-type seq_aux_loss --moe-aux-loss-coef
 
 
 def _step(prefix, extra, world, scale=None):
-    """One step: micro-batches and weights before it, gradients and report, of one rank."""
+    """Run one step on this rank: its micro-batches, weights before the step, gradients and report."""
     from megatron.core.optimizer import FP32Optimizer
 
     from mft_megatron.arguments.command import parse_arguments
@@ -43,8 +43,8 @@ def _step(prefix, extra, world, scale=None):
         first *= process_groups.parallel_state.get_expert_model_parallel_rank()
         weights = {_global(name, first): weight.detach().cpu().clone() for name, weight in model.named_parameters()}
         plan = plan_step(split, seed=3, global_batch_size=4, consumed_samples=0)
-        places = shard_plan(plan, process_groups.ranks(), arguments.training.micro_batch_size, False)
-        micro_batches = [split.rows(packs_B) for packs_B in plan.packs_G[places]]
+        indices = shard_plan(plan, process_groups.ranks(), arguments.training.micro_batch_size, False)
+        micro_batches = [split.rows(packs_B) for packs_B in plan.packs_G[indices]]
         report = trainer.train_step(split, plan, np.ones(len(dataset.tasks)))
         return types.SimpleNamespace(
             network=arguments.network,
@@ -60,12 +60,12 @@ def _step(prefix, extra, world, scale=None):
 
 
 def _global(name, first):
-    """The name of an expert by its number in the model."""
-    before, found, after = name.partition("local_experts.")
-    if not found:
+    """A weight's name with the expert's index in the whole model; ``first``: index of this rank's first expert."""
+    before, experts, after = name.partition("local_experts.")
+    if not experts:
         return name
-    number, _, rest = after.partition(".")
-    return f"{before}{found}{first + int(number)}.{rest}"
+    index, _, rest = after.partition(".")
+    return f"{before}{experts}{first + int(index)}.{rest}"
 
 
 EP2 = "--expert-model-parallel-size 2"
@@ -74,7 +74,7 @@ KINDS = {
     "two micro-batches": (1, "--micro-batch-size 2 --cross-entropy-impl megatron", PACK_LOSSES, LOSSES, 1),
     "two data-parallel ranks": (2, "--micro-batch-size 1", PACK_LOSSES, LOSSES, 1),
     "experts on two ranks": (2, f"--micro-batch-size 2 {EP2}", PACK_LOSSES, LOSSES, 1),
-    "experts on two ranks, sent there": (
+    "experts on two ranks, alltoall": (
         2,
         f"--micro-batch-size 1 {EP2} --moe-token-dispatcher-type alltoall",
         PACK_LOSSES,
@@ -116,7 +116,7 @@ LOGGED = {
 
 QUICK = (
     "two micro-batches",
-    "experts on two ranks, sent there",
+    "experts on two ranks, alltoall",
     "a loss scale",
     "balance of steps",
     "sigmoid, a dense layer, shared experts",
@@ -126,7 +126,7 @@ QUICK = (
 @pytest.mark.parametrize(
     "kind", [pytest.param(kind, marks=() if kind in QUICK else pytest.mark.slow) for kind in KINDS]
 )
-def test_a_step_by_the_book(dataset_prefix, kind):
+def test_a_step_equals_the_reference(dataset_prefix, kind):
     """Objective, router losses and the gradient of every weight: each loss is scaled once, padding is in none."""
     world, layout, options, coefficients, scale = KINDS[kind]
     ranks = run_on_ranks(world, _step, dataset_prefix, f"{options} {layout}", world, scale if scale > 1 else None)
@@ -134,8 +134,8 @@ def test_a_step_by_the_book(dataset_prefix, kind):
     assert any((batch.lengths_B < 128).any() for batch in batches), "nothing is padded"
     score = ranks[0].network.moe_router_score_function
     if "global_aux_loss" in coefficients:
-        # one micro-batch of each rank: the step
-        batches = [_joined(batches)]
+        # the step is one micro-batch of each rank
+        batches = [_concatenated(batches)]
     weights = {name: weight for rank in ranks for name, weight in rank.weights.items()}
     expected, by_layer, expected_gradients = gradients(weights, batches, ranks[0].network, coefficients, score)
     without = expected - sum(factor * by_layer[name].sum().item() for name, factor in coefficients.items())
@@ -154,23 +154,23 @@ def test_a_step_by_the_book(dataset_prefix, kind):
     assert ranks[0].grad_norm == pytest.approx(norm * scale, rel=1e-5)
 
 
-def _joined(batches):
-    """Several micro-batches as one; their samples are numbered on."""
+def _concatenated(batches):
+    """Concatenate micro-batches; their samples get new indices."""
     first, *others = batches
     for other in others:
         columns = {
             name: np.concatenate([getattr(first, name), getattr(other, name)])
             for name in ("tokens_BS", "labels_BS", "loss_mask_BS", "position_ids_BS", "task_ids_BS", "lengths_B")
         }
-        numbers = np.concatenate([first.sample_ids_BS, other.sample_ids_BS + first.sample_ids_BS.max() + 1])
-        first = Batch(**columns, sample_ids_BS=numbers, cu_seqlens=None, max_seqlen=0)
+        sample_ids = np.concatenate([first.sample_ids_BS, other.sample_ids_BS + first.sample_ids_BS.max() + 1])
+        first = Batch(**columns, sample_ids_BS=sample_ids, cu_seqlens=None, max_seqlen=0)
     return first
 
 
-# the router by itself
+# the router alone
 
 
-class _Alone:
+class _OneRank:
     def size(self):
         return 1
 
@@ -178,21 +178,22 @@ class _Alone:
         return 0
 
 
-def router(extra="", training=True):
+def build_router(extra="", training=True):
+    """A router of one rank with random weights."""
     from mft_megatron.arguments.command import parse_arguments
     from mft_megatron.mcore.model.config import transformer_config
     from mft_megatron.mcore.moe.router import PackedRouter
 
     config = transformer_config(parse_arguments(f"{SMALL} --data-path x --micro-batch-size 1 {extra}".split(), 1))
-    groups = types.SimpleNamespace(**dict.fromkeys(("tp", "cp", "tp_cp", "tp_dp_cp"), _Alone()))
-    made = PackedRouter(config, groups).train(training).to("cpu")
-    torch.nn.init.normal_(made.weight)
-    made.begin_step(1.0)
-    return made
+    groups = types.SimpleNamespace(**dict.fromkeys(("tp", "cp", "tp_cp", "tp_dp_cp"), _OneRank()))
+    router = PackedRouter(config, groups).train(training).to("cpu")
+    torch.nn.init.normal_(router.weight)
+    router.begin_step(1.0)
+    return router
 
 
 def stream(lengths=(10, 7), width=12, experts=4, seed=0):
-    """Logits [T, 1, experts] and rows [T, B] of padded rows, and the places of the real tokens."""
+    """Logits [T, 1, experts] and rows [T, B] of padded rows, and a mask [T] of the real tokens."""
     logits = torch.randn(len(lengths) * width, 1, experts, generator=torch.Generator().manual_seed(seed))
     lengths = torch.tensor(lengths)
     rows = torch.zeros(len(logits), len(lengths), dtype=torch.bool)
@@ -201,137 +202,137 @@ def stream(lengths=(10, 7), width=12, experts=4, seed=0):
     return logits, rows, rows.any(1)
 
 
-def attached_gradient(made, logits, rows):
-    """Of the losses alone, with respect to the logits."""
+def attached_gradient(router, logits, rows):
+    """Gradient [T, experts] of the router's losses with respect to the logits."""
     logits = logits.clone().requires_grad_()
-    probabilities, _ = made.routing(logits, rows)
+    probabilities, _ = router.routing(logits, rows)
     return torch.autograd.grad(probabilities.sum() * 0, logits)[0].squeeze(1)
 
 
 @pytest.mark.parametrize("kind", ["aux_loss", "seq_aux_loss", "global_aux_loss"])
 def test_padding_is_in_no_loss(kind):
-    made = router(f"--moe-router-load-balancing-type {kind} --moe-aux-loss-coeff 0.3 --moe-z-loss-coeff 0.2")
+    router = build_router(f"--moe-router-load-balancing-type {kind} --moe-aux-loss-coeff 0.3 --moe-z-loss-coeff 0.2")
     logits, rows, real = stream()
-    before = attached_gradient(made, logits, rows)
-    losses = dict(made.losses)
+    before = attached_gradient(router, logits, rows)
+    losses = dict(router.losses)
     assert not before[~real].any()
     assert before[real].any(1).all()
-    made.begin_step(1.0)
-    assert torch.equal(attached_gradient(made, logits.masked_fill(~real[:, None, None], 50.0), rows), before)
-    assert made.losses == losses
-    places = [np.flatnonzero(rows[:, row]).tolist() for row in range(2)]
+    router.begin_step(1.0)
+    assert torch.equal(attached_gradient(router, logits.masked_fill(~real[:, None, None], 50.0), rows), before)
+    assert router.losses == losses
+    indices = [np.flatnonzero(rows[:, row]).tolist() for row in range(2)]
     for name, value in ((kind, losses[LOGGED[kind]]), ("z_loss", losses["z_loss"])):
-        assert value.item() == pytest.approx(router_loss(name, logits.squeeze(1).double(), places, 2).item(), rel=1e-5)
+        assert value.item() == pytest.approx(router_loss(name, logits.squeeze(1).double(), indices, 2).item(), rel=1e-5)
 
 
-def test_rows_without_tokens_count_as_even():
-    """Rows that only fill up a batch: no loss, and no division by zero."""
-    made = router(PACK_LOSSES)
+def test_rows_without_tokens_have_no_loss():
+    """Empty rows only fill up a batch; nothing is divided by zero."""
+    router = build_router(PACK_LOSSES)
     logits, rows, _ = stream((0, 0))
-    assert not attached_gradient(made, logits, rows).any()
-    assert all(value == 0 for value in made.losses.values())
+    assert not attached_gradient(router, logits, rows).any()
+    assert all(value == 0 for value in router.losses.values())
 
 
 def test_balance_of_a_step_is_of_the_tokens_so_far():
-    made = router("--moe-router-load-balancing-type global_aux_loss --moe-aux-loss-coeff 0.3")
+    router = build_router("--moe-router-load-balancing-type global_aux_loss --moe-aux-loss-coeff 0.3")
     streams = [stream(lengths, seed=seed) for seed, lengths in enumerate([(10, 7), (12, 3)])]
     for logits, rows, _ in streams:
-        attached_gradient(made, logits, rows)
+        attached_gradient(router, logits, rows)
     chosen, tokens = torch.zeros(4), 0
     expected = 0.0
     for logits, _, real in streams:
-        own = logits.squeeze(1)[real]
-        chosen += torch.bincount(own.topk(2).indices.flatten(), minlength=4)
-        tokens += len(own)
-        expected += 4 * (chosen / (2 * tokens) * own.softmax(-1).mean(0)).sum().item()
-    assert made.losses["global_load_balancing_loss"].item() == pytest.approx(expected, rel=1e-5)
+        real_logits = logits.squeeze(1)[real]
+        chosen += torch.bincount(real_logits.topk(2).indices.flatten(), minlength=4)
+        tokens += len(real_logits)
+        expected += 4 * (chosen / (2 * tokens) * real_logits.softmax(-1).mean(0)).sum().item()
+    assert router.losses["global_load_balancing_loss"].item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_equals_megatrons_losses_where_nothing_is_padded():
     from megatron.core.transformer.moe.moe_utils import switch_load_balancing_loss_func, z_loss_func
 
-    made = router("--moe-aux-loss-coeff 0.3 --moe-z-loss-coeff 0.2")
+    router = build_router("--moe-aux-loss-coeff 0.3 --moe-z-loss-coeff 0.2")
     logits, rows, _ = stream((12, 12))
-    attached_gradient(made, logits, rows)
+    attached_gradient(router, logits, rows)
     flat = logits.squeeze(1)
     counts = torch.bincount(flat.topk(2).indices.flatten(), minlength=4)
     theirs = switch_load_balancing_loss_func(flat.softmax(-1), counts, len(flat), 2, 4, 1.0)
-    assert made.losses["load_balancing_loss"].item() == pytest.approx(theirs.item(), rel=1e-6)
-    assert made.losses["z_loss"].item() == pytest.approx(z_loss_func(flat, 1.0).item(), rel=1e-6)
+    assert router.losses["load_balancing_loss"].item() == pytest.approx(theirs.item(), rel=1e-6)
+    assert router.losses["z_loss"].item() == pytest.approx(z_loss_func(flat, 1.0).item(), rel=1e-6)
 
 
-def test_nothing_is_counted_but_while_learning():
-    made = router(f"{PACK_LOSSES} --moe-router-score-function sigmoid --moe-router-enable-expert-bias")
+def test_only_training_counts():
+    router = build_router(f"{PACK_LOSSES} --moe-router-score-function sigmoid --moe-router-enable-expert-bias")
     logits, rows, _ = stream()
     with torch.no_grad():
-        made.routing(logits, rows)  # also the forward pass of what will be computed again
-    assert made.losses == {}
-    assert not made.local_tokens_per_expert.any()
-    made.eval().routing(logits, rows)
-    assert made.losses == {}
+        router.routing(logits, rows)  # also the first pass of a recomputed layer
+    assert router.losses == {}
+    assert not router.local_tokens_per_expert.any()
+    router.eval().routing(logits, rows)
+    assert router.losses == {}
 
 
 def test_biases_count_real_tokens_in_fp32():
-    made = router("--moe-router-score-function sigmoid --moe-router-enable-expert-bias").to(torch.bfloat16)
-    assert made.weight.dtype == torch.bfloat16
-    assert made.expert_bias.dtype == made.local_tokens_per_expert.dtype == torch.float32
+    router = build_router("--moe-router-score-function sigmoid --moe-router-enable-expert-bias").to(torch.bfloat16)
+    assert router.weight.dtype == torch.bfloat16
+    assert router.expert_bias.dtype == router.local_tokens_per_expert.dtype == torch.float32
     logits, rows, real = stream((300, 299), 300)
-    made.routing(logits, rows)
-    assert made.local_tokens_per_expert.sum() == 2 * real.sum() == 2 * 599
+    router.routing(logits, rows)
+    assert router.local_tokens_per_expert.sum() == 2 * real.sum() == 2 * 599
 
 
-def test_gloo_cannot_gather_what_experts_in_parts_are_sent(monkeypatch):
-    """Different numbers of tokens; with experts that are whole, on NCCL and with the other dispatcher it can be."""
+def test_gloo_cannot_send_tokens_to_split_experts(monkeypatch):
+    """It cannot gather different numbers of tokens; whole experts, NCCL or the other dispatcher need not."""
     from mft_megatron.arguments.command import parse_arguments
     from mft_megatron.errors import InputError
     from mft_megatron.mcore.moe.experts import expert_options
     from mft_megatron.mcore.platform import devices
 
     def options(extra):
-        shared = (
+        layout = (
             "--tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 2 --micro-batch-size 1"
         )
-        return expert_options(parse_arguments(f"{SMALL} --data-path x {shared} {extra}".split(), 4))
+        return expert_options(parse_arguments(f"{SMALL} --data-path x {layout} {extra}".split(), 4))
 
-    sent = "--moe-token-dispatcher-type alltoall"
-    with pytest.raises(InputError, match=r"2 share each expert.* gloo cannot; give --expert-tensor-parallel-size 1"):
-        options(sent)
-    assert options(f"{sent} --expert-tensor-parallel-size 1")["expert_tensor_parallel_size"] == 1
+    alltoall = "--moe-token-dispatcher-type alltoall"
+    with pytest.raises(InputError, match=r"2 ranks split .* gloo cannot; give --expert-tensor-parallel-size 1"):
+        options(alltoall)
+    assert options(f"{alltoall} --expert-tensor-parallel-size 1")["expert_tensor_parallel_size"] == 1
     assert options("")["moe_token_dispatcher_type"] == "allgather"
     monkeypatch.setattr(devices, "backend", lambda choice: "nccl")
-    assert options(sent)["moe_token_dispatcher_type"] == "alltoall"
+    assert options(alltoall)["moe_token_dispatcher_type"] == "alltoall"
 
 
-def test_padding_takes_no_ones_place():
-    """An expert has room for as many tokens as there are places; padding would win all of them."""
+def test_padding_uses_no_capacity():
+    """The capacity of expert 0 is enough for the real tokens; padding, with larger logits, would use it all."""
     logits, rows, real = stream((6, 6))
     logits[real, 0, 0], logits[~real, 0, 0] = 2.0, 9.0
-    made = router("--moe-expert-capacity-factor 1.0")
-    probabilities, chosen = made.routing(logits, rows)
+    router = build_router("--moe-expert-capacity-factor 1.0")
+    probabilities, chosen = router.routing(logits, rows)
     assert chosen[real, 0].all()
     assert not chosen[~real].any()
     assert not probabilities[~real].any()
-    made = router("--moe-expert-capacity-factor 0.5 --moe-token-drop-policy probs")
-    assert made.routing(logits, rows)[1][:, 0].sum() == 24 * 2 / 4 * 0.5
+    router = build_router("--moe-expert-capacity-factor 0.5 --moe-token-drop-policy probs")
+    assert router.routing(logits, rows)[1][:, 0].sum() == 24 * 2 / 4 * 0.5
 
 
 def test_sinkhorn_spreads_real_tokens():
     logits, rows, real = stream((40, 38), 48)
     logits[..., 0] += 3.0
     options = "--moe-router-load-balancing-type sinkhorn --moe-router-topk 1"
-    made = router(options)
-    _, chosen = made.routing(logits, rows)
+    router = build_router(options)
+    _, chosen = router.routing(logits, rows)
     loads = chosen[real].sum(0)
     assert loads.max() < 35
-    _, other = made.routing(logits.masked_fill(~real[:, None, None], 5.0), rows)
+    _, other = router.routing(logits.masked_fill(~real[:, None, None], 5.0), rows)
     assert torch.equal(chosen[real], other[real])
-    greedy = router(options, training=False).routing(logits, rows)[1][real].sum(0)
+    greedy = build_router(options, training=False).routing(logits, rows)[1][real].sum(0)
     assert greedy[0] > 60
 
 
 def test_jitter_scales_the_input():
-    made = router("--moe-input-jitter-eps 0.1")
+    router = build_router("--moe-input-jitter-eps 0.1")
     hidden = torch.ones(500, 1, 64)
-    factors = made.apply_input_jitter(hidden)
+    factors = router.apply_input_jitter(hidden)
     assert 0.9 <= factors.min() < 0.91
     assert 1.09 < factors.max() <= 1.1
