@@ -1,4 +1,4 @@
-"""Tokenizers of each kind, trained on modules of the standard library, and small data sets made with them."""
+"""Tokenizers of each kind, trained on modules of the standard library, and small data sets that use them."""
 
 import argparse
 import ast
@@ -20,7 +20,7 @@ SOURCES = [Path(module.__file__).read_text() for module in (argparse, ast, shuti
 
 @pytest.fixture(scope="session")
 def llama_like_folder(tmp_path_factory):
-    """A Hugging Face tokenizer in the manner of Llama 2: bytes as fallback, and a space written before every text."""
+    """A Hugging Face tokenizer like that of Llama 2: byte fallback, and a space before every text."""
     from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
@@ -34,7 +34,7 @@ def llama_like_folder(tmp_path_factory):
     tokenizer.train_from_iterator((word for text in SOURCES for word in text.split(" ")), trainer)
     folder = tmp_path_factory.mktemp("llama_like")
     tokenizer.save(str(folder / "tokenizer.json"))
-    # the bytes were only put into the vocabulary by way of special tokens
+    # bytes had to be special tokens to enter the vocabulary; they are ordinary tokens afterwards
     content = json.loads((folder / "tokenizer.json").read_text())
     content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] in special]
     (folder / "tokenizer.json").write_text(json.dumps(content))
@@ -66,7 +66,7 @@ def train_sentencepiece(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def sentencepiece_model(train_sentencepiece):
-    """A SentencePiece model with a dummy prefix and whitespace cleaning, which both must be switched off."""
+    """A SentencePiece model with a dummy prefix and whitespace cleaning; opening it must switch both off."""
     return train_sentencepiece(normalization_rule_name="identity")
 
 
@@ -82,7 +82,7 @@ def tokenizer(request, tokenizer_folder, llama_like_folder, sentencepiece_model)
 
 @pytest.fixture(scope="session", params=["byte-level", "llama-like", "sentencepiece"])
 def both(request, tokenizer_folder, llama_like_folder, sentencepiece_model):
-    """The same tokenizer with the reference and with gigatoken."""
+    """One tokenizer of each kind twice: with the reference, and with gigatoken."""
     kind, model = {
         "byte-level": ("HuggingFaceTokenizer", tokenizer_folder),
         "llama-like": ("HuggingFaceTokenizer", llama_like_folder),
@@ -92,12 +92,13 @@ def both(request, tokenizer_folder, llama_like_folder, sentencepiece_model):
 
 
 def functions():
-    """Source of the functions of a standard module, short ones first come as they stand."""
+    """Return the source of each function in the modules, in the order of the modules."""
     nodes = [node for text in SOURCES for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
     return [ast.unparse(node) for node in nodes]
 
 
 def write_task(folder, name, records):
+    """Write records to a file and return its path."""
     path = folder / f"{name}.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     return path
@@ -136,7 +137,10 @@ def make_dataset(tmp_path_factory, tokenizer_folder):
         names = {field.name for field in dataclasses.fields(PackingOptions)}
         packing = {name: options.pop(name) for name in names & set(options)}
         recipe = dict(
-            tasks={name: TaskFiles(name, (write_task(folder, name, own),)) for name, own in records.items()},
+            tasks={
+                name: TaskFiles(name, (write_task(folder, name, task_records),))
+                for name, task_records in records.items()
+            },
             tokenizer_type="HuggingFaceTokenizer",
             tokenizer_model=str(tokenizer_folder),
             chat_template="chatml",

@@ -1,4 +1,4 @@
-"""Showing samples: whose tokenizer it is, and what reaches the terminal."""
+"""Showing samples: with the tokenizer of the data set, and without control characters."""
 
 import shutil
 
@@ -10,7 +10,7 @@ from mft_megatron.errors import InputError
 
 
 class Characters:
-    """One id a character."""
+    """A tokenizer with one id for each character."""
 
     def decode(self, ids):
         return "".join(map(chr, ids))

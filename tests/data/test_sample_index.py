@@ -22,19 +22,19 @@ def packs_of(sample_numbers, offsets):
 
 
 def reference_best_fit(lengths, capacity):
-    """Look at every open pack for every sample; of equally good ones the one that got its last sample latest."""
-    packs, room, touched = [], [], []
+    """Try every open pack for every sample; of equally full packs, take the one that got a sample last."""
+    packs, space, touched = [], [], []
     for clock, sample in enumerate(sorted(range(len(lengths)), key=lambda i: -lengths[i])):
-        fitting = [p for p in range(len(packs)) if room[p] >= lengths[sample]]
+        fitting = [p for p in range(len(packs)) if space[p] >= lengths[sample]]
         if fitting:
-            pack = min(fitting, key=lambda p: (room[p], -touched[p]))
+            pack = min(fitting, key=lambda p: (space[p], -touched[p]))
         else:
             pack = len(packs)
             packs.append([])
-            room.append(capacity)
+            space.append(capacity)
             touched.append(0)
         packs[pack].append(sample)
-        room[pack] -= lengths[sample]
+        space[pack] -= lengths[sample]
         touched[pack] = clock
     return packs
 
@@ -62,11 +62,11 @@ def test_every_sample_once_and_no_pack_too_full(case):
 def test_needs_few_packs(case):
     """Best-fit decreasing stays within 11/9 of the optimum + 6/9; the optimum is no more than what next fit needs."""
     lengths, capacity = case
-    next_fit, room = 0, 0
+    next_fit, space = 0, 0
     for length in lengths.tolist():
-        if room < length:
-            next_fit, room = next_fit + 1, capacity
-        room -= length
+        if space < length:
+            next_fit, space = next_fit + 1, capacity
+        space -= length
     packs = len(best_fit_decreasing(lengths, capacity)[1]) - 1
     assert -(-int(lengths.sum()) // capacity) <= packs
     assert 9 * packs <= 11 * next_fit + 6
@@ -88,7 +88,7 @@ def test_impossible_lengths_are_refused_with_the_numbers(lengths, capacity, numb
 
 
 def test_the_bound_is_reached_at_4096():
-    """Lengths of multi-task data as the issue has them; peers leave 20 to 2000 times as much empty."""
+    """Lengths like those of multi-task data, log-normal around 400 tokens."""
     lengths = np.clip(np.random.default_rng(0).lognormal(6, 1, 100_000), 1, 4096).astype(np.int32)
     offsets = best_fit_decreasing(lengths, 4096)[1]
     assert lengths.sum() / ((len(offsets) - 1) * 4096) > 0.9999
@@ -117,7 +117,7 @@ def test_balance_equals_the_slow_reference(case):
 @pytest.mark.parametrize(
     ("costs", "ranks", "message"), [([1, 2, 3], 2, "3 rows"), ([1], 0, "0 ranks"), ([1, -1], 2, "negative")]
 )
-def test_balance_refuses_what_cannot_be_shared(costs, ranks, message):
+def test_balance_refuses_impossible_arguments(costs, ranks, message):
     with pytest.raises(ValueError, match=message):
         balance(np.array(costs, np.int64), ranks)
 
@@ -143,10 +143,10 @@ def test_counts_equal_a_slow_recount(case, seed, num_tasks):
     supervised = random.integers(0, 3, len(lengths))
     sample_numbers, offsets = best_fit_decreasing(lengths, capacity)
     expected = []
-    for number, pack in enumerate(packs_of(sample_numbers, offsets)):
+    for index, pack in enumerate(packs_of(sample_numbers, offsets)):
         for k in sorted({int(task[s]) for s in pack}):
-            own = [int(supervised[s]) for s in pack if task[s] == k]
-            expected.append([number, k, sum(own), sum(tokens > 0 for tokens in own)])
+            in_task = [int(supervised[s]) for s in pack if task[s] == k]
+            expected.append([index, k, sum(in_task), sum(tokens > 0 for tokens in in_task)])
     counts = count_packs(sample_numbers, offsets, task, supervised)
     assert counts.dtype == np.int64
     assert counts.shape == (4, len(expected))
@@ -166,13 +166,13 @@ def test_counts_equal_a_slow_recount(case, seed, num_tasks):
         ([0, 1], [0, -9, 2], "offset -9 of pack 1"),
     ],
 )
-def test_counts_refuse_what_points_outside(sample_numbers, offsets, message):
+def test_counts_refuse_indices_out_of_range(sample_numbers, offsets, message):
     task, supervised = np.zeros(3, np.uint16), np.ones(3, np.int64)
     with pytest.raises(ValueError, match=message):
         count_packs(np.array(sample_numbers, np.int64), np.array(offsets, np.int64), task, supervised[:3])
 
 
-def test_counts_refuse_arrays_that_do_not_belong_together():
+def test_counts_refuse_arrays_of_different_lengths():
     with pytest.raises(ValueError, match="differ in length"):
         count_packs(np.zeros(0, np.int64), np.zeros(1, np.int64), np.zeros(3, np.uint16), np.ones(2, np.int64))
 
@@ -206,21 +206,21 @@ def test_the_reference_generator_is_the_standard_one():
 @given(st.integers(0, 300), st.integers(0, 2**64 - 1))
 def test_epoch_order_is_the_same_on_every_machine(n, seed):
     """A change here would change the data order of every run that is resumed."""
-    order, draws = list(range(n)), mt19937_64(seed)
+    order, numbers = list(range(n)), mt19937_64(seed)
     for left in range(n, 1, -1):
         limit = (2**64 - 1) // left * left
-        draw = next(draw for draw in draws if draw < limit) % left
-        order[left - 1], order[draw] = order[draw], order[left - 1]
+        other = next(number for number in numbers if number < limit) % left
+        order[left - 1], order[other] = order[other], order[left - 1]
     assert epoch_order(n, seed).tolist() == order
 
 
 def test_epoch_order_is_uniform():
-    """Over many seeds each element stands in each place equally often (chi-square, far above any chance)."""
-    n, draws = 8, 20_000
+    """Over many seeds, each element is equally often at each index (chi-square test)."""
+    n, num_seeds = 8, 20_000
     seen = np.zeros((n, n))
-    for seed in range(draws):
+    for seed in range(num_seeds):
         seen[np.arange(n), epoch_order(n, seed)] += 1
-    expected = draws / n
+    expected = num_seeds / n
     assert ((seen - expected) ** 2 / expected).sum() < 130  # 49 degrees of freedom: the odds are below 1e-8
 
 

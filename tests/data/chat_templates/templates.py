@@ -10,17 +10,17 @@ SPECIAL = [
     *("[INST]", "[/INST]", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]"),
     *("<|user|>", "<|assistant|>", "<|end|>", "<bos>", "<start_of_turn>", "<end_of_turn>"),
 ]
-# added to the vocabulary, but not special: text that says them is meant to be them
+# added to the vocabulary, but not special: their names in ordinary text become these tokens
 ADDED = ["<think>", "</think>", "<tool_call>", "</tool_call>"]
-STRIPPING = {"<|user|>", "<|assistant|>", "<|end|>"}  # as in Phi-3, these take the whitespace behind them along
+STRIPPING = {"<|user|>", "<|assistant|>", "<|end|>"}  # as in Phi-3, these absorb the whitespace after them
 
 
 def save_tokenizer(folder: Path, template: str | None = None, bos: str | None = "<s>", eos: str = "</s>", drop=()):
-    """A byte-level BPE trained on a module of the standard library, as a Hugging Face folder."""
+    """Train a byte-level BPE on a module of the standard library and save it as a Hugging Face folder."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
-    # line breaks are cut off from what follows them, as the tokenizers of Llama 3 and Qwen do it
+    # line breaks are split from the text after them, as in the tokenizers of Llama 3 and Qwen
     words = Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(words, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
@@ -43,7 +43,7 @@ def save_tokenizer(folder: Path, template: str | None = None, bos: str | None = 
     return folder
 
 
-# as Qwen2.5: a system turn of its own where there is none, tools in it
+# as Qwen2.5: adds a system turn if there is none, with tools in it
 QWEN2 = """{%- if tools %}
     {{- '<|im_start|>system\\n' }}
     {%- if messages[0]['role'] == 'system' %}
@@ -128,7 +128,7 @@ LLAMA2 = """{%- if messages[0]['role'] == 'system' %}
 {%- endfor %}
 """
 
-# as Mistral: tools stand before the last question only
+# as Mistral: tools are written only before the last question
 MISTRAL = """{{- bos_token }}
 {%- set ns = namespace(last=0) %}
 {%- for message in messages %}
@@ -150,7 +150,7 @@ MISTRAL = """{{- bos_token }}
 {%- endfor %}
 """
 
-# as Qwen3: reasoning is kept after the last question only, and written there even where there is none
+# as Qwen3: reasoning is written only after the last question, and there even if it is empty
 QWEN3 = """{%- set ns = namespace(last=0) %}
 {%- for message in messages %}
     {%- if message.role == 'user' %}
@@ -180,10 +180,10 @@ QWEN3 = """{%- set ns = namespace(last=0) %}
 {%- endif %}
 """
 
-# as the thinking models: the prompt opens the reasoning, which earlier turns have lost
+# as the thinking models: the prompt opens the reasoning, which is left out of earlier turns
 THINKING = QWEN3.replace("{{- '<|im_start|>assistant\\n' }}", "{{- '<|im_start|>assistant\\n<think>\\n' }}")
 
-# as Phi-3: tokens that take whitespace along, and an end of text behind all
+# as Phi-3: tokens that absorb whitespace, and an end-of-text token after everything
 PHI3 = """{% for message in messages %}
 {{ '<|' + message['role'] + '|>\\n' + message['content'] + '<|end|>\\n' }}
 {%- endfor %}
@@ -196,7 +196,7 @@ GEMMA = """{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_excep
 {{- message['content'] | trim + '<end_of_turn>\\n' }}{% endfor %}
 {% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"""
 
-# old ChatML: knows no generation prompt
+# old ChatML: has no generation prompt
 UNPROMPTED = """{% for message in messages %}
 {{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"""
 
@@ -215,7 +215,7 @@ TAGGED = """{%- for message in messages %}
 {%- endif %}
 """
 
-# tags around the stop token and the line break, too, and a turn in two parts where there is reasoning
+# with tags around the stop token and the line break too, and a turn in two parts if there is reasoning
 PARTED = """{%- for message in messages %}
     {{- '<|im_start|>' + message['role'] + '\\n' }}
     {%- if message['role'] == 'assistant' %}

@@ -1,4 +1,4 @@
-"""Chat formats against texts written out by hand, and whatever turns say; supervised segments stand in ⟦brackets⟧."""
+"""Chat formats against texts written by hand and with any content; supervised segments are in ⟦brackets⟧."""
 
 import itertools
 import pickle
@@ -11,6 +11,7 @@ from mft_megatron.data.chat_templates.formats import FORMATS, chat_format
 from mft_megatron.data.records.conversation import Conversation, RecordError, Turn
 from mft_megatron.data.records.record_formats import read_record
 from mft_megatron.errors import InputError
+from tests.data.chat_templates.segment_text import supervised_text, written
 from tests.data.chat_templates.templates import QWEN2
 
 MESSAGES = {
@@ -25,7 +26,7 @@ MESSAGES = {
 
 
 class Vocabulary:
-    """The part of a tokenizer that formats look at."""
+    """The part of a tokenizer that formats read."""
 
     chat_template = bos_token = None
     special_tokens = {}  # noqa: RUF012
@@ -38,17 +39,8 @@ class Vocabulary:
         return [list(text.encode()) for text in texts]
 
 
-def made(name, *arguments, end_of_text="</s>", **options):
+def format_of(name, *arguments, end_of_text="</s>", **options):
     return chat_format(name, Vocabulary(end_of_text), *arguments, **options)
-
-
-def written(segments):
-    """The sample's text; names of special tokens in «», supervised runs in ⟦⟧."""
-    text = []
-    for supervised, run in itertools.groupby(segments, lambda segment: segment.supervised):
-        own = "".join(f"«{segment.text}»" if segment.special else segment.text for segment in run)
-        text.append(f"⟦{own}⟧" if supervised else own)
-    return "".join(text)
 
 
 EXPECTED = {
@@ -61,7 +53,7 @@ EXPECTED = {
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_every_answer_and_its_stop_token_are_supervised(name):
-    assert written(made(name).segments(read_record(MESSAGES))) == EXPECTED[name]
+    assert written(format_of(name).segments(read_record(MESSAGES))) == EXPECTED[name]
 
 
 @pytest.mark.parametrize("name", EXPECTED)
@@ -74,12 +66,12 @@ def test_every_answer_and_its_stop_token_are_supervised(name):
     ],
 )
 def test_raw_text_has_no_roles(name, record, expected):
-    assert written(made(name).segments(read_record(record))) == expected
+    assert written(format_of(name).segments(read_record(record))) == expected
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_names_of_tokens_count_in_a_raw_prompt_alone(name):
-    style = made(name)
+def test_only_raw_prompts_are_markup(name):
+    style = format_of(name)
     raw = style.segments(read_record({"prompt": "a", "completion": "b"}))
     assert [segment.text for segment in raw if segment.markup] == ["a"]
     for record in ({"text": "whole"}, MESSAGES):
@@ -105,15 +97,15 @@ ANSWERED = [*ROUND, {"role": "user", "content": "Q"}, {"role": "assistant", "con
 )
 def test_answers_that_are_all_empty_are_refused(name, record, supervise):
     with pytest.raises(RecordError, match="empty") as error:
-        made(name, supervise=supervise).segments(read_record(record))
+        format_of(name, supervise=supervise).segments(read_record(record))
     assert error.value.reason == "empty_answer"
 
 
 def test_an_empty_answer_among_others_stays():
-    segments = made("chatml").segments(read_record({"messages": [*ROUND, *ANSWERED]}))
-    assert "".join(segment.text for segment in segments if segment.supervised) == "<|im_end|>" * 2 + "A<|im_end|>"
+    segments = format_of("chatml").segments(read_record({"messages": [*ROUND, *ANSWERED]}))
+    assert supervised_text(segments) == "<|im_end|>" * 2 + "A<|im_end|>"
     calling = Conversation((Turn("user", "Q"), Turn("assistant", "", tool_calls=(CALL,))))
-    assert made("chatml").segments(calling)
+    assert format_of("chatml").segments(calling)
 
 
 turns = st.lists(
@@ -122,12 +114,12 @@ turns = st.lists(
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(said=turns, system=st.none() | st.text(max_size=4), supervise=st.sampled_from(["all", "last"]))
+@given(contents=turns, system=st.none() | st.text(max_size=4), supervise=st.sampled_from(["all", "last"]))
 @pytest.mark.parametrize("name", FORMATS)
-def test_whatever_the_turns_say(name, said, system, supervise):
-    style = made(name, supervise=supervise)
+def test_any_content(name, contents, system, supervise):
+    style = format_of(name, supervise=supervise)
     roles = itertools.cycle(("user", "assistant"))
-    read = [Turn(role, content, learn) for role, (content, learn) in zip(roles, said)]  # noqa: B905
+    read = [Turn(role, content, learn) for role, (content, learn) in zip(roles, contents)]  # noqa: B905
     conversation = Conversation((*([] if system is None else [Turn("system", system)]), *read))
     answers = [turn for turn in read if turn.role == "assistant"]
     learned = [turn.content for turn in (answers if supervise == "all" else answers[-1:]) if turn.learn]
@@ -145,7 +137,7 @@ def test_whatever_the_turns_say(name, said, system, supervise):
     supervised = [segment for segment in segments if segment.supervised]
     assert "".join(segment.text for segment in supervised) == "".join(text + style.stop_token for text in learned)
     assert [segment.text for segment in supervised if segment.special] == [style.stop_token] * len(learned)
-    # the whole, turn by turn
+    # the whole sample, turn by turn
     ends = {"chatml": ("<|im_end|>\n",) * 2, "mftcoder": ("\n", "</s>\n")}[name]
     openings = {"chatml": "<|im_start|>{}\n", "mftcoder": "{}"}[name]
     assert "".join(segment.text for segment in segments) == "".join(
@@ -171,8 +163,8 @@ WITH_TOOLS = Conversation(
 )
 
 
-def test_tools_stand_as_in_the_template_of_qwen():
-    """But for the marker of their answers, which can be made the same."""
+def test_tools_are_written_as_in_the_template_of_qwen():
+    """The marker of their answers differs, so it is set by an option."""
     tokenizer = Vocabulary(chat_template=QWEN2)
     theirs = chat_format("auto", tokenizer)
     ours = chat_format("chatml", tokenizer, '{"tool": "user"}')
@@ -210,19 +202,19 @@ TOOL_TEXT = {
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_calls_of_tools_are_supervised_and_their_answers_are_not(name):
-    assert written(made(name).segments(WITH_TOOLS)) == TOOL_TEXT[name]
+    assert written(format_of(name).segments(WITH_TOOLS)) == TOOL_TEXT[name]
 
 
-def test_tools_make_a_system_turn_where_there_is_none():
-    segments = made("chatml").segments(Conversation(WITH_TOOLS.turns[1:], tools=TOOLS))
+def test_tools_add_a_system_turn_if_there_is_none():
+    segments = format_of("chatml").segments(Conversation(WITH_TOOLS.turns[1:], tools=TOOLS))
     assert written(segments) == TOOL_TEXT["chatml"].replace("S\n\n#", "#")
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_call_that_is_not_to_be_learned(name):
+def test_a_call_that_is_excluded_from_training(name):
     turns = [Turn("user", "U"), Turn("assistant", "", False, (CALL,)), Turn("tool", "2"), Turn("assistant", "A")]
-    segments = made(name).segments(Conversation(tuple(turns)))
-    assert "".join(segment.text for segment in segments if segment.supervised) == f"A{made(name).stop_token}"
+    segments = format_of(name).segments(Conversation(tuple(turns)))
+    assert supervised_text(segments) == f"A{format_of(name).stop_token}"
     assert WRITTEN_CALL in written(segments)
 
 
@@ -230,19 +222,21 @@ def test_a_call_that_is_not_to_be_learned(name):
 def test_reasoning_beside_the_content_is_not_lost(name):
     conversation = Conversation((Turn("user", "U"), Turn("assistant", "A", extra={"reasoning_content": "R"})))
     with pytest.raises(RecordError, match=f"turn 1 has reasoning.*--chat-template {name} cannot write") as error:
-        made(name).segments(conversation)
+        format_of(name).segments(conversation)
     assert error.value.reason == "reasoning_has_no_place"
 
 
-def test_raw_text_that_is_not_to_be_learned():
+def test_raw_text_that_is_excluded_from_training():
     with pytest.raises(RecordError) as error:
-        made("chatml").segments(Conversation((Turn("prompt", "a"), Turn("completion", "b", learn=False)), raw=True))
+        format_of("chatml").segments(
+            Conversation((Turn("prompt", "a"), Turn("completion", "b", learn=False)), raw=True)
+        )
     assert error.value.reason == "nothing_to_learn"
 
 
 def test_role_markers():
     markers = '{"human": "### Q:\\n", "assistant": "<s>### A:\\n", "tool": "<s>", "system": ""}'
-    style = made("mftcoder", markers)
+    style = format_of("mftcoder", markers)
     record = {"instruction": "Q", "output": "A"}
     assert written(style.segments(read_record(record))) == "### Q:\nQ\n«<s>»### A:\n⟦A«</s>»⟧\n"
     turns = [Turn("system", "S"), Turn("user", "Q"), Turn("assistant", "", tool_calls=(CALL,)), Turn("tool", "T")]
@@ -261,12 +255,12 @@ def test_role_markers():
 )
 def test_bad_role_markers_are_refused(markers, message):
     with pytest.raises(InputError, match=f"--role-markers.*{message}"):
-        made("mftcoder", markers)
+        format_of("mftcoder", markers)
 
 
-def test_what_may_be_supervised():
+def test_unknown_values_of_supervise_are_refused():
     with pytest.raises(InputError, match="--supervise first: give one of all, last"):
-        made("chatml", supervise="first")
+        format_of("chatml", supervise="first")
 
 
 def test_auto_without_a_template():
@@ -274,25 +268,25 @@ def test_auto_without_a_template():
     assert chat_format("auto", Vocabulary(**{"<|im_end|>": 3})).name == "chatml"
 
 
-def test_the_fingerprint_tells_formats_apart():
+def test_fingerprints_of_different_formats_differ():
     styles = [
-        made("chatml"),
-        made("mftcoder"),
-        made("mftcoder", end_of_text="<eos>"),
-        made("mftcoder", '{"bot": "A: "}'),
-        made("mftcoder", supervise="last"),
+        format_of("chatml"),
+        format_of("mftcoder"),
+        format_of("mftcoder", end_of_text="<eos>"),
+        format_of("mftcoder", '{"bot": "A: "}'),
+        format_of("mftcoder", supervise="last"),
     ]
     assert len({style.fingerprint for style in styles}) == 5
-    assert made("mftcoder").fingerprint == made("mftcoder", "{}").fingerprint
+    assert format_of("mftcoder").fingerprint == format_of("mftcoder", "{}").fingerprint
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_style_travels_to_workers(name):
-    style = made(name)
+def test_formats_can_be_pickled_for_workers(name):
+    style = format_of(name)
     written_here = style.segments(WITH_TOOLS)
     assert pickle.loads(pickle.dumps(style)).segments(WITH_TOOLS) == written_here
 
 
 @pytest.mark.parametrize(("name", "stop"), [("chatml", "<|im_end|>"), ("mftcoder", "<|end|>")])
-def test_what_ends_a_turn(name, stop):
-    assert made(name, end_of_text="<|end|>").stop_token == stop
+def test_the_token_that_ends_a_turn(name, stop):
+    assert format_of(name, end_of_text="<|end|>").stop_token == stop

@@ -1,4 +1,4 @@
-"""Templates against transformers: the same text and ids; and masks against what the turns say."""
+"""Templates: text and ids as in transformers, and masks that cover exactly the content of assistant turns."""
 
 import argparse
 import ast
@@ -18,6 +18,7 @@ from mft_megatron.data.chat_templates.formats import chat_format
 from mft_megatron.data.records.conversation import Conversation, RecordError, Turn
 from mft_megatron.data.tokenizers.load import load_tokenizer
 from mft_megatron.errors import InputError
+from tests.data.chat_templates.segment_text import supervised_text, written
 from tests.data.chat_templates.templates import QWEN2, QWEN3, SPECIAL, TAGGED, TEMPLATES, save_tokenizer
 
 FUNCTIONS = [
@@ -64,7 +65,7 @@ def styles(tokenizer, write):
 
 @pytest.fixture(autouse=True)
 def _no_clock(monkeypatch):
-    """transformers on the day that our templates believe it to be."""
+    """Let transformers write the date that our templates write."""
     import transformers.utils.chat_template_utils as theirs
 
     class Day(datetime.datetime):
@@ -76,7 +77,7 @@ def _no_clock(monkeypatch):
 
 
 def chat(*contents, system=None):
-    """Question and answer by turns."""
+    """Make a conversation of questions and answers by turns."""
     turns = [Turn(role, content) for role, content in zip(itertools.cycle(("user", "assistant")), contents)]
     return Conversation((*([] if system is None else [Turn("system", system)]), *turns))
 
@@ -86,32 +87,21 @@ def messages(conversation):
 
 
 def encoded(tokenizer, segments):
-    """Ids and mask; neighbouring texts of one kind are cut as one."""
+    """Encode segments as ids and mask; adjacent texts of one kind are encoded as one."""
     ids, mask = [], []
     for (supervised, special), run in itertools.groupby(
         segments, lambda segment: (segment.supervised, segment.special)
     ):
         texts = [segment.text for segment in run]
-        own = [tokenizer.token_id(text) for text in texts] if special else tokenizer.encode_batch(["".join(texts)])[0]
-        ids += own
-        mask += [int(supervised)] * len(own)
+        run_ids = (
+            [tokenizer.token_id(text) for text in texts] if special else tokenizer.encode_batch(["".join(texts)])[0]
+        )
+        ids += run_ids
+        mask += [int(supervised)] * len(run_ids)
     return ids, mask
 
 
-def written(segments):
-    """The sample's text; names of special tokens in «», supervised runs in ⟦⟧."""
-    text = []
-    for supervised, run in itertools.groupby(segments, lambda segment: segment.supervised):
-        own = "".join(f"«{segment.text}»" if segment.special else segment.text for segment in run)
-        text.append(f"⟦{own}⟧" if supervised else own)
-    return "".join(text)
-
-
-def supervised_text(segments):
-    return "".join(segment.text for segment in segments if segment.supervised)
-
-
-# what the templates write of two rounds, by hand
+# two rounds as each template writes them
 CHATML = (
     "«<|im_start|>»user\nHi«<|im_end|>»\n«<|im_start|>»assistant\n⟦Ya«<|im_end|>»⟧\n"
     "«<|im_start|>»user\nWho«<|im_end|>»\n«<|im_start|>»assistant\n⟦Me«<|im_end|>»⟧\n"
@@ -128,7 +118,7 @@ EXPECTED = {
     "mistral": "«<s>»«[INST]»Hi«[/INST]»⟦Ya«</s>»⟧«[INST]»Who«[/INST]»⟦Me«</s>»⟧",
     "qwen3": CHATML.replace("⟦Me", "⟦«<think>»\n\n«</think>»\n\nMe"),
     "thinking": CHATML.replace("⟦Me", "«<think>»\n⟦\n«</think>»\n\nMe"),
-    # the line breaks behind these tokens are theirs
+    # these tokens absorb the line breaks after them
     "phi3": "«<|user|>»Hi«<|end|>»«<|assistant|>»⟦Ya«<|end|>»⟧«<|user|>»Who«<|end|>»«<|assistant|>»⟦Me«<|end|>»⟧«</s>»",
     "gemma": "«<s>»" + GEMMA_ROUND.format("Hi", "Ya") + GEMMA_ROUND.format("Who", "Me"),
     "unprompted": CHATML,
@@ -157,28 +147,29 @@ def test_ids_are_those_of_transformers(styles, tokenizer, theirs, name, system):
         pytest.skip("the template refuses a system turn, as another test shows")
     for first, count in itertools.product(range(0, 60, 4), (2, 4)):
         contents = FUNCTIONS[first : first + count]
-        if name == "thinking":  # its prompt ends with a line break, so that no answer may begin with one
-            contents[1::2] = [f"<think>\nwell\n</think>\n\n{said}" for said in contents[1::2]]
+        if name == "thinking":  # its prompt ends with a line break, so answers must not begin with one
+            contents[1::2] = [f"<think>\nwell\n</think>\n\n{content}" for content in contents[1::2]]
         conversation = chat(*contents, system=system)
         ids, mask = encoded(tokenizer, styles[name].segments(conversation))
-        own = theirs.apply_chat_template(messages(conversation), chat_template=TEMPLATES[name]).input_ids
-        assert ids == own
+        expected = theirs.apply_chat_template(messages(conversation), chat_template=TEMPLATES[name]).input_ids
+        assert ids == expected
         assert 0 < sum(mask) < len(mask)
 
 
 @pytest.mark.parametrize(("name", "sign"), [("tagged", 1), ("parted", -1)])
 def test_tagged_masks_are_those_of_transformers(styles, tokenizer, theirs, name, sign):
-    """Ours have the stop token which the one template leaves outside, and not the line break the other takes in."""
+    """Our masks include the stop token that one template leaves outside, and exclude the line break that the other
+    encloses."""
     for first in range(0, 60, 4):
         conversation = chat(*FUNCTIONS[first : first + 4])
         ids, mask = encoded(tokenizer, styles[name].segments(conversation))
-        own = theirs.apply_chat_template(
+        expected = theirs.apply_chat_template(
             messages(conversation), chat_template=TEMPLATES[name], return_assistant_tokens_mask=True
         )
-        assert ids == own.input_ids
+        assert ids == expected.input_ids
         others = [
-            (number, our - their)
-            for number, our, their in zip(ids, mask, own.assistant_masks, strict=True)
+            (token_id, our - their)
+            for token_id, our, their in zip(ids, mask, expected.assistant_masks, strict=True)
             if our != their
         ]
         named = tokenizer.token_id("<|im_end|>") if sign == 1 else tokenizer.encode_batch(["\n"])[0][0]
@@ -191,19 +182,20 @@ text = st.lists(
     max_size=6,
 ).map("".join)
 
-SAYS = {
-    "llama3": lambda said: said.strip(),
-    "gemma": lambda said: said.strip(),
-    "llama2": lambda said: f" {said.strip()} ",
+# how a template changes the content of an assistant turn
+CHANGES = {
+    "llama3": lambda content: content.strip(),
+    "gemma": lambda content: content.strip(),
+    "llama2": lambda content: f" {content.strip()} ",
 }
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
-@given(contents=st.lists(text, min_size=2, max_size=6).map(lambda said: said[: len(said) // 2 * 2]))
+@given(contents=st.lists(text, min_size=2, max_size=6).map(lambda contents: contents[: len(contents) // 2 * 2]))
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in ("qwen3", "thinking", "phi3")])
-def test_whatever_the_turns_say(styles, theirs, name, contents):
-    """The supervised text is what the assistant says, the whole is what transformers writes, and tokens come from the
-    template alone."""
+def test_any_content(styles, theirs, name, contents):
+    """The supervised text is the content of assistant turns, the whole text is that of transformers, and special tokens
+    come from the template alone."""
     conversation = chat(*contents)
     style = styles[name]
     if not "".join(contents[1::2]).strip():
@@ -212,8 +204,8 @@ def test_whatever_the_turns_say(styles, theirs, name, contents):
         assert error.value.reason == "empty_answer"
         return
     segments = style.segments(conversation)
-    says = SAYS.get(name, str)
-    assert supervised_text(segments) == "".join(says(said) + style.stop_token for said in contents[1::2])
+    change = CHANGES.get(name, str)
+    assert supervised_text(segments) == "".join(change(content) + style.stop_token for content in contents[1::2])
     whole = theirs.apply_chat_template(messages(conversation), chat_template=TEMPLATES[name], tokenize=False)
     assert "".join(segment.text for segment in segments) == whole
     plain = style.segments(chat(*["x"] * len(contents)))
@@ -221,8 +213,8 @@ def test_whatever_the_turns_say(styles, theirs, name, contents):
     assert not any(segment.markup for segment in segments)
 
 
-def test_tokens_take_no_whitespace_of_an_answer(styles):
-    """Though those of Phi-3 take what stands behind them along elsewhere."""
+def test_tokens_absorb_no_whitespace_of_an_answer(styles):
+    """Tokens of Phi-3 absorb the whitespace after them, but not at the beginning of an answer."""
     segments = styles["phi3"].segments(chat("Q", "    return 1\n", "Q", "\n    pass"))
     assert supervised_text(segments) == "    return 1\n<|end|>\n    pass<|end|>"
 
@@ -254,7 +246,7 @@ def test_names_of_tokens_in_tools_are_text(styles):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_turns_that_are_not_to_be_learned(styles, tokenizer, write, name):
+def test_turns_that_are_excluded_from_training(styles, tokenizer, write, name):
     turns = chat("Hi", "Ya", "Who", "Me").turns
     first = Conversation((*turns[:3], Turn("assistant", "Me", learn=False)))
     last = Conversation((turns[0], Turn("assistant", "Ya", learn=False), *turns[2:]))
@@ -282,7 +274,7 @@ TOOLS = ({"type": "function", "function": {"name": "add", "parameters": {"type":
 
 
 def test_tools_that_move_to_the_last_question(styles):
-    """No prefix of a conversation is one of the whole, and still each answer can be told."""
+    """No prefix of the conversation is a prefix of the whole, and still each answer is found."""
     conversation = Conversation(chat("Hi", "Ya", "Who", "Me").turns, tools=TOOLS)
     assert written(styles["mistral"].segments(conversation)) == (
         '«<s>»«[INST]»Hi«[/INST]»⟦Ya«</s>»⟧«[AVAILABLE_TOOLS]»[{"type": "function", "function": {"name": "add", '
@@ -291,20 +283,20 @@ def test_tools_that_move_to_the_last_question(styles):
 
 
 def test_reasoning_of_earlier_turns_is_left_out(styles, theirs):
-    said = "<think>\nwhy\n</think>\n\n"
-    segments = styles["qwen3"].segments(chat("Hi", f"{said}Ya", "Who", f"{said}Me"))
-    assert supervised_text(segments) == f"Ya<|im_end|>{said}Me<|im_end|>"
-    beside = Conversation(
+    thought = "<think>\nwhy\n</think>\n\n"
+    segments = styles["qwen3"].segments(chat("Hi", f"{thought}Ya", "Who", f"{thought}Me"))
+    assert supervised_text(segments) == f"Ya<|im_end|>{thought}Me<|im_end|>"
+    in_keys = Conversation(
         tuple(
             Turn(turn.role, turn.content, extra={name: "why"} if turn.role == "assistant" else {})
             for turn, name in zip(chat("Hi", "Ya", "Who", "Me").turns, ["", "reasoning", "", "thinking"], strict=True)
         )
     )
-    assert styles["qwen3"].segments(beside) == segments
-    whole = theirs.apply_chat_template(messages(beside), chat_template=QWEN3, tokenize=False)
+    assert styles["qwen3"].segments(in_keys) == segments
+    whole = theirs.apply_chat_template(messages(in_keys), chat_template=QWEN3, tokenize=False)
     assert "".join(segment.text for segment in segments) == whole
     with pytest.raises(RecordError, match="turn 1 has reasoning") as error:
-        styles["qwen2"].segments(beside)
+        styles["qwen2"].segments(in_keys)
     assert error.value.reason == "reasoning_has_no_place"
 
 
@@ -320,13 +312,13 @@ def test_a_turn_in_two_parts(styles):
     assert supervised_text(styles["parted"].segments(silent)) == "B<|im_end|>"
 
 
-# templates of which the assistant's part cannot be told
+# templates whose assistant spans are uncertain
 COUNTED = "{% for one in messages %}{{ one.role }} {{ loop.index }}/{{ loop.length }}: {{ one.content }};{% endfor %}"
 TOLD_AHEAD = "{% if messages[1] is defined %}{{ messages[1].content }}|{% endif %}" + QWEN2
 TAGS_OF_LAST = TAGGED.replace("message['role'] == 'assistant'", "message['role'] == 'assistant' and loop.last", 1)
 
 
-# only the last answer has a stop token: the next one in the text is the question's
+# only the last answer has a stop token; the next one in the text belongs to the question
 STOP_OF_LAST = """{%- for message in messages %}
     {{- '<|im_start|>' + message.role + '\\n' + message.content }}
     {{- ';' if message.role == 'assistant' and not loop.last else '<|im_end|>' }}
@@ -338,7 +330,7 @@ STOP_OF_LAST = """{%- for message in messages %}
 
 
 @pytest.mark.parametrize("template", [COUNTED, TOLD_AHEAD, STOP_OF_LAST])
-def test_what_cannot_be_told_is_refused(tokenizer, write, template):
+def test_uncertain_spans_are_refused(tokenizer, write, template):
     style = chat_format(write(template), tokenizer)
     with pytest.raises(RecordError, match=r"cannot be told for certain; give a template with") as error:
         style.segments(chat("Hi", "Ya", "Who", "Me"))
@@ -357,7 +349,7 @@ def test_marks_that_the_template_cuts_are_refused(tokenizer, write):
 
 
 def test_a_macro_moves_no_span(tokenizer, write, theirs):
-    """Where transformers' own mask is off, since a macro's text is counted as nothing."""
+    """The mask of transformers is wrong here, because it counts the text of a macro as nothing."""
     macro = (
         "{% macro turn(message) %}<|im_start|>{{ message.role }}\n{% if message.role == 'assistant' %}"
         "{% generation %}{{ message.content }}<|im_end|>{% endgeneration %}{% else %}{{ message.content }}<|im_end|>"
@@ -387,7 +379,7 @@ def test_templates_that_cannot_be_used(tokenizer, write, template, message):
 
 
 @pytest.mark.parametrize("name", ["gemma", "mistral"])
-def test_what_the_template_says_of_a_record(styles, name):
+def test_the_refusal_of_a_template_is_shown(styles, name):
     with pytest.raises(RecordError, match=r"refuses it: (System role not|Only user and assistant)") as error:
         styles[name].segments(chat("Q", "A", system="S"))
     assert error.value.reason == "template_error"
@@ -402,7 +394,7 @@ def test_a_template_that_acts_on_names_of_tokens(tokenizer, write):
 
 
 def test_a_stop_token_that_is_not_special(tmp_path, write):
-    """Text that says it is that token, which only refusing the record can keep from ending a turn."""
+    """Its name in a turn would end the turn, so the record is refused."""
     from tokenizers import Tokenizer
 
     folder = save_tokenizer(tmp_path / "plain_stop", drop=("<|im_end|>",))
@@ -421,8 +413,8 @@ def test_auto(tmp_path, folder):
         path = save_tokenizer(tmp_path / str(len(list(tmp_path.iterdir()))), **options)
         return chat_format("auto", load_tokenizer("HuggingFaceTokenizer", path))
 
-    own = style(template=QWEN2)
-    assert (own.name, own.template) == ("template", QWEN2)
+    automatic = style(template=QWEN2)
+    assert (automatic.name, automatic.template) == ("template", QWEN2)
     assert style().name == "chatml"
     assert style(drop=("<|im_end|>",)).name == "mftcoder"
 
@@ -445,7 +437,7 @@ def test_a_template_has_no_role_markers(tokenizer, write):
         chat_format(write(QWEN2), tokenizer, "{}")
 
 
-# templates that pass over a part of the record
+# templates that ignore a part of the record
 NO_SYSTEM = QWEN2.replace("messages[0]['content'] +", "'S' +").replace("{{- messages[0]['content'] }}", "S")
 NO_TOOL_LIST = QWEN2.replace("{{- tool | tojson }}", "")
 NO_CALLS = QWEN2.replace("and not message.tool_calls", "")
@@ -468,7 +460,7 @@ FULL = Conversation(
 
 
 @pytest.mark.parametrize(
-    ("template", "reason", "what"),
+    ("template", "reason", "part"),
     [
         (NO_SYSTEM, "system_has_no_place", "the system turn"),
         (NO_TOOL_LIST, "tools_have_no_place", "tool 0 of the record"),
@@ -479,21 +471,21 @@ FULL = Conversation(
         (NO_CONTENT, "content_has_no_place", "the content of turn 2 beside its tool call"),
     ],
 )
-@pytest.mark.parametrize("said", ["", "<|im_end|>"])  # which is guarded
-def test_what_a_template_leaves_out_is_refused(styles, tokenizer, write, template, reason, what, said):
+@pytest.mark.parametrize("added", ["", "<|im_end|>"])  # the latter is guarded
+def test_a_template_that_leaves_out_a_part_is_refused(styles, tokenizer, write, template, reason, part, added):
     assert template != QWEN2
-    turns = tuple(dataclasses.replace(turn, content=turn.content + said) for turn in FULL.turns)
+    turns = tuple(dataclasses.replace(turn, content=turn.content + added) for turn in FULL.turns)
     full = dataclasses.replace(FULL, turns=turns)
     assert styles["qwen2"].segments(full)
     style = chat_format(write(template), tokenizer)
-    with pytest.raises(RecordError, match=f"does not write {what}; use a template that does, or chatml") as error:
+    with pytest.raises(RecordError, match=f"does not write {part}; use a template that does, or chatml") as error:
         style.segments(full)
     assert error.value.reason == reason
     assert style.segments(chat("Q", "A"))
 
 
 @pytest.mark.parametrize("tool", [{"name": "f"}, {"function": {"name": "f"}}, {"about": ["adds"]}, {"<|im_end|>": 1}])
-def test_tools_of_any_kind_are_seen(styles, tokenizer, write, tool):
+def test_tools_of_any_kind_are_checked(styles, tokenizer, write, tool):
     conversation = Conversation(chat("Q", "A").turns, tools=(tool,))
     escaping = chat_format(write(QWEN2.replace("tool | tojson", "tool | tojson(ensure_ascii=true)")), tokenizer)
     assert styles["qwen2"].segments(conversation)
@@ -503,7 +495,7 @@ def test_tools_of_any_kind_are_seen(styles, tokenizer, write, tool):
     assert styles["tagged"].segments(Conversation(conversation.turns, tools=({},)))
 
 
-def test_an_empty_system_turn_needs_no_place(tokenizer, write):
+def test_an_empty_system_turn_may_be_left_out(tokenizer, write):
     assert chat_format(write(NO_SYSTEM), tokenizer).segments(chat("Q", "A", system=" "))
 
 
@@ -513,7 +505,7 @@ def test_raw_text_has_no_template(styles):
         assert written(style.segments(conversation)) == "def f(⟦x):\n«</s>»⟧"
 
 
-def test_a_style_travels_to_workers(styles):
+def test_templates_can_be_pickled_for_workers(styles):
     conversation = chat("Hi", "Ya<|im_end|>", "Who", "Me")
     for style in styles.values():
         copy = pickle.loads(pickle.dumps(style))
@@ -521,7 +513,7 @@ def test_a_style_travels_to_workers(styles):
         assert copy.segments(conversation) == style.segments(conversation)
 
 
-def test_the_fingerprint_tells_templates_apart(tmp_path, tokenizer, write):
+def test_fingerprints_of_different_templates_differ(tmp_path, tokenizer, write):
     path, other = write(QWEN2), write(QWEN3)
     named = save_tokenizer(tmp_path / "named", bos=None, eos="<|endoftext|>")
     styles = [

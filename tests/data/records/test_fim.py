@@ -1,4 +1,4 @@
-"""Filling in the middle: nothing is lost, rates are kept, and draws depend on seed and key alone."""
+"""Fill-in-the-middle: no text is lost, rates are kept, and random numbers depend on seed and key alone."""
 
 import argparse
 import inspect
@@ -28,7 +28,7 @@ def completion(prompt, text, learn=True):
 
 
 def parts(segments, spm):
-    """Prefix, suffix and middle of what was written, after a look at the tokens' places."""
+    """Return the segments of prefix, suffix and middle; check the order of the tokens."""
     segments = [segment for segment in segments if not segment.markup]
     names = [segment.text for segment in segments if segment.special]
     assert names == [P, S, M, END]
@@ -53,19 +53,19 @@ def test_the_parts_of_a_document_are_the_document(spm, text, key):
     segments = ALWAYS[spm].segments(document(text), key)
     head, tail, middle = parts(segments, spm)
     assert head.text + middle.text + tail.text == text
-    # all that has tokens is supervised, as it is without the cut
+    # every segment with tokens is supervised, as without the cut
     assert all(segment.supervised for segment in segments if segment.text)
 
 
 @given(prompt=st.text(), text=st.text(min_size=SHORTEST), key=st.binary(max_size=8))
 @pytest.mark.parametrize("spm", [False, True])
-def test_the_middle_of_a_completion_is_learned(spm, prompt, text, key):
+def test_the_middle_of_a_completion_is_supervised(spm, prompt, text, key):
     segments = ALWAYS[spm].segments(completion(prompt, text), key)
     head, tail, middle = parts(segments, spm)
     assert head.text + middle.text + tail.text == text
-    (place,) = (place for place, segment in enumerate(segments) if segment.markup)
-    assert segments[place] == Segment(prompt, False, False, True)
-    assert segments[place + 1] is head
+    (index,) = (index for index, segment in enumerate(segments) if segment.markup)
+    assert segments[index] == Segment(prompt, False, False, True)
+    assert segments[index + 1] is head
     assert [segment for segment in segments if segment.supervised and segment.text] == [
         *([middle] if middle.text else []),
         Segment(END, True, special=True),
@@ -73,14 +73,14 @@ def test_the_middle_of_a_completion_is_learned(spm, prompt, text, key):
 
 
 @pytest.mark.parametrize("conversation", [document(SOURCE), completion("x", SOURCE)])
-def test_head_and_middle_are_tokenised_apart(conversation):
-    """Neighbours of one kind are joined before they are cut into tokens."""
+def test_head_and_middle_are_tokenised_separately(conversation):
+    """Adjacent segments of one kind are concatenated before they are tokenised."""
     for key in range(50):
         head, gap, middle = ALWAYS[True].segments(conversation, b"%d" % key)[-4:-1]
         assert head.supervised != gap.supervised or gap.supervised != middle.supervised
 
 
-def test_names_of_tokens_count_in_prompts_as_without_the_cut():
+def test_only_prompts_are_markup_as_without_the_cut():
     for conversation, count in ((document(SOURCE), 0), (completion("a prompt", SOURCE), 1)):
         markup = [segment for segment in raw_segments(conversation, END) if segment.markup]
         assert len(markup) == count
@@ -93,32 +93,32 @@ def test_rates_are_kept():
     count = 20_000
     for rate, spm_rate in [(0.5, 0.5), (0.9, 0.1), (0.1, 0.9), (1.0, 0.0), (0.0, 0.5), (1.0, 1.0)]:
         transform = Fim(rate, spm_rate, (P, S, M), 3, END)
-        made = [transform.segments(document("abcdef"), b"%d" % key) for key in range(count)]
-        cut = [segments for segments in made if segments is not None]
+        results = [transform.segments(document("abcdef"), b"%d" % key) for key in range(count)]
+        cut = [segments for segments in results if segments is not None]
         spm = sum(segments[1].text == S and segments[1].special for segments in cut)
         for got, expected, of in ((len(cut), rate, count), (spm, spm_rate, len(cut))):
             deviation = (of * expected * (1 - expected)) ** 0.5
             assert abs(got - of * expected) <= 4 * deviation
 
 
-def test_every_place_between_characters_is_cut_equally_often():
-    count, places = 30_000, 6
-    lengths = [0] * places
+def test_every_position_between_characters_is_cut_equally_often():
+    count, positions = 30_000, 6
+    lengths = [0] * positions
     for key in range(count):
         head, tail, _ = parts(ALWAYS[False].segments(document("abcde"), b"%d" % key), False)
         lengths[len(head.text)] += 1
         lengths[5 - len(tail.text)] += 1
-    expected = 2 * count / places
+    expected = 2 * count / positions
     assert all(abs(seen - expected) < 5 * expected**0.5 for seen in lengths)
 
 
-def test_draws_depend_on_seed_and_key_alone():
+def test_random_numbers_depend_on_seed_and_key_alone():
     keys = [b"%d" % number for number in range(200)]
     transform = Fim(0.5, 0.5, (P, S, M), 7, END)
-    made = {key: transform.segments(document(SOURCE), key) for key in keys}
-    assert made == {key: transform.segments(document(SOURCE), key) for key in reversed(keys)}
+    results = {key: transform.segments(document(SOURCE), key) for key in keys}
+    assert results == {key: transform.segments(document(SOURCE), key) for key in reversed(keys)}
     other = Fim(0.5, 0.5, (P, S, M), 8, END)
-    assert made != {key: other.segments(document(SOURCE), key) for key in keys}
+    assert results != {key: other.segments(document(SOURCE), key) for key in keys}
     code = (
         "from mft_megatron.data.records.fim import Fim\n"
         "from mft_megatron.data.records.conversation import Conversation, Turn\n"
@@ -140,7 +140,7 @@ def test_draws_depend_on_seed_and_key_alone():
         completion("a", "b" * 99, learn=False),
     ],
 )
-def test_what_stays_as_it_is(conversation):
+def test_records_that_stay_unchanged(conversation):
     assert all(transform.segments(conversation, b"") is None for transform in ALWAYS.values())
 
 
@@ -159,12 +159,12 @@ def test_the_tokens_of_known_models_are_found(names):
         fim_tokens(Vocabulary(*names[:2]))
 
 
-def test_tokens_that_are_given():
+def test_tokens_of_the_option():
     tokenizer = Vocabulary(P, S, M, *KNOWN_TOKENS["StarCoder"], plain=("a", "def", *KNOWN_TOKENS["CodeLlama"]))
-    # of a SentencePiece model nothing says that these were added
+    # a SentencePiece model does not tell that these tokens were added
     assert fim_tokens(tokenizer, ",".join(KNOWN_TOKENS["CodeLlama"])) == KNOWN_TOKENS["CodeLlama"]
     assert fim_tokens(tokenizer, "<P>,<S>,<M>") == (P, S, M)
-    for given_, message in [
+    for option_value, message in [
         ("<P>,<S>", "three different"),
         ("<P>,<S>,<P>", "three different"),
         ("<P>,<S>,<M>,<E>", "three different"),
@@ -173,8 +173,8 @@ def test_tokens_that_are_given():
         ("a,<S>,<M>", "'a' is ordinary text"),
         ("<P>,<S>,def", "'def' is ordinary text"),
     ]:
-        with pytest.raises(InputError, match=f"--fim-tokens {given_}: .*{message}"):
-            fim_tokens(tokenizer, given_)
+        with pytest.raises(InputError, match=f"--fim-tokens {option_value}: .*{message}"):
+            fim_tokens(tokenizer, option_value)
 
 
 def test_options():
@@ -189,7 +189,7 @@ def test_options():
             fim(tokenizer, *rates, tokens="<P>,<S>,<M>")
 
 
-def test_the_fingerprint_tells_transformations_apart():
+def test_fingerprints_of_different_transformations_differ():
     base = dict(rate=0.5, spm_rate=0.5, tokens=(P, S, M), seed=1, end_of_text=END)
     changes = [{}, {"rate": 0.6}, {"spm_rate": 0.4}, {"tokens": (S, P, M)}, {"seed": 2}, {"end_of_text": M}]
     assert len({Fim(**{**base, **change}).fingerprint for change in changes}) == len(changes)

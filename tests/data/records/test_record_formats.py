@@ -197,7 +197,7 @@ def test_tool_calls_of_sharegpt(reply, several):
     )
 
 
-def test_parts_of_text_are_joined():
+def test_parts_of_text_are_concatenated():
     parts = [{"type": "text", "text": ODD}, {"type": "text", "text": "b"}]
     turns = turns_of(("user", parts), ("assistant", []))
     assert read_record({"messages": turns}) == chat(("user", ODD + "b"), ("assistant", ""))
@@ -205,7 +205,7 @@ def test_parts_of_text_are_joined():
 
 @pytest.mark.parametrize("mark", [{"train": False}, {"weight": 0}, {"weight": 0.0}, {"train": True, "weight": 0}])
 @pytest.mark.parametrize("unmarked", [{}, {"train": True}, {"weight": 1}, {"weight": None, "train": None}])
-def test_turns_that_are_not_to_be_learned(mark, unmarked):
+def test_turns_that_are_excluded_from_training(mark, unmarked):
     turns = turns_of(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
     turns[1].update(mark)
     turns[3].update(unmarked)
@@ -218,7 +218,7 @@ def test_a_question_may_come_last():
     assert read_record({"messages": turns}) == chat(("user", "a"), ("assistant", "b"), ("user", "c"))
 
 
-# ----------------------------------------------------------------------------------------------------- what is refused
+# --------------------------------------------------------------------------------------------- records that are refused
 
 USER, BOT = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 SYSTEM, REPLY = {"role": "system", "content": "s"}, {"role": "tool", "content": "r"}
@@ -362,7 +362,7 @@ format_names = st.sampled_from(["auto", *RECORD_FORMATS])
 
 
 def read_or_refuse(record, format_name):
-    """A conversation, or one line that says why not; nothing else."""
+    """Read a record; it must give a valid conversation, or an error of one line."""
     try:
         conversation = read_record(record, format_name)
     except RecordError as error:
@@ -416,12 +416,12 @@ VALID = [
 ]
 
 
-def places_in(value, path=()):
-    """Paths to all values inside a JSON value."""
+def paths_in(value, path=()):
+    """Iterate over the paths of all values in a JSON value."""
     yield path
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, inner in items:
-        yield from places_in(inner, (*path, key))
+        yield from paths_in(inner, (*path, key))
 
 
 @given(st.data())
@@ -429,7 +429,7 @@ def places_in(value, path=()):
 def test_mutated_records_are_read_or_refused(data):
     record = copy.deepcopy(data.draw(st.sampled_from(VALID)))
     for _ in range(data.draw(st.integers(1, 3))):
-        *parents, last = data.draw(st.sampled_from([path for path in places_in(record) if path] or [("x",)]))
+        *parents, last = data.draw(st.sampled_from([path for path in paths_in(record) if path] or [("x",)]))
         holder = record
         for key in parents:
             holder = holder[key]

@@ -1,4 +1,4 @@
-"""Writing a data set: one process at a time, nothing left of runs that were killed, full disks told apart."""
+"""Writing a data set: one process at a time, files of killed runs are removed, a full disk is reported as one."""
 
 import errno
 import os
@@ -35,7 +35,7 @@ def test_two_processes_do_not_write_to_one_prefix(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_killed_run_left_is_removed_by_the_next_one_alone(tmp_path):
+def test_the_next_run_to_a_prefix_removes_files_of_a_killed_one(tmp_path):
     def killed(name):
         files = DatasetWriter(tmp_path / name)
         files.__enter__()
@@ -51,7 +51,7 @@ def test_what_a_killed_run_left_is_removed_by_the_next_one_alone(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {".set_b.writing", ".set_b.lock"}
 
 
-def test_what_was_not_published_is_discarded(tmp_path):
+def test_files_that_were_not_published_are_deleted(tmp_path):
     def fail():
         with DatasetWriter(tmp_path / "new" / "set") as files:
             files.save("_x.npy", np.zeros(3))
@@ -62,7 +62,7 @@ def test_what_was_not_published_is_discarded(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_too_small_a_disk_is_refused_beforehand(tmp_path, monkeypatch):
+def test_a_disk_without_enough_space_is_refused_beforehand(tmp_path, monkeypatch):
     monkeypatch.setattr(module.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**9))
     require_free_space(tmp_path / "not" / "there", 10**9)
     with pytest.raises(InputError, match=r"1,000 MB are free, and about 2,000 MB are needed"):
@@ -80,7 +80,7 @@ def test_a_disk_that_gets_full_is_one_line(tmp_path):
 
 
 def test_arrays_that_do_not_fit_are_a_full_disk(tmp_path, monkeypatch):
-    """numpy's own way of writing them would hide why."""
+    """``np.save`` would hide the error number."""
 
     class Full:
         def __init__(self, file):
@@ -116,13 +116,13 @@ def test_arrays_that_do_not_fit_are_a_full_disk(tmp_path, monkeypatch):
 def test_arrays_are_written_as_numpy_writes_them(tmp_path, values):
     with DatasetWriter(tmp_path / "set") as files:
         files.save("_x.npy", values)
-        found = np.load(tmp_path / ".set.writing" / "data_x.npy")
-    np.testing.assert_array_equal(found, values)
-    assert found.dtype == values.dtype
+        loaded = np.load(tmp_path / ".set.writing" / "data_x.npy")
+    np.testing.assert_array_equal(loaded, values)
+    assert loaded.dtype == values.dtype
 
 
-def test_the_data_set_before_stays_one_while_names_are_only_added(tmp_path, monkeypatch):
-    """Packing for one more length must not cost the data set when it is killed on the way."""
+def test_the_previous_data_set_stays_valid_while_files_are_added(tmp_path, monkeypatch):
+    """A run that packs for one more length and is killed must not damage the data set."""
     from mft_megatron.data.loading.dataset import PackedDataset
     from mft_megatron.data.packing.packing_options import PackingOptions
     from mft_megatron.data.preprocessing.repack import add_length

@@ -1,4 +1,4 @@
-"""The MMIDIDX files: what is written is read back, by us and by Megatron-Core; damage is refused by file name."""
+"""MMIDIDX files: we and Megatron-Core read what the other writes; damaged files are refused by name."""
 
 import numpy as np
 import pytest
@@ -12,8 +12,8 @@ from mft_megatron.errors import InputError
 def write(prefix, sequences, dtype, at_once=2):
     writer = IndexedDatasetWriter(prefix.with_suffix(".bin"), prefix.with_suffix(".idx"), dtype)
     for start in range(0, len(sequences), at_once):
-        chunk = sequences[start : start + at_once]
-        writer.add(np.concatenate(chunk), np.array([len(sequence) for sequence in chunk], np.int32))
+        block = sequences[start : start + at_once]
+        writer.add(np.concatenate(block), np.array([len(sequence) for sequence in block], np.int32))
     writer.finish()
     return prefix
 
@@ -31,8 +31,8 @@ def test_megatron_core_reads_it(tmp_path, dtype):
     theirs = MegatronDataset(str(write(tmp_path / "d", sequences, dtype)))
     assert theirs.index.dtype == dtype
     assert theirs.document_indices.tolist() == list(range(len(sequences) + 1))
-    for own, expected in zip(theirs, sequences, strict=True):
-        np.testing.assert_array_equal(own, expected)
+    for sequence, expected in zip(theirs, sequences, strict=True):
+        np.testing.assert_array_equal(sequence, expected)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32])
@@ -95,11 +95,13 @@ def test_damaged_files_are_refused_by_name(written, end, change):
         IndexedDataset(written)
 
 
-@pytest.mark.parametrize(("place", "what"), [(0, "not an MMIDIDX"), (9, "version"), (17, "type"), (18, "sequences")])
-def test_every_field_of_the_header_is_checked(written, place, what):
+@pytest.mark.parametrize(
+    ("offset", "message"), [(0, "not an MMIDIDX"), (9, "version"), (17, "type"), (18, "sequences")]
+)
+def test_every_field_of_the_header_is_checked(written, offset, message):
     path = written.with_suffix(".idx")
     content = bytearray(path.read_bytes())
-    content[place] ^= 0x55
+    content[offset] ^= 0x55
     path.write_bytes(content)
-    with pytest.raises(InputError, match=what):
+    with pytest.raises(InputError, match=message):
         IndexedDataset(written)

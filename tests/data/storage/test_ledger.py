@@ -1,4 +1,4 @@
-"""The ledger: it survives JSON, names the content, and is refused when it is damaged."""
+"""The ledger: JSON gives it back unchanged, its hash identifies the content, and a damaged one is refused."""
 
 import dataclasses
 import json
@@ -12,19 +12,19 @@ from mft_megatron.errors import InputError
 
 
 @pytest.fixture(scope="module")
-def made(make_dataset):
+def dataset_with_ledger(make_dataset):
     return make_dataset()
 
 
-def test_round_trip(made, tmp_path):
-    prefix, ledger = made
+def test_round_trip(dataset_with_ledger, tmp_path):
+    prefix, ledger = dataset_with_ledger
     assert read_ledger(prefix) == ledger
     (tmp_path / "copy_dataset.json").write_text(ledger.to_json())
     assert read_ledger(tmp_path / "copy") == ledger
 
 
-def test_every_file_is_in_it_with_its_hash(made):
-    prefix, ledger = made
+def test_every_file_is_in_it_with_its_hash(dataset_with_ledger):
+    prefix, ledger = dataset_with_ledger
     folder = Path(prefix).parent
     files = {path.name for path in folder.iterdir() if path.name.startswith("set_")}
     assert files == {f"set{end}" for end in ledger.arrays} | {"set_dataset.json"}
@@ -33,8 +33,8 @@ def test_every_file_is_in_it_with_its_hash(made):
         assert (path.stat().st_size, file_sha256(path)) == (entry.size, entry.sha256)
 
 
-def test_the_hash_is_of_the_content_and_not_of_the_place(make_dataset, made):
-    ledger = made[1]
+def test_the_hash_depends_on_content_and_not_on_paths(make_dataset, dataset_with_ledger):
+    ledger = dataset_with_ledger[1]
     assert make_dataset()[1].dataset_hash(256) == ledger.dataset_hash(256)
     assert make_dataset(seed=99)[1].dataset_hash(256) != ledger.dataset_hash(256)
     end, entry = next(iter(ledger.arrays.items()))
@@ -64,9 +64,9 @@ def test_a_missing_ledger_is_refused(tmp_path):
         (lambda text: b"\xff\xfe", "not JSON"),
     ],
 )
-def test_a_damaged_ledger_is_refused_by_name(made, tmp_path, change, message):
+def test_a_damaged_ledger_is_refused_by_name(dataset_with_ledger, tmp_path, change, message):
     path = tmp_path / "x_dataset.json"
-    shutil.copy(f"{made[0]}_dataset.json", path)
+    shutil.copy(f"{dataset_with_ledger[0]}_dataset.json", path)
     changed = change(path.read_text())
     path.write_bytes(changed if isinstance(changed, bytes) else changed.encode())
     with pytest.raises(InputError, match=rf"x_dataset\.json: .*{message}"):

@@ -1,4 +1,4 @@
-"""The fast backend is taken where it equals the reference, left where it does not, and caught where it stops to."""
+"""The fast backend is used if it equals the reference, and differences later on are detected."""
 
 import json
 import pickle
@@ -27,13 +27,13 @@ LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# a mark that one of the two libraries does not know yet; they order these differently
+# combining marks, one of them unknown to one of the libraries; they order these differently
 RARE_MARKS = "\U0001e132\u1bf2\u08d3\u0a4d"
 
 
 @pytest.fixture(scope="session")
 def variant(tokenizer_folder, tmp_path_factory):
-    """A function that makes a tokenizer folder with some parts of ``tokenizer.json`` replaced, or keys of its model."""
+    """A function that makes a tokenizer folder with parts of ``tokenizer.json`` or keys of its model replaced."""
 
     def make(model=(), **parts):
         folder = shutil.copytree(tokenizer_folder, tmp_path_factory.mktemp("variant") / "tokenizer")
@@ -72,7 +72,7 @@ def fast(request, tokenizer_folder, llama_like_folder, sentencepiece_model, trai
 
 
 def write_rules(request):
-    """A character map that changes few characters, and no line break."""
+    """Write a character map that changes few characters and no line break; return its path."""
     path = request.getfixturevalue("tmp_path_factory").mktemp("rules") / "rules.tsv"
     path.write_text("E9\t65\nFB01\t66 69\n")
     return str(path)
@@ -85,7 +85,7 @@ def assert_as_reference(tokenizer, texts, markup=False):
 
 
 @pytest.mark.parametrize("markup", [False, True])
-def test_gigatoken_cuts_real_text_as_the_reference(fast, markup):
+def test_gigatoken_encodes_real_text_as_the_reference(fast, markup):
     name = fast.end_of_text
     texts = [*functions(), *SOURCES, *(line for text in SOURCES for line in text.splitlines(keepends=True))]
     assert_as_reference(fast, [*texts, *(f"{text}{name}{text}" for text in texts[:20]), *backends.HARD_TEXTS], markup)
@@ -101,11 +101,11 @@ texts = (
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=200)
 @given(st.lists(st.lists(texts, max_size=4).map("".join), max_size=6), st.booleans())
-def test_gigatoken_cuts_any_text_as_the_reference(fast, texts, markup):
+def test_gigatoken_encodes_any_text_as_the_reference(fast, texts, markup):
     assert_as_reference(fast, texts, markup)
 
 
-def test_the_note_says_what_is_used(tokenizer_folder, sentencepiece_model):
+def test_the_note_names_the_backend(tokenizer_folder, sentencepiece_model):
     for kind, model, reference in (
         ("HuggingFaceTokenizer", tokenizer_folder, "hf"),
         ("SentencePieceTokenizer", sentencepiece_model, "sentencepiece"),
@@ -126,7 +126,7 @@ UNFIT = {
     "end_of_word_suffix": dict(model={"end_of_word_suffix": "</w>"}),
     "cannot read this tokenizer.*NFKC": dict(normalizer={"type": "NFKC"}),
     "cannot read this tokenizer.*Unknown pre_tokenizer": dict(pre_tokenizer=split_at("[a-z]+|[^a-z]+")),
-    # gigatoken opens this one, and cuts at words where the reference does not
+    # gigatoken opens this one, but splits at words, which the reference does not
     "not equal to the reference: .* is tokenised differently": dict(
         pre_tokenizer={"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     ),
@@ -134,7 +134,7 @@ UNFIT = {
 
 
 @pytest.mark.parametrize("reason", UNFIT)
-def test_auto_leaves_gigatoken_where_it_does_not_fit_and_says_why(variant, reason):
+def test_auto_uses_the_reference_if_gigatoken_does_not_fit_and_says_why(variant, reason):
     folder = variant(**UNFIT[reason])
     auto = load_tokenizer("HuggingFaceTokenizer", folder, "auto")
     assert auto.backend == "hf"
@@ -162,15 +162,15 @@ def test_without_gigatoken_everything_works(monkeypatch, tokenizer_folder):
         load_tokenizer("HuggingFaceTokenizer", tokenizer_folder, "gigatoken")
 
 
-# ----------------------------------------------------------------------------------------- with backends made up here
+# --------------------------------------------------------------------------------------------------- with fake backends
 
 
-def cut(text):
+def encode_characters(text):
     return np.array([ord(character) for character in text], np.uint32)
 
 
 def reference(texts, markup):
-    """One id a character; <> is one token in markup."""
+    """Encode each character as one id; <> is one token in markup."""
     if markup:
         texts = [text.replace("<>", "\0") for text in texts]
     return [np.array([ord(character) for character in text], np.int32) for text in texts]
@@ -180,13 +180,13 @@ def wrong_for(bad, error=None):
     def encode(text):
         if text == bad and error is not None:
             raise error
-        return cut(text)[:-1] if text == bad else cut(text)
+        return encode_characters(text)[:-1] if text == bad else encode_characters(text)
 
     return FastBackend("fake", encode)
 
 
 class PanicError(BaseException):
-    """As the panics of a Rust extension are."""
+    """An error like the panics of a Rust extension, which are no ``Exception``."""
 
 
 @pytest.mark.parametrize("error", [None, ValueError("no"), PanicError("panicked")])
@@ -198,14 +198,14 @@ def test_a_backend_that_is_wrong_on_a_hard_text_is_refused(bad, error):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
-def test_what_is_not_the_backends_fault_passes(error):
+def test_interrupts_and_memory_errors_pass_through(error):
     with pytest.raises(error):
         CheckedBackend(wrong_for(" ", error()), reference, []).prove()
 
 
 @pytest.mark.parametrize("bad", range(0, backends.FIRST_TEXTS + 4, 3))
 def test_all_of_the_first_texts_are_compared(bad):
-    # every fourth text goes to the reference, so places shift
+    # every fourth text goes to the reference, so indices shift
     texts = [f"<>{number}" if number % 4 == 2 else f"text {number}" for number in range(backends.FIRST_TEXTS + 30)]
     texts[bad] = f"text {bad}"
     with pytest.raises(DifferenceError) as difference:
@@ -224,7 +224,9 @@ def test_long_texts_end_the_first_ones_early(monkeypatch):
     monkeypatch.setattr(backends, "FIRST_CHARACTERS", 50)
     compared = []
     checked = CheckedBackend(
-        FastBackend("fake", cut), lambda texts, markup: compared.extend(texts) or reference(texts, markup), []
+        FastBackend("fake", encode_characters),
+        lambda texts, markup: compared.extend(texts) or reference(texts, markup),
+        [],
     )
     texts = [text for text in (f"{number:020}" for number in range(20)) if not backends._is_sampled(text)]
     checked.encode(texts, False)
@@ -248,7 +250,7 @@ def test_later_texts_are_compared_by_sample():
 @pytest.mark.parametrize("markup", [False, True])
 def test_texts_with_names_of_tokens_go_to_the_reference(markup):
     seen = []
-    fake = FastBackend("fake", lambda text: seen.append(text) or cut(text))
+    fake = FastBackend("fake", lambda text: seen.append(text) or encode_characters(text))
     texts = ["a", "b<>c", "", "<|", "<>", "d"]
     got = CheckedBackend(fake, reference, ["<>"]).encode(texts, markup)
     assert [ids.tolist() for ids in got] == [ids.tolist() for ids in reference(texts, markup)]
@@ -260,13 +262,13 @@ names = st.lists(st.text("<|ab▁ ", min_size=1, max_size=4), max_size=6)
 
 @given(names, st.text("<|ab▁ ", max_size=12))
 def test_names_are_found(names, text):
-    found = backends._Names(names)
+    searched = backends._Names(names)
     inside = any(spelled in text for name in names for spelled in (name, name.replace("▁", " ")))
-    assert found.in_(text) == inside
-    assert found.perhaps_in(text) or not inside
+    assert searched.in_(text) == inside
+    assert searched.perhaps_in(text) or not inside
 
 
-def test_characters_taken_as_stable_are_stable():
+def test_characters_that_count_as_stable_are_stable():
     safe = [chr(code) for code in range(0x110000) if not gigatoken_backend._MAY_CHANGE.match(chr(code))]
     assert len(safe) > 40_000
     for character in safe:
@@ -278,6 +280,6 @@ def test_characters_taken_as_stable_are_stable():
             assert any(gigatoken_backend._MAY_CHANGE.match(part) for part in decomposed[1:])
 
 
-def test_a_mismatch_crosses_processes():
+def test_a_mismatch_can_be_pickled():
     mismatch = pickle.loads(pickle.dumps(BackendMismatch("file:3: words")))
     assert str(mismatch) == "file:3: words"

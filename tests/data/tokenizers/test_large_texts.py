@@ -17,7 +17,7 @@ from tests.data.conftest import SOURCES
 
 @pytest.fixture
 def small(monkeypatch):
-    """A function that sets the sizes: of large texts, of their parts, and of the tested text at borders."""
+    """A function that sets the size of large texts, of their parts, and of the text that is tested at borders."""
 
     def sizes(large, part, tested):
         monkeypatch.setattr(large_texts, "LARGE", large)
@@ -28,7 +28,7 @@ def small(monkeypatch):
     return sizes
 
 
-DRAWS = random.Random(5)
+RANDOM = random.Random(5)
 CODE = "".join(SOURCES)
 ODD = {
     "code": CODE,
@@ -38,8 +38,8 @@ ODD = {
     "spaces": " " * 30_000,
     "line breaks": "\n" * 30_000,
     "returns": CODE.replace("\n", "\r\n"),
-    "Chinese": "".join(chr(DRAWS.randrange(0x4E00, 0x9FA0)) for _ in range(20_000)),
-    "numbers": "".join(DRAWS.choices("0123456789", k=20_000)),
+    "Chinese": "".join(chr(RANDOM.randrange(0x4E00, 0x9FA0)) for _ in range(20_000)),
+    "numbers": "".join(RANDOM.choices("0123456789", k=20_000)),
     "only names": "</s><|endoftext|>" * 2000,
     "names": f"{CODE[:9000]}</s>".join(CODE[9000:30_000].splitlines(keepends=True)[:20]),
 }
@@ -53,8 +53,8 @@ def test_parts_give_the_ids_of_the_whole(both, small, name, markup):
     small(8000, 4000, 500)
     for one in both:
         got = one.encode_arrays(texts, markup)
-        for ids, own in zip(got, expected, strict=True):
-            assert np.array_equal(ids, own)
+        for ids, expected_ids in zip(got, expected, strict=True):
+            assert np.array_equal(ids, expected_ids)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
@@ -78,20 +78,20 @@ def test_parts_are_small_and_make_the_text(both):
 
 
 def pairs(texts):
-    """A tokenizer for which two characters are a token, counted from the beginning: no odd place is a border."""
+    """Encode each pair of characters, from the beginning, as one token; so no odd position is a border."""
     return [
         [ord(one) * 1000 + ord(other) for one, other in itertools.zip_longest(*[iter(text)] * 2, fillvalue="\0")]
         for text in texts
     ]
 
 
-def test_places_that_change_ids_are_no_borders(small):
+def test_positions_that_change_ids_are_no_borders(small):
     small(100, 50, 20)
     text = "ab c\n" * 100
     parts = list(split_text(text, pairs))
     assert len(parts) > 4
     assert all(len(part) % 2 == 0 for part in parts[:-1])
-    # for which the whole text is one token
+    # a tokenizer for which the whole text is one token
     assert list(split_text(text, lambda texts: [[hash(part)] for part in texts])) == [text]
 
 
@@ -113,11 +113,11 @@ def test_a_difference_in_a_part_is_one_in_its_text(both, small, monkeypatch):
     monkeypatch.setattr(one._checked, "_fast", FastBackend("gigatoken", lambda text: right(text)[:-1]))
     monkeypatch.setattr(one._checked, "_first", 0)
     small(1000, 500, 100)
-    drawn = []
+    asked = []
     monkeypatch.setattr(
-        "mft_megatron.data.tokenizers.backends._is_sampled", lambda text: drawn.append(text) or len(drawn) == 9
+        "mft_megatron.data.tokenizers.backends._is_sampled", lambda text: asked.append(text) or len(asked) == 9
     )
     with pytest.raises(DifferenceError) as difference:
         one.encode_arrays(["short", CODE[:1500], "short", CODE[1500:9000], "short"])
     assert difference.value.position == 3
-    assert drawn[8] in CODE[1500:9000]
+    assert asked[8] in CODE[1500:9000]

@@ -1,4 +1,4 @@
-"""Tokenizers of each kind: segments decode to what was written, control tokens never arise from content."""
+"""Tokenizers of each kind: segments decode to their text, and content never becomes a control token."""
 
 import json
 import shutil
@@ -50,7 +50,7 @@ segment = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="â
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(st.lists(segment, max_size=5))
 def test_the_ids_of_segments_decode_to_the_whole_text(tokenizer, segments):
-    ids = [number for own in tokenizer.encode_batch(segments) for number in own]
+    ids = [token_id for segment_ids in tokenizer.encode_batch(segments) for token_id in segment_ids]
     assert tokenizer.decode(ids) == "".join(segments)
 
 
@@ -148,18 +148,18 @@ def test_a_model_that_loses_line_breaks_is_refused(train_sentencepiece):
         load_tokenizer("SentencePieceTokenizer", train_sentencepiece(normalization_rule_name="nmt_nfkc"))
 
 
-# ------------------------------------------------------------------------------------------------ what formats ask for
+# ------------------------------------------------------------------------------------------ properties for chat formats
 
 
-def test_special_tokens_are_those_of_markup(tokenizer):
-    found = tokenizer.special_tokens
-    assert found[tokenizer.end_of_text] == (tokenizer.eos_token_id, False, False)
-    for name, token in found.items():
+def test_names_of_special_tokens_become_tokens_in_markup(tokenizer):
+    special = tokenizer.special_tokens
+    assert special[tokenizer.end_of_text] == (tokenizer.eos_token_id, False, False)
+    for name, token in special.items():
         assert tokenizer.token_id(name) == token.id
         assert tokenizer.encode_batch([f"a{name}b"], markup=True)[0].count(token.id) == 1
 
 
-def test_tokens_that_take_whitespace_with_them_say_so(tokenizer_folder, tmp_path):
+def test_tokens_that_absorb_whitespace_are_marked(tokenizer_folder, tmp_path):
     folder = shutil.copytree(tokenizer_folder, tmp_path / "copy")
     content = json.loads((folder / "tokenizer.json").read_text())
     content["added_tokens"][0].update(lstrip=True)
@@ -169,7 +169,7 @@ def test_tokens_that_take_whitespace_with_them_say_so(tokenizer_folder, tmp_path
     assert [(token.lstrip, token.rstrip) for token in stripping.values()][:2] == [(True, False), (False, True)]
 
 
-def test_the_bos_token_by_name(tokenizer_folder, llama_like_folder, sentencepiece_model):
+def test_the_name_of_the_bos_token(tokenizer_folder, llama_like_folder, sentencepiece_model):
     assert load_tokenizer("HuggingFaceTokenizer", tokenizer_folder).bos_token is None
     for kind, model in (("HuggingFaceTokenizer", llama_like_folder), ("SentencePieceTokenizer", sentencepiece_model)):
         assert load_tokenizer(kind, model).bos_token == "<s>"
