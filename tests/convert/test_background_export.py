@@ -1,4 +1,4 @@
-"""Exports beside a run, with a program that takes as long as it is told to, and fails where it is."""
+"""Exports during a run, by a stand-in program whose duration and result each checkpoint's folder controls."""
 
 import json
 import os
@@ -25,8 +25,8 @@ except KeyboardInterrupt:
     sys.exit(130)
 if (checkpoint / "bad").exists():
     print("warning: before")
-    print("error: no room")
-    print("and a word after")
+    print("error: disk full")
+    print("and a line after")
     sys.exit(2)
 if (checkpoint / "killed").exists():
     os.abort()
@@ -44,6 +44,7 @@ def exports(tmp_path, monkeypatch):
 
 
 def checkpoint(tmp_path, number, *marks):
+    """Create a checkpoint's folder; ``marks``: files that the stand-in program obeys."""
     path = tmp_path / "run" / f"iter_{number:07d}"
     path.mkdir(parents=True)
     for mark in marks:
@@ -52,6 +53,7 @@ def checkpoint(tmp_path, number, *marks):
 
 
 def until(condition):
+    """Wait for a true value, and return it."""
     end = time.monotonic() + 30
     while not (found := condition()):
         assert time.monotonic() < end
@@ -60,6 +62,7 @@ def until(condition):
 
 
 def within(exports, run):
+    """Run as ``pretrain_mft.py`` does."""
     with exports:
         run()
     exports.refuse_failures()
@@ -86,26 +89,26 @@ def test_one_after_the_other(exports, tmp_path):
     assert os.environ["RANK"] == "0"
 
 
-def test_a_failure_is_told_of_and_those_after_it_go_on(exports, tmp_path, capfd):
+def test_a_failure_is_reported_and_later_exports_go_on(exports, tmp_path, capfd):
     bad, killed, good = checkpoint(tmp_path, 2, "bad"), checkpoint(tmp_path, 4, "killed"), checkpoint(tmp_path, 6)
 
     def run():
         for path in (bad, killed, good):
             exports.add(path)
-        assert until(exports.poll) == [{"path": str(tmp_path / "out" / bad.name), "failed": "no room"}]
-        assert exports.waiting[0] == bad  # so that it can be done by hand
+        assert until(exports.poll) == [{"path": str(tmp_path / "out" / bad.name), "failed": "disk full"}]
+        assert exports.waiting[0] == bad  # it is kept, so that the user can export it
 
     with pytest.raises(InputError) as caught:
         within(exports, run)
     line = str(caught.value)
     assert "\n" not in line
-    assert f"{bad} was not exported (no room); later program.py mcore-to-hf --load {bad} --hf " in line
+    assert f"{bad} was not exported (disk full); later program.py mcore-to-hf --load {bad} --hf " in line
     assert f"{killed} was not exported (exit code -6)" in line
     assert (tmp_path / "out" / good.name / "words.json").exists()
     assert f"--save-hf: path {tmp_path / 'out' / good.name}, seconds" in capfd.readouterr().out
 
 
-def test_the_error_of_the_run_is_the_one_that_counts(exports, tmp_path):
+def test_the_error_of_the_run_wins_over_failed_exports(exports, tmp_path):
     bad, good = checkpoint(tmp_path, 2, "bad"), checkpoint(tmp_path, 4)
 
     def run():
@@ -150,8 +153,8 @@ def test_the_newest_is_exported_once(exports, tmp_path, monkeypatch, capsys):
     assert "iter_0000002 is there already" in capsys.readouterr().out
 
 
-def test_what_a_job_before_left_is_made_up_for(exports, tmp_path):
-    """Not what is exported, was not asked for, is unfinished or will be saved again; not of another run."""
+def test_exports_that_an_earlier_job_missed_are_added(exports, tmp_path):
+    """Not those that are exported, off the interval, unfinished, later than the resumed one, or of another run."""
     run = tmp_path / "run"
     for number in (1, 2, 4, 6, 8):
         path = checkpoint(tmp_path, number)

@@ -1,4 +1,4 @@
-"""Tiny random models of every family, written by transformers, and how Megatron-Core's logits compare."""
+"""Tiny random models of every family, written by transformers, and the difference of Megatron-Core's logits."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ SHAPE = {
     "max_position_embeddings": 64,
 }
 PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
-# by name: the model's class in transformers, and what differs from SHAPE; scalings and windows show within TOKENS
+# class in transformers and differences from SHAPE, by name; scalings and windows are small enough to matter in TOKENS
 MODELS = {
     "llama": ("Llama", {"head_dim": 16, "rms_norm_eps": 1e-3}),
     "llama3 tied": (
@@ -64,7 +64,7 @@ MODELS = {
         "GPTNeoX",
         {"use_parallel_residual": False, "tie_word_embeddings": True, "hidden_act": "gelu_new"},
     ),
-    # StarCoder2-3B has a base that is no whole number
+    # the base of StarCoder2-3B is not a whole number
     "starcoder2": (
         "Starcoder2",
         {"sliding_window": 11, "rope_parameters": {"rope_type": "default", "rope_theta": 99.4420358813}},
@@ -74,9 +74,14 @@ MODELS = {
 
 
 def write_model(name: str, folder: Path, dtype: str = "float32", tokenizer: Path | None = None, **sizes: int) -> None:
-    """A model with weights that all matter: no norm is 1, no bias 0, and attention is far from even.
+    """Write a model in which every weight matters: no norm is 1, no bias 0, and attention is far from uniform.
 
-    With the files of a tokenizer's folder, or some that only look like it; ``sizes`` differ from SHAPE.
+    Args:
+        name: key of ``MODELS``.
+        folder: folder to write; :func:`logits_file` of it gets the model's logits.
+        dtype: dtype of the stored weights; logits are of fp32.
+        tokenizer: folder whose files are copied; ``None``: files that only have the names of a tokenizer's.
+        sizes: entries that replace those of ``SHAPE``.
     """
     import torch
     import transformers
@@ -99,44 +104,51 @@ def write_model(name: str, folder: Path, dtype: str = "float32", tokenizer: Path
     for file in tokenizer.iterdir() if tokenizer is not None else ():
         shutil.copyfile(file, folder / file.name)
     (folder / "LICENSE").write_text("as it is\n")
-    # as published: another order and other spaces than json.dumps would make, and an entry that says nothing here
+    # as published models have it: key order and spaces that json.dumps would not make, and an irrelevant entry
     config = json.loads((folder / "config.json").read_text())
     text = json.dumps({"use_cache": True, **config, "torch_dtype": dtype}, indent=1)
     (folder / "config.json").write_text(text)
     (folder / "generation_config.json").write_text('{"eos_token_id": [2,   3]}')
 
 
-def logits_file(folder) -> Path:
-    """Where transformers' logits of :func:`some_tokens` are: fp32 [TOKENS, vocabulary]."""
+def logits_file(folder: Path | str) -> Path:
+    """File with transformers' logits of :func:`some_tokens`: fp32 [TOKENS, vocabulary]."""
     return Path(f"{folder}_logits.pt")
 
 
 def some_tokens():
+    """Fixed random token ids, int64 [1, TOKENS]."""
     import torch
 
     return torch.randint(131, (1, TOKENS), generator=torch.Generator().manual_seed(5))
 
 
-def words_for(extra):
-    """A command line for a model that comes from elsewhere."""
-    words = (
+def argv_for(extra):
+    """Build the arguments of a run without data, for a model that ``extra`` names."""
+    command_line = (
         f"--data-path none --seq-length {TOKENS} --micro-batch-size 1 --train-iters 1 --lr 1e-3 "
         f"--make-vocab-size-divisible-by 8 --attention-dropout 0 --hidden-dropout 0 {extra}"
     )
-    return words.split()
+    return command_line.split()
 
 
 def arguments_for(checkpoint, world_size, extra=""):
+    """Parse the arguments of a run that loads a checkpoint."""
     from mft_megatron.arguments.command import parse_arguments
 
-    return parse_arguments(words_for(f"--load {checkpoint} {extra}"), world_size)
+    return parse_arguments(argv_for(f"--load {checkpoint} {extra}"), world_size)
 
 
 def logit_differences(layout, world_size, models):
-    """By name, on ranks of the last stage: largest difference of fp32 logits, and how far these are spread.
+    """Compare Megatron-Core's logits of :func:`some_tokens` with those of transformers, in fp32.
 
     Args:
-        models: by name, checkpoint and Hugging Face folder.
+        layout: options of the parallel layout.
+        world_size: number of ranks.
+        models: checkpoint and Hugging Face folder, by name.
+
+    Returns:
+        largest absolute difference and standard deviation of the logits, by name; empty before the last stage.
     """
     from pathlib import Path
 
@@ -149,7 +161,7 @@ def logit_differences(layout, world_size, models):
     from mft_megatron.mcore.trainer import Trainer
     from tests.batches import one_segment
 
-    found = {}
+    differences = {}
     first = arguments_for(next(iter(models.values()))[0], world_size, layout)
     with process_groups.process_groups(first.distributed, seed=99):
         stages = parallel_state.get_pipeline_model_parallel_world_size()
@@ -161,8 +173,8 @@ def logit_differences(layout, world_size, models):
             checkpoints.load(Path(path), trainer, info, arguments.checkpoint)
             model = trainer.chunks[0].eval().module
             batch = to_device(one_segment(some_tokens().numpy()))
-            share = arguments.distributed.tensor_model_parallel_size if arguments.distributed.sequence_parallel else 1
-            hidden = torch.empty(TOKENS // share, 1, arguments.network.hidden_size)
+            shards = arguments.distributed.tensor_model_parallel_size if arguments.distributed.sequence_parallel else 1
+            hidden = torch.empty(TOKENS // shards, 1, arguments.network.hidden_size)
             with torch.no_grad():
                 if stage > 0:
                     torch.distributed.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank())
@@ -173,11 +185,12 @@ def logit_differences(layout, world_size, models):
                     continue
                 logits = tensor_parallel.gather_from_tensor_model_parallel_region(output)[0, :, : info.vocab_size]
             expected = torch.load(logits_file(hf))
-            found[name] = float((logits - expected).abs().max()), float(expected.std())
-    return found
+            differences[name] = float((logits - expected).abs().max()), float(expected.std())
+    return differences
 
 
 def save_weights(weights, file):
+    """Write a safetensors file."""
     from safetensors.torch import save_file
 
     save_file({name: weight.contiguous() for name, weight in weights.items()}, file, metadata={"format": "pt"})

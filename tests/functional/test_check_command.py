@@ -1,4 +1,4 @@
-"""``convert_checkpoint.py check`` as a user runs it: what it prints, and when it fails."""
+"""``convert_checkpoint.py check`` as a user runs it: output and failures."""
 
 import contextlib
 import io
@@ -33,7 +33,7 @@ def models(tmp_path_factory, tokenizer_folder):
 
 
 def _check(commands, folder):
-    """By number: what was printed, and the refusal; and whether logits in 16 bits are such."""
+    """Run commands: output and refusal of each; and whether logits in 16 bits are rounded to 16 bits."""
     from pathlib import Path
 
     from mft_megatron.convert.commands.convert import main
@@ -53,7 +53,7 @@ def _check(commands, folder):
     return found, logits.equal(logits.bfloat16().float())
 
 
-def test_what_it_prints_and_what_makes_it_fail(models, tmp_path):
+def test_output_and_failures(models, tmp_path):
     hf = ["--hf", str(models / "model")]
     (tmp_path / "prompts.txt").write_text('import os\n"def f():\\n    return 1"\n')
     shutil.copytree(models / "model", tmp_path / "model")
@@ -62,7 +62,7 @@ def test_what_it_prints_and_what_makes_it_fail(models, tmp_path):
     shutil.copytree(models / "checkpoint of model", tmp_path / "run")
     file = tmp_path / "run" / "iter_0000000" / "mft_checkpoint.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "vocab_size": 510}))
-    (plain, same, other, low, strict, own, wrong, smaller), in_16_bits = run_on_ranks(
+    (plain, same, other, low, strict, from_file, wrong, smaller), in_16_bits = run_on_ranks(
         1,
         _check,
         [
@@ -93,8 +93,8 @@ def test_what_it_prints_and_what_makes_it_fail(models, tmp_path):
     assert low[1] is None
     assert float(low[0].splitlines()[-1].split()[2]) > 1e-2  # bf16 is not fp32
     assert "above --tolerance 1e-09" in strict[1]
-    assert own[1] is None
-    assert [line.split()[:3] for line in own[0].splitlines()[-3:-1]] == [["line", "1", "4"], ["line", "2", "4"]]
+    assert from_file[1] is None
+    assert [line.split()[:3] for line in from_file[0].splitlines()[-3:-1]] == [["line", "1", "4"], ["line", "2", "4"]]
     assert "stop tokens wrong; see above, nothing was computed" in wrong[1]
     assert "KL" not in wrong[0]
     assert "vocabulary of 511, " in smaller[1]

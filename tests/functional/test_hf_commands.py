@@ -1,4 +1,4 @@
-"""A model comes from Hugging Face, is trained, and goes back: the commands as a user runs them."""
+"""A model is imported from Hugging Face, trained and exported again: the commands as a user runs them."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ RUN = (
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory, tokenizer_folder):
-    """A Qwen2 with room for more tokens than the data set's tokenizer, 500, has."""
+    """A Qwen2 with a larger vocabulary than the data set's tokenizer, which has 500 tokens."""
     from tests.convert import tiny_models
 
     folder = tmp_path_factory.mktemp("hf") / "model"
@@ -34,13 +34,13 @@ def checkpoint(model):
 
 
 @pytest.mark.parametrize("start", ["--hf-checkpoint", pytest.param("--load", marks=pytest.mark.slow)])
-def test_trained_a_little_it_comes_back_whole(model, checkpoint, dataset_prefix, tmp_path, start):
-    """With steps too small for bf16 every weight must come back as it was, through both layouts and formats.
+def test_import_training_and_export_change_nothing(model, checkpoint, dataset_prefix, tmp_path, start):
+    """Steps are too small to change bf16 weights, so every weight must be exported as it was imported.
 
-    The first checkpoint is exported while the run goes on, and goes when that is done.
+    The first checkpoint is exported during the run, and removed afterwards.
     """
     source = model if start == "--hf-checkpoint" else checkpoint
-    words = (
+    command_line = (
         "--data-path",
         dataset_prefix,
         start,
@@ -51,17 +51,17 @@ def test_trained_a_little_it_comes_back_whole(model, checkpoint, dataset_prefix,
         tmp_path / "exports",
     )
     if start == "--hf-checkpoint":
-        words += tuple("--save-interval 1 --save-hf-interval 1 --save-retain-interval 2".split())
-    process = torchrun(2, "pretrain_mft.py", *RUN, *words, "--lr", "1e-12")
+        command_line += tuple("--save-interval 1 --save-hf-interval 1 --save-retain-interval 2".split())
+    process = torchrun(2, "pretrain_mft.py", *RUN, *command_line, "--lr", "1e-12")
     assert process.returncode == 0, process.stderr
     assert [path.name for path in (tmp_path / "run").glob("iter_*")] == ["iter_0000002"]
     info = json.loads((tmp_path / "run" / "iter_0000002" / "mft_checkpoint.json").read_text())
     assert (info["vocab_size"], info["source"], info["iteration"]) == (511, "Qwen2ForCausalLM", 2)
     first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
     assert (first["event"], first["finetune"]) == ("load", True)
-    words = ("mcore-to-hf", "--load", tmp_path / "run", "--hf", tmp_path / "hf")
+    command_line = ("mcore-to-hf", "--load", tmp_path / "run", "--hf", tmp_path / "hf")
     if start == "--load":
-        process = run_tool("tools/convert_checkpoint.py", *words)
+        process = run_tool("tools/convert_checkpoint.py", *command_line)
         assert process.returncode == 0, process.stderr
     else:
         (tmp_path / "exports" / "iter_0000002").rename(tmp_path / "hf")
@@ -87,11 +87,11 @@ def test_a_data_set_that_needs_more_tokens_is_refused(checkpoint, dataset_prefix
     shutil.copytree(checkpoint, small)
     file = small / "iter_0000000" / "mft_checkpoint.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "vocab_size": 499}))
-    words = [*RUN[2:], "--data-path", str(dataset_prefix), "--lr", "1e-3", "--load"]
+    command_line = [*RUN[2:], "--data-path", str(dataset_prefix), "--lr", "1e-3", "--load"]
     dataset = PackedDataset.open(str(dataset_prefix), 128)
     with pytest.raises(InputError, match=r"vocabulary of 499, .* has 500; preprocess the data with the model's token"):
-        refuse_other_data(parse_arguments([*words, str(small)], 1, lambda prefix: [128]), dataset)
-    refuse_other_data(parse_arguments([*words, str(checkpoint)], 1, lambda prefix: [128]), dataset)
+        refuse_other_data(parse_arguments([*command_line, str(small)], 1, lambda prefix: [128]), dataset)
+    refuse_other_data(parse_arguments([*command_line, str(checkpoint)], 1, lambda prefix: [128]), dataset)
 
 
 @pytest.mark.parametrize("start", ["--hf-checkpoint", "--load"])
@@ -106,9 +106,9 @@ def test_a_data_set_of_another_tokenizer_is_refused(model, checkpoint, dataset_p
     content = json.loads(file.read_text())
     content["model"]["merges"].pop()
     file.write_text(json.dumps(content))
-    words = [*RUN[2:], "--data-path", str(dataset_prefix), "--lr", "1e-3", start, str(source)]
+    command_line = [*RUN[2:], "--data-path", str(dataset_prefix), "--lr", "1e-3", start, str(source)]
     described = HuggingFaceSource(str(source)).info if start == "--hf-checkpoint" else None
-    arguments = parse_arguments(words, 1, lambda prefix: [128], described)
+    arguments = parse_arguments(command_line, 1, lambda prefix: [128], described)
     with pytest.raises(InputError, match=r"the model's tokenizer is another one than .* was made with: "):
         pretrain(arguments)
 
@@ -117,13 +117,13 @@ def test_more_ranks_than_groups_are_refused(checkpoint, dataset_prefix):
     from mft_megatron.arguments.command import parse_arguments
     from mft_megatron.errors import InputError
 
-    words = [*RUN, "--data-path", str(dataset_prefix), "--lr", "1e-3", "--load", str(checkpoint)]
-    words[1] = "4"
+    command_line = [*RUN, "--data-path", str(dataset_prefix), "--lr", "1e-3", "--load", str(checkpoint)]
+    command_line[1] = "4"
     with pytest.raises(InputError, match="4 does not divide --num-query-groups 2; use a divisor"):
-        parse_arguments(words, 4, lambda prefix: [128])
+        parse_arguments(command_line, 4, lambda prefix: [128])
 
 
-def test_another_tokenizer_of_the_run_takes_the_place_of_the_sources(checkpoint, tokenizer_folder, tmp_path):
+def test_another_tokenizer_of_the_run_replaces_that_of_the_source(checkpoint, tokenizer_folder, tmp_path):
     from mft_megatron.convert.commands.convert import mcore_to_hf
 
     run = tmp_path / "run"
@@ -142,15 +142,15 @@ def test_another_tokenizer_of_the_run_takes_the_place_of_the_sources(checkpoint,
 def test_a_converted_checkpoint_is_a_start_not_a_resume(checkpoint, dataset_prefix):
     from mft_megatron.arguments.command import parse_arguments
 
-    words = [*RUN, "--data-path", str(dataset_prefix), "--lr", "1e-3", "--load", str(checkpoint), "--seed", "7"]
-    arguments = parse_arguments(words, 2, lambda prefix: [128])
+    command_line = [*RUN, "--data-path", str(dataset_prefix), "--lr", "1e-3", "--load", str(checkpoint), "--seed", "7"]
+    arguments = parse_arguments(command_line, 2, lambda prefix: [128])
     assert arguments.weights_alone
     assert arguments.initialization.seed == 7
     assert (arguments.network.add_qkv_bias, arguments.network.max_position_embeddings) == (True, 256)
     assert arguments.resume.path.name == "iter_0000000"
 
 
-def test_what_cannot_be_exported_is_refused_before_the_run():
+def test_a_model_that_cannot_be_exported_is_refused_before_the_run():
     from mft_megatron.arguments.groups.network import NetworkArguments
     from mft_megatron.convert.huggingface.model_export import refuse_export
     from mft_megatron.errors import InputError
@@ -162,17 +162,17 @@ def test_what_cannot_be_exported_is_refused_before_the_run():
 
 
 @pytest.mark.parametrize("in_the_way", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_a_run_exports_while_it_goes_on(checkpoint, dataset_prefix, tmp_path, in_the_way):
-    """Checkpoints are exported before they go; what cannot be exported stays, and the run ends with a line about it."""
+def test_exports_during_a_run(checkpoint, dataset_prefix, tmp_path, in_the_way):
+    """A checkpoint is removed only after its export; if that fails, it stays, and the run ends with an error."""
     from mft_megatron.convert.commands.convert import mcore_to_hf
 
     run, exports = tmp_path / "run", tmp_path / "exports"
-    words = ("--data-path", dataset_prefix, "--load", checkpoint, "--save", run, "--save-hf", exports, *RUN[2:])
-    words += tuple("--save-interval 1 --save-hf-interval 2 --save-retain-interval 3 --lr 1e-3".split())
+    command_line = ("--data-path", dataset_prefix, "--load", checkpoint, "--save", run, "--save-hf", exports, *RUN[2:])
+    command_line += tuple("--save-interval 1 --save-hf-interval 2 --save-retain-interval 3 --lr 1e-3".split())
     exports.mkdir()
     if in_the_way:
         (exports / "iter_0000002").write_text("of someone else")
-    process = torchrun(1, "pretrain_mft.py", *words, "--finetune", "--train-iters", "3")
+    process = torchrun(1, "pretrain_mft.py", *command_line, "--finetune", "--train-iters", "3")
     refusals = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
     if in_the_way:
         assert process.returncode != 0

@@ -1,4 +1,4 @@
-"""Whatever is wrong with a folder is refused in one line, and nothing is left behind."""
+"""A wrong or damaged folder is refused in one line, and nothing is left on disk."""
 
 import contextlib
 import json
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """An untied Llama in several shards."""
+    """An untied Llama in several shards, and its checkpoint."""
     root = tmp_path_factory.mktemp("whole")
     tiny_models.write_model("llama", root / "one")
     hf_to_mcore(["--hf", str(root / "one"), "--save", str(root / "checkpoint")])
@@ -36,11 +36,11 @@ def model(whole, tmp_path):
     return tmp_path / "hf"
 
 
-def refusal(model, *words):
-    """The line that refuses a folder."""
+def refusal(model, *options):
+    """The message that refuses a folder."""
     target = model.parent / "checkpoint"
     with pytest.raises(InputError) as caught:
-        hf_to_mcore(["--hf", str(model), "--save", str(target), *words])
+        hf_to_mcore(["--hf", str(model), "--save", str(target), *options])
     assert [path.name for path in model.parent.iterdir()] == [model.name]
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -248,7 +248,7 @@ def test_damaged_folders(model, damage):
 
 
 def test_a_shard_cut_off_while_it_is_read(model, monkeypatch):
-    """After the headers were compared with the sizes: nothing is left that looks like a checkpoint."""
+    """The file shrinks after its header was compared with its size: no checkpoint is left."""
     shard = shards(model)[-1]
     check = model_import.refuse_mismatch
 
@@ -261,8 +261,8 @@ def test_a_shard_cut_off_while_it_is_read(model, monkeypatch):
 
 
 @contextlib.contextmanager
-def no_room(size):
-    """No file can grow beyond ``size`` bytes, as if the disk were full."""
+def full_disk(size):
+    """Let no file grow beyond ``size`` bytes."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -273,18 +273,18 @@ def no_room(size):
 
 @pytest.mark.parametrize("size", [30, 3000, 100_000])
 def test_a_full_disk_leaves_nothing(model, capsys, size):
-    words = ["--hf", str(model), "--save", str(model.parent / "checkpoint")]
-    with no_room(size):
-        assert run_command(lambda: hf_to_mcore(words)) == 2
+    command_line = ["--hf", str(model), "--save", str(model.parent / "checkpoint")]
+    with full_disk(size):
+        assert run_command(lambda: hf_to_mcore(command_line)) == 2
     assert "File too large" in capsys.readouterr().err
     assert [path.name for path in model.parent.iterdir()] == [model.name]
 
 
 @pytest.mark.parametrize("size", [30, 3000, 100_000])
 def test_a_full_disk_leaves_no_export(whole, tmp_path, capsys, size):
-    words = ["--load", str(whole / "checkpoint"), "--hf", str(tmp_path / "back")]
-    with no_room(size):
-        assert run_command(lambda: mcore_to_hf(words)) == 2
+    command_line = ["--load", str(whole / "checkpoint"), "--hf", str(tmp_path / "back")]
+    with full_disk(size):
+        assert run_command(lambda: mcore_to_hf(command_line)) == 2
     assert "File too large" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
@@ -313,7 +313,7 @@ def test_no_folder_at_all(tmp_path):
         hf_to_mcore(["--hf", str(tmp_path / "nothing"), "--save", str(tmp_path / "checkpoint")])
 
 
-def test_what_old_versions_stored_besides_is_passed_over(model):
+def test_buffers_that_old_versions_stored_are_ignored(model):
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     change_weights(model, lambda weights: weights.update({name: torch.ones(8)}))
     index = model / "model.safetensors.index.json"
@@ -327,15 +327,15 @@ def test_an_export_of_another_models_configuration_is_refused(whole, tmp_path):
     shutil.copytree(whole / "checkpoint", tmp_path / "checkpoint")
     kept = tmp_path / "checkpoint" / "huggingface"
     change_config(kept, rms_norm_eps=1e-5)
-    words = ["--load", str(tmp_path / "checkpoint"), "--hf", str(tmp_path / "back")]
+    command_line = ["--load", str(tmp_path / "checkpoint"), "--hf", str(tmp_path / "back")]
     with pytest.raises(InputError, match=r"norm_epsilon is 1e-05, the checkpoint has 0.001"):
-        mcore_to_hf(words)
+        mcore_to_hf(command_line)
     (kept / "config.json").unlink()
     with pytest.raises(InputError, match=r"is gone; put the original's config.json there"):
-        mcore_to_hf(words)
+        mcore_to_hf(command_line)
 
 
-def test_a_writer_wants_every_weight_as_announced(tmp_path):
+def test_a_writer_needs_every_weight_as_planned(tmp_path):
     planned = [PlannedWeight("a", torch.float32, (2, 3)), PlannedWeight("b", torch.float32, (2,))]
     writer = ShardWriter(tmp_path, planned, 10**9)
     with pytest.raises(ValueError, match="where"):

@@ -1,6 +1,7 @@
-"""Every family: the function of transformers, and nothing lost on the way there and back."""
+"""Every family: logits equal those of transformers, and import and export lose nothing."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,10 +12,12 @@ from mft_megatron.convert.commands.convert import hf_to_mcore, mcore_to_hf
 from mft_megatron.convert.huggingface.families.table import FAMILIES, family_for, family_of
 from mft_megatron.convert.huggingface.family import comparable
 from mft_megatron.convert.huggingface.model_folder import read_architecture
+from mft_megatron.convert.peft.adapter_rows import linear_rows
 from mft_megatron.errors import InputError
+from mft_megatron.lora import KNOWN_TARGETS
 from tests.convert import tiny_models
 from tests.convert.tiny_models import MODELS
-from tests.ranks import run_on_ranks
+from tests.ranks import ROOT, run_on_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers
 NEOX = {"add_bias_linear": True, "rotary_percent": 0.5, "parallel_residual": True, "num_query_groups": 4}
@@ -24,7 +27,7 @@ FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_c
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory):
-    """By name: the checkpoint of each model and the Hugging Face folder that it was made of."""
+    """Checkpoint of each model and the Hugging Face folder that it was converted from, by name."""
     root, folders = tmp_path_factory.mktemp("models"), {}
     for number, name in enumerate(MODELS):
         hf, checkpoint = root / f"hf{number}", root / f"checkpoint{number}"
@@ -41,7 +44,7 @@ def check_logits(results, names):
         assert result.keys() == set(names)
         for name, (difference, spread) in result.items():
             assert difference < 1e-4, name
-            assert spread > 1, name  # the comparison is not one of zeros
+            assert spread > 1, name  # logits are not all alike
 
 
 def test_logits_are_those_of_transformers(converted):
@@ -51,7 +54,7 @@ def test_logits_are_those_of_transformers(converted):
 UNEVEN = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --decoder-last-pipeline-num-layers 1"
 
 
-def test_logits_on_a_layout(converted):
+def test_logits_on_a_parallel_layout(converted):
     some = {
         name: converted[name] for name in ("llama3 tied", "qwen2 windows", "starcoder2", "gpt-neox", "gemma in groups")
     }
@@ -60,8 +63,8 @@ def test_logits_on_a_layout(converted):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("extra", ["", " --sequence-parallel"])
-def test_logits_of_all_on_a_layout(converted, extra):
-    # experts under tensor parallelism want sequence parallelism; one group of heads cannot be split
+def test_logits_of_all_on_a_parallel_layout(converted, extra):
+    # experts under tensor parallelism need sequence parallelism; one group of heads cannot be split
     some = {name: folders for name, folders in converted.items() if name != "gemma" and (extra or name != "mixtral")}
     check_logits(run_on_ranks(4, tiny_models.logit_differences, UNEVEN + extra, 4, some), some)
 
@@ -100,9 +103,7 @@ def assert_same_folder(one, other):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_there_and_back_nothing_changes(converted, name, tmp_path):
-    from pathlib import Path
-
+def test_import_and_export_change_nothing(converted, name, tmp_path):
     checkpoint, hf = converted[name]
     mcore_to_hf(["--load", checkpoint, "--hf", str(tmp_path / "back"), "--max-shard-size", "60KB"])
     assert len(list((tmp_path / "back").glob("*.safetensors"))) > 1
@@ -112,7 +113,7 @@ def test_there_and_back_nothing_changes(converted, name, tmp_path):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("name", ["qwen2 tied", "starcoder2"])
 def test_half_precision_stays_as_it_is(name, dtype, tmp_path, monkeypatch):
-    """Bits, subnormal numbers and infinities included; also through pieces of a few rows."""
+    """Every bit of subnormal numbers and infinities is kept, also in slices of a few rows."""
     from mft_megatron.convert.huggingface import model_import
 
     tiny_models.write_model(name, tmp_path / "hf", dtype)
@@ -129,13 +130,13 @@ def test_half_precision_stays_as_it_is(name, dtype, tmp_path, monkeypatch):
 
 
 def as_transformers_4(config):
-    """The same configuration in the words of before."""
+    """The same configuration as transformers 4 spells it."""
     old = dict(config)
     rope = dict(old.pop("rope_parameters"))
-    theta, share = ("rotary_emb_base", "rotary_pct") if old["model_type"] == "gpt_neox" else ("rope_theta", "")
+    theta, percent = ("rotary_emb_base", "rotary_pct") if old["model_type"] == "gpt_neox" else ("rope_theta", "")
     old[theta] = rope.pop("rope_theta")
-    if share:
-        old[share] = rope.pop("partial_rotary_factor")
+    if percent:
+        old[percent] = rope.pop("partial_rotary_factor")
     old["rope_scaling"] = None if rope["rope_type"] == "default" else {"type": rope.pop("rope_type"), **rope}
     old.pop("layer_types", None)
     return old
@@ -143,8 +144,6 @@ def as_transformers_4(config):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_both_spellings_say_the_same(converted, name):
-    from pathlib import Path
-
     config = json.loads((Path(converted[name][1]) / "config.json").read_text())
     family = family_of(config)
     expected, old = family.read_config(config), as_transformers_4(config)
@@ -157,7 +156,7 @@ def test_both_spellings_say_the_same(converted, name):
 
 
 def reading(family, config):
-    """What a configuration means, or why it is refused."""
+    """The meaning of a configuration, or the reason that it is refused."""
     try:
         return comparable(family.read_config(config))
     except InputError as error:
@@ -165,10 +164,8 @@ def reading(family, config):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_what_a_configuration_leaves_out_is_what_transformers_takes(converted, name):
-    """One entry after another is taken out; transformers fills it in, and both must be the same architecture."""
-    from pathlib import Path
-
+def test_missing_entries_have_the_defaults_of_transformers(converted, name):
+    """Remove one entry at a time: the architecture must be the one that transformers' defaults give."""
     from transformers import AutoConfig
 
     config = json.loads((Path(converted[name][1]) / "config.json").read_text())
@@ -186,10 +183,8 @@ def test_what_a_configuration_leaves_out_is_what_transformers_takes(converted, n
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_configuration_of_our_own_is_read_back_by_transformers(converted, name):
-    """For models that were trained here from the beginning: write, let transformers read, read what it has."""
-    from pathlib import Path
-
+def test_transformers_reads_a_configuration_written_here(converted, name):
+    """Models that were trained here from the beginning have no other configuration than the one written here."""
     from transformers import AutoConfig
 
     family, architecture, _ = read_architecture(Path(converted[name][1]))
@@ -202,7 +197,7 @@ def test_a_configuration_of_our_own_is_read_back_by_transformers(converted, name
     assert family_for(architecture).refuses(architecture) is None
 
 
-CODEGEMMA = {  # as it was published, without what says nothing about the model
+CODEGEMMA = {  # as it was published, without irrelevant entries
     "architectures": ["GemmaForCausalLM"],
     "attention_bias": False,
     "head_dim": 256,
@@ -225,7 +220,7 @@ CODEGEMMA = {  # as it was published, without what says nothing about the model
 def test_published_configurations_of_gemma_are_one_architecture():
     found = family_of(CODEGEMMA).read_config(CODEGEMMA)
     assert (found.num_query_groups, found.kv_channels, found.openai_gelu, found.tie_embeddings) == (1, 256, True, True)
-    # the first releases said "gelu" and meant the approximation; transformers 4 took that where the new name is missing
+    # the first releases have "gelu" for the approximation; transformers 4 uses it where the new name is missing
     for changes in ({"hidden_act": "gelu"}, {"hidden_activation": None}, {"hidden_act": "gelu_new"}):
         assert family_of(CODEGEMMA).read_config({**CODEGEMMA, **changes}) == found
     del (old := dict(CODEGEMMA))["hidden_activation"]
@@ -235,7 +230,7 @@ def test_published_configurations_of_gemma_are_one_architecture():
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        # transformers 4 would take the exact GELU, transformers 5 the approximation
+        # transformers 4 would use the exact GELU, transformers 5 the approximation
         ({"hidden_activation": "gelu"}, "hidden_activation is 'gelu', which this program cannot express in this"),
         ({"hidden_act": "silu"}, "hidden_act is 'silu', which"),
         ({"hidden_act": None}, "hidden_act is None, which"),
@@ -247,7 +242,7 @@ def test_published_configurations_of_gemma_are_one_architecture():
         ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping: not understood for Gemma"),
     ],
 )
-def test_what_is_not_gemma_is_refused(changes, reason):
+def test_other_models_than_gemma_are_refused(changes, reason):
     config = {**CODEGEMMA, **changes}
     with pytest.raises(InputError, match=reason):
         family_of(config).read_config(config)
@@ -319,5 +314,18 @@ def test_a_family_is_chosen_by_what_it_can_express():
 def test_every_family_has_a_model_here():
     import transformers
 
-    kinds = {getattr(transformers, f"{kind}Config").model_type for kind, _ in MODELS.values()}
-    assert kinds == FAMILIES.keys()
+    model_types = {getattr(transformers, f"{kind}Config").model_type for kind, _ in MODELS.values()}
+    assert model_types == FAMILIES.keys()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_matrix_of_a_family_can_be_named_as_a_target_of_adapters(converted, name):
+    """A family whose matrices have new names needs them in ``mft_megatron/lora.py``."""
+    family, architecture, _ = read_architecture(Path(converted[name][1]))
+    matrices = [hf_name for weight in linear_rows(family, architecture).values() for hf_name in weight.hf_names]
+    assert {hf_name.split(".")[-2] for hf_name in matrices} <= set(KNOWN_TARGETS)
+
+
+def test_the_readme_names_every_family():
+    text = (ROOT / "README.md").read_text()
+    assert [family.name for family in FAMILIES.values() if family.name not in text] == []

@@ -1,4 +1,4 @@
-"""Row kinds against weights laid out by hand."""
+"""Row layouts against weights that are arranged by hand."""
 
 import pytest
 import torch
@@ -39,13 +39,12 @@ SIZES = sizes_of(SHAPE, 7)
 
 def test_qkv_is_grouped_by_key_value_head():
     names = [f"{part}{d}" for part in ("q0", "q1", "k0", "v0", "q2", "q3", "k1", "v1") for d in range(3)]
-    weight = torch.arange(24.0)[:, None].expand(24, 6)
-    query, key, value = split(weight, qkv(SIZES))
-    for piece, heads in ((query, ("q0", "q1", "q2", "q3")), (key, ("k0", "k1")), (value, ("v0", "v1"))):
+    query, key, value = split(torch.arange(24.0)[:, None].expand(24, 6), qkv(SIZES))
+    for weight, heads in ((query, ("q0", "q1", "q2", "q3")), (key, ("k0", "k1")), (value, ("v0", "v1"))):
         expected = [names.index(f"{head}{d}") for head in heads for d in range(3)]
-        assert piece[:, 0].tolist() == expected
-        assert piece.shape == (len(expected), 6)
-        assert piece.is_contiguous()
+        assert weight[:, 0].tolist() == expected
+        assert weight.shape == (len(expected), 6)
+        assert weight.is_contiguous()
 
 
 def test_qkv_takes_a_bias():
@@ -62,24 +61,24 @@ def test_glu_and_whole():
     assert qkv_in_groups(SIZES) == (Block(0, 0, 24),)
 
 
-@pytest.mark.parametrize("kind", [qkv, glu("ffn"), whole("vocab"), qkv_in_groups])
-def test_any_part_is_the_same_rows_as_of_the_whole(kind):
-    """What is split into the sources and read back by blocks, in whatever parts, is what was there."""
-    blocks = kind(SIZES)
+@pytest.mark.parametrize("layout", [qkv, glu("ffn"), whole("vocab"), qkv_in_groups])
+def test_any_slice_has_the_same_rows_as_the_whole_weight(layout):
+    """Rows that are split into the sources and read back by blocks are the original rows."""
+    blocks = layout(SIZES)
     weight = torch.arange(float(rows_of(blocks)))
     sources = split(weight, blocks)
     assert [len(source) for source in sources] == rows_of_sources(blocks)
     for first in range(len(weight) + 1):
         for last in range(first, len(weight) + 1):
-            found = [sources[b.source][b.start : b.start + b.rows] for b in slice_blocks(blocks, first, last)]
-            assert torch.cat([torch.empty(0), *found]).equal(weight[first:last])
+            rows = [sources[b.source][b.start : b.start + b.rows] for b in slice_blocks(blocks, first, last)]
+            assert torch.cat([torch.empty(0), *rows]).equal(weight[first:last])
 
 
 def test_the_llama_table_covers_a_model():
-    names = [name for row in LLAMA.weights(SHAPE) for name in row.hf_names]
+    names = [name for weight in LLAMA.weights(SHAPE) for name in weight.hf_names]
     assert len(names) == len(set(names)) == 12
     assert not any(".bias" in name or "_norm." in name.replace("model.norm", "") for name in names)
-    shapes = {n: s for row in LLAMA.weights(SHAPE) for n, s in zip(row.hf_names, row.hf_shapes(SIZES), strict=True)}
+    shapes = {n: s for w in LLAMA.weights(SHAPE) for n, s in zip(w.hf_names, w.hf_shapes(SIZES), strict=True)}
     assert shapes["model.layers.{}.self_attn.k_proj.weight"] == (6, 6)
     assert shapes["model.layers.{}.self_attn.o_proj.weight"] == (6, 12)
     assert shapes["model.layers.{}.mlp.down_proj.weight"] == (6, 5)
@@ -98,7 +97,7 @@ def test_shards_end_before_they_are_too_large(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["5", "GB", "0GB", "-1MB", "5 TB", "1.5GB"])
-def test_sizes_that_are_none(text):
+def test_texts_that_are_not_sizes(text):
     with pytest.raises(InputError, match="--max-shard-size"):
         parse_size(text)
 

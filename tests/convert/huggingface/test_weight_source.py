@@ -1,4 +1,4 @@
-"""Weights read directly from a Hugging Face folder are those of a converted checkpoint, whatever the layout."""
+"""Weights read directly from a Hugging Face folder equal those of a converted checkpoint at every parallel layout."""
 
 import pytest
 
@@ -21,7 +21,11 @@ def models(tmp_path_factory):
 
 
 def _compare(layout, world_size, folders):
-    """Names of parameters and whether they agree, and how much of the files was read."""
+    """Load each model from its checkpoint and from its folder.
+
+    Returns:
+        names of parameters that differ, and the fraction of the folder's bytes that this rank read, for each model.
+    """
     import contextlib
 
     import torch
@@ -33,37 +37,37 @@ def _compare(layout, world_size, folders):
     from mft_megatron.mcore.parallel import process_groups
     from mft_megatron.mcore.trainer import Trainer
 
-    found = []
+    results = []
     first = tiny_models.arguments_for(folders[0][0], world_size, layout)
     with process_groups.process_groups(first.distributed, seed=3):
         for checkpoint, hf in folders:
             loaded = tiny_models.arguments_for(checkpoint, world_size, layout)
-            words = tiny_models.words_for(f"--hf-checkpoint {hf} {layout}")
-            arguments = parse_arguments(words, world_size, None, HuggingFaceSource(hf).info)
+            argv = tiny_models.argv_for(f"--hf-checkpoint {hf} {layout}")
+            arguments = parse_arguments(argv, world_size, None, HuggingFaceSource(hf).info)
             assert arguments.starts_from_hf
             assert arguments.weights_alone
             assert arguments.network == loaded.network
-            source, read = HuggingFaceSource(hf), []
-            whole = source._files.read_block
-            source._files.read_block = lambda part, *where, whole=whole, read=read: (
-                read.append(part.nbytes),
-                whole(part, *where),
+            source, bytes_read = HuggingFaceSource(hf), []
+            read_block = source._files.read_block
+            source._files.read_block = lambda block, *position, read_block=read_block, bytes_read=bytes_read: (
+                bytes_read.append(block.nbytes),
+                read_block(block, *position),
             )
-            one, other = (Trainer(a, source.info.vocab_size, 1) for a in (loaded, arguments))
-            for parameter in other.chunks[0].parameters():
+            converted, direct = (Trainer(a, source.info.vocab_size, 1) for a in (loaded, arguments))
+            for parameter in direct.chunks[0].parameters():
                 torch.nn.init.constant_(parameter, 7.0)
-            checkpoints.load(loaded.resume.path, one, loaded.resume.info, loaded.checkpoint)
+            checkpoints.load(loaded.resume.path, converted, loaded.resume.info, loaded.checkpoint)
             with contextlib.closing(source):
-                fill_weights(other, source)
-            pairs = zip(one.chunks[0].named_parameters(), other.chunks[0].parameters(), strict=True)
-            same = [name for (name, a), b in pairs if not a.equal(b)]
+                fill_weights(direct, source)
+            pairs = zip(converted.chunks[0].named_parameters(), direct.chunks[0].parameters(), strict=True)
+            differing = [name for (name, a), b in pairs if not a.equal(b)]
             total = sum(stored.row_bytes * stored.shape[0] for stored in source._files.weights.values())
-            found.append((same, sum(read) / total))
-    return found
+            results.append((differing, sum(bytes_read) / total))
+    return results
 
 
 @pytest.mark.parametrize(
-    ("layout", "size", "share"),
+    ("layout", "size", "most_read"),
     [
         ("", 1, 1.0),
         ("--tensor-model-parallel-size 2 --sequence-parallel", 2, 0.56),
@@ -72,11 +76,11 @@ def _compare(layout, world_size, folders):
         ),
     ],
 )
-def test_weights_are_those_of_the_checkpoint(models, layout, size, share):
+def test_weights_are_those_of_the_checkpoint(models, layout, size, most_read):
     some = [
         folders for folders, name in zip(models, NAMES, strict=True) if "pipeline" not in layout or name != "mixtral"
     ]
     for result in run_on_ranks(size, _compare, layout, size, some):
         for differing, read in result:
             assert differing == []
-            assert read <= share + 1e-9
+            assert read <= most_read + 1e-9

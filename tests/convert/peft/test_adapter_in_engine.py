@@ -53,7 +53,7 @@ def _differences(layout, world_size, cases):
         words = f"--hf-checkpoint {hf} --hf-adapter {adapter} --peft-type lora {layout}"
         model = HuggingFaceSource(hf).info
         lora = AdapterSource(adapter, model).lora
-        return parse_arguments(tiny_models.words_for(words), world_size, None, model, lora)
+        return parse_arguments(tiny_models.argv_for(words), world_size, None, model, lora)
 
     found = []
     with process_groups.process_groups(arguments_for(*cases[0][:2]).distributed, seed=3):

@@ -1,4 +1,4 @@
-"""The serving check's numbers against slow ones, and what it says of folders that a server would stumble over."""
+"""Differences of logits against a slow reference, and findings for folders that a server could not load."""
 
 import json
 import math
@@ -16,47 +16,49 @@ from tests.convert import tiny_models
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers
 
 
-def _slowly(theirs, ours):
-    """Largest difference, mean KL divergence, agreement: one position and token at a time."""
+def _slowly(reference, engine):
+    """Largest difference, mean KL divergence and agreement, one position and token at a time."""
     largest, divergence, agreeing = 0.0, 0.0, 0
-    for p_V, q_V in zip(theirs.tolist(), ours.tolist(), strict=True):
+    for p_V, q_V in zip(reference.tolist(), engine.tolist(), strict=True):
         p_sum, q_sum = (math.fsum(map(math.exp, row)) for row in (p_V, q_V))
         for p, q in zip(p_V, q_V, strict=True):
             largest = max(largest, abs(p - q))
             divergence += math.exp(p) / p_sum * (p - math.log(p_sum) - q + math.log(q_sum))
         agreeing += p_V.index(max(p_V)) == q_V.index(max(q_V))
-    return largest, divergence / len(theirs), agreeing / len(theirs)
+    return largest, divergence / len(reference), agreeing / len(reference)
 
 
-def test_numbers_are_those_of_a_slow_reference():
+def test_differences_equal_those_of_a_slow_reference():
     generator = torch.Generator().manual_seed(2)
-    theirs = 3 * torch.randn(70, 19, generator=generator)  # more rows than are taken at once
-    ours = theirs + 0.7 * torch.randn(70, 19, generator=generator)
-    found = compare(theirs, ours)
-    expected = _slowly(theirs, ours)
-    assert (found.largest, found.divergence, found.agreement) == pytest.approx(expected, rel=1e-12)
-    assert found.divergence != pytest.approx(_slowly(ours, theirs)[1], rel=1e-2)
-    assert 0.3 < found.agreement < 1
-    assert compare(theirs, theirs) == type(found)(70, 0.0, 0.0, 1.0)
-    parts = [compare(theirs[:9], ours[:9]), compare(theirs[9:], ours[9:])]
+    reference = 3 * torch.randn(70, 19, generator=generator)  # more rows than are compared at a time
+    engine = reference + 0.7 * torch.randn(70, 19, generator=generator)
+    difference = compare(reference, engine)
+    expected = _slowly(reference, engine)
+    assert (difference.largest, difference.divergence, difference.agreement) == pytest.approx(expected, rel=1e-12)
+    assert difference.divergence != pytest.approx(_slowly(engine, reference)[1], rel=1e-2)
+    assert 0.3 < difference.agreement < 1
+    assert compare(reference, reference) == type(difference)(70, 0.0, 0.0, 1.0)
+    parts = [compare(reference[:9], engine[:9]), compare(reference[9:], engine[9:])]
     total = combine(parts)
-    assert (total.tokens, total.largest) == (70, found.largest)
-    assert (total.divergence, total.agreement) == pytest.approx((found.divergence, found.agreement), rel=1e-12)
+    assert (total.tokens, total.largest) == (70, difference.largest)
+    assert (total.divergence, total.agreement) == pytest.approx(
+        (difference.divergence, difference.agreement), rel=1e-12
+    )
 
 
-def test_no_number_is_never_small():
-    theirs = torch.zeros(5, 4)
-    broken = theirs.clone()
-    broken[3, 2] = math.nan
-    found = compare(theirs, broken)
-    assert math.isnan(found.largest)
-    assert math.isnan(found.divergence)
-    assert math.isnan(combine([compare(theirs, theirs), found]).largest)
-    assert math.isnan(combine([found, compare(theirs, theirs)]).largest)
+def test_nan_is_never_small():
+    reference = torch.zeros(5, 4)
+    with_nan = reference.clone()
+    with_nan[3, 2] = math.nan
+    difference = compare(reference, with_nan)
+    assert math.isnan(difference.largest)
+    assert math.isnan(difference.divergence)
+    assert math.isnan(combine([compare(reference, reference), difference]).largest)
+    assert math.isnan(combine([difference, compare(reference, reference)]).largest)
 
 
 class _Letters:
-    """A tokenizer of letters, as far as it is asked."""
+    """A tokenizer of letters with the methods that the checks use."""
 
     chat_template = None
 
@@ -111,6 +113,7 @@ def model(whole, tmp_path):
 
 
 def checked(folder, tokenizer=None):
+    """Verdict and text of every finding, by subject."""
     return {finding.subject: (finding.verdict, finding.text) for finding in findings(folder, tokenizer, "none there")}
 
 

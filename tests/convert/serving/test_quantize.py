@@ -1,6 +1,6 @@
-"""Which text shows the library that rounds weights what matters, and what is done around it.
+"""Calibration samples, and files around the export in 4 bits.
 
-The library itself lives in an environment of its own; a stand-in takes its place here.
+The library that rounds weights needs a separate environment; a stand-in replaces it here.
 """
 
 import json
@@ -26,33 +26,35 @@ def prefix(tmp_path_factory):
     return prefix
 
 
-def test_every_task_has_its_say(prefix):
+def test_every_task_is_represented(prefix):
     dataset = PackedDataset.open(prefix, 512)
     slices = dataset.split("train").slices(slice(None))
-    of_task = [set() for _ in dataset.tasks]
+    texts_of_task = [set() for _ in dataset.tasks]
     for sample, start, length in zip(*slices, strict=True):
         begin = dataset.tokens.start_of(sample) + start
-        of_task[dataset.task_ids[sample]].add(bytes(dataset.tokens.items[begin : begin + length].astype(np.uint8)))
-    there = [int((dataset.task_ids[slices.samples] == task).sum()) for task in range(4)]
-    smallest = min(there)
+        texts_of_task[dataset.task_ids[sample]].add(
+            bytes(dataset.tokens.items[begin : begin + length].astype(np.uint8))
+        )
+    available = [int((dataset.task_ids[slices.samples] == task).sum()) for task in range(4)]
+    smallest = min(available)
     found = calibration(dataset, "train", 4 * smallest)
     assert list(found.by_task.values()) == [smallest] * 4
     at = 0
-    for texts, count in zip(of_task, found.by_task.values(), strict=True):
+    for texts, count in zip(texts_of_task, found.by_task.values(), strict=True):
         taken = [bytes(text.astype(np.uint8)) for text in found.texts[at : at + count]]
         at += count
         assert set(taken) <= texts
-        assert len(set(taken)) > 0.9 * count  # spread, not the same again
+        assert len(set(taken)) > 0.9 * count  # spread over the samples, hardly any twice
     assert all(text.dtype == np.int64 for text in found.texts)
-    # what a small task has not, larger ones give; all there is, and no more
+    # larger tasks make up for small ones; no more samples than there are
     assert sum(calibration(dataset, "train", 4 * smallest + 3).by_task.values()) == 4 * smallest + 3
-    assert list(calibration(dataset, "train", 10**6).by_task.values()) == there
+    assert list(calibration(dataset, "train", 10**6).by_task.values()) == available
     assert list(calibration(dataset, "train", 2).by_task.values()) == [1, 1, 0, 0]
 
 
 @pytest.mark.slow  # imports torch once more
 def test_it_needs_no_megatron_core():
-    """In the library's environment there is none."""
+    """The library's environment has none."""
     code = (
         "import sys; sys.modules['megatron'] = None; import mft_megatron.convert.commands.quantize; "
         "print([name for name in sys.modules if name.startswith(('megatron.', 'transformers'))])"
@@ -62,7 +64,7 @@ def test_it_needs_no_megatron_core():
 
 
 class _Model:
-    """What the stand-in rounds."""
+    """Model that the stand-in library returns."""
 
     quantized = True
 
@@ -75,11 +77,11 @@ class _Model:
 
 @pytest.fixture
 def asked(monkeypatch):
-    """What the stand-in for the library was asked to do."""
-    found = {}
+    """Replace the library by a stand-in; the arguments of its calls."""
+    arguments = {}
     loader = types.SimpleNamespace(from_pretrained=lambda folder, dtype: _Model())
     modules = {
-        "llmcompressor": {"oneshot": lambda **words: found.update(words) or words["model"]},
+        "llmcompressor": {"oneshot": lambda **given: arguments.update(given) or given["model"]},
         "llmcompressor.modifiers": {},
         "transformers": {"AutoModelForCausalLM": loader},
         "llmcompressor.modifiers.gptq": {"GPTQModifier": dict},
@@ -88,7 +90,7 @@ def asked(monkeypatch):
         module = types.ModuleType(name)
         vars(module).update(content)
         monkeypatch.setitem(sys.modules, name, module)
-    return found
+    return arguments
 
 
 @pytest.fixture
@@ -101,9 +103,20 @@ def model(tmp_path):
     return folder
 
 
-def test_what_the_library_is_given_and_what_is_written(prefix, asked, model, tmp_path, capsys):
-    words = ("--hf", model, "--out", tmp_path / "out", "--data-path", prefix, "--split", "train", "--samples", "8")
-    main([str(word) for word in words])
+def test_arguments_of_the_library_and_written_files(prefix, asked, model, tmp_path, capsys):
+    command_line = (
+        "--hf",
+        model,
+        "--out",
+        tmp_path / "out",
+        "--data-path",
+        prefix,
+        "--split",
+        "train",
+        "--samples",
+        "8",
+    )
+    main([str(word) for word in command_line])
     assert "calibration: 8 samples" in capsys.readouterr().out
     recipe = asked["recipe"][0]
     assert (recipe["scheme"], recipe["targets"], recipe["ignore"]) == ("W4A16", "Linear", list(IGNORED))
