@@ -97,5 +97,5 @@ def slice_segments(cu_seqlens: np.ndarray, ranges: Sequence[tuple[int, int]]) ->
 
 
 def _starts(lengths: np.ndarray) -> Tensor:
-    """Where slices of these lengths start, then their sum: int32 [slices + 1]."""
+    """Starts of concatenated slices of these lengths, then their sum: int32 [slices + 1]."""
     return torch.from_numpy(np.concatenate([[0], lengths.cumsum()]).astype(np.int32))

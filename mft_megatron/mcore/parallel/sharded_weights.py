@@ -5,12 +5,12 @@ import mft_megatron.mcore.platform.patched  # noqa: F401  (before Megatron-Core)
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.transformer.module import MegatronModule
 
 
-def shards_of(model: torch.nn.Module) -> Iterator[ShardedTensor]:
-    """Yield the shards of all weights of a Megatron-Core module; ``data`` of each is a view of the parameter.
+def shards_of(model: MegatronModule) -> Iterator[ShardedTensor]:
+    """Yield the shards of all weights of a module; ``data`` of each is a view of the parameter.
 
     A parameter that consists of several tensors of the checkpoint (gate and up projection) yields a shard of each.
     """

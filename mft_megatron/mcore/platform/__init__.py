@@ -1,1 +1,1 @@
-"""This machine: its devices, optional packages, and every replacement inside Megatron-Core and torch."""
+"""This machine: devices, optional packages, number formats, and all patches of Megatron-Core and torch."""

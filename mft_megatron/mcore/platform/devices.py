@@ -1,7 +1,6 @@
-"""CPU with gloo or CUDA with NCCL: the one place that knows which.
+"""The device of this process: CPU with gloo, or CUDA with NCCL.
 
-Everything else asks :func:`device` and :func:`backend`. Replacements inside Megatron-Core and torch are in
-:mod:`.patches`.
+All other files ask :func:`device` and :func:`backend`. Patches of Megatron-Core and torch are in :mod:`.patches`.
 """
 
 import importlib.metadata
@@ -19,13 +18,13 @@ HAS_CUDA = torch.cuda.is_available()
 
 
 def prepare() -> None:
-    """Make ``import megatron.core`` work here; call before the first such import.
+    """Make ``import megatron.core`` work on this machine; call before the first such import.
 
     Raises:
         InputError: Transformer Engine is installed in part, which breaks Megatron-Core's own import.
     """
     with warnings.catch_warnings():
-        # Megatron-Core says on import that Transformer Engine and apex are missing; that is a supported state here.
+        # Megatron-Core warns that Transformer Engine and apex are missing; this package works without them.
         warnings.simplefilter("ignore")
         try:
             if not HAS_CUDA:
@@ -50,7 +49,7 @@ def _installed(package: str) -> bool:
 
 
 def device() -> torch.device:
-    """Where this process computes: its own GPU (torchrun's ``LOCAL_RANK``), or the CPU."""
+    """The device of this process: the GPU of torchrun's ``LOCAL_RANK``, or the CPU."""
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if HAS_CUDA else torch.device("cpu")
 
 
@@ -58,7 +57,7 @@ def backend(choice: str = "auto") -> str:
     """The process-group backend for ``--distributed-backend``.
 
     Raises:
-        InputError: nccl is asked for where there is no CUDA.
+        InputError: the choice is nccl, and there is no CUDA device.
     """
     if choice == "nccl" and not HAS_CUDA:
         raise InputError("--distributed-backend nccl: no CUDA device here; use gloo or leave the option out")
@@ -69,20 +68,20 @@ def backend(choice: str = "auto") -> str:
 
 def use_device() -> None:
     """Bind this process to its device."""
-    # Megatron-Core wants collectives and kernels in one hardware queue, and says so at every rank's first step.
+    # Megatron-Core needs collectives and kernels in one hardware queue, and warns on every rank where they are not.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if HAS_CUDA:
         torch.cuda.set_device(device())
 
 
 def synchronize() -> None:
-    """Wait for the device; for clocks only."""
+    """Wait for the device, so that a clock measures its work."""
     if HAS_CUDA:
         torch.cuda.synchronize()
 
 
 def memory() -> dict[str, int]:
-    """Bytes that this process has: of the GPU what torch has allocated and reserved, otherwise what is resident."""
+    """Memory of this process in bytes: on a GPU as allocated and reserved by torch, otherwise resident."""
     if HAS_CUDA:
         return {
             "allocated": torch.cuda.memory_allocated(),
@@ -94,7 +93,7 @@ def memory() -> dict[str, int]:
 
 
 def describe() -> str:
-    """Device, backend and versions in a line, for the log."""
+    """Describe device and versions in a line, for the log."""
     import megatron.core
 
     name = torch.cuda.get_device_name(device()) if HAS_CUDA else f"CPU, {torch.get_num_threads()} thread(s) a rank"

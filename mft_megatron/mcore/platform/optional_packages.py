@@ -1,4 +1,4 @@
-"""Packages of CUDA kernels that may be missing, and in what way."""
+"""Optional packages with CUDA kernels: whether they are installed, recent enough and importable."""
 
 import dataclasses
 import importlib
@@ -8,7 +8,11 @@ from packaging.version import Version
 
 @dataclasses.dataclass(frozen=True)
 class Package:
-    """``name``: pip's. ``module``: what is used of it. ``least``: the first version that has what is used here."""
+    """An optional package.
+
+    ``name``: of the distribution. ``module``: the module that is used. ``least``: the first version that has all that
+    is used here. ``install``: the command that installs it.
+    """
 
     name: str
     module: str
@@ -26,34 +30,37 @@ TRANSFORMER_ENGINE = Package(
     "2.9",
     "pip install --no-build-isolation 'transformer-engine[pytorch]>=2.9,<2.12'",
 )
-# its kernels are operators of torch since then
+# since then its kernels are torch operators
 BITSANDBYTES = Package("bitsandbytes", "bitsandbytes", "0.46", "pip install 'bitsandbytes>=0.46'")
 
 
 def missing(package: Package) -> str | None:
-    """Why a package cannot be used and how to get it, in words that follow what needs it; ``None`` where it can."""
+    """Say why a package cannot be used and how to install it; ``None`` where it can be used.
+
+    The text follows the name of an option, as in "--attention-backend flash needs flash-attn, which is not installed".
+    """
     try:
         importlib.import_module(package.module)
         version = getattr(importlib.import_module(package.module.partition(".")[0]), "__version__", None)
-    except Exception as error:  # symbols of another torch, a missing cuDNN: not only ImportError
+    except Exception as error:  # not only ImportError: symbols of another torch, a missing cuDNN
         absent = isinstance(error, ModuleNotFoundError) and error.name == package.module.partition(".")[0]
         if absent:
             return f"needs {package.name}, which is not installed: {package.install}"
-        first = (str(error).strip() or "no further word").splitlines()[0][:200]
+        first = (str(error).strip() or "no message").splitlines()[0][:200]
         return (
             f"needs {package.name}, which is installed and cannot be imported ({type(error).__name__}: {first}): build "
-            f"it anew for this torch with {package.install}"
+            f"it again for this torch with {package.install}"
         )
     if version is None or Version(version) < Version(package.least):
         return (
-            f"needs {package.name} {package.least} or newer, and {version or 'a version without a number'} is "
+            f"needs {package.name} {package.least} or newer, and {version or 'an unknown version'} is "
             f"installed: {package.install}"
         )
     return None
 
 
 def importable(module: str) -> bool:
-    """Whether a compiled module is there and can be loaded."""
+    """Whether a module is installed and can be loaded, which for a compiled one depends on this torch."""
     try:
         importlib.import_module(module)
     except Exception:

@@ -9,8 +9,10 @@ import torch
 
 @dataclasses.dataclass(frozen=True)
 class Precision:
-    """One format. ``name``: of options and checkpoint descriptions; ``huggingface``: of ``config.json``;
-    ``safetensors``: of headers."""
+    """A format under its names.
+
+    ``name``: in options and checkpoint descriptions. ``huggingface``: in ``config.json``. ``safetensors``: in headers.
+    """
 
     name: str
     dtype: torch.dtype
@@ -28,7 +30,7 @@ BY_DTYPE = {precision.dtype: precision for precision in PRECISIONS}
 
 
 def model_dtype(weights: Iterable[tuple[tuple[int, ...], torch.dtype]]) -> torch.dtype:
-    """Dtype of a model as a whole, by its weights' shapes and dtypes: that of its largest weight.
+    """Dtype of a model with weights of these shapes and dtypes: that of its largest weight.
 
     Real models are of one dtype, or keep small weights such as norms and routers in fp32 beside matrices of 16 bits.
     """
