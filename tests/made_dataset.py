@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mft_megatron.data.loading.build_batch import build_batch
 from mft_megatron.data.packing.build_packs import write_packs
 from mft_megatron.data.packing.packing_options import PackingOptions
 from mft_megatron.data.storage.dataset_writer import DatasetWriter
@@ -46,3 +47,8 @@ def write_dataset(prefix, seq_length, longest=None, documents=False, weights=Non
         ledger = Ledger(list(stored.tasks), tokenizer, {"stop_token_ids": [10]}, lengths, files.entries())
         files.publish(ledger)
     return ledger
+
+
+def batch_of_packs(split, packs):
+    """A micro-batch as numpy arrays, with a row for each index in ``packs``; -1 is an empty row."""
+    return build_batch(split.dataset, [split.slices_of(pack) for pack in packs])

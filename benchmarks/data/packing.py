@@ -23,6 +23,7 @@ from balance import sample_lengths
 from stopwatch import in_turn, machine, median_of, peak_memory, timed
 
 from mft_megatron.data._sample_index import best_fit_decreasing
+from mft_megatron.data.loading.build_batch import build_batch
 from mft_megatron.data.loading.dataset import PackedDataset
 from mft_megatron.data.loading.step_plan import plan_step
 from mft_megatron.data.loading.usage import planned_usage
@@ -182,7 +183,7 @@ def assembly(folder: Path, options: argparse.Namespace) -> dict:
 
     def rows() -> None:
         for packs in order:
-            split.rows(packs)
+            build_batch(dataset, [split.slices_of(pack) for pack in packs])
 
     def slices() -> None:
         for own in samples:

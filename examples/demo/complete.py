@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+from mft_megatron.data.loading.build_batch import build_batch
 from mft_megatron.data.loading.dataset import PackedDataset, packed_lengths
 
 
@@ -16,7 +17,7 @@ def held_out_samples(prefix: str, longest_prompt: int):
     split = dataset.split("valid")
     found = {}
     for pack in range(split.num_packs):
-        batch = split.rows(np.array([pack]))
+        batch = build_batch(dataset, [split.slices_of(pack)])
         for start, end in zip(batch.cu_seqlens, batch.cu_seqlens[1:], strict=False):
             supervised = np.flatnonzero(batch.loss_mask_BS[0, start:end])
             task = dataset.tasks[batch.task_ids_BS[0, start]]

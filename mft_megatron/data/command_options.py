@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Sequence
 
 from mft_megatron.data.chat_templates.formats import FORMATS
-from mft_megatron.data.packing.build_packs import PackingOptions
 from mft_megatron.data.packing.cutting import OVERLONG
+from mft_megatron.data.packing.packing_options import PackingOptions
 from mft_megatron.data.packing.packs import PADDING_MODES
 from mft_megatron.data.records.segments import SUPERVISE
 from mft_megatron.data.tokenizers.backends import BACKENDS

@@ -28,8 +28,8 @@ from torch import Tensor
 
 from mft_megatron.arguments.table import Arguments
 from mft_megatron.batch import StepPlan
-from mft_megatron.data.loading.dataset import PackedDataset, PackedSplit
-from mft_megatron.data.loading.micro_batches import MicroBatches, Rows, UsageByEpoch
+from mft_megatron.data.loading.dataset import PackedDataset, PackedSplit, Rows
+from mft_megatron.data.loading.micro_batches import MicroBatches, UsageByEpoch
 from mft_megatron.losses.focal import TaskStatistics
 from mft_megatron.losses.objective import SUMS, Objective, StepFactors
 from mft_megatron.mcore.model.gpt import build_model
@@ -186,7 +186,7 @@ class Trainer:
             fp64 [K], the same on every rank; NaN for a task without a supervised token in these rows.
         """
         nothing = torch.zeros(self.num_tasks, dtype=torch.float64)
-        micro_batches = MicroBatches.of_rows(
+        micro_batches = MicroBatches.of_draw(
             dataset,
             rows,
             self.ranks,

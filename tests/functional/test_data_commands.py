@@ -18,6 +18,7 @@ from mft_megatron.data.command import inspect_main, pack_main, preprocess_main
 from mft_megatron.data.loading.dataset import PackedDataset
 from mft_megatron.data.tokenizers.load import load_tokenizer
 from mft_megatron.errors import run_command
+from tests.made_dataset import batch_of_packs
 from tests.ranks import ROOT
 
 TEMPLATE = (
@@ -271,7 +272,7 @@ def test_one_sample_a_row_and_joined_documents(command):
     code, said = command.preprocess("--task", task, "--padding_mode", "concat", "--split", "1,0,0", length=32)
     assert code == 0, said
     split = command.open(32).split("train")
-    batch = split.rows(np.arange(split.num_packs))
+    batch = batch_of_packs(split, np.arange(split.num_packs))
     total = command.open(32).ledger.tasks[0].tokens
     assert int(batch.loss_mask_BS.sum()) == total - 1
     assert split.num_packs == -(-(total - 1) // 31)

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from tests.batches import one_segment
+from tests.made_dataset import batch_of_packs
 from tests.ranks import refusal, run_forked, run_on_ranks, run_tool, torchrun
 
 MODEL = (
@@ -100,7 +101,6 @@ def test_resuming_is_bit_equal(run_folder, dataset_prefix, tmp_path):
 
 def _hf_difference(checkpoint, hf, prefix):
     """Largest difference of fp32 logits between this layout's model and transformers, on the same tokens."""
-    import numpy as np
     import torch
     from megatron.core import parallel_state, tensor_parallel
 
@@ -121,7 +121,7 @@ def _hf_difference(checkpoint, hf, prefix):
         path, info = found.path, found.info
         checkpoints.load(path, trainer, info, arguments.checkpoint)
         trainer.chunks[0].eval()
-        tokens = dataset.split("train").rows(np.array([3])).tokens_BS
+        tokens = batch_of_packs(dataset.split("train"), [3]).tokens_BS
         whole = len(tokens[0])
         batch = to_device(one_segment(tokens))
         stages = parallel_state.get_pipeline_model_parallel_world_size()

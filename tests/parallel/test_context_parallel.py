@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.batches import one_segment
-from tests.made_dataset import write_dataset
+from tests.made_dataset import batch_of_packs, write_dataset
 from tests.parallel.run import arguments_for, open_dataset, plans_of, some_steps, train
 from tests.ranks import run_on_ranks
 
@@ -121,7 +121,7 @@ def _token_losses(prefix, extra, world_size, shape, alone):
 
         split = dataset.split("train")
         # three rows, whose borders are not those of the chunks
-        batch = split.rows(np.arange(3))
+        batch = batch_of_packs(split, np.arange(3))
         if not alone:
             return losses(batch)
         borders = list(zip(batch.cu_seqlens, batch.cu_seqlens[1:], strict=False))

@@ -2,9 +2,9 @@
 
 import functools
 
-import numpy as np
 import pytest
 
+from tests.made_dataset import batch_of_packs
 from tests.parallel.modes import MODES, TOLERANCE, assert_same_gradients, assert_same_step
 from tests.parallel.run import arguments_for, data_seed, open_dataset, plans_of, train_in_modes
 from tests.ranks import run_on_ranks
@@ -94,7 +94,7 @@ def _token_losses(model, dataset, split, packs):
 
     samples = []
     for pack in packs:
-        batch = split.rows(np.array([pack]))
+        batch = batch_of_packs(split, [pack])
         logits = model.run(to_device(batch), with_loss=False)[0, :, : dataset.vocab_size]
         log_p = logits.log_softmax(-1)
         tokens, mask = batch.tokens_BS[0], batch.loss_mask_BS[0]

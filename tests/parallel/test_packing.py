@@ -7,6 +7,7 @@ import pytest
 
 from mft_megatron.loss_names import LOSSES
 from tests.batches import one_segment
+from tests.made_dataset import batch_of_packs
 from tests.parallel.run import arguments_for, data_seed, open_dataset, plans_of
 from tests.ranks import run_on_ranks
 
@@ -43,7 +44,7 @@ def _in_process_groups(function, prefix):
 def _crowded_rows(dataset):
     """The last packs: they are made of the shortest samples."""
     split = dataset.split("train")
-    return split.rows(np.arange(split.num_packs - 6, split.num_packs))
+    return batch_of_packs(split, np.arange(split.num_packs - 6, split.num_packs))
 
 
 def _packed_and_single(arguments, dataset, model):
@@ -97,7 +98,7 @@ def _book_losses(arguments, dataset, model):
     plan = plans_of(split, data_seed(split))[0]
     samples = []
     for pack in plan.packs_G:
-        batch = split.rows(np.array([pack]))
+        batch = batch_of_packs(split, [pack])
         with torch.no_grad():
             logits = model.run(to_device(batch), with_loss=False)[0, :, : dataset.vocab_size].double().numpy()
         log_p = logits - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))

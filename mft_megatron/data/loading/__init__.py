@@ -1,1 +1,1 @@
-"""What training reads: rows of a packed data set, the plan of a step, the proof of use."""
+"""Packed data sets as training reads them: rows, the plan of each step, micro-batches, validation draws."""

@@ -1,71 +1,73 @@
-"""The micro-batches of one data-parallel rank: its rows, their widths, and the count of what was used.
+"""The micro-batches of one data-parallel rank: its rows, their widths, and the count of those that were used.
 
 ::
 
-    StepPlan ─► rows of this rank ─► iterate: Batch of numpy arrays, one after another ─► model
-                                          └─► how many were used ─► UsageByEpoch
+    StepPlan or validation draw ─► rows of this rank ─► iterate: one Batch after another ─► model
+                                                                └─► count of used ones ─► UsageByEpoch
 """
 
 from collections.abc import Iterator, Sequence
-from typing import TypeAlias
 
 import numpy as np
 
 from mft_megatron.batch import Batch, Ranks, StepPlan
-from mft_megatron.data.sample_slices import SampleSlices, concatenate_slices
+from mft_megatron.data.sample_slices import concatenate_slices
 
-from .dataset import PackedDataset, PackedSplit, rows_of
+from .build_batch import build_batch
+from .dataset import PackedDataset, PackedSplit, Rows
 from .step_plan import shard_plan
 from .usage import Usage
 from .validation_sampling import shard_rows
 
-# the sample slices of each row
-Rows: TypeAlias = Sequence[SampleSlices]
-
 
 class UsageByEpoch:
-    """What a rank has put into micro-batches so far, by epoch of the stream of packs."""
+    """Sample slices that a rank has used so far in training, by epoch of the stream of packs."""
 
     def __init__(self, num_tasks: int):
+        """Start with nothing used; ``num_tasks`` is ``K``."""
         self._num_tasks = num_tasks
         self._epochs: dict[int, Usage] = {}
 
     def add(self, rows: Rows, epochs: np.ndarray, task_ids: np.ndarray) -> None:
-        """Count rows that were used.
+        """Count rows as used.
 
         Args:
             rows: the slices of each row.
             epochs: int64 [rows], the epoch each is used for.
-            task_ids: uint16, task of every sample of the data set.
+            task_ids: uint16 [samples], task of every sample of the data set.
         """
         slices = concatenate_slices(rows)
-        epoch = np.repeat(epochs, [len(row.samples) for row in rows])
+        epoch_of_slice = np.repeat(epochs, [len(row.samples) for row in rows])
         tasks = np.asarray(task_ids[slices.samples])
-        for number in np.unique(epoch).tolist():
-            own = epoch == number
-            self._epochs[number] = self.of(number) + Usage.of(slices.take(own), tasks[own], self._num_tasks)
+        for epoch in np.unique(epoch_of_slice).tolist():
+            chosen = epoch_of_slice == epoch
+            self._epochs[epoch] = self.of(epoch) + Usage.of(slices.take(chosen), tasks[chosen], self._num_tasks)
 
     def of(self, epoch: int) -> Usage:
+        """Usage of one epoch so far."""
         return self._epochs.get(epoch, Usage.none(self._num_tasks))
 
     def forget(self, epoch: int) -> None:
-        """An epoch is over."""
+        """Drop the counts of an epoch that is over."""
         self._epochs.pop(epoch, None)
 
 
 class MicroBatches:
-    """The micro-batches of one rank, to be iterated over once.
+    """The micro-batches of one rank, to be iterated over once; each is built when it is asked for.
 
-    ``num_used``: how many of them iteration has given out so far.
+    Attributes:
+        num_used: number of micro-batches that iteration has yielded so far.
     """
 
     def __init__(self, dataset: PackedDataset, rows: Sequence[Rows], epochs: np.ndarray, width_multiple: int):
-        """
+        """Take the rows of a rank as they are; see :meth:`of_plan` and :meth:`of_draw`.
+
         Args:
-            dataset: where the samples are.
-            rows: the rows of each micro-batch, which have the same number of rows.
+            dataset: of the samples.
+            rows: rows of each micro-batch; all micro-batches have the same number of rows.
             epochs: int64 [micro-batches, rows], the epoch each row is used for.
-            width_multiple: a micro-batch of a padded data set is as wide as a multiple of this many tokens.
+            width_multiple: in a padded data set the width of a micro-batch is a multiple of this many tokens, or the
+                sequence length.
         """
         self._dataset = dataset
         self._rows = rows
@@ -77,21 +79,24 @@ class MicroBatches:
     def of_plan(
         cls, split: PackedSplit, plan: StepPlan, ranks: Ranks, micro_batch_size: int, width_multiple: int
     ) -> "MicroBatches":
-        """The micro-batches of a rank in a step.
+        """Make the micro-batches of a rank in one step.
 
         Args:
-            split: that the plan is of.
+            split: the split that the plan was made from.
             plan: of the step.
-            ranks: which rank of how many.
+            ranks: position of the rank.
             micro_batch_size: rows of a micro-batch.
             width_multiple: see :meth:`__init__`.
+
+        Raises:
+            ValueError: as :func:`.step_plan.shard_plan`.
         """
-        places = shard_plan(plan, ranks, micro_batch_size, split.dataset.padded)
-        rows = [[split.slices_of(pack) for pack in packs_B] for packs_B in plan.packs_G[places]]
-        return cls(split.dataset, rows, plan.epochs_G[places], width_multiple)
+        indices = shard_plan(plan, ranks, micro_batch_size, split.dataset.padded)
+        rows = [[split.slices_of(pack) for pack in packs_B] for packs_B in plan.packs_G[indices]]
+        return cls(split.dataset, rows, plan.epochs_G[indices], width_multiple)
 
     @classmethod
-    def of_rows(
+    def of_draw(
         cls,
         dataset: PackedDataset,
         rows: Rows,
@@ -100,18 +105,18 @@ class MicroBatches:
         batch_multiple: int,
         width_multiple: int,
     ) -> "MicroBatches":
-        """The micro-batches of a rank in a draw.
+        """Make the micro-batches of a rank in one validation draw.
 
         Args:
-            dataset: where the samples are.
-            rows: of all ranks.
-            ranks: which rank of how many.
+            dataset: of the samples.
+            rows: of the draw, for all ranks.
+            ranks: position of the rank.
             micro_batch_size: rows of a micro-batch.
-            batch_multiple: empty rows are added up to a multiple of this many.
+            batch_multiple: empty rows are added up to a multiple of this many; see :func:`.shard_rows`.
             width_multiple: see :meth:`__init__`.
         """
-        own = shard_rows(list(rows), ranks, micro_batch_size, batch_multiple)
-        return cls(dataset, own, np.zeros((len(own), micro_batch_size), np.int64), width_multiple)
+        shard = shard_rows(rows, ranks, micro_batch_size, batch_multiple)
+        return cls(dataset, shard, np.zeros((len(shard), micro_batch_size), np.int64), width_multiple)
 
     @property
     def padded(self) -> bool:
@@ -124,10 +129,10 @@ class MicroBatches:
     def __iter__(self) -> Iterator[Batch[np.ndarray]]:
         for rows in self._rows:
             self.num_used += 1
-            yield rows_of(self._dataset, rows, self._width(rows))
+            yield build_batch(self._dataset, rows, self._width(rows))
 
     def skip(self) -> None:
-        """Count all of them as used without making them."""
+        """Count all micro-batches as used without building them."""
         self.num_used = len(self._rows)
 
     def add_used_to(self, usage: UsageByEpoch) -> None:

@@ -1,10 +1,10 @@
-"""What each step consumes: a pure function of (data set, split, seed, global batch size, consumed samples).
+"""The plan of each step, a pure function of (data set, split, seed, global batch size, consumed samples).
 
-The packs form an endless stream: epoch after epoch, each in an order of its own. A global batch takes the next packs of
-the stream, so an epoch uses every pack exactly once, for any data-parallel size, and the last, incomplete global batch
-of an epoch is filled from the next. Every rank computes the same plan; resuming needs one number.
+The packs form an endless stream: epoch after epoch, each in another order. A global batch takes the next packs of the
+stream, so an epoch uses every pack exactly once for any data-parallel size, and the last, incomplete global batch of an
+epoch is filled from the next epoch. Every rank computes the same plan; resuming needs one number.
 
-Which rank gets which rows of a global batch is decided by what they cost (:func:`shard_plan`). That changes nothing but
+The rows of a global batch are distributed over the ranks by their cost (:func:`shard_plan`). That changes nothing but
 the order of a sum.
 """
 
@@ -21,7 +21,7 @@ from .dataset import PackedSplit
 
 
 def plan_step(split: PackedSplit, *, seed: int, global_batch_size: int, consumed_samples: int) -> StepPlan:
-    """The plan of the step that comes after ``consumed_samples`` packs.
+    """Plan the step that comes after ``consumed_samples`` packs.
 
     Raises:
         ValueError: ``consumed_samples`` is negative or ``global_batch_size`` below 1.
@@ -29,16 +29,16 @@ def plan_step(split: PackedSplit, *, seed: int, global_batch_size: int, consumed
     if consumed_samples < 0 or global_batch_size < 1:
         raise ValueError(f"consumed_samples {consumed_samples}, global_batch_size {global_batch_size}")
     stream = np.arange(consumed_samples, consumed_samples + global_batch_size)
-    epochs_G, places = np.divmod(stream, split.num_packs)
+    epochs_G, indices = np.divmod(stream, split.num_packs)
     packs_G = np.empty(global_batch_size, np.int64)
     for epoch in np.unique(epochs_G):
         order = epoch_order(split.dataset.dataset_hash, split.name, seed, int(epoch), split.num_packs)
-        packs_G[epochs_G == epoch] = order[places[epochs_G == epoch]]
+        packs_G[epochs_G == epoch] = order[indices[epochs_G == epoch]]
     return _plan(split, packs_G, epochs_G)
 
 
 def plan_evaluation(split: PackedSplit, global_batch_size: int) -> Iterator[StepPlan]:
-    """Plans that go through the whole split once, in order; the last is filled up with empty rows."""
+    """Plan one pass over the whole split, in order; the last plan is filled up with empty rows."""
     for start in range(0, split.num_packs, global_batch_size):
         packs_G = np.arange(start, start + global_batch_size)
         packs_G[packs_G >= split.num_packs] = -1
@@ -50,13 +50,17 @@ def _plan(split: PackedSplit, packs_G: np.ndarray, epochs_G: np.ndarray) -> Step
 
 
 def row_costs(split: PackedSplit, packs_G: np.ndarray) -> np.ndarray:
-    """What each row costs to compute, int64 [G]; 0 for -1, the empty pack.
+    """Computational cost of each row, int64 [G]; 0 for -1, the empty pack.
 
-    Packed rows differ in their attention alone: Σ length² of their segments. Padded rows differ in everything, since
-    they are only as wide as they must be: their length.
+    Packed rows differ only in their attention: Σ length² of their segments. Padded rows, which are only as wide as
+    necessary, differ in everything: their length.
+
+    Args:
+        split: of the packs.
+        packs_G: int64 [G], indices of packs.
     """
-    slices, number = split.slices_of_packs(packs_G)
-    row = np.repeat(np.arange(len(packs_G)), number)
+    slices, counts = split.slices_of_packs(packs_G)
+    row = np.repeat(np.arange(len(packs_G)), counts)
     lengths = slices.lengths if split.dataset.joined or split.dataset.padded else slices.lengths**2
     costs_G = np.zeros(len(packs_G), np.int64)
     np.add.at(costs_G, row, lengths)
@@ -64,17 +68,18 @@ def row_costs(split: PackedSplit, packs_G: np.ndarray) -> np.ndarray:
 
 
 def shard_plan(plan: StepPlan, ranks: Ranks, micro_batch_size: int, padded: bool) -> np.ndarray:
-    """The rows of one data-parallel rank: places in the plan, int64 [micro-batches, ``micro_batch_size``].
+    """Choose the rows of one data-parallel rank: indices into the plan, int64 [micro-batches, ``micro_batch_size``].
 
-    All ranks get the same number of rows of about the same cost, from the dearest to the cheapest, so that what
-    computes at the same time costs about the same. A rank alone takes packed rows as they come.
+    All ranks get the same number of rows and about the same total cost, each from the most expensive row to the
+    cheapest, so that rows that are computed at the same time cost about the same. A single rank takes packed rows in
+    the order of the plan.
 
     Args:
-        plan: of the step; empty rows cost nothing and are dealt like all others.
-        ranks: which rank of how many.
+        plan: of the step; empty rows have cost 0 and are distributed like all others.
+        ranks: position of the rank.
         micro_batch_size: rows of a micro-batch.
-        padded: a micro-batch is as wide as its longest row, so rows of like length share one, and micro-batches are
-            dealt instead of rows.
+        padded: a micro-batch is as wide as its longest row, so rows of similar length share one, and micro-batches are
+            distributed instead of rows.
 
     Raises:
         ValueError: G is not a multiple of ``micro_batch_size * data_size``.
@@ -92,7 +97,7 @@ def shard_plan(plan: StepPlan, ranks: Ranks, micro_batch_size: int, padded: bool
 
 @functools.lru_cache(maxsize=4)
 def epoch_order(dataset_hash: str, split: str, seed: int, epoch: int, num_packs: int) -> np.ndarray:
-    """Order of the packs in one epoch, int64 [packs], not to be written to."""
+    """Order of the packs in one epoch, int64 [packs], read-only."""
     order = named_permutation(f"{dataset_hash}/{split}/{seed}/{epoch}", num_packs)
     order.setflags(write=False)
     return order

@@ -1,8 +1,8 @@
 """Proof that an epoch used every slice exactly as often as planned: a count and a 64-bit digest of each task.
 
 Each use of a slice adds a hash of (sample, start) to its task's digest, modulo 2^64. Sums do not depend on an order, so
-digests of several ranks add up to that of the epoch whatever the layout was, and what a resumed run adds continues
-them. A slice that is lost, doubled or exchanged for another changes its task's digest.
+digests of several ranks add up to that of the epoch for every parallel layout, and a resumed run continues them. A
+slice that is lost, doubled or replaced by another one changes its task's digest.
 """
 
 import dataclasses
@@ -13,24 +13,36 @@ from mft_megatron.data.sample_slices import SampleSlices
 
 from .dataset import PackedSplit
 
-# slices looked at together: their arrays stay in the processor's cache
+# the arrays of so many slices fit in the processor's cache
 _BLOCK = 1 << 15
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Usage:
-    """Uses of slices by task: ``slices_K`` int64 [K], how many; ``digest_K`` uint64 [K], sums of :func:`hash64`."""
+    """Uses of slices by task.
+
+    Attributes:
+        slices_K: int64 [K], number of uses.
+        digest_K: uint64 [K], sum of :func:`hash64` over the uses.
+    """
 
     slices_K: np.ndarray
     digest_K: np.ndarray
 
     @classmethod
     def none(cls, num_tasks: int) -> "Usage":
+        """No use of any slice; ``num_tasks`` is ``K``."""
         return cls(np.zeros(num_tasks, np.int64), np.zeros(num_tasks, np.uint64))
 
     @classmethod
     def of(cls, slices: SampleSlices, task_ids: np.ndarray, num_tasks: int) -> "Usage":
-        """One use of each of some slices; ``task_ids`` int [slices]."""
+        """One use of each of these slices.
+
+        Args:
+            slices: P slices.
+            task_ids: int [P], task of each slice.
+            num_tasks: ``K``.
+        """
         digest_K = np.zeros(num_tasks, np.uint64)
         np.add.at(digest_K, task_ids, hash64(slices.samples, slices.starts))
         return cls(np.bincount(task_ids, minlength=num_tasks), digest_K)
@@ -39,13 +51,12 @@ class Usage:
         return Usage(self.slices_K + other.slices_K, self.digest_K + other.digest_K)
 
     def differs_from(self, other: "Usage") -> np.ndarray:
-        """Which tasks differ, bool [K]."""
+        """Whether the uses of each task differ, bool [K]."""
         return (self.slices_K != other.slices_K) | (self.digest_K != other.digest_K)
 
 
 def planned_usage(split: PackedSplit) -> Usage:
-    """What one epoch uses by the split's index: every slice as often as it is there. Takes about a second for ten
-    million slices."""
+    """Usage of one whole epoch by the split's index. It takes about a second for ten million slices."""
     total = Usage.none(split.num_tasks)
     task_ids = np.asarray(split.dataset.task_ids)
     for first in range(0, split.num_slices, _BLOCK):
@@ -55,8 +66,14 @@ def planned_usage(split: PackedSplit) -> Usage:
 
 
 def hash64(samples: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """A 64-bit hash of slices (the finalizer of SplitMix64), uint64; different for different slices as long as there
-    are fewer than 2^32 samples."""
+    """Hash of each slice: the finalizer of SplitMix64, uint64 [P].
+
+    Different slices have different hashes as long as there are fewer than 2^32 samples.
+
+    Args:
+        samples: int64 [P], index of the sample.
+        starts: int64 [P], index of the first token within the sample.
+    """
     x = samples.astype(np.uint64)
     x <<= np.uint64(32)
     x ^= starts.astype(np.uint64)

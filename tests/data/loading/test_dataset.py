@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from mft_megatron.data.loading.dataset import PackedDataset, packed_lengths
 from mft_megatron.errors import InputError
+from tests.made_dataset import batch_of_packs
 
 
 def slow_row(split, pack):
@@ -35,7 +36,7 @@ def slow_row(split, pack):
 
 
 def assert_rows_are_right(split, packs):
-    batch = split.rows(np.array(packs))
+    batch = batch_of_packs(split, np.array(packs))
     rows = [slow_row(split, pack) for pack in packs]
     expected = np.array([row for row, _ in rows])
     got = (batch.tokens_BS, batch.labels_BS, batch.loss_mask_BS, batch.task_ids_BS, batch.position_ids_BS)
@@ -83,7 +84,7 @@ def test_rows_of_any_choice_of_packs(dataset, data):
 
 
 def test_an_empty_pack_is_all_padding(dataset):
-    batch = dataset.split("train").rows(np.array([-1, -1]))
+    batch = batch_of_packs(dataset.split("train"), [-1, -1])
     assert (batch.tokens_BS == dataset.pad_token_id).all()
     assert not batch.loss_mask_BS.any()
     assert batch.cu_seqlens.tolist() == [0, 256, 512]
@@ -94,7 +95,7 @@ def test_an_empty_pack_is_all_padding(dataset):
 def test_counts_equal_a_recount_of_the_rows(dataset, data):
     split = dataset.split("train")
     packs = np.array(data.draw(st.lists(st.integers(-1, split.num_packs - 1), min_size=1, max_size=6)))
-    batch = split.rows(packs)
+    batch = batch_of_packs(split, packs)
     supervised = batch.loss_mask_BS.astype(bool)
     task, sample = batch.task_ids_BS[supervised], batch.sample_ids_BS[supervised]
     tokens_K, samples_K = split.counts(packs)
@@ -138,7 +139,7 @@ def test_padding_is_by_position_and_never_by_id(make_dataset, tokenizer_folder):
     """Samples that contain the pad id, as text, keep it as a token like any other."""
     prefix, _ = make_dataset({"t": [{"prompt": "say<|pad|>a<|pad|>", "completion": "b"}] * 3}, split=(1, 0, 0))
     opened = PackedDataset.open(prefix, 256)
-    batch = opened.split("train").rows(np.array([0]))
+    batch = batch_of_packs(opened.split("train"), [0])
     assert (batch.labels_BS == opened.pad_token_id).sum() == 6
     assert opened.splits == ("train",)
 

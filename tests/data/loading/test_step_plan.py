@@ -11,6 +11,7 @@ from mft_megatron.batch import Ranks, StepPlan
 from mft_megatron.data._sample_index import best_fit_decreasing
 from mft_megatron.data.loading.step_plan import epoch_order, plan_evaluation, plan_step, shard_plan
 from mft_megatron.data.sample_slices import SampleSlices
+from tests.made_dataset import batch_of_packs
 
 
 class Packs:
@@ -97,7 +98,7 @@ def test_a_plan_counts_what_it_uses():
 def test_a_plan_counts_what_its_rows_hold(dataset):
     split = dataset.split("train")
     plan = plan_step(split, seed=1, global_batch_size=split.num_packs + 3, consumed_samples=2)
-    batch = split.rows(plan.packs_G)
+    batch = batch_of_packs(split, plan.packs_G)
     counted = np.bincount(batch.task_ids_BS[batch.loss_mask_BS == 1], minlength=split.num_tasks)
     np.testing.assert_array_equal(plan.supervised_tokens_K, counted)
 

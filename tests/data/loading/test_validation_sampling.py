@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mft_megatron.batch import Ranks
-from mft_megatron.data.loading.dataset import PackedDataset, rows_of
+from mft_megatron.data.loading.build_batch import build_batch
+from mft_megatron.data.loading.dataset import PackedDataset
 from mft_megatron.data.loading.validation_sampling import ValidationDraws, shard_rows
 from mft_megatron.data.sample_slices import NO_SLICES, SampleSlices, concatenate_slices
 
@@ -189,7 +190,7 @@ def test_draws_of_a_real_split(dataset, number, num_packs, data_size):
     tokens = np.zeros(split.num_tasks, np.int64)
     for rank in range(data_size):
         for micro_batch in shard_rows(rows, Ranks(rank, data_size), 2, 2 * data_size):
-            batch = rows_of(dataset, micro_batch)
+            batch = build_batch(dataset, micro_batch)
             assert batch.tokens_BS.shape == (2, split.seq_length)
             tokens += np.bincount(batch.task_ids_BS[batch.loss_mask_BS == 1], minlength=split.num_tasks)
     whole, _ = split.counts(np.arange(split.num_packs))
@@ -221,5 +222,5 @@ def test_draws_of_windows_and_of_joined_rows(make_dataset):
     assert len(rows) == 4
     for row in rows:
         assert any(all(np.array_equal(a, b) for a, b in zip(row, pack, strict=True)) for pack in packs)
-    batch = rows_of(joined, rows)
+    batch = build_batch(joined, rows)
     assert np.bincount(batch.task_ids_BS[batch.loss_mask_BS == 1]).min() > 0

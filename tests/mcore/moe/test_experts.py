@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mft_megatron.batch import Batch
+from tests.made_dataset import batch_of_packs
 from tests.moe_reference import gradients, router_loss
 from tests.ranks import run_on_ranks
 
@@ -44,7 +45,7 @@ def _step(prefix, extra, world, scale=None):
         weights = {_global(name, first): weight.detach().cpu().clone() for name, weight in model.named_parameters()}
         plan = plan_step(split, seed=3, global_batch_size=4, consumed_samples=0)
         indices = shard_plan(plan, process_groups.ranks(), arguments.training.micro_batch_size, False)
-        micro_batches = [split.rows(packs_B) for packs_B in plan.packs_G[indices]]
+        micro_batches = [batch_of_packs(split, packs_B) for packs_B in plan.packs_G[indices]]
         report = trainer.train_step(split, plan, np.ones(len(dataset.tasks)))
         return types.SimpleNamespace(
             network=arguments.network,
