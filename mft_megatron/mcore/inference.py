@@ -1,4 +1,4 @@
-"""Logits of a model that is only looked at: one process, no optimizer, no gradients, the memory of its weights."""
+"""Logits of a model in one process, without optimizer and gradients; memory is that of the weights."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -21,11 +21,11 @@ from .platform import devices
 
 @contextlib.contextmanager
 def model_of(arguments: Arguments, vocab_size: int, source: WeightSource) -> Iterator[PackedGPTModel]:
-    """The model of these arguments on this process alone, with weights from anywhere, ready for :func:`logits_of`.
+    """Build the model of these arguments in this process alone, with weights from any source, for :func:`logits_of`.
 
     Args:
-        arguments: of one process.
-        vocab_size: real size of the vocabulary.
+        arguments: complete and checked, for one process.
+        vocab_size: tokens of the vocabulary, without padding.
         source: where weights are read from.
 
     Raises:
@@ -38,18 +38,23 @@ def model_of(arguments: Arguments, vocab_size: int, source: WeightSource) -> Ite
 
 
 def logits_of(model: PackedGPTModel, tokens: Sequence[int]) -> Tensor:
-    """Logits after each token of one text: fp32 [S, vocabulary], on the CPU, without padded rows."""
+    """Compute the logits after each token of one text: fp32 [S, vocab_size], on the CPU.
+
+    Args:
+        model: from :func:`model_of`.
+        tokens: ids of the text, S of them.
+    """
     tokens_BS = np.asarray(tokens, np.int64)[None]
-    nothing = np.zeros_like(tokens_BS)
+    zeros_BS = np.zeros_like(tokens_BS)
     ends = np.array([0, tokens_BS.size], np.int32)
-    # what is not looked at for logits: labels, mask, task
-    batch = Batch(
+    # labels, mask and task do not change logits
+    batch: Batch[np.ndarray] = Batch(
         tokens_BS,
-        nothing,
-        nothing.astype(np.uint8),
+        zeros_BS,
+        zeros_BS.astype(np.uint8),
         np.arange(tokens_BS.size)[None],
-        nothing,
-        nothing,
+        zeros_BS,
+        zeros_BS,
         ends,
         len(tokens),
     )

@@ -164,7 +164,7 @@ def _weights(prefix, extra, world, folder):
         info = CheckpointInfo(0, 0, {}, 500, {}, "", 0, 8, layout=process_groups.layout())
         reader = TensorReader(checkpoint.save(Path(folder), trainer, info, arguments.checkpoint))
         names = sorted(reader.names())
-        return dict(zip(names, reader.read([(name, None) for name in names]), strict=True))
+        return {name: reader.read(name) for name in names}
 
 
 @pytest.mark.parametrize("layout", [f"{EP} {SENT}", pytest.param(WHOLE, marks=pytest.mark.slow)])

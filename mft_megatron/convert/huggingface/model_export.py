@@ -139,7 +139,7 @@ def _write_weights(
     ]
     with contextlib.closing(ShardWriter(folder, planned, shard_bytes)) as writer:
         for weight, index in ordered:
-            content = without_padding(weight.name, reader.read([(weight.name, index)])[0], sizes["vocab"])
+            content = without_padding(weight.name, reader.read(weight.name, index), sizes["vocab"])
             parts = split(content, weight.blocks(sizes))
             for name, hf_weight in zip(weight.hf_names_at(index), parts, strict=True):
                 writer.write(name, hf_weight)

@@ -218,7 +218,7 @@ class _WholeWeights:
         self._reader, self._weights = reader, weights
 
     def read(self, wanted: WeightSlice) -> Tensor:
-        weight = self._reader.read([_source(self._reader, wanted.name, wanted.index)])[0]
+        weight = self._reader.read(*_source(self._reader, wanted.name, wanted.index))
         return weight[wanted.region].to(self._weights[wanted.name].dtype)
 
 

@@ -67,7 +67,7 @@ class AdapterReader:
             return None
         row, layer, number = self._where[weight]
         if self._last[0] != (row.ours, layer):
-            a, b = self._reader.read([(row.ours + LORA_A, layer), (row.ours + LORA_B, layer)])
+            a, b = (self._reader.read(row.ours + letter, (layer,)) for letter in (LORA_A, LORA_B))
             self._last = (row.ours, layer), row.factors(a, b)
         return self._last[1][number]
 

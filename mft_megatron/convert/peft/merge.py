@@ -122,7 +122,7 @@ class CheckpointBase:
         ]
 
     def read(self, row: MappedWeight, place: tuple[int, ...]) -> Iterator[Tensor]:
-        weight = without_padding(row.name, self._reader.read([(row.name, place)])[0], self.info.vocab_size)
+        weight = without_padding(row.name, self._reader.read(row.name, place), self.info.vocab_size)
         yield from split(weight, row.blocks(self._sizes))
 
     def write_config(self, folder: Path) -> None:

@@ -1,31 +1,29 @@
-"""Single weights of a distributed checkpoint, whole, without process groups and without a model.
+"""Read single weights of a distributed checkpoint, whole, without process groups and without a model.
 
-Megatron-Core's ``torch_dist`` checkpoints are checkpoints of ``torch.distributed.checkpoint``. Its reader is given the
-pieces that a weight, or one layer of a stack of weights, is stored in, so memory is that of the weights asked for.
+Megatron-Core's ``torch_dist`` checkpoints are checkpoints of ``torch.distributed.checkpoint``. torch's reader is given
+only the stored chunks of the requested weights or layers, so memory is that of the result.
 """
 
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from mft_megatron.errors import InputError
-
-Request = tuple[str, int | tuple[int, ...] | None]
 
 
 class TensorReader:
     """Reads weights of the checkpoint in one ``iter_NNNNNNN`` folder."""
 
     def __init__(self, path: Path):
-        """
+        """Read the checkpoint's index.
+
         Raises:
-            InputError: the checkpoint's index is missing or damaged.
+            InputError: it is missing or damaged.
         """
         self._path = path
         self._reader = FileSystemReader(path)
@@ -36,94 +34,90 @@ class TensorReader:
                 f"{path}: its index .metadata cannot be read ({error}); the checkpoint is damaged"
             ) from None
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+        self._tensors = {
+            name: entry
+            for name, entry in self._metadata.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
+        }
 
     def names(self) -> list[str]:
         """Names of the model's weights; layers of a kind are stacked under one name."""
-        return [
-            name
-            for name, entry in self._metadata.state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata) and not name.startswith("optimizer.")
-        ]
+        return [name for name in self._tensors if not name.startswith("optimizer.")]
 
     def has_entry(self, name: str) -> bool:
-        """Whether something is stored under exactly this name, weight or not."""
+        """Whether an entry is stored under exactly this name, tensor or not."""
         return name in self._metadata.state_dict_metadata
 
     def entry(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
-        """Shape, with the axes of the stack, and dtype of a weight."""
-        stored = self._metadata.state_dict_metadata[name]
-        return tuple(stored.size), stored.properties.dtype
-
-    def read(self, requests: Iterable[Request]) -> list[Tensor]:
-        """Weights by ``(name, place)``, on the CPU.
-
-        A place is a layer, ``(layer, expert)``, or ``None`` or ``()`` for a weight that is not part of a stack.
+        """Shape, including the axes of the stack, and dtype of a tensor.
 
         Raises:
+            KeyError: there is no such tensor.
+        """
+        stored = self._tensors[name]
+        return tuple(stored.size), stored.properties.dtype
+
+    def read(self, name: str, index: tuple[int, ...] = ()) -> Tensor:
+        """Read a weight.
+
+        Args:
+            name: in the checkpoint.
+            index: position in the stack: ``(layer,)``, ``(layer, expert)``, or ``()`` for the whole weight, stacked or
+                not.
+
+        Returns:
+            the weight without the indexed axes, on the CPU, in its stored dtype.
+
+        Raises:
+            KeyError: there is no such tensor.
             InputError: a file of the checkpoint is missing or damaged.
         """
-        planner = _WeightPlanner(
-            [(name, _place(place), self._metadata.state_dict_metadata[name]) for name, place in requests]
-        )
+        planner = _WeightPlanner(name, index, self._tensors[name])
         plan = self._reader.prepare_local_plan(planner.create_local_plan())
         try:
             self._reader.read_data(plan, planner).wait()
         except Exception as error:
             raise InputError(f"{self._path}: cannot be read ({error}); the checkpoint is damaged") from None
-        return planner.weights()
+        return planner.weight()
 
 
 class _WeightPlanner(LoadPlanner):
-    """Tells torch's reader where each stored piece goes."""
+    """Gives torch's reader the memory for the stored chunks of one weight."""
 
-    def __init__(self, requests: list[tuple[str, tuple[int, ...], TensorStorageMetadata]]):
-        self._requests = requests
-        self._chunks: list[ChunkStorageMetadata] = []
-        self._data: dict[tuple[str, tuple[int, ...]], Tensor] = {}
-        for name, place, stored in requests:
-            rest = stored.size[len(place) :]
-            chunk = ChunkStorageMetadata(
-                torch.Size([*place, *(0 for _ in rest)]), torch.Size([*(1 for _ in place), *rest])
-            )
-            self._chunks.append(chunk)
-            self._data[name, tuple(chunk.offsets)] = torch.empty(chunk.sizes, dtype=stored.properties.dtype)
+    def __init__(self, name: str, index: tuple[int, ...], stored: TensorStorageMetadata):
+        rest = stored.size[len(index) :]
+        self._name, self._stored, self._shape = name, stored, rest
+        self._wanted = ChunkStorageMetadata(
+            torch.Size([*index, *(0 for _ in rest)]), torch.Size([*(1 for _ in index), *rest])
+        )
+        self._data = torch.empty(self._wanted.sizes, dtype=stored.properties.dtype)
 
-    def weights(self) -> list[Tensor]:
-        return [
-            self._data[name, tuple(chunk.offsets)].view(chunk.sizes[len(place) :])
-            for (name, place, _), chunk in zip(self._requests, self._chunks, strict=True)
-        ]
+    def weight(self) -> Tensor:
+        return self._data.view(self._shape)
 
     def create_local_plan(self) -> LoadPlan:
-        items = []
-        for (name, _, stored), chunk in zip(self._requests, self._chunks, strict=True):
-            items += create_read_items_for_chunk_list(name, stored, [chunk])
-        return LoadPlan(items)
+        return LoadPlan(create_read_items_for_chunk_list(self._name, self._stored, [self._wanted]))
 
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        """The part of a weight that one stored piece fills."""
-        weight = self._data[read_item.dest_index.fqn, tuple(read_item.dest_index.offset)]
+        """Give the slice of the weight that one stored chunk fills."""
+        part = self._data
         for axis, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
-            weight = weight.narrow(axis, start, length)
-        return weight
+            part = part.narrow(axis, start, length)
+        return part
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        """The piece is in place already: the reader copies into what :meth:`resolve_tensor` gave."""
+        """Do nothing: the reader has copied into the slice that :meth:`resolve_tensor` gave."""
 
-    def set_up_planner(self, state_dict, metadata=None, is_coordinator=False) -> None:
-        raise NotImplementedError("made with its requests")
+    def set_up_planner(
+        self, state_dict: dict[str, object], metadata: Metadata | None = None, is_coordinator: bool = False
+    ) -> None:
+        raise NotImplementedError("made with its weight")
 
-    def create_global_plan(self, global_plan):
+    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
         return global_plan
 
-    def finish_plan(self, new_plan):
-        return new_plan
+    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
+        return central_plan
 
-    def load_bytes(self, read_item: ReadItem, value) -> None:
+    def load_bytes(self, read_item: ReadItem, value: object) -> None:
         raise NotImplementedError("only weights are read")
-
-
-def _place(place: int | tuple[int, ...] | None) -> tuple[int, ...]:
-    if place is None:
-        return ()
-    return (place,) if isinstance(place, int) else place

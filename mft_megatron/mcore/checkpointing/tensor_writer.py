@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -74,7 +75,7 @@ def write_weights(
     chunks: dict[str, list[ChunkStorageMetadata]] = {name: [] for name in weights}
     for part in slices:
         chunks[part.name].append(_chunk(part))
-    content = {
+    content: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {
         name: TensorStorageMetadata(TensorProperties(weight.dtype), torch.Size(weight.shape), chunks[name])
         for name, weight in weights.items()
     }
@@ -116,20 +117,22 @@ class _SlicePlanner(SavePlanner):
         self._source = source
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
-        part = self._slices[write_item.index.fqn, tuple(write_item.index.offset)]
+        part = self._slices[write_item.index.fqn, tuple(write_item.index.offset or ())]
         content = self._source.read(part)
         if tuple(content.shape) != part.shape:
             raise ValueError(f"{part}: the content has the shape {tuple(content.shape)}")
         return content.view(part.stacked_shape)
 
-    def set_up_planner(self, state_dict, storage_meta=None, is_coordinator=False) -> None:
+    def set_up_planner(
+        self, state_dict: dict[str, object], storage_meta: object = None, is_coordinator: bool = False
+    ) -> None:
         raise NotImplementedError("made with its slices")
 
-    def create_local_plan(self):
+    def create_local_plan(self) -> SavePlan:
         raise NotImplementedError("made with its slices")
 
-    def create_global_plan(self, all_plans):
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         raise NotImplementedError("made with its slices")
 
-    def finish_plan(self, new_plan):
+    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
         raise NotImplementedError("made with its slices")

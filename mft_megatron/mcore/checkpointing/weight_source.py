@@ -1,4 +1,4 @@
-"""Where weights are read from, slice by slice: the protocol that every source follows, and a checkpoint as a source.
+"""Sources of weights, read slice by slice: the protocol that every source follows, and a checkpoint as a source.
 
 Sources are a checkpoint (:class:`CheckpointSource`), a Hugging Face folder and a PEFT adapter (both in ``convert``).
 Each rank asks a source for its slices of the weights alone, so that no rank holds a whole model.
@@ -48,12 +48,12 @@ class WeightSlice:
 
     @property
     def region(self) -> tuple[slice, ...]:
-        """The slice of a whole weight [rows, columns] that is meant: ``weight[region]``."""
+        """The slice as an index of a whole weight [rows, columns]: ``weight[region]``."""
         return tuple(slice(start, start + size) for start, size in zip(self.start, self.shape, strict=True))
 
 
 class WeightSource(Protocol):
-    """Whatever can give any slice of a model's weights."""
+    """Source of any slice of a model's weights."""
 
     def read(self, wanted: WeightSlice) -> Tensor:
         """Read one slice.
@@ -69,12 +69,13 @@ class WeightSource(Protocol):
 class CheckpointSource:
     """Weights of the checkpoint in one ``iter_NNNNNNN`` folder, for a run whose base is not in its own checkpoints.
 
-    A weight of a layer is read whole and kept until another one is asked for: slices of one, such as gate and up
-    projection, are consecutive. Memory is that of one weight.
+    A weight of a layer is read whole and kept until another one is read: slices of one weight, such as gate and up
+    projection, are read consecutively. Memory is that of one weight.
     """
 
     def __init__(self, path: Path, info: CheckpointInfo):
-        """
+        """Open a checkpoint.
+
         Args:
             path: the checkpoint's folder.
             info: its description.
@@ -120,9 +121,9 @@ class CheckpointSource:
         stack = self._reader.entry(name)[0][: len(index)]
         if any(position >= size for position, size in zip(index, stack, strict=True)):
             raise InputError(
-                f"{self._path}: has {stack[0]} layers of {name}, and number {index[0]} is needed; it is a "
+                f"{self._path}: has {stack[0]} layers of {name}, and layer {index[0]} is needed; it is a "
                 "checkpoint of another model"
             )
-        weight = self._reader.read([(name, index)])[0]
+        weight = self._reader.read(name, index)
         self._last = (name, index), weight
         return weight

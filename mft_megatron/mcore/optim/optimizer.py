@@ -1,8 +1,8 @@
-"""Adam or SGD over this rank's parameters and the schedules of its rates and weight decay, all Megatron-Core's.
+"""Megatron-Core's Adam or SGD over this rank's parameters, and its schedules of learning rate and weight decay.
 
-Schedules count optimizer steps: one increment a step, whatever the batch or world size.
+Schedules count optimizer steps: one increment per step, whatever the batch or world size.
 
-Parameters are in the same groups on every rank: those with weight decay, biases and norms, which have none, and with
+Parameter groups are the same on every rank: parameters with weight decay, biases and norms, which have none, and with
 ``--decoupled-lr`` the word embedding and the output layer.
 """
 
@@ -31,11 +31,13 @@ STATE_DTYPES = {**DTYPES, "fp8": torch.uint8}
 
 
 def build_optimizer(arguments: Arguments, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
-    """The optimizer over all chunks of this rank; with fp32 main weights under ``--bf16`` and ``--fp16``, which the
-    distributed optimizer divides among data-parallel ranks.
+    """Build the optimizer over all chunks of this rank.
+
+    With ``--bf16`` and ``--fp16`` it has fp32 main weights, which the distributed optimizer shards over data-parallel
+    ranks.
 
     Raises:
-        InputError: the optimizer needs what this machine lacks.
+        InputError: the optimizer needs a CUDA device or a package that this machine lacks.
     """
     regularization = arguments.regularization
     config = OptimizerConfig(
@@ -61,7 +63,7 @@ def build_optimizer(arguments: Arguments, chunks: list[DistributedDataParallel])
     overrides = get_standard_config_overrides(config)
     for override in overrides.values():
         if "max_lr" in override:
-            # by this Megatron-Core tells groups of a checkpoint apart, and leaves it to who has more than the usual two
+            # Megatron-Core tells a checkpoint's groups apart by this, and sets it only for its two usual groups
             override["is_decoupled_lr"] = True
     ratio = arguments.lora.loraplus_lr_ratio
     if ratio is not None:
@@ -74,7 +76,7 @@ def _precision(arguments: Arguments) -> dict[str, Any]:
     """Dtypes of the optimizer's states, and the loss scale.
 
     Raises:
-        InputError: states in smaller dtypes where no optimizer can keep them.
+        InputError: no optimizer on this machine can keep states in smaller dtypes.
     """
     p = arguments.precision
     if p.use_precision_aware_optimizer and not (arguments.training.optimizer_cpu_offload or USING_TE_OPTIMIZER):
@@ -99,10 +101,10 @@ def _precision(arguments: Arguments) -> dict[str, Any]:
 
 
 def _offload(arguments: Arguments) -> dict[str, Any]:
-    """Which states are in the host's memory.
+    """Options for states in the host's memory.
 
     Raises:
-        InputError: there is no other memory.
+        InputError: there is no CUDA device, so all states are in the host's memory.
     """
     training = arguments.training
     if training.optimizer_cpu_offload and not devices.HAS_CUDA:
@@ -118,7 +120,7 @@ def _offload(arguments: Arguments) -> dict[str, Any]:
 
 
 def build_scheduler(arguments: Arguments, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
-    """Warm-up and decay of the learning rate and growth of the weight decay, in optimizer steps."""
+    """Build the schedule of learning rate and weight decay, in optimizer steps."""
     schedule, regularization = arguments.learning_rate, arguments.regularization
     start_decay, end_decay = regularization.start_weight_decay, regularization.end_weight_decay
     if regularization.weight_decay_incr_style == "constant":
@@ -137,18 +139,18 @@ def build_scheduler(arguments: Arguments, optimizer: MegatronOptimizer) -> Optim
         wd_incr_style=regularization.weight_decay_incr_style,
         wsd_decay_steps=schedule.lr_wsd_decay_iters,
         lr_wsd_decay_style=schedule.lr_wsd_decay_style,
-        # what the command line says holds; a checkpoint only says how far the schedule has come
+        # the command line decides; a checkpoint gives only the position in the schedule
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
     )
 
 
 def learning_rate(optimizer: MegatronOptimizer) -> float:
-    """The rate of the next step, for parameters with the default schedule."""
+    """Learning rate of the next step, for parameters with the default schedule."""
     return next(group["lr"] for group in optimizer.param_groups if group["default_config"])
 
 
 def loss_scale(optimizer: MegatronOptimizer) -> float | None:
-    """What the next step multiplies its loss by; ``None`` where that is nothing. Waits for the device."""
+    """Factor by which the next step scales its loss, ``None`` without loss scaling. Waits for the device."""
     scaled = any(getattr(part, "grad_scaler", None) for part in optimizer.chained_optimizers)
     return optimizer.get_loss_scale().item() if scaled else None

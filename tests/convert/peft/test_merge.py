@@ -43,7 +43,7 @@ class Case:
         base = {"base": str(self.hf), "base_digest": content_digest(self.hf)}
         made_adapters.write_adapters(self.adapters, self.info, lora, weights, **base)
         reader = TensorReader(self.start / "iter_0000000")
-        model = {key: reader.read([(key, ())])[0] for key in reader.names()}
+        model = {key: reader.read(key) for key in reader.names()}
         made_adapters.write_run(self.whole, self.info, {**model, **weights}, lora=lora.as_dict())
         for run in (self.adapters, self.whole):
             shutil.copytree(self.start / HUGGINGFACE, run / HUGGINGFACE)
@@ -161,7 +161,7 @@ def test_a_model_that_was_trained_from_the_beginning(tmp_path):
     info = made_adapters.info_of(tmp_path / "hf")
     reader = TensorReader(tmp_path / "start" / "iter_0000000")
     lora = made_adapters.lora_for(info, ("linear_proj",))
-    weights = {key: reader.read([(key, ())])[0] for key in reader.names()}
+    weights = {key: reader.read(key) for key in reader.names()}
     weights["embedding.word_embeddings.weight"] = torch.cat([weights["embedding.word_embeddings.weight"]] * 2)[:136]
     weights |= made_adapters.random_adapters(info, lora)
     tokens = {"eos_token_id": 3, "stop_token_ids": [3, 7]}

@@ -65,19 +65,19 @@ def test_rows_beyond_the_vocabulary_are_zero(stored, source):
 def test_a_weight_is_read_once_for_all_its_slices(source, monkeypatch):
     asked = []
     read = source._reader.read
-    monkeypatch.setattr(source._reader, "read", lambda requests: asked.append(requests) or read(requests))
+    monkeypatch.setattr(source._reader, "read", lambda *wanted: asked.append(wanted) or read(*wanted))
     for first in ((0, 0), (6, 0)):
         source.read(WeightSlice(LAYERS, (1,), first, (6, 6)))
     source.read(WeightSlice(NORM, (), (0,), (6,)))
     source.read(WeightSlice(LAYERS, (1,), (0, 0), (6, 6)))
-    assert asked == [[(LAYERS, (1,))], [(NORM, ())], [(LAYERS, (1,))]]
+    assert asked == [(LAYERS, (1,)), (NORM, ()), (LAYERS, (1,))]
 
 
 @pytest.mark.parametrize(
     ("wanted", "complaint"),
     [
         (("decoder.layers.mlp.linear_fc2.weight", (0,), (0, 0), (1, 1)), "has no decoder.layers.mlp.linear_fc2.weight"),
-        ((LAYERS, (3,), (0, 0), (12, 6)), "has 3 layers of decoder.layers.mlp.linear_fc1.weight, and number 3 is"),
+        ((LAYERS, (3,), (0, 0), (12, 6)), "has 3 layers of decoder.layers.mlp.linear_fc1.weight, and layer 3 is"),
         ((LAYERS, (0,), (8, 0), (8, 6)), r"shape \[12, 6\], at least \[16, 6\] is needed"),
         ((LAYERS, (0,), (0, 0), (12, 7)), r"shape \[12, 6\], at least \[12, 7\] is needed"),
         ((EMBEDDING, (), (0, 0), (8, 7)), r"shape \[8, 6\], at least \[5, 7\] is needed"),

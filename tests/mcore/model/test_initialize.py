@@ -34,7 +34,7 @@ def _save(folder, extra, world_size):
             return None
         reader = TensorReader(path)
         names = sorted(reader.names())
-        return dict(zip(names, reader.read([(name, None) for name in names]), strict=True))
+        return {name: reader.read(name) for name in names}
 
 
 @pytest.fixture(scope="module")
