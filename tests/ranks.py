@@ -205,12 +205,3 @@ def torchrun(world_size, *command):
     return run_tool(
         "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}", *command, timeout=300
     )
-
-
-def refusal(process) -> str:
-    """The one line with which a command refused bad input; checks that it is one and that nothing else was said."""
-    lines = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
-    assert process.returncode != 0, process.stdout
-    assert len(lines) == 1, process.stderr
-    assert "Traceback" not in process.stderr, process.stderr
-    return lines[0]

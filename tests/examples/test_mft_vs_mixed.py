@@ -16,7 +16,8 @@ import pytest
 from mft_megatron.arguments.command import parse_arguments
 from mft_megatron.errors import InputError
 from mft_megatron.run_folder import CheckpointInfo, write_info
-from tests.ranks import refusal, run_tool
+from tests.ranks import run_tool
+from tests.refusals import refusal
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "mft_vs_mixed"
 

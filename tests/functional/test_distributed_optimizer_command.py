@@ -6,7 +6,8 @@ import json
 import pytest
 
 from mft_megatron.run_folder import latest_checkpoint
-from tests.ranks import refusal, run_forked, run_on_ranks
+from tests.ranks import run_forked, run_on_ranks
+from tests.refusals import refusal
 
 MODEL = (
     "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --swiglu --normalization RMSNorm "

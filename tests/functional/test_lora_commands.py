@@ -5,7 +5,8 @@ import shutil
 import pytest
 from safetensors.torch import load_file
 
-from tests.ranks import refusal, run_forked, torchrun
+from tests.ranks import run_forked, torchrun
+from tests.refusals import refusal
 
 TOOL = "tools/convert_checkpoint.py"
 

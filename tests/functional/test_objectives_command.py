@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.functional.test_pretrain_command import MODEL, records
-from tests.ranks import refusal, run_forked, run_tool
+from tests.ranks import run_forked, run_tool
+from tests.refusals import refusal
 
 RUN = "--global-batch-size 8 --lr 1e-3 --log-interval 1 --attention-dropout 0 --hidden-dropout 0".split()
 COBA = "--task-balance coba --coba-warmup-steps 2 --coba-history-length 3 --coba-update-interval 2"

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from mft_megatron.data.loading.dataset import PackedDataset
-from tests.ranks import ROOT, refusal, run_tool
+from tests.ranks import ROOT, run_tool
+from tests.refusals import refusal
 
 GOOD = '{"prompt": "def f(", "completion": "x): return x"}\n'
 RECORDS = {

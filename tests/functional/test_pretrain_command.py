@@ -12,11 +12,13 @@ import pytest
 import yaml
 
 from tests.batches import one_segment
+from tests.command_lines import SMALL
 from tests.made_dataset import batch_of_packs
-from tests.ranks import refusal, run_forked, run_on_ranks, run_tool, torchrun
+from tests.ranks import run_forked, run_on_ranks, run_tool, torchrun
+from tests.refusals import refusal
 
 MODEL = (
-    "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --group-query-attention --num-query-groups 2 --swiglu "
+    f"{SMALL} --group-query-attention --num-query-groups 2 --swiglu "
     "--normalization RMSNorm --position-embedding-type rope --disable-bias-linear --untie-embeddings-and-output-weights"
 ).split()
 RUN = (

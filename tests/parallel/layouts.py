@@ -2,10 +2,11 @@
 
 import dataclasses
 
-# Four layers of a Llama: the shape of most tests.
-BODY = "--num-layers 4 --hidden-size 64 --num-attention-heads 4"
+from tests.command_lines import SMALL
+
+# the shape of most tests
 LLAMA = (
-    f"{BODY} --group-query-attention --num-query-groups 2 --swiglu --normalization RMSNorm --position-embedding-type "
+    f"{SMALL} --group-query-attention --num-query-groups 2 --swiglu --normalization RMSNorm --position-embedding-type "
     "rope --disable-bias-linear"
 )
 UNTIED = "--untie-embeddings-and-output-weights"
@@ -21,7 +22,7 @@ SHAPES = {
     "experts": f"{LLAMA} {UNTIED} {EXPERTS}",
     "shared experts": f"{LLAMA} {UNTIED} {EXPERTS} --moe-shared-expert-intermediate-size 64 --moe-z-loss-coeff 1e-3",
     "experts but in the first": f"{LLAMA} {UNTIED} {EXPERTS} --moe-layer-freq [0]+[1]*3",
-    "Megatron's defaults": BODY,
+    "Megatron's defaults": SMALL,
     "q/k norm": (
         f"{LLAMA} --rotary-percent 0.5 --add-qkv-bias --qk-layernorm"  # and biases of q, k and v, and half-rotated
     ),

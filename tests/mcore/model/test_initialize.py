@@ -5,10 +5,11 @@ import pytest
 import torch
 
 from tests.batches import one_segment
+from tests.command_lines import SMALL
 from tests.ranks import run_on_ranks
 
 BASE = (
-    "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --group-query-attention --num-query-groups 2 --swiglu "
+    f"{SMALL} --group-query-attention --num-query-groups 2 --swiglu "
     "--data-path none --seq-length 32 --micro-batch-size 1 --train-iters 1 --lr 1 --make-vocab-size-divisible-by 64 "
     "--position-embedding-type rope "
 )

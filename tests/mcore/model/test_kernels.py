@@ -7,11 +7,9 @@ import pytest
 import torch
 
 from tests import fake_kernels
+from tests.command_lines import SHORT_RUN
 
-BASE = (
-    "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --data-path data --seq-length 128 --micro-batch-size 2 "
-    "--train-iters 10 --lr 1e-3 --swiglu"
-)
+BASE = f"{SHORT_RUN} --swiglu"
 
 
 def of(extra):

@@ -11,6 +11,7 @@ import torch
 
 from mft_megatron.errors import InputError
 from tests import fake_kernels
+from tests.command_lines import SHORT_RUN
 from tests.ranks import run_tool, torchrun
 
 SCRIPT = Path(__file__).parent / "layers_of_transformer_engine.py"
@@ -54,10 +55,7 @@ def test_under_tensor_and_sequence_parallelism(dataset_prefix, tmp_path):
     check(found(torchrun(2, SCRIPT, dataset_prefix, tmp_path, *options.split())))
 
 
-BASE = (
-    "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --data-path data --seq-length 128 --micro-batch-size 2 "
-    "--train-iters 10 --lr 1e-3 --bf16"
-)
+BASE = f"{SHORT_RUN} --bf16"
 
 
 def arguments_for(extra):
