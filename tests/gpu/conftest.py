@@ -1,4 +1,4 @@
-"""Everything in this folder needs a CUDA device, and nothing but PyTorch and Megatron-Core beside it."""
+"""Marks for the tests of this folder, which need a CUDA device; optional packages are skipped where missing."""
 
 from pathlib import Path
 
@@ -10,6 +10,7 @@ REASON = "needs a CUDA device"
 
 
 def pytest_collection_modifyitems(items):
+    """Mark the tests of this folder, and skip them without a CUDA device."""
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.gpu)

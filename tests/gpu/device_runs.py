@@ -1,7 +1,7 @@
-"""Short runs of the trainer on a device of choice, each in a process of its own.
+"""Short runs of the trainer on a chosen device, each in a separate process.
 
-Which device a process computes on is settled when it starts, so a test on the GPU has its counterpart on the CPU
-computed by another process, which sees no GPU: ``on("cpu", "train", …)``. This file is that process's program, too.
+A process has one device from its start on, so a test that compares GPU and CPU starts a process for each; the one for
+the CPU sees no GPU: ``on("cpu", "train", …)``. This file is also the program of these processes.
 """
 
 import json
@@ -11,12 +11,17 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+ANSWER = "ANSWER "  # starts the line of output that holds the result
 
 
 def on(device, function, *arguments, program=__file__):
-    """What a function of this file, or of another ``program``, returns in a process on ``cpu`` or ``cuda``.
+    """Call a function in a process on ``cpu`` or ``cuda`` and return its result.
 
-    Arguments and results are JSON's.
+    Args:
+        device: ``cpu`` or ``cuda``.
+        function: its name in ``program``.
+        arguments: of the function; JSON values, like its result.
+        program: path of the file, which calls :func:`answer`.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     if device == "cpu":
@@ -24,9 +29,10 @@ def on(device, function, *arguments, program=__file__):
     command = [sys.executable, "-W", "ignore", program, function, json.dumps(arguments)]
     process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert process.returncode == 0, process.stderr[-4000:]
-    found = json.loads(next(line for line in process.stdout.splitlines() if line.startswith("FOUND "))[6:])
-    assert found["device"] == device
-    return found["result"]
+    answers = [line for line in process.stdout.splitlines() if line.startswith(ANSWER)]
+    content = json.loads(answers[0].removeprefix(ANSWER))
+    assert content["device"] == device
+    return content["result"]
 
 
 def _trainer(prefix, options):
@@ -57,8 +63,12 @@ def _step(trainer, split, number):
 
 
 def train(prefix, options, steps=2):
-    """``curve``: loss and gradient norm of each step. ``kernel``: what computed attention. ``allocated``: the most
-    bytes that torch had allocated during each step, on CUDA."""
+    """Train some steps.
+
+    Returns:
+        ``curve``: loss and gradient norm of each step. ``kernel``: name of the attention kernel. ``allocated``: peak
+        bytes that torch had allocated in each step; 0 on a CPU.
+    """
     import torch
 
     with _groups(prefix, options):
@@ -81,7 +91,7 @@ def _info():
 
 
 def save(prefix, options, folder):
-    """Two steps and a save; ``third``: the third step, ``path``: of the checkpoint."""
+    """Train two steps, save, and train a third; returns ``path`` of the checkpoint and ``third``, the third step."""
     from mft_megatron.mcore.checkpointing import checkpoint
 
     with _groups(prefix, options):
@@ -93,7 +103,7 @@ def save(prefix, options, folder):
 
 
 def load(prefix, options, path):
-    """The third step after a checkpoint's two."""
+    """Load a checkpoint of two steps and train the third, ``third``."""
     from mft_megatron.mcore.checkpointing import checkpoint
 
     with _groups(prefix, options):
@@ -103,7 +113,7 @@ def load(prefix, options, path):
 
 
 def collectives():
-    """One rank's sums, and who it thinks that it is; ``backend``: of its process group."""
+    """Run the collectives of one rank; ``backend``: of its process group."""
     import numpy as np
     import torch
     import torch.distributed as dist
@@ -121,7 +131,7 @@ def collectives():
 
 
 def worst(ours, theirs):
-    """The largest relative difference of two lists of numbers, nested alike."""
+    """Largest relative difference of two lists of numbers with the same nesting."""
     if isinstance(ours, list):
         assert len(ours) == len(theirs)
         return max(map(worst, ours, theirs))
@@ -129,11 +139,11 @@ def worst(ours, theirs):
 
 
 def answer(functions):
-    """Of a program's process: call the function that :func:`on` names."""
+    """Call the function that :func:`on` has named on the command line, and print its result."""
     result = functions[sys.argv[1]](*json.loads(sys.argv[2]))
     from mft_megatron.mcore.platform import devices
 
-    print("FOUND", json.dumps({"result": result, "device": devices.device().type}))
+    print(ANSWER + json.dumps({"result": result, "device": devices.device().type}))
 
 
 if __name__ == "__main__":

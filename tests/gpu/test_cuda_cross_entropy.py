@@ -8,7 +8,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
 def both(dtype, known, device="cuda"):
-    """Losses and gradients of hidden states and weight, ours on the device and torch's in fp64."""
+    """Losses and gradients of hidden states and weight: ours on the device, and torch's in fp64."""
     from mft_megatron.losses.objective import Slope
     from mft_megatron.mcore.output_layer.fused_cross_entropy import VocabularyShard, token_losses
 

@@ -1,4 +1,4 @@
-"""A mixture of experts on a GPU computes what it does on the CPU."""
+"""A mixture of experts on a GPU against the CPU."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The objective never makes the host wait for a GPU, as torch itself sees it."""
+"""The objective never makes the host wait for a GPU: torch's check of synchronizations is an error."""
 
 import pytest
 import torch
@@ -7,14 +7,14 @@ from tests.objective_step import OBJECTIVES, inputs, run
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
-def test_cuda_sees_no_wait(objective):
-    made = inputs("cuda")
-    run(objective, *made)
+def test_no_synchronization(objective):
+    arguments = inputs("cuda")
+    run(objective, *arguments)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        run(objective, *made)
+        run(objective, *arguments)
         with pytest.raises(RuntimeError):
-            made[1].sum().item()
+            arguments[1].sum().item()
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -1,6 +1,6 @@
-"""A model in 4 bits on CUDA: the library's kernels against the reference, a run against the CPU's, and memory.
+"""A model in 4 bits on CUDA: bitsandbytes' kernels against the reference, a run against the CPU's, and memory.
 
-This file is also the program of the processes that compute on one device or the other, as in :mod:`device_runs`.
+This file is also the program of the processes on either device, see :mod:`device_runs`.
 """
 
 import functools
@@ -16,7 +16,7 @@ LARGE = "--hidden-size 1024 --ffn-hidden-size 2816 --bf16 --micro-batch-size 1"
 
 
 def curve(prefix, options):
-    """Loss and gradient norm of two steps, and what computed the first level."""
+    """Train two steps; returns loss and gradient norm of each, and the name of the kernels of the first level."""
     from mft_megatron.mcore.adapters import nf4
     from mft_megatron.mcore.parallel import process_groups
     from tests.parallel.run import TASK_WEIGHTS, data_seed, open_dataset, plans_of
@@ -32,8 +32,12 @@ def curve(prefix, options):
 
 
 def memory(prefix, options, peft):
-    """Bytes on the GPU when the base is filled, the most until then, and the most in a step; elements in 4 bits, and of
-    the largest matrix."""
+    """Measure memory.
+
+    Returns:
+        bytes on the GPU after the base model is loaded, the peak until then, the peak of a step; elements in 4 bits,
+        and those of the largest matrix.
+    """
     import numpy as np
 
     from mft_megatron.mcore.adapters import quantized_linear
@@ -60,13 +64,13 @@ def memory(prefix, options, peft):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(64, 64), (300, 192), (1024, 2816), (3, 128)])
 def test_kernels(shape, dtype):
-    """Codes are the reference's but for elements in the middle of two values; what is made of codes is the same."""
+    """Codes are the reference's except for elements halfway between two values; dequantised weights are equal."""
     pytest.importorskip("bitsandbytes")
     from mft_megatron.mcore.adapters import nf4
 
     weight = (0.05 * torch.randn(shape, generator=torch.Generator().manual_seed(1))).to(dtype)
     kernels, reference = nf4.Bitsandbytes(), nf4.Reference()
-    codes, magnitudes = (found.cpu() for found in kernels.quantize(weight.cuda()))
+    codes, magnitudes = (tensor.cpu() for tensor in kernels.quantize(weight.cuda()))
     ours = reference.quantize(weight)
     assert magnitudes.equal(ours[1])
     assert (codes != ours[0]).sum() <= codes.numel() // 10000
@@ -76,16 +80,16 @@ def test_kernels(shape, dtype):
 
 
 def test_second_level():
-    """The mean is summed in another order: a magnitude in the middle of two 8-bit numbers may fall to either."""
+    """The order of summation differs, so a magnitude halfway between two 8-bit values may be rounded to either."""
     from mft_megatron.mcore.adapters import nf4
     from tests.mcore.adapters.magnitudes import expand_all
 
     magnitudes = torch.rand(20_000, generator=torch.Generator().manual_seed(1)) + 0.01
-    here, there = nf4.compress(magnitudes), nf4.compress(magnitudes.cuda())
-    assert (here.codes != there.codes.cpu()).sum() <= 20
-    torch.testing.assert_close(there.largest.cpu(), here.largest, rtol=1e-5, atol=0)
-    apart = expand_all(there).cpu() - expand_all(here)
-    assert (apart.abs() > 1e-6).sum() <= 20
+    on_cpu, on_gpu = nf4.compress(magnitudes), nf4.compress(magnitudes.cuda())
+    assert (on_cpu.codes != on_gpu.codes.cpu()).sum() <= 20
+    torch.testing.assert_close(on_gpu.largest.cpu(), on_cpu.largest, rtol=1e-5, atol=0)
+    difference = expand_all(on_gpu).cpu() - expand_all(on_cpu)
+    assert (difference.abs() > 1e-6).sum() <= 20
 
 
 @pytest.mark.parametrize(
@@ -93,22 +97,22 @@ def test_second_level():
 )
 def test_a_run(dataset_prefix, options):
     pytest.importorskip("bitsandbytes")
-    there, kernels = on("cuda", "curve", dataset_prefix, options)
-    here, reference = on("cpu", "curve", dataset_prefix, options)
+    on_gpu, kernels = on("cuda", "curve", dataset_prefix, options)
+    on_cpu, reference = on("cpu", "curve", dataset_prefix, options)
     assert kernels.startswith("bitsandbytes")
     assert reference == "torch"
-    for ours, theirs in zip(there, here, strict=True):
+    for ours, theirs in zip(on_gpu, on_cpu, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3)
 
 
 def test_memory(dataset_prefix):
-    """Of the base there are 4 bits and little more, when it is filled and between forward and backward passes."""
+    """The base model takes little more than 4 bits an element, loaded and between forward and backward passes."""
     pytest.importorskip("bitsandbytes")
     filled, filling, step, elements, largest = on("cuda", "memory", dataset_prefix, LARGE, "qlora")
     whole, _, whole_step, *_ = on("cuda", "memory", dataset_prefix, LARGE, "lora")
     saved = 0.98 * (2 - 0.53) * elements
     assert whole - filled > saved
-    # one matrix at a time: as read, fp32, and what quantising needs beside it
+    # one matrix at a time: as read, in fp32, and with the buffers of quantising
     assert filling - filled < 12 * largest
     # one matrix at a time in 16 bits, with fp32 magnitudes of its blocks
     assert whole_step - step > saved - 4 * largest

@@ -24,6 +24,7 @@ def padded(tmp_path_factory):
 
 
 def skip_if_unavailable(backend):
+    """Skip the test where an attention backend cannot compute it on this machine."""
     from mft_megatron.arguments.values.attention import AttentionShape
     from mft_megatron.mcore.attention.backends import unavailable
 
@@ -33,25 +34,25 @@ def skip_if_unavailable(backend):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_fp32_is_that_of_the_cpu(dataset_prefix, mode):
-    there, here = (on(device, "train", dataset_prefix, MODES[mode]) for device in ("cuda", "cpu"))
-    assert there["kernel"] == here["kernel"] == "local"
-    assert worst(there["curve"], here["curve"]) < 1e-4
+def test_fp32_equals_the_cpu(dataset_prefix, mode):
+    on_gpu, on_cpu = (on(device, "train", dataset_prefix, MODES[mode]) for device in ("cuda", "cpu"))
+    assert on_gpu["kernel"] == on_cpu["kernel"] == "local"
+    assert worst(on_gpu["curve"], on_cpu["curve"]) < 1e-4
 
 
-def test_padded_rows_are_those_of_the_cpu(padded):
-    there, here = (on(device, "train", padded, "") for device in ("cuda", "cpu"))
-    assert worst(there["curve"], here["curve"]) < 1e-4
+def test_padded_rows_equal_the_cpu(padded):
+    on_gpu, on_cpu = (on(device, "train", padded, "") for device in ("cuda", "cpu"))
+    assert worst(on_gpu["curve"], on_cpu["curve"]) < 1e-4
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_bf16_is_near_fp32(dataset_prefix, backend):
     skip_if_unavailable(backend)
-    there = on("cuda", "train", dataset_prefix, f"--bf16 --attention-backend {backend}")
-    here = on("cpu", "train", dataset_prefix, "")
-    assert there["kernel"] == {"fused": "Fused"}.get(backend, backend)
-    assert worst(there["curve"], here["curve"]) < 5e-2
-    assert worst([loss for loss, _ in there["curve"]], [loss for loss, _ in here["curve"]]) < 1e-2
+    on_gpu = on("cuda", "train", dataset_prefix, f"--bf16 --attention-backend {backend}")
+    on_cpu = on("cpu", "train", dataset_prefix, "")
+    assert on_gpu["kernel"] == {"fused": "Fused"}.get(backend, backend)
+    assert worst(on_gpu["curve"], on_cpu["curve"]) < 5e-2
+    assert worst([loss for loss, _ in on_gpu["curve"]], [loss for loss, _ in on_cpu["curve"]]) < 1e-2
 
 
 def test_a_run_with_dropout_repeats_itself(dataset_prefix):
@@ -64,19 +65,19 @@ def test_a_run_with_dropout_repeats_itself(dataset_prefix):
 @pytest.mark.parametrize(("saved", "loaded"), [("cuda", "cpu"), ("cpu", "cuda"), ("cuda", "cuda")])
 @pytest.mark.parametrize("options", ["", "--use-distributed-optimizer"])
 def test_checkpoints_cross_devices(dataset_prefix, tmp_path, saved, loaded, options):
-    kept = on(saved, "save", dataset_prefix, options, str(tmp_path))
-    third = on(loaded, "load", dataset_prefix, options, kept["path"])["third"]
-    assert worst(third, kept["third"]) < (1e-6 if saved == loaded else 1e-4)
+    checkpoint = on(saved, "save", dataset_prefix, options, str(tmp_path))
+    third = on(loaded, "load", dataset_prefix, options, checkpoint["path"])["third"]
+    assert worst(third, checkpoint["third"]) < (1e-6 if saved == loaded else 1e-4)
 
 
 def test_memory_does_not_grow(dataset_prefix):
-    """After the second step, which is the first with optimizer states, a step takes no more than the one before."""
+    """The second step is the first with optimizer states; later steps need no more memory."""
     allocated = on("cuda", "train", dataset_prefix, "", 6)["allocated"]
     assert max(allocated[2:]) <= allocated[1] * 1.05
 
 
 def test_logits_are_not_held(dataset_prefix):
-    """With a large vocabulary the fused losses need less than the logits of a micro-batch beside everything else."""
+    """With a large vocabulary the fused losses save more memory than the logits of a micro-batch take."""
     options = "--make-vocab-size-divisible-by 65536 --micro-batch-size 8"
     fused, whole = (
         on("cuda", "train", dataset_prefix, f"{options} --cross-entropy-impl {name}")["allocated"][1]

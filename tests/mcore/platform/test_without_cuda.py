@@ -1,4 +1,4 @@
-"""Every replacement for machines without CUDA is still needed, and none of them touches what others use."""
+"""Each patch for machines without CUDA is still needed, and none of them changes what other libraries use."""
 
 import importlib.util
 import subprocess
@@ -10,9 +10,9 @@ import torch
 
 from mft_megatron.mcore.platform import patches, without_cuda
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="nothing is replaced where there is CUDA")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with CUDA nothing is patched")
 ROOT = Path(__file__).parents[3]
-# Two steps, a save and a load, with one replacement taken away before Megatron-Core is imported.
+# Two steps, a save and a load, with one patch taken away before Megatron-Core is imported.
 SCRIPT = """
 import sys
 sys.path.insert(0, {root!r})
@@ -23,7 +23,7 @@ if __name__ == "__main__":
     from tests.parallel.run import train_save_load
     print(train_save_load({prefix!r}, {folder!r}))
 """
-# needed by a loss scale (parallel/test_precision.py) and by ranks that share the reading of a checkpoint
+# needed by a loss scale (parallel/test_precision.py) and by ranks that each read a part of a checkpoint
 # (parallel/test_checkpoints_of_distributed_optimizer.py)
 ELSEWHERE = ("optimizer.grad_scaler", "dist_checkpointing.exchange_utils")
 DISABLE = {
@@ -38,6 +38,7 @@ DISABLE = {
 
 
 def run_without(prefix, folder, disable):
+    """Run the script with a patch disabled; returns the finished process."""
     script = folder / "script.py"
     values = {"root": str(ROOT), "prefix": prefix, "folder": str(folder / "run")}
     script.write_text(SCRIPT.format(disable=disable, **values))
@@ -45,7 +46,7 @@ def run_without(prefix, folder, disable):
 
 
 @pytest.mark.slow
-# without jit it is only slower; the other takes ranks that share experts to see: tests/parallel/test_experts.py
+# without jit it is only slower; token counts need ranks with experts: tests/parallel/test_experts.py
 @pytest.mark.parametrize("name", [name for name in DISABLE if name not in ("jit", "token counts of experts")])
 def test_each_is_still_needed(dataset_prefix, tmp_path, name):
     process = run_without(dataset_prefix, tmp_path, DISABLE[name])
@@ -67,8 +68,8 @@ def test_megatron_compiles_by_default():
     assert process.returncode == 0, process.stderr
 
 
-def test_torch_itself_is_left_alone():
-    """Other libraries in the process make tensors, too: wrapped factories once broke loading in transformers."""
+def test_torch_itself_is_not_changed():
+    """Other libraries in the process make tensors too: wrapped factories once broke loading in transformers."""
     code = (
         "import torch\n"
         "def factories(): return torch.empty, torch.zeros, torch.tensor, torch.arange, torch.empty_like\n"
