@@ -7,6 +7,6 @@ from mft_megatron.convert.commands.convert import main
 from mft_megatron.errors import run_command
 
 if __name__ == "__main__":
-    # torchrun ends a run's exports with it, and they are to leave nothing half-written behind
+    # torchrun terminates a run's exports with SIGTERM; as an interrupt it removes the unfinished folder
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(run_command(lambda: main(sys.argv[1:])))

@@ -1,4 +1,4 @@
-"""Round the weights of a Hugging Face folder to 4 bits; runs in an environment of its own. See --help."""
+"""Round the weights of a Hugging Face folder to 4 bits, in a separate environment; see --help."""
 
 import sys
 

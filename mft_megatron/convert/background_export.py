@@ -46,7 +46,8 @@ class Exports:
     """
 
     def __init__(self, target: Path, program: Path, direction: str):
-        """
+        """Prepare exports; nothing is started.
+
         Args:
             target: folder of the exports; an export that exists there is not written again.
             program: ``tools/convert_checkpoint.py``.

@@ -56,7 +56,8 @@ class WeightFiles:
     """The weights of a Hugging Face folder; every header is read at the start and compared with its file."""
 
     def __init__(self, folder: Path):
-        """
+        """Read and check every header.
+
         Raises:
             InputError: no safetensors files there, one is missing, damaged or cut off, or index and files disagree.
         """

@@ -35,7 +35,8 @@ class ShardWriter:
     """Writes weights, in any order, into files whose headers are written first."""
 
     def __init__(self, folder: Path, weights: Sequence[PlannedWeight], shard_bytes: int):
-        """
+        """Create the files and write their headers.
+
         Args:
             weights: all that will be written, in the order of the files.
             shard_bytes: a file is ended before a weight that would make it larger.

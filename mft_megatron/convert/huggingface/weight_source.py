@@ -18,7 +18,8 @@ class HuggingFaceSource:
     """The model of ``--hf-checkpoint DIR``: its description in ``info``, and its weights."""
 
     def __init__(self, folder: str):
-        """
+        """Open a folder and check its weights.
+
         Raises:
             InputError: the model is not supported, or the folder is incomplete.
         """

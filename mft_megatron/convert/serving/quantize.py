@@ -95,7 +95,7 @@ def quantize(source: Path, target: Path, method: str, texts: list[npt.NDArray[np
         import torch
         from transformers import AutoModelForCausalLM
     except ImportError as error:
-        raise InputError(f"{error}: run this tool in an environment of its own, made with {ENVIRONMENT}") from None
+        raise InputError(f"{error}: run this tool in a separate environment, made with {ENVIRONMENT}") from None
     if method == "awq" and not torch.accelerator.is_available():
         raise InputError("--method awq: llmcompressor needs a GPU for it; run it where there is one, or take gptq")
     model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")

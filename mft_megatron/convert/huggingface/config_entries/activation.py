@@ -36,7 +36,8 @@ class TanhGelu:
     """
 
     def __init__(self, name: str, name_in_4: str):
-        """
+        """Name the entries.
+
         Args:
             name: entry that transformers 5 reads.
             name_in_4: entry that transformers 4 reads.

@@ -27,7 +27,8 @@ class Only:
     """An entry that must have one meaning, spelled as any of some values, the first of which is written."""
 
     def __init__(self, name: str, *values: object, absent: object = REQUIRED):
-        """
+        """Set the allowed values.
+
         Args:
             absent: the value that a missing entry stands for; by default the first of ``values``.
         """

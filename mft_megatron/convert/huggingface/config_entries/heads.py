@@ -10,7 +10,8 @@ class Heads:
     """Query heads, key/value heads, and the head size where the configuration has an entry for it."""
 
     def __init__(self, groups: int | None = None, head: int | None = None, has_groups: bool = True):
-        """
+        """Set the defaults of a family.
+
         Args:
             groups: key/value heads of a configuration without that entry; ``None``: as many as query heads.
             head: head size of a configuration without that entry; ``None``: hidden size / heads.

@@ -32,7 +32,7 @@ class Rope:
         if base is not None or not readings:
             base = self._theta if base is None else base
             if readings and any(theta != base for theta, _ in readings):
-                raise InputError(f"rope_theta is {base}, the scaling's own says {readings[0][0]}; correct one of them")
+                raise InputError(f"rope_theta is {base}, that of the scaling is {readings[0][0]}; correct one of them")
             readings = readings or [(base, None)]
         if any(reading != readings[0] for reading in readings):
             raise InputError("rope_scaling and rope_parameters say different things; correct one of them")
