@@ -1,4 +1,4 @@
-"""When to stop a run, or one task of it, on validation losses.
+"""Early stopping of a run, or of single tasks, on validation losses.
 
 ::
 
@@ -11,32 +11,67 @@ replaces, so that many small gains add up to one.
 
 import dataclasses
 import math
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Collection
+from typing import TypedDict
 
 import numpy as np
 
 from mft_megatron.errors import InputError
 
-METRICS = {"macro": "macro_loss", "objective": "loss"}
+from .records import EvaluationRecord
+
+METRICS = ("macro", "objective")
+
+
+class CurveState(TypedDict):
+    """A curve in a checkpoint."""
+
+    best: float | None
+    step: int | None
+    stalled: int
+
+
+class StoppingContent(TypedDict):
+    """A state in a checkpoint: dicts, lists, numbers and names alone; JSON keeps it exactly."""
+
+    metric: str
+    run: CurveState
+    tasks: list[CurveState]
+    stopped_at: list[int | None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """One validation loss: its ``best`` value and the ``step`` of that, ``None`` before there is one, and the number of
-    evaluations since then that were no improvement."""
+    """The course of one validation loss.
+
+    Attributes:
+        best: its lowest value; ``None`` before there is one.
+        step: the step of that value.
+        stalled: evaluations since then that were no improvement.
+    """
 
     best: float | None = None
     step: int | None = None
     stalled: int = 0
 
     def after(self, value: float | None, step: int, min_delta: float) -> "Curve":
-        """The curve with one more evaluation; ``None``, no sample of the task, is none. NaN never improves."""
+        """The curve with one more evaluation.
+
+        Args:
+            value: the loss; ``None`` where the evaluation has no sample of the task, which then does not count; a value
+                that is not finite is no improvement.
+            step: of the evaluation.
+            min_delta: an improvement is a loss lower than the best one by more than this.
+        """
         if value is None:
             return self
         if math.isfinite(value) and (self.best is None or value < self.best - min_delta):
             return Curve(float(value), step)
         return dataclasses.replace(self, stalled=self.stalled + 1)
+
+    def as_dict(self) -> CurveState:
+        """The curve for a checkpoint."""
+        return {"best": self.best, "step": self.step, "stalled": self.stalled}
 
     def __str__(self) -> str:
         return "no finite value" if self.best is None else f"best {self.best:.6g} at step {self.step}"
@@ -44,10 +79,13 @@ class Curve:
 
 @dataclasses.dataclass(frozen=True)
 class StoppingState:
-    """What early stopping remembers.
+    """The memory of early stopping.
 
-    ``metric``: what ``run`` follows. ``tasks``: K curves. ``stopped_at``: K steps, ``None`` for a task that is active.
-    The curve of a stopped task stays as it was.
+    Attributes:
+        metric: the loss that ``run`` follows.
+        run: its curve.
+        tasks: K curves; that of a stopped task stays as it was.
+        stopped_at: K steps, ``None`` for a task that is active.
     """
 
     metric: str
@@ -57,20 +95,21 @@ class StoppingState:
 
     @property
     def active_K(self) -> np.ndarray:  # noqa: N802  (a shape suffix)
-        """Which tasks are still trained, bool [K]; the weight of the others is 0."""
+        """Whether each task is still trained, bool [K]; the weight of the others is 0."""
         return np.array([step is None for step in self.stopped_at], dtype=bool)
 
-    def as_dict(self) -> dict[str, Any]:
-        """The state as dicts, lists, numbers and names alone; JSON keeps it exactly."""
+    def as_dict(self) -> StoppingContent:
+        """The state for a checkpoint."""
         return {
             "metric": self.metric,
-            "run": dataclasses.asdict(self.run),
-            "tasks": [dataclasses.asdict(curve) for curve in self.tasks],
+            "run": self.run.as_dict(),
+            "tasks": [curve.as_dict() for curve in self.tasks],
             "stopped_at": list(self.stopped_at),
         }
 
     @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> "StoppingState":
+    def from_dict(cls, content: StoppingContent) -> "StoppingState":
+        """The state that :meth:`as_dict` has written."""
         return cls(
             content["metric"],
             Curve(**content["run"]),
@@ -81,7 +120,7 @@ class StoppingState:
 
 @dataclasses.dataclass(frozen=True)
 class StoppedTask:
-    """A task that has converged: its best validation loss, and when that was."""
+    """A task that has converged: its name, its best validation loss, and the step of that."""
 
     name: str
     best: float | None
@@ -90,10 +129,12 @@ class StoppedTask:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What one evaluation means for the run.
+    """The consequences of one evaluation.
 
-    ``improved``: it is the best so far. ``reason``: why the run is over, ``None`` if it is not. ``stopped_tasks``:
-    those that this evaluation stopped.
+    Attributes:
+        improved: whether it is the best so far.
+        reason: the reason to end the run; ``None`` if it continues.
+        stopped_tasks: the tasks that this evaluation stopped.
     """
 
     improved: bool
@@ -102,21 +143,23 @@ class Outcome:
 
     @property
     def stop(self) -> bool:
+        """Whether the run ends."""
         return self.reason is not None
 
 
 @dataclasses.dataclass(frozen=True)
 class EarlyStopping:
-    """The options, for the tasks of one data set.
+    """The options of early stopping, for the tasks of one data set.
 
-    Args:
+    Attributes:
         task_names: K names.
-        patience: stop after so many evaluations in a row without an improvement of the metric; ``None``: never, but the
-            best is known all the same.
+        patience: the run ends after so many consecutive evaluations without an improvement of the metric; ``None`` for
+            never, but the best is known all the same.
         metric: the loss to follow: macro, objective or the name of a task. The objective changes with the tasks'
             weights, so its values compare only while these stay.
         min_delta: an improvement is a loss lower than the best one by more than this; for single tasks, too.
-        task_patience: a task whose own loss has not improved for so many evaluations is stopped; ``None``: none is.
+        task_patience: a task is stopped after so many evaluations without an improvement of its loss; ``None`` for
+            never.
         validated: names of the tasks that evaluations have samples of; ``None`` for all.
         trained: names of the tasks that have a weight and training samples; ``None`` for all. The others are never
             stopped, and do not keep a run going.
@@ -133,7 +176,7 @@ class EarlyStopping:
     validated: Collection[str] | None = None
     trained: Collection[str] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         validated = self.task_names if self.validated is None else self.validated
         wanted = "give " + ", ".join(METRICS)
         usable = ", ".join(name for name in self.task_names if name in validated)
@@ -158,13 +201,13 @@ class EarlyStopping:
 
     def begin(self) -> StoppingState:
         """The state of a run before its first evaluation."""
-        none = (None,) * len(self.task_names)
-        return StoppingState(self.metric, Curve(), tuple(Curve() for _ in none), none)
+        tasks = len(self.task_names)
+        return StoppingState(self.metric, Curve(), (Curve(),) * tasks, (None,) * tasks)
 
-    def resume(self, content: Mapping[str, Any]) -> StoppingState:
+    def resume(self, content: StoppingContent) -> StoppingState:
         """The state that :meth:`StoppingState.as_dict` has written, under the present options.
 
-        Another metric starts from the next evaluation. A task trains again where the patience that stopped it has been
+        Another metric starts from the next evaluation. A task trains again if the patience that stopped it has been
         raised above its count, or taken away.
         """
         state = StoppingState.from_dict(content)
@@ -175,8 +218,8 @@ class EarlyStopping:
         run = state.run if state.metric == self.metric else Curve()
         return dataclasses.replace(state, metric=self.metric, run=run, stopped_at=stopped_at)
 
-    def changes(self, content: Mapping[str, Any]) -> list[str]:
-        """What :meth:`resume` changes about a state that other options have left, in lines for the log."""
+    def changes(self, content: StoppingContent) -> list[str]:
+        """Lines for the log about all that :meth:`resume` changes in a state that other options have left."""
         before, after = StoppingState.from_dict(content), self.resume(content)
         again = [
             name for name, was, now in zip(self.task_names, before.active_K, after.active_K, strict=True) if now > was
@@ -187,19 +230,16 @@ class EarlyStopping:
                 f"{', '.join(again)}: trained again, as --task-early-stopping-patience is {self.task_patience} now"
             )
         if before.metric != after.metric:
-            lines.append(f"the best is sought anew, by {after.metric}; until here it was by {before.metric}")
+            lines.append(f"the search for the best starts again, by {after.metric}; so far it was by {before.metric}")
         return lines
 
-    def after_evaluation(self, state: StoppingState, record: Mapping[str, Any]) -> tuple[StoppingState, Outcome]:
-        """Take in one evaluation.
-
-        Args:
-            state: before it.
-            record: of :func:`mft_megatron.training.records.valid_record`.
-        """
+    def after_evaluation(self, state: StoppingState, record: EvaluationRecord) -> tuple[StoppingState, Outcome]:
+        """Update a state with the record of one evaluation."""
         step = record["step"]
         run = state.run.after(self._followed(record), step, self.min_delta)
-        tasks, stopped_at, newly = [], [], []
+        tasks: list[Curve] = []
+        stopped_at: list[int | None] = []
+        newly: list[StoppedTask] = []
         for name, curve, stopped in zip(self.task_names, state.tasks, state.stopped_at, strict=True):
             if stopped is None:
                 curve = curve.after(record["tasks"][name]["loss"], step, self.min_delta)
@@ -212,11 +252,11 @@ class EarlyStopping:
         return new, Outcome(run.best != state.run.best, self.finished(new), tuple(newly))
 
     def finished(self, state: StoppingState) -> str | None:
-        """Why the run is over, for the log; ``None`` if it is not. A restarted job asks before its first step."""
+        """The reason to end the run, for the log; ``None`` if it continues. A resumed run asks first of all."""
         if self.patience is not None and state.run.stalled >= self.patience:
-            what = f"{self.metric} validation loss" if self.metric in METRICS else f"validation loss of {self.metric}"
+            loss = f"{self.metric} validation loss" if self.metric in METRICS else f"validation loss of {self.metric}"
             return (
-                f"{what}: {state.run}, not improved by more than {self.min_delta:g} in {state.run.stalled} evaluations "
+                f"{loss}: {state.run}, not improved by more than {self.min_delta:g} in {state.run.stalled} evaluations "
                 f"since (--early-stopping-patience {self.patience})"
             )
         trained_K = [self.trained is None or name in self.trained for name in self.task_names]
@@ -224,8 +264,11 @@ class EarlyStopping:
             return f"every task has stopped (--task-early-stopping-patience {self.task_patience})"
         return None
 
-    def _followed(self, record: Mapping[str, Any]) -> float | None:
-        return record[METRICS[self.metric]] if self.metric in METRICS else record["tasks"][self.metric]["loss"]
+    def _followed(self, record: EvaluationRecord) -> float | None:
+        """The value of the metric in an evaluation."""
+        if self.metric == "macro":
+            return record["macro_loss"]
+        return record["loss"] if self.metric == "objective" else record["tasks"][self.metric]["loss"]
 
     def _converged(self, name: str, curve: Curve) -> bool:
         trained = self.trained is None or name in self.trained

@@ -1,14 +1,14 @@
-"""At the end of each epoch: was every slice of the training split used exactly as often as planned?
+"""Proof of each epoch: every slice of the training split was used exactly as often as planned.
 
 ::
 
     micro-batches of each rank ─► trainer.usage ─sum over data-parallel ranks─► against the index ─► "epoch" event
 
-Counting costs nothing worth naming in a step; the sum is made at an epoch's end and for a checkpoint alone.
+Counting costs next to nothing in a step; the sum is made at an epoch's end and for a checkpoint only.
 """
 
 import functools
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 
@@ -24,37 +24,58 @@ from .progress import Progress
 from .run_log import RunLog
 
 
+class UsageState(TypedDict):
+    """Use of the data in a checkpoint, by all ranks: ``pieces`` and ``digest`` (hexadecimal) of each task in ``epoch``.
+
+    ``began``: packs of the stream that had been consumed when counting began. ``seed``: of the order of the packs.
+    """
+
+    seed: int
+    began: int
+    epoch: int
+    pieces: list[int]
+    digest: list[str]
+
+
+class EpochState(TypedDict, total=False):
+    """The part of a checkpoint's state that an epoch's proof reads; older checkpoints have none."""
+
+    usage: UsageState
+
+
 class EpochProof:
-    """Compares what was used in each epoch with what was planned, over all ranks and all resumes of a run."""
+    """Comparison of the slices used in each epoch with those planned, over all ranks and all resumes of a run."""
 
     def __init__(self, arguments: Arguments, dataset: PackedDataset):
         self._split = dataset.split("train")
         self._tasks = dataset.tasks
         self._seed = arguments.initialization.seed
-        self._began = 0  # packs of the stream that had been consumed when counting began
-        self._before = 0, Usage.none(len(self._tasks))  # an epoch, and its use before the checkpoint by all ranks
+        # packs of the stream that had been consumed when counting began
+        self._began = 0
+        # the epoch in which the run was resumed, and its use before that by all ranks
+        self._resumed_epoch, self._used_before = 0, Usage.none(len(self._tasks))
 
     @functools.cached_property
     def _planned(self) -> Usage:
         return planned_usage(self._split)
 
-    def load(self, state: dict[str, Any], log: RunLog, progress: Progress) -> None:
-        """Go on from a checkpoint's state; where it has none that fits, counting begins here, and the log says so."""
+    def load(self, state: EpochState, log: RunLog, progress: Progress) -> None:
+        """Continue from a checkpoint's state; if it has none that fits, counting begins here, and the log says so."""
         usage = state.get("usage")
         if usage is not None and usage["seed"] == self._seed:
             self._began = usage["began"]
             slices_K = np.array(usage["pieces"], np.int64)
             digest_K = np.array([int(digest, 16) for digest in usage["digest"]], np.uint64)
-            self._before = usage["epoch"], Usage(slices_K, digest_K)
+            self._resumed_epoch, self._used_before = usage["epoch"], Usage(slices_K, digest_K)
             return
         self._began = progress.consumed_samples
         if self._began % self._split.num_packs:
-            why = "the checkpoint has no counts" if usage is None else f"--seed was {usage['seed']} until here"
+            why = "the checkpoint has no counts" if usage is None else f"--seed was {usage['seed']} so far"
             reason = f"use of the data is counted from here on, {why}; epoch {self._epoch(self._began)} is not judged"
             log.write(event_record(progress, "warning", reason=reason))
 
-    def state(self, trainer: Trainer, progress: Progress) -> dict[str, Any]:
-        """For a checkpoint: what the epoch that is going on has used, over all ranks; to be called by all."""
+    def state(self, trainer: Trainer, progress: Progress) -> UsageState:
+        """The state for a checkpoint: the use of the current epoch by all ranks. A collective."""
         epoch = self._epoch(progress.consumed_samples)
         used = self._used(trainer, epoch)
         return {
@@ -66,7 +87,13 @@ class EpochProof:
         }
 
     def after_step(self, trainer: Trainer, log: RunLog, before: Progress, progress: Progress) -> None:
-        """Judge the epochs that this step has brought to their end.
+        """Judge the epochs that end with a step.
+
+        Args:
+            trainer: counts the use of this rank.
+            log: takes an event for each epoch.
+            before: progress before the step.
+            progress: progress after it.
 
         Raises:
             InputError: one of them did not use the data as planned; on every rank.
@@ -84,20 +111,19 @@ class EpochProof:
             log.write(event_record(progress, "epoch", epoch=epoch, tasks=tasks, complete=complete))
 
     def _used(self, trainer: Trainer, epoch: int) -> Usage:
-        """Of all data-parallel ranks, and before the checkpoint."""
-        own = trainer.usage.of(epoch)
+        """Use of an epoch so far, by all data-parallel ranks and before the checkpoint."""
+        usage = trainer.usage.of(epoch)
         # halves of digests, so that no sum overflows
-        parts = np.stack([own.slices_K, own.digest_K & 0xFFFFFFFF, own.digest_K >> 32]).astype(np.int64)
+        parts = np.stack([usage.slices_K, usage.digest_K & 0xFFFFFFFF, usage.digest_K >> 32]).astype(np.int64)
         slices_K, low_K, high_K = process_groups.sum_over_data(parts)
         digest_K = (high_K.astype(np.uint64) << np.uint64(32)) + low_K.astype(np.uint64)
         used = Usage(slices_K, digest_K)
-        counted, before = self._before
-        return used + before if epoch == counted else used
+        return used + self._used_before if epoch == self._resumed_epoch else used
 
     def _refuse_difference(self, epoch: int, used: Usage, progress: Progress) -> None:
         planned = self._planned
         differs_K = used.differs_from(planned)
-        # another tensor-parallel rank or pipeline stage may see what this one does not
+        # another tensor-parallel rank or pipeline stage may see a difference that this one does not
         if not process_groups.any_rank(bool(differs_K.any())):
             return
         tasks = [

@@ -1,4 +1,4 @@
-"""What validation losses decide during a run: the record, the task weights, when to stop and what to keep.
+"""Evaluations of a run and their consequences: the record, when to stop, which tasks to stop and what to keep.
 
 ::
 
@@ -6,9 +6,10 @@
     every few steps, with a balancer: a draw ─► task weights (:mod:`.balancing`)
 """
 
+import itertools
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 
@@ -19,16 +20,23 @@ from mft_megatron.data.loading.step_plan import plan_evaluation
 from mft_megatron.errors import InputError
 from mft_megatron.mcore.trainer import Trainer
 
-from .balancing import task_balance
-from .early_stopping import EarlyStopping
+from .balancing import BalanceState, task_balance
+from .early_stopping import EarlyStopping, StoppingContent
 from .events import event_record
 from .progress import Progress
-from .records import valid_record
+from .records import EvaluationRecord, valid_record
 from .run_log import RunLog
 
 
+class EvaluationState(TypedDict, total=False):
+    """The part of a checkpoint's state that evaluations and task weights read; empty where a run starts."""
+
+    stopping: StoppingContent
+    balance: BalanceState
+
+
 class Evaluation:
-    """Evaluations of a run and what follows from them. ``balance``: the task weights, which draws change, too."""
+    """Evaluations of a run and their consequences; ``balance`` has the task weights, which draws change, too."""
 
     def __init__(self, arguments: Arguments, dataset: PackedDataset):
         """
@@ -61,7 +69,7 @@ class Evaluation:
             )
 
     def begin(self, trainer: Trainer, log: RunLog, progress: Progress) -> None:
-        """Before the first step: start the balancer, which may want to know the losses of the fresh model."""
+        """Start the balancer before the first step, with the losses over the whole split if it needs them."""
         first_loss_K = None
         if self.balance.needs_first_losses:
             record = self._record(trainer, progress, limit=None)
@@ -72,7 +80,7 @@ class Evaluation:
         self.balance.begin(trainer, log, progress, first_loss_K)
 
     def run(self, trainer: Trainer, log: RunLog, progress: Progress) -> None:
-        """Evaluate on the validation split and draw the consequences; nothing where there is no such split."""
+        """Evaluate on the validation split, if there is one, and stop tasks or note the best step accordingly."""
         limit = self._arguments.validation.eval_iters
         if "valid" not in self._dataset.splits or limit == 0:
             return
@@ -89,19 +97,19 @@ class Evaluation:
 
     @property
     def finished(self) -> str | None:
-        """Why the run is over; ``None`` while it is not."""
+        """The reason that ends the run; ``None`` while it continues."""
         return self._stopping.finished(self._state)
 
     def is_best(self, progress: Progress) -> bool:
-        """Whether this step has the best evaluation so far, and its checkpoint is to be kept for that."""
+        """Whether this step has the best evaluation so far, and the best checkpoint is to be kept."""
         return self._keeps_best and self._best_step == progress.step
 
-    def state(self) -> dict[str, Any]:
-        """For a checkpoint."""
+    def state(self) -> EvaluationState:
+        """The state for a checkpoint."""
         return {"stopping": self._state.as_dict(), "balance": self.balance.state()}
 
-    def load(self, state: dict[str, Any], log: RunLog, progress: Progress) -> None:
-        """Go on from a checkpoint's state; nothing where it has none."""
+    def load(self, state: EvaluationState, log: RunLog, progress: Progress) -> None:
+        """Continue from a checkpoint's state, as far as it has one."""
         if "stopping" in state:
             self._state = self._stopping.resume(state["stopping"])
             for reason in self._stopping.changes(state["stopping"]):
@@ -110,14 +118,14 @@ class Evaluation:
             self.balance.load(state["balance"], log, progress)
 
     def _evaluated_tasks(self) -> set[str]:
-        """Names of the tasks of which evaluations see a supervised token; --eval-iters may leave some out."""
+        """Names of the tasks that have a supervised token in an evaluation; --eval-iters may leave some out."""
         limit = self._arguments.validation.eval_iters
         if "valid" not in self._dataset.splits or limit == 0:
             return set()
         plans = evaluation_plans(self._arguments, self._dataset.split("valid"), limit)
-        return _named(self._dataset, sum(plan.supervised_tokens_K for plan in plans))
+        return _named(self._dataset, np.sum([plan.supervised_tokens_K for plan in plans], axis=0))
 
-    def _record(self, trainer: Trainer, progress: Progress, limit: int | None) -> dict[str, Any]:
+    def _record(self, trainer: Trainer, progress: Progress, limit: int | None) -> EvaluationRecord:
         split = self._dataset.split("valid")
         plans = list(evaluation_plans(self._arguments, split, limit))
         report = trainer.evaluate(split, plans, self.balance.weight_K)
@@ -130,16 +138,16 @@ class Evaluation:
 
 
 def evaluation_plans(arguments: Arguments, split: PackedSplit, limit: int | None) -> Iterator[StepPlan]:
-    """The split, every sample once, in batches no larger than a global batch and not larger than the split needs.
+    """Plan batches of a split with every sample once, no larger than a global batch and than the split needs.
 
-    ``limit``: the most batches; ``None`` for all.
+    Args:
+        arguments: of the run.
+        split: to evaluate on.
+        limit: the most batches; ``None`` for all.
     """
     needed = -(-split.num_packs // arguments.batch_multiple) * arguments.batch_multiple
     plans = plan_evaluation(split, min(arguments.training.global_batch_size, needed))
-    for number, plan in enumerate(plans):
-        if limit is not None and number >= limit:
-            return
-        yield plan
+    return itertools.islice(plans, limit)
 
 
 def _counts(split: PackedSplit) -> np.ndarray:
@@ -147,6 +155,6 @@ def _counts(split: PackedSplit) -> np.ndarray:
     return split.counts(np.arange(split.num_packs))[0]
 
 
-def _named(dataset: PackedDataset, number_K: np.ndarray) -> set[str]:
-    """Names of the tasks with a number above 0."""
-    return {name for name, number in zip(dataset.tasks, number_K, strict=True) if number > 0}
+def _named(dataset: PackedDataset, value_K: np.ndarray) -> set[str]:
+    """Names of the tasks whose value, of any dtype, is above 0."""
+    return {name for name, value in zip(dataset.tasks, value_K, strict=True) if value > 0}

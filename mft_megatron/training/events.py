@@ -2,11 +2,21 @@
 
 import dataclasses
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypeAlias, TypedDict, cast
 
 from .progress import Progress
 
-Type = type | types.UnionType
+Type: TypeAlias = type | types.UnionType
+
+
+class EventRecord(TypedDict):
+    """The part that all events have in ``metrics.jsonl``; :data:`EVENTS` has the fields of each."""
+
+    kind: Literal["event"]
+    event: str
+    step: int
+    consumed_samples: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,10 +31,17 @@ class Field:
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """A kind of event: when it occurs, and its fields beside ``kind``, ``event``, ``step``, ``consumed_samples``."""
+    """A kind of event.
+
+    Attributes:
+        occurs: when it occurs.
+        fields: its fields beside those of :class:`EventRecord`.
+        text: makes the text on the terminal of its fields; ``None`` for all of them by name.
+    """
 
     occurs: str
     fields: tuple[Field, ...]
+    text: Callable[[Mapping[str, Any]], str] | None = None
 
     def problem(self, details: Mapping[str, object]) -> str | None:
         """The first detail that is missing, unknown or of another type, in a phrase; ``None`` if all fit."""
@@ -36,6 +53,12 @@ class Event:
                 return f"{name} is {value!r}, not of type {fields[name].type}"
         missing = [field.name for field in self.fields if not field.optional and field.name not in details]
         return f"no {missing[0]}" if missing else None
+
+
+def _epoch_text(epoch: Mapping[str, Any]) -> str:
+    samples = sum(task["samples"] for task in epoch["tasks"].values())
+    proved = "used exactly as planned" if epoch["complete"] else "counted in part, not judged"
+    return f"epoch {epoch['epoch']} is over | {samples:,} samples, {proved}"
 
 
 _REASON = Field("reason", str, "why, with the option that decided it")
@@ -90,13 +113,14 @@ EVENTS: Mapping[str, Event] = {
             Field("tasks", dict, "by name: samples, how many sample slices were used, and digest of which"),
             Field("complete", bool, "whether all of it was counted and is proved to be as planned"),
         ),
+        _epoch_text,
     ),
     "early stop": Event("early stopping ends the run", (_REASON,)),
     "exit": Event("the run ends before its last step", (_REASON,)),
 }
 
 
-def event_record(progress: Progress, event: str, **details: object) -> dict[str, object]:
+def event_record(progress: Progress, event: str, **details: object) -> EventRecord:
     """Make the record of an event.
 
     Args:
@@ -112,10 +136,18 @@ def event_record(progress: Progress, event: str, **details: object) -> dict[str,
     problem = EVENTS[event].problem(details)
     if problem is not None:
         raise ValueError(f"event {event!r}: {problem}")
-    return {
+    common: EventRecord = {
         "kind": "event",
         "event": event,
         "step": progress.step,
         "consumed_samples": progress.consumed_samples,
-        **details,
     }
+    # the table, not the type, knows the fields of each event
+    return cast(EventRecord, {**common, **details})
+
+
+def event_text(record: EventRecord) -> str:
+    """The text of an event on the terminal."""
+    details = {name: value for name, value in record.items() if name not in EventRecord.__annotations__}
+    text = EVENTS[record["event"]].text
+    return text(details) if text else " | ".join([record["event"], *(f"{name} {details[name]}" for name in details)])

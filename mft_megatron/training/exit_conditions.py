@@ -1,7 +1,8 @@
-"""Why a run is to be saved and left before its last step: an interval, its time, a signal. The same on every rank."""
+"""Exit conditions: an interval, a time or a signal that saves and ends a run before its last step, on every rank."""
 
 import signal
 import time
+from types import FrameType, TracebackType
 
 import psutil
 
@@ -10,27 +11,28 @@ from mft_megatron.mcore.parallel import process_groups
 
 
 class ExitConditions:
-    """Asked after each step. Within ``with`` it catches ``--exit-signal``, if it is to."""
+    """The exit conditions of the options; within ``with``, ``--exit-signal`` is caught if it is one of them."""
 
     def __init__(self, training: TrainingArguments):
         self._training = training
         self._caught = False
-        self._before = None
 
     def __enter__(self) -> "ExitConditions":
         if self._training.exit_signal_handler:
-            self._before = signal.signal(signal.Signals[self._training.exit_signal], self._catch)
+            self._handler_before = signal.signal(signal.Signals[self._training.exit_signal], self._catch)
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         if self._training.exit_signal_handler:
-            signal.signal(signal.Signals[self._training.exit_signal], self._before or signal.SIG_DFL)
+            signal.signal(signal.Signals[self._training.exit_signal], self._handler_before or signal.SIG_DFL)
 
-    def _catch(self, number: int, frame: object) -> None:
+    def _catch(self, number: int, frame: FrameType | None) -> None:
         self._caught = True
 
     def reason(self, step: int) -> str | None:
-        """The option by which the run ends after ``step``; ``None`` where it goes on.
+        """The option that ends the run after ``step``; ``None`` while it continues.
 
         A collective, unless the step alone decides: one rank's clock or signal counts for all.
         """
@@ -46,5 +48,5 @@ class ExitConditions:
 
 
 def minutes_since_start() -> float:
-    """Of this process."""
+    """Minutes since this process started."""
     return (time.time() - psutil.Process().create_time()) / 60

@@ -21,7 +21,7 @@ from .events import event_record
 from .exit_conditions import ExitConditions
 from .garbage_collection import GarbageCollection
 from .progress import Progress
-from .records import share_warning, train_record
+from .records import StepRecord, share_warning, train_record
 from .run_log import RunLog
 from .saving import Saver
 from .throughput import segment_lengths, step_operations
@@ -146,7 +146,7 @@ class StepLogger:
             self._clock.restart()
         self._due, self._newest = False, None
 
-    def _record(self, progress: Progress, plan: StepPlan, report: StepReport) -> dict[str, object]:
+    def _record(self, progress: Progress, plan: StepPlan, report: StepReport) -> StepRecord:
         arguments, split = self._arguments, self._dataset.split("train")
         step_time, draw_time = self._clock.read()
         record = train_record(

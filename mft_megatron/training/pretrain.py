@@ -25,7 +25,7 @@ from .loop import train
 from .model_tokenizer import check_model_tokenizer
 from .run_log import RunLog
 from .saving import NO_SOURCES, Saver, Sources, keep_source, keep_tokenizer, model_vocab_size, refuse_other_data, resume
-from .task_weights import weights_of_data
+from .task_weights import data_weights_text
 
 HASHED_BYTES = 16 * 2**30
 
@@ -62,7 +62,7 @@ def pretrain(arguments: Arguments, main_rank: bool = True, sources: Sources = NO
             trainer = Trainer(arguments, model_vocab_size(arguments, dataset), len(dataset.tasks))
             log.print(_shape(arguments, dataset, trainer))
             log.print(kernels.describe(arguments, trainer.chunks[0].config))
-            of_data = weights_of_data(
+            of_data = data_weights_text(
                 arguments.multi_task, dataset.tasks, [task.weight for task in dataset.ledger.tasks]
             )
             if of_data is not None:

@@ -1,8 +1,8 @@
-"""The JSON objects of ``metrics.jsonl``, made from reports and plans (docs/FORMATS.md, docs/LOSSES.md §5)."""
+"""Records of steps and evaluations in ``metrics.jsonl`` (docs/DESIGN.md §4, docs/LOSSES.md §5)."""
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Literal, TypeAlias, TypedDict
 
 import numpy as np
 
@@ -11,8 +11,69 @@ from mft_megatron.mcore.trainer import EvaluationReport, StepReport
 
 from .progress import Progress
 
-# a realised share of the objective that is further from its target, as a part of it, is worth a warning
+# a realised share of the objective that differs from its target by more than this part of it is worth a warning
 SHARE_TOLERANCE = 0.05
+
+# mean losses of experts by Megatron's name, and as "layers" those of each layer by its number, counted from 1
+ExpertLosses: TypeAlias = dict[str, float | dict[str, dict[str, float]]]
+
+
+class TaskStep(TypedDict):
+    """One task in one step; ``None`` where a mean or a share would be 0/0."""
+
+    loss: float | None
+    supervised_tokens: int
+    samples: int
+    weight: float
+    target_share: float | None
+    share: float | None
+
+
+class StepRecord(TypedDict, total=False):
+    """One logged step. Absent where the run has none: ``loss_scale``, ``zeros_in_grad``, ``moe`` and the last two."""
+
+    kind: Literal["train"]
+    step: int
+    consumed_samples: int
+    loss: float
+    grad_norm: float | None
+    lr: float
+    loss_scale: float
+    zeros_in_grad: int
+    global_batch_size: int
+    tokens: int
+    supervised_tokens: int
+    step_time: float
+    balance_time: float
+    balance_share: float
+    moe: ExpertLosses
+    tasks: dict[str, TaskStep]
+    params_norm: float
+    tflops: float
+
+
+class TaskEvaluation(TypedDict):
+    """One task in one evaluation; ``None`` where the validation split has no sample of it."""
+
+    loss: float | None
+    perplexity: float | None
+    supervised_tokens: int
+
+
+class EvaluationRecord(TypedDict):
+    """One evaluation.
+
+    ``loss`` is the training objective over the whole split, ``None`` where no task with a weight has a sample there;
+    ``token_loss`` the mean over all supervised tokens; ``macro_loss`` the mean of the tasks' means.
+    """
+
+    kind: Literal["valid"]
+    step: int
+    consumed_samples: int
+    loss: float | None
+    token_loss: float | None
+    macro_loss: float | None
+    tasks: dict[str, TaskEvaluation]
 
 
 def train_record(
@@ -25,19 +86,19 @@ def train_record(
     task_names: Sequence[str],
     weighted: bool,
     each_layer: bool = False,
-) -> dict[str, Any]:
-    """One logged step.
+) -> StepRecord:
+    """Make the record of a step.
 
     Args:
         progress: after the step.
         report: of the step.
-        plan: of the step; its counts must be what the step has really seen.
-        tokens: tokens of all samples in the global batch, padding left out.
-        step_time: mean seconds of the steps since the last record, without what the balancer took.
-        balance_time: mean seconds a step that the balancer's validation draws took, on top of ``step_time``.
+        plan: of the step; its counts must be those that the step has really seen.
+        tokens: tokens of all samples in the global batch, without padding.
+        step_time: mean seconds of the steps since the last record, without those of validation draws.
+        balance_time: mean seconds a step of the balancer's validation draws, on top of ``step_time``.
         task_names: K names.
         weighted: whether weights are target shares, so that ``target_share`` is ``w_i / W`` over the tasks present.
-        each_layer: losses of experts also by layer, not their means over the layers that have experts alone.
+        each_layer: whether losses of experts are also recorded by layer.
 
     Raises:
         RuntimeError: the supervised tokens seen differ from those planned; then every coefficient was wrong.
@@ -48,70 +109,79 @@ def train_record(
             f"step {progress.step}: supervised tokens per task are {seen_K.tolist()}, the data set's index says "
             f"{plan.supervised_tokens_K.tolist()}; the data set does not match its index, preprocess it again"
         )
-    loss_K, share_K = report.loss_K.cpu().numpy(), report.share_K.cpu().numpy()
-    target_K = np.where(seen_K > 0, report.weight_K, 0.0)
-    tasks = {
-        name: {
-            "loss": _ratio(loss_K[i], seen_K[i]),
-            "supervised_tokens": int(seen_K[i]),
-            "samples": int(plan.samples_K[i]),
-            "weight": float(report.weight_K[i]),
-            "target_share": _ratio(target_K[i], target_K.sum()) if weighted else None,
-            "share": _ratio(share_K[i], share_K.sum()),
-        }
-        for i, name in enumerate(task_names)
-    }
-    return {
+    record: StepRecord = {
         "kind": "train",
         "step": progress.step,
         "consumed_samples": progress.consumed_samples,
         "loss": report.loss,
         "grad_norm": report.grad_norm,
         "lr": report.learning_rate,
-        **({"loss_scale": report.loss_scale} if report.loss_scale is not None else {}),
-        **({"zeros_in_grad": report.zeros_in_grad} if report.zeros_in_grad is not None else {}),
-        "global_batch_size": len(plan.packs_G),
-        "tokens": tokens,
-        "supervised_tokens": int(seen_K.sum()),
-        "step_time": step_time,
-        "balance_time": balance_time,
-        "balance_share": balance_time / (step_time + balance_time),
-        **_of_experts(report, each_layer),
-        "tasks": tasks,
+    }
+    if report.loss_scale is not None:
+        record["loss_scale"] = report.loss_scale
+    if report.zeros_in_grad is not None:
+        record["zeros_in_grad"] = report.zeros_in_grad
+    record["global_batch_size"] = len(plan.packs_G)
+    record["tokens"] = tokens
+    record["supervised_tokens"] = int(seen_K.sum())
+    record["step_time"] = step_time
+    record["balance_time"] = balance_time
+    record["balance_share"] = balance_time / (step_time + balance_time)
+    if report.expert_losses:
+        record["moe"] = _expert_losses(report, each_layer)
+    record["tasks"] = _task_steps(report, plan, task_names, weighted)
+    return record
+
+
+def _task_steps(report: StepReport, plan: StepPlan, task_names: Sequence[str], weighted: bool) -> dict[str, TaskStep]:
+    loss_K, share_K, tokens_K = (row_K.cpu().numpy() for row_K in (report.loss_K, report.share_K, report.tokens_K))
+    target_K = np.where(tokens_K > 0, report.weight_K, 0.0)
+    return {
+        name: {
+            "loss": _quotient(loss_K[i], tokens_K[i]),
+            "supervised_tokens": int(tokens_K[i]),
+            "samples": int(plan.samples_K[i]),
+            "weight": float(report.weight_K[i]),
+            "target_share": _quotient(target_K[i], target_K.sum()) if weighted else None,
+            "share": _quotient(share_K[i], share_K.sum()),
+        }
+        for i, name in enumerate(task_names)
     }
 
 
-def _of_experts(report: StepReport, each_layer: bool) -> dict[str, Any]:
-    """Balancing and z losses, as ``{"moe": {"z_loss": …, "layers": {"1": {"z_loss": …}, …}}}``."""
+def _expert_losses(report: StepReport, each_layer: bool) -> ExpertLosses:
     losses = {name: values.cpu().numpy() for name, values in report.expert_losses.items()}
-    if not losses:
-        return {}
-    record = {name: float(np.nanmean(values)) for name, values in losses.items()}
+    record: ExpertLosses = {name: float(np.nanmean(values)) for name, values in losses.items()}
     if each_layer:
-        numbers = np.flatnonzero(~np.isnan(next(iter(losses.values()))))
+        layers = np.flatnonzero(~np.isnan(next(iter(losses.values()))))
         record["layers"] = {
-            str(number + 1): {name: float(values[number]) for name, values in losses.items()} for number in numbers
+            str(layer + 1): {name: float(values[layer]) for name, values in losses.items()} for layer in layers
         }
-    return {"moe": record}
+    return record
 
 
-def share_warning(record: dict[str, Any], normalization: str) -> str | None:
-    """What to say where a task's realised share of the objective is not what its weight asks for, or ``None``.
+def share_warning(record: StepRecord, normalization: str) -> str | None:
+    """The warning about tasks whose realised share of the objective is not the one that their weights ask for.
 
     Args:
         record: from :func:`train_record`.
         normalization: ``--mft-normalization``.
+
+    Returns:
+        the text, or ``None`` where all shares are within :data:`SHARE_TOLERANCE`.
     """
     off = [
         f"{name} has {task['share']:.1%} for {task['target_share']:.1%}"
         for name, task in record["tasks"].items()
-        if task["target_share"] and abs(task["share"] / task["target_share"] - 1) > SHARE_TOLERANCE
+        if task["target_share"]
+        and task["share"] is not None
+        and abs(task["share"] / task["target_share"] - 1) > SHARE_TOLERANCE
     ]
     if not off:
         return None
     if normalization == "micro-batch":
         why = (
-            "--mft-normalization micro-batch divides by the weights of the tasks that happen to share a micro-batch, "
+            "--mft-normalization micro-batch divides by the weights of the tasks that happen to be in one micro-batch, "
             "so that a weight counts for less the fewer they are; the default, global, gives every task its share"
         )
     else:
@@ -119,17 +189,18 @@ def share_warning(record: dict[str, Any], normalization: str) -> str | None:
     return f"realised shares of the objective: {', '.join(off)}; {why}"
 
 
-def valid_record(progress: Progress, report: EvaluationReport, task_names: Sequence[str]) -> dict[str, Any]:
-    """One evaluation.
+def valid_record(progress: Progress, report: EvaluationReport, task_names: Sequence[str]) -> EvaluationRecord:
+    """Make the record of an evaluation.
 
-    ``loss`` is the training objective over the whole split, ``null`` where no task with a weight has a sample there;
-    ``token_loss`` the mean over all supervised tokens; ``macro_loss`` the mean of the tasks' means. Tasks without
-    validation samples have ``null``.
+    Args:
+        progress: of the run when it is evaluated.
+        report: of the evaluation.
+        task_names: K names.
     """
     loss_K, tokens_K = report.loss_K.cpu().numpy(), report.tokens_K.cpu().numpy()
-    tasks = {}
+    tasks: dict[str, TaskEvaluation] = {}
     for i, name in enumerate(task_names):
-        loss = _ratio(loss_K[i], tokens_K[i])
+        loss = _quotient(loss_K[i], tokens_K[i])
         perplexity = None if loss is None else math.exp(min(loss, 700.0))
         tasks[name] = {"loss": loss, "perplexity": perplexity, "supervised_tokens": int(tokens_K[i])}
     present = [task["loss"] for task in tasks.values() if task["loss"] is not None]
@@ -138,11 +209,11 @@ def valid_record(progress: Progress, report: EvaluationReport, task_names: Seque
         "step": progress.step,
         "consumed_samples": progress.consumed_samples,
         "loss": report.loss if report.share_K.sum() else None,
-        "token_loss": _ratio(loss_K.sum(), tokens_K.sum()),
+        "token_loss": _quotient(loss_K.sum(), tokens_K.sum()),
         "macro_loss": sum(present) / len(present) if present else None,
         "tasks": tasks,
     }
 
 
-def _ratio(part: float, whole: float) -> float | None:
+def _quotient(part: float, whole: float) -> float | None:
     return float(part / whole) if whole else None

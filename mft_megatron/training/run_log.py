@@ -1,24 +1,28 @@
-"""Where records go: ``metrics.jsonl`` in full precision, TensorBoard, Weights & Biases, and a line on the terminal."""
+"""The log of a run: ``metrics.jsonl`` in full precision, TensorBoard, Weights & Biases, and lines on the terminal."""
 
 import json
 import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any, TypeAlias
 
 from mft_megatron.arguments.groups.logging import LoggingArguments
 from mft_megatron.errors import InputError
 from mft_megatron.run_folder import METRICS, TENSORBOARD
 
+from .events import EventRecord, event_text
+from .records import EvaluationRecord, StepRecord
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+Record: TypeAlias = StepRecord | EvaluationRecord | EventRecord
+
 
 class RunLog:
-    """Takes every record of a run on the main process; a no-op on the others."""
+    """The log of a run on the main process; on the others it does nothing."""
 
-    def __init__(
-        self,
-        active: bool,
-        folder: str | None = None,
-        options: LoggingArguments | None = None,
-    ):
+    def __init__(self, active: bool, folder: str | None = None, options: LoggingArguments | None = None):
         """
         Args:
             active: whether this is the main process.
@@ -32,7 +36,9 @@ class RunLog:
         tensorboard_dir = options.tensorboard_dir
         self._active = active
         self._perplexities = options.log_validation_ppl_to_tensorboard
-        self._file = self._board = self._wandb = None
+        self._file: IO[str] | None = None
+        self._board: SummaryWriter | None = None
+        self._wandb: Any = None
         if not active:
             return
         if folder is not None:
@@ -40,14 +46,12 @@ class RunLog:
             self._file = open(Path(folder) / METRICS, "a")  # noqa: SIM115  (open as long as the run)
             tensorboard_dir = tensorboard_dir or str(Path(folder) / TENSORBOARD)
         if tensorboard_dir is not None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(tensorboard_dir, max_queue=options.tensorboard_queue_size)
+            self._board = _open_board(tensorboard_dir, options.tensorboard_queue_size)
         if options.wandb_project is not None:
-            self._wandb = _start_wandb(options, folder)
+            self._wandb = _start_wandb(options, options.wandb_project, folder)
 
-    def write(self, record: dict[str, Any]) -> None:
-        """Append a record to the file and the terminal; an evaluation goes to boards, too, a step by :meth:`draw`."""
+    def write(self, record: Record) -> None:
+        """Append a record to the file and the terminal, and the scalars of an evaluation to the boards."""
         if not self._active:
             return
         if self._file is not None:
@@ -57,32 +61,41 @@ class RunLog:
             self.write_scalars(record)
         self.print(_line(record))
 
-    def write_scalars(self, record: dict[str, Any], others: dict[str, float] | None = None) -> None:
-        """Put the numbers of a step or an evaluation, and ``others`` of the same step, on the boards."""
+    def write_scalars(self, record: StepRecord | EvaluationRecord, others: Mapping[str, float] | None = None) -> None:
+        """Write the scalars of a step or an evaluation, and ``others`` of the same step, to the boards."""
         if not self._active:
             return
         scalars = {**dict(_scalars(record)), **(others or {})}
-        for name, value in scalars.items() if self._board is not None else ():
-            if self._perplexities or not name.startswith("valid-perplexity/"):
-                self._board.add_scalar(name, value, record["step"])
+        if self._board is not None:
+            for name, value in scalars.items():
+                if self._perplexities or not name.startswith("valid-perplexity/"):
+                    self._board.add_scalar(name, value, record["step"])
         if self._wandb is not None:
             self._wandb.log(scalars, step=record["step"])
 
     def print(self, text: str) -> None:
-        """A line on the terminal alone."""
+        """Print a line on the terminal alone."""
         if self._active:
             print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True)
 
     def close(self) -> None:
-        for target in (self._file, self._board):
-            if target is not None:
-                target.close()
+        """Close the file and the boards."""
+        if self._file is not None:
+            self._file.close()
+        if self._board is not None:
+            self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
 
 
-def _start_wandb(options: LoggingArguments, folder: str | None):
-    project = options.wandb_project
+def _open_board(folder: str, queue_size: int) -> "SummaryWriter":
+    # imported here because it takes long, and most ranks write to no board
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(folder, max_queue=queue_size)
+
+
+def _start_wandb(options: LoggingArguments, project: str, folder: str | None) -> Any:
     try:
         import wandb
     except ImportError:
@@ -93,32 +106,28 @@ def _start_wandb(options: LoggingArguments, folder: str | None):
     return wandb.init(project=project, entity=options.wandb_entity, name=name, dir=options.wandb_save_dir or folder)
 
 
-def _scalars(record: dict[str, Any]):
+def _scalars(record: StepRecord | EvaluationRecord) -> Iterator[tuple[str, float]]:
     kind = record["kind"]
     for name, value in record.items():
-        if name not in ("kind", "step", "tasks", "moe") and value is not None:
+        if name != "step" and isinstance(value, int | float):
             yield f"{kind}/{name}", value
-    experts = dict(record.get("moe", {}))
-    by_layer = experts.pop("layers", {})
-    for name, value in experts.items():
-        yield f"{kind}-moe/{name}", value
-    for layer, values in by_layer.items():
-        for name, value in values.items():
-            yield f"{kind}-moe-{name}/layer {layer}", value
+    if record["kind"] == "train":
+        for name, loss in record.get("moe", {}).items():
+            if isinstance(loss, float):
+                yield f"{kind}-moe/{name}", loss
+                continue
+            for layer, losses in loss.items():
+                for layer_name, layer_loss in losses.items():
+                    yield f"{kind}-moe-{layer_name}/layer {layer}", layer_loss
     for task, values in record["tasks"].items():
         for name, value in values.items():
-            if value is not None:
+            if isinstance(value, int | float):
                 yield f"{kind}-{name}/{task}", value
 
 
-def _line(record: dict[str, Any]) -> str:
-    if record["kind"] == "event" and record["event"] == "epoch":
-        slices = sum(task["samples"] for task in record["tasks"].values())
-        judged = "used exactly as planned" if record["complete"] else "counted in part, not judged"
-        return f"step {record['step']} | epoch {record['epoch']} is over | {slices:,} samples, {judged}"
+def _line(record: Record) -> str:
     if record["kind"] == "event":
-        details = (f"{k} {v}" for k, v in record.items() if k not in ("kind", "event", "step", "consumed_samples"))
-        return f"step {record['step']} | {record['event']} | " + " | ".join(details)
+        return f"step {record['step']} | {event_text(record)}"
     tasks = ", ".join(f"{name} {_short(values['loss'])}" for name, values in record["tasks"].items())
     if record["kind"] == "valid":
         return (

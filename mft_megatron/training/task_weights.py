@@ -10,28 +10,32 @@ from mft_megatron.errors import InputError
 from mft_megatron.losses.table import LOSSES
 from mft_megatron.suggestions import did_you_mean
 
+# more tasks than these are not listed in a message
+LISTED_TASKS = 20
+
 
 def initial_weights(
     options: MultiTaskArguments, task_names: Sequence[str], of_data: Sequence[float | None] | None = None
 ) -> np.ndarray:
-    """``w_i`` before any balancer has spoken, or ``alpha_i`` of the focal losses: fp64 [K].
+    """``w_i`` before the first draw of a balancer, or ``alpha_i`` of the focal losses: fp64 [K].
 
     Args:
         options: of the command line.
         task_names: K names.
-        of_data: weights that the data set has from its task file, ``None`` where it says nothing; they hold for tasks
-            that ``--task-weights`` does not name.
+        of_data: K weights that the data set has from its task file, each ``None`` where it has none; they hold for
+            tasks that ``--task-weights`` does not name.
 
     Raises:
         InputError: as :func:`task_numbers`; a negative weight, no weight above 0, an alpha that is not above 0.
     """
-    if LOSSES[options.mft_loss].focal:
+    loss = LOSSES[options.mft_loss]
+    if loss.focal:
         alpha_K = task_numbers("--focal-alpha", options.focal_alpha, task_names, default=1.0)
         if (alpha_K <= 0).any():
             raise InputError(f"--focal-alpha: numbers must be above 0, not {alpha_K.tolist()}")
         return alpha_K
     default_K = np.ones(len(task_names))
-    if of_data is not None and LOSSES[options.mft_loss].weighted:
+    if of_data is not None and loss.weighted:
         default_K[:] = [1.0 if weight is None else weight for weight in of_data]
     weight_K = task_numbers("--task-weights", options.task_weights, task_names, default_K)
     if (weight_K < 0).any():
@@ -41,10 +45,10 @@ def initial_weights(
     return weight_K
 
 
-def weights_of_data(
+def data_weights_text(
     options: MultiTaskArguments, task_names: Sequence[str], of_data: Sequence[float | None]
 ) -> str | None:
-    """What a run says of the weights its data set has from a task file; ``None`` where it has none."""
+    """A line for the log about the weights that the data set has from a task file; ``None`` where it has none."""
     given = {name: weight for name, weight in zip(task_names, of_data, strict=True) if weight is not None}
     if not given:
         return None
@@ -52,9 +56,7 @@ def weights_of_data(
     if not LOSSES[options.mft_loss].weighted:
         return f"task weights of the data set are not used, --mft-loss {options.mft_loss} takes none: {words}"
     if options.task_balance != "static":
-        return (
-            f"task weights of the data set are not used, --task-balance {options.task_balance} makes its own: {words}"
-        )
+        return f"task weights of the data set are not used, --task-balance {options.task_balance} sets them: {words}"
     weight_K = initial_weights(options, task_names, of_data)
     changed = [name for name, weight in given.items() if weight_K[task_names.index(name)] != weight]
     but = f"; --task-weights changes {', '.join(changed)}" if changed else ""
@@ -64,13 +66,16 @@ def weights_of_data(
 def task_numbers(
     option: str, given: Sequence[str] | None, task_names: Sequence[str], default: float | np.ndarray
 ) -> np.ndarray:
-    """One finite number for each task, fp64 [K].
+    """Read one finite number for each task.
 
     Args:
         option: its name, for messages.
         given: ``name=number`` each, or a single ``[1.0, 2.0, …]`` in the data set's order of tasks; ``None`` for none.
         task_names: K names.
-        default: of tasks that are not named; one number, or K.
+        default: for tasks that are not named; one number, or fp64 [K].
+
+    Returns:
+        fp64 [K].
 
     Raises:
         InputError: an unknown or repeated task, a malformed or infinite number, a list of the wrong length.
@@ -87,7 +92,7 @@ def task_numbers(
         for word in given:
             name, equals, text = word.rpartition("=")
             if not equals or name not in task_names:
-                raise InputError(f"{option} {word}: give NAME=NUMBER with {_known(name, task_names)}")
+                raise InputError(f"{option} {word}: give NAME=NUMBER with {_known_tasks(name, task_names)}")
             if name in seen:
                 raise InputError(f"{option}: task {name} is given twice")
             seen.add(name)
@@ -98,9 +103,9 @@ def task_numbers(
     return number_K
 
 
-def _known(name: str, task_names: Sequence[str]) -> str:
-    """The tasks there are, or of many the one that was probably meant."""
-    if len(task_names) <= 20:
+def _known_tasks(name: str, task_names: Sequence[str]) -> str:
+    """The tasks of the data set, or of many the one that was probably meant."""
+    if len(task_names) <= LISTED_TASKS:
         return f"a task of: {', '.join(task_names)}"
     return "; ".join(filter(None, [f"one of the data set's {len(task_names)} tasks", did_you_mean(name, task_names)]))
 

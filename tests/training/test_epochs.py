@@ -141,7 +141,7 @@ def test_another_seed_is_another_order(dataset):
     first = Run(dataset).step()
     other = Run(dataset, 8, first.state(), seed=2).until(2 * packs)
     assert other.judged == [(0, False), (1, True)]
-    assert "--seed was 1 until here; epoch 0 is not judged" in other.warnings[0]
+    assert "--seed was 1 so far; epoch 0 is not judged" in other.warnings[0]
 
 
 def test_a_fresh_run_says_nothing(dataset):

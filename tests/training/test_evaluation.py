@@ -72,7 +72,7 @@ def test_a_restart_with_other_options_says_what_changes(dataset_prefix):
     assert (
         "completion, explain, write, read: trained again, as --task-early-stopping-patience is None now" in reasons[0]
     )
-    assert reasons[1] == "the best is sought anew, by write; until here it was by macro"
+    assert reasons[1] == "the search for the best starts again, by write; so far it was by macro"
     assert other.finished is None
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import mft_megatron
-from mft_megatron.training.events import EVENTS, event_record
+from mft_megatron.training.events import EVENTS, event_record, event_text
 from mft_megatron.training.progress import Progress
 
 PACKAGE = Path(mft_megatron.__file__).parent
@@ -73,3 +73,13 @@ def test_an_event():
 def test_other_events_and_fields_are_refused(event, details, text):
     with pytest.raises(ValueError, match=re.escape(text)):
         event_record(Progress(), event, **details)
+
+
+def test_the_text_of_an_event_has_its_fields_or_is_its_own():
+    assert event_text(event_record(Progress(), "save", path="run/iter_0000007", seconds=1.5)) == (
+        "save | path run/iter_0000007 | seconds 1.5"
+    )
+    tasks = {"write": {"samples": 1000, "digest": "0a"}, "read": {"samples": 234, "digest": "0b"}}
+    for complete, proved in ((True, "used exactly as planned"), (False, "counted in part, not judged")):
+        event = event_record(Progress(), "epoch", epoch=3, tasks=tasks, complete=complete)
+        assert event_text(event) == f"epoch 3 is over | 1,234 samples, {proved}"

@@ -4,7 +4,7 @@ import pytest
 
 from mft_megatron.arguments.groups.multi_task import MultiTaskArguments
 from mft_megatron.errors import InputError
-from mft_megatron.training.task_weights import initial_weights, task_numbers, weights_of_data
+from mft_megatron.training.task_weights import data_weights_text, initial_weights, task_numbers
 
 TASKS = ("write", "explain", "a=b")
 
@@ -97,10 +97,10 @@ OF_DATA = (2.0, None, 0.5)
 def test_weights_of_the_data_set_hold_where_none_are_named(given, expected, said):
     options = MultiTaskArguments(**given)
     assert initial_weights(options, TASKS, OF_DATA).tolist() == expected
-    assert weights_of_data(options, TASKS, OF_DATA) == said
-    assert weights_of_data(options, TASKS, (None,) * 3) is None
+    assert data_weights_text(options, TASKS, OF_DATA) == said
+    assert data_weights_text(options, TASKS, (None,) * 3) is None
 
 
-def test_a_balancer_makes_its_own_weights():
-    said = weights_of_data(MultiTaskArguments(task_balance="coba"), TASKS, OF_DATA)
-    assert said == "task weights of the data set are not used, --task-balance coba makes its own: write=2, a=b=0.5"
+def test_a_balancer_sets_the_weights():
+    said = data_weights_text(MultiTaskArguments(task_balance="coba"), TASKS, OF_DATA)
+    assert said == "task weights of the data set are not used, --task-balance coba sets them: write=2, a=b=0.5"
