@@ -1,9 +1,9 @@
-"""How many packs each optimizer step has: a pure function of the packs consumed before it.
+"""The number of packs of each optimizer step, a pure function of the packs consumed before it.
 
 ::
 
     --global-batch-size N                        N from the first step on
-    --rampup-batch-size START INCREMENT SAMPLES  START, START + INCREMENT … N, each for the same share of SAMPLES packs
+    --rampup-batch-size START INCREMENT SAMPLES  START, START + INCREMENT … N, each for an equal part of SAMPLES packs
     --step-batch-size-schedule "0:A 2M:B"        A, and B once 2,000,000 tokens have been consumed
 """
 
@@ -20,46 +20,59 @@ _SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 @dataclasses.dataclass(frozen=True)
 class BatchSizes:
-    """``starts``: from how many consumed packs on each of the ``sizes`` holds; rising from 0."""
+    """Batch sizes by consumed packs.
+
+    Attributes:
+        starts: number of consumed packs from which on each size holds, ascending from 0.
+        sizes: packs of a step, one for each of ``starts``.
+    """
 
     starts: Sequence[int]
     sizes: Sequence[int]
 
     def after(self, consumed_samples: int) -> int:
-        """Packs of the step that comes after so many."""
-        return self.sizes[self._place(consumed_samples)]
+        """Packs of the step after ``consumed_samples`` packs."""
+        return self.sizes[self._index(consumed_samples)]
 
-    def from_then_on(self, consumed_samples: int) -> Sequence[int]:
-        """The sizes of that step and of all later ones, in their order."""
-        return self.sizes[self._place(consumed_samples) :]
+    def remaining(self, consumed_samples: int) -> Sequence[int]:
+        """Sizes of the step after ``consumed_samples`` packs and of all later steps, in order."""
+        return self.sizes[self._index(consumed_samples) :]
 
-    def _place(self, consumed_samples: int) -> int:
+    def _index(self, consumed_samples: int) -> int:
         return bisect.bisect_right(self.starts, consumed_samples) - 1
 
 
 def ramp_up(start: int, increment: int, samples: int, end: int) -> BatchSizes:
-    """``start`` … ``end`` in steps of ``increment``, which divides their difference; ``end`` after ``samples`` packs.
+    """Batch sizes from ``start`` to ``end`` by ``increment``, which must divide the difference.
 
-    Megatron-Core divides in floating point, so that it may take one more step of the smaller size where a share of
-    ``samples`` ends exactly with a step.
+    Megatron-Core divides in floating point and may take one more step of the smaller size if a part of ``samples``
+    ends exactly with a step.
+
+    Args:
+        start, increment, end: packs of a step.
+        samples: consumed packs from which on the size is ``end``.
     """
     steps = (end - start) // increment
-    # step k begins where consumed × steps / samples reaches k
-    starts = [-(-number * samples // steps) for number in range(steps + 1)]
+    # Size k holds from the first number of packs for which consumed × steps / samples is at least k.
+    starts = [-(-k * samples // steps) for k in range(steps + 1)]
     return BatchSizes(starts, range(start, end + 1, increment))
 
 
 def step_schedule(text: str, seq_length: int) -> BatchSizes:
-    """``THRESHOLD:SIZE …``, with thresholds in tokens as Megatron-LM takes them: ``seq_length`` for each pack.
+    """Parse ``THRESHOLD:SIZE …``.
+
+    Args:
+        text: thresholds in consumed tokens, as in Megatron-LM, and sizes in packs.
+        seq_length: tokens of a pack.
 
     Raises:
-        InputError: not such a list, or one that does not begin with 0 or has a threshold twice.
+        InputError: the text is no such list, does not begin with 0, or has a threshold twice.
     """
     option = f"--step-batch-size-schedule {text!r}"
     pairs = []
     for entry in text.replace(",", " ").split():
         threshold, colon, size = entry.partition(":")
-        tokens, packs = _number(threshold), _number(size)
+        tokens, packs = _count(threshold), _count(size)
         if not colon or tokens is None or packs is None or packs < 1 or packs % 1:
             raise InputError(f"{option}: {entry!r} is not THRESHOLD:SIZE, tokens and packs as in 2.4B:320")
         pairs.append((int(tokens) // seq_length, int(packs), threshold))
@@ -75,8 +88,8 @@ def step_schedule(text: str, seq_length: int) -> BatchSizes:
     return BatchSizes([start for start, _, _ in pairs], [size for _, size, _ in pairs])
 
 
-def _number(text: str) -> decimal.Decimal | None:
-    """``2.4B`` as a number that is not negative."""
+def _count(text: str) -> decimal.Decimal | None:
+    """Parse a number such as ``2.4B`` that is not negative; ``None`` for anything else."""
     factor = _SUFFIXES.get(text[-1:].upper(), 1)
     try:
         value = decimal.Decimal(text if factor == 1 else text[:-1]) * factor

@@ -1,18 +1,20 @@
-"""The one exception that means "the user can mend this"."""
+"""The exception for errors that the user can correct, and how a command reports it."""
 
 import os
 import sys
 import time
 from collections.abc import Callable
 
-# seconds that a silent rank gives the one that speaks
+# Seconds that a silent rank leaves the rank that prints the error.
 PATIENCE = 5
 
 
 class InputError(Exception):
-    """Bad input or a bad option: one line that says what, where (``file:line`` or argument) and what to do.
+    """Bad input or a bad option: one line that says what is wrong, where (``file:line`` or option) and what to do.
 
-    ``always``: to be printed by whatever process meets it, since others may not; else one process speaks for all.
+    Attributes:
+        always: every process that raises it prints it, because others may not raise it; otherwise one rank prints for
+            all.
     """
 
     def __init__(self, message: str, always: bool = False):
@@ -25,11 +27,11 @@ def run_command(main: Callable[[], int | None], quiet: bool = False) -> int:
 
     Args:
         main: the command's body; returns its exit code (``None`` means 0).
-        quiet: keep silent about an error that other processes meet, too; set on all ranks of a machine but one.
+        quiet: do not print an error that other processes raise, too; set on all ranks of a machine but one.
 
     Returns:
-        the exit code: ``main``'s own, 2 after an :class:`InputError` or a file that cannot be read or written, 130
-        after an interrupt.
+        the exit code: the result of ``main``; 2 after an :class:`InputError` or a file that cannot be read or written;
+        130 after an interrupt; 141 if the reader of the output has gone.
     """
     try:
         return main() or 0
@@ -37,11 +39,11 @@ def run_command(main: Callable[[], int | None], quiet: bool = False) -> int:
         if not quiet or error.always:
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         else:
-            # torchrun ends all ranks when the first one has left, and that should be the one that says why
+            # torchrun ends all ranks as soon as one exits: the rank that prints the reason must be first.
             time.sleep(PATIENCE)
         return 2
     except BrokenPipeError:
-        # whoever read the output has seen enough; nothing is left to be flushed at exit
+        # The reader, such as head, has closed the pipe: prevent a second error when Python flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except KeyboardInterrupt:

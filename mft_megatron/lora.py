@@ -1,15 +1,16 @@
-"""What a low-rank adapter is: which matrices it is on, with what rank and scale.
+"""The description of low-rank adapters: the matrices that have one, rank and scale.
 
 An adapted matrix W [out, in] computes ``W x + scale · B (A x)``, A [rank, in] and B [out, rank] (LoRA, Hu et al. 2021,
-arXiv 2106.09685). Megatron-Core joins matrices that Hugging Face keeps apart; its *sources* are those:
+arXiv 2106.09685). Megatron-Core fuses matrices that Hugging Face stores separately; these are the *sources* of a
+matrix:
 
 ::
 
     linear_qkv   0 query, 1 key, 2 value         linear_proj  0
     linear_fc1   0 gate, 1 up (or 0 alone)       linear_fc2   0
 
-By Megatron's name all sources of a matrix share one A, by names of Hugging Face each has its own; B has the rows of W
-in either case. A source that no A serves is not adapted: its rows of B are 0 and stay it.
+A target with Megatron's name has one A for all sources of the matrix, a target with Hugging Face's name has an A for
+one source. B has the rows of W in either case. A source without an A is not adapted: its rows of B are 0 and stay 0.
 """
 
 import dataclasses
@@ -19,12 +20,12 @@ from typing import Any
 
 from mft_megatron.errors import InputError
 
-# by matrix: how many sources it has, without a gate and with one
+# Number of sources of each matrix, in models without a gate and with one.
 SOURCES = {"linear_qkv": (3, 3), "linear_proj": (1, 1), "linear_fc1": (1, 2), "linear_fc2": (1, 1)}
-# what the names of A and B in a checkpoint end with, after that of their matrix
+# In a checkpoint the names of A and B are the name of their matrix with these suffixes.
 LORA_A, LORA_B = ".lora_a", ".lora_b"
 MLP = ("linear_fc1", "linear_fc2")
-# Names of single sources: Hugging Face's (Llama's and its kin's, GPT-NeoX's, StarCoder2's), Megatron-Bridge's.
+# Names of single sources in Hugging Face (Llama and similar models, GPT-NeoX, StarCoder2) and in Megatron-Bridge.
 _SOURCE_NAMES = {
     ("linear_qkv", 0): ("q_proj", "linear_q"),
     ("linear_qkv", 1): ("k_proj", "linear_k"),
@@ -34,8 +35,8 @@ _SOURCE_NAMES = {
     ("linear_fc1", 1): ("up_proj", "linear_fc1_up"),
     ("linear_fc2", 0): ("down_proj", "c_proj", "dense_4h_to_h"),
 }
-_NAMES = {name: place for place, names in _SOURCE_NAMES.items() for name in names}
-# GPT-NeoX keeps queries, keys and values in one matrix, as Megatron does
+_NAMES = {name: source for source, names in _SOURCE_NAMES.items() for name in names}
+# GPT-NeoX stores queries, keys and values in one matrix, as Megatron does.
 _WHOLE = {**{module: module for module in SOURCES}, "query_key_value": "linear_qkv"}
 ONLY_GATED = ("gate_proj", "up_proj", "linear_fc1_gate", "linear_fc1_up")
 ONLY_UNGATED = ("c_fc", "dense_h_to_4h")
@@ -50,7 +51,13 @@ def is_adapter(weight: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """An adapted matrix of so many ``sources``: ``parts`` has one entry for each A, the sources that it serves."""
+    """An adapted matrix.
+
+    Attributes:
+        module: Megatron's name of the matrix, e.g. linear_qkv.
+        sources: number of sources that are fused in the matrix.
+        parts: for each A the indices of the sources that it belongs to.
+    """
 
     module: str
     sources: int
@@ -58,14 +65,22 @@ class Target:
 
     @property
     def names(self) -> list[str]:
-        """By which :func:`read_targets` finds it again."""
+        """Names from which :func:`read_targets` makes this target."""
         whole = tuple(range(self.sources))
         return [self.module if part == whole else _SOURCE_NAMES[self.module, part[0]][0] for part in self.parts]
 
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
-    """The adapters of a model. ``dropout``: of what A is given, while training."""
+    """The adapters of a model.
+
+    Attributes:
+        rank: rows of A and columns of B.
+        alpha: numerator of :attr:`scale`.
+        targets: the adapted matrices.
+        dropout: dropout of the input of A, in training.
+        rslora: whether :attr:`scale` divides by √rank.
+    """
 
     rank: int
     alpha: float
@@ -79,17 +94,19 @@ class Lora:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     def target(self, module: str) -> Target | None:
-        """What is adapted of the matrices of that name."""
+        """The target with Megatron's name ``module``, or ``None`` if it is not adapted."""
         return next((target for target in self.targets if target.module == module), None)
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON can store them, for :meth:`from_dict`."""
         return dataclasses.asdict(self)
 
     @staticmethod
     def from_dict(content: Mapping[str, Any]) -> "Lora":
-        """
+        """Make the adapters that :meth:`as_dict` described.
+
         Raises:
-            TypeError, KeyError: it is not what :meth:`as_dict` makes.
+            TypeError, KeyError: ``content`` is no such description.
         """
         targets = tuple(
             Target(**{**target, "parts": tuple(tuple(part) for part in target["parts"])})
@@ -98,26 +115,26 @@ class Lora:
         return Lora(**{**content, "targets": targets})
 
     def describe(self) -> str:
-        """In a line, for people."""
+        """Return one line for the log."""
         kind = "rsLoRA" if self.rslora else "LoRA"
         names = [name for target in self.targets for name in target.names]
         return f"{kind} of rank {self.rank}, alpha {self.alpha:g}, on {', '.join(names)}"
 
 
 def num_sources(module: str, gated: bool) -> int:
-    """How many matrices of Hugging Face's are joined in one of Megatron's."""
+    """Number of Hugging Face matrices that are fused in Megatron's ``module``."""
     return SOURCES[module][gated]
 
 
 def read_targets(names: Iterable[str], gated: bool) -> tuple[Target, ...]:
-    """What ``--lora-target-modules`` names.
+    """Return the targets of ``--lora-target-modules``, in the order of :data:`SOURCES`.
 
     Args:
-        names: of matrices by Megatron's names, of single sources by Hugging Face's, or ``all-linear``.
+        names: Megatron's names of matrices, Hugging Face's names of single sources, or ``all-linear``.
         gated: whether the model's MLPs have gates.
 
     Raises:
-        InputError: a name that is not known, not of this model, or that names a matrix a second time.
+        InputError: a name is unknown, does not fit the model, or names a matrix that another one names.
     """
     found: dict[str, list[tuple[int, ...]]] = {}
     for name in _expanded(names, gated):
@@ -143,8 +160,8 @@ def read_targets(names: Iterable[str], gated: bool) -> tuple[Target, ...]:
 
 
 def _expanded(names: Iterable[str], gated: bool) -> Sequence[str]:
-    """The names without ``all-linear``, which says as in PEFT: every matrix that Hugging Face has, each by itself."""
-    listed = []
+    """Replace ``all-linear``: it means, as in PEFT, every Hugging Face matrix separately."""
+    listed: list[str] = []
     for name in names:
         listed += _each_source(gated) if name == ALL_LINEAR else [name]
     return listed

@@ -1,6 +1,11 @@
-"""Names of ``--mft-loss``, for the options and for the rooms that act on them (docs/LOSSES.md)."""
+"""The names of ``--mft-loss`` and ``--task-balance`` (docs/LOSSES.md), for rooms that may not import :mod:`.losses`.
+
+A test compares them with the tables of :mod:`.losses`, which implement them.
+"""
 
 LOSSES = ("token", "sample", "task-token", "task-sample", "focal-sample", "focal-task")
-# those whose tasks have weights w_i, from --task-weights or a balancer
+# Losses with task weights w_i, from --task-weights or a balancer.
 WEIGHTED = ("task-token", "task-sample")
 FOCAL = ("focal-sample", "focal-task")
+# "static" is no balancer: the weights are those of --task-weights.
+BALANCERS = ("static", "self-paced", "famo", "coba")

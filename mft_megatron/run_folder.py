@@ -1,20 +1,20 @@
-"""Where a run keeps its files, and what a checkpoint says about itself before anything is loaded.
+"""The files of a run, and the description of a checkpoint, which is read before any weight.
 
 ::
 
     DIR/iter_0000010/                        Megatron-Core distributed checkpoint (torch_dist) …
     DIR/iter_0000010/mft_checkpoint.json     … and this project's description of it: CheckpointInfo
-    DIR/latest_checkpointed_iteration.txt    the newest complete one (Megatron's name and content)
-    DIR/best_checkpointed_iteration.txt      the one with the best evaluation, likewise
+    DIR/latest_checkpointed_iteration.txt    iteration of the newest complete checkpoint (Megatron's name and content)
+    DIR/best_checkpointed_iteration.txt      iteration of the checkpoint with the best evaluation
     DIR/config.yaml                          the effective configuration
     DIR/metrics.jsonl                        one JSON object per logged step, evaluation or event
     DIR/tensorboard/                         the same scalars
     DIR/tokenizer/                           the tokenizer's files, so that an export is complete
-    DIR/huggingface/                         of a model that came from Hugging Face: its config.json, generation
-                                             configuration, tokenizer and licence, to be given back as they were
+    DIR/huggingface/                         for a model from Hugging Face: its config.json, generation configuration,
+                                             tokenizer and licence, which an export copies unchanged
 
 The description is written last and renamed into place: a folder without it is an unfinished save and is not loaded.
-The files that name a checkpoint are written after it, and clearing up spares what they name.
+The files that name a checkpoint are written after it, and the checkpoints that they name are never removed.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 TOKENIZER = "tokenizer"
 HUGGINGFACE = "huggingface"
-# What makes a Hugging Face tokenizer; a folder that has it may hold a whole model besides.
+# The files of a Hugging Face tokenizer; their folder may also hold a model.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -52,33 +52,48 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-# 2: states of the optimizer are stored by weight, whatever optimizer wrote them; of 1 the weights can be read
+# Version 2 stores optimizer states by weight, independent of the optimizer; of version 1 only weights can be loaded.
 FORMAT_VERSION = 2
 READABLE_VERSIONS = (1, 2)
-# source of a model from Megatron-LM that no architecture of Hugging Face expresses
+# ``source`` of a model from Megatron-LM that no Hugging Face architecture can express.
 OF_NO_FAMILY = "Megatron-LM"
-_DIGEST_PIECES, _DIGEST_BYTES = 64, 4096
+# content_digest reads this many blocks of each file, of this many bytes.
+_DIGEST_BLOCKS, _DIGEST_BYTES = 64, 4096
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointInfo:
-    """What one checkpoint holds.
+    """The description of one checkpoint, stored as JSON with these names.
 
-    ``architecture``: the fields of ``NetworkArguments``. ``tokenizer``: the ledger's entry, and
-    ``stop_token_ids``. ``vocab_size``: rows of the vocabulary before padding.
-    ``consumed_samples`` counts packs. ``precision``: fp32, bf16 or fp16. ``optimizer``: adam, sgd,
-    or sgd without momentum, whose states are the same with and without the
-    ``distributed_optimizer``. ``decoupled_lr``: whether the optimizer has a group for the rate of
-    embedding and output layer. ``layout``: sizes by name, and the kind of device, for what belongs
-    to one layout.
-    ``dataset_hash`` and ``seed`` identify the data order that was being followed.
-    ``best``: its evaluation was the best of the run until then. ``asked_for``: it was due, at
-    ``--save-interval`` or at an end of the run; one that was saved for being the best alone goes
-    when a better one comes. ``source``: the Hugging Face architecture that the model came as, if
-    it did; its vocabulary may be larger than the tokenizer's. ``lora``: what
-    :meth:`.lora.Lora.as_dict` says of its adapters, if it has any, and ``peft_type`` how they were
-    trained: lora or qlora. ``has_base``: or it holds the adapters alone. ``base``: the folder that
-    the model beside them was read from, ``base_digest`` its :func:`content_digest`.
+    Attributes:
+        iteration: optimizer steps of the run.
+        consumed_samples: packs consumed.
+        architecture: the fields of ``NetworkArguments``.
+        vocab_size: rows of the vocabulary before padding.
+        tokenizer: the ledger's entry, and ``stop_token_ids``.
+        dataset_hash: the data set; with ``seed`` it identifies the data order that the run follows.
+        seed: seed of weights, dropout and data order.
+        global_batch_size: packs of a step, after a ramp-up.
+        skipped_steps: steps that the loss scale skipped.
+        has_optimizer: whether it holds optimizer states.
+        has_rng: whether it holds the states of random number generators.
+        precision: fp32, bf16 or fp16.
+        optimizer: adam, sgd, or sgd without momentum; the states are the same with ``distributed_optimizer`` and
+            without.
+        distributed_optimizer: whether the distributed optimizer wrote it.
+        decoupled_lr: whether the optimizer has a group for the learning rate of embedding and output layer.
+        layout: sizes of the parallel layout by name, and the kind of device; what is stored per rank fits these only.
+        best: its evaluation was the best of the run so far.
+        asked_for: saved because of ``--save-interval`` or at an end of the run. One that was saved only as the best is
+            removed when there is a better one.
+        source: the Hugging Face architecture that the model came from, if any; its vocabulary may be larger than the
+            tokenizer's.
+        lora: :meth:`.lora.Lora.as_dict` of its adapters, if any.
+        peft_type: how adapters were trained: lora or qlora.
+        has_base: whether it holds the model; if not, it holds only adapters.
+        base: the folder that the model of the adapters was read from.
+        base_digest: :func:`content_digest` of ``base``.
+        format_version: version of this format.
     """
 
     iteration: int
@@ -109,17 +124,17 @@ class CheckpointInfo:
 
     @property
     def is_converted(self) -> bool:
-        """Whether it was made from a Hugging Face model, has no run behind it, and a run starts from it."""
+        """Whether it was converted from a Hugging Face model; no run has trained it."""
         return self.source != "" and self.dataset_hash == ""
 
     @property
     def from_hugging_face(self) -> bool:
-        """Whether an export gets the configuration of the model that it came as."""
+        """Whether an export copies the configuration of the Hugging Face model that it came from."""
         return self.source not in ("", OF_NO_FAMILY)
 
     @property
     def optimizer_steps(self) -> int:
-        """How often the optimizer has stepped; one that never has leaves no state behind."""
+        """Steps that the optimizer has taken; without any it has no state."""
         return self.iteration - self.skipped_steps
 
 
@@ -132,20 +147,21 @@ class CheckpointRef:
 
 
 def iteration_folder(folder: Path, iteration: int) -> Path:
+    """The folder of the checkpoint of ``iteration`` in a run folder."""
     return folder / f"iter_{iteration:07d}"
 
 
 def is_checkpoint(folder: Path | str) -> bool:
-    """Whether a save was ever completed in ``folder``, or ``folder`` is itself one ``iter_NNNNNNN``."""
+    """Whether ``folder`` is a run folder with a complete checkpoint, or itself one ``iter_NNNNNNN``."""
     folder = Path(folder)
     return folder.name.startswith("iter_") or (folder / TRACKER).exists()
 
 
 def latest_checkpoint(folder: Path | str, option: str = "--load") -> CheckpointRef:
-    """The newest complete checkpoint below ``folder``; ``folder`` may also be one ``iter_NNNNNNN`` itself.
+    """Return the newest complete checkpoint in ``folder``, which may also be one ``iter_NNNNNNN`` itself.
 
     Raises:
-        InputError: there is none, or it is unfinished or of another format.
+        InputError: there is none, or it is unfinished or has another format.
     """
     folder = Path(folder)
     if folder.name.startswith("iter_") and folder.is_dir():
@@ -155,10 +171,10 @@ def latest_checkpoint(folder: Path | str, option: str = "--load") -> CheckpointR
 
 
 def checkpoint_of(folder: Path | str, iteration: int, option: str = "--load") -> CheckpointRef:
-    """The complete checkpoint of one iteration below ``folder``.
+    """Return the complete checkpoint of one iteration in ``folder``.
 
     Raises:
-        InputError: there is none, or it is unfinished or of another format.
+        InputError: there is none, or it is unfinished or has another format.
     """
     path = iteration_folder(Path(folder), iteration)
     if not path.is_dir():
@@ -168,23 +184,30 @@ def checkpoint_of(folder: Path | str, iteration: int, option: str = "--load") ->
 
 
 def best_checkpoint(folder: Path | str, option: str = "--load") -> CheckpointRef:
-    """The checkpoint of the run in ``folder`` that has the best evaluation.
+    """Return the checkpoint with the best evaluation of the run in ``folder``.
 
     Raises:
-        InputError: none was kept for that, or it is unfinished or of another format.
+        InputError: no best checkpoint was kept, or it is unfinished or has another format.
     """
     absent, remedy = "no best checkpoint was kept there", "give the folder of a run that kept one, or take its newest"
     return _named_checkpoint(Path(folder), BEST, option, absent, remedy)
 
 
 def select_checkpoint(folder: Path | str, best: bool, option: str = "--load") -> CheckpointRef:
-    """The best checkpoint of the run in ``folder``, or its newest, by :func:`best_checkpoint` or
-    :func:`latest_checkpoint`."""
+    """Return :func:`best_checkpoint` or :func:`latest_checkpoint`."""
     return best_checkpoint(folder, option) if best else latest_checkpoint(folder, option)
 
 
 def _named_checkpoint(folder: Path, file_name: str, option: str, absent: str, remedy: str) -> CheckpointRef:
-    """The checkpoint whose iteration stands in a file of ``folder``; ``absent`` says what it means to lack the file."""
+    """Return the checkpoint whose iteration is in a file of ``folder``.
+
+    Args:
+        folder: the run folder.
+        file_name: name of the file with the iteration.
+        option: the option that gave the folder, for messages.
+        absent: what a missing file means, for messages.
+        remedy: what to do then.
+    """
     file = folder / file_name
     if not file.is_file():
         what = "does not exist" if not folder.exists() else f"has no {file_name}, so {absent}"
@@ -201,35 +224,38 @@ def _named_checkpoint(folder: Path, file_name: str, option: str, absent: str, re
 
 
 def record_best(folder: Path, iteration: int) -> None:
-    """Name the complete checkpoint of ``iteration`` the best of the run in ``folder``."""
+    """Record the complete checkpoint of ``iteration`` as the best of the run in ``folder``."""
     replace_text(folder / BEST, f"{iteration}\n")
 
 
 def restore_best(folder: Path, iteration: int | None) -> None:
-    """Name the checkpoint of ``iteration`` the best again, for a run that goes on in its folder from an earlier point;
-    none where it is not there, or was not kept for being the best."""
-    path = iteration_folder(folder, iteration) if iteration is not None else None
-    if path is not None and path.is_dir() and read_info(path).best:
-        record_best(folder, iteration)
-    else:
-        (folder / BEST).unlink(missing_ok=True)
+    """Record the checkpoint of ``iteration`` as the best again, for a run that resumes from an earlier iteration.
+
+    If it does not exist, or was not saved as the best, the run has no best checkpoint.
+    """
+    if iteration is not None:
+        path = iteration_folder(folder, iteration)
+        if path.is_dir() and read_info(path).best:
+            record_best(folder, iteration)
+            return
+    (folder / BEST).unlink(missing_ok=True)
 
 
 def superseded(folder: Path) -> list[Path]:
-    """Checkpoints that were saved for being the best alone and are neither that any more nor the newest; oldest first.
+    """Checkpoints that were saved only as the best and are no longer the best nor the newest, oldest first.
 
-    Every one in ``folder``: where a job was ended before it removed one, that goes with the next.
+    All such checkpoints in ``folder``, including those that an interrupted job did not remove.
     """
     return [found.path for found in _unnamed(folder) if not found.info.asked_for]
 
 
 def not_retained(folder: Path, interval: int) -> list[Path]:
-    """Checkpoints of iterations that ``interval`` does not divide and that are neither the newest nor the best."""
+    """Checkpoints whose iteration is not a multiple of ``interval`` and that are neither the newest nor the best."""
     return [found.path for found in _unnamed(folder) if found.info.iteration % interval]
 
 
 def _unnamed(folder: Path) -> list[CheckpointRef]:
-    """Complete checkpoints of the run in ``folder`` but for the newest and the best; by name."""
+    """Complete checkpoints of the run in ``folder`` except the newest and the best, in the order of their names."""
     named = [latest_checkpoint(folder).path]
     if (folder / BEST).is_file():
         named.append(best_checkpoint(folder).path)
@@ -239,41 +265,42 @@ def _unnamed(folder: Path) -> list[CheckpointRef]:
             continue
         try:
             info = read_info(path)
-        except InputError:  # unfinished, or not ours
+        except InputError:  # unfinished, or written by another program
             continue
-        # a copy that the user made under another name still has the iteration of its original
+        # A copy that the user made under another name has the iteration of its original.
         if path == iteration_folder(folder, info.iteration):
             found.append(CheckpointRef(path, info))
     return found
 
 
 def content_digest(folder: Path) -> str:
-    """What tells one model's weight files from another's, in hex: their sizes, and some pieces of each.
+    """Digest of a model's weight files, in hex: of their names and sizes, and of some blocks of each.
 
-    Of a folder that holds a Hugging Face model or one checkpoint. Reads less than a mebibyte of each file.
+    Args:
+        folder: a Hugging Face model or one checkpoint. Less than a mebibyte of each file is read.
     """
     digest = hashlib.sha256()
     for file in sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".distcp")):
         size = file.stat().st_size
         digest.update(f"{file.name} {size} ".encode())
         with open(file, "rb") as stream:
-            for place in range(_DIGEST_PIECES):
-                stream.seek(size * place // _DIGEST_PIECES)
+            for block in range(_DIGEST_BLOCKS):
+                stream.seek(size * block // _DIGEST_BLOCKS)
                 digest.update(stream.read(_DIGEST_BYTES))
     return digest.hexdigest()
 
 
 def remove_checkpoint(path: Path) -> None:
-    """Remove a checkpoint, its description first: what is left after an interruption counts as an unfinished save."""
+    """Remove a checkpoint, its description first, so that an interruption leaves an unfinished save."""
     (path / INFO).unlink()
     shutil.rmtree(path)
 
 
 def read_info(path: Path, option: str = "--load") -> CheckpointInfo:
-    """The description of the checkpoint in ``path``.
+    """Read the description of the checkpoint in ``path``.
 
     Raises:
-        InputError: it is missing (an unfinished save), unreadable, or of another version.
+        InputError: it is missing (an unfinished save), unreadable, or has another version.
     """
     file = path / INFO
     try:
@@ -296,8 +323,11 @@ def read_info(path: Path, option: str = "--load") -> CheckpointInfo:
 
 
 def is_of_megatron(path: Path) -> bool:
-    """Whether another program on Megatron-Core wrote the checkpoint ``path``: Megatron-Bridge leaves its configuration
-    there, Megatron-LM its arguments in ``common.pt``, which is looked through without being unpickled."""
+    """Whether Megatron-Bridge or Megatron-LM wrote the checkpoint ``path``.
+
+    Megatron-Bridge stores its configuration there, Megatron-LM its arguments in ``common.pt``, which is searched
+    without being unpickled.
+    """
     if (path / "run_config.yaml").is_file():
         return True
     try:
@@ -308,20 +338,25 @@ def is_of_megatron(path: Path) -> bool:
 
 
 def write_info(path: Path, info: CheckpointInfo) -> None:
-    """Put ``info`` into the checkpoint folder ``path``, as the last file of a save."""
+    """Write ``info`` into the checkpoint folder ``path``, as the last file of a save."""
     replace_text(path / INFO, json.dumps(dataclasses.asdict(info), indent=2) + "\n")
 
 
-def effective_configuration(options: Mapping[str, Any], world_size: int) -> str:
-    """The content of ``config.yaml``: every option's value, which ``--yaml-cfg`` reads again, and how many ranks."""
+def effective_configuration(options: Mapping[str, object], world_size: int) -> str:
+    """The content of ``config.yaml``: the value of every option, for ``--yaml-cfg``, and the number of ranks."""
     plain = {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
     return yaml.safe_dump({**plain, "world_size": world_size}, sort_keys=False)
 
 
 def copy_tokenizer(model: Path, target: Path) -> bool:
-    """Copy the files of a tokenizer, and nothing else, into the folder ``target``; whether there were any.
+    """Copy the files of a tokenizer, and nothing else, into the folder ``target``.
 
-    ``model`` is the tokenizer's folder, or a file in it. A SentencePiece model gets the name that transformers knows.
+    Args:
+        model: the tokenizer's folder, or a file in it. A SentencePiece model gets the name that transformers expects.
+        target: created if needed.
+
+    Returns:
+        whether there were any files.
     """
     folder = model if model.is_dir() else model.parent
     found = {name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()}
@@ -336,7 +371,7 @@ def copy_tokenizer(model: Path, target: Path) -> bool:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a small text file so that a reader sees the old content or the new, never a part."""
+    """Write a small text file atomically: a reader sees the old content or the new, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with open(temporary, "w") as file:
         file.write(text)

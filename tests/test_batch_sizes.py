@@ -55,7 +55,7 @@ def test_a_schedule_by_tokens(later, first, seq_length, consumed, random):
     sizes = step_schedule(text, seq_length)
     assert sizes.after(consumed) == dict(pairs)[max(start for start, _ in pairs if start <= consumed)]
     remaining = [size for start, size in sorted(pairs) if start > consumed]
-    assert list(sizes.from_then_on(consumed)) == [sizes.after(consumed), *remaining]
+    assert list(sizes.remaining(consumed)) == [sizes.after(consumed), *remaining]
 
 
 def test_suffixes_are_exact_and_packs_are_whole():

@@ -27,7 +27,7 @@ def test_the_options_and_the_table_know_the_same_kinds_of_losses():
 
 
 def test_the_balancers_are_the_values_of_the_option():
-    assert ("static", *BALANCERS) == choices("task_balance")
+    assert ("static", *BALANCERS) == loss_names.BALANCERS == choices("task_balance")
 
 
 @pytest.mark.parametrize("name", BALANCERS)

@@ -41,7 +41,7 @@ def check_batch_schedule(a: Arguments) -> str | None:
 def check_batches(a: Arguments) -> str | None:
     consumed = 0 if a.resume is None or a.weights_alone else a.resume.info.consumed_samples
     # sizes that a run has behind it may have been of another layout
-    sizes = a.batch_sizes.from_then_on(consumed)
+    sizes = a.batch_sizes.remaining(consumed)
     wrong = next((size for size in sizes if size % a.batch_multiple), None)
     if wrong is None:
         return None

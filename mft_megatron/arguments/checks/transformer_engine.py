@@ -1,9 +1,7 @@
 """Whether fp8 can be computed with these sizes; what this machine has is asked when the model is made."""
 
+from mft_megatron.arguments.groups.transformer_engine import FP8_MULTIPLES
 from mft_megatron.arguments.table import Arguments
-
-# tensors of a matrix product in fp8 have multiples of this in both directions
-MULTIPLE = {"delayed": 16, "tensorwise": 16, "blockwise": 16, "mxfp8": 32}
 
 
 def check_fp8(a: Arguments) -> str | None:
@@ -33,7 +31,7 @@ def check_fp8(a: Arguments) -> str | None:
         ):
             if number > stage:
                 return f"{name} {number} is more than the {stage} layers of a pipeline stage; lower it"
-    return _check_sizes(a, f"{fp8} with --fp8-recipe {e.fp8_recipe}", MULTIPLE[e.fp8_recipe])
+    return _check_sizes(a, f"{fp8} with --fp8-recipe {e.fp8_recipe}", FP8_MULTIPLES[e.fp8_recipe])
 
 
 def _check_sizes(a: Arguments, fp8: str, multiple: int) -> str | None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from mft_megatron.loss_names import LOSSES
+from mft_megatron.loss_names import BALANCERS, LOSSES
 from mft_megatron.options import option
 
 # values of MFTCoder's --weighted_loss_mode that name a balancer
@@ -43,7 +43,7 @@ class MultiTaskArguments:
     task_balance: str = option(
         "static",
         "Where the weights of task-token and task-sample come from: --task-weights, or the validation losses.",
-        choices=("static", "self-paced", "famo", "coba"),
+        choices=BALANCERS,
     )
     focal_gamma: float = option(2.0, "Exponent of the focal losses; 0 turns them into task-sample.", at_least=0)
     focal_alpha: tuple[str, ...] | None = option(

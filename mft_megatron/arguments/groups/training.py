@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from mft_megatron.arguments.values.attention import BACKENDS
 from mft_megatron.options import option
 
 
@@ -66,7 +67,7 @@ class TrainingArguments:
         "PyTorch's scaled dot-product attention, everywhere. varlen: the FlashAttention in torch. flash: the package "
         "flash-attn. fused: cuDNN's, through Transformer Engine. All but local need CUDA and --bf16 or --fp16. Unlike "
         "in Megatron unfused is refused.",
-        choices=("auto", "local", "varlen", "flash", "fused", "unfused"),
+        choices=(*BACKENDS, "unfused"),
     )
     exit_duration_in_mins: float | None = option(
         None,

@@ -4,6 +4,9 @@ import dataclasses
 
 from mft_megatron.options import option
 
+# Recipes of fp8, and the number that both dimensions of a matrix must be a multiple of.
+FP8_MULTIPLES = {"delayed": 16, "tensorwise": 16, "blockwise": 16, "mxfp8": 32}
+
 
 @dataclasses.dataclass(frozen=True)
 class TransformerEngineArguments:
@@ -26,7 +29,7 @@ class TransformerEngineArguments:
         "delayed",
         "How fp8 numbers are scaled. delayed: each tensor by what it was in steps before. tensorwise: by what it is. "
         "blockwise: each block of 128 (compute capability 9.0). mxfp8: each 32 (10.0).",
-        choices=("delayed", "tensorwise", "blockwise", "mxfp8"),
+        choices=tuple(FP8_MULTIPLES),
     )
     fp8_margin: int = option(0, "Exponents left free above the largest number, with --fp8-recipe delayed.", at_least=0)
     fp8_amax_history_len: int = option(
