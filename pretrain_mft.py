@@ -38,10 +38,11 @@ def main() -> None:
     main_rank = os.environ.get("RANK", "0") == "0"
     run = functools.partial(pretrain, arguments, main_rank, Sources(model, adapter))
     # A run that only evaluates saves nothing that could be exported.
-    if arguments.checkpoint.save_hf is None or arguments.validation.skip_train:
+    save, save_hf = arguments.checkpoint.save, arguments.checkpoint.save_hf
+    if save is None or save_hf is None or arguments.validation.skip_train:
         run()
     else:
-        run_and_export(arguments, main_rank, run)
+        run_and_export(arguments, Path(save), Path(save_hf), main_rank, run)
 
 
 def open_start(command_line: "CommandLine") -> "tuple[Start, HuggingFaceSource | None, AdapterSource | None]":
@@ -69,7 +70,9 @@ def open_start(command_line: "CommandLine") -> "tuple[Start, HuggingFaceSource |
     return start, model, adapter
 
 
-def run_and_export(arguments: "Arguments", main_rank: bool, run: Callable[..., None]) -> None:
+def run_and_export(
+    arguments: "Arguments", run_folder: Path, hf_folder: Path, main_rank: bool, run: Callable[..., None]
+) -> None:
     """Train with ``--save-hf``: rank 0 exports checkpoints during the run, and the newest at its end."""
     from mft_megatron.convert.huggingface.model_export import refuse_export
     from mft_megatron.training.saving import remove_exported
@@ -79,21 +82,21 @@ def run_and_export(arguments: "Arguments", main_rank: bool, run: Callable[..., N
     if not main_rank:
         run()
         return
-    with open_exports(arguments) as exports:
+    with open_exports(arguments, hf_folder) as exports:
         if options.save_hf_interval is not None and resume is not None and not arguments.weights_alone:
-            exports.catch_up(Path(options.save), options.save_hf_interval, resume.path)
+            exports.catch_up(run_folder, options.save_hf_interval, resume.path)
         run(exports)
-        exports.export_newest(Path(options.save))
+        exports.export_newest(run_folder)
     remove_exported(options, exports.waiting)
     exports.refuse_failures()
 
 
-def open_exports(arguments: "Arguments") -> "Exports":
-    """Open what writes checkpoints to ``--save-hf``: models, or adapters if adapters are trained."""
+def open_exports(arguments: "Arguments", folder: Path) -> "Exports":
+    """Prepare the export of checkpoints to ``folder``, as models, or as adapters if adapters are trained."""
     from mft_megatron.convert.background_export import Exports
 
     direction = "mcore-to-hf" if arguments.adapters is None else "lora-to-peft"
-    return Exports(Path(arguments.checkpoint.save_hf), Path(__file__).parent / "tools/convert_checkpoint.py", direction)
+    return Exports(folder, Path(__file__).parent / "tools/convert_checkpoint.py", direction)
 
 
 # The guard matters: the checkpoint writer starts a process that imports this file again.

@@ -38,7 +38,7 @@ _BOUNDS: Mapping[str, Callable[[float, float], bool]] = {
 
 @dataclasses.dataclass(frozen=True)
 class OptionInfo:
-    """What :func:`option` says about a field, besides its name, annotation and default."""
+    """The description of an option, besides the name, annotation and default of its field; see :func:`option`."""
 
     text: str
     reader: Callable[[str], object] | None

@@ -1,20 +1,20 @@
-"""Adapters of a run: what the options say, a checkpoint that has some, or an adapter from elsewhere."""
+"""Adapters of a run, from the options, a checkpoint with adapters, or an adapter in PEFT's format."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from mft_megatron.arguments.groups.lora import LoraArguments
 from mft_megatron.arguments.groups.network import NetworkArguments
 from mft_megatron.errors import InputError
 from mft_megatron.lora import Lora, Target, read_targets
+from mft_megatron.options import Given
 from mft_megatron.run_folder import CheckpointRef
 
 
 def adapters_of(options: LoraArguments, network: NetworkArguments) -> Lora | None:
-    """What is trained beside the model, or ``None`` where it is trained itself.
+    """The adapters that the options ask for; ``None`` if the model itself is trained.
 
     Raises:
-        InputError: a target that this model has not.
+        InputError: the model has no such target.
     """
     if options.peft_type == "none":
         return None
@@ -22,23 +22,23 @@ def adapters_of(options: LoraArguments, network: NetworkArguments) -> Lora | Non
     return Lora(options.lora_rank, options.lora_alpha, targets, options.lora_dropout, options.use_rslora)
 
 
-def from_checkpoint(resume: CheckpointRef, given: Mapping[str, Any], weights_alone: bool) -> dict[str, Any]:
-    """Options that follow from the adapters of a checkpoint; nothing where it has none.
+def from_checkpoint(resume: CheckpointRef, given: Given, weights_alone: bool) -> Given:
+    """Options that follow from the adapters of a checkpoint; none if it has no adapters.
 
     Args:
-        resume: its folder and description.
-        given: what the command line says.
-        weights_alone: whether a new pass starts from it, which may keep the model in 4 bits or not.
+        resume: the checkpoint.
+        given: the options that are given.
+        weights_alone: whether a new pass starts from it; that may change whether the model is in 4 bits.
 
     Raises:
-        InputError: the command line says otherwise.
+        InputError: the options contradict the checkpoint.
     """
     path, info = resume.path, resume.info
     if info.lora is None:
         return {}
     if given.get("peft_type") == "none":
         raise InputError(
-            f"--peft-type none: the checkpoint {path} has adapters, and training goes on with them; leave the option "
+            f"--peft-type none: the checkpoint {path} has adapters, and training continues with them; leave the option "
             "out, or merge them first with tools/convert_checkpoint.py merge-lora"
         )
     peft_type = given.get("peft_type", info.peft_type)
@@ -50,15 +50,21 @@ def from_checkpoint(resume: CheckpointRef, given: Mapping[str, Any], weights_alo
     known = _as_options(Lora.from_dict(info.lora))
     _refuse_contradiction(known, given, _gated(info.architecture), f"the checkpoint {path}")
     if not info.has_base:
-        known["save_adapters_only"] = True  # as it has been
+        # The checkpoints of the run have held only adapters so far.
+        known["save_adapters_only"] = True
     return {"peft_type": peft_type, **known}
 
 
-def from_adapter(folder: str, lora: Lora, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Options that follow from an adapter from elsewhere.
+def from_adapter(folder: str, lora: Lora, given: Given) -> Given:
+    """Options that follow from the adapter of ``--hf-adapter``.
+
+    Args:
+        folder: the adapter's folder, for messages.
+        lora: its description.
+        given: the options that are given.
 
     Raises:
-        InputError: the command line says otherwise.
+        InputError: the options contradict the adapter.
     """
     if given.get("peft_type", "none") == "none":
         raise InputError(
@@ -76,13 +82,13 @@ def _read_targets(names: Sequence[str], gated: bool) -> tuple[Target, ...]:
         raise InputError(f"--lora-target-modules: {error}") from None
 
 
-def _gated(network: Mapping[str, Any]) -> bool:
+def _gated(network: Given) -> bool:
     """:attr:`.NetworkArguments.gated` of fields that may be missing."""
     return bool(network.get("swiglu") or network.get("gated_linear_unit"))
 
 
-def _as_options(lora: Lora) -> dict[str, Any]:
-    """What the matrices were made with. Dropout is the run's own business."""
+def _as_options(lora: Lora) -> Given:
+    """The options that the matrices depend on; dropout is free."""
     return {
         "lora_rank": lora.rank,
         "lora_alpha": lora.alpha,
@@ -91,7 +97,7 @@ def _as_options(lora: Lora) -> dict[str, Any]:
     }
 
 
-def _refuse_contradiction(known: Mapping[str, Any], given: Mapping[str, Any], gated: bool, what: str) -> None:
+def _refuse_contradiction(known: Given, given: Given, gated: bool, what: str) -> None:
     for name, value in known.items():
         if name not in given or given[name] == value:
             continue

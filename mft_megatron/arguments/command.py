@@ -12,7 +12,7 @@ help of an option says where it differs from Megatron's.
 
 import dataclasses
 from collections.abc import Callable, Sequence, Set
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mft_megatron.arguments.checks.batches import check_batch_schedule
 from mft_megatron.arguments.checks.parallel_layout import check_virtual_stages
@@ -48,7 +48,7 @@ PackedLengths = Callable[[str], Sequence[int]]
 
 @dataclasses.dataclass(frozen=True)
 class CommandLine:
-    """What a command line and the file that it names give, by field.
+    """The options that a command line and the file that it names give, by field.
 
     Attributes:
         given: the values.
@@ -133,7 +133,7 @@ def make_arguments(
     given = {**given, **_from_adapter(given, resume, start)}
     _refuse(missing_option(fill(group, given) for _, group in GROUPS))
     _expand_mftcoder_balancer(given)
-    groups = {
+    groups: dict[str, Any] = {
         field.name: fill(group, given) for field, (_, group) in zip(dataclasses.fields(Arguments), GROUPS, strict=False)
     }
     arguments = Arguments(**groups, world_size=world_size, resume=resume)

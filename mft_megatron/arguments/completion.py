@@ -1,4 +1,4 @@
-"""What follows from other options: values that were not given. A function for each group that has any."""
+"""Values of options that were not given and follow from others: one function for each group that has any."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ from .table import Arguments
 
 
 def complete(a: Arguments) -> Arguments:
-    """The arguments with everything filled in; complete ones stay as they are."""
+    """Return the arguments with all derived values; complete arguments stay as they are."""
     a = dataclasses.replace(a, network=_network(a))
     a = dataclasses.replace(a, adapters=adapters_of(a.lora, a.network))
     return dataclasses.replace(
@@ -53,7 +53,7 @@ def _training(a: Arguments) -> TrainingArguments:
     if training.step_batch_size_schedule is not None:
         return dataclasses.replace(training, global_batch_size=a.batch_sizes.sizes[-1])
     if not is_given(training, "global_batch_size"):
-        # too few ranks for the layout are refused later, in words of their own
+        # Fewer ranks than the parallel layout needs give 0 here and are refused later.
         size = training.micro_batch_size * max(a.data_parallel_size, 1)
         return dataclasses.replace(training, global_batch_size=size)
     return training
@@ -61,7 +61,7 @@ def _training(a: Arguments) -> TrainingArguments:
 
 def _recompute(a: Arguments) -> RecomputeArguments:
     recompute = a.recompute
-    if recompute.recompute_activations:  # says the same in other words
+    if recompute.recompute_activations:  # another name for selective
         recompute = dataclasses.replace(recompute, recompute_activations=False, recompute_granularity="selective")
     if recompute.recompute_granularity == "selective" and recompute.recompute_modules is None:
         recompute = dataclasses.replace(recompute, recompute_modules=("core_attn",))
@@ -72,7 +72,7 @@ def _distributed(a: Arguments) -> DistributedArguments:
     layout = a.distributed
     return dataclasses.replace(
         layout,
-        num_layers_per_virtual_pipeline_stage=None,  # says the same in other words
+        num_layers_per_virtual_pipeline_stage=None,  # the number of virtual stages replaces it
         num_virtual_stages_per_pipeline_rank=virtual_stages(a.network.num_layers, layout),
     )
 

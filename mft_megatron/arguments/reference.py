@@ -1,8 +1,9 @@
-"""docs/ARGUMENTS.md, made of the table of options: what ``make docs`` writes there."""
+"""The page docs/ARGUMENTS.md, made from the table of options by ``make docs``."""
 
 import dataclasses
 import re
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from mft_megatron.arguments.groups.config_file import ConfigFileArguments
@@ -21,13 +22,13 @@ Made by `make docs` from `mft_megatron/arguments/`; edit the options there. Name
 _TAIL = """\
 ## Megatron's other options
 
-What `pretrain_mft.py` answers to them.
+The answer of `pretrain_mft.py` to them.
 """
 _DIFFERENCE = re.compile(r"\s*Unlike in Megatron,?\s*")
 
 
 def markdown() -> str:
-    """The whole page: a table for each group, then what is answered to Megatron's other options."""
+    """Return the page: a table for each group, then the answers to Megatron's other options."""
     sections = [_HEAD]
     for title, group in (("configuration file", ConfigFileArguments), *GROUPS):
         rows = [_row(field) for field in dataclasses.fields(group)]
@@ -36,8 +37,8 @@ def markdown() -> str:
     answers: dict[str, list[str]] = {}
     for name, sentence in MEGATRON_ONLY.items():
         answers.setdefault(sentence, []).append(f"`{name}`")
-    rows = [(" ".join(names), _escaped(sentence)) for sentence, names in answers.items()]
-    sections.append(f"{_TAIL}\n{_table(('Options', 'Answer'), rows)}")
+    answered = [(" ".join(names), _escaped(sentence)) for sentence, names in answers.items()]
+    sections.append(f"{_TAIL}\n{_table(('Options', 'Answer'), answered)}")
     return "\n".join(sections)
 
 
@@ -72,7 +73,7 @@ def _escaped(text: str) -> str:
     return text.replace("|", "\\|").replace("*", "\\*").replace("<", "&lt;")
 
 
-def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     lines = [columns, ("---",) * len(columns), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 

@@ -22,7 +22,7 @@ from mft_megatron.run_folder import (
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """What a run starts from, read before its options are complete.
+    """The checkpoint, model and adapter that a run starts from, read before its options are complete.
 
     Attributes:
         checkpoint: what :func:`find_checkpoint` found.

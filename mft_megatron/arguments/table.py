@@ -1,4 +1,4 @@
-"""All options of a run: the groups, and what follows from several of them."""
+"""All options of a run: the groups, and values that follow from several of them."""
 
 import dataclasses
 import os
@@ -51,10 +51,12 @@ GROUPS: tuple[tuple[str, type], ...] = (
 class Arguments:
     """All options of a run, complete and checked.
 
-    ``resume``: the checkpoint ``--load`` found: its folder and description; ``None`` for a run that starts anew.
-    ``base``: likewise the model whose weights are read name by name: one from Hugging Face, or that beside which
-    adapters are trained, unless it is in their own checkpoint. ``adapters``: what is trained beside the model, if not
-    the model.
+    Attributes:
+        world_size: number of ranks.
+        resume: the checkpoint or Hugging Face model that the run starts from; ``None`` for random weights.
+        base: the model whose weights are read name by name: one from Hugging Face, or the model of adapters unless it
+            is in the same checkpoint as they are.
+        adapters: the adapters that are trained; ``None`` if the model itself is trained.
     """
 
     network: NetworkArguments
@@ -81,20 +83,18 @@ class Arguments:
 
     @property
     def weights_alone(self) -> bool:
-        """Whether a run that loads takes the weights and begins at iteration 0."""
+        """Whether a run that loads takes only the weights and starts at iteration 0."""
         return self.checkpoint.finetune or from_pretrained(self.resume, self.checkpoint.pretrained_checkpoint)
 
     @property
     def starts_from_hf(self) -> bool:
-        """Whether the weights come from the folder of ``--hf-checkpoint``."""
-        given = self.checkpoint.hf_checkpoint
-        return None not in (self.resume, given) and Path(os.path.abspath(given)) == self.resume.path
+        """Whether the run starts from the folder of ``--hf-checkpoint``."""
+        return _is_folder(self.resume, self.checkpoint.hf_checkpoint)
 
     @property
     def reads_hf(self) -> bool:
         """Whether weights are read from the folder of ``--hf-checkpoint``."""
-        given = self.checkpoint.hf_checkpoint
-        return None not in (self.base, given) and Path(os.path.abspath(given)) == self.base.path
+        return _is_folder(self.base, self.checkpoint.hf_checkpoint)
 
     @property
     def starts_from_adapter(self) -> bool:
@@ -109,20 +109,24 @@ class Arguments:
 
     @property
     def data_parallel_size(self) -> int:
+        """Number of ranks that train on different packs."""
         layout = self.distributed
         model = layout.tensor_model_parallel_size * layout.pipeline_model_parallel_size
         return self.world_size // (model * layout.context_parallel_size)
 
     @property
     def batch_multiple(self) -> int:
-        """A batch has a multiple of this many packs: one micro-batch of each data-parallel rank, or, since interleaved
-        stages take turns after as many micro-batches as the pipeline has ranks, so many of each."""
+        """The number of packs that every batch must be a multiple of.
+
+        One micro-batch of each data-parallel rank. With interleaved stages as many micro-batches of each as the
+        pipeline has ranks, because the stages of a rank alternate after that many.
+        """
         micro_batches = self.distributed.pipeline_model_parallel_size if self.distributed.interleaved else 1
         return self.training.micro_batch_size * self.data_parallel_size * micro_batches
 
     @property
     def batch_sizes(self) -> BatchSizes:
-        """Packs of each step, by the packs consumed before it."""
+        """The number of packs of each step."""
         training = self.training
         if training.step_batch_size_schedule is not None:
             return step_schedule(training.step_batch_size_schedule, self.data.seq_length)
@@ -132,7 +136,7 @@ class Arguments:
 
     @property
     def optimizer_states(self) -> str:
-        """What kind of states the optimizer has: adam, sgd, or sgd without momentum, which has none."""
+        """Kind of the optimizer's states: adam, sgd, or sgd without momentum, which has none."""
         without = self.training.optimizer == "sgd" and not self.regularization.sgd_momentum
         return f"{self.training.optimizer} without momentum" if without else self.training.optimizer
 
@@ -141,17 +145,23 @@ class Arguments:
         return [getattr(self, field.name) for field, _ in zip(dataclasses.fields(self), GROUPS, strict=False)]
 
     def as_options(self) -> dict[str, Any]:
-        """Every option's effective value by Megatron's name, for ``config.yaml``."""
+        """The effective value of every option by the name of its field, for ``config.yaml``."""
         return {
             field.name: getattr(group, field.name) for group in self.groups() for field in dataclasses.fields(group)
         }
 
 
 def from_pretrained(resume: CheckpointRef | None, pretrained: str | None) -> bool:
-    """Whether what a run starts from is ``--pretrained-checkpoint``, there being none of its own to go on from, or a
-    model from Hugging Face, which has weights alone."""
+    """Whether a run starts from ``--pretrained-checkpoint`` or from a converted model: from weights only.
+
+    A run that has a checkpoint of its own starts from that instead.
+    """
     if resume is not None and resume.info.is_converted:
         return True
     if resume is None or pretrained is None:
         return False
     return Path(os.path.abspath(pretrained)) in (resume.path, resume.path.parent)
+
+
+def _is_folder(found: CheckpointRef | None, folder: str | None) -> bool:
+    return found is not None and folder is not None and Path(os.path.abspath(folder)) == found.path

@@ -101,7 +101,7 @@ def test_fp8_options():
         (f"{FP8} --ffn-hidden-size 72", "multiples of 16, and --ffn-hidden-size 72"),
         (f"{FP8} --kv-channels 10", r"--kv-channels 10 / .* = 40 is none"),
         (f"{FP8} --kv-channels 8 --group-query-attention", r"--num-query-groups 1 × --kv-channels 8 / .* = 8 is none"),
-        (f"{FP8} --seq-length 100 --micro-batch-size 1", r"--seq-length 100 / 1 ranks that share it = 100 is none"),
+        (f"{FP8} --seq-length 100 --micro-batch-size 1", r"--seq-length 100 / 1 ranks that split it = 100 is none"),
         (f"{FP8} --fp8-recipe mxfp8 --ffn-hidden-size 48", "multiples of 32, and --ffn-hidden-size 48"),
         (
             f"{FP8} --disable-bias-linear --num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 40",
@@ -120,7 +120,7 @@ def test_refused(extra, text):
     ("extra", "text"),
     [
         ("--ffn-hidden-size 40", "--ffn-hidden-size 40 / --tensor-model-parallel-size 2 = 20 is none"),
-        ("--seq-length 24 --micro-batch-size 1 --sequence-parallel", "--seq-length 24 / 2 ranks that share it = 12"),
+        ("--seq-length 24 --micro-batch-size 1 --sequence-parallel", "--seq-length 24 / 2 ranks that split it = 12"),
     ],
 )
 def test_fp8_sizes_are_those_of_a_rank(extra, text):

@@ -139,7 +139,7 @@ REFUSED = {
     "--recompute-granularity full --recompute-num-layers 1": "needs --recompute-method uniform or block",
     f"{FULL} uniform --recompute-num-layers 0": "--recompute-num-layers 0: must be at least 1",
     f"{FULL} uniform --recompute-num-layers 3": "3 does not divide the 4 layers of a stage (--num-layers 4, 1 st",
-    f"{FULL} block --recompute-num-layers 5": "--recompute-num-layers 5: a stage has 4 layers; take that at most",
+    f"{FULL} block --recompute-num-layers 5": "--recompute-num-layers 5: a stage has 4 layers; give no more",
     f"{PP2} {FULL} uniform --recompute-num-layers 4": "4 does not divide the 2 layers of a stage (--num-layers 4, 2 st",
     f"{PP2} --decoder-first-pipeline-num-layers 3 {FULL} uniform --recompute-num-layers 3": "3 does not divide the 1 l",
     f"{PP2} --decoder-first-pipeline-num-layers 3 {FULL} block --recompute-num-layers 4": "a stage has 3 layers",
@@ -147,7 +147,7 @@ REFUSED = {
     f"{FULL} other --recompute-num-layers 1": "invalid choice: 'other'",
     f"{FULL} uniform --recompute-num-layers 1 --distribute-saved-activations": "give --tensor-model-parallel-size of",
     f"{FULL} uniform --recompute-num-layers 1 --distribute-saved-activations --tensor-model-parallel-size 2 "
-    "--sequence-parallel": "with --sequence-parallel each rank has its part of them already",
+    "--sequence-parallel": "with --sequence-parallel they are already split",
     "--recompute-method uniform": "--recompute-method uniform goes with --recompute-granularity full; add that",
     "--recompute-activations --recompute-num-layers 1": "--recompute-num-layers 1 goes with --recompute-gran",
     "--distribute-saved-activations": "--distribute-saved-activations goes with --recompute-granularity full; add that",

@@ -17,7 +17,7 @@ SAVE = "--save x --save-hf y"
         (f"{SAVE} --save-hf-interval 2", "--save-hf-interval 2 without --save-interval: give --save-interval, too"),
         (
             f"{SAVE} --save-interval 4 --save-hf-interval 6",
-            "6 is not a multiple of --save-interval 4, and checkpoints are",
+            "6 is not a multiple of --save-interval 4, and only checkpoints are",
         ),
         (f"{SAVE} --save-interval 4 --save-hf-interval 0", "--save-hf-interval 0: must be at least 1"),
         (f"{SAVE} --skip-train", "--save-hf has no effect without training, which --skip-train leaves out"),

@@ -92,7 +92,7 @@ def test_what_adapters_are_by_default():
         ("--peft-type lora --bf16 --transformer-impl transformer_engine", "goes with --transformer-impl local"),
         ("--peft-type qlora", "--peft-type qlora needs a model to start from"),
         ("--peft-type lora --hf-adapter x", "--hf-adapter x belongs to a model: give it with --hf-checkpoint"),
-        ("--peft-type lora --save-adapters-only", "--save-adapters-only: the model is drawn from the seed"),
+        ("--peft-type lora --save-adapters-only", "--save-adapters-only: the model has random weights"),
     ],
 )
 def test_refused(extra, words):

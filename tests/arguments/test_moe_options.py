@@ -189,7 +189,7 @@ def test_experts_have_no_bias():
         (
             2,
             f"{EXPERTS} --tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parallel-size 1 --fp16",
-            "a loss scale of their own",
+            "a separate loss scale",
         ),
         (
             2,

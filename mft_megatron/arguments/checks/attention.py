@@ -1,10 +1,11 @@
-"""Whether the kernel that is asked for can compute this model's attention."""
+"""Check that the kernel of ``--attention-backend`` can compute this model's attention."""
 
 from mft_megatron.arguments.table import Arguments
 from mft_megatron.arguments.values.attention import AttentionShape, limit_of
 
 
 def check_attention(a: Arguments) -> str | None:
+    """Check the kernel against precision, head size, dropout, window and context parallelism."""
     backend = a.training.attention_backend
     shape = AttentionShape(
         a.precision.name,

@@ -1,4 +1,4 @@
-"""Whether batches can be dealt to ranks."""
+"""Check that batches can be split over the data-parallel ranks."""
 
 from mft_megatron.arguments.table import Arguments
 from mft_megatron.batch_sizes import step_schedule
@@ -7,6 +7,7 @@ from mft_megatron.options import is_given
 
 
 def check_batch_schedule(a: Arguments) -> str | None:
+    """Check the schedule of batch sizes; before and after completion."""
     t = a.training
     if t.rampup_batch_size is not None and t.step_batch_size_schedule is not None:
         return "--rampup-batch-size and --step-batch-size-schedule both set the batch sizes; give one of them"
@@ -39,8 +40,9 @@ def check_batch_schedule(a: Arguments) -> str | None:
 
 
 def check_batches(a: Arguments) -> str | None:
+    """Check that the batch sizes of the steps to come are multiples of :attr:`.Arguments.batch_multiple`."""
     consumed = 0 if a.resume is None or a.weights_alone else a.resume.info.consumed_samples
-    # sizes that a run has behind it may have been of another layout
+    # Earlier steps of a resumed run may have had a different parallel layout.
     sizes = a.batch_sizes.remaining(consumed)
     wrong = next((size for size in sizes if size % a.batch_multiple), None)
     if wrong is None:

@@ -1,10 +1,15 @@
-"""What is saved, and whether what is loaded goes with the run."""
+"""Check what a run saves, and that a checkpoint that it loads fits it."""
 
 from mft_megatron.arguments.table import Arguments
-from mft_megatron.run_folder import is_checkpoint
+from mft_megatron.run_folder import CheckpointInfo, is_checkpoint
 
 
 def check_checkpointing(a: Arguments) -> str | None:
+    """Check what is saved and exported, and what the run starts from."""
+    return _saving_problem(a) or _loading_problem(a)
+
+
+def _saving_problem(a: Arguments) -> str | None:
     c = a.checkpoint
     if c.save is None and c.save_interval is not None:
         return "--save-interval without --save: give --save DIR"
@@ -12,29 +17,36 @@ def check_checkpointing(a: Arguments) -> str | None:
         return "--exit-interval without --save would lose the run: give --save DIR"
     if c.save is not None and c.load is None and is_checkpoint(c.save):
         return (
-            f"--save {c.save} holds the checkpoints of another run: add --load {c.save} to go on with it, or name "
+            f"--save {c.save} holds the checkpoints of another run: add --load {c.save} to continue it, or name "
             "another folder"
         )
     if c.save is None and (a.training.exit_duration_in_mins is not None or a.training.exit_signal_handler):
         name = "--exit-signal-handler" if a.training.exit_signal_handler else "--exit-duration-in-mins"
         return f"{name} without --save would lose the run: give --save DIR"
-    if c.save_retain_interval is not None and c.save_interval is None:
-        return f"--save-retain-interval {c.save_retain_interval} without --save-interval: give that, too"
-    if c.save_retain_interval is not None and c.save_retain_interval % c.save_interval:
-        return (
-            f"--save-retain-interval {c.save_retain_interval} is not a multiple of --save-interval {c.save_interval}; "
-            "change one of them"
-        )
+    if c.save_retain_interval is not None:
+        if c.save_interval is None:
+            return f"--save-retain-interval {c.save_retain_interval} without --save-interval: give that, too"
+        if c.save_retain_interval % c.save_interval:
+            return (
+                f"--save-retain-interval {c.save_retain_interval} is not a multiple of --save-interval "
+                f"{c.save_interval}; change one of them"
+            )
     if c.save_hf is not None and c.save is None:
         return f"--save-hf {c.save_hf} writes the run's last checkpoint, and without --save there is none; give both"
-    if c.save_hf_interval is not None and (c.save_hf is None or c.save_interval is None):
-        missing = "--save-hf DIR" if c.save_hf is None else "--save-interval"
-        return f"--save-hf-interval {c.save_hf_interval} without {missing.split()[0]}: give {missing}, too"
-    if c.save_hf_interval is not None and c.save_hf_interval % c.save_interval:
-        return (
-            f"--save-hf-interval {c.save_hf_interval} is not a multiple of --save-interval {c.save_interval}, and "
-            "checkpoints are exported; change one of them"
-        )
+    if c.save_hf_interval is not None:
+        if c.save_hf is None or c.save_interval is None:
+            missing = "--save-hf DIR" if c.save_hf is None else "--save-interval"
+            return f"--save-hf-interval {c.save_hf_interval} without {missing.split()[0]}: give {missing}, too"
+        if c.save_hf_interval % c.save_interval:
+            return (
+                f"--save-hf-interval {c.save_hf_interval} is not a multiple of --save-interval {c.save_interval}, and "
+                "only checkpoints are exported; change one of them"
+            )
+    return None
+
+
+def _loading_problem(a: Arguments) -> str | None:
+    c = a.checkpoint
     if a.validation.skip_train and a.resume is None:
         return "--skip-train evaluates a checkpoint: give one with --load"
     if c.finetune and c.load is None:
@@ -45,31 +57,34 @@ def check_checkpointing(a: Arguments) -> str | None:
         )
     if a.resume is None or a.weights_alone:
         return None
-    if a.resume.info.iteration >= a.training.train_iters and not a.validation.skip_train:
+    return _resuming_problem(a, a.resume.info)
+
+
+def _resuming_problem(a: Arguments, info: CheckpointInfo) -> str | None:
+    c = a.checkpoint
+    if info.iteration >= a.training.train_iters and not a.validation.skip_train:
         return (
-            f"--train-iters {a.training.train_iters}: the checkpoint is at iteration {a.resume.info.iteration} "
-            "already; "
-            "raise it, or start anew from its weights with --finetune"
+            f"--train-iters {a.training.train_iters}: the checkpoint is already at iteration {info.iteration}; "
+            "raise it, or start a new run from its weights with --finetune"
         )
-    if c.load_optim and not a.resume.info.has_optimizer:
+    if c.load_optim and not info.has_optimizer:
         return f"--load {c.load}: saved with --no-save-optim; continue with --no-load-optim or --finetune"
-    if c.load_optim and a.resume.info.format_version < 2:
+    if c.load_optim and info.format_version < 2:
         return (
             f"--load {c.load}: an earlier version of this program stored its optimizer in another way; continue with "
             "--no-load-optim or --finetune"
         )
-    if c.load_optim and a.resume.info.precision != a.precision.name:
+    if c.load_optim and info.precision != a.precision.name:
         return (
-            f"--load {c.load}: its optimizer is of a {a.resume.info.precision} run, this one is {a.precision.name}; "
-            "use "
-            "the same precision, or continue with --no-load-optim or --finetune"
+            f"--load {c.load}: its optimizer is of a {info.precision} run, this one is {a.precision.name}; "
+            "use the same precision, or continue with --no-load-optim or --finetune"
         )
-    if c.load_optim and a.resume.info.optimizer != a.optimizer_states:
+    if c.load_optim and info.optimizer != a.optimizer_states:
         return (
-            f"--load {c.load}: its optimizer is {a.resume.info.optimizer}, this run's is {a.optimizer_states}; use the "
+            f"--load {c.load}: its optimizer is {info.optimizer}, this run's is {a.optimizer_states}; use the "
             "same, or continue with --no-load-optim or --finetune"
         )
-    if c.load_optim and a.resume.info.decoupled_lr != (a.learning_rate.decoupled_lr is not None):
-        was, now = ("saved with", "give it") if a.resume.info.decoupled_lr else ("saved without", "leave it out")
+    if c.load_optim and info.decoupled_lr != (a.learning_rate.decoupled_lr is not None):
+        was, now = ("saved with", "give it") if info.decoupled_lr else ("saved without", "leave it out")
         return f"--load {c.load}: {was} --decoupled-lr; {now}, or continue with --no-load-optim or --finetune"
     return None

@@ -1,4 +1,4 @@
-"""Whether ranks can share the tokens of a micro-batch."""
+"""Check that context-parallel and sequence-parallel ranks can split the tokens of a micro-batch."""
 
 import math
 
@@ -6,11 +6,12 @@ from mft_megatron.arguments.table import Arguments
 
 
 def check_context(a: Arguments) -> str | None:
+    """Check that the tokens of a micro-batch are a multiple of what its ranks need."""
     d = a.distributed
     cp = d.context_parallel_size
     if d.cp_comm_type is not None and set(d.cp_comm_type) != {"all_gather"}:
         return (
-            f"--cp-comm-type {' '.join(d.cp_comm_type)}: only all_gather; the others cut each sample for itself, so "
+            f"--cp-comm-type {' '.join(d.cp_comm_type)}: only all_gather; the others split each sample separately, so "
             "that samples would have to be padded, and need Transformer Engine; leave it out"
         )
     length = a.training.micro_batch_size * a.data.seq_length

@@ -1,15 +1,16 @@
-"""Whether adapters can be trained as the options say."""
+"""Check that adapters can be trained as the options say."""
 
 import os
 
 from mft_megatron.arguments.table import Arguments
 from mft_megatron.lora import MLP
 
-# elements that have a magnitude together in 4 bits
+# Elements that share a scale in 4 bits.
 BLOCK = 64
 
 
 def check_adapters(a: Arguments) -> str | None:
+    """Check the targets of adapters, the model that they belong to, and the folder of their checkpoints."""
     lora = a.adapters
     if lora is None:
         return None
@@ -25,22 +26,22 @@ def check_adapters(a: Arguments) -> str | None:
         )
     if a.learning_rate.decoupled_lr is not None:
         return "--decoupled-lr is of embedding and output layer, which adapters leave as they are; leave it out"
-    return (_check_quantized(a) if a.lora.peft_type == "qlora" else _check_base(a)) or _check_place(a)
+    return (_check_quantized(a) if a.lora.peft_type == "qlora" else _check_base(a)) or _check_folder(a)
 
 
 def _check_base(a: Arguments) -> str | None:
     if a.base is None and a.resume is None and a.lora.save_adapters_only:
-        return "--save-adapters-only: the model is drawn from the seed, and would be in no checkpoint; leave it out"
+        return "--save-adapters-only: the model has random weights, and would be in no checkpoint; leave it out"
     if a.base is None and a.resume is not None and not a.saves_base:
         return (
-            f"--save-adapters-only: {a.resume.path} holds model and adapters, and checkpoints of adapters alone belong "
-            "to a model in a folder of its own; leave the option out"
+            f"--save-adapters-only: {a.resume.path} holds model and adapters, and checkpoints that hold only adapters "
+            "belong to a model in a separate folder; leave the option out"
         )
     return None
 
 
-def _check_place(a: Arguments) -> str | None:
-    """What checkpoints of adapters need must not be overwritten by them, or removed as one of them."""
+def _check_folder(a: Arguments) -> str | None:
+    """Check that checkpoints of adapters neither overwrite the model that they need nor have it removed with them."""
     if a.base is None or a.saves_base or a.reads_hf or a.checkpoint.save is None:
         return None
     if os.path.dirname(os.path.realpath(a.base.path)) != os.path.realpath(a.checkpoint.save):

@@ -1,4 +1,4 @@
-"""Whether the mixture of experts can be as it is asked for."""
+"""Check the mixture of experts."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ from mft_megatron.options import spelling
 
 
 def check_experts(a: Arguments) -> str | None:
-    """The shape of the experts and their router."""
+    """Check the shape of the experts and their router."""
     n = a.network
     if n.num_experts is None:
         return _without_experts(a)
@@ -48,11 +48,11 @@ def check_experts(a: Arguments) -> str | None:
         )
     if n.add_bias_linear:
         return "--num-experts: experts have no bias; add --disable-bias-linear"
-    return _groups_problem(n)
+    return _groups_problem(n, n.num_experts)
 
 
 def check_routing(a: Arguments) -> str | None:
-    """Balance between experts, and how tokens come to them."""
+    """Check the load balancing of experts, and how tokens are dispatched to them."""
     m, n = a.moe, a.network
     if n.num_experts is None:
         return None
@@ -92,21 +92,21 @@ def _without_experts(a: Arguments) -> str | None:
     return None
 
 
-def _groups_problem(n: NetworkArguments) -> str | None:
+def _groups_problem(n: NetworkArguments, num_experts: int) -> str | None:
     groups, chosen = n.moe_router_num_groups, n.moe_router_group_topk
-    if (groups is None) != (chosen is None):
-        return "--moe-router-num-groups and --moe-router-group-topk go together; give both or neither"
-    if groups is None:
+    if groups is None and chosen is None:
         return None
-    if n.num_experts % groups:
-        return f"--moe-router-num-groups {groups} does not divide --num-experts {n.num_experts}"
+    if groups is None or chosen is None:
+        return "--moe-router-num-groups and --moe-router-group-topk go together; give both or neither"
+    if num_experts % groups:
+        return f"--moe-router-num-groups {groups} does not divide --num-experts {num_experts}"
     if chosen > groups:
         return f"--moe-router-group-topk {chosen} is more than --moe-router-num-groups {groups}; lower it"
     if n.moe_router_topk % chosen:
         return f"--moe-router-group-topk {chosen} does not divide --moe-router-topk {n.moe_router_topk}"
-    if n.moe_router_topk > chosen * (n.num_experts // groups):
+    if n.moe_router_topk > chosen * (num_experts // groups):
         return (
-            f"--moe-router-topk {n.moe_router_topk} is more than the {chosen * (n.num_experts // groups)} experts of "
+            f"--moe-router-topk {n.moe_router_topk} is more than the {chosen * (num_experts // groups)} experts of "
             f"--moe-router-group-topk {chosen} groups; raise the latter"
         )
     return None

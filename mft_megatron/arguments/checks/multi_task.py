@@ -1,10 +1,11 @@
-"""The objective, its weights and when to stop."""
+"""Check the objective, its weights and early stopping."""
 
 from mft_megatron.arguments.table import Arguments
 from mft_megatron.loss_names import FOCAL, WEIGHTED
 
 
 def check_objective(a: Arguments) -> str | None:
+    """Check that loss, balancer, weights and normalisation fit each other."""
     m = a.multi_task
     if m.task_balance != "static" and m.mft_loss not in WEIGHTED:
         return (
@@ -29,6 +30,7 @@ def check_objective(a: Arguments) -> str | None:
 
 
 def check_stopping(a: Arguments) -> str | None:
+    """Check that evaluations give what early stopping and the best checkpoint need."""
     v, c = a.validation, a.checkpoint
     for name, wanted in (
         ("--early-stopping-patience", v.early_stopping_patience),

@@ -1,9 +1,10 @@
-"""Whether the model's shape can be, and can be divided."""
+"""Check the model's shape, and that it can be divided over tensor-parallel ranks."""
 
 from mft_megatron.arguments.table import Arguments
 
 
 def check_heads(a: Arguments) -> str | None:
+    """Check the sizes of heads and MLP."""
     n, tp = a.network, a.distributed.tensor_model_parallel_size
     if n.num_attention_heads * n.kv_channels != n.hidden_size and n.hidden_size % n.num_attention_heads:
         return (
@@ -30,6 +31,7 @@ def check_heads(a: Arguments) -> str | None:
 
 
 def check_activation(a: Arguments) -> str | None:
+    """Check that one activation function is chosen."""
     n = a.network
     kinds = {"--swiglu": n.swiglu, "--squared-relu": n.squared_relu, "--openai-gelu": n.openai_gelu}
     given = [name for name, chosen in kinds.items() if chosen]
@@ -41,6 +43,7 @@ def check_activation(a: Arguments) -> str | None:
 
 
 def check_positions(a: Arguments) -> str | None:
+    """Check position embeddings against the sequence length, and their scaling."""
     if a.data.seq_length > a.network.max_position_embeddings:
         return (
             f"--seq-length {a.data.seq_length} is longer than --max-position-embeddings "

@@ -1,11 +1,12 @@
-"""Whether the ranks make a layout."""
+"""Check the parallel layout."""
 
 from mft_megatron.arguments.groups.distributed import DistributedArguments
-from mft_megatron.arguments.stages import COUNTED, LAYOUT, UNEVEN, counted, given_of, layout_stages
+from mft_megatron.arguments.stages import COUNTED, LAYOUT, UNEVEN, given_options, layout_stages, num_counted
 from mft_megatron.arguments.table import Arguments
 
 
 def check_layout(a: Arguments) -> str | None:
+    """Check that the ranks can be divided into tensor-, pipeline- and context-parallel groups."""
     tp, pp = a.distributed.tensor_model_parallel_size, a.distributed.pipeline_model_parallel_size
     cp = a.distributed.context_parallel_size
     if a.world_size % (tp * pp * cp):
@@ -21,11 +22,11 @@ def check_layout(a: Arguments) -> str | None:
 
 
 def check_virtual_stages(a: Arguments) -> str | None:
-    """Before and after completion: whether the options that say how many stages there are agree."""
-    layout, pp = a.distributed, a.distributed.pipeline_model_parallel_size
+    """Check, before and after completion, the options that set the number of stages."""
+    d, pp = a.distributed, a.distributed.pipeline_model_parallel_size
     given = {
-        "--num-layers-per-virtual-pipeline-stage": layout.num_layers_per_virtual_pipeline_stage,
-        "--num-virtual-stages-per-pipeline-rank": layout.num_virtual_stages_per_pipeline_rank,
+        "--num-layers-per-virtual-pipeline-stage": d.num_layers_per_virtual_pipeline_stage,
+        "--num-virtual-stages-per-pipeline-rank": d.num_virtual_stages_per_pipeline_rank,
     }
     given = {name: number for name, number in given.items() if number is not None}
     if len(given) == 2:
@@ -33,18 +34,18 @@ def check_virtual_stages(a: Arguments) -> str | None:
     for name, number in given.items():
         if pp == 1:
             return f"{name} {number} needs --pipeline-model-parallel-size of at least 2; leave it out"
-    per_stage = layout.num_layers_per_virtual_pipeline_stage
-    uneven = given_of(layout, UNEVEN)
+    per_stage = d.num_layers_per_virtual_pipeline_stage
+    uneven = given_options(d, UNEVEN)
     if per_stage is not None and uneven:
         return (
             f"--num-layers-per-virtual-pipeline-stage {per_stage} does not go with {uneven[0]}, where stages differ; "
             "give --num-virtual-stages-per-pipeline-rank"
         )
-    text = layout.pipeline_model_parallel_layout
+    text = d.pipeline_model_parallel_layout
     if text is not None:
-        return _layout_problem(text, a.network.num_layers, pp, layout)
-    shared = a.network.num_layers + counted(layout)
-    if per_stage is not None and shared % (pp * per_stage):
+        return _layout_problem(text, a.network.num_layers, pp, d)
+    total = a.network.num_layers + num_counted(d)
+    if per_stage is not None and total % (pp * per_stage):
         return (
             f"--num-layers-per-virtual-pipeline-stage {per_stage} × --pipeline-model-parallel-size {pp} = "
             f"{pp * per_stage} does not divide {_of_layers(a)}; change one of them"
@@ -53,22 +54,22 @@ def check_virtual_stages(a: Arguments) -> str | None:
 
 
 def check_stages(a: Arguments) -> str | None:
-    """After completion: whether the layers can be shared out."""
-    layout, layers = a.distributed, a.network.num_layers
-    pp, virtual = layout.pipeline_model_parallel_size, layout.num_virtual_stages_per_pipeline_rank or 1
-    uneven, counts = given_of(layout, UNEVEN), given_of(layout, COUNTED)
+    """Check, after completion, that the layers can be distributed over the stages."""
+    d, layers = a.distributed, a.network.num_layers
+    pp, virtual = d.pipeline_model_parallel_size, d.num_virtual_stages_per_pipeline_rank or 1
+    uneven, counts = given_options(d, UNEVEN), given_options(d, COUNTED)
     for option in uneven + counts:
         if pp == 1:
             return f"{option} needs --pipeline-model-parallel-size of at least 2; leave it out"
-    if layout.pipeline_model_parallel_layout is not None:
+    if d.pipeline_model_parallel_layout is not None:
         for option in uneven + counts:
-            return f"{LAYOUT} and {option} both share out the layers; give one of them"
+            return f"{LAYOUT} and {option} both distribute the layers; give one of them"
         return None
     if uneven and counts:
-        return f"{uneven[0]} and {counts[0]} both share out the layers; give one of them"
+        return f"{uneven[0]} and {counts[0]} both distribute the layers; give one of them"
     if uneven:
-        return _uneven_problem(layers, pp, virtual, layout)
-    if (layers + counted(layout)) % (pp * virtual):
+        return _uneven_problem(layers, pp, virtual, d)
+    if (layers + num_counted(d)) % (pp * virtual):
         stages = f"--pipeline-model-parallel-size {pp}"
         if virtual > 1:
             stages = f"--num-virtual-stages-per-pipeline-rank {virtual} × {stages} = {pp * virtual}"
@@ -80,49 +81,50 @@ def check_stages(a: Arguments) -> str | None:
 
 
 def _of_layers(a: Arguments) -> str:
-    extra = counted(a.distributed)
+    extra = num_counted(a.distributed)
     if not extra:
         return f"--num-layers {a.network.num_layers}"
-    counts = " and ".join(given_of(a.distributed, COUNTED))
+    counts = " and ".join(given_options(a.distributed, COUNTED))
     return f"--num-layers {a.network.num_layers} + {extra} ({counts}) = {a.network.num_layers + extra}"
 
 
-def _uneven_problem(layers: int, pp: int, virtual: int, layout: DistributedArguments) -> str | None:
-    options = " and ".join(given_of(layout, UNEVEN))
-    own = [number for name, _ in UNEVEN if (number := getattr(layout, name)) is not None]
-    rest, ranks = layers - sum(own), pp - len(own)
+def _uneven_problem(num_layers: int, pp: int, virtual: int, d: DistributedArguments) -> str | None:
+    options = " and ".join(given_options(d, UNEVEN))
+    named = [layers for name, _ in UNEVEN if (layers := getattr(d, name)) is not None]
+    rest, ranks = num_layers - sum(named), pp - len(named)
     if rest < ranks or (ranks == 0 and rest):
         return (
-            f"{options}: of --num-layers {layers} that leaves {rest} for the other {ranks} of "
+            f"{options}: of --num-layers {num_layers} that leaves {rest} for the other {ranks} of "
             f"--pipeline-model-parallel-size {pp} ranks; change one of them"
         )
     if ranks and rest % ranks:
         return (
-            f"{options}: of --num-layers {layers} that leaves {rest}, which the other {ranks} of "
-            f"--pipeline-model-parallel-size {pp} ranks cannot share evenly; leave a multiple of {ranks}"
+            f"{options}: of --num-layers {num_layers} that leaves {rest}, which the other {ranks} of "
+            f"--pipeline-model-parallel-size {pp} ranks cannot split evenly; leave a multiple of {ranks}"
         )
-    for number in [*own, *([rest // ranks] if ranks else [])]:
-        if number % virtual:
+    for layers in [*named, *([rest // ranks] if ranks else [])]:
+        if layers % virtual:
             return (
-                f"{options}: a pipeline rank has {number} layers, which --num-virtual-stages-per-pipeline-rank "
+                f"{options}: a pipeline rank has {layers} layers, which --num-virtual-stages-per-pipeline-rank "
                 f"{virtual} does not divide; give every rank a multiple of {virtual}"
             )
     return None
 
 
-def _layout_problem(text: str, layers: int, pp: int, layout: DistributedArguments) -> str | None:
+def _layout_problem(text: str, layers: int, pp: int, d: DistributedArguments) -> str | None:
     named = f"{LAYOUT} {text!r}"
-    if layout.num_layers_per_virtual_pipeline_stage is not None:
+    if d.num_layers_per_virtual_pipeline_stage is not None:
         return f"{LAYOUT} and --num-layers-per-virtual-pipeline-stage both set the stages; give one of them"
-    stages = layout_stages(text)
-    if stages is None:
+    try:
+        stages = layout_stages(text)
+    except ValueError:
         return (
             f"{named}: only E (embedding), t (layer), L (loss), | between stages and *N or (…)*N for repetition; "
             "layers that predict several tokens (m) are not supported"
         )
     if len(stages) % pp or pp == 1:
         return f"{named}: {len(stages)} stages for --pipeline-model-parallel-size {pp}; give a multiple, of at least 2"
-    given = layout.num_virtual_stages_per_pipeline_rank
+    given = d.num_virtual_stages_per_pipeline_rank
     if given is not None and given * pp != len(stages):
         return (
             f"{named} has {len(stages)} stages, --num-virtual-stages-per-pipeline-rank {given} × "
@@ -131,21 +133,21 @@ def _layout_problem(text: str, layers: int, pp: int, layout: DistributedArgument
     order = "".join(stages)
     if order != "E" + "t" * layers + "L":
         return (
-            f"{named} has {order.count('t')} layers, {order.count('E')} E and {order.count('L')} L; wanted is one E at "
-            f"the beginning, the {layers} of --num-layers, and one L at the end"
+            f"{named} has {order.count('t')} layers, {order.count('E')} E and {order.count('L')} L; it must have one E "
+            f"at the beginning, the {layers} t of --num-layers, and one L at the end"
         )
     return None
 
 
 def check_experts_layout(a: Arguments) -> str | None:
-    """Whether ranks can share the experts."""
-    layout, pp = a.distributed, a.distributed.pipeline_model_parallel_size
-    ep, tp = layout.expert_model_parallel_size, layout.tensor_model_parallel_size
-    etp = layout.expert_tensor_parallel_size
+    """Check that experts can be distributed over ranks."""
+    d, pp = a.distributed, a.distributed.pipeline_model_parallel_size
+    ep, tp = d.expert_model_parallel_size, d.tensor_model_parallel_size
+    etp = d.expert_tensor_parallel_size
     if a.network.num_experts is None:
         if ep > 1 or etp is not None:
             option = f"--expert-model-parallel-size {ep}" if ep > 1 else f"--expert-tensor-parallel-size {etp}"
-            return f"{option} without --num-experts has nothing to share out; leave it out"
+            return f"{option} without --num-experts has nothing to distribute; leave it out"
         return None
     etp = tp if etp is None else etp
     if a.network.num_experts % ep:
@@ -155,11 +157,9 @@ def check_experts_layout(a: Arguments) -> str | None:
             f"{a.world_size} ranks cannot be divided into expert-tensor size {etp} × --expert-model-parallel-size {ep} "
             f"× --pipeline-model-parallel-size {pp} = {etp * ep * pp}; start a multiple of that with torchrun"
         )
-    if a.network.moe_ffn_hidden_size % etp:
-        return (
-            f"--expert-tensor-parallel-size {etp} does not divide --moe-ffn-hidden-size {a.network.moe_ffn_hidden_size}"
-        )
-    if tp > 1 and not layout.sequence_parallel:
+    if a.network.expert_size % etp:
+        return f"--expert-tensor-parallel-size {etp} does not divide --moe-ffn-hidden-size {a.network.expert_size}"
+    if tp > 1 and not d.sequence_parallel:
         return (
             f"--num-experts with --tensor-model-parallel-size {tp} needs --sequence-parallel: otherwise each of its "
             "ranks would compute the same tokens; add it"

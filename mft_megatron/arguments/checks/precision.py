@@ -1,9 +1,10 @@
-"""Whether number formats and the optimizer's ways go together."""
+"""Check that number formats, optimizer and data parallelism fit each other."""
 
 from mft_megatron.arguments.table import Arguments
 
 
 def check_precision(a: Arguments) -> str | None:
+    """Check number formats and the loss scale."""
     p = a.precision
     if p.fp16 and p.bf16:
         return "--fp16 and --bf16 are two formats of the same weights; give one of them"
@@ -25,8 +26,8 @@ def check_precision(a: Arguments) -> str | None:
     if p.dynamic_loss_scale and experts_apart:
         return (
             "--fp16 with --expert-model-parallel-size or --expert-tensor-parallel-size: Megatron-Core 0.16.1 gives "
-            "experts a loss scale of their own, which an overflow parts from that of the loss; train with --bf16, or "
-            "give a constant --loss-scale"
+            "experts a separate loss scale, which differs from that of the loss after an overflow; train with --bf16, "
+            "or give a constant --loss-scale"
         )
     if p.dynamic_loss_scale and p.min_loss_scale > p.initial_loss_scale:
         return f"--min-loss-scale {p.min_loss_scale:g} is above --initial-loss-scale {p.initial_loss_scale:g}; lower it"
@@ -36,6 +37,7 @@ def check_precision(a: Arguments) -> str | None:
 
 
 def check_optimizer(a: Arguments) -> str | None:
+    """Check what the distributed, precision-aware and offloaded optimizers need."""
     p, d, t = a.precision, a.distributed, a.training
     if d.use_distributed_optimizer and t.optimizer != "adam":
         return f"--use-distributed-optimizer knows Adam only, not --optimizer {t.optimizer}; leave one of them out"
@@ -56,11 +58,12 @@ def check_optimizer(a: Arguments) -> str | None:
 
 
 def check_data_parallelism(a: Arguments) -> str | None:
+    """Check the buckets of gradients and weights, and the instances of the distributed optimizer."""
     d = a.distributed
     if d.ddp_average_in_collective:
         return (
-            "--ddp-average-in-collective: gradients are summed over ranks, as the objective has its whole "
-            "normalisation in itself; leave it out"
+            "--ddp-average-in-collective: gradients are summed over ranks, because the objective contains the "
+            "whole normalisation; leave it out"
         )
     if d.overlap_param_gather and not d.use_distributed_optimizer:
         return (

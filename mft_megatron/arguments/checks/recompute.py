@@ -1,25 +1,27 @@
-"""Whether what is to be computed again can be."""
+"""Check the recomputation of activations."""
 
 from mft_megatron.arguments.stages import layers_of_stages
 from mft_megatron.arguments.table import Arguments
 
 
 def check_recompute_granularity(a: Arguments) -> str | None:
+    """Check, before completion, that two options do not ask for different granularities."""
     if a.recompute.recompute_activations and a.recompute.recompute_granularity == "full":
         return "--recompute-activations means --recompute-granularity selective, not full; leave one of them out"
     return None
 
 
 def check_recompute(a: Arguments) -> str | None:
+    """Check the layers or modules that are recomputed."""
     r = a.recompute
     if r.recompute_granularity == "full":
         return _check_full(a)
-    needless = {
+    only_with_full = {
         "--recompute-method": r.recompute_method,
         "--recompute-num-layers": r.recompute_num_layers,
         "--distribute-saved-activations": r.distribute_saved_activations or None,
     }
-    for name, value in needless.items():
+    for name, value in only_with_full.items():
         if value is not None:
             given = name if value is True else f"{name} {value}"
             return f"{given} goes with --recompute-granularity full; add that, or leave it out"
@@ -27,7 +29,7 @@ def check_recompute(a: Arguments) -> str | None:
 
 
 def _check_modules(a: Arguments) -> str | None:
-    n, modules = a.network, a.recompute.recompute_modules
+    n, modules = a.network, a.recompute.recompute_modules or ()
     kinds = {
         "mlp": (not all(n.expert_layers), "a dense layer, and all have experts"),
         "moe": (n.num_experts is not None, "experts: give --num-experts"),
@@ -39,8 +41,8 @@ def _check_modules(a: Arguments) -> str | None:
             return f"--recompute-modules {module} wants {wanted}; or leave {module} out"
     if "mlp" in modules and n.add_bias_linear:
         return (
-            "--recompute-modules mlp with biases: in its backward pass Megatron-Core waits for ever for the bias, an "
-            "output of what is recomputed; give --disable-bias-linear, or leave mlp out"
+            "--recompute-modules mlp with biases: in the backward pass Megatron-Core waits for ever for the bias, an "
+            "output of the recomputed part; give --disable-bias-linear, or leave mlp out"
         )
     if "shared_experts" in modules and a.moe.moe_shared_expert_overlap:
         return "--recompute-modules shared_experts does not go with --moe-shared-expert-overlap; leave one of them out"
@@ -54,35 +56,32 @@ def _check_modules(a: Arguments) -> str | None:
 
 
 def _check_full(a: Arguments) -> str | None:
-    r, layout = a.recompute, a.distributed
+    r, d = a.recompute, a.distributed
     if r.recompute_method is None or r.recompute_num_layers is None:
         return (
             "--recompute-granularity full needs --recompute-method uniform or block and --recompute-num-layers N; "
             "uniform with 1 takes least memory"
         )
-    stages, number = layers_of_stages(a.network.num_layers, layout), r.recompute_num_layers
-    wrong = next((layers for layers in stages if layers % number), None)
+    stages, unit = layers_of_stages(a.network.num_layers, d), r.recompute_num_layers
+    wrong = next((layers for layers in stages if layers % unit), None)
     if r.recompute_method == "uniform" and wrong is not None:
         return (
-            f"--recompute-num-layers {number} does not divide the {wrong} layers of a stage (--num-layers "
+            f"--recompute-num-layers {unit} does not divide the {wrong} layers of a stage (--num-layers "
             f"{a.network.num_layers}, {len(stages)} stage(s)), as --recompute-method uniform wants; take a divisor, or "
             "--recompute-method block"
         )
-    if number > max(stages):
-        return f"--recompute-num-layers {number}: a stage has {max(stages)} layers; take that at most"
-    if r.distribute_saved_activations and layout.tensor_model_parallel_size == 1:
+    if unit > max(stages):
+        return f"--recompute-num-layers {unit}: a stage has {max(stages)} layers; give no more"
+    if r.distribute_saved_activations and d.tensor_model_parallel_size == 1:
         return (
-            "--distribute-saved-activations shares them among tensor-parallel ranks: give --tensor-model-parallel-size "
+            "--distribute-saved-activations splits them over tensor-parallel ranks: give --tensor-model-parallel-size "
             "of at least 2, or leave it out"
         )
-    if r.distribute_saved_activations and layout.sequence_parallel:
-        return (
-            "--distribute-saved-activations: with --sequence-parallel each rank has its part of them already; leave it "
-            "out"
-        )
+    if r.distribute_saved_activations and d.sequence_parallel:
+        return "--distribute-saved-activations: with --sequence-parallel they are already split; leave it out"
     size, tp = (
         a.training.micro_batch_size * a.data.seq_length * a.network.hidden_size,
-        layout.tensor_model_parallel_size,
+        d.tensor_model_parallel_size,
     )
     if r.distribute_saved_activations and size % tp:
         return (

@@ -1,9 +1,10 @@
-"""Learning rate and weight decay over the steps."""
+"""Check the schedules of learning rate and weight decay."""
 
 from mft_megatron.arguments.table import Arguments
 
 
 def check_schedule(a: Arguments) -> str | None:
+    """Check warm-up, decay and the lowest learning rates."""
     schedule = a.learning_rate
     if schedule.lr_warmup_fraction is not None and schedule.lr_warmup_iters:
         return "--lr-warmup-fraction and --lr-warmup-iters both set the warm-up; give one of them"
@@ -12,16 +13,15 @@ def check_schedule(a: Arguments) -> str | None:
             f"--lr-warmup-iters {schedule.lr_warmup_iters} leaves nothing of the {schedule.lr_decay_iters} decay "
             "steps; shorten the warm-up or raise --lr-decay-iters"
         )
-    if schedule.lr_decay_style == "WSD" and schedule.lr_wsd_decay_iters is None:
-        return "--lr-decay-style WSD needs --lr-wsd-decay-iters N: how many of its last steps decay"
-    if (
-        schedule.lr_decay_style == "WSD"
-        and schedule.lr_wsd_decay_iters > schedule.lr_decay_iters - schedule.warmup_steps
-    ):
-        return (
-            f"--lr-wsd-decay-iters {schedule.lr_wsd_decay_iters} and a warm-up of {schedule.warmup_steps:g} steps are "
-            f"more than the {schedule.lr_decay_iters} decay steps; shorten one or raise --lr-decay-iters"
-        )
+    if schedule.lr_decay_style == "WSD":
+        last = schedule.lr_wsd_decay_iters
+        if last is None:
+            return "--lr-decay-style WSD needs --lr-wsd-decay-iters N: how many of its last steps decay"
+        if last > schedule.lr_decay_iters - schedule.warmup_steps:
+            return (
+                f"--lr-wsd-decay-iters {last} and a warm-up of {schedule.warmup_steps:g} steps are more than the "
+                f"{schedule.lr_decay_iters} decay steps; shorten one or raise --lr-decay-iters"
+            )
     lowest = schedule.min_lr if schedule.decoupled_min_lr is None else schedule.decoupled_min_lr
     for name, rate, name_of_lowest, low in (
         ("--lr", schedule.lr, "--min-lr", schedule.min_lr),
@@ -40,6 +40,7 @@ def check_schedule(a: Arguments) -> str | None:
 
 
 def check_weight_decay(a: Arguments) -> str | None:
+    """Check the growth of weight decay."""
     r = a.regularization
     if r.apply_wd_to_qk_layernorm and not a.network.qk_layernorm:
         return "--apply-wd-to-qk-layernorm without --qk-layernorm has nothing to apply to; leave it out"

@@ -1,6 +1,7 @@
-"""Everything that can be refused without a device: each check is given the whole of the arguments.
+"""All checks that need no device.
 
-A check returns ``None``, or the one line that refuses the run: what, with the numbers, and the remedy.
+A check takes the complete arguments and returns ``None``, or the one line that refuses the run: what is wrong, with the
+numbers, and the remedy. For a new check write a function in the file of its subject and add it to :data:`CHECKS`.
 """
 
 from .attention import check_attention

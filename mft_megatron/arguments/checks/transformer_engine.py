@@ -1,15 +1,16 @@
-"""Whether fp8 can be computed with these sizes; what this machine has is asked when the model is made."""
+"""Check that fp8 can be computed with these sizes; the device is checked when the model is built."""
 
 from mft_megatron.arguments.groups.transformer_engine import FP8_MULTIPLES
 from mft_megatron.arguments.table import Arguments
 
 
 def check_fp8(a: Arguments) -> str | None:
+    """Check number format, layers and sizes."""
     e = a.transformer_engine
     if e.fp8_param_gather:
         return (
-            "--fp8-param-gather: weights are drawn, loaded and gathered in bf16 here, and converted where they are "
-            "used; leave it out"
+            "--fp8-param-gather: weights are initialised, loaded and gathered in bf16 here, and converted where "
+            "they are used; leave it out"
         )
     if e.fp8_format is None:
         return None
@@ -47,16 +48,15 @@ def _check_sizes(a: Arguments, fp8: str, multiple: int) -> str | None:
         f"--num-query-groups {n.num_query_groups} × --kv-channels {head} / --tensor-model-parallel-size {tp}": (
             n.num_query_groups * head // tp
         ),
-        # under sequence parallelism each rank converts its part before it is gathered
+        # With sequence parallelism each rank converts its part before the all-gather.
         f"--micro-batch-size {a.training.micro_batch_size} × --seq-length {a.data.seq_length} / "
-        f"{cp * (tp if d.sequence_parallel else 1)} ranks that share it": (
+        f"{cp * (tp if d.sequence_parallel else 1)} ranks that split it": (
             a.training.micro_batch_size * a.data.seq_length // (cp * (tp if d.sequence_parallel else 1))
         ),
     }
     if n.num_experts is not None:
         etp = d.expert_tensor_parallel_size or tp
-        expert = n.moe_ffn_hidden_size // etp
-        sizes[f"--moe-ffn-hidden-size {n.moe_ffn_hidden_size} / expert-tensor size {etp}"] = expert
+        sizes[f"--moe-ffn-hidden-size {n.expert_size} / expert-tensor size {etp}"] = n.expert_size // etp
     for name, size in sizes.items():
         if size % multiple:
             return f"{fp8} needs multiples of {multiple}, and {name} = {size} is none; change it"

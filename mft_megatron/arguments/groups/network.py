@@ -160,6 +160,11 @@ class NetworkArguments:
         return self.swiglu or self.gated_linear_unit
 
     @property
+    def expert_size(self) -> int:
+        """Size of the MLP of an expert."""
+        return self.ffn_hidden_size if self.moe_ffn_hidden_size is None else self.moe_ffn_hidden_size
+
+    @property
     def window(self) -> int | None:
         """Tokens to its left that a token sees besides itself in layers with a window; ``None`` for all."""
         left = -1 if self.window_size is None else int(self.window_size.split(",")[0])
@@ -167,10 +172,10 @@ class NetworkArguments:
 
     @property
     def scaling(self) -> RopeScaling | None:
-        """What ``rope_scaling`` says."""
+        """The scaling of rotary frequencies, or ``None``."""
         return None if self.rope_scaling is None else read_rope_scaling(json.loads(self.rope_scaling))
 
     @property
     def expert_layers(self) -> tuple[bool, ...]:
-        """Of each layer, whether it has experts."""
+        """For each layer, whether it has experts."""
         return expert_layers(self.num_layers, self.num_experts, self.moe_layer_freq)

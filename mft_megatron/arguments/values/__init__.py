@@ -1,1 +1,1 @@
-"""Options whose value has a grammar of its own, one file each: parsed once, used by every room."""
+"""Options whose value has a grammar of its own, one file each: parsed here, used in every room."""

@@ -1,4 +1,4 @@
-"""What the kernels of ``--attention-backend`` can compute, as far as it is known without a device.
+"""Limits of the kernels of ``--attention-backend``, as far as they are known without a device.
 
 ======== ================= ============ ======== ==================
 name     number formats    size of head dropout  with dropout
@@ -14,18 +14,21 @@ import dataclasses
 
 BACKENDS = ("auto", "local", "varlen", "flash", "fused")
 LONGEST_HEAD = 256
-# kernels that take a head as it is, without filling it up
+# Kernels that do not pad heads, so that their size must be a multiple of HEAD_MULTIPLE.
 WHOLE_HEADS = ("varlen", "fused")
 HEAD_MULTIPLE = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class AttentionShape:
-    """What a run asks of its attention.
+    """The attention that a run needs.
 
-    ``precision``: of queries, keys and values: fp32, bf16 or fp16. ``head_size``: of a head. ``dropout``: of attention
-    weights, while training. ``window``: tokens that are seen besides oneself in layers with a window, or ``None``.
-    ``context_parallel``: whether segment slices have fewer queries than keys.
+    Attributes:
+        precision: number format of queries, keys and values: fp32, bf16 or fp16.
+        head_size: elements of a head.
+        dropout: dropout of attention weights in training.
+        window: tokens to its left that a token attends to, besides itself, in layers with a window; or ``None``.
+        context_parallel: whether slices of a segment have fewer queries than keys.
     """
 
     precision: str
@@ -36,14 +39,14 @@ class AttentionShape:
 
 
 def limit_of(backend: str, shape: AttentionShape) -> str | None:
-    """Why a backend cannot compute this anywhere, and what would help; ``None`` where it can.
+    """The reason why a backend cannot compute this on any device, and the remedy; ``None`` if it can.
 
-    To be read after its name: "flash computes in bf16 or fp16 …".
+    The text follows the backend's name: "flash computes in bf16 or fp16 …".
     """
     if backend in ("auto", "local"):
         return None
     if backend == "unfused":
-        return "is for rows with a mask, and packs are streams without one; use local, the plain PyTorch one here"
+        return "is for rows with a mask, and packs are streams without one; use local, which is plain PyTorch"
     if shape.precision not in ("bf16", "fp16"):
         return f"computes in bf16 or fp16, not in {shape.precision}; give --bf16, or use local"
     if shape.head_size > LONGEST_HEAD:

@@ -1,15 +1,15 @@
-"""Which layers have experts, as ``--moe-layer-freq`` says it."""
+"""Layers with experts, from ``--moe-layer-freq``."""
 
 from .layer_pattern import numbers_of
 
 
 def expert_layers(num_layers: int, num_experts: int | None, frequency: int | str) -> tuple[bool, ...]:
-    """Of each layer, whether it has experts.
+    """Return for each layer whether it has experts.
 
     Args:
-        num_layers: of the model.
-        num_experts: of each layer that has any; ``None`` where none has.
-        frequency: from :func:`.values.layer_pattern.layer_frequency`. A list decides the length of the result, whatever
+        num_layers: layers of the model.
+        num_experts: experts of a layer that has any; ``None`` if no layer has.
+        frequency: result of :func:`.layer_pattern.layer_frequency`. If it is a list, the result has its length, not
             ``num_layers``.
     """
     if num_experts is None:

@@ -1,52 +1,75 @@
-"""Options that say which layers differ from the others, as Megatron writes them: every N-th, or a list."""
+"""Patterns of layers in Megatron's notation: every N-th layer, or a list with a number for each layer."""
 
 import ast
 import json
+import math
+from typing import overload
 
 from mft_megatron.errors import InputError
 
-# layers of a list; more than any model has
+# Longest list that is accepted, more than the layers of any model.
 _LIMIT = 100_000
 
 
 def layer_pattern(text: str) -> int | list[int]:
-    """A number, or a list of whole numbers that is written out or put together with ``+`` and ``*``: ``([1]*3+[0])*2``.
+    """Parse a number, or a list of whole numbers, which may be built with ``+`` and ``*``: ``([1]*3+[0])*2``.
 
     Raises:
-        InputError: anything else.
+        InputError: the text is neither.
     """
     try:
         value = _value(ast.parse(text.strip(), mode="eval").body)
-    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
-        value = None
-    if isinstance(value, int) or (value and all(type(entry) is int for entry in value)):
-        return value
-    raise InputError(f"{text!r} is neither a number nor a list of numbers such as ([1]*3+[0])*2")
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        value = []
+    if value == []:
+        raise InputError(f"{text!r} is neither a number nor a list of numbers such as ([1]*3+[0])*2")
+    return value
 
 
 def _value(node: ast.expr) -> int | list[int]:
+    """Evaluate an expression of whole numbers and lists of them.
+
+    Raises:
+        ValueError: it is anything else, or too long.
+    """
     if isinstance(node, ast.Constant) and type(node.value) is int:
         return node.value
     if isinstance(node, ast.List):
-        return [_value(entry) for entry in node.elts]
+        return [_whole_number(entry) for entry in node.elts]
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        return -_value(node.operand)
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add | ast.Mult):
+        return -_whole_number(node.operand)
+    if isinstance(node, ast.BinOp):
         left, right = _value(node.left), _value(node.right)
-        if isinstance(node.op, ast.Add):
-            return left + right
-        sizes = [len(side) if isinstance(side, list) else side for side in (left, right)]
-        if sizes[0] * sizes[1] > _LIMIT:
-            raise ValueError("too long")
-        return left * right
-    raise ValueError("not a list")
+        size = math.prod(len(side) if isinstance(side, list) else side for side in (left, right))
+        match node.op, left, right:
+            case ast.Add(), int(), int():
+                return left + right
+            case ast.Add(), list(), list():
+                return left + right
+            case ast.Mult(), int(), int() if size <= _LIMIT:
+                return left * right
+            case ast.Mult(), list(), int() if size <= _LIMIT:
+                return left * right
+            case ast.Mult(), int(), list() if size <= _LIMIT:
+                return left * right
+    raise ValueError("not a number or a list of numbers")
+
+
+def _whole_number(node: ast.expr) -> int:
+    value = _value(node)
+    if isinstance(value, list):
+        raise ValueError("a list in a list")
+    return value
 
 
 def layer_frequency(text: str | int) -> int | str:
-    """The value of such an option as a checkpoint keeps it: a number, or a list of 0 and 1 spelt out: ``"[0,1,1]"``.
+    """Parse the value of such an option into the form that a checkpoint stores.
+
+    Returns:
+        a number N of at least 1, for every N-th layer, or a list of 0 and 1 without operators: ``"[0,1,1]"``.
 
     Raises:
-        ValueError: it is neither, or the number is below 1.
+        ValueError: the text is neither.
     """
     try:
         pattern = layer_pattern(str(text))
@@ -61,10 +84,20 @@ def layer_frequency(text: str | int) -> int | str:
     return f"[{','.join(map(str, pattern))}]"
 
 
-# argparse names the function where it refuses a value
+# The message of argparse that refuses a value contains the function's name.
 layer_frequency.__name__ = "number or list of 0 and 1"
 
 
+@overload
+def numbers_of(frequency: None) -> None: ...
+@overload
+def numbers_of(frequency: int | str) -> int | list[int]: ...
 def numbers_of(frequency: int | str | None) -> int | list[int] | None:
-    """What :func:`layer_frequency` yields, with its list as numbers, as Megatron-Core takes it; ``None`` stays."""
-    return json.loads(frequency) if isinstance(frequency, str) else frequency
+    """Convert a result of :func:`layer_frequency` to the form of Megatron-Core: a number, or a list of 0 and 1.
+
+    ``None`` stays ``None``.
+    """
+    if not isinstance(frequency, str):
+        return frequency
+    numbers: list[int] = json.loads(frequency)
+    return numbers

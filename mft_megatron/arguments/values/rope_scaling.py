@@ -1,4 +1,4 @@
-"""Scaled rotary frequencies, as ``--rope-scaling`` says them: a JSON object in Hugging Face's words, complete."""
+"""Scaled rotary frequencies, the value of ``--rope-scaling``: a JSON object with the names of Hugging Face."""
 
 import dataclasses
 import json
@@ -9,11 +9,16 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """One kind of scaling with all its numbers; ``mcore/rope_frequencies.py`` computes with them.
+    """One kind of scaling with all its numbers; :mod:`mft_megatron.mcore.model.rope_frequencies` computes with them.
 
-    ``rope_type``: ``linear`` (by ``factor``), ``llama3`` (``low_freq_factor``, ``high_freq_factor`` and
-    ``original_max_position_embeddings`` besides) or ``yarn`` (the rest besides ``factor``). ``attention_factor``: what
-    cosines and sines are multiplied by. What a kind has no use for is ``None``.
+    Attributes:
+        rope_type: linear, llama3 or yarn; numbers that a kind does not use are ``None``.
+        factor: longer context / original context.
+        original_max_position_embeddings: tokens of the original context (llama3, yarn).
+        low_freq_factor, high_freq_factor: bounds of the blend of frequencies (llama3).
+        attention_factor: factor of cosines and sines (yarn).
+        beta_fast, beta_slow: rotations in the original context at which frequencies are kept and interpolated (yarn).
+        truncate: whether the bounds of the blend are rounded to whole dimensions (yarn).
     """
 
     rope_type: str
@@ -27,26 +32,26 @@ class RopeScaling:
     truncate: bool | None = None
 
     def as_text(self) -> str:
-        """The value of ``--rope-scaling``: equal for equal scalings."""
+        """Return the value of ``--rope-scaling``, the same text for equal scalings."""
         return json.dumps({name: value for name, value in dataclasses.asdict(self).items() if value is not None})
 
 
 _LLAMA3 = ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
 _YARN = ("original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "truncate")
-# names that a kind may have besides rope_type and factor
-_OWN: dict[str, tuple[str, ...]] = {"linear": (), "llama3": _LLAMA3, "yarn": (*_YARN, "mscale", "mscale_all_dim")}
+# Entries of each kind besides rope_type and factor.
+_ENTRIES: dict[str, tuple[str, ...]] = {"linear": (), "llama3": _LLAMA3, "yarn": (*_YARN, "mscale", "mscale_all_dim")}
 
 
 def read_rope_scaling(entries: Mapping[str, Any]) -> RopeScaling:
-    """A scaling from its entries in Hugging Face's words; what YaRN leaves out gets its defaults.
+    """Make a scaling from the entries of Hugging Face; missing entries of YaRN get their defaults.
 
     Raises:
-        ValueError: an unknown kind or entry, or one that is missing or out of range.
+        ValueError: a kind or entry is unknown, or an entry is missing or out of range.
     """
     kind = entries.get("rope_type")
-    if kind not in _OWN:
-        raise ValueError(f"rope_type {kind!r}: give one of {', '.join(_OWN)}")
-    unknown = [name for name in entries if name not in ("rope_type", "factor", *_OWN[kind])]
+    if kind not in _ENTRIES:
+        raise ValueError(f"rope_type {kind!r}: give one of {', '.join(_ENTRIES)}")
+    unknown = [name for name in entries if name not in ("rope_type", "factor", *_ENTRIES[kind])]
     if unknown:
         raise ValueError(f"{kind} has no {', '.join(unknown)}")
     given = {name: value for name, value in entries.items() if value is not None}
@@ -65,18 +70,18 @@ def read_rope_scaling(entries: Mapping[str, Any]) -> RopeScaling:
     if kind == "yarn":
         mscale, of_all = given.pop("mscale", None), given.pop("mscale_all_dim", None)
         given.setdefault("attention_factor", _attention_factor(given["factor"], mscale, of_all))
-    numbers = {
+    values: dict[str, Any] = {
         name: value if name in ("rope_type", "truncate") else _count(name, value) if name == _YARN[0] else float(value)
         for name, value in given.items()
     }
-    return RopeScaling(**numbers)
+    return RopeScaling(**values)
 
 
 def rope_scaling(text: str) -> str:
-    """The value of ``--rope-scaling``, complete and in one spelling.
+    """Parse the value of ``--rope-scaling`` and return it complete and in its one spelling.
 
     Raises:
-        ValueError: it is no scaling.
+        ValueError: the text describes no scaling.
     """
     entries = json.loads(text)
     if not isinstance(entries, dict):
@@ -84,11 +89,11 @@ def rope_scaling(text: str) -> str:
     return read_rope_scaling(entries).as_text()
 
 
-# argparse names the function where a value is refused
+# The message of argparse that refuses a value contains the function's name.
 rope_scaling.__name__ = 'JSON with "rope_type": linear, llama3 or yarn, and that kind\'s numbers'
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -99,7 +104,7 @@ def _count(name: str, value: float) -> int:
 
 
 def _attention_factor(factor: float, mscale: float | None, mscale_all_dim: float | None) -> float:
-    """YaRN's own, where the model names none."""
+    """The attention factor of YaRN for a model that gives none (Peng et al. 2023, arXiv 2309.00071)."""
 
     def scale(weight: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0

@@ -1,11 +1,11 @@
-"""Sliding windows of attention, as ``--window-size`` says them."""
+"""Sliding windows of attention, the values of ``--window-size``."""
 
 
 def window_size(text: str) -> str:
-    """The value of ``--window-size``: tokens to the left and to the right, ``LEFT,0`` or ``(LEFT,0)``.
+    """Parse the value of ``--window-size``, ``LEFT,0`` or ``(LEFT,0)``: tokens to the left and to the right.
 
     Raises:
-        ValueError: not two whole numbers, a window to the right, or a negative one; -1 is for all tokens.
+        ValueError: it is not two whole numbers, the right one is not 0, or the left one is below -1, all tokens.
     """
     left, right = (int(number) for number in str(text).strip().removeprefix("(").removesuffix(")").split(","))
     if right != 0 or left < -1:
@@ -13,5 +13,5 @@ def window_size(text: str) -> str:
     return f"{left},{right}"
 
 
-# argparse names the function where a value is refused
+# The message of argparse that refuses a value contains the function's name.
 window_size.__name__ = "LEFT,0 (at least 0, or -1 for all tokens; causal attention sees none to the right)"

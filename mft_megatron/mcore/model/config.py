@@ -94,11 +94,10 @@ def _transformer_config(arguments: Arguments) -> TransformerConfig:
 def pipeline_layout(layout: DistributedArguments) -> list[list[str]] | None:
     """Contents of each pipeline stage in Megatron-Core's words; it would parse the option's text differently."""
     text = layout.pipeline_model_parallel_layout
-    stages = layout_stages(text) if text is not None else None
-    if stages is None:
+    if text is None:
         return None
     words = {"E": "embedding", "t": "decoder", "L": "loss"}
-    return [[words[letter] for letter in stage] for stage in stages]
+    return [[words[letter] for letter in stage] for stage in layout_stages(text)]
 
 
 def activation(network: NetworkArguments) -> Callable[[Tensor], Tensor]:
