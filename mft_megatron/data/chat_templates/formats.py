@@ -10,18 +10,42 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Protocol
 
 from mft_megatron.data.records.conversation import Conversation, Turn
 from mft_megatron.data.records.segments import SUPERVISE, Segment, raw_segments, refuse_reasoning, supervised_turns
 from mft_megatron.data.tokenizers.tokenizer import Tokenizer
 from mft_megatron.errors import InputError
 
-from .jinja_format import TemplateFormat, template_format
+from .jinja_format import template_format
+
+
+class ChatFormat(Protocol):
+    """A way to write conversations: :class:`BuiltInFormat` or :class:`.jinja_format.TemplateFormat`."""
+
+    @property
+    def name(self) -> str:
+        """Name that messages show."""
+
+    @property
+    def stop_token(self) -> str:
+        """Name of the token that ends an assistant's turn."""
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over everything that decides how a conversation is written."""
+
+    def segments(self, conversation: Conversation) -> list[Segment]:
+        """Write a conversation as segments of the whole sample, in order.
+
+        Raises:
+            RecordError: nothing in it is supervised, or a part of it cannot be written.
+        """
 
 
 @dataclasses.dataclass(frozen=True)
-class ChatFormat:
-    """A built-in format; :class:`.jinja_format.TemplateFormat` has the same interface.
+class BuiltInFormat:
+    """A format of :data:`FORMATS`.
 
     Attributes:
         name: a key of :data:`FORMATS`.
@@ -90,7 +114,7 @@ def _opening(name: str, marker: str) -> tuple[Segment, ...]:
 _NEWLINE = Segment("\n", False)
 
 
-def _chatml(style: ChatFormat, turns: tuple[Turn, ...], supervised: list[bool]) -> list[Segment]:
+def _chatml(style: BuiltInFormat, turns: tuple[Turn, ...], supervised: list[bool]) -> list[Segment]:
     """``<|im_start|>role\\ncontent<|im_end|>\\n``. Answers of tools are between ``<tool_response>`` tags; consecutive
     ones share a turn. Qwen2.5 writes them in a turn of the user: ``--role-markers '{"tool": "user"}'``."""
     openings, stops = style._openings, style._stops
@@ -113,7 +137,7 @@ def _chatml(style: ChatFormat, turns: tuple[Turn, ...], supervised: list[bool]) 
     return written
 
 
-def _mftcoder(style: ChatFormat, turns: tuple[Turn, ...], supervised: list[bool]) -> list[Segment]:
+def _mftcoder(style: BuiltInFormat, turns: tuple[Turn, ...], supervised: list[bool]) -> list[Segment]:
     """``<s>system\\n…\\n<s>human\\n…\\n<s>bot\\n…`` and the end-of-text token after each answer."""
     openings, stops = style._openings, style._stops
     written: list[Segment] = []
@@ -171,7 +195,7 @@ For each function call, return a json object with function name and arguments wi
 {{"name": <function-name>, "arguments": <args-json-object>}}
 </tool_call>"""
 
-FORMATS: dict[str, Callable[[ChatFormat, tuple[Turn, ...], list[bool]], list[Segment]]] = {
+FORMATS: dict[str, Callable[[BuiltInFormat, tuple[Turn, ...], list[bool]], list[Segment]]] = {
     "chatml": _chatml,
     "mftcoder": _mftcoder,
 }
@@ -182,9 +206,7 @@ MARKERS = {
 }
 
 
-def chat_format(
-    name: str, tokenizer: Tokenizer, role_markers: str | None = None, supervise: str = "all"
-) -> ChatFormat | TemplateFormat:
+def chat_format(name: str, tokenizer: Tokenizer, role_markers: str | None = None, supervise: str = "all") -> ChatFormat:
     """Make the format of ``--chat-template`` with the markers of ``--role-markers``.
 
     Args:
@@ -207,7 +229,7 @@ def chat_format(
         if role_markers is not None:
             raise InputError("--role-markers: a Jinja template has no role markers; leave them out, or use mftcoder")
         return template_format(_template(name, tokenizer), name.rsplit("/", 1)[-1], tokenizer, supervise)
-    return ChatFormat(name, _markers(name, role_markers), tokenizer.end_of_text, supervise)
+    return BuiltInFormat(name, _markers(name, role_markers), tokenizer.end_of_text, supervise)
 
 
 _TOKENIZERS_TEMPLATE = "template"  # name of the template that comes with the tokenizer

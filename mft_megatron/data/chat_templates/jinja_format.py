@@ -1,4 +1,4 @@
-"""The model's own chat template as a format with the interface of the others."""
+"""Jinja chat templates, for example the one that comes with a model, as chat formats."""
 
 import bisect
 import dataclasses
@@ -20,7 +20,7 @@ from .token_names import Span, names_in
 
 @dataclasses.dataclass(frozen=True)
 class TemplateFormat:
-    """A Jinja template with the interface of :class:`~mft_megatron.data.chat_templates.formats.ChatFormat`.
+    """A Jinja template as a :class:`~mft_megatron.data.chat_templates.formats.ChatFormat`.
 
     The sample is the text that the template writes. Some templates leave out the reasoning of earlier rounds, as in
     inference; the sample then has only the reasoning of the last round.

@@ -13,7 +13,6 @@ import numpy as np
 import orjson
 
 from mft_megatron.data.chat_templates.formats import ChatFormat
-from mft_megatron.data.chat_templates.jinja_format import TemplateFormat
 from mft_megatron.data.records.conversation import Conversation, RecordError
 from mft_megatron.data.records.fim import Fim
 from mft_megatron.data.records.json_values import json_fault
@@ -38,7 +37,7 @@ class TaskEncoding:
     """How the records of a task become samples. ``shape``: of :data:`.records.record_formats.RECORD_FORMATS`, or
     "auto". ``add_bos``: every sample begins with the token for that, once."""
 
-    style: ChatFormat | TemplateFormat
+    style: ChatFormat
     shape: str = "auto"
     fim: Fim | None = None
     add_bos: bool = False

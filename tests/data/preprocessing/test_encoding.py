@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mft_megatron.data.chat_templates.formats import ChatFormat, chat_format
+from mft_megatron.data.chat_templates.formats import BuiltInFormat, chat_format
 from mft_megatron.data.preprocessing import encoding
 from mft_megatron.data.preprocessing.encoding import Encoder, RecordBatch, TaskEncoding
 from mft_megatron.data.records.conversation import RecordError
@@ -76,7 +76,7 @@ def test_real_text_is_encoded_as_segment_by_segment(both, template, task):
 
 
 # a format whose segments are what a test says
-class Given(ChatFormat):
+class Given(BuiltInFormat):
     def segments(self, conversation):
         return [Segment(*segment) for segment in json.loads(conversation.turns[0].content)]
 
@@ -273,7 +273,7 @@ def test_a_chat_needs_a_token_that_ends_a_turn(llama_like_folder):
 
 
 def test_what_a_format_cannot_write_is_dropped(tokenizer):
-    class Picky(ChatFormat):
+    class Picky(BuiltInFormat):
         def segments(self, conversation):
             raise RecordError("too_long_a_name", "no place for it")
 
