@@ -158,7 +158,7 @@ REFUSED = {
     f"{SELECTIVE} moe_act": "--recompute-modules moe_act wants --moe-grouped-gemm: add that",
     f"{SELECTIVE} shared_experts": "--recompute-modules shared_experts wants --moe-shared-expert-intermediate-size",
     f"{SELECTIVE} mlp --num-experts 2 --disable-bias-linear": "--recompute-modules mlp wants a dense layer, and all",
-    f"{SELECTIVE} mlp": "--recompute-modules mlp with biases: in its backward pass Megatron-Core waits for ever",
+    f"{SELECTIVE} mlp": "--recompute-modules mlp with biases: in the backward pass Megatron-Core waits for ever",
     "--swiglu --squared-relu": "--swiglu and --squared-relu all set the activation function of the MLP; give one",
     "--rotary-interleaved": "--rotary-interleaved has no effect without --position-embedding-type rope",
     "--rotary-seq-len-interpolation-factor 2": "has no effect without --position-embedding-type rope",

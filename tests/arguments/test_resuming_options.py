@@ -25,7 +25,7 @@ def test_contradicting_the_checkpoint_is_refused(tmp_path):
         "--num-layers 8": "the checkpoint .* has 4",
         "--normalization RMSNorm": "the checkpoint .* has LayerNorm",
         "--seed 3": "data order of seed 7",
-        "--train-iters 5": "at iteration 5 already",
+        "--train-iters 5": "already at iteration 5",
     }.items():
         with pytest.raises(InputError, match=text):
             parse(f"--load {folder} {extra}", base=WITHOUT_SHAPE)
