@@ -53,9 +53,9 @@ def dense(
 
 def _slices_and_indices(lengths):
     """For each token, its slice and its index there."""
-    number = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    slice_of_token = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
     starts = lengths.cumsum(0) - lengths
-    return number, torch.arange(int(lengths.sum())) - starts[number]
+    return slice_of_token, torch.arange(int(lengths.sum())) - starts[slice_of_token]
 
 
 def _check(query, key, value, cu_q, cu_k):

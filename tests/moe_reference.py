@@ -30,8 +30,8 @@ def gradients(weights, micro_batches, network, coefficients, score="softmax"):
                 total = total + coefficient * value
                 by_layer[name][layer] += value.item()
     names = list(weights)
-    found = torch.autograd.grad(total, [weights[name] for name in names])
-    return total.item(), by_layer, dict(zip(names, found, strict=True))
+    gradients_of_total = torch.autograd.grad(total, [weights[name] for name in names])
+    return total.item(), by_layer, dict(zip(names, gradients_of_total, strict=True))
 
 
 def rows_of(batch):

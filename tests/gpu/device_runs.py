@@ -52,12 +52,12 @@ def _groups(prefix, options):
     return process_groups.process_groups(arguments.distributed, arguments.initialization.seed)
 
 
-def _step(trainer, split, number):
+def _step(trainer, split, index):
     from mft_megatron.data.loading.step_plan import plan_step
     from tests.parallel.run import TASK_WEIGHTS
 
     size = trainer.arguments.training.global_batch_size
-    plan = plan_step(split, seed=1, global_batch_size=size, consumed_samples=size * number)
+    plan = plan_step(split, seed=1, global_batch_size=size, consumed_samples=size * index)
     report = trainer.train_step(split, plan, TASK_WEIGHTS)
     return [report.loss, float(report.grad_norm)]
 
@@ -74,10 +74,10 @@ def train(prefix, options, steps=2):
     with _groups(prefix, options):
         trainer, split, _ = _trainer(prefix, options)
         curve, allocated = [], []
-        for number in range(steps):
+        for index in range(steps):
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()
-            curve.append(_step(trainer, split, number))
+            curve.append(_step(trainer, split, index))
             allocated.append(torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
         kernel = trainer.chunks[0].module.decoder.layers[0].self_attention.core_attention.kernel
         return {"curve": curve, "allocated": allocated, "kernel": getattr(kernel, "__name__", type(kernel).__name__)}
@@ -96,8 +96,8 @@ def save(prefix, options, folder):
 
     with _groups(prefix, options):
         trainer, split, arguments = _trainer(prefix, options)
-        for number in range(2):
-            _step(trainer, split, number)
+        for index in range(2):
+            _step(trainer, split, index)
         path = checkpoint.save(Path(folder), trainer, _info(), arguments.checkpoint)
         return {"path": str(path), "third": _step(trainer, split, 2)}
 

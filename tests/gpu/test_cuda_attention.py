@@ -58,8 +58,8 @@ def kernel_of(backend, dtype, size):
 @pytest.mark.parametrize("backend", ["local", "varlen", "flash", "fused"])
 def test_bf16(backend, case, heads, window):
     kernel = kernel_of(backend, torch.bfloat16, 64)
-    found = errors(kernel, SLICES[case], HEADS[heads], 64, torch.bfloat16, None, window)
-    assert max(found) < TOLERANCE[torch.bfloat16], found
+    worst = errors(kernel, SLICES[case], HEADS[heads], 64, torch.bfloat16, None, window)
+    assert max(worst) < TOLERANCE[torch.bfloat16], worst
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -67,8 +67,8 @@ def test_bf16(backend, case, heads, window):
 @pytest.mark.parametrize("backend", ["local", "varlen", "flash", "fused"])
 def test_heads_of_all_sizes(backend, size, dtype):
     kernel = kernel_of(backend, dtype, size)
-    found = errors(kernel, SLICES["segments"], (4, 2), size, dtype, 0.3 * size**-0.5, None)
-    assert max(found) < TOLERANCE[dtype], found
+    worst = errors(kernel, SLICES["segments"], (4, 2), size, dtype, 0.3 * size**-0.5, None)
+    assert max(worst) < TOLERANCE[dtype], worst
 
 
 @pytest.mark.parametrize("window", [None, 5])
@@ -76,8 +76,8 @@ def test_heads_of_all_sizes(backend, size, dtype):
 @pytest.mark.parametrize("case", SLICES)
 def test_local_in_fp32(case, heads, window):
     kernel = kernel_of("local", torch.float32, 20)
-    found = errors(kernel, SLICES[case], HEADS[heads], 20, torch.float32, None, window)
-    assert max(found) < TOLERANCE[torch.float32], found
+    worst = errors(kernel, SLICES[case], HEADS[heads], 20, torch.float32, None, window)
+    assert max(worst) < TOLERANCE[torch.float32], worst
 
 
 @pytest.mark.parametrize("backend", ["local", "flash", "fused"])

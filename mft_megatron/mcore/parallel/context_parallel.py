@@ -160,9 +160,9 @@ def gathered_indices(indices: np.ndarray, length: int, size: int) -> np.ndarray:
         int64, of the same shape.
     """
     block = length // (2 * size)
-    number, offset = np.divmod(indices, block)
-    rank = np.minimum(number, 2 * size - 1 - number)
-    return (2 * rank + (number >= size)) * block + offset
+    block_index, offset = np.divmod(indices, block)
+    rank = np.minimum(block_index, 2 * size - 1 - block_index)
+    return (2 * rank + (block_index >= size)) * block + offset
 
 
 def _to_device(array: np.ndarray, device: torch.device) -> Tensor:

@@ -84,7 +84,7 @@ def test_neighbours_do_not_matter():
 
 
 def _with_dropout():
-    """Outputs while training and in evaluation, and random numbers that are drawn afterwards."""
+    """Outputs while training and in evaluation, and the next random numbers."""
     from mft_megatron.arguments.groups.distributed import DistributedArguments
     from mft_megatron.mcore.parallel import process_groups
 

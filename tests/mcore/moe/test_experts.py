@@ -143,13 +143,13 @@ def test_a_step_equals_the_reference(dataset_prefix, kind):
     for rank in ranks:
         assert rank.loss == pytest.approx(without, rel=1e-6)
         for name, values in by_layer.items():
-            found = rank.losses[LOGGED[name]]
+            logged = rank.losses[LOGGED[name]]
             dense = torch.tensor([not has for has in rank.network.expert_layers])
-            assert torch.equal(found.isnan(), dense)
-            assert found[~dense].tolist() == pytest.approx(values[~dense].tolist(), rel=1e-5), name
+            assert torch.equal(logged.isnan(), dense)
+            assert logged[~dense].tolist() == pytest.approx(values[~dense].tolist(), rel=1e-5), name
         for name, gradient in rank.gradients.items():
-            wanted = expected_gradients[name] * scale
-            difference = (gradient - wanted).norm() / wanted.norm()
+            expected_gradient = expected_gradients[name] * scale
+            difference = (gradient - expected_gradient).norm() / expected_gradient.norm()
             assert difference < 2e-5, f"{name}: {difference:.1e}"
     norm = torch.stack([gradient.norm() for gradient in expected_gradients.values()]).norm().item()
     assert ranks[0].grad_norm == pytest.approx(norm * scale, rel=1e-5)

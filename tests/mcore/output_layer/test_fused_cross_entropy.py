@@ -315,8 +315,8 @@ def test_gradients_of_micro_batches_are_added_to_main_grad(slope_known):
             ).sum()
             for half in halves
         ]
-        for number in order:
-            values[number].backward()
+        for index in order:
+            values[index].backward()
             # the gradient that Megatron's hook needs, and drops, takes no memory
             assert weight.grad.shape == weight.shape
             assert weight.grad.untyped_storage().nbytes() == weight.element_size()

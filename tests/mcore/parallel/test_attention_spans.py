@@ -31,16 +31,16 @@ def pairs_of(slices, indices):
 
     ``indices``: of the rank's tokens in the stream, int64.
     """
-    spans, keys, found = slices.spans(), slices.key_indices(), []
-    for number, (queries, count) in enumerate(zip(spans.lengths_q, spans.lengths_k, strict=True)):
-        first_query, first_key = int(spans.cu_q[number]), int(spans.cu_k[number])
+    spans, keys, pairs = slices.spans(), slices.key_indices(), []
+    for index, (queries, count) in enumerate(zip(spans.lengths_q, spans.lengths_k, strict=True)):
+        first_query, first_key = int(spans.cu_q[index]), int(spans.cu_k[index])
         for query in range(queries):
             for key in range(count - queries + query + 1):
-                found.append((int(indices[first_query + query]), int(keys[first_key + key])))
+                pairs.append((int(indices[first_query + query]), int(keys[first_key + key])))
     assert int(spans.cu_q[-1]) == len(indices)
     assert int(spans.cu_k[-1]) == len(keys)
     assert (spans.max_q, spans.max_k) == (max(spans.lengths_q), max(spans.lengths_k))
-    return found
+    return pairs
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
@@ -48,13 +48,13 @@ def pairs_of(slices, indices):
 def test_each_pair_is_computed_once_by_one_rank(size, seed):
     total = 48
     cu_seqlens = random_segments(total, seed)
-    found, seen = [], []
+    pairs, seen = [], []
     for rank in range(size):
         ranges = rank_ranges(total, rank, size)
         indices = np.concatenate([np.arange(*limits) for limits in ranges])
-        found += pairs_of(slice_segments(cu_seqlens, ranges), indices)
+        pairs += pairs_of(slice_segments(cu_seqlens, ranges), indices)
         seen += indices.tolist()
-    assert sorted(found) == sorted(expected_pairs(cu_seqlens))
+    assert sorted(pairs) == sorted(expected_pairs(cu_seqlens))
     assert sorted(seen) == list(range(total))
 
 
