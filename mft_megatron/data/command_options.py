@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
-from mft_megatron.data.chat_templates.formats import FORMATS
+from mft_megatron.data.chat_templates.builtin_formats import FORMATS
 from mft_megatron.data.packing.cutting import OVERLONG
 from mft_megatron.data.packing.packing_options import PackingOptions
 from mft_megatron.data.packing.packs import PADDING_MODES

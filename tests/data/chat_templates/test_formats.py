@@ -7,7 +7,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mft_megatron.data.chat_templates.formats import FORMATS, chat_format
+from mft_megatron.data.chat_templates.builtin_formats import FORMATS
+from mft_megatron.data.chat_templates.formats import chat_format
 from mft_megatron.data.records.conversation import Conversation, RecordError, Turn
 from mft_megatron.data.records.record_formats import read_record
 from mft_megatron.errors import InputError

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mft_megatron.data.chat_templates.formats import BuiltInFormat, chat_format
+from mft_megatron.data.chat_templates.builtin_formats import BuiltInFormat
+from mft_megatron.data.chat_templates.formats import chat_format
 from mft_megatron.data.preprocessing import encoding
 from mft_megatron.data.preprocessing.encoding import Encoder, RecordBatch, TaskEncoding
 from mft_megatron.data.records.conversation import RecordError
@@ -92,7 +93,7 @@ segment = st.tuples(text, st.booleans(), st.just(False), st.booleans()) | st.tup
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=150)
 @given(st.lists(st.lists(segment, max_size=6), max_size=5), st.integers(1, 3))
 def test_any_segments_are_encoded_one_by_one(both, samples, kept):
-    plan = TaskEncoding(Given("given", {}, both[0].end_of_text))
+    plan = TaskEncoding(Given("mftcoder", {}, both[0].end_of_text))
     expected = [naive(both[0], [Segment(*segment) for segment in sample]) for sample in samples]
     useful = [any(mask[1:]) for _, mask in expected]
     for tokenizer in both:
@@ -111,7 +112,7 @@ def test_any_segments_are_encoded_one_by_one(both, samples, kept):
 def test_short_texts_are_kept_apart_by_markup(both, order):
     end = both[0].end_of_text
     samples = [[("a", False), (end, True, False, markup)] for markup in (True, False)][::order]
-    plan = TaskEncoding(Given("given", {}, end))
+    plan = TaskEncoding(Given("mftcoder", {}, end))
     expected = [naive(both[0], [Segment(*segment) for segment in sample]) for sample in samples]
     for tokenizer in both:
         encoder = Encoder(tokenizer, {"task": plan})
@@ -277,7 +278,7 @@ def test_what_a_format_cannot_write_is_dropped(tokenizer):
         def segments(self, conversation):
             raise RecordError("too_long_a_name", "no place for it")
 
-    encoded = encode(tokenizer, ['{"text": "a"}'], TaskEncoding(Picky("picky", {}, "")))
+    encoded = encode(tokenizer, ['{"text": "a"}'], TaskEncoding(Picky("mftcoder", {}, "")))
     assert [(drop.path, drop.line, drop.reason, drop.message) for drop in encoded.drops] == [
         ("file", 1, "too_long_a_name", "no place for it")
     ]
