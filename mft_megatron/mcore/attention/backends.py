@@ -56,8 +56,10 @@ SMALL = ((8, 6), (8, 7), (8, 9), (12, 0), (12, 1))
 class Choice:
     """The kernel that computes attention.
 
-    ``name``: of the backend. ``kernel``: its function. ``why_not``: by name, the reasons why ``auto`` did not take the
-    backends that it prefers; only on CUDA.
+    Attributes:
+        name: of the backend.
+        kernel: its function.
+        why_not: by name, the reason why ``auto`` did not take a backend that it prefers; only on CUDA.
     """
 
     name: str

@@ -31,9 +31,10 @@ from .backends import choose, shape_of
 class PackedStream(PackedSeqParams):
     """The argument that Megatron passes through its layers to attention and rotary embedding.
 
-    ``shard``: this rank's part of the micro-batch, for :class:`PackedAttention`. ``positions``: of its tokens in their
-    segments, int64 [T], for the rotary embedding. ``qkv_format`` is not ``thd``, for which Megatron would rotate and
-    cut each segment itself.
+    Attributes:
+        qkv_format: not ``thd``, for which Megatron would rotate and cut each segment itself.
+        shard: this rank's part of the micro-batch, for :class:`PackedAttention`.
+        positions: int64 [T], of the rank's tokens in their segments, for the rotary embedding.
     """
 
     qkv_format: str = "sbhd"

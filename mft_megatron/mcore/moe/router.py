@@ -49,9 +49,10 @@ Z_LOSS = "z_loss"
 class PackedRouter(TopKRouter):
     """Megatron-Core's router with losses over the real tokens of whole packs.
 
-    ``micro_batch_weight``: the weight of a micro-batch's losses in the step, 1 / micro-batches of all data-parallel
-    ranks. ``losses``: by name, this rank's part of their means over the step, fp32, without coefficient; see
-    :mod:`.experts`.
+    Attributes:
+        micro_batch_weight: of a micro-batch's losses in the step: 1 / micro-batches of all data-parallel ranks.
+        losses: by name, this rank's part of their means over the step, fp32 scalars without coefficient.
+        coefficients: by kind of balancing.
     """
 
     def __init__(self, config: TransformerConfig, pg_collection: ProcessGroupCollection | None = None):

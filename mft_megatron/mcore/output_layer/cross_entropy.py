@@ -51,9 +51,11 @@ def vocab_parallel_nll(logits: Tensor, labels: Tensor, vocab_size: int) -> Tenso
 class Targets:
     """Labels and supervised tokens of a micro-batch, as one stream of T tokens.
 
-    ``labels_T`` int64. ``supervised_N`` int64: indices in the stream of tokens whose loss mask is 1. ``slope``: the
-    gradient [N] of their losses, where it is known in advance and a backward pass follows. ``vocab_size``: number of
-    real ids.
+    Attributes:
+        labels_T: int64.
+        supervised_N: int64, indices in the stream of tokens whose loss mask is 1.
+        slope: gradient [N] of their losses, where it is known in advance and a backward pass follows.
+        vocab_size: number of real ids.
     """
 
     labels_T: Tensor

@@ -31,10 +31,12 @@ CONVERTED_ROWS = 4096
 
 @dataclasses.dataclass(frozen=True)
 class VocabularyShard:
-    """The rows of the output weight that a tensor-parallel rank has: ``rows`` real ids, from ``first`` on.
+    """The rows of the output weight, without padding, that a tensor-parallel rank has.
 
-    ``rows`` may be 0, where a rank has nothing but padding. ``group``: the ranks over which the vocabulary is split;
-    ``None`` where it is not.
+    Attributes:
+        first: id of the first row.
+        rows: number of rows; 0 where the rank has only padding.
+        group: the ranks over which the vocabulary is split; ``None`` where it is not.
     """
 
     first: int
@@ -168,8 +170,12 @@ class _Blocks:
 class _Buffer:
     """Memory for the logits of one block after another, and for the gradients that replace them.
 
-    ``exact`` [C, V] in at least fp32; ``raw`` [C, V] in the dtype of the hidden states, the same memory where that is
-    the same dtype. To allocate memory for each block would take some percent of the time.
+    Allocating it for each block would take some percent of the time.
+
+    Attributes:
+        weight: the real rows [V, H] of the output weight.
+        raw: [C, V] in the dtype of the hidden states.
+        exact: [C, V] in at least fp32; the same tensor as ``raw`` where that has this dtype.
     """
 
     def __init__(self, blocks: _Blocks, hidden_NH: Tensor):
@@ -195,8 +201,10 @@ class _Buffer:
 class _Gradients:
     """Gradients of hidden states and weight, accumulated block by block.
 
-    ``hidden_NH`` in the dtype of the hidden states, as between all layers. ``weight_VH`` is fp32 (fp64 of fp64): the
-    weight's ``main_grad`` or a tensor like it; ``None`` for a frozen weight.
+    Attributes:
+        hidden_NH: in the dtype of the hidden states, as between all layers.
+        weight_VH: fp32 (fp64 of fp64), the weight's ``main_grad`` or a tensor of its size; ``None`` where it is frozen.
+        in_main_grad: whether ``weight_VH`` is the ``main_grad``.
     """
 
     def __init__(self, hidden_NH: Tensor, weight: Tensor, with_weight: bool):

@@ -25,8 +25,13 @@ class Spans:
     A slice's last query sees its last key, the one before it one key less, and so on: causal, aligned at the end.
     No slice has more queries than keys.
 
-    ``lengths_q``, ``lengths_k``: queries and keys of each slice, on the host. ``cu_q``, ``cu_k`` int32 [slices + 1]:
-    where they start, then how many there are in all, on the device. ``max_q``, ``max_k``: the largest lengths.
+    Attributes:
+        lengths_q: queries of each slice, on the host.
+        lengths_k: keys of each slice, on the host.
+        cu_q: int32 [slices + 1], first query of each slice, then how many there are in all; on the device.
+        cu_k: int32 [slices + 1], the same of keys.
+        max_q: queries of the slice with the most.
+        max_k: keys of the slice with the most.
     """
 
     lengths_q: Sequence[int]
@@ -57,10 +62,12 @@ class Spans:
 
 @dataclasses.dataclass(frozen=True)
 class SegmentSlices:
-    """Parts of segments that a rank computes; token indices in the stream, each int64 [slices].
+    """Parts of segments that a rank computes, as token indices in the stream.
 
-    ``segment``: first token of the slice's segment, which is its first key. ``start``, ``end``: its queries; ``end`` is
-    also the end of its keys.
+    Attributes:
+        segment: int64 [slices], first token of the slice's segment, which is the slice's first key.
+        start: int64 [slices], first query.
+        end: int64 [slices], end of the queries and of the keys.
     """
 
     segment: np.ndarray

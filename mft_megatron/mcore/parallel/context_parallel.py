@@ -32,9 +32,12 @@ from .attention_spans import Spans, slice_segments
 class ContextParallelShard:
     """The part of a micro-batch that one context-parallel rank computes; tensors are on its device.
 
-    ``spans``: its attention. ``supervised_N`` int64: indices, among the rank's tokens, of those with a supervised
-    label. Only where the stream is cut: ``index_T`` int64 [T / CP], indices of the rank's tokens in the stream,
-    ascending; ``keys`` int64, indices of the keys of ``spans`` in the tokens that are gathered; ``group``, the ranks.
+    Attributes:
+        spans: its attention.
+        supervised_N: int64, indices, among the rank's tokens, of those with a supervised label.
+        index_T: int64 [T / CP], indices of the rank's tokens in the stream, ascending; ``None`` where it is not cut.
+        keys: int64 [keys], indices of the keys of ``spans`` in the gathered tokens; ``None`` where it is not cut.
+        group: the context-parallel ranks; ``None`` where there is only one.
     """
 
     spans: Spans

@@ -10,8 +10,11 @@ from packaging.version import Version
 class Package:
     """An optional package.
 
-    ``name``: of the distribution. ``module``: the module that is used. ``least``: the first version that has all that
-    is used here. ``install``: the command that installs it.
+    Attributes:
+        name: of the distribution.
+        module: the module that is used.
+        least: the first version that has all that is used here.
+        install: the command that installs it.
     """
 
     name: str

@@ -5,8 +5,8 @@
     WITHOUT_CUDA    applied by ``devices.prepare`` before Megatron-Core is imported, only where there is no CUDA
     WHERE_NEEDED    called by the layer files that need them, on any machine
 
-The reason for a patch is the docstring of its function. When Megatron-Core is updated, run the tests named here: each
-fails when its patch is no longer needed, and that patch can be deleted.
+When Megatron-Core is updated, run the tests named here: each fails when its patch is no longer needed, and that patch
+can be deleted.
 """
 
 import dataclasses
@@ -20,8 +20,10 @@ from . import megatron_fixes, without_cuda
 class Patch:
     """One replacement.
 
-    ``apply``: the function that replaces. ``needed``: ``file::name`` of the test that shows that it is still needed.
-    ``seen_in``: the last version of Megatron-Core that needed it.
+    Attributes:
+        apply: the function that replaces; its docstring says why.
+        needed: ``file::name`` of the test that shows that it is still needed.
+        seen_in: the last version of Megatron-Core that needed it.
     """
 
     apply: Callable[..., object]

@@ -11,7 +11,11 @@ import torch
 class Precision:
     """A format under its names.
 
-    ``name``: in options and checkpoint descriptions. ``huggingface``: in ``config.json``. ``safetensors``: in headers.
+    Attributes:
+        name: in options and checkpoint descriptions.
+        dtype: in torch.
+        huggingface: in ``config.json``.
+        safetensors: in the header of a file.
     """
 
     name: str

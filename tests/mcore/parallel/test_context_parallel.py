@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from mft_megatron.mcore.model.parameters import count_parameters
 from mft_megatron.mcore.parallel.context_parallel import ContextParallelShard
 from tests.attention_reference import dense_attention
 from tests.batches import one_segment
@@ -143,19 +142,3 @@ def test_a_sum_over_ranks_is_differentiated():
         assert total == [3.0, 20.0]
         assert gradient == [2 * 3.0 * 3, 2 * 20.0 * 3]
         assert value == [1.0 + rank, 10.0]  # it is not summed in place
-
-
-def _layout():
-    from mft_megatron.arguments.groups.distributed import DistributedArguments
-    from mft_megatron.mcore.parallel import process_groups
-
-    with process_groups.process_groups(DistributedArguments(context_parallel_size=2), seed=1):
-        return process_groups.ranks(), process_groups.layout(), count_parameters([torch.nn.Linear(3, 5)])
-
-
-def test_context_parallel_ranks_have_one_data_parallel_rank():
-    """Four ranks, two of which have the same data: parameters are counted once, and the layout has both sizes."""
-    results = run_on_ranks(4, _layout)
-    assert [(ranks.data_rank, ranks.data_size) for ranks, _, _ in results] == [(0, 2), (0, 2), (1, 2), (1, 2)]
-    assert {(layout["context"], layout["data"]) for _, layout, _ in results} == {(2, 2)}
-    assert {parameters for _, _, parameters in results} == {20}

@@ -28,6 +28,17 @@ def test_every_function_that_replaces_is_in_the_table():
         assert public <= listed
 
 
+def test_every_fix_is_called_by_a_layer():
+    layers = [path for path in (ROOT / "mft_megatron/mcore").rglob("*.py") if path.parent.name != "platform"]
+    calls = {
+        node.func.id
+        for path in layers
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    }
+    assert {patch.apply.__name__ for patch in patches.WHERE_NEEDED.values()} <= calls
+
+
 def test_patches_for_cpus_are_applied_once(monkeypatch):
     applied = []
     table = {name: patches.Patch(lambda name=name: applied.append(name), "") for name in ("first", "second")}

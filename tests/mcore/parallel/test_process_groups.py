@@ -1,0 +1,55 @@
+"""Process groups of several ranks: the ranks of context parallelism, and the collectives."""
+
+import numpy as np
+import torch
+
+from mft_megatron.mcore.model.parameters import count_parameters
+from tests.ranks import run_on_ranks
+
+
+def _parallel_layout():
+    """This rank in data parallelism, the parallel layout, and the parameters of a linear layer."""
+    from mft_megatron.arguments.groups.distributed import DistributedArguments
+    from mft_megatron.mcore.parallel import process_groups
+
+    with process_groups.process_groups(DistributedArguments(context_parallel_size=2), seed=1):
+        return process_groups.ranks(), process_groups.layout(), count_parameters([torch.nn.Linear(3, 5)])
+
+
+def test_context_parallel_ranks_have_one_data_parallel_rank():
+    """Four ranks, two of which have the same data: parameters are counted once, the layout has both sizes."""
+    results = run_on_ranks(4, _parallel_layout)
+    assert [(ranks.data_rank, ranks.data_size) for ranks, _, _ in results] == [(0, 2), (0, 2), (1, 2), (1, 2)]
+    assert {(layout["context"], layout["data"]) for _, layout, _ in results} == {(2, 2)}
+    assert {parameters for _, _, parameters in results} == {20}
+
+
+def _collectives():
+    """Results of the collectives on this rank, and an array that was summed."""
+    from mft_megatron.arguments.groups.distributed import DistributedArguments
+    from mft_megatron.mcore.parallel import process_groups
+
+    with process_groups.process_groups(DistributedArguments(), seed=1):
+        rank = torch.distributed.get_rank()
+        array = np.array([rank, 10])
+        return {
+            "main": process_groups.is_main(),
+            "sum over data": process_groups.sum_over_data(array).tolist(),
+            "array": array.tolist(),
+            "sum over world": process_groups.sum_over_world(torch.tensor([1.0 + rank])).tolist(),
+            "any": [process_groups.any_rank(rank == 1), process_groups.any_rank(False)],
+            "broadcast": process_groups.broadcast_from_main(torch.tensor([7.0 + rank])).tolist(),
+        }
+
+
+def test_collectives():
+    results = run_on_ranks(2, _collectives)
+    for rank, result in enumerate(results):
+        assert result == {
+            "main": rank == 0,
+            "sum over data": [1, 20],
+            "array": [rank, 10],  # it is not summed in place
+            "sum over world": [3.0],
+            "any": [True, False],
+            "broadcast": [7.0],
+        }
