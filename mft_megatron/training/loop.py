@@ -23,7 +23,7 @@ from .garbage_collection import GarbageCollection
 from .progress import Progress
 from .records import StepRecord, share_warning, train_record
 from .run_log import RunLog
-from .saving import Saver
+from .saving import RunState, Saver
 from .throughput import segment_lengths, step_operations
 
 
@@ -71,7 +71,7 @@ def train(
             garbage.after_step(progress.step)
             ending, best = last or bool(exit_reason or evaluation.finished), evaluation.is_best(progress)
             if saver.due(progress.step, ending, best):
-                state = {**evaluation.state(), "usage": epochs.state(trainer, progress)}
+                state: RunState = {**evaluation.state(), "usage": epochs.state(trainer, progress)}
                 saver.save(trainer, progress, log, ending, best, state)
             steps.exclude_time()
             if evaluation.finished:

@@ -1,7 +1,7 @@
-"""Whether the data set was made with the tokenizer of the model that a run starts from.
+"""Check that the data set was made with the tokenizer of the model that a run starts from.
 
-Not by name or byte: one and the same tokenizer is written in several ways, and people add special tokens to it for the
-data. What matters is that a text is the same ids for both, or the model is trained on what it reads as noise.
+By the ids of texts, not by name or bytes: one tokenizer can be written in several ways, and people add special tokens
+to it for the data. If a text had other ids for the model than in the data, training would read the data as noise.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from mft_megatron.errors import InputError
 from mft_megatron.run_folder import HUGGINGFACE, TOKENIZER
 
 FILES = {"HuggingFaceTokenizer": "tokenizer.json", "SentencePieceTokenizer": "tokenizer.model"}
-# what tokenizers of one vocabulary cut differently: runs of spaces, line breaks, digits, signs, scripts, case
+# tokenizers with one vocabulary differ in how they split these: spaces, line breaks, digits, signs, scripts, case
 TEXTS = (
     "def f(x_1, *args):\n\treturn  x_1 + 12345678.90e-10\n\n\n        # 3.14159 != 0x7fff\r\n",
     " a  b   c    d     e\t\t\tf \n \n\n  g",
@@ -29,11 +29,11 @@ def check_model_tokenizer(arguments: Arguments, dataset: PackedDataset) -> str:
     """Compare the tokenizer that came with the model of ``--hf-checkpoint`` or ``--load`` with the data set's.
 
     Returns:
-        a line for the log, or nothing where they are one.
+        a line for the log, empty if both are the same tokenizer.
 
     Raises:
-        InputError: a text is other ids for one than for the other, or that cannot be found out although it can be made
-            possible.
+        InputError: a text has different ids in the two, or the data set's tokenizer is not where it was, so that they
+            cannot be compared.
     """
     if arguments.resume is None or arguments.resume.info.dataset_hash == dataset.dataset_hash:
         return ""
@@ -55,61 +55,63 @@ def check_model_tokenizer(arguments: Arguments, dataset: PackedDataset) -> str:
         return f"{unknown}{error}"
     if (model.type, model.fingerprint) == (made_with.type, made_with.fingerprint):
         return ""
-    own = _of_data(arguments, dataset, folder)
-    found = difference(model, own)
+    data = _data_tokenizer(arguments, dataset, folder)
+    found = difference(model, data)
     if found is not None:
         raise InputError(
             f"{folder}: the model's tokenizer is another one than {prefix} was made with: {found}. Preprocess the data "
             f"with --tokenizer-type {model.type} --tokenizer-model {folder}; special tokens alone may be added to it"
         )
-    names = sorted(own.special_tokens.keys() - model.special_tokens.keys())
-    added = f"; it knows these special tokens besides: {', '.join(names)}" if names else ""
+    names = sorted(data.special_tokens.keys() - model.special_tokens.keys())
+    added = f"; it has more special tokens: {', '.join(names)}" if names else ""
     return f"the data set's tokenizer is another one than the model's in {folder}, with the same ids for texts{added}"
 
 
-def _of_data(arguments: Arguments, dataset: PackedDataset, folder: Path) -> Tokenizer:
-    """The tokenizer that the data set was made with, from where it was then or is said to be now."""
+def _data_tokenizer(arguments: Arguments, dataset: PackedDataset, model_folder: Path) -> Tokenizer:
+    """Load the tokenizer that the data set was made with, from ``--tokenizer-model`` or from where it was then."""
     made_with, prefix = dataset.ledger.tokenizer, arguments.data.data_path
-    place = arguments.data.tokenizer_model or made_with.model
+    path = arguments.data.tokenizer_model or made_with.model
     try:
-        own = load_tokenizer(made_with.type, place)
+        tokenizer = load_tokenizer(made_with.type, path)
     except InputError:
-        own = None
-    if own is None or own.fingerprint != made_with.fingerprint:
+        tokenizer = None
+    if tokenizer is None or tokenizer.fingerprint != made_with.fingerprint:
         raise InputError(
-            f"{folder}: the model's tokenizer is not byte by byte the one that {prefix} was made with, and that one is "
-            f"no longer at {place}, so that their ids cannot be compared; say with --tokenizer-model where it is, or "
-            f"preprocess the data with --tokenizer-model {folder}"
+            f"{model_folder}: the model's tokenizer is not byte by byte the one that {prefix} was made with, and that "
+            f"one is no longer at {path}, so that their ids cannot be compared; give its path with --tokenizer-model, "
+            f"or preprocess the data with --tokenizer-model {model_folder}"
         )
-    return own
+    return tokenizer
 
 
 def difference(model: Tokenizer, data: Tokenizer) -> str | None:
-    """A text or special token that has other ids for the model's tokenizer than for the data set's; ``None`` where
-    there is none.
+    """The first text or special token that has other ids in the data set's tokenizer than in the model's, in words.
 
-    Each token's own text is cut by both, so that a vocabulary in another order, a merge or a rule that the other does
-    not have shows. Special tokens that only one of them has are passed over: their names are text to both.
+    The text of every token is encoded by both, so that a vocabulary in another order, a merge or a rule that one of
+    them lacks is seen. Special tokens that only one of them has are ignored: their names are text to both.
+
+    Returns:
+        ``None`` if there is none.
     """
     for name in sorted(model.special_tokens.keys() & data.special_tokens.keys()):
-        one, other = model.special_tokens[name].id, data.special_tokens[name].id
-        if one != other:
-            return f"{name} is {one} in the model and {other} in the data"
-    texts = list(dict.fromkeys((*TEXTS, *_texts(model), *_texts(data))))
-    for text, one, other in zip(texts, model.encode_batch(texts), data.encode_batch(texts), strict=True):
-        if one != other:
-            return f"{text[:30]!r} is {_some(one)} to the model and {_some(other)} in the data"
+        model_id, data_id = model.special_tokens[name].id, data.special_tokens[name].id
+        if model_id != data_id:
+            return f"{name} is {model_id} in the model and {data_id} in the data"
+    texts = list(dict.fromkeys((*TEXTS, *_token_texts(model), *_token_texts(data))))
+    for text, model_ids, data_ids in zip(texts, model.encode_batch(texts), data.encode_batch(texts), strict=True):
+        if model_ids != data_ids:
+            return f"{text[:30]!r} is {_first_ids(model_ids)} to the model and {_first_ids(data_ids)} in the data"
     return None
 
 
-def _texts(tokenizer: Tokenizer) -> Iterator[str]:
-    """What each token says, and the names of special ones."""
+def _token_texts(tokenizer: Tokenizer) -> Iterator[str]:
+    """The text of each token, and the names of special ones."""
     special = {token.id for token in tokenizer.special_tokens.values()}
     yield from tokenizer.special_tokens
-    for number in range(tokenizer.vocab_size):
-        if number not in special and (text := tokenizer.decode([number])):
+    for token_id in range(tokenizer.vocab_size):
+        if token_id not in special and (text := tokenizer.decode([token_id])):
             yield text
 
 
-def _some(ids: list[int]) -> str:
+def _first_ids(ids: list[int]) -> str:
     return " ".join(map(str, ids[:4])) + (" …" if len(ids) > 4 else "")

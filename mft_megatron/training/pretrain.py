@@ -2,11 +2,10 @@
 
 ::
 
-    data set (refused here if it is not whole) ─► process groups ─► trainer ─► [checkpoint] ─► loop
+    data set (refused here if it is damaged) ─► process groups ─► trainer ─► [checkpoint] ─► loop
 """
 
 from pathlib import Path
-from typing import Any
 
 from mft_megatron.arguments.table import Arguments
 from mft_megatron.data.loading.dataset import PackedDataset
@@ -24,27 +23,39 @@ from .evaluation import Evaluation
 from .loop import train
 from .model_tokenizer import check_model_tokenizer
 from .run_log import RunLog
-from .saving import NO_SOURCES, Saver, Sources, keep_source, keep_tokenizer, model_vocab_size, refuse_other_data, resume
+from .saving import (
+    NO_SOURCES,
+    Exports,
+    Saver,
+    Sources,
+    keep_source,
+    keep_tokenizer,
+    model_vocab_size,
+    refuse_other_data,
+    resume,
+)
 from .task_weights import data_weights_text
 
 HASHED_BYTES = 16 * 2**30
 
 
-def pretrain(arguments: Arguments, main_rank: bool = True, sources: Sources = NO_SOURCES, exports: Any = None) -> None:
+def pretrain(
+    arguments: Arguments, main_rank: bool = True, sources: Sources = NO_SOURCES, exports: Exports | None = None
+) -> None:
     """Train as the arguments say.
 
     Args:
         arguments: complete and checked.
         main_rank: whether this process is rank 0, which alone checks the content of the data set.
-        sources: what ``--hf-checkpoint`` and ``--hf-adapter`` name.
-        exports: takes the checkpoints of ``--save-hf-interval``, see :class:`.saving.Saver`; on rank 0 alone.
+        sources: the folders of ``--hf-checkpoint`` and ``--hf-adapter``, opened.
+        exports: exports the checkpoints of ``--save-hf-interval``; on rank 0 only.
 
     Raises:
         InputError: the data set, the tokenizer, the weights or the checkpoint cannot be used, or training diverged.
     """
     dataset, checked = open_dataset(arguments, main_rank)
     _check_tokenizer(arguments, dataset)
-    of_model = check_model_tokenizer(arguments, dataset) if main_rank else ""
+    tokenizer_line = check_model_tokenizer(arguments, dataset) if main_rank else ""
     refuse_other_data(arguments, dataset)
     _refuse_uneven_gathering(arguments, dataset)
     if arguments.validation.skip_train and "valid" not in dataset.splits:
@@ -57,18 +68,17 @@ def pretrain(arguments: Arguments, main_rank: bool = True, sources: Sources = NO
             log.print(f"{arguments.world_size} rank(s) on {devices.describe()}")
             if not checked:
                 log.print("large data set: sizes of its files are checked, contents by tools/inspect_data.py --check")
-            if of_model:
-                log.print(of_model)
+            if tokenizer_line:
+                log.print(tokenizer_line)
             trainer = Trainer(arguments, model_vocab_size(arguments, dataset), len(dataset.tasks))
-            log.print(_shape(arguments, dataset, trainer))
+            log.print(_summary(arguments, dataset, trainer))
             log.print(kernels.describe(arguments, trainer.chunks[0].config))
-            of_data = data_weights_text(
-                arguments.multi_task, dataset.tasks, [task.weight for task in dataset.ledger.tasks]
-            )
-            if of_data is not None:
-                log.print(of_data)
+            data_weights = [task.weight for task in dataset.ledger.tasks]
+            weights_line = data_weights_text(arguments.multi_task, dataset.tasks, data_weights)
+            if weights_line is not None:
+                log.print(weights_line)
             if options.save is not None and process_groups.is_main():
-                _describe_run(arguments, dataset, log, sources)
+                _describe_run(Path(options.save), arguments, dataset, log, sources)
             progress, state = resume(arguments, trainer, log, sources)
             evaluation.load(state, log, progress)
             if arguments.validation.skip_train:
@@ -83,8 +93,16 @@ def pretrain(arguments: Arguments, main_rank: bool = True, sources: Sources = NO
 
 
 def open_dataset(arguments: Arguments, main_rank: bool) -> tuple[PackedDataset, bool]:
-    """The data set, and whether its content, not only the sizes of its files, agrees with its ledger as far as this
-    process is to say: rank 0 reads every byte, unless that would keep the others waiting for minutes."""
+    """Open the data set and check it against its ledger: on rank 0 by content, on the others by the sizes of files.
+
+    Rank 0 reads every byte, unless that would keep the others waiting for minutes.
+
+    Returns:
+        the data set, and whether it is small enough for its content to be checked.
+
+    Raises:
+        InputError: it is missing or damaged, or not packed for ``--seq-length``.
+    """
     prefix = arguments.data.data_path
     small = sum(entry.size for entry in read_ledger(prefix).arrays.values()) <= HASHED_BYTES
     check = "hashes" if main_rank and small else "sizes"
@@ -92,7 +110,7 @@ def open_dataset(arguments: Arguments, main_rank: bool) -> tuple[PackedDataset, 
 
 
 def _check_tokenizer(arguments: Arguments, dataset: PackedDataset) -> None:
-    """Compare ``--tokenizer-model``, where it is given, with the data set's tokenizer by content."""
+    """Compare ``--tokenizer-type`` and the content of ``--tokenizer-model`` with the data set's tokenizer."""
     data, made_with = arguments.data, dataset.ledger.tokenizer
     if data.tokenizer_type is not None and data.tokenizer_type != made_with.type:
         raise InputError(
@@ -108,7 +126,7 @@ def _check_tokenizer(arguments: Arguments, dataset: PackedDataset) -> None:
 
 
 def _refuse_uneven_gathering(arguments: Arguments, dataset: PackedDataset) -> None:
-    """Experts' ranks gather as many tokens of each other as they have, and micro-batches of padded rows differ."""
+    """Refuse padded rows for experts that gather tokens of other ranks, which then must have equally many."""
     ranks, dispatcher = arguments.distributed.expert_model_parallel_size, arguments.moe.moe_token_dispatcher_type
     if dataset.padded and ranks > 1 and dispatcher == "allgather":
         raise InputError(
@@ -117,25 +135,26 @@ def _refuse_uneven_gathering(arguments: Arguments, dataset: PackedDataset) -> No
         )
 
 
-def _describe_run(arguments: Arguments, dataset: PackedDataset, log: RunLog, sources: Sources) -> None:
-    folder = Path(arguments.checkpoint.save)
+def _describe_run(folder: Path, arguments: Arguments, dataset: PackedDataset, log: RunLog, sources: Sources) -> None:
+    """Write the configuration into the run folder, and copy into it what an export needs beside checkpoints."""
     replace_text(folder / CONFIG, effective_configuration(arguments.as_options(), arguments.world_size))
-    keep_source(arguments, sources)
-    keep_tokenizer(str(folder), arguments.data.tokenizer_model or dataset.ledger.tokenizer.model, log)
+    keep_source(folder, arguments, sources)
+    keep_tokenizer(folder, arguments.data.tokenizer_model or dataset.ledger.tokenizer.model, log)
 
 
-def _shape(arguments: Arguments, dataset: PackedDataset, trainer: Trainer) -> str:
+def _summary(arguments: Arguments, dataset: PackedDataset, trainer: Trainer) -> str:
+    """A line for the log: parameters, parallel layout, tasks and objective."""
     layout = arguments.distributed
-    virtual = f" × VPP {layout.num_virtual_stages_per_pipeline_rank}" if layout.interleaved else ""
-    experts = layout.expert_model_parallel_size
-    shared = f" (experts over {experts})" if experts > 1 else ""
+    stages = f" × VPP {layout.num_virtual_stages_per_pipeline_rank}" if layout.interleaved else ""
     context = f" × CP {layout.context_parallel_size}" if layout.context_parallel_size > 1 else ""
+    experts = layout.expert_model_parallel_size
+    over_experts = f" (experts over {experts})" if experts > 1 else ""
     adapters = ""
     if arguments.adapters is not None:
         adapters = f", {trainer.num_parameters(trained=True):,} of them trained: {arguments.adapters.describe()}"
     return (
         f"{trainer.num_parameters():,} parameters{adapters}; TP {layout.tensor_model_parallel_size} × PP "
-        f"{layout.pipeline_model_parallel_size}{virtual}{context} × DP {arguments.data_parallel_size}{shared}; "
+        f"{layout.pipeline_model_parallel_size}{stages}{context} × DP {arguments.data_parallel_size}{over_experts}; "
         f"{len(dataset.tasks)} tasks in {dataset.split('train').num_packs:,} training packs of "
         f"{arguments.data.seq_length}; objective {arguments.multi_task.mft_loss}, weights "
         f"{arguments.multi_task.task_balance}"

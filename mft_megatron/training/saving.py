@@ -1,13 +1,13 @@
-"""When and where checkpoints are written, and going on from one."""
+"""Checkpoints of a run: when they are saved, which are kept, and how a run resumes from one."""
 
 import contextlib
 import dataclasses
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol, cast
 
 from mft_megatron.arguments.groups.checkpointing import CheckpointArguments
 from mft_megatron.arguments.table import Arguments
@@ -32,9 +32,29 @@ from mft_megatron.run_folder import (
     superseded,
 )
 
+from .epochs import EpochState
+from .evaluation import EvaluationState
 from .events import event_record
 from .progress import Progress
 from .run_log import RunLog
+
+
+class RunState(EvaluationState, EpochState):
+    """The state that a run saves with its weights and resumes from, beside the optimizer's; empty before the first."""
+
+
+class Exports(Protocol):
+    """Exports of checkpoints during the run, on rank 0."""
+
+    @property
+    def waiting(self) -> Collection[Path]:
+        """Checkpoints that are still to be exported, and must not be removed."""
+
+    def add(self, checkpoint: Path) -> None:
+        """Export a complete checkpoint after those that were added before."""
+
+    def poll(self) -> Sequence[dict[str, str | float]]:
+        """Report exports that have ended: the fields of the event "export", or of "export failed"."""
 
 
 class ModelSource(WeightSource, Protocol):
@@ -64,43 +84,59 @@ NO_SOURCES = Sources()
 
 
 class Saver:
-    """Writes checkpoints of a run into ``--save``; does nothing without it."""
+    """Checkpoints of a run in ``--save``; without it nothing is saved."""
 
-    def __init__(self, arguments: Arguments, dataset: PackedDataset, exports: Any = None):
+    def __init__(self, arguments: Arguments, dataset: PackedDataset, exports: Exports | None = None):
         """
         Args:
-            exports: takes checkpoints that are to be exported while the run goes on (``add``), says which of them it
-                still needs (``waiting``) and what has become of the others (``poll``); on rank 0 alone.
+            arguments: of the run.
+            dataset: that it trains on.
+            exports: exports the checkpoints of ``--save-hf-interval``; on rank 0 only.
         """
         self._arguments = arguments
         self._dataset = dataset
         self._exports = exports
-        self._base = _base_of_adapters(arguments)
+        self._folder = None if arguments.checkpoint.save is None else Path(arguments.checkpoint.save)
+        self._base, self._base_digest = _base_of_adapters(arguments)
         self._writer = checkpoint.Writer(arguments.checkpoint, arguments.saves_base)
 
-    def due(self, step: int, always: bool, best: bool = False) -> bool:
-        """Whether to save after ``step``: at ``--save-interval``, ``always`` at an end of the run, and where its
-        evaluation is the ``best`` so far and that is to be kept."""
-        return self._arguments.checkpoint.save is not None and (best or self._asked_for(step, always))
+    def due(self, step: int, ending: bool, best: bool = False) -> bool:
+        """Whether to save after ``step``.
+
+        Args:
+            step: number of steps so far.
+            ending: whether the run ends here.
+            best: whether the step has the best evaluation so far, and the best checkpoint is to be kept.
+        """
+        return self._folder is not None and (best or self._asked_for(step, ending))
 
     def save(
-        self, trainer: Trainer, progress: Progress, log: RunLog, always: bool, best: bool, state: dict[str, Any]
+        self, trainer: Trainer, progress: Progress, log: RunLog, ending: bool, best: bool, state: RunState
     ) -> None:
-        """Save what is :meth:`due`, with the ``state`` of what validation losses decide; with ``--async-save`` it is
-        logged when it is complete.
+        """Save a checkpoint that is :meth:`due`; with ``--async-save`` it is complete, and logged, only later.
 
         The best checkpoint is recorded when it is complete, and only then those that were saved for having been the
         best are removed; one that was asked for never is.
+
+        Args:
+            trainer: to be saved.
+            progress: after the step.
+            log: takes the events.
+            ending: as in :meth:`due`.
+            best: as in :meth:`due`.
+            state: of the run, the same on every rank.
         """
-        start = time.perf_counter()
-        folder = Path(self._arguments.checkpoint.save)
+        if self._folder is None:
+            return
+        start, folder = time.perf_counter(), self._folder
         path, retained = iteration_folder(folder, progress.step), self._arguments.checkpoint.save_retain_interval
 
         def when_complete() -> None:
-            details = {"path": str(path), "seconds": round(time.perf_counter() - start, 3)}
+            seconds = round(time.perf_counter() - start, 3)
             if best and process_groups.is_main():
                 record_best(folder, progress.step)
-            log.write(event_record(progress, "save", **details, **({"best": True} if best else {})))
+            also = {"best": True} if best else {}
+            log.write(event_record(progress, "save", path=str(path), seconds=seconds, **also))
             if self._exports is not None and self._to_export(progress.step):
                 self._exports.add(path)
             if process_groups.is_main():
@@ -110,23 +146,24 @@ class Saver:
                     reason = f"not retained by --save-retain-interval {retained}"
                     self._remove(not_retained(folder, retained), reason, progress, log)
 
-        self._writer.save(folder, trainer, self._info(progress, always, best), state, when_complete)
+        self._writer.save(folder, trainer, self._info(progress, ending, best), dict(state), when_complete)
 
     def poll(self, progress: Progress, log: RunLog) -> None:
-        """After each step: complete a checkpoint that was written in the background meanwhile, and tell of exports
-        that have ended."""
+        """Complete a checkpoint that has meanwhile been written in the background, and log exports that have ended."""
         self._writer.poll()
         for details in self._exports.poll() if self._exports is not None else ():
             log.write(event_record(progress, "export failed" if "failed" in details else "export", **details))
 
     def finish(self) -> None:
-        """At an end of the run: wait for a checkpoint that is being written in the background."""
+        """Wait for a checkpoint that is being written in the background, and complete it."""
         self._writer.finish()
 
     @contextlib.contextmanager
     def completed_first(self) -> Iterator[None]:
-        """Where the run ends within for a reason that all ranks find, a checkpoint that is being written in the
-        background is completed before, so that it is not lost."""
+        """Complete a checkpoint that is being written in the background before an error ends the run.
+
+        Not after an error that the other ranks may not have: completing is a collective.
+        """
         try:
             yield
         except InputError as error:
@@ -134,13 +171,13 @@ class Saver:
                 self.finish()
             raise
 
-    def _remove(self, paths: list[Path], reason: str, progress: Progress, log: RunLog) -> None:
-        """Remove checkpoints; one that is still to be exported goes with a later one."""
-        spared = self._exports.waiting if self._exports is not None else ()
-        for path in (path for path in paths if path not in spared):
+    def _remove(self, paths: Sequence[Path], reason: str, progress: Progress, log: RunLog) -> None:
+        """Remove checkpoints; one that is still to be exported is removed with a later one."""
+        waiting = self._exports.waiting if self._exports is not None else ()
+        for path in (path for path in paths if path not in waiting):
             try:
                 remove_checkpoint(path)
-            except OSError as error:  # a full disk is worse than an ended run, but not now
+            except OSError as error:  # failing to delete an old checkpoint must not stop training
                 log.print(f"{path} is {reason} and cannot be removed ({error}); remove it")
             else:
                 log.write(event_record(progress, "remove", path=str(path), reason=reason))
@@ -149,11 +186,11 @@ class Saver:
         interval = self._arguments.checkpoint.save_hf_interval
         return interval is not None and step % interval == 0
 
-    def _asked_for(self, step: int, always: bool) -> bool:
+    def _asked_for(self, step: int, ending: bool) -> bool:
         interval = self._arguments.checkpoint.save_interval
-        return always or (interval is not None and step % interval == 0)
+        return ending or (interval is not None and step % interval == 0)
 
-    def _info(self, progress: Progress, always: bool, best: bool) -> CheckpointInfo:
+    def _info(self, progress: Progress, ending: bool, best: bool) -> CheckpointInfo:
         a, ledger = self._arguments, self._dataset.ledger
         return CheckpointInfo(
             iteration=progress.step,
@@ -176,33 +213,38 @@ class Saver:
             decoupled_lr=a.learning_rate.decoupled_lr is not None,
             layout=process_groups.layout(),
             best=best,
-            asked_for=self._asked_for(progress.step, always),
+            asked_for=self._asked_for(progress.step, ending),
             source=a.resume.info.source if a.resume is not None else "",
             lora=a.adapters.as_dict() if a.adapters is not None else None,
             peft_type=a.lora.peft_type,
             has_base=a.saves_base,
-            **self._base,
+            base=self._base,
+            base_digest=self._base_digest,
         )
 
 
-def _base_of_adapters(arguments: Arguments) -> dict[str, str]:
-    """Of a run with adapters: what they belong to, and by what it is known again where checkpoints do not hold it."""
+def _base_of_adapters(arguments: Arguments) -> tuple[str, str]:
+    """The folder of the model that a run's adapters belong to, and its digest if checkpoints do not hold the model.
+
+    Both are empty for a run without adapters, or with a model of its own.
+    """
     if arguments.adapters is None or arguments.resume is None:
-        return {}
+        return "", ""
     folder = os.path.abspath(arguments.base.path) if arguments.base is not None else arguments.resume.info.base
-    return {"base": folder, "base_digest": "" if arguments.saves_base else content_digest(Path(folder))}
+    return folder, "" if arguments.saves_base else content_digest(Path(folder))
 
 
-def remove_exported(options: CheckpointArguments, spared: Sequence[Path]) -> None:
-    """After the last export of a run: remove checkpoints that were only kept for it, but for ``spared``."""
-    if options.save_retain_interval is not None and options.save_hf_interval is not None:
-        for path in not_retained(Path(options.save), options.save_retain_interval):
+def remove_exported(options: CheckpointArguments, spared: Collection[Path]) -> None:
+    """Remove checkpoints that were kept only until their export, after the last one of a run, except ``spared``."""
+    interval = options.save_retain_interval
+    if options.save is not None and interval is not None and options.save_hf_interval is not None:
+        for path in not_retained(Path(options.save), interval):
             if path not in spared:
                 remove_checkpoint(path)
 
 
 def refuse_other_data(arguments: Arguments, dataset: PackedDataset) -> None:
-    """Check that the data set is the one the checkpoint was following.
+    """Check that the data set fits the checkpoint.
 
     Raises:
         InputError: another vocabulary, or, unless ``--finetune`` starts a new pass, another data set.
@@ -210,7 +252,7 @@ def refuse_other_data(arguments: Arguments, dataset: PackedDataset) -> None:
     if arguments.resume is None:
         return
     path, info = arguments.resume.path, arguments.resume.info
-    # models from Hugging Face have room for more tokens than their tokenizers have
+    # models from Hugging Face may have more rows in their vocabulary than their tokenizers have tokens
     if info.vocab_size != dataset.vocab_size and not (info.source and info.vocab_size > dataset.vocab_size):
         raise InputError(
             f"--load {path}: made for a vocabulary of {info.vocab_size}, the data set {arguments.data.data_path} has "
@@ -218,28 +260,30 @@ def refuse_other_data(arguments: Arguments, dataset: PackedDataset) -> None:
         )
     if not arguments.weights_alone and info.dataset_hash != dataset.dataset_hash:
         raise InputError(
-            f"--load {path}: saved while training on another data set than --data-path {arguments.data.data_path}; go "
-            "on with that one, or start a new pass from these weights with --finetune"
+            f"--load {path}: saved while training on another data set than --data-path {arguments.data.data_path}; "
+            "continue with that one, or start a new pass from these weights with --finetune"
         )
 
 
 def model_vocab_size(arguments: Arguments, dataset: PackedDataset) -> int:
-    """Tokens that the model has room for; a model from Hugging Face may have more than the data set's tokenizer."""
+    """Rows of the model's vocabulary; a model from Hugging Face may have more than the data set's tokenizer."""
     return dataset.vocab_size if arguments.resume is None else arguments.resume.info.vocab_size
 
 
 def resume(
     arguments: Arguments, trainer: Trainer, log: RunLog, sources: Sources = NO_SOURCES
-) -> tuple[Progress, dict[str, Any]]:
-    """Load the checkpoint of ``--load``, if there is one; where the run stands then, and the state it was saved with.
+) -> tuple[Progress, RunState]:
+    """Load the checkpoint of ``--load``, if there is one, and weights that it does not have from ``sources``.
 
-    Weights that are not in it come from ``sources``.
+    A run that resumes in its own folder gets back the best checkpoint of the step that it resumes from, since it will
+    replace all that came later.
 
-    A run that goes on in its own folder has the best checkpoint of the state it goes on from, not of a future that it
-    is about to replace.
+    Returns:
+        the progress and the state of the run at that checkpoint.
     """
+    state: RunState = {}
     if arguments.resume is None:
-        return Progress(), {}
+        return Progress(), state
     path, info = arguments.resume.path, arguments.resume.info
     options = dataclasses.replace(arguments.checkpoint, finetune=arguments.weights_alone)
     if sources.model is not None:
@@ -247,19 +291,19 @@ def resume(
             fill_weights(trainer, sources.model)
     elif arguments.base is not None:
         fill_weights(trainer, CheckpointSource(arguments.base.path, arguments.base.info))
-    state = {}
     if arguments.base != arguments.resume:
-        state = checkpoint.load(path, trainer, info, options)
+        # a checkpoint has the state that Saver.save was given, as JSON-like values
+        state = cast(RunState, checkpoint.load(path, trainer, info, options))
     if arguments.starts_from_adapter and sources.adapter is not None:
         fill_weights(trainer, sources.adapter, adapters=True)
     progress = Progress()
     if not options.finetune:
         progress = Progress(info.iteration, info.consumed_samples, info.skipped_steps)
     also = {"adapter": arguments.lora.hf_adapter} if arguments.starts_from_adapter else {}
-    if arguments.base not in (None, arguments.resume):
+    if arguments.base is not None and arguments.base != arguments.resume:
         also["base"] = str(arguments.base.path)
     log.write(event_record(progress, "load", path=str(path), finetune=options.finetune, **also))
-    best = state.get("stopping", {}).get("run", {}).get("step")
+    best = state["stopping"]["run"]["step"] if "stopping" in state else None
     if options.save is not None and path.resolve().parent == Path(options.save).resolve():
         if process_groups.is_main():
             restore_best(Path(options.save), best)
@@ -268,19 +312,20 @@ def resume(
     return progress, state
 
 
-def keep_source(arguments: Arguments, sources: Sources) -> None:
-    """Copy what was kept of a model from Hugging Face into the run folder, so that an export gives it back."""
+def keep_source(folder: Path, arguments: Arguments, sources: Sources) -> None:
+    """Copy the files kept of a model from Hugging Face into the run folder, so that an export has them."""
     if arguments.resume is None or not arguments.resume.info.source:
         return
+    target = folder / HUGGINGFACE
     if arguments.starts_from_hf and sources.model is not None:
-        sources.model.keep(Path(arguments.checkpoint.save) / HUGGINGFACE)
+        sources.model.keep(target)
         return
-    source, target = arguments.resume.path.parent / HUGGINGFACE, Path(arguments.checkpoint.save) / HUGGINGFACE
+    source = arguments.resume.path.parent / HUGGINGFACE
     if source.is_dir() and source.resolve() != target.resolve():
         shutil.copytree(source, target, dirs_exist_ok=True)
 
 
-def keep_tokenizer(folder: str, model: str, log: RunLog) -> None:
-    """Copy the tokenizer's files into the run folder, so that an export is complete; where they are gone, say so."""
-    if not copy_tokenizer(Path(model), Path(folder) / TOKENIZER):
+def keep_tokenizer(folder: Path, model: str, log: RunLog) -> None:
+    """Copy the tokenizer's files into the run folder, so that an export is complete; print a line if they are gone."""
+    if not copy_tokenizer(Path(model), folder / TOKENIZER):
         log.print(f"the tokenizer {model} is gone: an export of this run will need --tokenizer-model")

@@ -1,7 +1,7 @@
-"""Operations that a step needs, counted from the samples it has: what ``--log-throughput`` divides by time.
+"""Operations of a step for ``--log-throughput``, counted from the lengths of its samples.
 
-Multiplications and additions of the matrix products, forward and backward, once each: what is computed again for
-``--recompute-*`` counts as nothing, and so does padding.
+Multiplications and additions of the matrix products, forward and backward, once each: recomputation for
+``--recompute-*`` and padding are not counted.
 """
 
 import numpy as np
@@ -14,12 +14,12 @@ from mft_megatron.lora import Lora
 
 
 def step_operations(arguments: Arguments, lengths: np.ndarray, supervised_tokens: int, vocab_size: int) -> int:
-    """Of one global batch.
+    """Count the operations of a global batch, on all ranks.
 
     Args:
         arguments: of the run.
-        lengths: int64, tokens of each segment that attends to itself.
-        supervised_tokens: those that have a loss.
+        lengths: int64 [segments], tokens of each segment that attends to itself.
+        supervised_tokens: tokens that have a loss.
         vocab_size: real size of the vocabulary.
     """
     network, tokens = arguments.network, int(lengths.sum())
@@ -27,14 +27,22 @@ def step_operations(arguments: Arguments, lengths: np.ndarray, supervised_tokens
     products = tokens * _layer_weights(network) + with_logits * network.hidden_size * vocab_size
     # a multiplication and an addition for each element; two products, with keys and with values
     attention = 2 * _attended(network, lengths) * network.num_attention_heads * network.kv_channels
-    # backward is twice as much, a gradient of each of the two factors; of a frozen matrix there is one
+    # backward computes the gradients of both factors of a product, and of a product with a frozen matrix only one
     if arguments.adapters is None:
         return 3 * 2 * (products + attention)
     return 2 * (2 * products + 3 * (attention + tokens * _adapter_weights(network, arguments.adapters)))
 
 
 def segment_lengths(split: PackedSplit, packs_G: np.ndarray) -> np.ndarray:
-    """Tokens of each segment of some packs that attends to itself: samples, or whole rows where they are joined."""
+    """Tokens of each segment of some packs that attends to itself: a sample, or a whole row of a joined data set.
+
+    Args:
+        split: that the packs are of.
+        packs_G: int64, indices of packs.
+
+    Returns:
+        int64 [segments].
+    """
     slices, rows = split.slices_of_packs(packs_G)
     if not split.dataset.joined:
         return slices.lengths
@@ -48,19 +56,20 @@ def _layer_weights(network: NetworkArguments) -> int:
     heads, groups = network.num_attention_heads, network.num_query_groups
     attention = hidden * network.kv_channels * (2 * heads + 2 * groups)
     matrices = 3 if network.gated else 2
-    experts = sum(network.expert_layers)
+    expert_layers = sum(network.expert_layers)
     dense = hidden * network.ffn_hidden_size * matrices
-    total = network.num_layers * attention + (network.num_layers - experts) * dense
-    if experts:
-        own = network.moe_router_topk * network.moe_ffn_hidden_size + (network.moe_shared_expert_intermediate_size or 0)
-        total += experts * hidden * (own * matrices + network.num_experts)
+    total = network.num_layers * attention + (network.num_layers - expert_layers) * dense
+    if network.num_experts is not None:
+        size = network.moe_router_topk * (network.moe_ffn_hidden_size or network.ffn_hidden_size)
+        size += network.moe_shared_expert_intermediate_size or 0
+        total += expert_layers * hidden * (size * matrices + network.num_experts)
     return total
 
 
 def _adapter_weights(network: NetworkArguments, lora: Lora) -> int:
-    """Elements of the matrices of adapters that a token goes through in all layers, those of B that are 0 left out."""
+    """Elements of the matrices of adapters that a token goes through in all layers, without those of B that are 0."""
     head, heads, groups = network.kv_channels, network.num_attention_heads, network.num_query_groups
-    # columns of each matrix, and the rows of each of its sources
+    # columns of each fused matrix, and rows of each of its parts
     shapes = {
         "linear_qkv": (network.hidden_size, (heads * head, groups * head, groups * head)),
         "linear_proj": (heads * head, (network.hidden_size,)),
@@ -76,7 +85,7 @@ def _adapter_weights(network: NetworkArguments, lora: Lora) -> int:
 
 
 def _attended(network: NetworkArguments, lengths: np.ndarray) -> int:
-    """Pairs of a token and one that it sees, itself too, in all layers."""
+    """Pairs of a token and one that it attends to, itself included, in all layers; ``lengths`` int64 [segments]."""
     whole = int((lengths * (lengths + 1) // 2).sum())
     if network.window is None:
         return network.num_layers * whole

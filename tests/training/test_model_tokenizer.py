@@ -1,4 +1,4 @@
-"""Tokenizers of a model and of a data set: the same ids for texts are asked for, nothing more."""
+"""Tokenizers of a model and of a data set must give texts the same ids, and nothing more."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ def change(folder, edit, **dumps):
 
 
 def check(model, data, *, run=None, tokenizer_model=None, kind="HuggingFaceTokenizer", **info):
-    """As a run would whose data set was made with the tokenizer of the folder ``data``."""
+    """Check as a run does whose data set was made with the tokenizer of the folder ``data``."""
     made_with = load_tokenizer(kind, data)
     entry = SimpleNamespace(type=kind, model=str(data), fingerprint=made_with.fingerprint)
     if tokenizer_model is not None:  # it has moved since
@@ -50,20 +50,20 @@ def refusal(*folders, **others):
 
 def add_tokens(*names, special=True, start=500):
     def edit(content):
-        for number, name in enumerate(names, start):
+        for token_id, name in enumerate(names, start):
             flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-            content["added_tokens"].append({"id": number, "content": name, "special": special, **flags})
+            content["added_tokens"].append({"id": token_id, "content": name, "special": special, **flags})
 
     return edit
 
 
-def test_the_same_tokenizer_needs_no_word(model, tokenizer_folder):
+def test_the_same_tokenizer_needs_no_line(model, tokenizer_folder):
     assert check(model, tokenizer_folder) == ""
     (model / "LICENSE").write_text("beside it")
     assert check(model, tokenizer_folder) == ""
 
 
-def test_the_same_tokenizer_in_other_words(model, tokenizer_folder):
+def test_the_same_tokenizer_written_differently(model, tokenizer_folder):
     change(model, lambda content: content, indent=7)
     assert check(model, tokenizer_folder).endswith("with the same ids for texts")
     (model / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
@@ -73,22 +73,20 @@ def test_the_same_tokenizer_in_other_words(model, tokenizer_folder):
 def test_special_tokens_may_be_added_and_renamed(model, tokenizer_folder, tmp_path):
     data = shutil.copytree(tokenizer_folder, tmp_path / "data")
     change(data, add_tokens("<|tool|>", "<|fim|>"))
-    assert check(model, data).endswith(
-        "with the same ids for texts; it knows these special tokens besides: <|fim|>, <|tool|>"
-    )
+    assert check(model, data).endswith("with the same ids for texts; it has more special tokens: <|fim|>, <|tool|>")
     change(data, lambda content: content["added_tokens"][3].update(content="<|turn|>"))
     change(
         data,
         lambda content: content["model"]["vocab"].update({"<|turn|>": content["model"]["vocab"].pop("<|im_end|>")}),
     )
     assert check(model, data).endswith("<|fim|>, <|tool|>, <|turn|>")
-    # those of the model that the data set does not use are no one's concern
-    assert check(data, model).endswith("besides: <|im_end|>")
+    # special tokens of the model that the data set does not use are ignored
+    assert check(data, model).endswith("more special tokens: <|im_end|>")
 
 
 def swap_two(content):
     vocabulary = content["model"]["vocab"]
-    one, other = [name for name, number in vocabulary.items() if number in (300, 400)]
+    one, other = [name for name, token_id in vocabulary.items() if token_id in (300, 400)]
     vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
 
 
@@ -132,7 +130,7 @@ def test_other_ids_are_refused(model, tokenizer_folder, edit, words):
     assert "special tokens alone may be added" in line
 
 
-def test_what_cannot_be_compared_is_said(model, tokenizer_folder):
+def test_a_tokenizer_that_cannot_be_compared_is_named(model, tokenizer_folder):
     (model / "tokenizer.json").write_text("{}")
     assert "is not known: " in (line := check(model, tokenizer_folder))
     assert "not a tokenizer" in line
@@ -145,9 +143,9 @@ def test_a_data_set_whose_tokenizer_has_moved(model, tokenizer_folder, tmp_path)
     change(model, lambda content: content, indent=1)
     line = refusal(model, tokenizer_folder, tokenizer_model="/nowhere")
     assert "no longer at /nowhere" in line
-    assert "say with --tokenizer-model where it is" in line
+    assert "give its path with --tokenizer-model" in line
     assert check(model, tokenizer_folder, tokenizer_model=tokenizer_folder).endswith("the same ids for texts")
-    # or something else is there now
+    # or another tokenizer is there now
     assert f"no longer at {model}" in refusal(model, tokenizer_folder, tokenizer_model=model)
 
 
@@ -157,7 +155,7 @@ def test_a_converted_checkpoint_has_its_tokenizer_beside_it(model, tokenizer_fol
     assert check(None, tokenizer_folder, run=run) == ""
     change(run / "huggingface", swap_two)
     assert str(run / "huggingface") in refusal(None, tokenizer_folder, run=run)
-    # one that was trained since has that of its data set, and one that goes on with the same data set has nothing new
+    # a checkpoint that was trained since has the tokenizer of its data set; with the same data set there is no check
     fingerprint = load_tokenizer("HuggingFaceTokenizer", tokenizer_folder).fingerprint
     assert check(None, tokenizer_folder, run=run, tokenizer={"fingerprint": fingerprint}) == ""
     assert "run/tokenizer has no" in check(None, tokenizer_folder, run=run, tokenizer={"fingerprint": "x"})
@@ -203,7 +201,7 @@ def test_both_kinds_of_one_vocabulary(tmp_path):
     (data := tmp_path / "data").mkdir()
     theirs.save(str(data / "tokenizer.json"))
     (data / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", "bos_token": "<s>"}))
-    assert check(folder, data).endswith("with the same ids for texts; it knows these special tokens besides: <unk>")
+    assert check(folder, data).endswith("with the same ids for texts; it has more special tokens: <unk>")
     change(data, lambda content: content["model"]["merges"].reverse())
     assert "to the model and" in refusal(folder, data)
 

@@ -31,7 +31,7 @@ from mft_megatron.training.saving import Saver, keep_tokenizer, resume
 @pytest.fixture
 def kept(tmp_path, capsys):
     def keep(model):
-        keep_tokenizer(str(tmp_path / "run"), str(model), RunLog(True))
+        keep_tokenizer(tmp_path / "run", str(model), RunLog(True))
         folder = tmp_path / "run" / "tokenizer"
         names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
         return names, capsys.readouterr().out
@@ -113,11 +113,11 @@ class Job:
         self.best_step = state["stopping"]["run"]["step"] if state else None
         return progress.step
 
-    def step(self, step, best=False, always=False):
+    def step(self, step, best=False, ending=False):
         self.best_step = step if best else self.best_step
-        if self.saver.due(step, always, best):
+        if self.saver.due(step, ending, best):
             state = {"stopping": {"run": {"step": self.best_step}}}
-            self.saver.save(None, Progress(step, step), self.log, always, best, state)
+            self.saver.save(None, Progress(step, step), self.log, ending, best, state)
         return self.kept()
 
     def kept(self):
@@ -143,7 +143,7 @@ def test_the_best_checkpoint_stays_until_a_better_one_is_there(job, capsys):
     assert run.step(10, best=True) == [10]
     assert run.step(20) == [10]
     assert run.step(30, best=True) == [30]
-    assert run.step(40, always=True) == [30, 40]
+    assert run.step(40, ending=True) == [30, 40]
     assert (run.best(), latest_checkpoint(run.folder).info.iteration) == (30, 40)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" | ")[1] for line in lines] == ["save", "save", "remove", "save"]
@@ -158,13 +158,13 @@ def test_what_was_asked_for_is_never_removed(job):
     for step, expected in ((10, [10]), (20, [20]), (30, [20, 30]), (40, [20, 30, 40]), (50, [20, 40, 50])):
         assert run.step(step, best=step != 40) == expected
     assert run.best() == 50
-    run.step(60, best=True, always=True)
+    run.step(60, best=True, ending=True)
     assert run.step(70, best=True) == [20, 40, 60, 70]
 
 
 def test_without_the_option_nothing_changes(job, tmp_path):
     run = job("--save-interval 20")
-    assert [run.saver.due(step, always) for step in (10, 20) for always in (False, True)] == [False, True, True, True]
+    assert [run.saver.due(step, ending) for step in (10, 20) for ending in (False, True)] == [False, True, True, True]
     for step in range(10, 60, 10):
         run.step(step)
     assert run.kept() == [20, 40]
@@ -175,7 +175,7 @@ def test_without_the_option_nothing_changes(job, tmp_path):
 def test_a_run_without_a_folder_saves_nothing(dataset_prefix):
     words = "--num-layers 2 --hidden-size 32 --num-attention-heads 2 --train-iters 9 --lr 1 --micro-batch-size 1"
     arguments = parse_arguments(f"{words} --seq-length 128 --data-path {dataset_prefix}".split())
-    assert not Saver(arguments, None).due(9, always=True, best=True)
+    assert not Saver(arguments, None).due(9, ending=True, best=True)
 
 
 def test_other_ranks_touch_nothing(job, monkeypatch):
@@ -247,17 +247,17 @@ def test_any_order_of_saves_and_interruptions(job, monkeypatch, seed):
     run, step, asked, best = job("--save-interval 3"), 0, set(), None
     for _ in range(12):
         step += 1
-        improved, always = draw.random() < 0.4, draw.random() < 0.1
+        improved, ending = draw.random() < 0.4, draw.random() < 0.1
         where = draw.choice([None, None, *POINTS])
         complete = True
         try:
             with monkeypatch.context() as patch:
                 if where is not None:
                     interrupt(patch, where)
-                run.step(step, improved, always)
+                run.step(step, improved, ending)
         except Killed:
             complete = where != POINTS[0]
-        if complete and (always or step % 3 == 0):
+        if complete and (ending or step % 3 == 0):
             asked.add(step)
         if complete and improved:
             best = step
@@ -329,9 +329,9 @@ def test_old_descriptions_are_asked_for(job):
 
 def test_adapters_name_their_model_by_its_whole_path(job, tmp_path, monkeypatch):
     """It is read again from elsewhere."""
-    job().step(1, always=True)
+    job().step(1, ending=True)
     monkeypatch.chdir(tmp_path)
     words = "--data-path data --seq-length 128 --micro-batch-size 2 --train-iters 10 --lr 1e-3 --save other --load run"
     arguments = parse_arguments(f"{words} --finetune --peft-type lora --save-adapters-only".split())
     assert arguments.base.path == Path("run/iter_0000001")
-    assert saving._base_of_adapters(arguments)["base"] == str(tmp_path / "run" / "iter_0000001")
+    assert saving._base_of_adapters(arguments)[0] == str(tmp_path / "run" / "iter_0000001")
