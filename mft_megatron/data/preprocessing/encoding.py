@@ -34,11 +34,17 @@ _NOTHING = np.empty(0, np.int32)
 
 @dataclasses.dataclass(frozen=True)
 class TaskEncoding:
-    """How the records of a task become samples. ``shape``: of :data:`.records.record_formats.RECORD_FORMATS`, or
-    "auto". ``add_bos``: every sample begins with the token for that, once."""
+    """How the records of a task become samples.
+
+    Attributes:
+        style: chat format.
+        record_format: a key of :data:`mft_megatron.data.records.record_formats.RECORD_FORMATS`, or "auto".
+        fim: how documents are written as fill-in-the-middle; ``None`` for never.
+        add_bos: every sample begins with the bos token, once.
+    """
 
     style: ChatFormat
-    shape: str = "auto"
+    record_format: str = "auto"
     fim: Fim | None = None
     add_bos: bool = False
 
@@ -110,7 +116,7 @@ class Encoder:
                 else:
                     records += 1
                     record = line
-                conversation = read_record(record, plan.shape)
+                conversation = read_record(record, plan.record_format)
                 cut = None if plan.fim is None else _cut_for_filling(conversation, plan.fim)
                 segments = plan.style.segments(conversation) if cut is None else cut
             except RecordError as error:

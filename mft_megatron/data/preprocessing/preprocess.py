@@ -25,7 +25,8 @@ from mft_megatron.data.storage.indexed_dataset import token_dtype
 from mft_megatron.data.storage.ledger import Ledger, TokenizerEntry
 from mft_megatron.data.storage.sample_writer import SampleWriter, TaskTally
 from mft_megatron.data.storage.stored_samples import StoredSamples
-from mft_megatron.data.tasks.task_files import TaskFiles, TaskReader, files_on_disk
+from mft_megatron.data.tasks.reader import TaskReader, files_on_disk
+from mft_megatron.data.tasks.task_files import TaskFiles
 from mft_megatron.data.tokenizers.backends import REFERENCE, BackendMismatch
 from mft_megatron.data.tokenizers.load import load_tokenizer
 from mft_megatron.data.tokenizers.tokenizer import Tokenizer
@@ -134,7 +135,7 @@ def _make(recipe: Recipe, backend: str) -> tuple[Ledger, list[str]]:
 def _encoding(recipe: Recipe, source: TaskFiles, tokenizer: Tokenizer, styles: dict[str, ChatFormat]) -> TaskEncoding:
     rate = recipe.fim_rate if source.fim_rate is None else source.fim_rate
     cut = fim(tokenizer, rate, recipe.fim_spm_rate, recipe.fim_tokens, recipe.packing.seed) if rate > 0 else None
-    return TaskEncoding(styles[source.template or recipe.chat_template], source.shape, cut, recipe.add_bos)
+    return TaskEncoding(styles[source.template or recipe.chat_template], source.record_format, cut, recipe.add_bos)
 
 
 def describe(encoding: TaskEncoding, recipe: Recipe) -> dict[str, Any]:
@@ -145,7 +146,7 @@ def describe(encoding: TaskEncoding, recipe: Recipe) -> dict[str, Any]:
         "fingerprint": encoding.style.fingerprint,
         "role_markers": recipe.role_markers,
         "supervise": recipe.supervise,
-        "format": encoding.shape,
+        "format": encoding.record_format,
         "add_bos": encoding.add_bos,
         "fim_rate": 0.0 if cut is None else cut.rate,
         "fim_spm_rate": None if cut is None else cut.spm_rate,

@@ -18,7 +18,7 @@ def take_over(batch: TokenizedBatch, vocab_size: int) -> EncodedBatch:
     starts = np.cumsum(batch.lengths, dtype=np.int64) - batch.lengths
     strange = np.flatnonzero((batch.ids < 0) | (batch.ids >= vocab_size))
     if len(strange):
-        number = batch.first + int(np.searchsorted(starts, strange[0], "right")) - 1
+        number = batch.first_document + int(np.searchsorted(starts, strange[0], "right")) - 1
         raise InputError(
             f"{batch.path}: document {number}: id {batch.ids[strange[0]]}, and the tokenizer has {vocab_size}; give "
             "the --tokenizer-model the file was made with"
@@ -26,7 +26,7 @@ def take_over(batch: TokenizedBatch, vocab_size: int) -> EncodedBatch:
     useful = supervised_tokens(batch.mask, batch.lengths) > 0
     kept = ranges(starts[useful], batch.lengths[useful])
     drops = [
-        Drop(batch.path, batch.first + int(place), "no_supervised_token", "no supervised token in it")
+        Drop(batch.path, batch.first_document + int(place), "no_supervised_token", "no supervised token in it")
         for place in np.flatnonzero(~useful)
     ]
     mask, lengths = batch.mask[kept], batch.lengths[useful]

@@ -93,7 +93,7 @@ class Workers:
 
 
 def _fingerprint(encoding: TaskEncoding) -> str:
-    return f"{encoding.style.fingerprint}/{encoding.shape}/{encoding.fim}/{encoding.add_bos}"
+    return f"{encoding.style.fingerprint}/{encoding.record_format}/{encoding.fim}/{encoding.add_bos}"
 
 
 _encoder: Encoder | None = None

@@ -1,1 +1,1 @@
-"""The files of a task, and batches of records read from them."""
+"""The files of a task to batches of records or of tokenised documents."""

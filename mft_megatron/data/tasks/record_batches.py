@@ -1,4 +1,4 @@
-"""What the readers of files hand to those who make samples: records to be encoded, or tokens as they lay there."""
+"""Batches that a file of a task is read in: records to be encoded, or documents that are tokens already."""
 
 import dataclasses
 from typing import Any
@@ -8,9 +8,13 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class RecordBatch:
-    """Records of one file: ``lines[i]`` is line ``first_line + i``, counted from 1.
+    """Consecutive records of one file.
 
-    A line is bytes as they stand in the file, its line end included; or a dict, one row of a parquet file.
+    Attributes:
+        path: of the file.
+        first_line: line of the first record, counted from 1.
+        lines: the records; each is bytes as stored in the file, with the line end, or a dict, one row of a parquet
+            file.
     """
 
     path: str
@@ -20,11 +24,18 @@ class RecordBatch:
 
 @dataclasses.dataclass(frozen=True)
 class TokenizedBatch:
-    """Documents that are tokens already: ``ids`` int32 and ``mask`` uint8 (1: supervised) of all of them one behind the
-    other, ``lengths`` int32 of each, 0 for an empty one. ``first``: number of the first one in its file, from 1."""
+    """Consecutive documents of one file that are tokens already.
+
+    Attributes:
+        path: of the file.
+        first_document: position of the first document in the file, counted from 1.
+        ids: int32, token ids of all these documents, concatenated.
+        mask: uint8, 1 where a token of ``ids`` is supervised.
+        lengths: int32 [documents], tokens of each; 0 for an empty one.
+    """
 
     path: str
-    first: int
+    first_document: int
     ids: np.ndarray
     mask: np.ndarray
     lengths: np.ndarray

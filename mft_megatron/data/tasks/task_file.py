@@ -1,15 +1,16 @@
-"""``--task-file tasks.yaml``: many tasks, each with its files and what is set for it alone.
+"""``--task-file tasks.yaml``: many tasks, each with its files and settings.
 
 ::
 
     code:                              # a mapping from names to settings, or a list of settings with `name`
       paths: [code/*.jsonl, more.parquet]
       weight: 2.0
-    chat: chats/                       # the path alone will do
+    chat: chats/                       # short for path: chats/
 
-Paths, and the template where it is a file, are relative to the file's own folder.
+Paths, and a template that is a file, are relative to the folder of the YAML file.
 """
 
+import contextlib
 import glob
 import math
 import os
@@ -26,10 +27,14 @@ from .task_files import TaskFiles, check_task_name, expand_path, unite_files, us
 
 
 def read_task_file(path: str | Path) -> dict[str, TaskFiles]:
-    """The tasks of a YAML file, in its order.
+    """Read the tasks of a YAML file, in its order.
+
+    Returns:
+        tasks by name.
 
     Raises:
-        InputError: it cannot be read, or a setting is unknown, missing or wrong: ``tasks.yaml:LINE: task NAME: …``.
+        InputError: the file cannot be read, or a setting is unknown, missing or wrong: ``tasks.yaml:LINE: task NAME:
+            …``.
     """
     import yaml
 
@@ -45,8 +50,8 @@ def read_task_file(path: str | Path) -> dict[str, TaskFiles]:
         root = loader.get_single_node()
         tasks: dict[str, TaskFiles] = {}
         for name, name_node, settings in _tasks(loader, root, path):
-            where = f"{_place(path, name_node)}: task {name}"
-            check_task_name(name, _place(path, name_node))
+            where = f"{_position(path, name_node)}: task {name}"
+            check_task_name(name, _position(path, name_node))
             if name in tasks:
                 raise InputError(f"{where}: is there twice; give all its files in one place")
             tasks[name] = _task(loader, name, settings, path, where)
@@ -61,7 +66,7 @@ def read_task_file(path: str | Path) -> dict[str, TaskFiles]:
 
 
 def _tasks(loader: Any, root: Any, path: Path) -> Iterator[tuple[str, Any, Any]]:
-    """Name, the node to blame for it, and the node of the settings, of each task."""
+    """Name, its node, for errors, and the node of the settings of each task."""
     import yaml
 
     if isinstance(root, yaml.MappingNode):
@@ -70,10 +75,10 @@ def _tasks(loader: Any, root: Any, path: Path) -> Iterator[tuple[str, Any, Any]]
     elif isinstance(root, yaml.SequenceNode):
         for node in root.value:
             if not isinstance(node, yaml.MappingNode):
-                raise InputError(f"{_place(path, node)}: a task in a list is a mapping of settings with its name")
+                raise InputError(f"{_position(path, node)}: a task in a list is a mapping of settings with its name")
             named = [value for key, value in node.value if key.value == "name"]
             if not named:
-                raise InputError(f"{_place(path, node)}: a task without a name; add name: …")
+                raise InputError(f"{_position(path, node)}: a task without a name; add name: …")
             yield _name(loader, named[0], path), node, node
     if not isinstance(root, (yaml.MappingNode, yaml.SequenceNode)) or not root.value:
         raise InputError(f"{path}: holds no task; write a mapping from names of tasks to their settings")
@@ -83,7 +88,7 @@ def _name(loader: Any, node: Any, path: Path) -> str:
     name = loader.construct_object(node, deep=True)
     if not isinstance(name, str):
         shown = getattr(node, "value", "") if isinstance(getattr(node, "value", ""), str) else "…"
-        raise InputError(f"{_place(path, node)}: a task's name is text; write it in quotes: '{shown[:40]}'")
+        raise InputError(f"{_position(path, node)}: a task's name is text; write it in quotes: '{shown[:40]}'")
     return name
 
 
@@ -96,11 +101,11 @@ def _task(loader: Any, name: str, node: Any, path: Path, where: str) -> TaskFile
     given: dict[str, tuple[Any, str]] = {}
     for key_node, value_node in _pairs(loader, node, where):
         key = str(key_node.value) if isinstance(key_node, yaml.ScalarNode) else "…"
-        place = f"{_place(path, key_node)}: task {name}"
+        position = f"{_position(path, key_node)}: task {name}"
         if key not in _KEYS:
             hint = did_you_mean(key, _KEYS) or f"known: {', '.join(_KEYS)}"
-            raise InputError(f"{place}: unknown setting {key[:40]!r}; {hint}")
-        given[key] = loader.construct_object(value_node, deep=True), place
+            raise InputError(f"{position}: unknown setting {key[:40]!r}; {hint}")
+        given[key] = loader.construct_object(value_node, deep=True), position
     if given.get("name", (name,))[0] != name:
         raise InputError(f"{given['name'][1]}: name says otherwise; leave it out")
     given.pop("name", None)
@@ -108,29 +113,29 @@ def _task(loader: Any, name: str, node: Any, path: Path, where: str) -> TaskFile
     if len(paths) != 1:
         raise InputError(f"{where}: give path or paths" + (", not both" if paths else ""))
     files = _files(paths[0][0], path.parent, paths[0][1])
-    settings = {}
-    for key, (value, place) in given.items():
+    settings: dict[str, Any] = {}
+    for key, (value, position) in given.items():
         field, check = _SETTINGS[key]
-        settings[field] = check(value, f"{place}: {key}", path.parent)
+        settings[field] = check(value, f"{position}: {key}", path.parent)
     return TaskFiles(name, tuple(files), **settings)
 
 
 def _pairs(loader: Any, node: Any, where: str) -> list[Any]:
-    """Keys and values of a mapping, what it merges (``<<``) included; its own keys come once and win."""
-    own = [key.value for key, _ in node.value if isinstance(key.value, str)]
-    twice = [key for key in own if own.count(key) > 1]
+    """Keys and values of a mapping with those that it merges (``<<``); its direct keys are unique and win."""
+    direct = [key.value for key, _ in node.value if isinstance(key.value, str)]
+    twice = [key for key in direct if direct.count(key) > 1]
     if twice:
         raise InputError(f"{where}: {twice[0]} is given twice")
     loader.flatten_mapping(node)
     return node.value
 
 
-def _place(path: Path, node: Any) -> str:
+def _position(path: Path, node: Any) -> str:
     return f"{path}:{node.start_mark.line + 1}"
 
 
-def _files(value: Any, folder: Path, where: str) -> list[Path]:
-    """The files of a path, or of several, each of which may be a pattern."""
+def _files(value: object, folder: Path, where: str) -> list[Path]:
+    """Find the files of a path, or of several paths, each of which may be a pattern."""
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text for text in texts):
         raise InputError(f"{where}: a path is text, paths are a list of texts with at least one")
@@ -140,15 +145,15 @@ def _files(value: Any, folder: Path, where: str) -> list[Path]:
             raise InputError(f"{where}: no such file or folder: {text!r}")
         text = os.path.expanduser(text)
         if glob.has_magic(text) and not (folder / text).exists():
-            found = _matching(text, folder, where)
+            more = _matching(text, folder, where)
         else:
-            found = expand_path(folder / text, where)
-        files = unite_files(files, found, where)
+            more = expand_path(folder / text, where)
+        files = unite_files(files, more, where)
     return files
 
 
 def _matching(pattern: str, folder: Path, where: str) -> list[Path]:
-    """The usable files among those that match, and below the folders that do."""
+    """Find the usable files among those that match a pattern, and below the folders that match."""
     matched = sorted(folder / match for match in glob.glob(pattern, root_dir=folder, recursive=True))
     if not matched:
         raise InputError(f"{where}: no file matches {pattern}")
@@ -158,41 +163,41 @@ def _matching(pattern: str, folder: Path, where: str) -> list[Path]:
 # --------------------------------------------------------------------------------------------------------- the settings
 
 
-def _shape(value: Any, where: str, folder: Path) -> str:
+def _record_format(value: object, where: str, folder: Path) -> str:
     return _choice(value, where, ("auto", *RECORD_FORMATS))
 
 
-def _overlong(value: Any, where: str, folder: Path) -> str:
+def _overlong(value: object, where: str, folder: Path) -> str:
     return _choice(value, where, OVERLONG)
 
 
-def _choice(value: Any, where: str, choices: tuple[str, ...]) -> str:
+def _choice(value: object, where: str, choices: tuple[str, ...]) -> str:
     if not isinstance(value, str) or value not in choices:
         hint = did_you_mean(str(value), choices) or f"known: {', '.join(choices)}"
         raise InputError(f"{where}: unknown value {str(value)[:40]!r}; {hint}")
     return value
 
 
-def _template(value: Any, where: str, folder: Path) -> str:
+def _template(value: object, where: str, folder: Path) -> str:
     if not isinstance(value, str) or not value:
         raise InputError(f"{where} must be text: a template's name, or the path of a .jinja file")
     return str(folder / os.path.expanduser(value)) if value.endswith(".jinja") else value
 
 
-def _number(value: Any, where: str, ask: str, fits: Callable[[float], bool]) -> float:
-    try:
-        # YAML reads 1e-3 as text
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
+def _number(value: object, where: str, ask: str, fits: Callable[[float], bool]) -> float:
+    number = math.nan
+    # YAML reads 1e-3 as text
+    if isinstance(value, (int, float, str, bytes)) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError, OverflowError):
+            number = float(value)
     if not (math.isfinite(number) and fits(number)):
         raise InputError(f"{where} must be {ask}, not {str(value)[:40]!r}")
     return number
 
 
-_SETTINGS: dict[str, tuple[str, Callable[[Any, str, Path], Any]]] = {
+_SETTINGS: dict[str, tuple[str, Callable[[object, str, Path], str | float]]] = {
     "weight": ("weight", lambda value, where, _: _number(value, where, "a number, 0 or more", lambda x: x >= 0)),
-    "format": ("shape", _shape),
+    "format": ("record_format", _record_format),
     "template": ("template", _template),
     "sampling": ("sampling", lambda value, where, _: _number(value, where, "a number above 0", lambda x: x > 0)),
     "overlong": ("overlong", _overlong),

@@ -1,4 +1,4 @@
-"""Tasks and the files they are made of: what ``--task NAME=PATH`` stands for; ``task_file.py`` reads YAML."""
+"""Tasks and the files they are made of, as ``--task NAME=PATH`` gives them; ``task_file.py`` reads them from YAML."""
 
 import dataclasses
 import os
@@ -7,37 +7,31 @@ from pathlib import Path
 
 from mft_megatron.errors import InputError
 
-from .reader import BATCH_BYTES, IDS, MASK, TaskReader, files_on_disk
-
-__all__ = [
-    "BATCH_BYTES",
-    "SUFFIXES",
-    "TaskFiles",
-    "TaskReader",
-    "check_task_name",
-    "expand_path",
-    "files_on_disk",
-    "parse_tasks",
-    "unite_files",
-    "usable_files",
-]
+from .tokenized_file import IDS, MASK
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".idx")
-RESERVED_NAMES = ("macro", "objective")  # what --early-stopping-metric means by them
+# metrics of --early-stopping-metric, which otherwise names a task
+RESERVED_NAMES = ("macro", "objective")
 
 
 @dataclasses.dataclass(frozen=True)
 class TaskFiles:
-    """A task: its files in the order they are read, and what is set for it alone; ``None`` leaves it to the options.
+    """A task: its files and its settings; a setting that is ``None`` is left to the options.
 
-    ``shape``: a key of ``RECORD_FORMATS`` or "auto". ``template``: as ``--chat-template``. ``weight``: of the
-    task in training, at least 0. ``sampling``: how often an epoch holds each sample, above 0. ``overlong``: one of
-    ``cutting.OVERLONG``. ``fim_rate``: 0 to 1.
+    Attributes:
+        name: of the task.
+        files: in the order they are read.
+        record_format: a key of :data:`mft_megatron.data.records.record_formats.RECORD_FORMATS`, or "auto".
+        template: as ``--chat-template``.
+        weight: of the task in training, at least 0.
+        sampling: epochs of the task in one pass, above 0.
+        overlong: a value of :data:`mft_megatron.data.packing.cutting.OVERLONG`.
+        fim_rate: fraction of documents to be written as fill-in-the-middle, 0 to 1.
     """
 
     name: str
     files: tuple[Path, ...]
-    shape: str = "auto"
+    record_format: str = "auto"
     template: str | None = None
     weight: float | None = None
     sampling: float | None = None
@@ -46,10 +40,13 @@ class TaskFiles:
 
 
 def parse_tasks(words: tuple[str, ...]) -> dict[str, TaskFiles]:
-    """``NAME=PATH`` words as tasks, in the order their names come; the words of one name add up.
+    """Parse ``NAME=PATH`` words.
+
+    Returns:
+        tasks by name, in the order of the names; a name that is given several times has the files of all its words.
 
     Raises:
-        InputError: a malformed word or name, what :func:`expand_path` refuses, a file that a task has twice.
+        InputError: a word or name is malformed, :func:`expand_path` refuses a path, or a task has a file twice.
     """
     files: dict[str, list[Path]] = {}
     for word in words:
@@ -63,10 +60,15 @@ def parse_tasks(words: tuple[str, ...]) -> dict[str, TaskFiles]:
 
 
 def check_task_name(name: str, where: str) -> None:
-    """Refuse a name that other options could not spell.
+    """Refuse a name that other options could not give.
+
+    Args:
+        name: of a task.
+        where: where it is given, for the message.
 
     Raises:
-        InputError: empty, with a comma, an equals sign or a control character, with a space at an end, or reserved.
+        InputError: the name is empty or reserved, has a comma, an equals sign or a control character, or a space at an
+            end.
     """
     if not name or name != name.strip() or any(char in ",=" or not char.isprintable() for char in name):
         raise InputError(
@@ -78,11 +80,17 @@ def check_task_name(name: str, where: str) -> None:
 
 
 def expand_path(path: Path, where: str) -> list[Path]:
-    """The files that a path stands for: itself; of a folder all that can be read in it and below, sorted by path, but
-    what is hidden; of the prefix of a tokenised data set its index.
+    """Find the files that a path stands for.
+
+    These are the path itself; for a folder all readable files in it and below, sorted by path, without hidden ones; for
+    the prefix of a tokenised data set its index.
+
+    Args:
+        path: as the user gave it.
+        where: where it is given, for the message.
 
     Raises:
-        InputError: no such path, a file of an unknown kind, a folder with nothing to read.
+        InputError: there is no such path, the kind of the file is unknown, or the folder has no readable file.
     """
     if path.is_dir():
         return usable_files([path], where)
@@ -97,15 +105,20 @@ def expand_path(path: Path, where: str) -> list[Path]:
 
 
 def usable_files(paths: Iterable[Path], where: str) -> list[Path]:
-    """Those of some files, and of the files in and below some folders, that can be read; the others are left out.
+    """Find the readable files among some files and in and below some folders; the others are left out.
+
+    Args:
+        paths: files and folders.
+        where: where they are given, for the message.
 
     Raises:
         InputError: none of them can be read.
     """
-    files, others = [], []
+    files: list[Path] = []
+    others: list[Path] = []
     for path in paths:
         for file in _files_below(path) if path.is_dir() else [path]:
-            (files if _is_source(file, found=True) else others).append(file)
+            (files if _is_readable(file, searched=True) else others).append(file)
     if not files:
         names = ", ".join(file.name for file in others[:5]) or "no file"
         more = f" and {len(others) - 5} more" if len(others) > 5 else ""
@@ -114,10 +127,15 @@ def usable_files(paths: Iterable[Path], where: str) -> list[Path]:
 
 
 def unite_files(before: Iterable[Path], more: Iterable[Path], where: str) -> list[Path]:
-    """Both, in this order.
+    """Append files to the files of a task.
+
+    Args:
+        before: files that the task has.
+        more: files to append.
+        where: where these are given, for the message.
 
     Raises:
-        InputError: a file comes twice, be it under another name.
+        InputError: a file occurs twice, possibly under another name.
     """
     files = list(before)
     known = {os.path.realpath(file): file for file in files}
@@ -143,11 +161,15 @@ def _files_below(folder: Path) -> list[Path]:
     return sorted(files)
 
 
-def _is_source(file: Path, found: bool = False) -> bool:
-    """``found``: in a folder or by a pattern, where a data set of our own is not meant; merging is another command."""
+def _is_readable(file: Path, searched: bool = False) -> bool:
+    """Whether a file can be read as input of a task.
+
+    ``searched``: the file comes from a folder or a pattern, where packed data sets are left out; another command merges
+    them.
+    """
     if not file.name.endswith(SUFFIXES) or not file.is_file():
         return False
-    if found and file.with_name(f"{file.name.removesuffix(f'{IDS}.idx')}_dataset.json").exists():
+    if searched and file.with_name(f"{file.name.removesuffix(f'{IDS}.idx')}_dataset.json").exists():
         return False
     # the masks are read with the tokens they belong to
     return not (file.name.endswith(f"{MASK}.idx") and _tokens_of(file).exists())
@@ -159,7 +181,7 @@ def _tokens_of(mask: Path) -> Path:
 
 def _check_kind(path: Path, where: str) -> None:
     if path.name.endswith(SUFFIXES):
-        if not _is_source(path):
+        if not _is_readable(path):
             raise InputError(f"{where}: {path.name} holds the loss mask; give {_tokens_of(path).name}")
         return
     hint = ""

@@ -42,7 +42,7 @@ def naive(tokenizer, segments):
 
 
 def naive_batch(tokenizer, plan, records):
-    samples = [naive(tokenizer, plan.style.segments(read_record(record, plan.shape))) for record in records]
+    samples = [naive(tokenizer, plan.style.segments(read_record(record, plan.record_format))) for record in records]
     return [(ids, mask) for ids, mask in samples if any(mask[1:])]
 
 
@@ -125,7 +125,7 @@ def test_each_task_has_its_own_encoding(tokenizer):
     plans = {
         "chat": TaskEncoding(chat_format("mftcoder", tokenizer)),
         "marked": TaskEncoding(chat_format("mftcoder", tokenizer, '{"user": "Q: ", "assistant": "A: "}')),
-        "raw": TaskEncoding(chat_format("mftcoder", tokenizer), shape="prompt_completion"),
+        "raw": TaskEncoding(chat_format("mftcoder", tokenizer), record_format="prompt_completion"),
     }
     record = {"instruction": "a", "output": "b", "prompt": "c", "completion": "d"}
     encoder = Encoder(tokenizer, pickle.loads(pickle.dumps(plans)))

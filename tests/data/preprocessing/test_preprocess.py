@@ -14,7 +14,7 @@ from mft_megatron.data.loading.dataset import PackedDataset
 from mft_megatron.data.packing.splitting import assign_splits
 from mft_megatron.data.preprocessing.encoding import Encoder, RecordBatch, TaskEncoding
 from mft_megatron.data.sample_slices import supervised_tokens
-from mft_megatron.data.tasks.task_files import TaskReader
+from mft_megatron.data.tasks.reader import TaskReader
 from mft_megatron.errors import InputError
 
 

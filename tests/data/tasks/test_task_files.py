@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mft_megatron.data.storage.indexed_dataset import IndexedDatasetWriter
+from mft_megatron.data.tasks.reader import TaskReader
 from mft_megatron.data.tasks.record_batches import RecordBatch, TokenizedBatch
-from mft_megatron.data.tasks.task_files import TaskFiles, TaskReader, check_task_name, parse_tasks
+from mft_megatron.data.tasks.task_files import TaskFiles, check_task_name, parse_tasks
 from mft_megatron.errors import InputError
 
 MODULES = sorted(Path(json.__file__).parent.glob("*.py"))
@@ -259,7 +260,7 @@ def documents_of(path, batch_bytes=40):
     for batch in reader.batches(batch_bytes):
         assert isinstance(batch, TokenizedBatch)
         assert (batch.ids.dtype, batch.mask.dtype, batch.lengths.dtype) == (np.int32, np.uint8, np.int32)
-        assert batch.first == len(documents) + 1
+        assert batch.first_document == len(documents) + 1
         assert batch.path == str(path)
         assert len(batch.ids) == len(batch.mask) == batch.lengths.sum()
         ends = np.cumsum(batch.lengths)[:-1]
