@@ -25,9 +25,10 @@ def refused_call(function, *arguments, **named) -> str:
 
 
 @contextlib.contextmanager
-def refused(words):
-    """A block that has to be refused in one line that holds these words."""
+def refused(*words):
+    """A block that must raise an ``InputError`` of one line that contains all of ``words``."""
     with pytest.raises(InputError) as caught:
         yield
-    assert words in str(caught.value)
+    for each in words:
+        assert each in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -1,35 +1,31 @@
-"""What tests of the command line share: enough options for a run, how one is refused, a checkpoint to go on from."""
+"""Command lines that the tests of options parse, and a checkpoint to resume from."""
 
-import contextlib
 import dataclasses
 
-import pytest
-
 from mft_megatron.arguments.command import parse_arguments
-from mft_megatron.errors import InputError
 from mft_megatron.run_folder import TRACKER, CheckpointInfo, write_info
+from tests.command_lines import SHORT_RUN, SMALL
 
-BASE = (
-    "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --data-path data --seq-length 128 --micro-batch-size 2 "
-    "--train-iters 10 --lr 1e-3"
-)
-WITHOUT_SHAPE = "--data-path data --seq-length 128 --micro-batch-size 2 --train-iters 10 --lr 1e-3"
+# What SHORT_RUN says besides the shape of the model, which a checkpoint knows.
+WITHOUT_SHAPE = SHORT_RUN.removeprefix(SMALL)
 
 
-def parse(extra="", world_size=1, base=BASE, lengths=lambda prefix: [128]):
+def parse(extra="", world_size=1, base=SHORT_RUN, lengths=lambda prefix: [128]):
+    """Complete and check a command line, ``base`` and then ``extra``, which takes precedence."""
     return parse_arguments(f"{base} {extra}".split(), world_size, lengths)
 
 
-@contextlib.contextmanager
-def refused(words):
-    """What is done within is refused, in one line that has these words."""
-    with pytest.raises(InputError) as refusal:
-        yield
-    assert words in str(refusal.value)
-    assert "\n" not in str(refusal.value)
+def resumed(extra, world_size=1):
+    """Parse the command line of a run whose checkpoint, in ``extra``, knows the shape of the model."""
+    return parse(extra, world_size, WITHOUT_SHAPE)
 
 
 def checkpoint(folder, **changes):
+    """Write the description of a checkpoint at iteration 5 and return the run folder.
+
+    Args:
+        changes: fields of the description with other values.
+    """
     network = dataclasses.asdict(parse("--swiglu --position-embedding-type rope").network)
     info = CheckpointInfo(
         iteration=5,

@@ -1,9 +1,9 @@
-"""What is refused without a device: in one line, with the option, the number and the remedy."""
+"""Refusals that need no device: one line with the option, the number and the remedy."""
 
 import pytest
 
-from mft_megatron.errors import InputError
-from tests.arguments.command_line import parse, refused
+from tests.arguments.command_line import parse
+from tests.refusals import refused
 
 PP2 = "--global-batch-size 8 --pipeline-model-parallel-size 2"
 FULL = "--recompute-granularity full --recompute-method"
@@ -192,12 +192,12 @@ def test_refused_in_one_line(extra):
         parse(extra, world_size=8)
 
 
-def test_too_few_ranks_are_named_whatever_follows_from_them():
-    with pytest.raises(InputError, match="1 ranks cannot be divided into"):
+def test_too_few_ranks_are_refused_before_what_follows_from_them():
+    with refused("1 ranks cannot be divided into"):
         parse("--pipeline-model-parallel-size 2", world_size=1)
 
 
 def test_two_scales_of_positions():
     scaling = '{"rope_type":"linear","factor":2.0}'
-    with pytest.raises(InputError, match=r"--rotary-seq-len-interpolation-factor 2.0 and --rope-scaling both scale"):
+    with refused("--rotary-seq-len-interpolation-factor 2.0 and --rope-scaling both scale"):
         parse(f"--position-embedding-type rope --rotary-seq-len-interpolation-factor 2 --rope-scaling {scaling}")

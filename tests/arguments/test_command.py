@@ -1,10 +1,11 @@
-"""The command line of pretrain_mft.py, without a device: what is accepted and filled in."""
+"""The command line of pretrain_mft.py without a device: defaults and derived values."""
 
 import pytest
 
-from mft_megatron.errors import InputError
 from mft_megatron.loss_names import LOSSES
-from tests.arguments.command_line import BASE, parse
+from tests.arguments.command_line import parse
+from tests.command_lines import SHORT_RUN
+from tests.refusals import refused
 
 
 def test_defaults_are_megatrons():
@@ -91,9 +92,9 @@ def test_defaults_of_the_balancers_are_the_releases():
 
 
 def test_the_packed_length_is_the_default():
-    base = BASE.replace("--seq-length 128 ", "")
+    base = SHORT_RUN.replace("--seq-length 128 ", "")
     assert parse(base=base, lengths=lambda prefix: [256]).data.seq_length == 256
-    with pytest.raises(InputError, match="give --seq-length; data is packed for 128, 256"):
+    with refused("give --seq-length; data is packed for 128, 256"):
         parse(base=base, lengths=lambda prefix: [128, 256])
 
 
@@ -102,5 +103,5 @@ def test_the_packed_length_is_the_default():
     ["--num-layers 4", "--hidden-size 64", "--data-path data", "--micro-batch-size 2", "--train-iters 10", "--lr 1e-3"],
 )
 def test_missing_option_is_named(option):
-    with pytest.raises(InputError, match=option.split()[0]):
-        parse(base=BASE.replace(option, ""))
+    with refused(option.split()[0]):
+        parse(base=SHORT_RUN.replace(option, ""))

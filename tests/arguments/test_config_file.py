@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from mft_megatron.arguments.table import GROUPS, Arguments
 from mft_megatron.errors import InputError
 from mft_megatron.run_folder import effective_configuration
-from tests.arguments.command_line import BASE, checkpoint, parse, refused
+from tests.arguments.command_line import checkpoint, parse
+from tests.command_lines import SHORT_RUN
+from tests.refusals import refused
 
 NEEDED = {
     "num_layers": 4,
@@ -69,7 +71,9 @@ def test_spellings(tmp_path):
         num_experts: 2
         save: ''
     """.replace("        ", "").replace("save: ''", "")
-    a = parse(f"--yaml-cfg {write(tmp_path, text)}", base=BASE.replace("--lr 1e-3", "").replace("--data-path data", ""))
+    a = parse(
+        f"--yaml-cfg {write(tmp_path, text)}", base=SHORT_RUN.replace("--lr 1e-3", "").replace("--data-path data", "")
+    )
     assert (a.network.add_qkv_bias, a.network.add_bias_linear, a.network.tie_embeddings) == (True, False, False)
     assert (a.checkpoint.save_optim, a.multi_task.mft_loss, a.data.data_path) == (False, "task-sample", "other")
     assert (a.learning_rate.lr, a.logging.wandb_project, a.data.tokenizer_model) == (1e-4, "123", "no")
@@ -132,7 +136,7 @@ REFUSED = {
 
 def beside(text):
     """The options of a run but for what a file gives."""
-    base = BASE.replace("--num-layers 4", "") if "num_layers:" in text else BASE
+    base = SHORT_RUN.replace("--num-layers 4", "") if "num_layers:" in text else SHORT_RUN
     return base.replace("--lr 1e-3", "") if text.startswith(("lr:", '{"lr"')) else base
 
 
@@ -172,7 +176,7 @@ def test_json_is_refused_in_one_line(text, tmp_path):
 
 def test_json_with_tabs_and_every_kind(tmp_path):
     text = '{\n\t"seed": 7,\n\t"lr": 1e-4,\n\t"bf16": true,\n\t"save": null,\n\t"task_weights": ["a=1"]\n}'
-    a = parse(f"--yaml-cfg {write(tmp_path, text, 'x.json')}", base=BASE.replace("--lr 1e-3", ""))
+    a = parse(f"--yaml-cfg {write(tmp_path, text, 'x.json')}", base=SHORT_RUN.replace("--lr 1e-3", ""))
     assert (a.initialization.seed, a.learning_rate.lr, a.precision.bf16) == (7, 1e-4, True)
     assert (a.checkpoint.save, a.multi_task.task_weights) == (None, ("a=1",))
 
@@ -322,7 +326,7 @@ def test_a_configuration_goes_on_on_other_ranks(tmp_path):
 
 def test_a_resumed_run_has_a_configuration_that_is_read_again(tmp_path):
     folder = checkpoint(tmp_path)
-    a = parse(f"--load {folder} --save {folder}", base=BASE.replace("--num-layers 4 --hidden-size 64", ""))
+    a = parse(f"--load {folder} --save {folder}", base=SHORT_RUN.replace("--num-layers 4 --hidden-size 64", ""))
     same(read(write(tmp_path, effective_configuration(a.as_options(), 1))), a)
 
 

@@ -1,20 +1,16 @@
-"""Options of context parallelism and of attention windows: what follows from them, and what is refused."""
+"""Options of context parallelism and of attention windows: derived values and refusals."""
 
 import pytest
 
-from mft_megatron.arguments.command import parse_arguments
 from mft_megatron.arguments.values.layer_pattern import layer_pattern, numbers_of
 from mft_megatron.errors import InputError
-from tests.arguments.command_line import refused
-
-WORDS = (
-    "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --data-path data --seq-length 128 --micro-batch-size 1 "
-    "--train-iters 5 --lr 1e-3"
-)
+from tests.arguments.command_line import parse
+from tests.refusals import refused
 
 
-def parse(extra, world_size=1):
-    return parse_arguments(f"{WORDS} {extra}".split(), world_size)
+def parse_one(extra, world_size=1):
+    """Parse a command line with micro-batches of one pack."""
+    return parse(f"--micro-batch-size 1 {extra}", world_size)
 
 
 @pytest.mark.parametrize(
@@ -31,10 +27,8 @@ def parse(extra, world_size=1):
         ("--context-parallel-size 4 --micro-batch-size 8 --seq-length 125 --cp-comm-type all_gather", 4, 1, 8),
     ],
 )
-def test_ranks_that_share_tokens_are_one_place_of_data_parallelism(
-    extra, world_size, data_parallel_size, stream_multiple
-):
-    arguments = parse(extra, world_size)
+def test_context_parallel_ranks_count_once_in_data_parallelism(extra, world_size, data_parallel_size, stream_multiple):
+    arguments = parse_one(extra, world_size)
     assert arguments.data_parallel_size == data_parallel_size
     assert arguments.distributed.stream_multiple == stream_multiple
     micro_batch_size = arguments.training.micro_batch_size
@@ -70,10 +64,9 @@ def test_ranks_that_share_tokens_are_one_place_of_data_parallelism(
         ("--cp-comm-type all_gather a2a", 1, "--cp-comm-type all_gather a2a: only all_gather"),
     ],
 )
-def test_tokens_that_cannot_be_shared(extra, world_size, words):
-    with pytest.raises(InputError) as refused:
-        parse(extra, world_size)
-    assert words in str(refused.value)
+def test_tokens_that_ranks_cannot_split(extra, world_size, words):
+    with refused(words):
+        parse_one(extra, world_size)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +80,7 @@ def test_tokens_that_cannot_be_shared(extra, world_size, words):
     ],
 )
 def test_windows(extra, window, layers):
-    network = parse(extra).network
+    network = parse_one(extra).network
     assert network.window == window
     assert numbers_of(network.window_attn_skip_freq) == layers
 
@@ -105,9 +98,9 @@ def test_windows(extra, window, layers):
         ("--window-size 3,0 --window-attn-skip-freq [2]*4", "--window-attn-skip-freq"),
     ],
 )
-def test_windows_that_cannot_be(extra, words):
+def test_windows_that_are_refused(extra, words):
     with refused(words):
-        parse(extra)
+        parse_one(extra)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +115,7 @@ def test_patterns(text, value):
     "text",
     ["", "x", "[", "[x]", "[1.5]", "[True]", "1.5", "[[1]]", "[]", "[1]*0", "f()", "[1]*10**9", "[1]*999999999", "1,0"],
 )
-def test_what_is_no_pattern(text):
-    """Nothing is evaluated but lists, sums and products, and nothing becomes larger than any model is deep."""
+def test_malformed_patterns_are_refused(text):
+    """Only lists, sums and products are evaluated, and none that is longer than the layers of any model."""
     with pytest.raises(InputError):
         layer_pattern(text)

@@ -1,8 +1,9 @@
-"""Options of exports and of Gemma's layers, refused in one line where they do not go together."""
+"""Options of exports and of Gemma's layers: accepted and refused ones."""
 
 import pytest
 
-from tests.arguments.command_line import parse, refused
+from tests.arguments.command_line import parse
+from tests.refusals import refused
 
 SAVE = "--save x --save-hf y"
 

@@ -9,7 +9,9 @@ import pretrain_mft
 from mft_megatron.arguments.command import make_arguments, parse_arguments, read_command_line
 from mft_megatron.lora import Lora, Target, num_sources, read_targets
 from mft_megatron.run_folder import content_digest, effective_configuration
-from tests.arguments.command_line import BASE, WITHOUT_SHAPE, checkpoint, parse, refused
+from tests.arguments.command_line import WITHOUT_SHAPE, checkpoint, parse, resumed
+from tests.command_lines import SHORT_RUN
+from tests.refusals import refused
 
 LORA = Lora(8, 16.0, read_targets(["q_proj", "linear_proj"], gated=True))
 EACH = (
@@ -107,11 +109,11 @@ def _with_adapters(folder, **changes):
 def test_adapters_of_a_checkpoint_come_back(tmp_path):
     folder = _with_adapters(tmp_path / "run")
     for extra in ("", "--peft-type lora --lora-rank 8", "--lora-target-modules linear_proj linear_q", "--finetune"):
-        arguments = parse(f"--load {folder} {extra}", base=WITHOUT_SHAPE)
+        arguments = resumed(f"--load {folder} {extra}")
         assert arguments.adapters == LORA
         assert arguments.lora.peft_type == "lora"
         assert arguments.base is None
-    assert parse(f"--load {folder} --lora-dropout 0.5", base=WITHOUT_SHAPE).adapters.dropout == 0.5
+    assert resumed(f"--load {folder} --lora-dropout 0.5").adapters.dropout == 0.5
 
 
 @pytest.mark.parametrize(
@@ -130,17 +132,17 @@ def test_adapters_of_a_checkpoint_come_back(tmp_path):
 def test_a_checkpoint_is_not_contradicted(tmp_path, extra, words):
     folder = _with_adapters(tmp_path / "run")
     with refused(words.format(path=folder / "iter_0000005")):
-        parse(f"--load {folder} {extra}", base=WITHOUT_SHAPE)
+        resumed(f"--load {folder} {extra}")
 
 
 def test_a_whole_model_gets_adapters_in_a_new_pass(tmp_path):
     folder = checkpoint(tmp_path / "run")
     with refused(f"--peft-type lora: --load {folder} has no adapters; start from its weights with --finetune"):
-        parse(f"--load {folder} --peft-type lora", base=WITHOUT_SHAPE)
+        resumed(f"--load {folder} --peft-type lora")
     for start in (f"--load {folder} --finetune", f"--pretrained-checkpoint {folder}"):
-        arguments = parse(f"{start} --peft-type lora", base=WITHOUT_SHAPE)
+        arguments = resumed(f"{start} --peft-type lora")
         assert arguments.base == arguments.resume
-    assert parse(f"--pretrained-checkpoint {folder}", base=WITHOUT_SHAPE).base is None
+    assert resumed(f"--pretrained-checkpoint {folder}").base is None
 
 
 def test_adapters_alone_need_their_model(tmp_path):
@@ -154,17 +156,17 @@ def test_adapters_alone_need_their_model(tmp_path):
         f"it holds only adapters; give the model that they were trained with as --hf-checkpoint or "
         f"--pretrained-checkpoint (it was {path})"
     ):
-        parse(f"--load {folder}", base=WITHOUT_SHAPE)
-    arguments = parse(f"--load {folder} --pretrained-checkpoint {model}", base=WITHOUT_SHAPE)
+        resumed(f"--load {folder}")
+    arguments = resumed(f"--load {folder} --pretrained-checkpoint {model}")
     assert str(arguments.base.path) == path
     assert arguments.resume.info.lora is not None
     assert not arguments.weights_alone
     assert not arguments.saves_base
     with refused(f"--pretrained-checkpoint {folder}/iter_0000005: it holds only adapters; give it as --load with"):
-        parse(f"--pretrained-checkpoint {folder}", base=WITHOUT_SHAPE)
+        resumed(f"--pretrained-checkpoint {folder}")
     weights.write_bytes(bytes(255 - byte for byte in range(256)) * 5000)
     with refused(f"{path}: its weight files are not those that the adapters of"):
-        parse(f"--load {folder} --pretrained-checkpoint {model}", base=WITHOUT_SHAPE)
+        resumed(f"--load {folder} --pretrained-checkpoint {model}")
 
 
 @pytest.mark.parametrize(("before", "now"), [("lora", "qlora"), ("qlora", "lora")])
@@ -174,9 +176,9 @@ def test_a_new_pass_may_keep_the_model_otherwise(tmp_path, before, now):
     folder = checkpoint(tmp_path / "run", lora=LORA.as_dict(), peft_type=before, **known)
     words = f"--load {folder} --pretrained-checkpoint {model}"
     with refused(f"--peft-type {now}: the checkpoint {folder}/iter_0000005 was trained with {before}"):
-        parse(f"{words} --peft-type {now}", base=WITHOUT_SHAPE)
-    assert parse(f"{words} --finetune", base=WITHOUT_SHAPE).lora.peft_type == before
-    arguments = parse(f"{words} --finetune --peft-type {now}", base=WITHOUT_SHAPE)
+        resumed(f"{words} --peft-type {now}")
+    assert resumed(f"{words} --finetune").lora.peft_type == before
+    arguments = resumed(f"{words} --finetune --peft-type {now}")
     assert arguments.lora.peft_type == now
     assert arguments.adapters == LORA
     assert arguments.weights_alone
@@ -189,9 +191,9 @@ def test_adapters_do_not_replace_their_model(tmp_path):
     words = f"--load {folder} --finetune --peft-type lora"
     for save in (folder, f"{tmp_path}/link/"):
         with refused(f"--save {save}: the model {folder}/iter_0000005 is in that folder"):
-            parse(f"{words} --save-adapters-only --save {save}", base=WITHOUT_SHAPE)
-    assert parse(f"{words} --save {folder}", base=WITHOUT_SHAPE).saves_base
-    assert not parse(f"{words} --save-adapters-only --save {tmp_path}/other", base=WITHOUT_SHAPE).saves_base
+            resumed(f"{words} --save-adapters-only --save {save}")
+    assert resumed(f"{words} --save {folder}").saves_base
+    assert not resumed(f"{words} --save-adapters-only --save {tmp_path}/other").saves_base
 
 
 def test_damaged_adapters_are_a_damaged_description(tmp_path):
@@ -201,7 +203,7 @@ def test_damaged_adapters_are_a_damaged_description(tmp_path):
     del content["lora"]["targets"]
     file.write_text(json.dumps(content))
     with refused("mft_checkpoint.json: not a checkpoint description ('targets'); the file is damaged"):
-        parse(f"--load {folder}", base=WITHOUT_SHAPE)
+        resumed(f"--load {folder}")
 
 
 def test_an_adapter_from_elsewhere_fixes_its_options(tmp_path):
@@ -265,7 +267,7 @@ def test_options_are_read_again_from_a_configuration(tmp_path):
     arguments = parse("--peft-type lora --lora-rank 4 --lora-target-modules q_proj v_proj")
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump({"peft_type": "lora", "lora_rank": 4, "lora_target_modules": ["q_proj", "v_proj"]}))
-    assert parse_arguments(f"{BASE} --yaml-cfg {file}".split()).adapters == arguments.adapters
+    assert parse_arguments(f"{SHORT_RUN} --yaml-cfg {file}".split()).adapters == arguments.adapters
 
 
 def test_a_whole_model_is_saved_whole_whatever_the_configuration_of_a_run_with_adapters(tmp_path):

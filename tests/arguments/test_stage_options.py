@@ -1,17 +1,14 @@
-"""How layers are shared out among pipeline stages: what is accepted, and what the refusals say."""
+"""Options that distribute layers over pipeline stages: accepted, derived and refused ones."""
 
 import dataclasses
 import re
 
 import pytest
 
-from mft_megatron.arguments.command import parse_arguments
 from mft_megatron.arguments.stages import layout_stages
-from tests.arguments.command_line import refused
+from tests.arguments.command_line import parse
+from tests.refusals import refused
 
-BASE = (
-    "--hidden-size 64 --num-attention-heads 4 --data-path x --seq-length 8 --micro-batch-size 1 --train-iters 1 --lr 1"
-)
 PP2, PP4 = "--pipeline-model-parallel-size 2", "--pipeline-model-parallel-size 4"
 FIRST, LAST = "--decoder-first-pipeline-num-layers", "--decoder-last-pipeline-num-layers"
 EMBEDDING, LOSS = "--account-for-embedding-in-pipeline-split", "--account-for-loss-in-pipeline-split"
@@ -20,8 +17,9 @@ PER_STAGE, STAGES = "--num-layers-per-virtual-pipeline-stage", "--num-virtual-st
 
 
 def parsed(layers, words, world=None):
+    """Parse options of the pipeline; the number of ranks is the second word unless ``world`` is given."""
     world = int(words.split()[1]) if world is None else world
-    return parse_arguments(f"{BASE} --num-layers {layers} --global-batch-size 16 {words}".split(), world).distributed
+    return parse(f"--num-layers {layers} --micro-batch-size 1 --global-batch-size 16 {words}", world).distributed
 
 
 @pytest.mark.parametrize(
@@ -43,7 +41,7 @@ def test_a_malformed_pipeline_layout_is_refused(text):
         layout_stages(text)
 
 
-def test_as_megatron_core_reads_it():
+def test_megatron_core_expands_a_pipeline_layout_likewise():
     from mft_megatron.mcore.model.config import pipeline_layout  # first, for it readies Megatron-Core for this machine
 
     from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout  # isort: skip

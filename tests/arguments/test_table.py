@@ -19,7 +19,8 @@ from mft_megatron.arguments.table import GROUPS, Arguments
 from mft_megatron.errors import InputError
 from mft_megatron.options import build_parser, fill, info_of, out_of_range, spelling, spellings, value_count, value_type
 from mft_megatron.options import parse as parse_words
-from tests.arguments.command_line import BASE, parse
+from tests.arguments.command_line import parse
+from tests.command_lines import SHORT_RUN
 
 FIELDS = {field.name: (group, field) for _, group in GROUPS for field in dataclasses.fields(group)}
 SOURCES = (("configuration file", ConfigFileArguments), *GROUPS)
@@ -246,7 +247,7 @@ def test_a_field_that_may_be_none_says_so_in_its_annotation(name):
     ],
 )
 def test_complete_arguments_have_every_required_and_derived_option(extra):
-    a = parse_arguments(shlex.split(f"{BASE} {extra}"), 1)
+    a = parse_arguments(shlex.split(f"{SHORT_RUN} {extra}"), 1)
     for group in a.groups():
         for field in dataclasses.fields(group):
             value = getattr(group, field.name)
