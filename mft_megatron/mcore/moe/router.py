@@ -119,6 +119,10 @@ class PackedRouter(TopKRouter):
         return probabilities, chosen
 
     def _route(self, logits: Tensor, real_T1: Tensor) -> tuple[Tensor, Tensor]:
+        """Choose experts by [T, experts] logits; returns probabilities and the choice, both [T, experts].
+
+        ``real_T1``: bool, whether a token is no padding.
+        """
         if self.routing_type == "sinkhorn":
             return self._route_by_sinkhorn(logits, real_T1)
         return topk_routing_with_score_function(
@@ -143,9 +147,9 @@ class PackedRouter(TopKRouter):
         return probabilities * chosen, chosen
 
     def _with_z_loss(self, logits: Tensor, rows_TB: Tensor) -> Tensor:
-        """Attach the z loss, as the mean over rows of each row's mean.
+        """Attach the z loss to [T, experts] logits, as the mean over rows of each row's mean.
 
-        So it does not depend on which rows are in the same micro-batch.
+        So it does not depend on which rows are in the same micro-batch. ``rows_TB``: bool, as in :meth:`routing`.
         """
         squares = torch.logsumexp(at_least_fp32(logits), dim=-1).square()
         rows_BT = rows_TB.t().to(squares.dtype)
@@ -154,7 +158,11 @@ class PackedRouter(TopKRouter):
         return self._attached(logits, Z_LOSS, value, self.config.moe_z_loss_coeff, self.micro_batch_weight)
 
     def _with_balancing_losses(self, probabilities: Tensor, logits: Tensor, rows_TB: Tensor) -> Tensor:
-        """Attach the balancing losses of the choice and the probabilities without bias, groups and capacity."""
+        """Attach the balancing losses to [T, experts] probabilities.
+
+        They are those of the choice and the probabilities without bias, groups and capacity. ``rows_TB``: bool, as in
+        :meth:`routing`.
+        """
         chosen, scores = compute_routing_scores_for_aux_loss(at_least_fp32(logits), self.topk, self.score_function)
         rows_BT = rows_TB.t().to(scores.dtype)
         scores_BE = rows_BT @ scores
@@ -199,7 +207,10 @@ class PackedRouter(TopKRouter):
         return parts.sum(-1) * (self.num_experts / self.topk)
 
     def _attached(self, activation: Tensor, name: str, value: Tensor, coefficient: float, weight: float) -> Tensor:
-        """Return ``activation``, whose backward pass adds the gradient of ``coefficient · weight · value``."""
+        """Return ``activation``, whose backward pass adds the gradient of ``coefficient · weight · value``.
+
+        ``value``: a scalar, without coefficient; it is logged under ``name``.
+        """
         self.losses[name] = self.losses.get(name, 0.0) + value.detach().float() * weight
         # A tensor of one element, like the loss scale that it is multiplied by.
         return MoEAuxLossAutoScaler.apply(activation, (value * (coefficient * weight)).reshape(1))

@@ -90,7 +90,15 @@ def token_losses(
 
 
 class _Blocks:
-    """The computation, block by block, without autograd; ``tokens`` are computed at a time."""
+    """The computation, block by block, without autograd.
+
+    Attributes:
+        tokens: tokens of a block.
+        weight: the real rows [V, H] of this rank.
+        has_label_N: bool, whether the label is one of these rows.
+        column_N: int64, the label's row; 0 where another rank has it.
+        dtype: of the losses, at least fp32.
+    """
 
     def __init__(self, weight: Tensor, labels_N: Tensor, shard: VocabularyShard, tokens: int):
         self.shard, self.tokens = shard, tokens
@@ -127,7 +135,15 @@ class _Blocks:
     def add_gradients(
         self, hidden_NH: Tensor, maximum_N: Tensor, total_N: Tensor, slope_N: Tensor, gradients: "_Gradients"
     ) -> None:
-        """Compute gradients from logits that are computed again; needs no communication between ranks."""
+        """Compute the logits again, and gradients from them; needs no communication between ranks.
+
+        Args:
+            hidden_NH: as in the forward pass.
+            maximum_N: maxima of the logits over the vocabulary, at least fp32.
+            total_N: Σ exp(logit - maximum) over the vocabulary, at least fp32.
+            slope_N: gradient of the losses.
+            gradients: to which they are added.
+        """
         buffer = _Buffer(self, hidden_NH)
         for block in self.slices(hidden_NH.shape[0]):
             logits = buffer.logits(hidden_NH[block]).sub_(maximum_N[block, None]).exp_()
@@ -135,6 +151,7 @@ class _Blocks:
             self._add(gradients, buffer, slope_N[block], hidden_NH, block)
 
     def _maximum(self, logits: Tensor) -> Tensor:
+        """Maximum of [C, V] logits over this rank's rows, [C]."""
         if not self.shard.rows:
             return logits.new_full(logits.shape[:1], float("-inf"))
         return logits.amax(-1)
@@ -236,7 +253,10 @@ class _Gradients:
             self.weight_VH[rows] += logits_gradient[:, rows].t() @ hidden_CH
 
     def for_autograd(self, weight: Tensor) -> Tensor | None:
-        """The gradient of the weight that ``backward`` has to return; ``None`` where it is in ``main_grad``."""
+        """The gradient of the weight [rows of this rank, H] that ``backward`` has to return.
+
+        ``None`` where the weight is frozen, or its gradient is in ``main_grad``.
+        """
         if self.weight_VH is None or not self.in_main_grad:
             return None if self.weight_VH is None else self.weight_VH.to(weight.dtype)
         weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]  # Megatron's mark
@@ -293,7 +313,7 @@ class _TokenLosses(torch.autograd.Function):
 
 
 def _check(slope_N: Tensor, expected_N: Tensor) -> None:
-    """Refuse another slope than the forward pass assumed, without waiting for the device.
+    """Refuse another slope [N] than the forward pass assumed, without waiting for the device.
 
     Backward must receive the gradient that forward assumed; non-finite values are ignored.
     """

@@ -79,7 +79,7 @@ class SegmentSlices:
         return Spans.of(self.end - self.start, self.end - self.segment, device)
 
     def key_indices(self) -> np.ndarray:
-        """Token indices of the keys, int64, slice after slice; a key of several slices is repeated."""
+        """Token indices of the keys, int64 [keys], slice after slice; a key of several slices is repeated."""
         lengths = self.end - self.segment
         ends = lengths.cumsum()
         return np.arange(ends[-1]) + np.repeat(self.segment - (ends - lengths), lengths)

@@ -58,7 +58,7 @@ class ContextParallelShard:
         """Build the shard of one of ``size`` ranks.
 
         Args:
-            batch: numpy arrays; its B·S tokens are a multiple of ``2 * size`` where ``size`` is above 1.
+            batch: on the host; its B·S tokens are a multiple of ``2 * size`` where ``size`` is above 1.
             rank: from 0 on.
             size: number of context-parallel ranks.
             device: for the tensors.
@@ -121,7 +121,7 @@ class ContextParallelShard:
         return key.index_select(0, self.keys), value.index_select(0, self.keys)
 
     def sum(self, value: Tensor) -> Tensor:
-        """Sum a tensor over the ranks, the same on each of them; differentiable."""
+        """Sum a tensor of any shape over the ranks, the same on each of them; differentiable."""
         return value if self.group is None else _Sum.apply(value, self.group)
 
 
@@ -155,12 +155,12 @@ def gathered_indices(indices: np.ndarray, length: int, size: int) -> np.ndarray:
     """Indices of tokens after the tokens of all ranks are concatenated in the order of the ranks.
 
     Args:
-        indices: int64, token indices in a stream of ``length`` tokens.
+        indices: int64 [n], token indices in a stream of ``length`` tokens.
         length: a multiple of ``2 * size``.
         size: number of context-parallel ranks.
 
     Returns:
-        int64, of the same shape.
+        int64 [n].
     """
     block = length // (2 * size)
     block_index, offset = np.divmod(indices, block)

@@ -113,13 +113,13 @@ def reports_losses() -> bool:
 
 
 def sum_over_world(value: Tensor) -> Tensor:
-    """Sum a tensor over all processes, in place; returns it."""
+    """Sum a tensor of any shape and dtype, on this process's device, over all processes, in place; returns it."""
     dist.all_reduce(value)
     return value
 
 
 def sum_over_data(values: np.ndarray) -> np.ndarray:
-    """Sum an int64 array over the data-parallel ranks; the argument is not changed."""
+    """Sum an int64 array of any shape over the data-parallel ranks; the argument is not changed."""
     total = torch.from_numpy(values).to(devices.device(), copy=True)
     dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
     return total.cpu().numpy()
@@ -131,7 +131,7 @@ def any_rank(value: bool) -> bool:
 
 
 def broadcast_from_main(value: Tensor) -> Tensor:
-    """Send the main process's value of a CPU tensor to every process; returns it."""
+    """Send the main process's CPU tensor, of any shape and dtype, to every process; returns it."""
     on_device = value.to(devices.device())
     dist.broadcast(on_device, src=0)
     return on_device.cpu()
