@@ -2,17 +2,16 @@
 
 ::
 
-    query, key, value [T, heads, d] ─┬─► local, varlen, flash, fused   the kernels, given the pieces ─┬─► backward
+    query, key, value [T, heads, d] ─┬─► local, varlen, flash, fused   the kernels, given the slices ─┬─► backward
                                      ├─► repeated keys                 one call a segment, keys and   │
                                      │                                 values repeated for each head ─┤
                                      └─► explicit mask                 one call, block-diagonal mask ─┘
 
-Forward and backward, in turn in one process, medians of rounds. All are compared with ``local`` before anything is
-timed. With ``--context-parallel-size`` the queries are those of the busiest rank, and the other two ways are left out.
+Forward and backward, in turn in one process, medians of rounds. All are compared with ``local`` before the first
+measurement. With ``--context-parallel-size`` the queries are those of the busiest rank, and the other two are left out.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -21,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "loss"))
-from clock import Clock, machine, median_of, ratio_of, telling
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from measuring.clocks import median_of, ratio_of, write_numbers
+from measuring.device_clock import Clock, machine, main_clock
 
 from mft_megatron.arguments.values.attention import AttentionShape
 from mft_megatron.mcore.attention.backends import KERNELS, choose, unavailable
@@ -32,22 +32,23 @@ from mft_megatron.mcore.platform import devices
 
 LOCAL, REPEATED, MASK = "local", "repeated keys", "explicit mask"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# of the largest number, between two ways to compute it
+# largest difference between two computations, relative to the largest element
 TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2, "fp16": 1e-2}
 
 
 def segments(tokens: int, mean_length: int, seed: int) -> np.ndarray:
-    """Starts of samples with lognormal lengths, then the number of tokens; 0: one sample."""
+    """Starts of samples with lognormal lengths, then the number of tokens, int64; mean length 0: one sample."""
     if mean_length == 0:
         return np.array([0, tokens])
     generator, ends = np.random.default_rng(seed), [0]
     while ends[-1] < tokens:
-        # of this mean: exp(mu + sigma² / 2)
+        # the mean of a lognormal length is exp(mu + sigma² / 2)
         ends.append(min(ends[-1] + max(int(generator.lognormal(np.log(mean_length) - 0.5)), 1), tokens))
     return np.array(ends)
 
 
 def repeated_keys(query: Tensor, key: Tensor, value: Tensor, spans: Spans, *options) -> Tensor:
+    """Attention of each segment with keys and values repeated for every query head; shapes as of the kernels."""
     repeat = query.shape[1] // key.shape[1]
     parts = (
         tensor.repeat_interleave(times, dim=1).transpose(0, 1).split(spans.lengths_q, dim=1)
@@ -61,6 +62,7 @@ def repeated_keys(query: Tensor, key: Tensor, value: Tensor, spans: Spans, *opti
 
 
 def explicit_mask(query: Tensor, key: Tensor, value: Tensor, spans: Spans, *options) -> Tensor:
+    """Attention of all segments in one call under a block-diagonal causal mask; shapes as of the kernels."""
     segment = torch.repeat_interleave(spans.cu_q.diff())
     mask = (segment[:, None] == segment[None]).tril()
     q, k, v = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
@@ -68,13 +70,12 @@ def explicit_mask(query: Tensor, key: Tensor, value: Tensor, spans: Spans, *opti
 
 
 class Case:
-    """Queries, keys and values of a rank, and what is to compute them."""
+    """Queries, keys and values of a rank, and the attention functions that are compared."""
 
     def __init__(self, options: argparse.Namespace, mean_length: int):
         cu_seqlens, size = segments(options.tokens, mean_length, options.seed), options.context_parallel_size
-        own = [slice_segments(cu_seqlens, rank_ranges(options.tokens, rank, size)) for rank in range(size)]
-        # pairs of query and key that attention is about
-        busiest = max(own, key=_pairs)
+        slices = [slice_segments(cu_seqlens, rank_ranges(options.tokens, rank, size)) for rank in range(size)]
+        busiest = max(slices, key=_pairs)
         self.pairs, self.spans = _pairs(busiest), busiest.spans(devices.device())
         self.dtype, self.tolerance = DTYPES[options.precision], TOLERANCE[options.precision]
         generator = torch.Generator().manual_seed(options.seed)
@@ -92,7 +93,7 @@ class Case:
         self.why_not = {name: unavailable(name, shape) for name in KERNELS if name not in self.variants}
 
     def once(self, name: str) -> list[Tensor]:
-        """Output and gradients."""
+        """Run forward and backward; returns output and gradients."""
         for tensor in self.inputs:
             tensor.grad = None
         output = self.variants[name](*self.inputs, self.spans, None, None, 0.0)
@@ -100,7 +101,7 @@ class Case:
         return [output.detach(), *(tensor.grad for tensor in self.inputs)]
 
     def compare(self) -> None:
-        """Stop where a variant computes something else."""
+        """End the program where a variant computes something else."""
         expected = self.once(LOCAL)
         for name in self.variants:
             for ours, theirs in zip(self.once(name), expected, strict=True):
@@ -109,12 +110,14 @@ class Case:
                     raise SystemExit(f"{name} differs from {LOCAL} by {error:.1e}")
 
 
-def _pairs(own: SegmentSlices) -> int:
-    queries, keys = own.end - own.start, own.end - own.segment
+def _pairs(slices: SegmentSlices) -> int:
+    """Pairs of a query and a key that it attends to."""
+    queries, keys = slices.end - slices.start, slices.end - slices.segment
     return int((queries * keys - queries * (queries - 1) // 2).sum())
 
 
 def measure(options: argparse.Namespace, mean_length: int) -> dict:
+    """Readings of all variants for one mean length of samples."""
     case = Case(options, mean_length)
     case.compare()
     clock, readings = Clock(), {name: [] for name in case.variants}
@@ -125,28 +128,29 @@ def measure(options: argparse.Namespace, mean_length: int) -> dict:
             readings[name].append(clock.take())
     return {
         "mean_length": mean_length,
-        "pieces": len(case.spans.lengths_q),
-        # of those that one causal sample of all tokens has, for one rank
-        "share_of_pairs": 2 * case.pairs * options.context_parallel_size / (options.tokens * (options.tokens + 1)),
+        "slices": len(case.spans.lengths_q),
+        # relative to one causal sample of all tokens, for one rank
+        "fraction_of_pairs": 2 * case.pairs * options.context_parallel_size / (options.tokens * (options.tokens + 1)),
         "why_not": case.why_not,
         "variants": {
-            name: {"milliseconds": median_of(own, 1e3), "to_local": ratio_of(own, readings[LOCAL])}
-            for name, own in readings.items()
+            name: {"milliseconds": median_of(taken, 1e3), "to_local": ratio_of(taken, readings[LOCAL])}
+            for name, taken in readings.items()
         },
     }
 
 
 def table(result: dict) -> str:
-    """One case as Markdown rows."""
+    """Format one case as Markdown rows."""
     length = result["mean_length"] or "one sample"
     return "\n".join(
-        f"| {length}, {result['pieces']} | {result['share_of_pairs']:.1%} | {name} "
-        f"| {numbers['milliseconds'][telling()]:.1f} | {numbers['to_local'][telling()]:.2f} |"
+        f"| {length}, {result['slices']} | {result['fraction_of_pairs']:.1%} | {name} "
+        f"| {numbers['milliseconds'][main_clock()]:.1f} | {numbers['to_local'][main_clock()]:.2f} |"
         for name, numbers in result["variants"].items()
     )
 
 
 def main() -> None:
+    """Measure, print the tables, and write the numbers."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--tokens", type=int, default=4096, help="of the micro-batch")
     parser.add_argument("--mean-lengths", type=int, nargs="+", default=[50, 500, 0], help="of samples; 0: one sample")
@@ -164,9 +168,9 @@ def main() -> None:
     print(machine())
     print(
         f"{options.tokens} tokens over {options.context_parallel_size} rank(s), {options.heads} heads of "
-        f"{options.head_size}, {options.groups} of keys, {options.precision}, {telling()} time\n"
+        f"{options.head_size}, {options.groups} of keys, {options.precision}, {main_clock()} time\n"
     )
-    print("| mean length, pieces | of all pairs | | ms | × local |")
+    print("| mean length, slices | of all pairs | | ms | × local |")
     print("|---|---:|---|---:|---:|", flush=True)
     results = []
     for mean_length in options.mean_lengths:
@@ -174,9 +178,7 @@ def main() -> None:
         print(table(results[-1]), flush=True)
     for name, reason in results[-1]["why_not"].items():
         print(f"\nnot here: {name} {reason}")
-    if options.json:
-        shape = {name: value for name, value in vars(options).items() if name != "json"}
-        options.json.write_text(json.dumps({"machine": machine(), "options": shape, "results": results}, indent=1))
+    write_numbers(options, machine(), results)
 
 
 if __name__ == "__main__":

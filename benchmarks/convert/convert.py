@@ -5,10 +5,10 @@
     a Llama-shaped folder of random bf16 weights ─► hf-to-mcore ─► mcore-to-hf ─► compared byte by byte
                                                  └► a plain copy: read and write of the same bytes
 
-Each conversion is a process of its own, so that its peak memory is its own; what importing takes is measured alone and
-told beside it. Everything is written through to the disk (fsync), and what is read is dropped from the page cache
-before, as far as the system does so on request. ``--largest`` adds one layer of a 70B model with its vocabulary: a
-conversion holds a few pieces or one weight at a time, so that more layers take no more memory.
+Each conversion is a separate process, so that its peak memory is its own; imports are measured alone and printed
+beside it. Everything is written through to the disk (fsync), and input is dropped from the page cache before it is
+read, as far as the system allows. ``--largest`` adds one layer of a 70B model with its vocabulary: a conversion holds
+one weight at a time, so that more layers take no more memory.
 """
 
 import argparse
@@ -22,6 +22,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from measuring.clocks import resident_bytes
+
 BLOCK = 16 * 2**20
 # hidden, ffn, heads, groups, vocabulary
 HUGE = (8192, 28672, 64, 8, 128256)
@@ -29,7 +32,7 @@ SHARD = "1GB"
 
 
 def write_model(folder: Path, shape: tuple[int, ...], layers: int) -> int:
-    """Random weights in shards; bytes of the weights."""
+    """Write random bf16 weights in shards; returns the bytes of the weights."""
     import torch
 
     from mft_megatron.convert.huggingface.families.llama import LLAMA
@@ -67,7 +70,7 @@ def write_model(folder: Path, shape: tuple[int, ...], layers: int) -> int:
 
 
 def copy(source: Path, target: Path) -> None:
-    """Read and write the same bytes, block by block."""
+    """Copy the same bytes, block by block."""
     target.mkdir()
     for file in sorted(source.iterdir()):
         with open(file, "rb", buffering=0) as read, open(target / file.name, "wb", buffering=0) as written:
@@ -77,18 +80,21 @@ def copy(source: Path, target: Path) -> None:
 
 
 def to_mcore(source: Path, target: Path) -> None:
+    """Convert from Hugging Face."""
     from mft_megatron.convert.commands.convert import hf_to_mcore
 
     hf_to_mcore(["--hf", str(source), "--save", str(target)])
 
 
 def to_hf(source: Path, target: Path) -> None:
+    """Convert to Hugging Face."""
     from mft_megatron.convert.commands.convert import mcore_to_hf
 
     mcore_to_hf(["--load", str(source), "--hf", str(target), "--max-shard-size", SHARD])
 
 
 def imports(source: Path, target: Path) -> None:
+    """Import what a conversion imports."""
     import mft_megatron.convert.commands.convert
     import mft_megatron.convert.huggingface.model_export
     import mft_megatron.convert.huggingface.model_import  # noqa: F401
@@ -103,20 +109,17 @@ WORK: dict[str, Callable[[Path, Path], None]] = {
 
 
 def work(name: str, source: Path, target: Path) -> None:
-    """In a process of its own: do it, and print wall time, CPU time and peak memory, imports left out of the times."""
+    """Do the work in this process, and print wall time, CPU time and peak memory; the times leave out imports."""
     if name != "copy":
         imports(source, target)
     before, start = time.process_time(), time.perf_counter()
     WORK[name](source, target)
     seconds, cpu = time.perf_counter() - start, time.process_time() - before
-    # not from getrusage: there a process begins with what its parent held
-    held = [line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")]
-    peak = int(held[0]) * 1024
-    print(json.dumps({"seconds": seconds, "cpu": cpu, "peak": peak}))
+    print(json.dumps({"seconds": seconds, "cpu": cpu, "peak": resident_bytes("VmHWM")}))
 
 
 def measured(name: str, source: Path, target: Path) -> dict[str, float]:
-    """Of a process of its own, after what it reads has left the page cache."""
+    """Measure the work in a separate process, after its input has left the page cache."""
     shutil.rmtree(target, ignore_errors=True)
     os.sync()
     for file in source.rglob("*"):
@@ -139,6 +142,7 @@ def same_weights(one: Path, other: Path) -> bool:
 
 
 def main() -> None:
+    """Measure, print the tables, and write the numbers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="where to write; needs three times the largest model")
     parser.add_argument("--layers", type=int, nargs="+", default=[1, 12, 66], help="of the models")

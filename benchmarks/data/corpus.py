@@ -26,11 +26,11 @@ def library() -> list[str]:
 def write_samples(folder: Path, number: int, mean_tokens: float, seed: int) -> Path:
     """Samples with lognormal lengths (sigma 0.9: many short, few long ones), a third of each the question.
 
-    The same samples lie in three files: ``messages.jsonl`` as chats, ``text.jsonl`` as documents, ``chat_rounds.jsonl``
-    as MFTCoder has chats; each in a folder of its own.
+    The same samples are in three files: ``messages.jsonl`` as chats, ``text.jsonl`` as documents, ``chat_rounds.jsonl``
+    as MFTCoder has chats, each in its folder.
 
     Returns:
-        the folder of those folders.
+        The folder that holds those folders.
     """
     target = folder / f"samples-{number}-{mean_tokens:g}-{seed}"
     if target.exists():
@@ -64,7 +64,7 @@ def _turn(role: str, content: str) -> dict[str, str]:
 
 
 def byte_level_tokenizer(folder: Path, vocab_size: int) -> Path:
-    """A Hugging Face folder with a byte-level BPE, and a ``config.json``, which some tools want to see beside it."""
+    """A Hugging Face folder with a byte-level BPE, and a ``config.json``, which some tools require."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     target = folder / f"byte-level-{vocab_size}"

@@ -1,14 +1,14 @@
-"""Packing, opening a large index, and putting micro-batches together.
+"""Packing, opening a large index, and building micro-batches.
 
 ::
 
-    lognormal lengths ─► best_fit_decreasing; with --peer-python also what TRL and ms-swift pack with
+    lognormal lengths ─► best_fit_decreasing; with --peer-python also the packers of TRL and ms-swift
     an index of --packs packs, tokens left out ─► PackedDataset.open, plan_step, planned digests
     samples on disk ─┬─► rows: tokens, labels, masks, positions, segments of whole rows
                      └─► each sample as a slice of a plain np.memmap, in the same order
 
-The peers run in an interpreter of their own, on the same lengths, and count their own time. Megatron-LM is not among
-them: its data sets cut a stream of samples into rows and pack nothing.
+The peers run in another interpreter on the same lengths and measure their time there. Megatron-LM is not among them:
+its data sets cut a stream of samples into rows and pack nothing.
 """
 
 import argparse
@@ -20,7 +20,9 @@ from pathlib import Path
 
 import numpy as np
 from balance import sample_lengths
-from stopwatch import in_turn, machine, median_of, peak_memory, timed
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from measuring.clocks import in_turn, machine, median_of, resident_bytes, timed, write_numbers
 
 from mft_megatron.data._sample_index import best_fit_decreasing
 from mft_megatron.data.loading.build_batch import build_batch
@@ -42,7 +44,7 @@ from mft_megatron.data.storage.ledger import (
 )
 
 TASKS, VOCABULARY = 5, 50_000
-# what runs in the peers' interpreter: lengths on standard input, one JSON object out
+# code for the peers' interpreter: lengths on standard input, one JSON object out
 PEERS = {
     "TRL, pack_dataset bfd": """
 import pyarrow as pa
@@ -78,6 +80,7 @@ print("RESULT", json.dumps({{"cpu": seconds, "packs": int(packs)}}))
 
 
 def packing(options: argparse.Namespace) -> list[dict]:
+    """Time and fill of packing, for each number of samples, ours and the peers'."""
     results = []
     for samples in options.samples:
         lengths = sample_lengths(samples, options.seq_length, options.seed)
@@ -103,21 +106,21 @@ def peer(name: str, lengths: np.ndarray, options: argparse.Namespace) -> dict:
     process = subprocess.run(command, input=lengths.tobytes(), capture_output=True)
     found = [line for line in process.stdout.decode().splitlines() if line.startswith("RESULT ")]
     if not found:
-        lines = process.stderr.decode().strip().splitlines() or ["no word"]
+        lines = process.stderr.decode().strip().splitlines() or ["no message"]
         return {"by": name, "left_out": lines[-1]}
     numbers = json.loads(found[0].removeprefix("RESULT "))
     return {"by": name, "milliseconds": {"cpu": 1000 * numbers["cpu"]}, **_fill(lengths, numbers["packs"])}
 
 
 def write_index(prefix: str, lengths: np.ndarray, seq_length: int, tokens: bool, rng: np.random.Generator) -> int:
-    """A data set of one split whose samples have these lengths; its packs.
+    """Write a data set of one split whose samples have these lengths, int32 [samples]; returns the number of packs.
 
-    Without ``tokens`` the files of tokens and masks are holes of the right size, which take no room on a disk.
+    Without ``tokens`` the files of tokens and masks are holes of the right size, which take no space on a disk.
     """
     lengths, task_ids = lengths.astype(np.int32), rng.integers(TASKS, size=len(lengths)).astype(np.uint16)
-    places = np.arange(len(lengths))
-    slices = SampleSlices(places, np.zeros_like(places), lengths.astype(np.int64))
-    packed = pack_split(slices, slices.lengths // 2, task_ids, [places], seq_length, "pack", lengths)
+    samples = np.arange(len(lengths))
+    slices = SampleSlices(samples, np.zeros_like(samples), lengths.astype(np.int64))
+    packed = pack_split(slices, slices.lengths // 2, task_ids, [samples], seq_length, "pack", lengths)
     for end, values in {**packed.files("train", seq_length), "_task_ids.npy": task_ids}.items():
         np.save(f"{prefix}{end}", values)
     total = int(lengths.sum(dtype=np.int64))
@@ -136,9 +139,9 @@ def write_index(prefix: str, lengths: np.ndarray, seq_length: int, tokens: bool,
     arrays = {file.name.removeprefix(Path(prefix).name): ArrayEntry(file.stat().st_size, "") for file in files}
     packs = len(packed.offsets) - 1
     entries = {"train": PackEntry(packs, len(lengths), total, 0, total / packs / seq_length)}
-    own = np.bincount(task_ids, minlength=TASKS).tolist()
-    tasks = [TaskEntry(f"t{k}", n, n, {}, 0, 0, False, 0, {}, None, None, None, []) for k, n in enumerate(own)]
-    cuts = [TaskCut(n, 0, 0, 0, 0, 0, 0, {}, {"train": n, "valid": 0, "test": 0}, {"1": n}) for n in own]
+    samples_K = np.bincount(task_ids, minlength=TASKS).tolist()
+    tasks = [TaskEntry(f"t{k}", n, n, {}, 0, 0, False, 0, {}, None, None, None, []) for k, n in enumerate(samples_K)]
+    cuts = [TaskCut(n, 0, 0, 0, 0, 0, 0, {}, {"train": n, "valid": 0, "test": 0}, {"1": n}) for n in samples_K]
     length = LengthEntry({"padding_mode": "pack"}, cuts, entries)
     tokenizer = TokenizerEntry("HuggingFaceTokenizer", "", "", VOCABULARY, None, 0, 0)
     ledger = Ledger(tasks, tokenizer, {"stop_token_ids": []}, {str(seq_length): length}, arrays)
@@ -147,7 +150,7 @@ def write_index(prefix: str, lengths: np.ndarray, seq_length: int, tokens: bool,
 
 
 def opening(folder: Path, options: argparse.Namespace) -> dict:
-    """Reading a large index, in a process of its own: nothing is loaded yet."""
+    """Open a large index in a separate process, in which nothing is loaded yet."""
     rng = np.random.default_rng(options.seed)
     # about two samples a row, or writing the index would take the most time here
     lengths = np.clip(rng.lognormal(7.6, 0.8, int(2.05 * options.packs)), 1, options.seq_length).astype(np.int32)
@@ -157,19 +160,20 @@ def opening(folder: Path, options: argparse.Namespace) -> dict:
 
 
 def open_index(prefix: str, seq_length: int) -> dict:
-    """What a run does with an index before its first step, and at the end of an epoch."""
+    """Do with an index what a run does before its first step, and at the end of an epoch; seconds by step."""
     opened, dataset = timed(lambda: PackedDataset.open(prefix, seq_length))
     split, plan = dataset.split("train"), dict(seed=1, global_batch_size=512)
     first = timed(lambda: plan_step(split, consumed_samples=0, **plan))[0]
     next_step = timed(lambda: plan_step(split, consumed_samples=512, **plan))[0]
-    before = peak_memory()
+    peak = resident_bytes("VmHWM")
+    gigabytes = peak / 1e9 if peak is not None else None
     digests = timed(lambda: planned_usage(split))[0]
     numbers = {"open": opened, "first plan": first, "another plan": next_step, "planned digests": digests}
-    return {"packs": split.num_packs, "samples": split.num_slices, "seconds": numbers, "gigabytes": before}
+    return {"packs": split.num_packs, "samples": split.num_slices, "seconds": numbers, "gigabytes": gigabytes}
 
 
 def assembly(folder: Path, options: argparse.Namespace) -> dict:
-    """Samples a second, in micro-batches of packs in random order; files in the page cache."""
+    """Samples per second in micro-batches of random packs; files in the page cache."""
     rng = np.random.default_rng(options.seed)
     prefix = str(folder / "tokens")
     lengths = sample_lengths(options.stored_samples, options.seq_length, options.seed)
@@ -186,19 +190,20 @@ def assembly(folder: Path, options: argparse.Namespace) -> dict:
             build_batch(dataset, [split.slices_of(pack) for pack in packs])
 
     def slices() -> None:
-        for own in samples:
-            for sample in own:
+        for samples_of_batch in samples:
+            for sample in samples_of_batch:
                 np.array(plain[starts[sample] : starts[sample] + sizes[sample]])
 
     readings = in_turn({"rows": rows, "np.memmap slices": slices}, options.repeat)
-    number = sum(map(len, samples))
-    seconds = {name: median_of(own) for name, own in readings.items()}
-    per_row = {name: median_of(own, 1000 / order.size) for name, own in readings.items()}
-    rates = {name: {clock: number / value for clock, value in own.items()} for name, own in seconds.items()}
-    return {"rows": int(order.size), "samples": number, "samples_per_second": rates, "milliseconds_per_row": per_row}
+    count = sum(map(len, samples))
+    seconds = {name: median_of(taken) for name, taken in readings.items()}
+    per_row = {name: median_of(taken, 1000 / order.size) for name, taken in readings.items()}
+    rates = {name: {clock: count / value for clock, value in took.items()} for name, took in seconds.items()}
+    return {"rows": int(order.size), "samples": count, "samples_per_second": rates, "milliseconds_per_row": per_row}
 
 
 def show(results: dict, seq_length: int) -> None:
+    """Print all tables."""
     print("| samples | packed by | ms, CPU | packs | fill, % |\n|---:|---|---:|---:|---:|")
     for row in results["packing"]:
         if "left_out" in row:
@@ -223,17 +228,18 @@ def show(results: dict, seq_length: int) -> None:
 
 
 def main() -> None:
+    """Measure, print the tables, and write the numbers."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--samples", type=int, nargs="+", default=[100_000, 10_000_000], help="to pack")
     parser.add_argument("--seq-length", type=int, default=4096)
     parser.add_argument("--packs", type=int, default=10_000_000, help="of the index to open, about; 0 for none")
     parser.add_argument("--stored-samples", type=int, default=100_000, help="with tokens, for assembly; 0 for none")
-    parser.add_argument("--rows", type=int, default=2000, help="to put together")
+    parser.add_argument("--rows", type=int, default=2000, help="to build")
     parser.add_argument("--micro-batch-size", type=int, default=4)
     parser.add_argument("--peer-python", metavar="PYTHON", help="interpreter that has trl and binpacking")
     parser.add_argument("--peer-samples", type=int, default=100_000, help="peers pack no more than so many")
     parser.add_argument("--repeat", type=int, default=9, help="rounds; the median is reported")
-    parser.add_argument("--folder", type=Path, help="where to keep files meanwhile; the index takes 3 GB")
+    parser.add_argument("--folder", type=Path, help="for temporary files; the index takes 3 GB")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--open", metavar="PREFIX", help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
@@ -250,9 +256,7 @@ def main() -> None:
         if options.stored_samples:
             results["assembly"] = assembly(Path(folder), options)
     show(results, options.seq_length)
-    if options.json:
-        shape = {name: str(value) for name, value in vars(options).items() if name not in ("json", "open")}
-        options.json.write_text(json.dumps({"machine": machine(), "options": shape, "results": results}, indent=1))
+    write_numbers(options, machine(), results)
 
 
 if __name__ == "__main__":

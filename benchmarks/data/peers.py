@@ -28,7 +28,7 @@ def batches(file: str) -> Iterator[list[str]]:
 
 
 def tokenizers(file: str, model: str) -> int:
-    """The reference of a Hugging Face folder."""
+    """Encode with the library of a Hugging Face folder."""
     import tokenizers
 
     tokenizer = tokenizers.Tokenizer.from_file(f"{model}/tokenizer.json")
@@ -40,7 +40,7 @@ def tokenizers(file: str, model: str) -> int:
 
 
 def gigatoken(file: str, model: str) -> int:
-    """One thread, arrays out."""
+    """Encode with gigatoken: one thread, arrays out."""
     import gigatoken
 
     tokenizer = gigatoken.Tokenizer(f"{model}/tokenizer.json")
@@ -48,7 +48,7 @@ def gigatoken(file: str, model: str) -> int:
 
 
 def sentencepiece(file: str, model: str) -> int:
-    """The reference of a SentencePiece model."""
+    """Encode with the library of a SentencePiece model."""
     import sentencepiece
 
     processor = sentencepiece.SentencePieceProcessor(model_file=model)
@@ -56,7 +56,7 @@ def sentencepiece(file: str, model: str) -> int:
 
 
 def tiktoken(file: str, model: str) -> int:
-    """The same vocabulary and merges, given as ranks."""
+    """Encode with tiktoken: the same vocabulary and merges, given as ranks."""
     import tiktoken
 
     content = json.loads(Path(model, "tokenizer.json").read_text(encoding="utf-8"))
@@ -73,15 +73,14 @@ def tiktoken(file: str, model: str) -> int:
 
 
 def _bytes_of_characters() -> dict[str, int]:
-    """What byte each character of a byte-level vocabulary stands for: itself where it can be printed, else the next
-    free one from 256 on."""
+    """Map each character of a byte-level vocabulary to its byte: printable ones to themselves, others from 256."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
+    return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(others)}
 
 
 def datasets_map(file: str, model: str) -> int:
-    """``datasets.map`` with a tokenizer of transformers, in batches; its result lies in an Arrow file."""
+    """``datasets.map`` with a tokenizer of transformers, in batches; its result is in an Arrow file."""
     import datasets
     from transformers import AutoTokenizer
 
@@ -90,7 +89,7 @@ def datasets_map(file: str, model: str) -> int:
 
     def encode(batch: dict[str, list]) -> dict[str, list]:
         ids = tokenizer(batch["text"], add_special_tokens=False, return_attention_mask=False)["input_ids"]
-        return {"input_ids": ids, "length": [len(own) for own in ids]}
+        return {"input_ids": ids, "length": [len(tokens) for tokens in ids]}
 
     with tempfile.TemporaryDirectory() as cache:
         texts = datasets.load_dataset("json", data_files=file, cache_dir=cache)["train"]

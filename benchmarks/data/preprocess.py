@@ -1,4 +1,4 @@
-"""What tokenising a corpus costs: the preprocessing command against other tools and against bare libraries.
+"""Cost of tokenising a corpus: the preprocessing command against other tools and against bare libraries.
 
 ::
 
@@ -6,8 +6,8 @@
                                  ├─► MFTCoder, Megatron-LM       their offline tools, from checkouts
                                  └─► bare libraries              ids alone, nothing kept
 
-Each runs in a process of its own, in turn, several times over. CPU seconds count the process and its children from
-start to end; start-up is the same with ten samples. What is not there is left out, and the table says why.
+Each runs in a separate process, in turn, several times. CPU seconds count the process and its children from start to
+end; start-up is the same with ten samples. Tools that are not installed are left out, and the table says why.
 """
 
 import argparse
@@ -28,6 +28,9 @@ from pathlib import Path
 
 from corpus import byte_level_tokenizer, sentencepiece_model, write_samples
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from measuring.clocks import processor, write_numbers
+
 ROOT = Path(__file__).parents[2]
 OURS = "preprocess_data.py, auto"
 # Megatron-LM's main branch is written for Python 3.12
@@ -43,8 +46,11 @@ except ImportError:
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """``command``: of a folder of samples and a folder for results. ``tokens``: how many there are in the results, or
-    in the last line printed. ``missing``: why it cannot run."""
+    """A tool that is measured.
+
+    ``command``: its command line, from a folder of samples and a folder for results. ``tokens``: counts the tokens,
+    from the results or the last line printed. ``missing``: why it cannot run.
+    """
 
     command: Callable[[Path, Path], list[str]]
     tokens: Callable[[Path, str], int] = lambda folder, printed: int(printed.split()[-1])
@@ -54,7 +60,7 @@ class Contender:
 
 
 def contenders(options: argparse.Namespace) -> dict[str, Contender]:
-    """All of them by name."""
+    """All tools by name."""
     work, peer = options.work, options.peer_python
     folder = elsewhere(byte_level_tokenizer, work, options.vocab_size)
     model = elsewhere(sentencepiece_model, work, options.vocab_size) if options.sentencepiece else None
@@ -111,7 +117,7 @@ def contenders(options: argparse.Namespace) -> dict[str, Contender]:
 
 
 def elsewhere(function: Callable[..., Path], *arguments) -> Path:
-    """Call a function in another process: the peak memory of a process starts with that of the one it comes from."""
+    """Call a function in another process: the peak memory of a child starts with that of its parent."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(function, arguments)
 
@@ -159,10 +165,10 @@ def _has(python: str, module: str) -> bool:
 
 
 def run(contender: Contender, samples: Path, work: Path) -> dict[str, float]:
-    """One run: seconds of CPU and wall, peak memory of its largest process in MiB, and tokens.
+    """Run once: seconds of CPU and wall, peak memory of the largest process in MiB, and tokens.
 
     Raises:
-        RuntimeError: it failed; the message ends with what it wrote last.
+        RuntimeError: it failed; the message ends with its last output.
     """
     with tempfile.TemporaryDirectory(dir=work) as results:
         shim = Path(results) / "shim"
@@ -193,7 +199,7 @@ def run(contender: Contender, samples: Path, work: Path) -> dict[str, float]:
 
 
 def measure(options: argparse.Namespace) -> dict[str, dict]:
-    """Readings of all contenders: medians over the rounds, ratios to ours round by round."""
+    """Measure all tools: medians over the rounds, ratios to ours round by round."""
     make = functools.partial(elsewhere, write_samples, options.work)
     samples, few = (make(number, options.mean_tokens, options.seed) for number in (options.samples, 10))
     results: dict[str, dict] = {}
@@ -212,11 +218,11 @@ def measure(options: argparse.Namespace) -> dict[str, dict]:
     for _ in range(options.rounds):
         for name, contender in running.items():
             readings[name].append(run(contender, samples, options.work))
-    for name, own in readings.items():
-        results[name].update({key: statistics.median(one[key] for one in own) for key in own[0]})
-        results[name]["readings"] = own
+    for name, taken in readings.items():
+        results[name].update({key: statistics.median(one[key] for one in taken) for key in taken[0]})
+        results[name]["readings"] = taken
         if OURS in readings:
-            pairs = zip(own, readings[OURS], strict=True)
+            pairs = zip(taken, readings[OURS], strict=True)
             results[name]["to_ours"] = statistics.median(one["cpu"] / ours["cpu"] for one, ours in pairs)
         if name.startswith("preprocess_data.py") and options.larger:
             many = make(options.larger * options.samples, options.mean_tokens, options.seed)
@@ -225,7 +231,7 @@ def measure(options: argparse.Namespace) -> dict[str, dict]:
 
 
 def table(results: dict[str, dict], larger: int) -> str:
-    """All numbers as Markdown."""
+    """Format all numbers as Markdown."""
     lines = [
         f"| | CPU s | of it start-up | wall s | × ours | tokens | peak MiB | with {larger} × the samples |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
@@ -245,19 +251,17 @@ def table(results: dict[str, dict], larger: int) -> str:
 
 def machine() -> str:
     """Processor and versions in a line."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     versions = []
     for package in ("tokenizers", "gigatoken", "sentencepiece", "numpy"):
         try:
             versions.append(f"{package} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:
             continue
-    processor = f"{len(names)} × {names[0]}" if names else platform.machine()
-    return f"{processor}; Python {platform.python_version()}, {', '.join(versions)}"
+    return f"{processor()}; Python {platform.python_version()}, {', '.join(versions)}"
 
 
 def main() -> None:
+    """Measure, print the tables, and write the numbers."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--samples", type=int, default=20_000)
     parser.add_argument("--mean-tokens", type=float, default=310, help="tokens of a sample")
@@ -279,9 +283,7 @@ def main() -> None:
     print(f"{options.samples} samples, {options.rounds} rounds, one process each\n", flush=True)
     results = measure(options)
     print(table(results, options.larger))
-    if options.json:
-        shape = {name: str(value) for name, value in vars(options).items() if name != "json"}
-        options.json.write_text(json.dumps({"machine": machine(), "options": shape, "results": results}, indent=1))
+    write_numbers(options, machine(), results)
 
 
 if __name__ == "__main__":

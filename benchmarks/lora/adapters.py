@@ -1,16 +1,15 @@
-"""What adapters cost (``--peft-type``): time of a forward and backward pass, and peak memory, beside PEFT's.
+"""Cost of adapters (``--peft-type``): time of a forward and backward pass, and peak memory, beside PEFT's.
 
 ::
 
     tokens [1, T] of equal segments ─► all layers, token losses ─► Σ l_t ─► backward      once for each kind of training
 
 The peer is PEFT on transformers' Llama with the same weights, tokens and adapters; segments are its rows. Both must
-find the same loss. Time: all in turn in one process, medians of rounds. Memory: each in a fresh process, the most that
-was resident at a time (VmHWM of Linux) over what was resident before the model; torch's own counters with a GPU.
+compute the same loss. Time: all in turn in one process, medians of rounds. Memory: each in a fresh process, peak
+resident memory (VmHWM of Linux) above the resident memory before the model; torch's counters with a GPU.
 """
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
@@ -19,9 +18,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "loss"))
-from clock import Clock, machine, median_of, ratio_of, telling
-from peak_memory import peak_memory_of
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from measuring.clocks import median_of, ratio_of, write_numbers
+from measuring.device_clock import Clock, machine, main_clock
+from measuring.peak_memory import peak_memory_of
 
 from mft_megatron.arguments.command import parse_arguments
 from mft_megatron.batch import Batch
@@ -65,7 +65,7 @@ class Ours:
         self.batch = to_device(Batch(flat, labels, mask, positions[None], segments[None], task, ends, length))
 
     def run(self) -> float:
-        """Forward and backward; gradients are added up in DDP's buffers. Returns the sum of the losses."""
+        """Run forward and backward; gradients are summed in DDP's buffers. Returns the sum of the token losses."""
         self.chunk.zero_grad_buffer()
         loss = self.chunk.module.run(self.batch).sum()
         loss.backward()
@@ -87,7 +87,7 @@ class Peft:
         self.labels = torch.from_numpy(np.roll(tokens_BS, -1, 1)).to(devices.device())
 
     def run(self) -> float:
-        """Forward and backward. Returns the sum of the losses."""
+        """Run forward and backward. Returns the sum of the token losses."""
         self.model.zero_grad(set_to_none=False)
         logits = self.model(self.tokens, use_cache=False).logits.flatten(0, 1).float()
         loss = torch.nn.functional.cross_entropy(logits, self.labels.flatten(), reduction="sum")
@@ -96,7 +96,7 @@ class Peft:
 
 
 def write_model(folder: Path, options: argparse.Namespace) -> None:
-    """A Llama of random weights."""
+    """Write a Llama with random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(options.seed)
@@ -113,6 +113,7 @@ def write_model(folder: Path, options: argparse.Namespace) -> None:
 
 
 def case_of(variant: str, folder: Path, options: argparse.Namespace) -> Ours | Peft:
+    """Build a variant with the same tokens, int64 [segments, length]."""
     tokens_BS = np.random.default_rng(options.seed).integers(
         0, options.vocab_size, (options.segments, options.segment_length)
     )
@@ -122,7 +123,7 @@ def case_of(variant: str, folder: Path, options: argparse.Namespace) -> Ours | P
 
 
 def measure_time(folder: Path, options: argparse.Namespace) -> tuple[dict[str, list], dict[str, float]]:
-    """Readings of each variant, and its loss."""
+    """Measure each variant: seconds in each round by clock, and its loss."""
     cases = {variant: case_of(variant, folder, options) for variant in (*OURS, PEER)}
     readings, losses, clock = {variant: [] for variant in cases}, {}, Clock()
     for number in range(options.warmup + options.rounds):
@@ -136,7 +137,7 @@ def measure_time(folder: Path, options: argparse.Namespace) -> tuple[dict[str, l
 
 
 def measure_memory(variant: str, folder: Path) -> int:
-    """Bytes of the peak, model included, in a fresh process."""
+    """Peak memory in bytes, model included, measured in a fresh process."""
     words = [sys.executable, __file__, *sys.argv[1:], "--peak-of", variant, "--model", str(folder)]
     process = subprocess.run(words, capture_output=True, text=True)
     if process.returncode:
@@ -145,19 +146,21 @@ def measure_memory(variant: str, folder: Path) -> int:
 
 
 def table(result: dict) -> str:
+    """Format all variants as Markdown."""
     lines = [
-        f"| trained | pass, ms {telling()} | of {PEER} | peak, MiB | loss |",
+        f"| trained | pass, ms {main_clock()} | of {PEER} | peak, MiB | loss |",
         "|---|---:|---:|---:|---:|",
     ]
     for name, numbers in result.items():
         lines.append(
-            f"| {name} | {numbers['milliseconds'][telling()]:.0f} | {numbers['to_peer'][telling()]:.2f} | "
+            f"| {name} | {numbers['milliseconds'][main_clock()]:.0f} | {numbers['to_peer'][main_clock()]:.2f} | "
             f"{numbers['peak_bytes'] / 2**20:.0f} | {numbers['loss']:.6g} |"
         )
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
+    """Measure, print the tables, and write the numbers."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--num-layers", type=int, default=8)
     parser.add_argument("--hidden-size", type=int, default=512)
@@ -176,19 +179,19 @@ def main() -> None:
     layout = parse_arguments(
         f"{RUN} --num-layers 1 --hidden-size 64 --num-attention-heads 1 --seq-length 8".split()
     ).distributed
-    with process_groups.process_groups(layout, options.seed), tempfile.TemporaryDirectory() as place:
+    with process_groups.process_groups(layout, options.seed), tempfile.TemporaryDirectory() as root:
         if options.peak_of:
-            import peft  # noqa: F401  (what is imported is no part of it)
+            import peft  # noqa: F401  (imports do not count)
 
             print(peak_memory_of(lambda: case_of(options.peak_of, options.model, options).run()))
             return
-        folder = Path(place) / "model"
+        folder = Path(root) / "model"
         write_model(folder, options)
         print(machine())
         readings, losses = measure_time(folder, options)
         apart = abs(losses[SAME] / losses[PEER] - 1)
         if apart > (1e-2 if options.bf16 else 1e-5):
-            sys.exit(f"error: the losses of {SAME} and {PEER} differ by {apart:.1e} of them; nothing was measured")
+            sys.exit(f"error: the losses of {SAME} and {PEER} differ by a relative {apart:.1e}; nothing was measured")
         result = {
             variant: {
                 "milliseconds": median_of(taken, 1000),
@@ -199,11 +202,7 @@ def main() -> None:
             for variant, taken in readings.items()
         }
     print(table(result))
-    if options.json:
-        shape = {name: value for name, value in vars(options).items() if name != "json"}
-        options.json.write_text(
-            json.dumps({"machine": machine(), "options": shape, "results": result}, indent=1, default=str)
-        )
+    write_numbers(options, machine(), result)
 
 
 if __name__ == "__main__":

@@ -3,24 +3,26 @@
 ::
 
     hidden states [T, H] ─┬─► megatron      output linear, vocab_parallel_cross_entropy of all logits ─┬─► Σ c_t·l_t
-                          ├─► fused-linear  supervised tokens, chunk by chunk, slope known beforehand ─┤   backward
+                          ├─► fused-linear  supervised tokens, block by block, slope known before  ─┤   backward
                           └─► recomputed    the same, slope unknown: focal-sample's way ───────────────┘
 
 Each runs forward and backward under Megatron's data parallelism, which gathers the weight's gradient in fp32. Time: in
-turn in one process, medians of rounds. Memory: each in a fresh process, the most that was resident at a time (VmHWM of
-Linux) over what was resident before; torch's own counters with a GPU.
+turn in one process, medians of rounds. Memory: each in a fresh process, peak resident memory (VmHWM of Linux) above the
+resident memory before; torch's counters with a GPU.
 """
 
 import argparse
-import json
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
-from clock import Clock, machine, median_of, ratio_of, telling
-from peak_memory import peak_memory_of
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from measuring.clocks import median_of, ratio_of, write_numbers
+from measuring.device_clock import Clock, machine, main_clock
+from measuring.peak_memory import peak_memory_of
 
 from mft_megatron.arguments.groups.distributed import DistributedArguments
 from mft_megatron.losses.objective import Slope
@@ -53,7 +55,7 @@ class Case:
         layer = FusedOutputLayer(hidden_size, vocabulary, config=config, init_method=None, bias=False)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
-            # by rows, so that the fresh process that measures memory has not had more at a time
+            # by rows, so that initialisation does not set the peak of the fresh process that measures memory
             for rows in layer.weight.split(4096):
                 rows.copy_(torch.randn(rows.shape, generator=generator) * 0.02)
         layer.to(device)
@@ -67,7 +69,7 @@ class Case:
         self.supervised_N = mask_T.nonzero()[:, 0].to(device)
 
     def losses(self, variant: str) -> Tensor:
-        """fp32 [1, T]."""
+        """Token losses of a variant, fp32 [1, T]."""
         if variant == MEGATRON:
             logits, _ = self.layer(self.hidden)
             return vocab_parallel_nll(logits, self.labels_T[:, None], self.vocabulary).T
@@ -75,14 +77,14 @@ class Case:
         return self.layer(self.hidden, targets=Targets(self.labels_T, self.supervised_N, slope, self.vocabulary))
 
     def once(self, variant: str) -> Tensor:
-        """Forward and backward; the value, with the gradients in ``hidden.grad`` and ``weight.main_grad``."""
+        """Run forward and backward; returns the value, a scalar. Gradients are in ``hidden.grad`` and ``main_grad``."""
         self.hidden.grad = None
         value = (self.coefficient_T * self.losses(variant)[0].double()).sum()
         value.backward()
         return value.detach()
 
     def compare(self) -> None:
-        """All variants must compute the same thing; this warms everything up, too."""
+        """End the program where variants differ; this also warms everything up."""
         expected = None
         for variant in VARIANTS:
             self.model.zero_grad_buffer()
@@ -96,20 +98,21 @@ class Case:
 
 
 def times(case: Case, repeat: int) -> dict[str, dict]:
-    """Seconds of each variant, and as a ratio to Megatron-Core's."""
+    """Measure the seconds of each variant, and their ratio to Megatron-Core's."""
     clock, readings = Clock(), {variant: [] for variant in VARIANTS}
     for _ in range(repeat):
-        for variant, own in readings.items():
+        for variant, taken in readings.items():
             with clock:
                 case.once(variant)
-            own.append(clock.take())
+            taken.append(clock.take())
     return {
-        variant: {"seconds": median_of(own), "to_megatron": ratio_of(own, readings[MEGATRON])}
-        for variant, own in readings.items()
+        variant: {"seconds": median_of(taken), "to_megatron": ratio_of(taken, readings[MEGATRON])}
+        for variant, taken in readings.items()
     }
 
 
 def peak_in_fresh_process(words: list[str]) -> int:
+    """Peak memory in bytes that this program measures in a fresh process."""
     process = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True)
     if process.returncode:
         sys.exit(process.stderr)
@@ -117,7 +120,7 @@ def peak_in_fresh_process(words: list[str]) -> int:
 
 
 def measure(shape: tuple, hidden_size: int, seed: int, repeat: int) -> dict:
-    """Time and peak memory of all variants for one vocabulary, number of tokens, precision and share supervised."""
+    """Time and peak memory of all variants for one vocabulary, number of tokens, precision and fraction supervised."""
     vocabulary, tokens, precision, supervised = shape
     case = Case(*shape, hidden_size, seed)
     case.compare()
@@ -133,23 +136,24 @@ def measure(shape: tuple, hidden_size: int, seed: int, repeat: int) -> dict:
 
 
 def table(result: dict) -> str:
-    """One case as Markdown rows."""
+    """Format one case as Markdown rows."""
     head = f"{result['vocabulary']}, {result['tokens']}, {result['precision']}, {result['supervised']:.0%}"
-    lines = []
+    clock, lines = main_clock(), []
     for variant, numbers in result["variants"].items():
         lines.append(
-            f"| {head} | {variant} | {numbers['seconds'][telling()]:.2f} | {numbers['to_megatron'][telling()]:.2f} "
+            f"| {head} | {variant} | {numbers['seconds'][clock]:.2f} | {numbers['to_megatron'][clock]:.2f} "
             f"| {numbers['peak_bytes'] / 1e6:.0f} | {numbers['peak_to_megatron']:.1f} |"
         )
     return "\n".join(lines)
 
 
 def main() -> None:
+    """Measure, print the tables, and write the numbers."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--vocabularies", type=int, nargs="+", default=[32000, 152064])
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 1024], help="of a micro-batch, per vocabulary")
     parser.add_argument("--precisions", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--supervised", type=float, nargs="+", default=[0.5, 1.0], help="share of the tokens")
+    parser.add_argument("--supervised", type=float, nargs="+", default=[0.5, 1.0], help="fraction of the tokens")
     parser.add_argument("--hidden-size", type=int, default=1024)
     parser.add_argument("--repeat", type=int, default=3, help="rounds; the median is reported")
     parser.add_argument("--seed", type=int, default=1)
@@ -157,7 +161,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
     options = parser.parse_args()
     if len(options.tokens) != len(options.vocabularies):
-        parser.error("--tokens wants as many numbers as --vocabularies")
+        parser.error("--tokens needs as many values as --vocabularies")
     shapes = [
         (vocabulary, tokens, precision, supervised)
         for vocabulary, tokens in zip(options.vocabularies, options.tokens, strict=True)
@@ -168,23 +172,21 @@ def main() -> None:
     with process_groups.process_groups(DistributedArguments(), options.seed):
         if options.peak_of:
             (shape,) = shapes
-            # code is loaded and buffers of libraries are made before the count
+            # loads code and allocates buffers of libraries before the count
             Case(256, 64, *shape[2:], options.hidden_size, options.seed).once(options.peak_of)
             case = Case(*shape, options.hidden_size, options.seed)
             case.layer.weight.main_grad.fill_(0)
             print(peak_memory_of(lambda: case.once(options.peak_of)))
             return
         print(machine())
-        print(f"hidden size {options.hidden_size}, {telling()} time; memory of a fresh process\n")
+        print(f"hidden size {options.hidden_size}, {main_clock()} time; memory of a fresh process\n")
         print("| vocabulary, tokens, precision, supervised | | s | × megatron | peak, MB | times less |")
         print("|---|---|---:|---:|---:|---:|", flush=True)
         results = []
         for shape in shapes:
             results.append(measure(shape, options.hidden_size, options.seed, options.repeat))
             print(table(results[-1]), flush=True)
-    if options.json:
-        shape = {name: value for name, value in vars(options).items() if name not in ("json", "peak_of")}
-        options.json.write_text(json.dumps({"machine": machine(), "options": shape, "results": results}, indent=1))
+    write_numbers(options, machine(), results)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the objective of one micro-batch costs, against the plain mean and against a Python loop over tasks.
+"""Cost of the objective of one micro-batch, against the plain mean and against a Python loop over tasks.
 
 ::
 
@@ -6,20 +6,23 @@
                                             ├─► Objective, six modes  before_step, contribution, sums
                                             └─► loop over tasks       a boolean mask and .item() for each
 
-Each is run forward and backward, in turn, many times over in one process: whatever else the machine does meets all
-alike. Reported are medians, and medians of the ratios within a round.
+Each runs forward and backward, in turn, many times in one process, so that other load disturbs all alike. Reported are
+medians, and medians of the ratios within a round.
 """
 
 import argparse
-import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from clock import Clock, machine, median_of, ratio_of, telling
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from measuring.clocks import median_of, ratio_of, write_numbers
+from measuring.device_clock import Clock, machine, main_clock
 
 from mft_megatron.batch import Batch
 from mft_megatron.loss_names import LOSSES
@@ -35,7 +38,7 @@ def packed_batch(tasks: int, rows: int, seq_length: int, mean_length: float, see
     """Rows full of samples with lognormal lengths, of tasks at random, the second half of each sample supervised.
 
     Returns:
-        the micro-batch on this process's device, as far as the objective looks at it; and token losses to
+        the fields of the micro-batch that the objective reads, on this process's device; and token losses to
         differentiate, fp32 [B, S].
     """
     rng = np.random.default_rng(seed)
@@ -47,15 +50,15 @@ def packed_batch(tasks: int, rows: int, seq_length: int, mean_length: float, see
             # sigma 0.8: many short samples, few long ones
             length = max(2, round(rng.lognormal(np.log(mean_length) - 0.8**2 / 2, 0.8)))
             length = min(length, seq_length - position)
-            own = slice(position, position + length)
-            sample_ids[row, own], task_ids[row, own] = len(starts), rng.integers(tasks)
+            tokens = slice(position, position + length)
+            sample_ids[row, tokens], task_ids[row, tokens] = len(starts), rng.integers(tasks)
             mask[row, position + length // 2 : position + length - 1] = 1
             starts.append(row * seq_length + position)
             position += length
     cu_seqlens = torch.tensor([*starts, rows * seq_length], dtype=torch.int32)
     arrays = (torch.from_numpy(array) for array in (mask.astype(np.uint8), sample_ids, task_ids))
-    there = (tensor.to(devices.device()) for tensor in (*arrays, cu_seqlens))
-    mask_BS, sample_ids_BS, task_ids_BS, cu_seqlens = there
+    moved = (tensor.to(devices.device()) for tensor in (*arrays, cu_seqlens))
+    mask_BS, sample_ids_BS, task_ids_BS, cu_seqlens = moved
     batch = Batch(None, None, mask_BS, None, sample_ids_BS, task_ids_BS, cu_seqlens, 0)
     loss_BS = torch.from_numpy(rng.gamma(1.0, 1.5, (rows, seq_length)).astype(np.float32)).to(devices.device())
     return batch, loss_BS.requires_grad_()
@@ -68,29 +71,29 @@ def plain_mean(batch: Batch, loss_BS: Tensor) -> Tensor:
 
 
 def loop_over_tasks(batch: Batch, loss_BS: Tensor, weights: list[float]) -> tuple[Tensor, dict[int, float]]:
-    """The task-token loss in the manner of MFTCoder: task by task, with their means for a log.
+    """The task-token loss as MFTCoder computes it: task by task, with their means for a log.
 
-    MFTCoder goes through the tasks twice, once for the loss and once for the log; here one pass does both.
+    MFTCoder loops over the tasks twice, once for the loss and once for the log; here one pass does both.
     """
     value, weight_sum, logged = 0.0, 0.0, {}
     mask_BS = batch.loss_mask_BS.bool()
     for task in batch.task_ids_BS.unique():
-        number = task.item()
-        own_BS = (batch.task_ids_BS == number) & mask_BS
-        tokens = own_BS.sum().item()
+        index = task.item()
+        counted_BS = (batch.task_ids_BS == index) & mask_BS
+        tokens = counted_BS.sum().item()
         if tokens:
-            mean = loss_BS[own_BS].sum() / tokens
-            value = value + weights[number] * mean
-            weight_sum += weights[number]
-            logged[number] = mean.item()
+            mean = loss_BS[counted_BS].sum() / tokens
+            value = value + weights[index] * mean
+            weight_sum += weights[index]
+            logged[index] = mean.item()
     return value / weight_sum, logged
 
 
 def variants(tasks: int, batch: Batch, loss_BS: Tensor, seed: int) -> dict[str, Callable[[], Tensor]]:
-    """What is compared, by name: functions that do all of it once and return the gradient."""
-    place = (batch.task_ids_BS, batch.sample_ids_BS, batch.loss_mask_BS, batch.num_segments)
-    # in training these come from the plan of the step, which lies on the host
-    tokens_K, samples_K = (count_K.cpu() for count_K in counts(*place, tasks))
+    """The compared computations by name: functions that run one forward and backward and return the gradient."""
+    ids = (batch.task_ids_BS, batch.sample_ids_BS, batch.loss_mask_BS, batch.num_segments)
+    # in training these come from the plan of the step, which is on the host
+    tokens_K, samples_K = (count_K.cpu() for count_K in counts(*ids, tasks))
     weight_K = torch.from_numpy(np.random.default_rng(seed).uniform(0.5, 2.0, tasks))
     some_K = torch.full((tasks,), 0.5, dtype=torch.float64, device=loss_BS.device)
     before = TaskStatistics(some_K, 2 * some_K, torch.ones_like(some_K))
@@ -118,7 +121,7 @@ def variants(tasks: int, batch: Batch, loss_BS: Tensor, seed: int) -> dict[str, 
 
 
 class _Operators(TorchDispatchMode):
-    """Counts what torch computes, backward included, views left out; on a GPU each takes a kernel or more."""
+    """Counts the operators that torch runs, backward included, without views; on a GPU each is one kernel or more."""
 
     number = 0
 
@@ -128,7 +131,7 @@ class _Operators(TorchDispatchMode):
 
 
 def operators_of(once: Callable[[], Tensor]) -> int:
-    """How many operators a call runs."""
+    """Number of operators that a call runs."""
     with _Operators() as counted:
         once()
     return counted.number
@@ -138,7 +141,7 @@ def measure(tasks: int, options: argparse.Namespace) -> dict:
     """Readings of all variants for one number of tasks."""
     batch, loss_BS = packed_batch(tasks, options.rows, options.seq_length, options.mean_length, options.seed)
     compared = variants(tasks, batch, loss_BS, options.seed)
-    # the two sides must compute the same thing; this warms everything up, too
+    # both must compute the same gradient; this also warms everything up
     gradients = {name: once() for name, once in compared.items()}
     torch.testing.assert_close(gradients["task-token"], gradients[LOOP], rtol=1e-4, atol=1e-9)
 
@@ -156,17 +159,17 @@ def measure(tasks: int, options: argparse.Namespace) -> dict:
         "variants": {
             name: {
                 "operators": operators_of(compared[name]),
-                "milliseconds": median_of(own, 1000 / options.calls),
-                "to_plain_mean": ratio_of(own, readings[PLAIN]),
-                "to_loop": ratio_of(own, readings[LOOP]),
+                "milliseconds": median_of(taken, 1000 / options.calls),
+                "to_plain_mean": ratio_of(taken, readings[PLAIN]),
+                "to_loop": ratio_of(taken, readings[LOOP]),
             }
-            for name, own in readings.items()
+            for name, taken in readings.items()
         },
     }
 
 
 def table(result: dict) -> str:
-    """One number of tasks as Markdown."""
+    """Format the readings for one number of tasks as Markdown."""
     lines = [
         f"{result['tasks']} tasks, {result['tasks_present']} of them in this micro-batch, {result['samples']} samples",
         "",
@@ -176,13 +179,14 @@ def table(result: dict) -> str:
     for name, numbers in result["variants"].items():
         took, plain, loop = (numbers[key] for key in ("milliseconds", "to_plain_mean", "to_loop"))
         lines.append(
-            f"| {name} | {numbers['operators']} | {took['wall']:.2f} | {took['cpu']:.2f} | {plain[telling()]:.1f} "
-            f"| {loop[telling()]:.3f} |"
+            f"| {name} | {numbers['operators']} | {took['wall']:.2f} | {took['cpu']:.2f} | {plain[main_clock()]:.1f} "
+            f"| {loop[main_clock()]:.3f} |"
         )
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
+    """Measure, print the tables, and write the numbers."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--tasks", type=int, nargs="+", default=[5, 50, 500])
     parser.add_argument("--rows", type=int, default=4, help="rows of the micro-batch")
@@ -195,14 +199,12 @@ def main() -> None:
     options = parser.parse_args()
     devices.use_device()
     print(machine())
-    print(f"{options.rows} rows of {options.seq_length} tokens; ratios are those of {telling()} time\n")
+    print(f"{options.rows} rows of {options.seq_length} tokens; ratios are those of {main_clock()} time\n")
     results = []
     for tasks in options.tasks:
         results.append(measure(tasks, options))
         print(table(results[-1]), flush=True)
-    if options.json:
-        shape = {name: value for name, value in vars(options).items() if name != "json"}
-        options.json.write_text(json.dumps({"machine": machine(), "options": shape, "results": results}, indent=1))
+    write_numbers(options, machine(), results)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Which share of a training step goes into the objective.
+"""Fraction of a training step that the objective takes.
 
 ::
 
-    Python's standard library ─► samples, dealt out over K tasks ─► tools/preprocess_data.py ─► Trainer.train_step
+    Python's standard library ─► samples, distributed to K tasks ─► tools/preprocess_data.py ─► Trainer.train_step
                                                      a clock in before_step, contribution, sums, and backward ┘
 
-Every mode and the plain mean take their steps in turn, on the same model in one process. The clock lies around the
-engine's own functions; nothing in the engine knows of it.
+Every mode and the plain mean take their steps in turn, on the same model in one process. The clock is wrapped around
+the engine's functions; nothing in the engine knows of it.
 """
 
 import argparse
@@ -21,8 +21,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from clock import Clock, machine, median_of, ratio_of, telling
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from measuring.clocks import median_of, ratio_of, write_numbers
+from measuring.device_clock import Clock, machine, main_clock
 
 from mft_megatron.arguments.command import parse_arguments
 from mft_megatron.data.loading.dataset import PackedDataset
@@ -46,15 +49,17 @@ class PlainMean(Objective):
     """The mean of a micro-batch's supervised tokens, without coefficients and without anything to report."""
 
     def contribution(self, factors, batch, loss_BS: Tensor, over_ranks=None) -> tuple[Tensor, Tensor]:
+        """The mean, a scalar, and the mask in place of coefficients, [B, S]."""
         mask_BS = batch.loss_mask_BS.float()
         return (loss_BS * mask_BS).sum() / mask_BS.sum().clamp(min=1), mask_BS
 
     def sums(self, batch, loss_BS: Tensor, coefficient_BS: Tensor, num_tasks: int, mine_BS=None) -> Tensor:
+        """Zeros: nothing is reported."""
         return torch.zeros(len(SUMS), num_tasks, dtype=torch.float64, device=loss_BS.device)
 
 
 class _BackwardMark(torch.autograd.Function):
-    """Passes a tensor on; when its gradient comes back, calls a function first."""
+    """Identity that calls a function when the gradient arrives."""
 
     @staticmethod
     def forward(context, value: Tensor, reached) -> Tensor:
@@ -68,7 +73,7 @@ class _BackwardMark(torch.autograd.Function):
 
 
 def timed(objective: Objective, clock: Clock, names: tuple[str, ...] = TIMED) -> Objective:
-    """The same objective with a clock around the named functions and around its part of the backward pass."""
+    """Put a clock around the named functions of an objective and around its part of the backward pass."""
 
     def counted(function):
         @functools.wraps(function)
@@ -78,14 +83,14 @@ def timed(objective: Objective, clock: Clock, names: tuple[str, ...] = TIMED) ->
 
         return call
 
-    own = {name: counted(getattr(objective, name)) for name in names}
+    clocked = {name: counted(getattr(objective, name)) for name in names}
 
     def contribution(factors, batch, loss_BS: Tensor, over_ranks) -> tuple[Tensor, Tensor]:
         marked_BS = _BackwardMark.apply(loss_BS, clock.stop)
-        value, coefficient_BS = own["contribution"](factors, batch, marked_BS, over_ranks)
+        value, coefficient_BS = clocked["contribution"](factors, batch, marked_BS, over_ranks)
         return _BackwardMark.apply(value, clock.start), coefficient_BS
 
-    for name, function in {**own, "contribution": contribution}.items():
+    for name, function in {**clocked, "contribution": contribution}.items():
         object.__setattr__(objective, name, function)  # the dataclass is frozen
     return objective
 
@@ -97,13 +102,13 @@ def library_samples(options: argparse.Namespace) -> Iterator[dict[str, str]]:
     text = "".join(path.read_text(encoding="utf-8", errors="ignore") for path in paths)
     position = 0
     for _ in range(options.samples):
-        # a token of such a vocabulary is three to four characters of code; a prompt leaves room for its completion
+        # a token of such a vocabulary is three to four characters of code; a prompt leaves space for its completion
         length = round(3.5 * rng.lognormal(np.log(options.mean_length) - 0.8**2 / 2, 0.8))
         length = min(max(16, length), 2 * options.seq_length - 32)
         position = position if position + length < len(text) else 0
-        own = text[position : position + length]
+        sample = text[position : position + length]
         position += length
-        yield {"prompt": own[: length // 2], "completion": own[length // 2 :]}
+        yield {"prompt": sample[: length // 2], "completion": sample[length // 2 :]}
 
 
 def make_tokenizer(folder: Path, options: argparse.Namespace) -> Path:
@@ -117,13 +122,12 @@ def make_tokenizer(folder: Path, options: argparse.Namespace) -> Path:
 
 
 def make_dataset(folder: Path, tokenizer: Path, tasks: int, options: argparse.Namespace) -> str:
-    """The samples dealt out over the tasks, packed by the project's own command; its prefix."""
+    """Distribute the samples to the tasks and pack them with the project's command; returns the prefix."""
     files = folder / f"{tasks}_tasks"
     files.mkdir()
     records = list(library_samples(options))
     for task in range(tasks):
-        own = records[task::tasks]
-        (files / f"task{task}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in own))
+        (files / f"task{task}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records[task::tasks]))
     words = ["--tokenizer-model", tokenizer, "--seq-length", options.seq_length, "--split", "100,0,0"]
     words += ["--overlong", "truncate", "--output-prefix", files / "mixed"]
     named = [f"task{task}={files}/task{task}.jsonl" for task in range(tasks)]
@@ -143,14 +147,14 @@ def measure(prefix: str, tasks: int, options: argparse.Namespace) -> dict:
     shape = (
         f"{MODEL} --num-layers {options.num_layers} --hidden-size {options.hidden_size} --seq-length "
         f"{options.seq_length} --micro-batch-size {options.micro_batch_size} --global-batch-size "
-        # the plain mean is an objective of this file's own, and the fused cross entropy asks for gradients beforehand
+        # the plain mean is an objective of this file, and the fused cross entropy asks for gradients beforehand
         f"{options.global_batch_size} --data-path {prefix} --cross-entropy-impl megatron"
     )
     arguments = parse_arguments(shape.split())
     dataset = PackedDataset.open(prefix, options.seq_length)
     split, rows = dataset.split("train"), options.global_batch_size
     clock, whole = Clock(), Clock()
-    compared = {PLAIN: timed(PlainMean("token"), clock, ("of",))}
+    compared = {PLAIN: timed(PlainMean("token"), clock, ("contribution",))}
     compared.update({mode: timed(Objective(mode), clock) for mode in LOSSES})
     inside, steps = {name: [] for name in compared}, {name: [] for name in compared}
     present = []
@@ -186,25 +190,27 @@ def measure(prefix: str, tasks: int, options: argparse.Namespace) -> dict:
 
 
 def table(result: dict) -> str:
-    """One number of tasks as Markdown."""
+    """Format the readings for one number of tasks as Markdown."""
     millions = result["parameters"] / 1e6
     lines = [
         f"{result['tasks']} tasks, {result['tasks_present']} of them in a step; model of {millions:.1f} M parameters",
         "",
-        f"| | objective, ms {telling()} | step, ms {telling()} | share, CPU | share, wall | over plain mean |",
+        f"| | objective, ms {main_clock()} | step, ms {main_clock()} | share, CPU | share, wall | over plain mean |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     for name, numbers in result["variants"].items():
         inside, step, share = (numbers[key] for key in ("objective_milliseconds", "step_milliseconds", "share"))
-        over = share[telling()] - result["variants"][PLAIN]["share"][telling()]
+        clock = main_clock()
+        over = share[clock] - result["variants"][PLAIN]["share"][clock]
         lines.append(
-            f"| {name} | {inside[telling()]:.2f} | {step[telling()]:.0f} | {share['cpu']:.3%} | {share['wall']:.3%} "
+            f"| {name} | {inside[clock]:.2f} | {step[clock]:.0f} | {share['cpu']:.3%} | {share['wall']:.3%} "
             f"| {over:.3%} |"
         )
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
+    """Measure, print the tables, and write the numbers."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--tasks", type=int, nargs="+", default=[5, 50, 500])
     parser.add_argument("--num-layers", type=int, default=4)
@@ -231,9 +237,7 @@ def main() -> None:
         for tasks in options.tasks:
             results.append(measure(make_dataset(Path(name), tokenizer, tasks, options), tasks, options))
             print(table(results[-1]), flush=True)
-    if options.json:
-        shape = {name: value for name, value in vars(options).items() if name != "json"}
-        options.json.write_text(json.dumps({"machine": machine(), "options": shape, "results": results}, indent=1))
+    write_numbers(options, machine(), results)
 
 
 if __name__ == "__main__":

@@ -4,21 +4,21 @@
 
     tokens [1, T] ─► all layers, fused cross entropy ─► Σ l_t ─► backward        once for each way of recomputing
 
-Time: all in turn in one process, medians of rounds. Memory: each in a fresh process, the most that was resident at a
-time (VmHWM of Linux) over what was resident before; torch's own counters with a GPU.
+Time: all in turn in one process, medians of rounds. Memory: each in a fresh process, peak resident memory (VmHWM of
+Linux) above the resident memory before; torch's counters with a GPU.
 """
 
 import argparse
-import json
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "loss"))
-from clock import Clock, machine, median_of, ratio_of, telling
-from peak_memory import peak_memory_of
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from measuring.clocks import median_of, ratio_of, write_numbers
+from measuring.device_clock import Clock, machine, main_clock
+from measuring.peak_memory import peak_memory_of
 
 from mft_megatron.arguments.command import parse_arguments
 from mft_megatron.batch import Batch
@@ -47,7 +47,7 @@ MODEL = (
 
 
 class Case:
-    """A model of one way of recomputing, and a micro-batch of one row of equal segments."""
+    """A model with one way of recomputing, and a micro-batch of one row of equal segments."""
 
     def __init__(self, variant: str, options: argparse.Namespace):
         words = (
@@ -67,12 +67,13 @@ class Case:
         self.batch = to_device(batch)
 
     def run(self) -> None:
-        """Forward and backward; gradients are added up in DDP's buffers."""
+        """Run forward and backward; gradients are summed in DDP's buffers."""
         self.chunk.zero_grad_buffer()
         self.chunk.module.run(self.batch).sum().backward()
 
 
 def measure_time(options: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
+    """Seconds of each variant in each round, by clock."""
     cases = {variant: Case(variant, options) for variant in VARIANTS}
     readings, clock = {variant: [] for variant in VARIANTS}, Clock()
     for number in range(options.warmup + options.rounds):
@@ -86,7 +87,7 @@ def measure_time(options: argparse.Namespace) -> dict[str, list[dict[str, float]
 
 
 def measure_memory(variant: str) -> int:
-    """Bytes of the peak, in a fresh process."""
+    """Peak memory in bytes, measured in a fresh process."""
     words = [sys.executable, __file__, *sys.argv[1:], "--peak-of", variant]
     process = subprocess.run(words, capture_output=True, text=True)
     if process.returncode:
@@ -95,20 +96,22 @@ def measure_memory(variant: str) -> int:
 
 
 def table(result: dict) -> str:
+    """Format all variants as Markdown."""
     lines = [
-        f"| computed again | step, ms {telling()} | over {KEPT} | peak, MiB | of {KEPT} |",
+        f"| computed again | step, ms {main_clock()} | over {KEPT} | peak, MiB | of {KEPT} |",
         "|---|---:|---:|---:|---:|",
     ]
     for name, numbers in result.items():
         part = numbers["peak_bytes"] / result[KEPT]["peak_bytes"]
         lines.append(
-            f"| {name} | {numbers['milliseconds'][telling()]:.0f} | {numbers['to_kept'][telling()] - 1:+.0%} | "
+            f"| {name} | {numbers['milliseconds'][main_clock()]:.0f} | {numbers['to_kept'][main_clock()] - 1:+.0%} | "
             f"{numbers['peak_bytes'] / 2**20:.0f} | {part:.0%} |"
         )
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
+    """Measure, print the tables, and write the numbers."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--num-layers", type=int, default=8)
     parser.add_argument("--hidden-size", type=int, default=256)
@@ -138,9 +141,7 @@ def main() -> None:
         for variant, taken in readings.items()
     }
     print(table(result))
-    if options.json:
-        shape = {name: value for name, value in vars(options).items() if name != "json"}
-        options.json.write_text(json.dumps({"machine": machine(), "options": shape, "results": result}, indent=1))
+    write_numbers(options, machine(), result)
 
 
 if __name__ == "__main__":

@@ -29,10 +29,10 @@ def results(folder, options):
 def test_kernels(tmp_path, options, variants):
     found, printed = results(tmp_path, options)
     many, one = found
-    assert many["pieces"] > 4
-    assert 0 < many["share_of_pairs"] < 0.5
-    assert one["pieces"] == (2 if options else 1)
-    assert one["share_of_pairs"] == pytest.approx(1, abs=0.05)
+    assert many["slices"] > 4
+    assert 0 < many["fraction_of_pairs"] < 0.5
+    assert one["slices"] == (2 if options else 1)
+    assert one["fraction_of_pairs"] == pytest.approx(1, abs=0.05)
     for result in found:
         assert set(result["variants"]) == variants
         assert set(result["why_not"]) == {"varlen", "flash", "fused"}

@@ -22,9 +22,9 @@ def test_balance(tmp_path):
         "--samples 3000 --seq-length 512 --data-parallel 2 4 --global-batch-size 32 --batches 5 --repeat 1",
     )
     for packed, padded in zip(found["packed"], found["padded"], strict=True):
-        assert 1 <= packed["dealt"]["median"] < packed["in_turns"]["median"]
-        assert padded["full_width"] < padded["in_turns"] < padded["dealt"] <= 1
-        assert f"| {packed['data_parallel']} | {packed['in_turns']['median']:.4f} (" in printed
+        assert 1 <= packed["by_cost"]["median"] < packed["round_robin"]["median"]
+        assert padded["full_width"] < padded["round_robin"] < padded["by_cost"] <= 1
+        assert f"| {packed['data_parallel']} | {packed['round_robin']['median']:.4f} (" in printed
 
 
 def test_packing(tmp_path):

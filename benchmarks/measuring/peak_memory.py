@@ -7,6 +7,8 @@ import torch
 
 from mft_megatron.mcore.platform import devices
 
+from .clocks import resident_bytes
+
 
 def peak_memory_of(call: Callable[[], object]) -> int:
     """Bytes that a call needs at its peak in addition to what is in use before.
@@ -19,11 +21,6 @@ def peak_memory_of(call: Callable[[], object]) -> int:
         call()
         return torch.accelerator.max_memory_allocated() - before
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak, see proc(5)
-    before = _resident("VmRSS")
+    before = resident_bytes("VmRSS")
     call()
-    return _resident("VmHWM") - before
-
-
-def _resident(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+    return resident_bytes("VmHWM") - before
