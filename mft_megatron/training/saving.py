@@ -211,7 +211,7 @@ class Saver:
             optimizer=a.optimizer_states,
             distributed_optimizer=a.distributed.use_distributed_optimizer,
             decoupled_lr=a.learning_rate.decoupled_lr is not None,
-            layout=process_groups.layout(),
+            layout=process_groups.parallel_layout(),
             best=best,
             asked_for=self._asked_for(progress.step, ending),
             source=a.resume.info.source if a.resume is not None else "",

@@ -87,7 +87,7 @@ def _info():
     from mft_megatron.mcore.parallel import process_groups
     from mft_megatron.run_folder import CheckpointInfo
 
-    return CheckpointInfo(2, 16, {}, 1, {}, "", 1, 8, layout=process_groups.layout())
+    return CheckpointInfo(2, 16, {}, 1, {}, "", 1, 8, layout=process_groups.parallel_layout())
 
 
 def save(prefix, options, folder):

@@ -244,7 +244,7 @@ def some_steps(prefix, extra, world_size, folder, save_after, steps, seed=1234):
             if step + 1 == save_after:
                 network = dataclasses.asdict(arguments.network)
                 info = CheckpointInfo(
-                    step + 1, 0, network, dataset.vocab_size, {}, "", 1, 8, layout=process_groups.layout()
+                    step + 1, 0, network, dataset.vocab_size, {}, "", 1, 8, layout=process_groups.parallel_layout()
                 )
                 checkpoint.save(Path(folder), trainer, info, arguments.checkpoint)
         return curve
@@ -271,7 +271,7 @@ def train_save_load(prefix, folder):
 
         trainer = Trainer(arguments, dataset.vocab_size, 4)
         step(trainer, 0), step(trainer, 1)
-        info = CheckpointInfo(2, 16, {}, 1, {}, "", 1, 8, layout=process_groups.layout())
+        info = CheckpointInfo(2, 16, {}, 1, {}, "", 1, 8, layout=process_groups.parallel_layout())
         path = checkpoint.save(Path(folder), trainer, info, arguments.checkpoint)
         third = step(trainer, 2)
         again = Trainer(arguments, dataset.vocab_size, 4)

@@ -46,7 +46,7 @@ def _save(trainer, folder, step):
     from mft_megatron.mcore.parallel import process_groups
     from mft_megatron.run_folder import CheckpointInfo
 
-    info = CheckpointInfo(step, 0, {}, 500, {}, "", 1, 8, layout=process_groups.layout())
+    info = CheckpointInfo(step, 0, {}, 500, {}, "", 1, 8, layout=process_groups.parallel_layout())
     checkpoint.save(Path(folder), trainer, info, trainer.arguments.checkpoint)
 
 

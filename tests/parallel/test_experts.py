@@ -105,7 +105,9 @@ def _train(prefix, extra, world, steps, shape="experts", seed=None, folder=None,
             report = trainer.train_step(dataset.split("train"), plan, TASK_WEIGHTS)
             curve.append((report.loss, report.grad_norm, {k: v.tolist() for k, v in report.expert_losses.items()}))
             if number == save_after:
-                info = CheckpointInfo(number, 0, {}, dataset.vocab_size, {}, "", 1, 8, layout=process_groups.layout())
+                info = CheckpointInfo(
+                    number, 0, {}, dataset.vocab_size, {}, "", 1, 8, layout=process_groups.parallel_layout()
+                )
                 checkpoint.save(Path(folder), trainer, info, arguments.checkpoint)
         return trainer.num_parameters(), curve
 
@@ -161,7 +163,7 @@ def _weights(prefix, extra, world, folder):
     arguments = arguments_for(prefix, extra, world, "experts")
     with process_groups.process_groups(arguments.distributed, arguments.initialization.seed):
         trainer = Trainer(arguments, 500, 4)
-        info = CheckpointInfo(0, 0, {}, 500, {}, "", 0, 8, layout=process_groups.layout())
+        info = CheckpointInfo(0, 0, {}, 500, {}, "", 0, 8, layout=process_groups.parallel_layout())
         reader = TensorReader(checkpoint.save(Path(folder), trainer, info, arguments.checkpoint))
         names = sorted(reader.names())
         return {name: reader.read(name) for name in names}

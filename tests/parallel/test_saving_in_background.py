@@ -22,7 +22,7 @@ def _info(step):
     from mft_megatron.mcore.parallel import process_groups
     from mft_megatron.run_folder import CheckpointInfo
 
-    return CheckpointInfo(step, 0, {}, 500, {}, "", 1, 8, layout=process_groups.layout())
+    return CheckpointInfo(step, 0, {}, 500, {}, "", 1, 8, layout=process_groups.parallel_layout())
 
 
 def _newest(folder):

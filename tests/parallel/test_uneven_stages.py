@@ -67,7 +67,9 @@ def _train(prefix, extra, world, shape, steps, folder=None, save_after=None):
             report = trainer.train_step(dataset.split("train"), plan, TASK_WEIGHTS)
             curve.append((report.loss, report.grad_norm))
             if number == save_after:
-                info = CheckpointInfo(number, 0, {}, dataset.vocab_size, {}, "", 1, 8, layout=process_groups.layout())
+                info = CheckpointInfo(
+                    number, 0, {}, dataset.vocab_size, {}, "", 1, 8, layout=process_groups.parallel_layout()
+                )
                 checkpoint.save(Path(folder), trainer, info, arguments.checkpoint)
         return layers, curve
 

@@ -229,7 +229,7 @@ def load(path: Path, trainer: Trainer, info: CheckpointInfo, options: Checkpoint
         raise InputError(f"{path}: common.pt is missing; the checkpoint is damaged")
     whole = not options.finetune and not info.is_converted
     with_optimizer = whole and options.load_optim and info.has_optimizer
-    with_rng = whole and options.load_rng and info.has_rng and info.layout == process_groups.layout()
+    with_rng = whole and options.load_rng and info.has_rng and info.layout == process_groups.parallel_layout()
     if with_rng:
         state["rng"] = sharded_random_state(None)
     try:

@@ -76,7 +76,7 @@ def ranks() -> Ranks:
     return Ranks(parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size())
 
 
-def layout() -> dict[str, int | str]:
+def parallel_layout() -> dict[str, int | str]:
     """Sizes of this run's parallel layout by name, and the type of its device.
 
     A checkpoint's random-number states are only loaded where all of these are the same.

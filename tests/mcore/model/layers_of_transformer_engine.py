@@ -46,7 +46,7 @@ def main(prefix, folder, options):
             entries = trainer.chunks[0].module.sharded_state_dict().values()
             found[name]["keys"] = sorted({entry.key for entry in entries})
             found[name]["parameters"] = trainer.num_parameters()
-            info = CheckpointInfo(2, 16, {}, 1, {}, "", 1, 8, layout=process_groups.layout())
+            info = CheckpointInfo(2, 16, {}, 1, {}, "", 1, 8, layout=process_groups.parallel_layout())
             (Path(folder) / name).mkdir(exist_ok=True)
             found[name]["path"] = str(checkpoint.save(Path(folder) / name, trainer, info, arguments.checkpoint))
             found[name]["third"] = step(trainer, 2)

@@ -27,7 +27,7 @@ def _parts(extra, world_size):
         models = [chunk.module for chunk in trainer.chunks]
         layers = [[layer.layer_number for layer in model.decoder.layers] for model in models]
         ends = [(model.pre_process, model.post_process) for model in models]
-        return layers, ends, trainer.num_parameters(), process_groups.layout()
+        return layers, ends, trainer.num_parameters(), process_groups.parallel_layout()
 
 
 def test_what_each_rank_holds():

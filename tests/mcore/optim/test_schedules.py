@@ -235,7 +235,7 @@ def _save_and_go_on(make, folder):
 
     trainer = make()
     _update(trainer, 0), _update(trainer, 1)
-    info = CheckpointInfo(2, 16, {}, 1, {}, "", 1, 8, layout=process_groups.layout())
+    info = CheckpointInfo(2, 16, {}, 1, {}, "", 1, 8, layout=process_groups.parallel_layout())
     path = checkpoint.save(Path(folder), trainer, info, trainer.arguments.checkpoint)
     again = make()
     checkpoint.load(path, again, info, again.arguments.checkpoint)

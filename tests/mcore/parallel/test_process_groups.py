@@ -13,7 +13,7 @@ def _parallel_layout():
     from mft_megatron.mcore.parallel import process_groups
 
     with process_groups.process_groups(DistributedArguments(context_parallel_size=2), seed=1):
-        return process_groups.ranks(), process_groups.layout(), count_parameters([torch.nn.Linear(3, 5)])
+        return process_groups.ranks(), process_groups.parallel_layout(), count_parameters([torch.nn.Linear(3, 5)])
 
 
 def test_context_parallel_ranks_have_one_data_parallel_rank():
