@@ -1,12 +1,15 @@
 """The C++ sample index against slow, obvious references."""
 
+import ast
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mft_megatron.data import _sample_index
 from mft_megatron.data._sample_index import balance, best_fit_decreasing, count_packs, epoch_order
 
 
@@ -227,3 +230,13 @@ def test_epoch_order_is_uniform():
 def test_negative_size_is_refused():
     with pytest.raises(ValueError, match="-1"):
         epoch_order(-1, 0)
+
+
+def test_the_stub_describes_the_module():
+    stub = Path(_sample_index.__file__).with_name("_sample_index.pyi")
+    functions = {node.name: node for node in ast.parse(stub.read_text()).body if isinstance(node, ast.FunctionDef)}
+    assert set(functions) == {name for name in vars(_sample_index) if not name.startswith("_")}
+    for name, function in functions.items():
+        signature = getattr(_sample_index, name).__doc__.splitlines()[0]
+        names = [argument.arg for argument in function.args.args]
+        assert [word.rpartition(" ")[2].rpartition("(")[2] for word in signature.split(":")[:-1]] == names, signature
