@@ -213,6 +213,14 @@ def test_turns_that_are_excluded_from_training(mark, unmarked):
     assert [turn.learn for turn in read] == [True, False, True, True]
 
 
+@pytest.mark.parametrize("learned", [0, 1])
+def test_one_turn_to_train_on_is_enough(learned):
+    turns = turns_of(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
+    turns[3 - 2 * learned]["train"] = False
+    read = read_record({"messages": turns}).turns
+    assert [turn.learn for turn in read if turn.role == "assistant"] == [learned == 0, learned == 1]
+
+
 def test_a_question_may_come_last():
     turns = turns_of(("user", "a"), ("assistant", "b"), ("user", "c"))
     assert read_record({"messages": turns}) == chat(("user", "a"), ("assistant", "b"), ("user", "c"))

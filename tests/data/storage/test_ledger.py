@@ -1,6 +1,7 @@
 """The ledger: JSON gives it back unchanged, its hash identifies the content, and a damaged one is refused."""
 
 import dataclasses
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -40,8 +41,16 @@ def test_the_hash_depends_on_content_and_not_on_paths(make_dataset, dataset_with
     end, entry = next(iter(ledger.arrays.items()))
     changed = {**ledger.arrays, end: dataclasses.replace(entry, sha256="0" * 64)}
     assert dataclasses.replace(ledger, arrays=changed).dataset_hash(256) != ledger.dataset_hash(256)
+    renamed = [dataclasses.replace(ledger.tasks[0], name="renamed"), *ledger.tasks[1:]]
+    assert dataclasses.replace(ledger, tasks=renamed).dataset_hash(256) != ledger.dataset_hash(256)
     elsewhere = dataclasses.replace(ledger.tokenizer, model="/elsewhere")
     assert dataclasses.replace(ledger, tokenizer=elsewhere).dataset_hash(256) == ledger.dataset_hash(256)
+
+
+def test_the_hash_of_a_file_covers_all_of_it(tmp_path):
+    content = bytes(range(256)) * (3 << 12) + b"end"  # 3 MiB and a rest
+    (tmp_path / "file").write_bytes(content)
+    assert file_sha256(tmp_path / "file") == hashlib.sha256(content).hexdigest()
 
 
 def test_a_missing_ledger_is_refused(tmp_path):
