@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from mft_megatron.convert.commands.convert import mcore_to_hf
+from mft_megatron.convert.commands.huggingface import mcore_to_hf
 from mft_megatron.convert.huggingface.families.llama import LLAMA
 from mft_megatron.errors import InputError
 from mft_megatron.run_folder import (
@@ -146,8 +146,8 @@ def test_an_export_takes_the_newest_or_the_best(tmp_path, monkeypatch, words, ex
     record_best(tmp_path / "run", 10)
     exported = []
 
-    def export(path, info, *_):
-        exported.append((path, info.iteration))
+    def export(checkpoint, *_):
+        exported.append((checkpoint.path, checkpoint.info.iteration))
         return LLAMA
 
     monkeypatch.setattr("mft_megatron.convert.huggingface.model_export.export", export)

@@ -81,14 +81,14 @@ def copy(source: Path, target: Path) -> None:
 
 def to_mcore(source: Path, target: Path) -> None:
     """Convert from Hugging Face."""
-    from mft_megatron.convert.commands.convert import hf_to_mcore
+    from mft_megatron.convert.commands.huggingface import hf_to_mcore
 
     hf_to_mcore(["--hf", str(source), "--save", str(target)])
 
 
 def to_hf(source: Path, target: Path) -> None:
     """Convert to Hugging Face."""
-    from mft_megatron.convert.commands.convert import mcore_to_hf
+    from mft_megatron.convert.commands.huggingface import mcore_to_hf
 
     mcore_to_hf(["--load", str(source), "--hf", str(target), "--max-shard-size", SHARD])
 

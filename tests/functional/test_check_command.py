@@ -15,7 +15,7 @@ def models(tmp_path_factory, tokenizer_folder):
     """A Qwen2 with tokenizer and chat template, its checkpoint, and a checkpoint of it with one weight changed."""
     from safetensors.torch import load_file, save_file
 
-    from mft_megatron.convert.commands.convert import hf_to_mcore
+    from mft_megatron.convert.commands.huggingface import hf_to_mcore
     from tests.convert import tiny_models
 
     folder = tmp_path_factory.mktemp("check")

@@ -124,7 +124,7 @@ def test_more_ranks_than_groups_are_refused(checkpoint, dataset_prefix):
 
 
 def test_another_tokenizer_of_the_run_replaces_that_of_the_source(checkpoint, tokenizer_folder, tmp_path):
-    from mft_megatron.convert.commands.convert import mcore_to_hf
+    from mft_megatron.convert.commands.huggingface import mcore_to_hf
 
     run = tmp_path / "run"
     shutil.copytree(checkpoint, run)
@@ -164,7 +164,7 @@ def test_a_model_that_cannot_be_exported_is_refused_before_the_run():
 @pytest.mark.parametrize("in_the_way", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_exports_during_a_run(checkpoint, dataset_prefix, tmp_path, in_the_way):
     """A checkpoint is removed only after its export; if that fails, it stays, and the run ends with an error."""
-    from mft_megatron.convert.commands.convert import mcore_to_hf
+    from mft_megatron.convert.commands.huggingface import mcore_to_hf
 
     run, exports = tmp_path / "run", tmp_path / "exports"
     command_line = ("--data-path", dataset_prefix, "--load", checkpoint, "--save", run, "--save-hf", exports, *RUN[2:])

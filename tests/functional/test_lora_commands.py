@@ -68,7 +68,7 @@ def test_listed(run, tmp_path):
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        (("adapters",), "give the folders to look into: adapters DIR"),
+        (("adapters",), "give the folders to search: adapters DIR"),
         (("adapters", "HERE"), "no adapters in or below; give folders"),
         (("adapters", "HERE/absent"), "absent: is no folder"),
         (("lora-to-peft", "--hf", "HERE/a"), "missing option: give --load"),

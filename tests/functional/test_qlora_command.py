@@ -72,7 +72,7 @@ def test_goes_on_as_if_it_had_not_stopped(whole_run, model, dataset_prefix, tmp_
 @pytest.mark.slow
 def test_on_two_ranks(model, dataset_prefix, tmp_path):
     """From a converted checkpoint as from the model, bit for bit; in 16 bits; and near to one process."""
-    from mft_megatron.convert.commands.convert import hf_to_mcore
+    from mft_megatron.convert.commands.huggingface import hf_to_mcore
 
     hf_to_mcore(["--hf", str(model), "--save", str(tmp_path / "start")])
     hf, checkpoint = ("--hf-checkpoint", model), ("--pretrained-checkpoint", tmp_path / "start")

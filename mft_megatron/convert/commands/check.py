@@ -1,33 +1,39 @@
-"""``tools/convert_checkpoint.py check``: is this folder what a server can load, and does it compute what we trained."""
+"""``check`` of ``tools/convert_checkpoint.py``: can a server load a folder, and does it compute the trained model?"""
 
 import dataclasses
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from mft_megatron.errors import InputError
 from mft_megatron.options import option, read_options
 from mft_megatron.run_folder import CheckpointRef, select_checkpoint
 
-# of fp32 the largest difference of a logit; of 16 bits the mean KL divergence, since a logit of 20 is only known to 0.1
+from .options import best_of_load_option, exported_folder_option
+
+if TYPE_CHECKING:
+    from mft_megatron.convert.serving.logits_check import Difference
+    from mft_megatron.convert.serving.prompts import ServedTokenizer
+
+# fp32: largest difference of a logit. 16 bits: mean KL divergence, as a logit of 20 has a precision of only 0.1.
 TOLERANCES = {"fp32": 1e-4, "bf16": 5e-3, "fp16": 5e-3}
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckOptions:
-    """A Hugging Face folder as a server sees it, and its logits by transformers against those of Megatron-Core.
+    """Check a Hugging Face folder as a server sees it, and compare its logits by transformers and by Megatron-Core.
 
     Runs on one process. Memory is that of the model in --dtype, once: one program computes after the other.
     """
 
-    hf: str = option(None, "Folder of the model, as mcore-to-hf wrote it.", metavar="DIR", required=True)
+    hf: str = exported_folder_option()
     load: str | None = option(
         None,
         "Compare the folder with this checkpoint (run folder, or one iter_NNNNNNN) instead of with itself.",
         metavar="CKPT",
     )
-    best: bool = option(False, "With --load: the best checkpoint of the run folder instead of the newest.")
+    best: bool = best_of_load_option()
     dtype: str = option("fp32", "Precision of both.", choices=tuple(TOLERANCES))
     prompts: str | None = option(
         None,
@@ -44,10 +50,10 @@ class CheckOptions:
 
 
 def check(command_line: Sequence[str]) -> None:
-    """Check a folder for a server.
+    """Check a folder for a server, and print the findings.
 
     Raises:
-        InputError: something is wrong with the folder, or the logits differ too much.
+        InputError: a server cannot load the folder, or the logits differ too much.
     """
     options = read_options(CheckOptions, command_line, "convert_checkpoint.py check")
     folder = Path(options.hf)
@@ -80,33 +86,45 @@ def check(command_line: Sequence[str]) -> None:
 def _checkpoint(options: CheckOptions) -> CheckpointRef | None:
     if options.load is None:
         return None
-    found = select_checkpoint(options.load, options.best)
-    if found.info.lora is not None:
+    selected = select_checkpoint(options.load, options.best)
+    if selected.info.lora is not None:
         raise InputError(f"--load {options.load}: has adapters; merge them with merge-lora and check that folder alone")
-    return found
+    return selected
 
 
-def _tokenizer(folder: Path) -> tuple[Any, str]:
-    """The folder's tokenizer as a server would load it, or ``None`` and why."""
+def _tokenizer(folder: Path) -> "tuple[ServedTokenizer | None, str]":
+    """Load the folder's tokenizer as a server would; ``None`` and the reason if that fails."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             from transformers import AutoTokenizer
 
             return AutoTokenizer.from_pretrained(folder), ""
-    except Exception as error:  # whatever stands in its files
+    except Exception as error:  # damaged files fail in many ways
         return None, f"transformers loads none ({(str(error).strip() or type(error).__name__).splitlines()[0][:120]})"
 
 
-def _report(differences: dict[str, Any], total: Any, options: CheckOptions, checkpoint: Any) -> None:
-    with_what = "Megatron-Core" if checkpoint is None else f"Megatron-Core with {checkpoint.path}"
-    print(f"\nlogits of transformers and {with_what}, {options.dtype}")
+def _report(
+    differences: "Mapping[str, Difference]",
+    total: "Difference",
+    options: CheckOptions,
+    checkpoint: CheckpointRef | None,
+) -> None:
+    """Print the differences of each prompt.
+
+    Raises:
+        InputError: ``total`` is above the tolerance.
+    """
+    engine = "Megatron-Core" if checkpoint is None else f"Megatron-Core with {checkpoint.path}"
+    print(f"\nlogits of transformers and {engine}, {options.dtype}")
     print(f"{'prompt':<12} {'tokens':>7} {'max |dlogit|':>13} {'KL (nats)':>11} {'top-1':>7}")
     for name, one in {**differences, "total": total}.items():
         print(f"{name:<12} {one.tokens:>7,} {one.largest:>13.2e} {one.divergence:>11.2e} {one.agreement:>7.1%}")
     tolerance = TOLERANCES[options.dtype] if options.tolerance is None else options.tolerance
-    in_full = options.dtype == "fp32"
-    value, what = (total.largest, "largest difference of a logit") if in_full else (total.divergence, "mean KL")
+    if options.dtype == "fp32":
+        value, what = total.largest, "largest difference of a logit"
+    else:
+        value, what = total.divergence, "mean KL"
     if not value <= tolerance:  # NaN, too
         raise InputError(
             f"--hf {options.hf}: the {what} is {value:.2e}, above --tolerance {tolerance:g}; do not serve this folder, "

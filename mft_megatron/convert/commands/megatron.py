@@ -1,4 +1,4 @@
-"""``tools/convert_checkpoint.py megatron-to-mcore``."""
+"""``megatron-to-mcore`` of ``tools/convert_checkpoint.py``."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -6,10 +6,12 @@ from pathlib import Path
 
 from mft_megatron.options import option, read_options
 
+from .options import save_option
+
 
 @dataclasses.dataclass(frozen=True)
 class MegatronOptions:
-    """A torch_dist checkpoint of Megatron-LM or Megatron-Bridge becomes one that --load takes; the weights alone."""
+    """Convert the weights of a torch_dist checkpoint of Megatron-LM or Megatron-Bridge to a checkpoint for --load."""
 
     load: str = option(
         None,
@@ -17,10 +19,10 @@ class MegatronOptions:
         metavar="DIR",
         required=True,
     )
-    save: str = option(None, "Folder to write, to be given as --load; must not exist.", metavar="CKPT", required=True)
+    save: str = save_option()
     ckpt_step: int | None = option(None, "Take this iteration instead of the newest.", at_least=0)
     vocab_size: int | None = option(
-        None, "Tokens of the tokenizer; rows beyond them pad the vocabulary there and are left out.", at_least=1
+        None, "Tokens of the tokenizer; rows beyond them are padding and are left out.", at_least=1
     )
     hf: str | None = option(
         None,
@@ -31,9 +33,12 @@ class MegatronOptions:
 
 
 def megatron_to_mcore(command_line: Sequence[str]) -> None:
-    """Convert a checkpoint that another program on Megatron-Core wrote."""
-    program = "convert_checkpoint.py megatron-to-mcore"
-    options = read_options(MegatronOptions, command_line, program)
+    """Convert a checkpoint that another program on Megatron-Core wrote.
+
+    Raises:
+        InputError: there is no such checkpoint, this program cannot express it, or the target exists.
+    """
+    options = read_options(MegatronOptions, command_line, "convert_checkpoint.py megatron-to-mcore")
     from mft_megatron.convert.megatron.model_import import import_megatron
 
     hf = Path(options.hf) if options.hf else None

@@ -10,27 +10,36 @@ from mft_megatron.data.loading.dataset import PackedDataset, packed_lengths
 from mft_megatron.errors import InputError
 from mft_megatron.options import option, read_options
 
+from .options import exported_folder_option, new_folder_option
+
 
 @dataclasses.dataclass(frozen=True)
 class QuantizeOptions:
-    """A Hugging Face folder becomes one with 4 bits a weight (compressed-tensors), for vLLM and transformers.
+    """Quantise a Hugging Face folder to 4 bits a weight (compressed-tensors), for vLLM and transformers.
 
-    Runs in an environment of its own: examples/int4/requirements.txt.
+    Runs in a separate environment: examples/int4/requirements.txt.
     """
 
-    hf: str = option(None, "Folder of the model, as mcore-to-hf wrote it.", metavar="DIR", required=True)
-    out: str = option(None, "Folder to write; must not exist.", metavar="DIR", required=True)
-    method: str = option("gptq", "How to round.", choices=METHODS)
+    hf: str = exported_folder_option()
+    out: str = new_folder_option()
+    method: str = option("gptq", "Method of rounding.", choices=METHODS)
     data_path: str = option(
-        None, "Data set whose text shows what matters: its --output-prefix.", metavar="PREFIX", required=True
+        None,
+        "Data set whose text shows which weights matter: its --output-prefix.",
+        metavar="PREFIX",
+        required=True,
     )
-    seq_length: int | None = option(None, "Sequence length it is packed for, where there are several.", at_least=1)
+    seq_length: int | None = option(None, "Sequence length of its packs, where it has several.", at_least=1)
     split: str = option("valid", "Split to take text from.", choices=("train", "valid", "test"))
-    samples: int = option(512, "Samples to take, from all tasks alike.", at_least=1)
+    samples: int = option(512, "Samples to take, as many from each task.", at_least=1)
 
 
 def main(command_line: Sequence[str]) -> None:
-    """Quantise a folder."""
+    """Quantise a Hugging Face folder.
+
+    Raises:
+        InputError: model and data set do not fit, the method cannot run here, or the target exists.
+    """
     options = read_options(QuantizeOptions, command_line, "quantize_hf.py")
     vocab_size = read_config(Path(options.hf)).get("vocab_size")
     lengths = packed_lengths(options.data_path)
@@ -44,8 +53,8 @@ def main(command_line: Sequence[str]) -> None:
             f"{Path(options.hf) / CONFIG}: vocabulary of {vocab_size}, the data set {options.data_path} needs "
             f"{dataset.vocab_size}; it was written with another model's tokenizer"
         )
-    found = calibration(dataset, options.split, options.samples)
-    shares = ", ".join(f"{name} {number:,}" for name, number in found.by_task.items())
-    print(f"calibration: {len(found.texts):,} samples, {sum(map(len, found.texts)):,} tokens ({shares})", flush=True)
-    quantize(Path(options.hf), Path(options.out), options.method, found.texts)
+    chosen = calibration(dataset, options.split, options.samples)
+    counts = ", ".join(f"{name} {count:,}" for name, count in chosen.by_task.items())
+    print(f"calibration: {len(chosen.texts):,} samples, {sum(map(len, chosen.texts)):,} tokens ({counts})", flush=True)
+    quantize(Path(options.hf), Path(options.out), options.method, chosen.texts)
     print(f"{options.hf} -> {options.out}: {options.method}, 4 bits")

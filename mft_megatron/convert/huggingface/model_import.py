@@ -10,21 +10,21 @@ complete; within it the checkpoint's description is written last.
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import torch
-
 from mft_megatron.arguments.groups.network import NetworkArguments
-from mft_megatron.convert.atomic_folder import refuse_content, replacing
+from mft_megatron.convert.atomic_folder import refuse_content
 from mft_megatron.errors import InputError
-from mft_megatron.mcore.checkpointing.tensor_writer import Weight, write_weights
+from mft_megatron.mcore.checkpointing.tensor_writer import Weight
 from mft_megatron.mcore.checkpointing.vocabulary import EMBEDDING, OUTPUT_LAYER
 from mft_megatron.mcore.checkpointing.weight_source import WeightSlice
 from mft_megatron.mcore.platform.precisions import BY_DTYPE, model_dtype
-from mft_megatron.run_folder import HUGGINGFACE, TRACKER, CheckpointInfo, iteration_folder, replace_text, write_info
+from mft_megatron.run_folder import CheckpointInfo
 
+from .converted_checkpoint import describe, write_checkpoint
 from .family import Family
 from .mapped_source import MappedSource
 from .mapped_weight import MappedWeight, names_of
@@ -32,7 +32,6 @@ from .model_folder import copy_kept_files, read_architecture
 from .row_layouts import Sizes, sizes_of
 from .safetensors_reader import BLOCK_BYTES, WeightFiles, same_content
 
-FILE_BYTES = 512 * 2**20
 # Buffers that old versions of transformers stored although they follow from the configuration.
 COMPUTED_BUFFERS = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
 
@@ -60,14 +59,9 @@ def _convert(
     mapped, sizes = family.weights(architecture), sizes_of(architecture, vocab_size)
     weights = {weight.name: _stacked(weight, architecture, sizes, files) for weight in mapped}
     info = describe_folder(files, family, architecture, vocab_size)
-    with replacing(target) as partial:
-        path = iteration_folder(partial, 0)
-        path.mkdir()
-        slices = list(_slices(mapped, architecture, weights, sizes))
-        write_weights(path, weights, slices, MappedSource(files, mapped, sizes), FILE_BYTES)
-        copy_kept_files(source, partial / HUGGINGFACE)
-        write_info(path, info)
-        replace_text(partial / TRACKER, "0\n")
+    slices = list(_slices(mapped, architecture, weights, sizes))
+    content = MappedSource(files, mapped, sizes)
+    write_checkpoint(target, info, weights, slices, content, functools.partial(copy_kept_files, source))
     return info
 
 
@@ -143,29 +137,6 @@ def describe_folder(
         for weight in family.weights(architecture)
     )
     return describe(family.architecture, architecture, vocab_size, dtype)
-
-
-def describe(source: str, architecture: NetworkArguments, vocab_size: int, dtype: torch.dtype) -> CheckpointInfo:
-    """Describe a model that was not trained here.
-
-    Args:
-        source: the Hugging Face architecture that it came as.
-        vocab_size: tokens, without padding.
-    """
-    return CheckpointInfo(
-        iteration=0,
-        consumed_samples=0,
-        architecture=dataclasses.asdict(architecture),
-        vocab_size=vocab_size,
-        tokenizer={},
-        dataset_hash="",
-        seed=0,
-        global_batch_size=0,
-        has_optimizer=False,
-        has_rng=False,
-        precision=BY_DTYPE[dtype].name,
-        source=source,
-    )
 
 
 def _slices(

@@ -1,12 +1,13 @@
 """Writing of safetensors shards, one weight at a time and in any order."""
 
+import contextlib
 import dataclasses
 import io
 import json
 import math
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -109,6 +110,27 @@ class ShardWriter:
         """Close the files."""
         for file in self._files.values():
             file.close()
+
+
+def write_shards(
+    folder: Path, planned: Sequence[PlannedWeight], weights: Iterable[tuple[str, Tensor]], shard_bytes: int
+) -> None:
+    """Write all weights of a folder, and the index if there are several files.
+
+    Args:
+        folder: an existing folder.
+        planned: all weights, in the order of the files.
+        weights: name and content of each, as :meth:`ShardWriter.write` takes them, in any order.
+        shard_bytes: a file is ended before a weight that would make it larger.
+
+    Raises:
+        ValueError: a weight is missing, or not as planned.
+        OSError: a file cannot be written.
+    """
+    with contextlib.closing(ShardWriter(folder, planned, shard_bytes)) as writer:
+        for name, weight in weights:
+            writer.write(name, weight)
+        writer.finish()
 
 
 def _write_all(file: io.FileIO, content: memoryview) -> None:

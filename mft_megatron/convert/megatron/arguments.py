@@ -1,25 +1,27 @@
-"""The architecture that a checkpoint of Megatron-LM or Megatron-Bridge says it has.
+"""The architecture of a checkpoint of Megatron-LM or Megatron-Bridge, from the arguments of Megatron-LM.
 
 ::
 
-    common.pt: args (Megatron-LM) ───────────────────────┐
-    run_config.yaml: model (Megatron-Bridge) ─► renamed ──┴─► NetworkArguments
+    common.pt: args (Megatron-LM) ────────────────────────────────────┐
+    run_config.yaml: model (Megatron-Bridge) ─► names of Megatron-LM ─┴─► NetworkArguments
 
-What this program cannot express is refused by name. What shapes a weight cannot slip through in any case, since weights
-are compared with the architecture afterwards; the table of refusals is for what changes the function and no weight.
+What this program cannot express is refused by name. Arguments that shape a weight need no refusal, since the weights
+are compared with the architecture afterwards; the table of refusals has those that change only the function.
 """
 
 import json
-import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
 
 from mft_megatron.arguments.groups.network import NetworkArguments
 from mft_megatron.arguments.values.layer_pattern import layer_frequency
 from mft_megatron.arguments.values.rope_scaling import read_rope_scaling
 from mft_megatron.errors import InputError
 
-# fields that go by the same name there
+# arguments of Megatron-LM by name
+Args: TypeAlias = Mapping[str, object]
+
+# fields of NetworkArguments that are arguments of the same name
 _SAME = (
     "num_layers hidden_size ffn_hidden_size num_attention_heads kv_channels max_position_embeddings rotary_percent "
     "rotary_interleaved normalization squared_relu swiglu add_bias_linear add_qkv_bias qk_layernorm num_experts "
@@ -28,8 +30,8 @@ _SAME = (
     "moe_shared_expert_intermediate_size moe_shared_expert_gate make_vocab_size_divisible_by"
 ).split()
 _REQUIRED = ("num_layers", "hidden_size", "num_attention_heads")
-# what must be off, by its value when it is; absent in versions that do not know it
-_OFF: dict[str, tuple[Any, ...]] = {
+# arguments that must be off, and the values that switch them off; older versions lack some
+_OFF: Mapping[str, tuple[object, ...]] = {
     "multi_latent_attention": (False,),
     "mtp_num_layers": (None, 0),
     "heterogeneous_layers_config_path": (None,),
@@ -63,31 +65,13 @@ _OFF: dict[str, tuple[Any, ...]] = {
     "add_position_embedding": (True,),
 }
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-# Megatron-Bridge's names of the same, where they differ
-_BRIDGE = {
-    "num_moe_experts": "num_experts",
-    "seq_length": "max_position_embeddings",
-    "rope_scaling": "use_rope_scaling",
-    "seq_len_interpolation_factor": "rotary_seq_len_interpolation_factor",
-}
-# of Megatron-Bridge's kinds of models those that are nothing but what their entries say
-_KNOWN_KINDS = re.compile(
-    r"GPTModel(Provider|Config)|(Code)?Llama\d*ModelProvider\w*|Qwen(2|25|3|3MoE)ModelProvider\w*|"
-    r"(Mistral|Mixtral)ModelProvider\w*"
-)
-_ACTIVATIONS = {
-    "torch.nn.functional.silu": "silu",
-    "torch.nn.functional.gelu": "gelu",
-    "torch._C._nn.gelu": "gelu",
-    "megatron.core.activations.squared_relu": "squared_relu",
-}
 
 
-def read_megatron_lm(args: Mapping[str, Any]) -> NetworkArguments:
-    """The architecture of a checkpoint of Megatron-LM.
+def read_megatron_lm(args: Args) -> NetworkArguments:
+    """Read the architecture of a checkpoint of Megatron-LM.
 
     Args:
-        args: what the namespace ``args`` of its ``common.pt`` holds.
+        args: attributes of the namespace ``args`` of its ``common.pt``.
 
     Raises:
         InputError: an argument is missing, or says what this program cannot express.
@@ -95,39 +79,31 @@ def read_megatron_lm(args: Mapping[str, Any]) -> NetworkArguments:
     factor = args.get("rope_scaling_factor", 8.0)
     if args.get("use_rope_scaling") and factor != 8.0:
         raise InputError(f"rope_scaling_factor is {factor}, which not every version of Megatron-LM looks at")
-    return _network(args)
+    return network_of(args)
 
 
-def read_bridge(model: Mapping[str, Any]) -> NetworkArguments:
-    """The architecture of a checkpoint of Megatron-Bridge.
-
-    Args:
-        model: the section ``model`` of its ``run_config.yaml``.
+def network_of(args: Args) -> NetworkArguments:
+    """Read the architecture from arguments of Megatron-LM, whichever program they come from.
 
     Raises:
-        InputError: an entry is missing, or says what this program cannot express.
+        InputError: an argument is missing, or says what this program cannot express.
+        TypeError, ValueError, KeyError: an argument has another type than Megatron-LM's.
     """
-    kind = str(model.get("_target_", "")).split(".")[-1]
-    if not _KNOWN_KINDS.fullmatch(kind):
-        raise InputError(f"model {kind!r} may compute what its entries do not say; convert it with Megatron-Bridge")
-    return _network(_names_of_megatron_lm(model))
-
-
-def _network(args: Mapping[str, Any]) -> NetworkArguments:
     for name in _REQUIRED:
         if not isinstance(args.get(name), int):
             raise InputError(f"{name} is {args.get(name)!r}; the checkpoint does not say what model it is of")
     for name, allowed in _OFF.items():
         if name in args and args[name] not in allowed:
             raise InputError(f"{name} is {args[name]!r}, which this program cannot express")
-    fields = {name: args[name] for name in _SAME if args.get(name) is not None}
+    # fields differ in type
+    fields: dict[str, Any] = {name: args[name] for name in _SAME if args.get(name) is not None}
     if args.get("disable_bias_linear"):
         fields["add_bias_linear"] = False
-    heads = args["num_attention_heads"]
+    heads = fields["num_attention_heads"]
     groups = args.get("num_query_groups") if args.get("group_query_attention") else None
     fields["num_query_groups"] = heads if groups is None else groups
     fields["group_query_attention"] = fields["num_query_groups"] != heads
-    fields.setdefault("kv_channels", args["hidden_size"] // heads)
+    fields.setdefault("kv_channels", fields["hidden_size"] // heads)
     if not isinstance(fields.get("ffn_hidden_size"), int):
         raise InputError("ffn_hidden_size is not given; the checkpoint does not say what model it is of")
     fields["norm_epsilon"] = args.get("layernorm_epsilon", args.get("norm_epsilon", 1e-5))
@@ -146,21 +122,25 @@ def _network(args: Mapping[str, Any]) -> NetworkArguments:
     return NetworkArguments(**fields, **_positions(args), **_window(args))
 
 
-def _positions(args: Mapping[str, Any]) -> dict[str, Any]:
+def _positions(args: Args) -> dict[str, Any]:
+    """Fields of positions."""
     kind = "rope" if args.get("use_rotary_position_embeddings") else args.get("position_embedding_type")
     if kind not in ("learned_absolute", "rope", "none"):
         raise InputError(f"position_embedding_type is {kind!r}, which this program cannot express")
-    found = {"position_embedding_type": kind, "rotary_base": float(args.get("rotary_base", 10000))}
+    fields = {"position_embedding_type": kind, "rotary_base": _number(args.get("rotary_base", 10000))}
     if kind == "rope" and args.get("use_rope_scaling"):
-        entries = {"rope_type": "llama3", "factor": float(args.get("rope_scaling_factor", 8.0)), **_LLAMA3}
-        found["rope_scaling"] = read_rope_scaling(entries).as_text()
-    return found
+        factor = _number(args.get("rope_scaling_factor", 8.0))
+        fields["rope_scaling"] = read_rope_scaling({"rope_type": "llama3", "factor": factor, **_LLAMA3}).as_text()
+    return fields
 
 
-def _window(args: Mapping[str, Any]) -> dict[str, Any]:
+def _window(args: Args) -> dict[str, Any]:
+    """Fields of sliding windows."""
     window = args.get("window_size")
     if window is None:
         return {}
+    if not isinstance(window, Sequence) or len(window) != 2:
+        raise ValueError(f"window_size is {window!r}")
     left, right = window
     if right not in (0, -1):
         raise InputError(f"window_size is {window!r}; tokens to the right are not seen in this program")
@@ -171,25 +151,13 @@ def _window(args: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _frequency(value: Any) -> int | str:
-    """Every so many layers, or a list of them, as the option says it."""
-    found = layer_frequency(value if isinstance(value, str) else json.dumps(value))
-    return 1 if isinstance(found, str) and set(json.loads(found)) == {1} else found
+def _number(value: object) -> float:
+    if not isinstance(value, int | float | str):
+        raise TypeError(f"{value!r} is no number")
+    return float(value)
 
 
-def _names_of_megatron_lm(model: Mapping[str, Any]) -> dict[str, Any]:
-    """What Megatron-LM's arguments would say of a model of Megatron-Bridge."""
-    found = {_BRIDGE.get(name, name): value for name, value in model.items()}
-    target = model.get("activation_func")
-    target = target.get("_target_") if isinstance(target, Mapping) else target
-    activation, gated = _ACTIVATIONS.get(target), bool(model.get("gated_linear_unit"))
-    if activation is None or gated != (activation == "silu"):
-        raise InputError(f"activation_func {target!r} {'with' if gated else 'without'} a gate cannot be expressed")
-    groups = model.get("num_query_groups")
-    return found | {
-        "swiglu": activation == "silu",
-        "squared_relu": activation == "squared_relu",
-        "bias_gelu_fusion": bool(model.get("bias_activation_fusion")),
-        "group_query_attention": groups is not None,
-        "untie_embeddings_and_output_weights": not model.get("share_embeddings_and_output_weights", True),
-    }
+def _frequency(value: object) -> int | str:
+    """Convert "every so many layers", or a list of layers, to the value of the option."""
+    frequency = layer_frequency(value if isinstance(value, str) else json.dumps(value))
+    return 1 if isinstance(frequency, str) and set(json.loads(frequency)) == {1} else frequency

@@ -1,13 +1,13 @@
-"""What a Megatron checkpoint's ``common.pt`` says, read without running anything that stands in it.
+"""The content of a Megatron checkpoint's ``common.pt``, read without executing any code in it.
 
-A pickle names functions and classes to call. Here every name is answered by the same inert class, which remembers what
-it was given and does nothing; so a file from anywhere can be read, and tensors in it are passed over.
+A pickle names functions and classes to call. Here each name stands for the same inert class, which stores its arguments
+and does nothing. So files from anywhere can be read; tensors in them are not.
 """
 
 import pickle
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from mft_megatron.errors import InputError
 
@@ -15,31 +15,43 @@ COMMON = "common.pt"
 
 
 class Inert:
-    """Whatever a pickle makes that is no plain number, text, list or dict."""
+    """An object of a pickle that is no number, text, list, tuple or dict.
+
+    Attributes:
+        name: full name of its class or function.
+        args: arguments that it was called with.
+        state: attributes that it was given.
+    """
 
     name = ""
+    args: tuple[object, ...]
+    state: dict[str, object]
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> "Inert":
+    # attributes go through __dict__, as pickle may set others of the same names
+    def __new__(cls, *args: object, **kwargs: object) -> "Inert":
+        """Store the arguments."""
         self = object.__new__(cls)
         self.__dict__["args"], self.__dict__["state"] = args, {}
         return self
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        """Nothing: what there is has been kept."""
+    def __init__(self, *args: object, **kwargs: object):
+        """Do nothing: :meth:`__new__` has stored the arguments."""
 
-    def __setstate__(self, state: Any) -> None:
+    def __setstate__(self, state: object) -> None:
+        """Store the attributes."""
         self.__dict__["state"] = state if isinstance(state, dict) else {}
 
-    def __setitem__(self, key: Any, value: Any) -> None:
-        """An item of a dict of an unknown kind."""
+    def __setitem__(self, key: object, value: object) -> None:
+        """Ignore an item of an unknown kind of dict."""
 
-    def append(self, value: Any) -> None:
-        """An item of a list of an unknown kind."""
+    def append(self, value: object) -> None:
+        """Ignore an item of an unknown kind of list."""
 
-    def extend(self, values: Any) -> None:
-        """Items of one."""
+    def extend(self, values: object) -> None:
+        """Ignore items of an unknown kind of list."""
 
     def __repr__(self) -> str:
+        """Name and arguments."""
         return f"{self.name}{self.args}"
 
 
@@ -47,18 +59,20 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> type[Inert]:
         return type("Inert", (Inert,), {"name": f"{module}.{name}"})
 
-    def persistent_load(self, pid: Any) -> Inert:
-        """The storage of a tensor."""
+    def persistent_load(self, pid: object) -> Inert:
+        """Replace the storage of a tensor."""
         return Inert(pid)
 
 
-def read_common(path: Path) -> dict[str, Any]:
-    """The content of ``common.pt`` in the checkpoint folder ``path``; empty where there is none.
+def read_common(path: Path) -> Mapping[str, object]:
+    """Read ``common.pt`` in the checkpoint folder ``path``.
 
-    Numbers, texts, lists, tuples and dicts are as they were; everything else is an :class:`Inert`.
+    Returns:
+        its content, empty if there is no such file. Numbers, texts, lists, tuples and dicts are themselves; everything
+        else is an :class:`Inert`.
 
     Raises:
-        InputError: the file is damaged, or no file of torch's.
+        InputError: the file is damaged, or was not written by torch.
     """
     file = path / COMMON
     if not file.is_file():
@@ -66,17 +80,17 @@ def read_common(path: Path) -> dict[str, Any]:
     try:
         with zipfile.ZipFile(file) as archive:
             name = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
-            with archive.open(name) as content:
-                found = _Unpickler(content).load()
+            with archive.open(name) as stream:
+                content = _Unpickler(stream).load()
     except Exception as error:  # a pickle can fail in any way
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{file}: cannot be read ({reason}); the checkpoint is damaged") from None
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise InputError(f"{file}: holds no dict; it is not a checkpoint of Megatron-LM")
-    return found
+    return content
 
 
-def read_args(common: dict[str, Any]) -> dict[str, Any] | None:
-    """The arguments of the run that wrote a checkpoint, an ``argparse.Namespace``; ``None`` where there are none."""
+def read_args(common: Mapping[str, object]) -> Mapping[str, object] | None:
+    """Arguments of the run that wrote a checkpoint, an ``argparse.Namespace``; ``None`` if there are none."""
     args = common.get("args")
     return args.state if isinstance(args, Inert) and args.name == "argparse.Namespace" else None

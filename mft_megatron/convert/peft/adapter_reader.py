@@ -1,103 +1,101 @@
-"""The adapters of a checkpoint, read one Hugging Face matrix at a time."""
+"""Adapters of a checkpoint, read one Hugging Face matrix at a time."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from mft_megatron.errors import InputError
 from mft_megatron.lora import LORA_A, LORA_B, Lora, is_adapter
 from mft_megatron.mcore.checkpointing.tensor_reader import TensorReader
-from mft_megatron.run_folder import CheckpointInfo
+from mft_megatron.run_folder import CheckpointRef
 
-from .adapter_rows import AdaptedRow, Matrix, adapted_rows, family_of_info
-
-Factors = tuple[Tensor, Tensor]
+from .adapted_weights import AdaptedMatrix, Factors, adapted_weights, family_of_info, stacked_shapes
 
 
 class AdapterReader:
-    """The adapters in one ``iter_NNNNNNN`` folder. ``lora``: what they are, ``rows``: on which weights."""
+    """The adapters of one checkpoint; those of the last weight that was read stay in memory.
 
-    def __init__(self, checkpoint: Path, info: CheckpointInfo):
+    Attributes:
+        lora: description of the adapters.
+        weights: the adapted weights.
+    """
+
+    def __init__(self, checkpoint: CheckpointRef):
         """
         Raises:
-            InputError: it has no adapters, not those that its description names, or no family has such a model.
+            InputError: the checkpoint has no adapters, others than its description says, or no family has such a model.
         """
-        self.lora = lora_of(checkpoint, info)
-        self.family, self.architecture = family_of_info(info)
+        self.lora = lora_of_checkpoint(checkpoint)
+        family, self._architecture = family_of_info(checkpoint.info)
         try:
-            self.rows = adapted_rows(self.lora, self.family, self.architecture)
+            self.weights = adapted_weights(self.lora, family, self._architecture)
         except InputError as error:
-            raise InputError(f"{checkpoint}: {error}") from None
-        self._reader = TensorReader(checkpoint)
-        self._refuse_mismatch(checkpoint)
-        self._where = {
-            f"{matrix.name.format(layer)}.weight": (row, layer, number)
-            for row in self.rows
-            for layer in range(self.architecture.num_layers)
-            for number, matrix in row.matrices.items()
+            raise InputError(f"{checkpoint.path}: {error}") from None
+        self._path, self._reader = checkpoint.path, TensorReader(checkpoint.path)
+        self._refuse_mismatch()
+        self._matrices = {
+            f"{matrix.name.format(layer)}.weight": (weight, layer, position)
+            for weight in self.weights
+            for layer in range(self._architecture.num_layers)
+            for position, matrix in weight.matrices.items()
         }
-        self._last: tuple[object, dict[int, Factors]] = (None, {})
-
-    @property
-    def scale(self) -> float:
-        """What B A is multiplied by."""
-        return self.lora.scale
+        self._last_weight = "", -1
+        self._last_factors: dict[int, Factors] = {}
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the matrices, as they are stored."""
-        return self._reader.entry(self.rows[0].ours + LORA_A)[1]
+        """Dtype of the stored A's and B's."""
+        return self._reader.entry(self.weights[0].prefix + LORA_A)[1]
 
-    def matrices(self) -> Iterator[tuple[int, Matrix]]:
-        """Every Hugging Face matrix with an adapter and its layer, layer by layer."""
-        for layer in range(self.architecture.num_layers):
-            for row in self.rows:
-                for matrix in row.matrices.values():
+    def matrices(self) -> Iterator[tuple[int, AdaptedMatrix]]:
+        """Layer and matrix of every Hugging Face matrix with an adapter, layer by layer."""
+        for layer in range(self._architecture.num_layers):
+            for weight in self.weights:
+                for matrix in weight.matrices.values():
                     yield layer, matrix
 
-    def factors(self, weight: str) -> Factors | None:
-        """A and B of a Hugging Face weight by its name, ``None`` for one that has no adapter.
+    def factors(self, hf_name: str) -> Factors | None:
+        """Read A [rank, in] and B [out, rank] of a Hugging Face weight; ``None`` if it has no adapter.
 
         Raises:
             InputError: a file of the checkpoint is missing or damaged.
         """
-        if weight not in self._where:
+        if hf_name not in self._matrices:
             return None
-        row, layer, number = self._where[weight]
-        if self._last[0] != (row.ours, layer):
-            a, b = (self._reader.read(row.ours + letter, (layer,)) for letter in (LORA_A, LORA_B))
-            self._last = (row.ours, layer), row.factors(a, b)
-        return self._last[1][number]
+        weight, layer, position = self._matrices[hf_name]
+        if self._last_weight != (weight.prefix, layer):
+            a, b = (self._reader.read(weight.prefix + suffix, (layer,)) for suffix in (LORA_A, LORA_B))
+            self._last_weight, self._last_factors = (weight.prefix, layer), weight.factors(a, b)
+        return self._last_factors[position]
 
-    def _refuse_mismatch(self, checkpoint: Path) -> None:
-        expected = _shapes(self.rows, self.architecture.num_layers)
-        found = {name for name in self._reader.names() if is_adapter(name)}
-        for names, what in ((expected.keys() - found, "has no"), (found - expected.keys(), "has unexpected")):
+    def _refuse_mismatch(self) -> None:
+        """Check that the checkpoint holds exactly the adapters of its description.
+
+        Raises:
+            InputError: an A or B is missing, unexpected, or of another shape.
+        """
+        expected = stacked_shapes(self.weights, self._architecture.num_layers)
+        stored = {name for name in self._reader.names() if is_adapter(name)}
+        for names, problem in ((expected.keys() - stored, "has no"), (stored - expected.keys(), "has unexpected")):
             if names:
                 raise InputError(
-                    f"{checkpoint}: {what} {', '.join(sorted(names))}; its description says "
+                    f"{self._path}: {problem} {', '.join(sorted(names))}; its description says "
                     f"{self.lora.describe()}; the checkpoint is damaged"
                 )
         for name, shape in expected.items():
-            if (stored := self._reader.entry(name)[0]) != shape:
+            if (actual := self._reader.entry(name)[0]) != shape:
                 raise InputError(
-                    f"{checkpoint}: {name} has the shape {list(stored)}, its description says {list(shape)}; the "
+                    f"{self._path}: {name} has the shape {list(actual)}, its description says {list(shape)}; the "
                     "checkpoint is damaged"
                 )
 
 
-def _shapes(rows: tuple[AdaptedRow, ...], layers: int) -> dict[str, tuple[int, ...]]:
-    return {name: (layers, *shape) for row in rows for name, shape in row.our_shapes().items()}
-
-
-def lora_of(checkpoint: Path, info: CheckpointInfo) -> Lora:
-    """What adapters a checkpoint has, by its description.
+def lora_of_checkpoint(checkpoint: CheckpointRef) -> Lora:
+    """The adapters that the description of a checkpoint names.
 
     Raises:
-        InputError: it has none.
+        InputError: it names none.
     """
-    if info.lora is None:
-        raise InputError(f"{checkpoint}: has no adapters; mcore-to-hf exports its model")
-    return Lora.from_dict(info.lora)
+    if checkpoint.info.lora is None:
+        raise InputError(f"{checkpoint.path}: has no adapters; mcore-to-hf exports its model")
+    return Lora.from_dict(checkpoint.info.lora)

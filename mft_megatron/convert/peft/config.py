@@ -1,30 +1,32 @@
-"""``adapter_config.json``: how PEFT describes an adapter, written and read.
+"""``adapter_config.json``, PEFT's description of an adapter: written and read.
 
-What is read is what changes the function of the model. Entries that only say how an adapter was made or saved are
-passed over; any other must be off, since an entry that this program does not know may change what the adapter computes.
+Entries that change what the model computes are read. Entries that only tell how an adapter was created or saved are
+ignored. Any other must be off, since an unknown entry may change what the adapter computes.
 """
 
 import dataclasses
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from mft_megatron.convert.huggingface.model_folder import read_object
 from mft_megatron.errors import InputError
 from mft_megatron.lora import Lora
 
-from .adapter_rows import Matrix
+from .adapted_weights import AdaptedMatrix
+
+V = TypeVar("V")
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-# the weights themselves say which matrices are adapted
+# entries that are ignored; the weights themselves show which matrices are adapted
 IRRELEVANT = {
     "auto_mapping",
     "base_model_name_or_path",
-    "ensure_weight_tying",  # of what modules_to_save names
+    "ensure_weight_tying",  # concerns modules_to_save alone
     "eva_config",
     "exclude_modules",
     "inference_mode",
@@ -37,9 +39,9 @@ IRRELEVANT = {
     "task_type",
 }
 READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern"}
-# ways to begin that leave the model as it is; others (PiSSA, OLoRA, LoftQ …) take something out of its weights
-PLAIN_BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal")
-# what is said of the entries that people will meet
+# initialisations that leave the model unchanged; others (PiSSA, OLoRA, LoftQ …) change its weights
+PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
+# why common entries are refused
 REASONS = {
     "modules_to_save": "whole matrices beside the adapters cannot be expressed",
     "use_dora": "DoRA cannot be expressed",
@@ -54,7 +56,17 @@ REASONS = {
 
 @dataclasses.dataclass(frozen=True)
 class PeftConfig:
-    """What ``adapter_config.json`` says about the function. ``base``: the model's name there, for people."""
+    """The entries of ``adapter_config.json`` that change what the model computes.
+
+    Attributes:
+        rank: rank of a matrix that ``rank_pattern`` does not name.
+        alpha: alpha of a matrix that ``alpha_pattern`` does not name.
+        dropout: dropout of the input of A, in training.
+        rslora: whether the scale is alpha / √rank.
+        base: name of the base model, for people; may be empty.
+        rank_pattern: ranks by regular expression of the module's name.
+        alpha_pattern: alphas by regular expression of the module's name.
+    """
 
     rank: int
     alpha: float
@@ -65,30 +77,34 @@ class PeftConfig:
     alpha_pattern: Mapping[str, float]
 
     def rank_of(self, module: str) -> int:
-        """Of one matrix, by its full name."""
+        """Rank of a matrix, by the full name of its module."""
         return _by_pattern(self.rank_pattern, module, self.rank)
 
     def alpha_of(self, module: str) -> float:
-        """Of one matrix, by its full name."""
+        """Alpha of a matrix, by the full name of its module."""
         return _by_pattern(self.alpha_pattern, module, self.alpha)
 
 
-def _by_pattern(patterns: Mapping[str, Any], module: str, otherwise: Any) -> Any:
-    """PEFT's rule: the first entry that is the end of the name, as a regular expression."""
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), otherwise)
+def _by_pattern(patterns: Mapping[str, V], module: str, default: V) -> V:
+    """Value of the first regular expression that matches the end of the name (PEFT's rule)."""
+    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
 
 
-def config_of(lora: Lora, matrices: Iterable[Matrix], base_model_name: str | None) -> dict[str, Any]:
-    """The content of ``adapter_config.json``.
+def config_of(lora: Lora, matrices: Iterable[AdaptedMatrix], base_model_name: str | None) -> dict[str, object]:
+    """Write the content of ``adapter_config.json``.
 
-    A matrix that several A's of ours serve has their ranks together, and an alpha with which the scale stays.
+    A matrix whose A is concatenated of several has the sum of their ranks, and the alpha that keeps the scale.
+
+    Args:
+        lora: the adapters of a checkpoint.
+        matrices: the Hugging Face matrices that have one.
+        base_model_name: name of the base model.
     """
-    several = {matrix.leaf: len(matrix.parts) for matrix in matrices}
-    usual = min(several.values())
-    ranks = {leaf: count * lora.rank for leaf, count in several.items()}
-    alphas = {leaf: _alpha(lora, count) for leaf, count in several.items()}
+    num_parts = {matrix.leaf: len(matrix.parts) for matrix in matrices}
+    usual = min(num_parts.values())
+    unusual = {leaf: count for leaf, count in num_parts.items() if count != usual}
     return {
-        "alpha_pattern": {leaf: alpha for leaf, alpha in alphas.items() if several[leaf] != usual},
+        "alpha_pattern": {leaf: _alpha(lora, count) for leaf, count in unusual.items()},
         "auto_mapping": None,
         "base_model_name_or_path": base_model_name,
         "bias": "none",
@@ -102,9 +118,9 @@ def config_of(lora: Lora, matrices: Iterable[Matrix], base_model_name: str | Non
         "modules_to_save": None,
         "peft_type": "LORA",
         "r": usual * lora.rank,
-        "rank_pattern": {leaf: rank for leaf, rank in ranks.items() if several[leaf] != usual},
+        "rank_pattern": {leaf: count * lora.rank for leaf, count in unusual.items()},
         "revision": None,
-        "target_modules": sorted(several),
+        "target_modules": sorted(num_parts),
         "task_type": "CAUSAL_LM",
         "use_dora": False,
         "use_rslora": lora.rslora,
@@ -112,81 +128,92 @@ def config_of(lora: Lora, matrices: Iterable[Matrix], base_model_name: str | Non
 
 
 def _alpha(lora: Lora, count: int) -> float | int:
-    """Of a matrix of ``count`` times the rank; a whole number as one, as readers other than PEFT expect it."""
+    """Alpha of a matrix of ``count`` times the rank; an integer where it is whole, as others than PEFT expect."""
     alpha = lora.alpha * (math.sqrt(count) if lora.rslora else count)
     return int(alpha) if alpha == int(alpha) else alpha
 
 
 def read_config(folder: Path) -> PeftConfig:
-    """What the adapter in a folder is.
+    """Read ``adapter_config.json`` of a folder.
 
     Raises:
-        InputError: there is none, or it cannot be expressed here; in a line that names the entry.
+        InputError: there is none, or an entry cannot be expressed here; the message names it.
     """
     file = folder / CONFIG
     if not file.is_file():
-        what = "has no adapter_config.json" if folder.is_dir() else "is no folder"
-        raise InputError(f"{folder}: {what}; give the folder of a PEFT adapter")
+        problem = f"has no {CONFIG}" if folder.is_dir() else "is no folder"
+        raise InputError(f"{folder}: {problem}; give the folder of a PEFT adapter")
     content = read_object(file, "write the adapter again")
     try:
-        _refuse_what_differs(content)
+        _refuse_inexpressible(content)
         return _read(content)
     except InputError as error:
         raise InputError(f"{file}: {error}") from None
 
 
-def _refuse_what_differs(content: Mapping[str, Any]) -> None:
+def _refuse_inexpressible(content: Mapping[str, object]) -> None:
     if content.get("peft_type") != "LORA":
         raise InputError(f"peft_type is {content.get('peft_type')!r}; only LORA can be expressed")
     if content.get("bias", "none") != "none":
         raise InputError(f"bias is {content['bias']!r}: trained biases cannot be expressed; only 'none'")
-    if (beginning := content.get("init_lora_weights", True)) not in PLAIN_BEGINNINGS:
+    if (initialisation := content.get("init_lora_weights", True)) not in PLAIN_INITIALISATIONS:
         raise InputError(
-            f"init_lora_weights is {beginning!r}, which changes the model beside the adapter; convert it with PEFT's "
-            "save_pretrained(…, path_initial_model_for_weight_conversion=…)"
+            f"init_lora_weights is {initialisation!r}, which changes the model beside the adapter; convert it with "
+            "PEFT's save_pretrained(…, path_initial_model_for_weight_conversion=…)"
         )
     others = content.keys() - READ - IRRELEVANT - {"bias", "init_lora_weights"}
     for name in sorted(others, key=lambda name: (name not in REASONS, name)):
-        if content[name]:  # neither None, False, 0 nor empty
+        if content[name]:  # None, False, 0 and empty values switch an entry off
             reason = REASONS.get(name, "not understood, and it may change what the adapter computes")
             raise InputError(f"{name} is {json.dumps(content[name])[:60]}: {reason}")
 
 
-def _read(content: Mapping[str, Any]) -> PeftConfig:
+def _read(content: Mapping[str, object]) -> PeftConfig:
     return PeftConfig(
-        rank=_number("r", content.get("r", 8), int, 1),
-        alpha=_number("lora_alpha", content.get("lora_alpha", 8), float),
-        dropout=_number("lora_dropout", content.get("lora_dropout", 0.0), float, 0, below=1),
+        rank=_rank("r", content.get("r", 8)),
+        alpha=_number("lora_alpha", content.get("lora_alpha", 8)),
+        dropout=_dropout("lora_dropout", content.get("lora_dropout", 0.0)),
         rslora=_flag("use_rslora", content.get("use_rslora", False)),
         base=str(content.get("base_model_name_or_path") or ""),
-        rank_pattern=_pattern("rank_pattern", content.get("rank_pattern"), int, 1),
-        alpha_pattern=_pattern("alpha_pattern", content.get("alpha_pattern"), float),
+        rank_pattern=_pattern("rank_pattern", content.get("rank_pattern"), _rank),
+        alpha_pattern=_pattern("alpha_pattern", content.get("alpha_pattern"), _number),
     )
 
 
-def _number(name: str, value: Any, kind: type, at_least: float = -math.inf, below: float = math.inf) -> Any:
-    allowed = int if kind is int else int | float
-    if isinstance(value, bool) or not isinstance(value, allowed) or not at_least <= value < below:
-        whole = "a whole number" if kind is int else "a number"
-        bounds = (f" from {at_least}" if at_least > -math.inf else "") + (f" below {below}" if below < math.inf else "")
-        raise InputError(f"{name} is {json.dumps(value)}; it must be {whole}{bounds}")
-    return kind(value)
+def _rank(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InputError(f"{name} is {json.dumps(value)}; it must be a whole number from 1")
+    return value
 
 
-def _flag(name: str, value: Any) -> bool:
+def _number(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -math.inf <= value < math.inf:
+        raise InputError(f"{name} is {json.dumps(value)}; it must be a number")
+    return float(value)
+
+
+def _dropout(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+        raise InputError(f"{name} is {json.dumps(value)}; it must be a number from 0 below 1")
+    return float(value)
+
+
+def _flag(name: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise InputError(f"{name} is {json.dumps(value)}; it must be true or false")
     return value
 
 
-def _pattern(name: str, content: Any, kind: type, at_least: float = -math.inf) -> dict[str, Any]:
-    if not isinstance(content or {}, dict):
+def _pattern(name: str, content: object, read: Callable[[str, object], V]) -> dict[str, V]:
+    """Read an object from regular expressions to values; ``read`` is given the entry's name and its value."""
+    entries = content or {}
+    if not isinstance(entries, dict):
         raise InputError(f"{name} is {json.dumps(content)[:60]}; it must be an object")
-    found = {}
-    for key, value in (content or {}).items():
+    values = {}
+    for key, value in entries.items():
         try:
             re.compile(key)
         except re.error as error:
             raise InputError(f"{name}: {key!r} is no regular expression ({error})") from None
-        found[key] = _number(f"{name} of {key}", value, kind, at_least)
-    return found
+        values[key] = read(f"{name} of {key}", value)
+    return values

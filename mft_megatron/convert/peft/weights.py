@@ -1,14 +1,16 @@
-"""``adapter_model.safetensors``: which matrices of a model an adapter is on, and any part of its A and B.
+"""``adapter_model.safetensors``: the matrices of a model that have an adapter, and any slice of their A and B.
 
 ::
 
     base_model.model. model.layers.0.self_attn.q_proj .lora_A.weight    [rank, in]
-                      the module's name in the model  .lora_B.weight    [out, rank]
+                      name of the module in the model .lora_B.weight    [out, rank]
 """
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 import torch
 from safetensors import safe_open
@@ -22,124 +24,164 @@ from mft_megatron.convert.huggingface.safetensors_reader import StoredWeight, re
 from mft_megatron.errors import InputError
 from mft_megatron.lora import SOURCES
 
-from .adapter_rows import linear_rows
+from .adapted_weights import linear_weights, module_name
 from .config import WEIGHTS, PeftConfig
 
+Letter: TypeAlias = Literal["A", "B"]
+LETTERS: tuple[Letter, Letter] = ("A", "B")
 _PREFIX = "base_model.model."
 _KEY = re.compile(rf"{re.escape(_PREFIX)}(?P<module>.+)\.lora_[AB]\.weight")
-# what else stands in such files, and what it means
-_OTHERS = {
+# parts of other keys in such files, and why they are refused
+_REFUSED = {
     "lora_embedding_": "adapters of embeddings cannot be expressed",
     "lora_magnitude_vector": "DoRA cannot be expressed",
     ".bias": "trained biases cannot be expressed",
     ".weight": "whole matrices beside the adapters cannot be expressed",
 }
-# by a module's full name: the row of its weight, its number in it, its layer
-Modules = Mapping[str, tuple[MappedWeight, int, int]]
 
 
-def key_of(module: str, letter: str) -> str:
-    """The name of a module's A or B in the file."""
+@dataclasses.dataclass(frozen=True)
+class HuggingFaceModule:
+    """A linear layer of a Hugging Face model.
+
+    Attributes:
+        megatron: Megatron's name of the module that it is fused in.
+        mapped: weight of that module.
+        position: index of the layer's weight in ``mapped.hf_names``.
+        layer: index of the transformer layer.
+    """
+
+    megatron: str
+    mapped: MappedWeight
+    position: int
+    layer: int
+
+
+def key_of(module: str, letter: Letter) -> str:
+    """Key in the file of a module's A or B."""
     return f"{_PREFIX}{module}.lora_{letter}.weight"
 
 
 class PeftWeights:
-    """The weights in a folder. ``modules``: those that have an adapter; ``numbers``: the same by module of ours, as
-    numbers in the row of its weight."""
+    """The weights in the folder of an adapter; only the requested slices are read.
+
+    Attributes:
+        folder: the folder.
+        family: family of the model that the adapter belongs to.
+        architecture: architecture of that model.
+        linear: weights of that model that can have an adapter, by Megatron's name of the module.
+        modules: modules that have an adapter, by name.
+        positions: positions of their weights in ``hf_names`` by Megatron's name of the module, the same in every layer.
+    """
 
     def __init__(self, folder: Path, config: PeftConfig, family: Family, architecture: NetworkArguments):
         """
+        Args:
+            folder: folder of the adapter.
+            config: its configuration.
+            family: family of the model.
+            architecture: architecture of the model.
+
         Raises:
             InputError: a weight is missing, not of such a model, of another shape, or not there for every layer.
         """
-        self.file = folder / WEIGHTS
-        self.stored = _header(folder)
-        everywhere = _modules(family, architecture)
-        self.modules: Modules = {name: everywhere[name] for name in self._names(everywhere, family, architecture)}
-        self._refuse_other_shapes(config, family, architecture)
-        self.numbers = self._in_every_layer(everywhere)
-        # only what is asked for is read of the map
-        self._content = safe_open(self.file, framework="pt")
+        self.folder, self.family, self.architecture = folder, family, architecture
+        self.linear = linear_weights(family, architecture)
+        self._file = folder / WEIGHTS
+        self._stored = _header(folder)
+        every_module = self._every_module()
+        self.modules = {name: every_module[name] for name in self._names(every_module)}
+        self._refuse_other_shapes(config)
+        self.positions = self._positions(every_module)
+        # a memory map: only requested slices are read
+        self._content = safe_open(self._file, framework="pt")
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of all weights, or the largest."""
-        return max((weight.dtype for weight in self.stored.values()), key=lambda dtype: dtype.itemsize)
+        """Dtype of all weights, or the largest."""
+        return max((weight.dtype for weight in self._stored.values()), key=lambda dtype: dtype.itemsize)
 
-    def has(self, module: str) -> bool:
-        """Whether a module of that name has an adapter."""
-        return key_of(module, "A") in self.stored
+    def module(self, megatron: str, position: int, layer: int) -> str:
+        """Name of a Hugging Face module, by the attributes of :class:`HuggingFaceModule`."""
+        return module_name(self.linear[megatron], position).format(layer)
 
-    def whole(self, module: str, letter: str) -> Tensor:
-        """A or B of a module."""
-        return self._content.get_tensor(key_of(module, letter))
+    def whole(self, module: str, letter: Letter) -> Tensor:
+        """Read A [rank, in] or B [out, rank] of a module."""
+        content: Tensor = self._content.get_tensor(key_of(module, letter))
+        return content
 
-    def part(self, module: str, letter: str, rows: slice, columns: slice) -> Tensor:
-        """Some rows and columns of it."""
-        return self._content.get_slice(key_of(module, letter))[rows, columns]
+    def part(self, module: str, letter: Letter, rows: slice, columns: slice) -> Tensor:
+        """Read some rows and columns of A or B of a module."""
+        content: Tensor = self._content.get_slice(key_of(module, letter))[rows, columns]
+        return content
 
-    def _names(self, everywhere: Modules, family: Family, architecture: NetworkArguments) -> list[str]:
-        """The modules that the weights are of."""
+    def _every_module(self) -> Mapping[str, HuggingFaceModule]:
+        """Every module of the model that can have an adapter, by name."""
+        return {
+            self.module(megatron, position, layer): HuggingFaceModule(megatron, mapped, position, layer)
+            for megatron, mapped in self.linear.items()
+            for position in range(len(mapped.hf_names))
+            for layer in range(self.architecture.num_layers)
+        }
+
+    def _names(self, every_module: Mapping[str, HuggingFaceModule]) -> list[str]:
+        """Names of the modules that the stored weights belong to.
+
+        Raises:
+            InputError: a weight is none of a LoRA adapter, or its module cannot have an adapter, or there are none.
+        """
         names = {}
-        for key in sorted(self.stored):
+        for key in sorted(self._stored):
             match = _KEY.fullmatch(key)
             if match is None:
-                reason = next((text for piece, text in _OTHERS.items() if piece in key), "not understood")
-                raise InputError(f"{self.file}: {key}: {reason}")
+                reason = next((text for part, text in _REFUSED.items() if part in key), "not understood")
+                raise InputError(f"{self._file}: {key}: {reason}")
             name = match["module"]
-            if name not in everywhere:
-                known = f"{name}.weight" in names_of(family.weights(architecture), architecture) or ".experts." in name
-                what = (
-                    "embeddings, output layer, routers and experts cannot have one here; train one without it"
-                    if known
-                    else f"a {family.name} of this size has no such matrix: it is the adapter of another model"
-                )
-                raise InputError(f"{self.file}: has an adapter on {name}; {what}")
+            if name not in every_module:
+                raise InputError(f"{self._file}: has an adapter on {name}; {self._no_adapter_on(name)}")
             names[name] = True
         if not names:
-            raise InputError(f"{self.file}: holds no weights; write the adapter again")
+            raise InputError(f"{self._file}: holds no weights; write the adapter again")
         return list(names)
 
-    def _refuse_other_shapes(self, config: PeftConfig, family: Family, architecture: NetworkArguments) -> None:
-        sizes = sizes_of(architecture, 0)
-        for module, (row, number, _) in self.modules.items():
-            rows, columns = row.hf_shapes(sizes)[number]
-            rank = config.rank_of(module)
-            for letter, wanted in (("A", (rank, columns)), ("B", (rows, rank))):
-                key = key_of(module, letter)
-                if key not in self.stored:
-                    raise InputError(f"{self.file}: {key} is missing; write the adapter again")
-                if (shape := self.stored[key].shape) != wanted:
+    def _no_adapter_on(self, module: str) -> str:
+        """Why a module cannot have an adapter."""
+        all_names = names_of(self.family.weights(self.architecture), self.architecture)
+        if f"{module}.weight" in all_names or ".experts." in module:
+            return "embeddings, output layer, routers and experts cannot have one here; train one without it"
+        return f"a {self.family.name} of this size has no such matrix: it is the adapter of another model"
+
+    def _refuse_other_shapes(self, config: PeftConfig) -> None:
+        sizes = sizes_of(self.architecture, 0)
+        for name, module in self.modules.items():
+            rows, columns = module.mapped.hf_shapes(sizes)[module.position]
+            rank = config.rank_of(name)
+            for letter, wanted in zip(LETTERS, ((rank, columns), (rows, rank)), strict=True):
+                key = key_of(name, letter)
+                if key not in self._stored:
+                    raise InputError(f"{self._file}: {key} is missing; write the adapter again")
+                if (shape := self._stored[key].shape) != wanted:
                     raise InputError(
-                        f"{self.file}: {key} has the shape {list(shape)}, a {family.name} of this size and rank {rank} "
-                        f"needs {list(wanted)}; it is the adapter of another model"
+                        f"{self._file}: {key} has the shape {list(shape)}, a {self.family.name} of this size and rank "
+                        f"{rank} needs {list(wanted)}; it is the adapter of another model"
                     )
 
-    def _in_every_layer(self, everywhere: Modules) -> dict[str, tuple[int, ...]]:
-        numbers: dict[str, set[int]] = {}
-        for row, number, _ in self.modules.values():
-            numbers.setdefault(_ours(row), set()).add(number)
-        for name, (row, number, _) in everywhere.items():
-            if number in numbers.get(_ours(row), ()) and name not in self.modules:
+    def _positions(self, every_module: Mapping[str, HuggingFaceModule]) -> dict[str, tuple[int, ...]]:
+        """Positions of the adapted weights by Megatron's name of the module.
+
+        Raises:
+            InputError: a module has an adapter in some layers only.
+        """
+        positions: dict[str, set[int]] = {}
+        for module in self.modules.values():
+            positions.setdefault(module.megatron, set()).add(module.position)
+        for name, module in every_module.items():
+            if module.position in positions.get(module.megatron, ()) and name not in self.modules:
                 raise InputError(
-                    f"{self.file}: has no adapter on {name}, but on its like in other layers; an adapter must be on "
+                    f"{self._file}: has no adapter on {name}, but on its like in other layers; an adapter must be on "
                     "every layer"
                 )
-        return {module: tuple(sorted(numbers[module])) for module in SOURCES if module in numbers}
-
-
-def _ours(row: MappedWeight) -> str:
-    return row.name.split(".")[-2]
-
-
-def _modules(family: Family, architecture: NetworkArguments) -> Modules:
-    """Every module that can have an adapter."""
-    return {
-        name.removesuffix(".weight").format(layer): (row, number, layer)
-        for row in linear_rows(family, architecture).values()
-        for number, name in enumerate(row.hf_names)
-        for layer in range(architecture.num_layers)
-    }
+        return {module: tuple(sorted(positions[module])) for module in SOURCES if module in positions}
 
 
 def _header(folder: Path) -> dict[str, StoredWeight]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mft_megatron.convert.commands.convert import hf_to_mcore, mcore_to_hf
+from mft_megatron.convert.commands.huggingface import hf_to_mcore, mcore_to_hf
 from mft_megatron.convert.huggingface import model_import
 from mft_megatron.convert.huggingface.safetensors_reader import WeightFiles
 from mft_megatron.convert.huggingface.safetensors_writer import PlannedWeight, ShardWriter

@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import load_file
 
 from mft_megatron.arguments.groups.network import NetworkArguments
-from mft_megatron.convert.commands.convert import hf_to_mcore, mcore_to_hf
+from mft_megatron.convert.commands.huggingface import hf_to_mcore, mcore_to_hf
 from mft_megatron.convert.huggingface.families.table import FAMILIES, family_for, family_of
 from mft_megatron.convert.huggingface.family import comparable
 from mft_megatron.convert.huggingface.model_folder import read_architecture
-from mft_megatron.convert.peft.adapter_rows import linear_rows
+from mft_megatron.convert.peft.adapted_weights import linear_weights
 from mft_megatron.errors import InputError
 from mft_megatron.lora import KNOWN_TARGETS
 from tests.convert import tiny_models
@@ -114,7 +114,7 @@ def test_import_and_export_change_nothing(converted, name, tmp_path):
 @pytest.mark.parametrize("name", ["qwen2 tied", "starcoder2"])
 def test_half_precision_stays_as_it_is(name, dtype, tmp_path, monkeypatch):
     """Every bit of subnormal numbers and infinities is kept, also in slices of a few rows."""
-    from mft_megatron.convert.huggingface import model_import
+    from mft_megatron.convert.huggingface import converted_checkpoint, model_import
 
     tiny_models.write_model(name, tmp_path / "hf", dtype)
     (file,) = (tmp_path / "hf").glob("*.safetensors")
@@ -122,7 +122,7 @@ def test_half_precision_stays_as_it_is(name, dtype, tmp_path, monkeypatch):
     weights["model.embed_tokens.weight"].view(torch.int16)[:3] = torch.tensor([1, -32768, 0x7F80])[:, None]
     tiny_models.save_weights(weights, file)
     monkeypatch.setattr(model_import, "BLOCK_BYTES", 700)
-    monkeypatch.setattr(model_import, "FILE_BYTES", 2000)
+    monkeypatch.setattr(converted_checkpoint, "FILE_BYTES", 2000)
     hf_to_mcore(["--hf", str(tmp_path / "hf"), "--save", str(tmp_path / "checkpoint")])
     assert len(list((tmp_path / "checkpoint" / "iter_0000000").glob("*.distcp"))) > 20
     mcore_to_hf(["--load", str(tmp_path / "checkpoint"), "--hf", str(tmp_path / "back")])
@@ -322,7 +322,7 @@ def test_every_family_has_a_model_here():
 def test_every_matrix_of_a_family_can_be_named_as_a_target_of_adapters(converted, name):
     """A family whose matrices have new names needs them in ``mft_megatron/lora.py``."""
     family, architecture, _ = read_architecture(Path(converted[name][1]))
-    matrices = [hf_name for weight in linear_rows(family, architecture).values() for hf_name in weight.hf_names]
+    matrices = [hf_name for weight in linear_weights(family, architecture).values() for hf_name in weight.hf_names]
     assert {hf_name.split(".")[-2] for hf_name in matrices} <= set(KNOWN_TARGETS)
 
 

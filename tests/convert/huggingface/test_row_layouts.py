@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from mft_megatron.arguments.groups.network import NetworkArguments
+from mft_megatron.convert.commands.options import parse_size
 from mft_megatron.convert.huggingface.families.llama import LLAMA
-from mft_megatron.convert.huggingface.model_export import parse_size
 from mft_megatron.convert.huggingface.row_layouts import (
     Block,
     glu,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mft_megatron.convert.commands.convert import hf_to_mcore
+from mft_megatron.convert.commands.huggingface import hf_to_mcore
 from tests.convert import tiny_models
 from tests.ranks import run_on_ranks
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mft_megatron.convert.commands.convert import lora_to_peft
-from mft_megatron.convert.peft.adapter_rows import family_of_info
+from mft_megatron.convert.commands.peft import lora_to_peft
+from mft_megatron.convert.peft.adapted_weights import family_of_info, stacked_shapes
 from mft_megatron.convert.peft.weight_source import AdapterSource
 from mft_megatron.errors import InputError
 from mft_megatron.mcore.checkpointing.weight_source import WeightSlice
@@ -73,7 +73,8 @@ def test_logits_are_those_of_the_matrices_multiplied_out(models, name, tmp_path)
     # and back: what was shared is shared again, and what was joined comes apart, bit by bit
     source = AdapterSource(str(tmp_path / "adapter"), info)
     assert source.lora == lora
-    assert source.shapes() == {key: tuple(content.shape) for key, content in weights.items()}
+    stored_shapes = stacked_shapes(source.weights, info.architecture["num_layers"])
+    assert stored_shapes == {key: tuple(content.shape) for key, content in weights.items()}
     for key, content in weights.items():
         for layer in range(len(content)):
             wanted = WeightSlice(key, (layer,), (0, 0), tuple(content.shape[1:]))
@@ -209,7 +210,7 @@ def test_bad_checkpoints(models, tmp_path, change):
 
 
 def test_what_cannot_be_exported_so(adapted, models, tmp_path):
-    from mft_megatron.convert.commands.convert import mcore_to_hf
+    from mft_megatron.convert.commands.huggingface import mcore_to_hf
 
     with pytest.raises(InputError, match="has adapters; merge-lora writes the model with them merged into it, lora-to"):
         mcore_to_hf(["--load", str(adapted), "--hf", str(tmp_path / "b")])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mft_megatron.convert.commands.convert import lora_to_peft
+from mft_megatron.convert.commands.peft import lora_to_peft
 from tests.convert import made_adapters, tiny_models
 from tests.ranks import run_on_ranks
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mft_megatron.convert.commands.convert import lora_to_peft
+from mft_megatron.convert.commands.peft import lora_to_peft
+from mft_megatron.convert.peft.adapted_weights import stacked_shapes
 from mft_megatron.convert.peft.weight_source import AdapterSource
 from mft_megatron.errors import InputError
 from mft_megatron.mcore.checkpointing.weight_source import WeightSlice
@@ -59,7 +60,7 @@ def test_there_and_back_nothing_changes(made, name, tmp_path):
     assert (source.lora.rank, source.lora.alpha) == (4, 6)
     weights = {
         key: torch.stack([source.read(WeightSlice(key, (layer,), (0, 0), shape[1:])) for layer in range(shape[0])])
-        for key, shape in source.shapes().items()
+        for key, shape in stacked_shapes(source.weights, info.architecture["num_layers"]).items()
     }
     made_adapters.write_adapters(tmp_path / "run", info, source.lora, weights)
     lora_to_peft(["--load", str(tmp_path / "run"), "--hf", str(tmp_path / "back")])

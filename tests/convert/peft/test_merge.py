@@ -8,7 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mft_megatron.convert.commands.convert import hf_to_mcore, lora_to_peft, merge_lora
+from mft_megatron.convert.commands.huggingface import hf_to_mcore
+from mft_megatron.convert.commands.merge import merge_lora
+from mft_megatron.convert.commands.peft import lora_to_peft
 from mft_megatron.convert.peft import merge
 from mft_megatron.errors import InputError
 from mft_megatron.mcore.checkpointing.tensor_reader import TensorReader
@@ -101,7 +103,7 @@ def test_merged_is_the_sum(cases, name, tmp_path, monkeypatch):
     """Wherever adapters and model come from, and also through pieces of a few rows."""
     case = cases(name)
     for number, words in enumerate(SOURCES.values()):
-        monkeypatch.setattr(merge, "PIECE_BYTES", (2**26, 5 * 8 * 48)[number % 2])
+        monkeypatch.setattr(merge, "BLOCK_BYTES", (2**26, 5 * 8 * 48)[number % 2])
         merge_lora([*map(str, words(case)), "--hf", str(tmp_path / str(number)), "--max-shard-size", "60KB"])
         check(case, tmp_path / str(number))
     assert len(list((tmp_path / "0").glob("*.safetensors"))) > 1
@@ -220,10 +222,10 @@ def test_what_does_not_go_together(cases, tmp_path):
     assert "give --load CKPT or --adapter DIR" in refusal(target)
     assert "one of the two" in refusal(target, "--load", case.adapters, "--adapter", case.peft, "--base", case.hf)
     assert "--adapter: give --base, the model" in refusal(target, "--adapter", case.peft)
-    assert "--best is of --load" in refusal(target, "--adapter", case.peft, "--base", case.hf, "--best")
+    assert "--best belongs to --load" in refusal(target, "--adapter", case.peft, "--base", case.hf, "--best")
     assert "named twice" in refusal(target, "--adapter", case.peft, case.peft, "--base", case.hf)
     assert "has no adapters; mcore-to-hf exports" in refusal(target, "--load", case.start)
-    assert "has adapters of its own; merge them first" in refusal(target, "--load", case.adapters, "--base", case.whole)
+    assert "has adapters itself; merge them first" in refusal(target, "--load", case.adapters, "--base", case.whole)
     for base, reason in (
         (tmp_path / "absent", "is no folder"),
         (tmp_path, "is neither a Hugging Face folder nor a checkpoint"),
