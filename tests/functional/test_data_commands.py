@@ -345,7 +345,7 @@ def test_a_cache_saves_what_was_tokenised(command):
     assert "used again" not in command.preprocess("--task", first, *cache)[1]
     code, said = command.preprocess("--task", first, second, *cache)
     assert code == 0
-    assert "1 parts had been tokenised before and were used again" in said
+    assert "1 batches had been tokenised before and were used again" in said
 
 
 @pytest.mark.parametrize("backend", ["auto", "hf", "gigatoken"])
@@ -374,7 +374,7 @@ def test_a_killed_run_is_taken_up(command):
     command.write("b.jsonl", TEXT)
     code, said = command.preprocess(*words, "--tokenizer-backend", "hf")
     assert code == 0, said
-    assert "1 parts had been tokenised before" in said
+    assert "1 batches had been tokenised before" in said
     assert not list(command.folder.glob(".set*"))
 
 

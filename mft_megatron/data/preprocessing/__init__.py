@@ -1,1 +1,1 @@
-"""What the data commands do: encode records, cache, store, pack again."""
+"""The work of the data commands: encode records, cache them, store samples, pack them, pack them again."""

@@ -1,9 +1,9 @@
-"""Encoded batches by what they were made of, so that nothing is tokenised twice.
+"""A cache of encoded batches, so that nothing is tokenised twice.
 
-A part's name is a hash of the batch's content and of everything that decides how it is encoded. A run that is
-continued after it was killed, a file that has grown, another data set with the same task: whatever has been encoded
-before is read instead. Each part is a ``.npz`` file, put in place when it is complete; its checksums are compared when
-it is read.
+The key of an entry is a hash of the batch's records and of everything that decides how they are encoded. A run that is
+continued after it was killed, a file that has grown, another data set with the same task: all read the entries that
+exist. Each entry is an ``.npz`` file, renamed to its name when it is complete; its checksums are compared when it is
+read.
 """
 
 import hashlib
@@ -18,35 +18,41 @@ import numpy as np
 from mft_megatron.data.storage.dataset_writer import report_full_disk
 from mft_megatron.data.tasks.record_batches import RecordBatch
 
-from .encoding import Drop, EncodedBatch
+from .encoded_batch import Drop, EncodedBatch
 
-VERSION = 2  # of what encoding makes of the same input; raise it when that changes
+# raise it when the same records are encoded otherwise than before
+VERSION = 2
 
 
 class EncodedCache:
-    """A folder of parts. ``reused``: how many have been read from it."""
+    """A folder of entries.
+
+    Attributes:
+        reused: number of entries that have been read from it.
+    """
 
     def __init__(self, folder: Path):
+        """Use ``folder``, which need not exist."""
         self._folder = folder
         self.reused = 0
 
     def key(self, batch: RecordBatch, fingerprint: str) -> str:
-        """Name of a batch's part; ``fingerprint`` stands for how it is to be encoded."""
+        """Key of a batch; ``fingerprint`` represents everything that decides how it is encoded."""
         digest = hashlib.sha256(f"{VERSION}/{fingerprint}/{len(batch.lines)}/".encode())
-        lines = all(isinstance(line, bytes) for line in batch.lines)
-        digest.update(b"".join(batch.lines) if lines else pickle.dumps(batch.lines))
+        lines = [line for line in batch.lines if isinstance(line, bytes)]
+        digest.update(b"".join(lines) if len(lines) == len(batch.lines) else pickle.dumps(batch.lines))
         return digest.hexdigest()
 
     def read(self, key: str, batch: RecordBatch) -> EncodedBatch | None:
-        """The part of a batch, ``None`` where there is none or it is damaged."""
+        """Read the entry of a batch; ``None`` where there is none or it is damaged."""
         try:
-            with open(self._path(key), "rb") as file, np.load(file) as part:
-                records, documents, filled = part["counts"].tolist()
-                drops = json.loads(part["drops"].tobytes())
+            with open(self._path(key), "rb") as file, np.load(file) as entry:
+                records, documents, filled = entry["counts"].tolist()
+                drops = json.loads(entry["drops"].tobytes())
                 encoded = EncodedBatch(
-                    ids=part["ids"],
-                    mask=part["mask"],
-                    lengths=part["lengths"],
+                    ids=entry["ids"],
+                    mask=entry["mask"],
+                    lengths=entry["lengths"],
                     records=records,
                     documents=documents,
                     filled=filled,
@@ -54,14 +60,18 @@ class EncodedCache:
                 )
         except FileNotFoundError:
             return None
-        except Exception:  # whatever is wrong with it, it is made again
+        except Exception:  # an entry that is damaged in any way is made again
             self._path(key).unlink(missing_ok=True)
             return None
         self.reused += 1
         return encoded
 
     def write(self, key: str, batch: RecordBatch, encoded: EncodedBatch) -> None:
-        """Keep what became of a batch."""
+        """Write the entry of a batch.
+
+        Raises:
+            InputError: the disk is full.
+        """
         path = self._path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
         drops = [[drop.line - batch.first_line, drop.reason, drop.message] for drop in encoded.drops]

@@ -2,17 +2,16 @@
 
 ::
 
-    files ─► batches ─► workers (encoding, or parts from before) ─► store: ids, masks, tasks ─► packs ─► ledger
+    files ─► batches ─► workers: encode, or read the cache ─► stored samples: ids, masks, tasks ─► packs ─► ledger
 
-The result does not depend on the number of workers, nor on what was reused. Everything is written under temporary
-names; only when all of it is on disk do the files take their places, the ledger last. A run that fails leaves an
-existing data set as it was; one that is killed goes on, when it is started again, from the parts it had encoded.
+The result depends neither on the number of workers nor on the cache. Everything is written under temporary names; when
+all of it is on disk, the files are renamed, the ledger last. A run that fails leaves an existing data set as it was;
+one that was killed continues, when it is started again, from the batches that are in the cache.
 """
 
 import dataclasses
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -22,7 +21,7 @@ from mft_megatron.data.packing.packing_options import PackingOptions, check_pack
 from mft_megatron.data.records.fim import fim
 from mft_megatron.data.storage.dataset_writer import DatasetWriter, report_full_disk, require_free_space
 from mft_megatron.data.storage.indexed_dataset import token_dtype
-from mft_megatron.data.storage.ledger import Ledger, TokenizerEntry
+from mft_megatron.data.storage.ledger import JsonObject, Ledger, TokenizerEntry
 from mft_megatron.data.storage.sample_writer import SampleWriter, TaskTally
 from mft_megatron.data.storage.stored_samples import StoredSamples
 from mft_megatron.data.tasks.reader import TaskReader, files_on_disk
@@ -32,21 +31,29 @@ from mft_megatron.data.tokenizers.load import load_tokenizer
 from mft_megatron.data.tokenizers.tokenizer import Tokenizer
 from mft_megatron.errors import InputError
 
+from .encoded_batch import EncodedBatch
 from .encoded_cache import EncodedCache
-from .encoding import EncodedBatch, TaskEncoding
+from .encoding import TaskEncoding
 from .workers import Workers
 
-COMPRESSED = {".gz": 4, ".zst": 4, ".parquet": 3}  # how much larger the text is, roughly
-BYTES_A_TOKEN = 4  # of text, roughly; only to see beforehand whether the disk is far too small
+# bytes of text per byte of the file, roughly
+COMPRESSED = {".gz": 4, ".zst": 4, ".parquet": 3}
+# bytes of text per token, roughly: a disk that is far too small is reported before anything is written
+BYTES_A_TOKEN = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What to make: the options of ``tools/preprocess_data.py``, parsed.
+    """The options of ``tools/preprocess_data.py``, parsed; fields have the names of the options.
 
-    ``on_error``: "stop" at the first record that cannot be used, or "skip" and count it. ``cache_dir``: where encoded
-    parts are kept for later runs; without it they are kept only while this run is not complete. ``progress``: called
-    with task, bytes read and bytes in all.
+    Attributes:
+        tasks: by name.
+        packing: options of packing.
+        on_error: "stop" at the first record that cannot be used, or "skip" and count it.
+        workers: number of processes.
+        cache_dir: folder of encoded batches for later runs; where it is ``None``, they are kept until this run is
+            complete.
+        progress: called with the name of the task, its bytes that were read, and its total bytes.
     """
 
     tasks: dict[str, TaskFiles]
@@ -69,14 +76,18 @@ class Recipe:
 
 
 def preprocess(recipe: Recipe) -> tuple[Ledger, list[str]]:
-    """Make the data set of ``recipe``; returns its ledger, and lines that the user should read.
+    """Write the data set of ``recipe``.
+
+    Returns:
+        ledger: of the data set.
+        notices: lines that the user should read.
 
     Raises:
         InputError: a record that cannot be used (``file:line``), a task whose mask cannot be right or of which nothing
             is left, a tokenizer or chat format that cannot be used, contradicting options, a full disk.
     """
     check_packing_options(recipe.packing)
-    _refuse_own_output(recipe)
+    _refuse_output_as_input(recipe)
     try:
         return _make(recipe, recipe.tokenizer_backend)
     except BackendMismatch as mismatch:
@@ -86,11 +97,11 @@ def preprocess(recipe: Recipe) -> tuple[Ledger, list[str]]:
         return ledger, [f"{mismatch}; everything was tokenised again by the reference", *notices]
 
 
-def _refuse_own_output(recipe: Recipe) -> None:
-    own = f"{recipe.output_prefix.resolve()}_"
-    for name, source in recipe.tasks.items():
-        for file in source.files:
-            if file.suffix == ".idx" and str(file.resolve()).startswith(own):
+def _refuse_output_as_input(recipe: Recipe) -> None:
+    output = f"{recipe.output_prefix.resolve()}_"
+    for name, task in recipe.tasks.items():
+        for file in task.files:
+            if file.suffix == ".idx" and str(file.resolve()).startswith(output):
                 raise InputError(
                     f"task {name}: {file} is of the data set that --output-prefix {recipe.output_prefix} names; choose "
                     "another prefix"
@@ -99,14 +110,14 @@ def _refuse_own_output(recipe: Recipe) -> None:
 
 def _make(recipe: Recipe, backend: str) -> tuple[Ledger, list[str]]:
     tokenizer = load_tokenizer(recipe.tokenizer_type, recipe.tokenizer_model, backend)
-    templates = {recipe.chat_template, *(source.template or recipe.chat_template for source in recipe.tasks.values())}
+    templates = {recipe.chat_template, *(task.template or recipe.chat_template for task in recipe.tasks.values())}
     styles = {name: chat_format(name, tokenizer, recipe.role_markers, recipe.supervise) for name in sorted(templates)}
-    encodings = {name: _encoding(recipe, source, tokenizer, styles) for name, source in recipe.tasks.items()}
+    encodings = {name: _encoding(recipe, task, tokenizer, styles) for name, task in recipe.tasks.items()}
     require_free_space(recipe.output_prefix.parent, _bytes_needed(recipe, tokenizer))
     with report_full_disk(recipe.output_prefix), DatasetWriter(recipe.output_prefix) as files:
-        parts = EncodedCache(recipe.cache_dir or files.cache_folder)
+        cache = EncodedCache(recipe.cache_dir or files.cache_folder)
         try:
-            stored = _store(recipe, tokenizer, encodings, files, parts)
+            stored = _store(recipe, tokenizer, encodings, files, cache)
             entry, notices = write_packs(stored, recipe.packing, files)
             default = styles[recipe.chat_template]
             ledger = Ledger(
@@ -123,23 +134,23 @@ def _make(recipe: Recipe, backend: str) -> tuple[Ledger, list[str]]:
             files.publish(ledger)
         except Exception:
             if recipe.cache_dir is None:
-                parts.remove()
+                cache.remove()
             raise
         if recipe.cache_dir is None:
-            parts.remove()
-    if parts.reused:
-        notices.append(f"{parts.reused} parts had been tokenised before and were used again")
+            cache.remove()
+    if cache.reused:
+        notices.append(f"{cache.reused} batches had been tokenised before and were used again")
     return ledger, [*([tokenizer.backend_note] if tokenizer.backend_note else []), *notices]
 
 
-def _encoding(recipe: Recipe, source: TaskFiles, tokenizer: Tokenizer, styles: dict[str, ChatFormat]) -> TaskEncoding:
-    rate = recipe.fim_rate if source.fim_rate is None else source.fim_rate
+def _encoding(recipe: Recipe, task: TaskFiles, tokenizer: Tokenizer, styles: dict[str, ChatFormat]) -> TaskEncoding:
+    rate = recipe.fim_rate if task.fim_rate is None else task.fim_rate
     cut = fim(tokenizer, rate, recipe.fim_spm_rate, recipe.fim_tokens, recipe.packing.seed) if rate > 0 else None
-    return TaskEncoding(styles[source.template or recipe.chat_template], source.record_format, cut, recipe.add_bos)
+    return TaskEncoding(styles[task.template or recipe.chat_template], task.record_format, cut, recipe.add_bos)
 
 
-def describe(encoding: TaskEncoding, recipe: Recipe) -> dict[str, Any]:
-    """What decides how records become samples, for the ledger; samples of one task are made alike."""
+def describe(encoding: TaskEncoding, recipe: Recipe) -> JsonObject:
+    """Describe for the ledger everything that decides how the records of a task become samples."""
     cut = encoding.fim
     return {
         "template": encoding.style.name,
@@ -155,32 +166,32 @@ def describe(encoding: TaskEncoding, recipe: Recipe) -> dict[str, Any]:
 
 
 def _bytes_needed(recipe: Recipe, tokenizer: Tokenizer) -> int:
-    """Roughly what the stored samples and the parts they are made from take."""
-    files = (part for source in recipe.tasks.values() for file in source.files for part in files_on_disk(file))
+    """Rough size of the stored samples and the cached batches."""
+    files = (part for task in recipe.tasks.values() for file in task.files for part in files_on_disk(file))
     text = sum(file.stat().st_size * COMPRESSED.get(file.suffix, 1) for file in files)
     return 2 * (token_dtype(tokenizer.vocab_size).itemsize + 1) * text // BYTES_A_TOKEN
 
 
 def _store(
-    recipe: Recipe, tokenizer: Tokenizer, encodings: dict[str, TaskEncoding], files: DatasetWriter, parts: EncodedCache
+    recipe: Recipe, tokenizer: Tokenizer, encodings: dict[str, TaskEncoding], files: DatasetWriter, cache: EncodedCache
 ) -> StoredSamples:
     """Write the samples of all tasks."""
     writer = SampleWriter(files, tokenizer.vocab_size)
     try:
-        with Workers(recipe.workers, tokenizer, encodings, parts) as workers:
-            for name, source in recipe.tasks.items():
+        with Workers(recipe.workers, tokenizer, encodings, cache) as workers:
+            for name, task in recipe.tasks.items():
                 style = encodings[name].style
                 description = describe(encodings[name], recipe)
-                tally = TaskTally(name, description, source.weight, source.sampling, source.overlong)
+                tally = TaskTally(name, description, task.weight, task.sampling, task.overlong)
                 writer.begin(tally)
                 stop = stop_token_ids(tokenizer, [style])
-                readers = [TaskReader(file) for file in source.files]
+                readers = [TaskReader(file) for file in task.files]
                 total = sum(reader.size_on_disk for reader in readers)
                 for reader in readers:
                     for encoded in workers.encode(name, reader.batches()):
-                        _take(encoded, tally, stop, recipe.on_error)
+                        _count(encoded, tally, stop, recipe.on_error)
                         writer.add(encoded.ids, encoded.mask, encoded.lengths)
-                        recipe.progress(name, sum(one.bytes_read for one in readers), total)
+                        recipe.progress(name, sum(other.bytes_read for other in readers), total)
                     tally.sources.append(reader.entry())
                 _refuse_wrong_masks(tally)
         return writer.finish()
@@ -188,7 +199,7 @@ def _store(
         writer.close()
 
 
-def _take(encoded: EncodedBatch, tally: TaskTally, stop_ids: list[int], on_error: str) -> None:
+def _count(encoded: EncodedBatch, tally: TaskTally, stop_ids: list[int], on_error: str) -> None:
     for drop in encoded.drops:
         if on_error == "stop":
             raise InputError(
@@ -203,7 +214,7 @@ def _take(encoded: EncodedBatch, tally: TaskTally, stop_ids: list[int], on_error
 
 
 def _refuse_wrong_masks(tally: TaskTally) -> None:
-    """Refuse a task of which nothing is left, or whose mask cannot be what anybody wants."""
+    """Refuse a task of which nothing is left, or whose mask cannot be intended."""
     paths = ", ".join(source.path for source in tally.sources)
     if tally.kept == 0:
         reasons = ", ".join(f"{reason} {n}" for reason, n in sorted(tally.dropped.items())) or "no record at all"
@@ -238,6 +249,6 @@ def _tokenizer_entry(tokenizer: Tokenizer) -> TokenizerEntry:
 
 
 def stop_token_ids(tokenizer: Tokenizer, styles: Iterable[ChatFormat]) -> list[int]:
-    """Ids at which generation is to stop: end of text, and what ends a turn where the vocabulary has a token for it."""
-    stops = {tokenizer.token_id(style.stop_token) for style in styles}
-    return [tokenizer.eos_token_id, *sorted(stops - {None, tokenizer.eos_token_id})]
+    """Ids that end generation: end of text, and the token that ends a turn where the vocabulary has one."""
+    stops = {stop for style in styles if (stop := tokenizer.token_id(style.stop_token)) is not None}
+    return [tokenizer.eos_token_id, *sorted(stops - {tokenizer.eos_token_id})]

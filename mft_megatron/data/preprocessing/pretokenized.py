@@ -1,40 +1,30 @@
-"""Documents that were tokenised by somebody else: taken over as they are, where they can be."""
+"""Documents that are tokens already, as samples."""
 
 import numpy as np
 
-from mft_megatron.data.sample_slices import ranges, supervised_tokens
+from mft_megatron.data.sample_slices import supervised_tokens
 from mft_megatron.data.tasks.record_batches import TokenizedBatch
 from mft_megatron.errors import InputError
 
-from .encoding import Drop, EncodedBatch
+from .encoded_batch import EncodedBatch, drop_unsupervised
 
 
-def take_over(batch: TokenizedBatch, vocab_size: int) -> EncodedBatch:
-    """The documents of a batch as samples; those without a target are dropped and counted.
+def samples_of(batch: TokenizedBatch, vocab_size: int) -> EncodedBatch:
+    """Take the documents of a batch as samples; those without a target are dropped and counted.
 
     Raises:
-        InputError: an id outside the vocabulary.
+        InputError: an id is outside the vocabulary.
     """
-    starts = np.cumsum(batch.lengths, dtype=np.int64) - batch.lengths
-    strange = np.flatnonzero((batch.ids < 0) | (batch.ids >= vocab_size))
-    if len(strange):
-        number = batch.first_document + int(np.searchsorted(starts, strange[0], "right")) - 1
+    outside = np.flatnonzero((batch.ids < 0) | (batch.ids >= vocab_size))
+    if len(outside):
+        starts = np.cumsum(batch.lengths, dtype=np.int64) - batch.lengths
+        document = batch.first_document + int(np.searchsorted(starts, outside[0], "right")) - 1
         raise InputError(
-            f"{batch.path}: document {number}: id {batch.ids[strange[0]]}, and the tokenizer has {vocab_size}; give "
+            f"{batch.path}: document {document}: id {batch.ids[outside[0]]}, and the tokenizer has {vocab_size}; give "
             "the --tokenizer-model the file was made with"
         )
-    useful = supervised_tokens(batch.mask, batch.lengths) > 0
-    kept = ranges(starts[useful], batch.lengths[useful])
-    drops = [
-        Drop(batch.path, batch.first_document + int(place), "no_supervised_token", "no supervised token in it")
-        for place in np.flatnonzero(~useful)
-    ]
-    mask, lengths = batch.mask[kept], batch.lengths[useful]
-    return EncodedBatch(
-        ids=batch.ids[kept],
-        mask=mask,
-        lengths=lengths,
-        records=len(batch.lengths),
-        documents=int((supervised_tokens(mask, lengths) == lengths - 1).sum()),
-        drops=drops,
-    )
+    documents = range(batch.first_document, batch.first_document + len(batch.lengths))
+    samples, _, drops = drop_unsupervised(batch.ids, batch.mask, batch.lengths, batch.path, documents)
+    ids, mask, lengths = samples
+    fully_supervised = int((supervised_tokens(mask, lengths) == lengths - 1).sum())
+    return EncodedBatch(ids, mask, lengths, records=len(batch.lengths), documents=fully_supervised, drops=drops)

@@ -1,4 +1,4 @@
-"""Packing stored samples anew, without tokenising: for another length, with other options, or several data sets as one.
+"""Packing stored samples again, without tokenising: for another length, with other options, or merged.
 
 The samples of a data set do not depend on a length. Packing one for a second length adds a few arrays and an entry to
 its ledger; merging copies the samples of several data sets, task by task.
@@ -21,13 +21,14 @@ from mft_megatron.errors import InputError
 
 
 def add_length(prefix: str, options: PackingOptions) -> tuple[Ledger, list[str]]:
-    """Pack the data set ``prefix`` for ``options.seq_length``, beside the lengths it has; the same length is replaced.
+    """Pack the data set ``prefix`` for ``options.seq_length``, in addition to its lengths or instead of the same one.
 
     Returns:
-        its new ledger, and lines that the user should read.
+        ledger: the new one.
+        notices: lines that the user should read.
 
     Raises:
-        InputError: no such data set, options that cannot be, a full disk.
+        InputError: there is no such data set, options contradict each other or the data, or the disk is full.
     """
     before = read_ledger(prefix)
     check_packing_options(options, before.tasks)
@@ -35,20 +36,21 @@ def add_length(prefix: str, options: PackingOptions) -> tuple[Ledger, list[str]]
     length = str(options.seq_length)
     with report_full_disk(Path(prefix)), DatasetWriter(prefix) as files:
         entry, notices = write_packs(read_stored_samples(prefix, before), options, files)
-        own = {end for split in SPLITS for end in pack_files(split, options.seq_length)}
-        for end, array in before.arrays.items():
-            if end not in own:
-                files.keep(end, array)
+        of_length = {suffix for split in SPLITS for suffix in pack_files(split, options.seq_length)}
+        for suffix, array in before.arrays.items():
+            if suffix not in of_length:
+                files.keep(suffix, array)
         ledger = dataclasses.replace(before, lengths={**before.lengths, length: entry}, arrays=files.entries())
         files.publish(ledger)
     return ledger, notices
 
 
 def merge(prefixes: Sequence[str], output_prefix: Path, options: PackingOptions) -> tuple[Ledger, list[str]]:
-    """One data set of the tasks of several; a task that is in more than one has the samples of all.
+    """Merge the tasks of several data sets; a task that is in more than one has the samples of all.
 
     Returns:
-        its ledger, and lines that the user should read.
+        ledger: of the merged data set.
+        notices: lines that the user should read.
 
     Raises:
         InputError: data sets of different tokenizers or chat formats, the output among the inputs, or as
@@ -58,18 +60,18 @@ def merge(prefixes: Sequence[str], output_prefix: Path, options: PackingOptions)
     if twice:
         raise InputError(f"--data-path {twice[0]}: is given twice")
     ledgers = {prefix: read_ledger(prefix) for prefix in prefixes}
-    _refuse_strangers(ledgers, output_prefix)
+    _refuse_different(ledgers, output_prefix)
     check_packing_options(options)
     for prefix, ledger in ledgers.items():
         check_files(prefix, ledger.arrays, hashes=False)
     first = next(iter(ledgers.values()))
-    stored = ("_input_ids.bin", "_loss_mask.bin")
-    needed = sum(ledger.arrays[name].size for ledger in ledgers.values() for name in stored)
+    suffixes = ("_input_ids.bin", "_loss_mask.bin")
+    needed = sum(ledger.arrays[suffix].size for ledger in ledgers.values() for suffix in suffixes)
     require_free_space(output_prefix.parent, needed)
     with report_full_disk(output_prefix), DatasetWriter(output_prefix) as files:
         stored = _copy(ledgers, files)
         entry, notices = write_packs(stored, options, files)
-        stops = sorted({number for ledger in ledgers.values() for number in ledger.chat_template["stop_token_ids"]})
+        stops = sorted({stop for ledger in ledgers.values() for stop in ledger.chat_template["stop_token_ids"]})
         ledger = Ledger(
             tasks=list(stored.tasks),
             tokenizer=first.tokenizer,
@@ -85,7 +87,7 @@ def _resolved(prefixes: Sequence[str]) -> set[Path]:
     return {Path(prefix).resolve() for prefix in prefixes}
 
 
-def _refuse_strangers(ledgers: dict[str, Ledger], output_prefix: Path) -> None:
+def _refuse_different(ledgers: dict[str, Ledger], output_prefix: Path) -> None:
     (first_prefix, first), *others = ledgers.items()
     for prefix, ledger in others:
         if ledger.tokenizer.fingerprint != first.tokenizer.fingerprint:
@@ -106,15 +108,15 @@ def _copy(ledgers: dict[str, Ledger], files: DatasetWriter) -> StoredSamples:
         for name in names:
             tally: TaskTally | None = None
             for prefix, ledger in ledgers.items():
-                number = next((n for n, task in enumerate(ledger.tasks) if task.name == name), None)
-                if number is None:
+                index = next((n for n, task in enumerate(ledger.tasks) if task.name == name), None)
+                if index is None:
                     continue
-                task = ledger.tasks[number]
+                task = ledger.tasks[index]
                 if tally is None:
                     tally = TaskTally(name, task.encoding, task.weight, task.sampling, task.overlong)
                     writer.begin(tally)
                 _add_counts(tally, task, prefix)
-                first = sum(before.kept for before in ledger.tasks[:number])
+                first = sum(before.kept for before in ledger.tasks[:index])
                 ids, mask = (IndexedDataset(f"{prefix}_{kind}") for kind in ("input_ids", "loss_mask"))
                 for start in range(first, first + task.kept, SAMPLES_AT_ONCE):
                     end = min(start + SAMPLES_AT_ONCE, first + task.kept)

@@ -1,32 +1,44 @@
-"""Batches of records encoded in order, in this process or in several; at most a few batches a worker are in memory."""
+"""Encoding batches in order, in this process or in several; memory holds at most a few batches of each worker."""
 
 import collections
 import concurrent.futures
+import functools
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.process
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from mft_megatron.data.tasks.record_batches import RecordBatch, TokenizedBatch
 from mft_megatron.data.tokenizers.load import load_tokenizer
 from mft_megatron.data.tokenizers.tokenizer import Tokenizer
 from mft_megatron.errors import InputError
 
+from .encoded_batch import EncodedBatch
 from .encoded_cache import EncodedCache
-from .encoding import EncodedBatch, Encoder, TaskEncoding
-from .pretokenized import take_over
+from .encoding import Encoder, TaskEncoding
+from .pretokenized import samples_of
 
 
 class Workers:
-    """Encodes the batches of all tasks; use it in a ``with`` statement. What ``parts`` has is not encoded again."""
+    """Encodes the batches of all tasks; use it in a ``with`` statement. Batches in the cache are not encoded again."""
 
+    # batches of each worker that are submitted before the first result is needed
     AHEAD = 3
 
-    def __init__(self, number: int, tokenizer: Tokenizer, encodings: Mapping[str, TaskEncoding], parts: EncodedCache):
-        self._number = number
+    def __init__(self, count: int, tokenizer: Tokenizer, encodings: Mapping[str, TaskEncoding], cache: EncodedCache):
+        """Prepare ``count`` workers; one works in this process.
+
+        Args:
+            count: number of processes.
+            tokenizer: of the data set.
+            encodings: of each task, by name.
+            cache: that is read and written.
+        """
+        self._count = count
         self._tokenizer = tokenizer
-        self._parts = parts
+        self._cache = cache
         self._fingerprints = {
             task: f"{tokenizer.fingerprint}/{tokenizer.backend}/{_fingerprint(encoding)}"
             for task, encoding in encodings.items()
@@ -35,10 +47,10 @@ class Workers:
         self._pool: concurrent.futures.ProcessPoolExecutor | None = None
 
     def __enter__(self) -> "Workers":
-        if self._number > 1:
+        if self._count > 1:
             tokenizer = self._tokenizer
             self._pool = concurrent.futures.ProcessPoolExecutor(
-                self._number,
+                self._count,
                 multiprocessing.get_context("spawn"),
                 _start_worker,
                 (tokenizer.type, tokenizer.model, tokenizer.backend, dict(self._encodings)),
@@ -47,68 +59,73 @@ class Workers:
             self._encoder = Encoder(self._tokenizer, self._encodings)
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
     def encode(self, task: str, batches: Iterator[RecordBatch | TokenizedBatch]) -> Iterator[EncodedBatch]:
-        """What becomes of each batch, in order.
+        """Encode batches of a task, in order.
 
         Raises:
-            InputError: as the encoder does, or a worker process was killed.
-            BackendMismatch: as the encoder does.
+            InputError: as :meth:`.Encoder.encode`, or a worker process was killed.
+            BackendMismatch: as :meth:`.Encoder.encode`.
         """
-        waiting: collections.deque = collections.deque()
-        ahead = 0 if self._pool is None else self.AHEAD * self._number
+        results: collections.deque[Callable[[], EncodedBatch]] = collections.deque()
+        ahead = 0 if self._pool is None else self.AHEAD * self._count
         for batch in batches:
-            waiting.append((batch, *self._submit(task, batch)))
-            if len(waiting) > ahead:
-                yield self._finished(*waiting.popleft())
-        while waiting:
-            yield self._finished(*waiting.popleft())
+            results.append(self._submit(task, batch))
+            if len(results) > ahead:
+                yield results.popleft()()
+        while results:
+            yield results.popleft()()
 
-    def _submit(self, task: str, batch: RecordBatch | TokenizedBatch) -> tuple[str | None, object]:
-        """The key to keep the answer under, if it is to be kept, and the answer or its future."""
+    def _submit(self, task: str, batch: RecordBatch | TokenizedBatch) -> Callable[[], EncodedBatch]:
+        """Start encoding a batch; the function that is returned waits for the result."""
         if isinstance(batch, TokenizedBatch):
-            return None, take_over(batch, self._tokenizer.vocab_size)
-        key = self._parts.key(batch, self._fingerprints[task])
-        known = self._parts.read(key, batch)
-        if known is not None:
-            return None, known
+            samples = samples_of(batch, self._tokenizer.vocab_size)
+            return lambda: samples
+        key = self._cache.key(batch, self._fingerprints[task])
+        cached = self._cache.read(key, batch)
+        if cached is not None:
+            return lambda: cached
         if self._pool is None:
-            return key, self._encoder.encode(task, batch)
-        return key, self._pool.submit(_encode_in_worker, task, batch)
+            return functools.partial(self._cached, key, batch, self._encoder.encode(task, batch))
+        return functools.partial(self._finished, key, batch, self._pool.submit(_encode_in_worker, task, batch))
 
-    def _finished(self, batch: RecordBatch | TokenizedBatch, key: str | None, answer) -> EncodedBatch:
-        if isinstance(answer, concurrent.futures.Future):
-            try:
-                answer = answer.result()
-            except concurrent.futures.BrokenExecutor:
-                raise InputError(
-                    "--workers: a worker process was killed, most likely for memory; give fewer workers"
-                ) from None
-        if key is not None:
-            self._parts.write(key, batch, answer)
-        return answer
+    def _finished(self, key: str, batch: RecordBatch, future: concurrent.futures.Future[EncodedBatch]) -> EncodedBatch:
+        try:
+            encoded = future.result()
+        except concurrent.futures.BrokenExecutor:
+            raise InputError(
+                "--workers: a worker process was killed, most likely for memory; give fewer workers"
+            ) from None
+        return self._cached(key, batch, encoded)
+
+    def _cached(self, key: str, batch: RecordBatch, encoded: EncodedBatch) -> EncodedBatch:
+        self._cache.write(key, batch, encoded)
+        return encoded
 
 
 def _fingerprint(encoding: TaskEncoding) -> str:
     return f"{encoding.style.fingerprint}/{encoding.record_format}/{encoding.fim}/{encoding.add_bos}"
 
 
-_encoder: Encoder | None = None
+# of this process, set when it starts
+_encoder: Encoder
 
 
 def _start_worker(tokenizer_type: str, tokenizer_model: str, backend: str, encodings: dict[str, TaskEncoding]) -> None:
     global _encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_exit_with, args=(parent,), daemon=True).start()
     _encoder = Encoder(load_tokenizer(tokenizer_type, tokenizer_model, backend), encodings)
 
 
-def _end_with_parent() -> None:
-    """A main process that is killed cannot end its workers, and they would wait for work for ever."""
-    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+def _exit_with(parent: multiprocessing.process.BaseProcess) -> None:
+    """Exit when the main process does: if it is killed, it cannot end its workers, which would wait for ever."""
+    multiprocessing.connection.wait([parent.sentinel])
     os._exit(1)
 
 

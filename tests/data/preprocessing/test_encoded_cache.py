@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from mft_megatron.data.loading.dataset import PackedDataset
+from mft_megatron.data.preprocessing.encoded_batch import Drop, EncodedBatch
 from mft_megatron.data.preprocessing.encoded_cache import EncodedCache
-from mft_megatron.data.preprocessing.encoding import Drop, EncodedBatch, Encoder
+from mft_megatron.data.preprocessing.encoding import Encoder
 from mft_megatron.data.tasks.record_batches import RecordBatch
 from mft_megatron.errors import InputError
 

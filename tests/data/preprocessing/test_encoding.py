@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 
 from mft_megatron.data.chat_templates.builtin_formats import BuiltInFormat
 from mft_megatron.data.chat_templates.formats import chat_format
-from mft_megatron.data.preprocessing import encoding
-from mft_megatron.data.preprocessing.encoding import Encoder, RecordBatch, TaskEncoding
+from mft_megatron.data.preprocessing import batched_texts
+from mft_megatron.data.preprocessing.encoding import Encoder, TaskEncoding
 from mft_megatron.data.records.conversation import RecordError
 from mft_megatron.data.records.fim import Fim
 from mft_megatron.data.records.record_formats import read_record
 from mft_megatron.data.records.segments import Segment
+from mft_megatron.data.tasks.record_batches import RecordBatch
 from mft_megatron.data.tokenizers import backends
 from mft_megatron.data.tokenizers.backends import BackendMismatch, FastBackend
 from mft_megatron.data.tokenizers.load import load_tokenizer
@@ -99,7 +100,7 @@ def test_any_segments_are_encoded_one_by_one(both, samples, kept):
     for tokenizer in both:
         encoder = Encoder(tokenizer, {"task": plan})
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(encoding, "_KEPT", kept)  # short texts come and go
+            patch.setattr(batched_texts, "_KEPT", kept)  # short texts come and go
             for _ in range(2):  # the second time with texts from the first
                 lines = [json.dumps({"text": json.dumps(sample)}).encode() for sample in samples]
                 encoded = encoder.encode("task", RecordBatch("file", 5, lines))

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from mft_megatron.data.chat_templates.formats import chat_format
 from mft_megatron.data.loading.dataset import PackedDataset
 from mft_megatron.data.packing.splitting import assign_splits
-from mft_megatron.data.preprocessing.encoding import Encoder, RecordBatch, TaskEncoding
+from mft_megatron.data.preprocessing.encoding import Encoder, TaskEncoding
 from mft_megatron.data.sample_slices import supervised_tokens
 from mft_megatron.data.tasks.reader import TaskReader
+from mft_megatron.data.tasks.record_batches import RecordBatch
 from mft_megatron.errors import InputError
 
 

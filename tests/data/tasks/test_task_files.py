@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from mft_megatron.data.storage.indexed_dataset import IndexedDatasetWriter
 from mft_megatron.data.tasks.reader import TaskReader
-from mft_megatron.data.tasks.record_batches import RecordBatch, TokenizedBatch
+from mft_megatron.data.tasks.record_batches import TokenizedBatch
 from mft_megatron.data.tasks.task_files import TaskFiles, check_task_name, parse_tasks
 from mft_megatron.errors import InputError
 
@@ -439,9 +439,3 @@ def test_what_cannot_be_read_is_refused_by_name(tmp_path):
     }.items():
         with pytest.raises(InputError, match=f"--task t={tmp_path / name}: .*{message}"):
             parse_tasks((f"t={tmp_path / name}",))
-
-
-def test_record_batch_is_where_others_look_for_it():
-    from mft_megatron.data.preprocessing import encoding
-
-    assert encoding.RecordBatch is RecordBatch

@@ -1,0 +1,76 @@
+"""The samples of a batch of records or documents, and the records that are left out."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from mft_megatron.data.sample_slices import supervised_tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Drop:
+    """A record that is left out.
+
+    Attributes:
+        path: of its file.
+        line: of the record, counted from 1.
+        reason: name it is counted under in the ledger.
+        message: explanation for the user.
+    """
+
+    path: str
+    line: int
+    reason: str
+    message: str
+
+
+@dataclasses.dataclass
+class EncodedBatch:
+    """Samples of a batch, in order, whole however long they are.
+
+    Attributes:
+        ids: int32, token ids of all samples, concatenated.
+        mask: uint8, 1 where a token of ``ids`` is supervised.
+        lengths: int32 [samples], tokens of each, at least 2.
+        records: number of records that were read; blank lines are none.
+        documents: number of samples made from ``text`` records.
+        drops: records that are left out.
+        filled: number of samples written as fill-in-the-middle.
+    """
+
+    ids: np.ndarray
+    mask: np.ndarray
+    lengths: np.ndarray
+    records: int
+    documents: int
+    drops: list[Drop]
+    filled: int = 0
+
+
+def drop_unsupervised(
+    ids: np.ndarray, mask: np.ndarray, lengths: np.ndarray, path: str, lines: Sequence[int] | range
+) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], np.ndarray, list[Drop]]:
+    """Leave out the samples that have no supervised target.
+
+    Args:
+        ids: int32 [tokens], of all samples.
+        mask: uint8 [tokens], 1 where a token is supervised.
+        lengths: int32 [samples].
+        path: of the file they were read from.
+        lines: line of each sample in the file.
+
+    Returns:
+        samples: ids, mask and lengths of the samples that are kept.
+        kept: bool [samples].
+        drops: one for each sample that is left out.
+    """
+    kept = supervised_tokens(mask, lengths) > 0
+    drops = [
+        Drop(path, lines[index], "no_supervised_token", "no supervised token in it")
+        for index in np.flatnonzero(~kept).tolist()
+    ]
+    if drops:
+        tokens_kept = np.repeat(kept, lengths)
+        ids, mask, lengths = ids[tokens_kept], mask[tokens_kept], lengths[kept]
+    return (ids, mask, lengths), kept, drops
