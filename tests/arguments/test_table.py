@@ -223,7 +223,7 @@ def test_the_reference_has_every_option_and_what_differs():
     (row,) = (row for row in rows if row[0] == "| `--eval-iters`")
     assert row[1] == ""
     assert row[3].startswith("The default is the whole validation split")
-    assert "0 turns evaluation off" in row[2]
+    assert "0 disables evaluation" in row[2]
     assert all(len(row) in (2, 4) for row in rows)
 
 

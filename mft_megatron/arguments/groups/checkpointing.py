@@ -1,4 +1,4 @@
-"""What is saved and loaded."""
+"""Options of saving and loading."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ from mft_megatron.options import option
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointArguments:
-    """Megatron-Core distributed checkpoints: whatever layout wrote one, any other loads it."""
+    """Megatron-Core distributed checkpoints: any parallel layout loads what another one wrote."""
 
     save: str | None = option(None, "Run folder: checkpoints, metrics, configuration.", metavar="DIR")
     save_interval: int | None = option(
@@ -19,7 +19,8 @@ class CheckpointArguments:
     load: str | None = option(
         None,
         "Continue from the newest checkpoint of this folder (or from one iter_NNNNNNN folder). Unlike in Megatron a "
-        "folder without a checkpoint is an error, except when it is also the --save folder: then the run starts anew.",
+        "folder without a checkpoint is an error, except when it is also the --save folder: then the run starts at "
+        "iteration 0.",
         metavar="DIR",
     )
     ckpt_step: int | None = option(
@@ -27,37 +28,37 @@ class CheckpointArguments:
     )
     pretrained_checkpoint: str | None = option(
         None,
-        "Start from the weights of this checkpoint, as with --load and --finetune, where --load has none: give it with "
-        "--save and --load of one folder, and a job that is restarted goes on from there.",
+        "Start from the weights of this checkpoint, as with --load and --finetune, where --load has none: give it "
+        "with --save and --load of one folder, and a restarted job continues from there.",
         metavar="DIR",
     )
     hf_checkpoint: str | None = option(
         None,
         "Start from the model of this Hugging Face folder (config.json and safetensors files) where --load has no "
-        "checkpoint; each rank reads its part of each weight. Not Megatron's.",
+        "checkpoint; each rank reads its shard of each weight. Not Megatron's.",
         metavar="DIR",
     )
     save_hf: str | None = option(
         None,
-        "When the run ends, write its last checkpoint as a Hugging Face model, too: DIR/iter_NNNNNNN. Not Megatron's.",
+        "When the run ends, also write its last checkpoint as a Hugging Face model: DIR/iter_NNNNNNN. Not Megatron's.",
         metavar="DIR",
     )
     save_hf_interval: int | None = option(
         None,
-        "Write the checkpoints of iterations divisible by this to --save-hf, too, by a process beside the run, which "
-        "goes on meanwhile; a multiple of --save-interval. Not Megatron's.",
+        "Also write the checkpoints of iterations divisible by this to --save-hf, in a background process; a "
+        "multiple of --save-interval. Not Megatron's.",
         at_least=1,
     )
     exit_on_missing_checkpoint: bool = option(
-        False, "A --load folder without a checkpoint is an error even where it is the --save folder, too."
+        False, "A --load folder without a checkpoint is an error even if it is also the --save folder."
     )
     save_retain_interval: int | None = option(
         None,
-        "Keep only checkpoints of iterations divisible by this, the newest, and with --save-best the best; others go "
-        "when the next one is complete.",
+        "Keep only checkpoints of iterations divisible by this, the newest, and with --save-best the best; others "
+        "are removed when the next one is complete.",
         at_least=1,
     )
-    finetune: bool = option(False, "Load the weights alone and start at iteration 0 with a fresh optimizer.")
+    finetune: bool = option(False, "Load only the weights and start at iteration 0 with a fresh optimizer.")
     save_optim: bool = option(True, "Leave the optimizer out of checkpoints.", flag="--no-save-optim")
     load_optim: bool = option(True, "Do not load the optimizer from the checkpoint.", flag="--no-load-optim")
     save_rng: bool = option(True, "Leave the random-number state out of checkpoints.", flag="--no-save-rng")
@@ -69,20 +70,20 @@ class CheckpointArguments:
     )
     dist_ckpt_optim_fully_reshardable: bool = option(
         False,
-        "Always on here, off by default in Megatron: the states of the distributed optimizer are stored weight by "
-        "weight, so that any layout loads them, with the distributed optimizer or without.",
+        "Always on here, off by default in Megatron: the states of the distributed optimizer are stored by weight, "
+        "so that any parallel layout loads them, with the distributed optimizer or without.",
     )
     ckpt_fully_parallel_save: bool = option(
         True,
-        "Leave the writing of what data-parallel ranks have alike to the first of them, not to all.",
+        "Let only the first data-parallel rank write what all of them hold, instead of sharing the writing.",
         flag="--no-ckpt-fully-parallel-save",
     )
     ckpt_fully_parallel_load: bool = option(
-        False, "Each data-parallel rank reads a part of what they need alike and sends it to the others."
+        False, "Each data-parallel rank reads a part of what all of them need and sends it to the others."
     )
     async_save: bool = option(
         False,
-        "Write checkpoints in the background, while training goes on. The one before is finished first. Unlike in "
+        "Write checkpoints in the background while training continues; the previous one is finished first. Unlike in "
         "Megatron the writers end with each checkpoint; there are no persistent ones.",
     )
     ckpt_format: str = option("torch_dist", "Format of checkpoints.", choices=("torch_dist",))

@@ -1,4 +1,4 @@
-"""Where options come from besides the command line."""
+"""A file of options, in addition to the command line."""
 
 import dataclasses
 
@@ -12,8 +12,8 @@ class ConfigFileArguments:
     yaml_cfg: str | None = option(
         None,
         "Read options from this file, YAML or .json: a key is an option's name, as in a run's config.yaml, which can "
-        "be read again as it is. Unlike in Megatron keys are flat, or in sections called like the groups here, and the "
-        "command line goes with it.",
+        "be read unchanged. Unlike in Megatron keys are flat, or in sections named like the groups here, and the "
+        "command line may be used together with the file.",
         aliases=("--config-file",),
         metavar="FILE",
     )

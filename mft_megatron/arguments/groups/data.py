@@ -24,9 +24,9 @@ class DataArguments:
     )
     tokenizer_type: str | None = option(
         None,
-        "Checked against the data set's; may be left out.",
+        "Checked against the data set's; may be omitted.",
         choices=("HuggingFaceTokenizer", "SentencePieceTokenizer"),
     )
     tokenizer_model: str | None = option(
-        None, "Checked against the data set's by content; may be left out.", metavar="PATH"
+        None, "Checked against the data set's by content; may be omitted.", metavar="PATH"
     )

@@ -1,4 +1,4 @@
-"""The layout: which ranks share what."""
+"""The parallel layout and data parallelism."""
 
 import dataclasses
 import math
@@ -8,10 +8,10 @@ from mft_megatron.options import option
 
 @dataclasses.dataclass(frozen=True)
 class DistributedArguments:
-    """Data-parallel size is what is left: world size / (tensor × pipeline × context)."""
+    """The data-parallel size is world size / (tensor × pipeline × context)."""
 
-    tensor_model_parallel_size: int = option(1, "Ranks that share each layer.", at_least=1)
-    pipeline_model_parallel_size: int = option(1, "Ranks that share the stack of layers.", at_least=1)
+    tensor_model_parallel_size: int = option(1, "Ranks that each layer is split over.", at_least=1)
+    pipeline_model_parallel_size: int = option(1, "Ranks that the stack of layers is split over.", at_least=1)
     num_layers_per_virtual_pipeline_stage: int | None = option(
         None, "Interleave the pipeline in virtual stages of this many layers.", at_least=1
     )
@@ -19,27 +19,27 @@ class DistributedArguments:
         None, "Interleave the pipeline in this many virtual stages on each rank.", at_least=1
     )
     decoder_first_pipeline_num_layers: int | None = option(
-        None, "Layers of the first pipeline rank; the others share the rest evenly.", at_least=1
+        None, "Layers of the first pipeline rank; the rest is distributed evenly over the others.", at_least=1
     )
     decoder_last_pipeline_num_layers: int | None = option(
-        None, "Layers of the last pipeline rank; the others share the rest evenly.", at_least=1
+        None, "Layers of the last pipeline rank; the rest is distributed evenly over the others.", at_least=1
     )
     account_for_embedding_in_pipeline_split: bool = option(
-        False, "Count the embedding as a layer when layers are shared out: the first stage has one less."
+        False, "Count the embedding as a layer when layers are distributed: the first stage has one less."
     )
     account_for_loss_in_pipeline_split: bool = option(
-        False, "Count the output layer and loss as a layer when layers are shared out: the last stage has one less."
+        False, "Count the output layer and loss as a layer when layers are distributed: the last stage has one less."
     )
     pipeline_model_parallel_layout: str | None = option(
         None,
-        "What each stage holds, stage by stage: E the embedding, t a layer, L the loss, | between stages, with *N and "
-        "(…)*N for repetition, e.g. 'Et*3|(tt|)*29t|L'. More stages than pipeline ranks are virtual ones, dealt to "
-        "the ranks in turn.",
+        "Content of each stage: E the embedding, t a layer, L the loss, | between stages, with *N and (…)*N for "
+        "repetition, e.g. 'Et*3|(tt|)*29t|L'. More stages than pipeline ranks are virtual stages, assigned to the "
+        "ranks in turn.",
     )
     context_parallel_size: int = option(
         1,
-        "Ranks that share the tokens of each micro-batch. The whole of a micro-batch is cut, not each of its samples, "
-        "so nothing is padded.",
+        "Ranks that the tokens of each micro-batch are split over. The micro-batch is split as a whole, not by "
+        "sample, so nothing is padded.",
         at_least=1,
     )
     cp_comm_type: tuple[str, ...] | None = option(
@@ -47,27 +47,28 @@ class DistributedArguments:
         "How --context-parallel-size brings keys and values to queries. Unlike in Megatron the default, and the only "
         "way, is all_gather.",
     )
-    sequence_parallel: bool = option(False, "Split norms and dropout over the tensor-parallel ranks, too.")
+    sequence_parallel: bool = option(False, "Also split norms and dropout over the tensor-parallel ranks.")
     expert_model_parallel_size: int = option(
-        1, "Ranks that share the experts of each layer; they are data-parallel to each other elsewhere.", at_least=1
+        1,
+        "Ranks that the experts of each layer are distributed over; elsewhere these ranks are data-parallel.",
+        at_least=1,
     )
     expert_tensor_parallel_size: int | None = option(
-        None, "Ranks that share each expert. Not given: --tensor-model-parallel-size.", at_least=1
+        None, "Ranks that each expert is split over. Not given: --tensor-model-parallel-size.", at_least=1
     )
     distributed_backend: str = option(
         "auto",
         "Process-group backend. Unlike in Megatron the default is nccl with CUDA and gloo without.",
         choices=("auto", "nccl", "gloo"),
     )
-    distributed_timeout_minutes: int = option(10, "How long a collective may take.", at_least=1)
+    distributed_timeout_minutes: int = option(10, "Longest duration of a collective operation.", at_least=1)
 
     use_distributed_optimizer: bool = option(
-        False, "Each data-parallel rank keeps main weights and optimizer states of its part of the weights alone."
+        False, "Each data-parallel rank keeps main weights and optimizer states only of its shard of the weights."
     )
     num_distributed_optimizer_instances: int = option(
         1,
-        "Parts of the data-parallel ranks that each hold the whole of the optimizer states, with "
-        "--use-distributed-optimizer.",
+        "Groups of data-parallel ranks that each hold all optimizer states, with --use-distributed-optimizer.",
         at_least=1,
     )
     overlap_grad_reduce: bool = option(
@@ -80,7 +81,7 @@ class DistributedArguments:
     )
     align_grad_reduce: bool = option(
         True,
-        "With --overlap-grad-reduce and a pipeline each stage begins to reduce when its own gradients are there, not "
+        "With --overlap-grad-reduce and a pipeline each stage starts to reduce when its gradients are ready, not "
         "when all stages can.",
         flag="--no-align-grad-reduce",
     )
@@ -103,23 +104,25 @@ class DistributedArguments:
         False, "Make buckets of the distributed optimizer a multiple of 65,536 weights, for many ranks on NCCL."
     )
     ddp_average_in_collective: bool = option(
-        False, "Refused: gradients are summed over ranks, the objective has its whole normalisation in itself."
+        False, "Refused: gradients are summed over ranks, because the objective contains the whole normalisation."
     )
 
     @property
     def splits_experts_otherwise(self) -> bool:
-        """Whether experts are split over another number of ranks than the rest of each layer."""
+        """Whether experts are split over a different number of ranks than the rest of each layer."""
         return self.expert_tensor_parallel_size not in (None, self.tensor_model_parallel_size)
 
     @property
     def interleaved(self) -> bool:
-        """Whether each rank has several stages, which take turns with those of the other ranks."""
+        """Whether each rank has several virtual stages, interleaved with those of the other ranks."""
         return self.num_virtual_stages_per_pipeline_rank is not None
 
     @property
     def stream_multiple(self) -> int:
-        """The tokens of a micro-batch are a multiple of this many, so that the ranks which share them have the same
-        number: two chunks of each context-parallel rank, whose tokens sequence parallelism divides again."""
-        chunks = 1 if self.context_parallel_size == 1 else 2
+        """The number that the tokens of a micro-batch must be a multiple of.
+
+        Each context-parallel rank has two blocks of equal length; sequence parallelism splits a rank's tokens again.
+        """
+        blocks = 1 if self.context_parallel_size == 1 else 2
         parts = self.tensor_model_parallel_size if self.sequence_parallel else 1
-        return self.context_parallel_size * math.lcm(chunks, parts)
+        return self.context_parallel_size * math.lcm(blocks, parts)

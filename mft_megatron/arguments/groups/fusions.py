@@ -1,4 +1,4 @@
-"""Operations that CUDA kernels compute in one."""
+"""Operations that one CUDA kernel computes together."""
 
 import dataclasses
 
@@ -7,21 +7,23 @@ from mft_megatron.options import option
 
 @dataclasses.dataclass(frozen=True)
 class FusionArguments:
-    """In use on CUDA where the package of a kernel is there; the log says which. On the CPU there are none.
+    """Used on CUDA if the package of a kernel is installed; the log says which. The CPU has none.
 
-    Megatron's other fusions have nothing to fuse here: attention, norms, rotary embedding and token losses are not
-    Megatron's.
+    Megatron's other fusions do not apply: attention, norms, rotary embedding and token losses are not Megatron's here.
     """
 
     bias_swiglu_fusion: bool = option(
         True,
-        "Bias and SwiGLU apart. That of GELU is never fused: it would be another function (tanh) than on the CPU.",
+        "Compute bias and SwiGLU separately. GELU is never fused: it would be a different function (tanh) than on "
+        "the CPU.",
         flag="--no-bias-swiglu-fusion",
     )
-    bias_dropout_fusion: bool = option(True, "Bias, dropout and residual apart.", flag="--no-bias-dropout-fusion")
+    bias_dropout_fusion: bool = option(
+        True, "Compute bias, dropout and residual separately.", flag="--no-bias-dropout-fusion"
+    )
     gradient_accumulation_fusion: bool = option(
         True,
-        "Add gradients of weights to their sum in a kernel of its own, instead of in the matrix product. That one "
-        "needs apex, built with --cuda_ext.",
+        "Accumulate gradients of weights in a separate kernel instead of in the matrix product. The latter needs "
+        "apex, built with --cuda_ext.",
         flag="--no-gradient-accumulation-fusion",
     )

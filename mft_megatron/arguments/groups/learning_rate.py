@@ -7,10 +7,10 @@ from mft_megatron.options import option
 
 @dataclasses.dataclass(frozen=True)
 class LearningRateArguments:
-    """Schedules count optimizer steps, so they do not depend on batch or world size. The first step has the rate at 0
-    steps, which is --lr-warmup-init where there is a warm-up; step n the rate at n - 1."""
+    """Schedules count optimizer steps, so they do not depend on batch or world size. Step n has the rate at n - 1
+    steps; the first step of a warm-up has --lr-warmup-init."""
 
-    lr: float = option(None, "Learning rate at its peak.", at_least=0, required="--lr X")
+    lr: float = option(None, "Peak learning rate.", at_least=0, required="--lr X")
     lr_decay_style: str = option(
         "linear",
         "Decay of the learning rate from the end of the warm-up on. WSD (warm-up, stable, decay) keeps --lr until the "
@@ -19,7 +19,7 @@ class LearningRateArguments:
     )
     lr_decay_iters: int = option(
         None,
-        "Optimizer steps until the decay is over, the warm-up counted in; --min-lr from then on. Not given: "
+        "Optimizer steps until the end of the decay, including the warm-up; --min-lr from then on. Not given: "
         "--train-iters.",
         at_least=1,
         derived=True,
@@ -31,11 +31,11 @@ class LearningRateArguments:
         None, "Optimizer steps of WSD's decay, the last of the decay steps.", at_least=1
     )
     lr_warmup_iters: int = option(0, "Optimizer steps of linear warm-up.", at_least=0)
-    lr_warmup_fraction: float | None = option(None, "Share of the decay steps to warm up in.", at_least=0, below=1)
+    lr_warmup_fraction: float | None = option(None, "Warm-up as a fraction of the decay steps.", at_least=0, below=1)
     lr_warmup_init: float = option(0.0, "Learning rate the warm-up starts from.", at_least=0)
-    min_lr: float = option(0.0, "Learning rate at the end of the decay, and the lowest of it.", at_least=0)
+    min_lr: float = option(0.0, "Learning rate at the end of the decay, and the lowest during it.", at_least=0)
     decoupled_lr: float | None = option(
-        None, "Learning rate at its peak of the word embedding and the output layer. Not given: --lr.", at_least=0
+        None, "Peak learning rate of the word embedding and the output layer. Not given: --lr.", at_least=0
     )
     decoupled_min_lr: float | None = option(
         None, "Their learning rate at the end of the decay. Not given: --min-lr.", at_least=0
@@ -43,7 +43,7 @@ class LearningRateArguments:
 
     @property
     def warmup_steps(self) -> float:
-        """As the schedule takes them; a share of the decay steps is not rounded, as in Megatron."""
+        """Optimizer steps of the warm-up; a fraction of the decay steps is not rounded, as in Megatron."""
         if self.lr_warmup_fraction is not None:
             return self.lr_warmup_fraction * self.lr_decay_iters
         return self.lr_warmup_iters

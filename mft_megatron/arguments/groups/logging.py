@@ -1,4 +1,4 @@
-"""What is written down about a run."""
+"""Options of the log."""
 
 import dataclasses
 
@@ -21,24 +21,22 @@ class LoggingArguments:
     )
     tensorboard_queue_size: int = option(1000, "Values that TensorBoard may hold back before it writes.", at_least=1)
     log_validation_ppl_to_tensorboard: bool = option(
-        False, "Write the tasks' perplexities to TensorBoard, too; metrics.jsonl has them always."
+        False, "Also write the tasks' perplexities to TensorBoard; metrics.jsonl always has them."
     )
     log_world_size_to_tensorboard: bool = option(False, "Write the number of ranks to TensorBoard with each step.")
     log_memory_to_tensorboard: bool = option(
-        False, "Write the main rank's memory to TensorBoard with each step: of the GPU, or what is resident."
+        False, "Write the main rank's memory to TensorBoard with each step: of the GPU, or resident memory."
     )
-    log_params_norm: bool = option(False, "Log the L2 norm of all weights, too.")
+    log_params_norm: bool = option(False, "Also log the L2 norm of all weights.")
     log_throughput: bool = option(
         False,
-        "Log TFLOP/s of each rank, too. Unlike in Megatron attention counts with the lengths that samples really have, "
+        "Also log TFLOP/s of each rank. Unlike in Megatron attention is counted with the actual lengths of samples, "
         "not with --seq-length.",
     )
     wandb_entity: str | None = option(None, "Team that owns the project there.", metavar="NAME")
-    wandb_save_dir: str | None = option(
-        None, "Where wandb keeps its files. Not given: the --save folder.", metavar="DIR"
-    )
+    wandb_save_dir: str | None = option(None, "Folder of wandb's files. Not given: the --save folder.", metavar="DIR")
     wandb_project: str | None = option(
-        None, "Log to this project of Weights & Biases, too; needs pip install wandb.", metavar="NAME"
+        None, "Also log to this project of Weights & Biases; needs pip install wandb.", metavar="NAME"
     )
     wandb_exp_name: str | None = option(
         None, "Name of the run there. Not given: the --save folder's name.", metavar="NAME"

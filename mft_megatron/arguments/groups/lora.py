@@ -1,4 +1,4 @@
-"""Adapters: a frozen model and small trained matrices beside its own."""
+"""Adapters: small matrices that are trained beside the frozen matrices of a model."""
 
 import dataclasses
 
@@ -11,26 +11,29 @@ class LoraArguments:
 
     peft_type: str = option(
         "none",
-        "Train the whole model, adapters beside the frozen model, or adapters beside a frozen model whose matrices are "
-        "kept in 4 bits (NF4).",
+        "Train the whole model (none), adapters of the frozen model (lora), or adapters of a frozen model whose "
+        "matrices are stored in 4 bits, NF4 (qlora).",
         choices=("none", "lora", "qlora"),
         aliases=("--peft_type",),
     )
     lora_rank: int = option(32, "Rank of the adapters.", at_least=1, aliases=("--lora_rank",))
     lora_alpha: float = option(
-        32.0, "Adapters count alpha / rank, with --use-rslora alpha / √rank.", above=0, aliases=("--lora_alpha",)
+        32.0,
+        "Adapters are scaled by alpha / rank, with --use-rslora by alpha / √rank.",
+        above=0,
+        aliases=("--lora_alpha",),
     )
     lora_dropout: float = option(
         0.0,
-        "Dropout of what an adapter is given, while training. MFTCoder has 0.05.",
+        "Dropout of an adapter's input in training. MFTCoder has 0.05.",
         at_least=0,
         below=1,
         aliases=("--lora_dropout",),
     )
     lora_target_modules: tuple[str, ...] = option(
         ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"),
-        "Matrices with an adapter: by Megatron's names, where what Megatron joins shares one A; by Hugging Face's "
-        "(q_proj v_proj …), where each has its own; or all-linear, all of the latter.",
+        "Matrices with an adapter: Megatron's names, with one A for a matrix that Megatron fuses; Hugging Face's "
+        "names (q_proj v_proj …), with an A for each; or all-linear, all of the latter.",
         aliases=("--target-modules", "--target_modules"),
         metavar="NAME",
     )
@@ -38,12 +41,12 @@ class LoraArguments:
     loraplus_lr_ratio: float | None = option(None, "Learning rate of the matrices B, times this (LoRA+).", above=0)
     save_adapters_only: bool = option(
         False,
-        "Checkpoints hold the adapters alone; going on then needs the model again: --hf-checkpoint or "
-        "--pretrained-checkpoint. Always so with --peft-type qlora.",
+        "Checkpoints hold only the adapters; resuming then needs the model again: --hf-checkpoint or "
+        "--pretrained-checkpoint. Always on with --peft-type qlora.",
     )
     hf_adapter: str | None = option(
         None,
-        "Start from this PEFT adapter (adapter_config.json and adapter_model.safetensors), where --load has no "
-        "checkpoint with adapters; rank, alpha and matrices are its own.",
+        "Start from this PEFT adapter (adapter_config.json and adapter_model.safetensors), if --load has no "
+        "checkpoint with adapters; it determines rank, alpha and matrices.",
         metavar="DIR",
     )

@@ -1,16 +1,16 @@
-"""Number formats."""
+"""Number formats of weights, gradients and optimizer states."""
 
 import dataclasses
 
 from mft_megatron.options import option
 
-# what Megatron calls the dtypes of an optimizer that Transformer Engine can keep smaller
+# Megatron's names of the dtypes in which Transformer Engine can store optimizer states.
 STATE_DTYPES = ("fp32", "fp16", "bf16", "fp8")
 
 
 @dataclasses.dataclass(frozen=True)
 class MixedPrecisionArguments:
-    """fp32 where nothing is given."""
+    """The default is fp32."""
 
     fp16: bool = option(
         False, "float16 weights and activations, with fp32 main weights and a loss scale. For GPUs without bfloat16."
@@ -19,26 +19,27 @@ class MixedPrecisionArguments:
     accumulate_allreduce_grads_in_fp32: bool = option(
         False,
         "Accumulate and reduce gradients in fp32; always on with --bf16 (without --grad-reduce-in-bf16), as in "
-        "Megatron. With --fp16 it is off: gradients are fp16 then.",
+        "Megatron. With --fp16 the default is off: gradients are fp16.",
     )
     grad_reduce_in_bf16: bool = option(
-        False, "Accumulate and reduce gradients of a --bf16 run in bfloat16: half the memory and traffic, less exact."
+        False,
+        "Accumulate and reduce gradients of a --bf16 run in bfloat16: half the memory and traffic, less accurate.",
     )
     loss_scale: float | None = option(
         None,
-        "A constant loss scale, in place of the dynamic one of --fp16. Unlike in Megatron a step that overflows under "
-        "it ends the run, as there is nothing that could be lowered.",
+        "A constant loss scale instead of the dynamic one of --fp16. Unlike in Megatron a step that overflows ends "
+        "the run, because the scale cannot be lowered.",
         above=0,
     )
     initial_loss_scale: float = option(2.0**32, "The dynamic loss scale of the first step.", above=0)
     min_loss_scale: float = option(
-        1.0, "The lowest dynamic loss scale; a step that overflows even there ends the run.", above=0
+        1.0, "The lowest dynamic loss scale; a step that overflows even with it ends the run.", above=0
     )
     loss_scale_window: float = option(
         1000.0, "The dynamic loss scale is doubled after this many steps in a row without overflow.", at_least=1
     )
     hysteresis: int = option(
-        2, "The dynamic loss scale is halved from this many overflows on, counted anew when it is doubled.", at_least=1
+        2, "The dynamic loss scale is halved from this many overflows on, counted again when it is doubled.", at_least=1
     )
     use_precision_aware_optimizer: bool = option(
         False,
@@ -46,19 +47,19 @@ class MixedPrecisionArguments:
         "--optimizer-cpu-offload.",
     )
     main_grads_dtype: str = option(
-        "fp32", "Of gradients, with --use-precision-aware-optimizer.", choices=("fp32", "bf16")
+        "fp32", "Dtype of gradients, with --use-precision-aware-optimizer.", choices=("fp32", "bf16")
     )
     main_params_dtype: str = option(
-        "fp32", "Of main weights, with --use-precision-aware-optimizer.", choices=("fp32", "fp16")
+        "fp32", "Dtype of main weights, with --use-precision-aware-optimizer.", choices=("fp32", "fp16")
     )
     exp_avg_dtype: str = option(
-        "fp32", "Of Adam's first moment, with --use-precision-aware-optimizer.", choices=STATE_DTYPES
+        "fp32", "Dtype of Adam's first moment, with --use-precision-aware-optimizer.", choices=STATE_DTYPES
     )
     exp_avg_sq_dtype: str = option(
-        "fp32", "Of Adam's second moment, with --use-precision-aware-optimizer.", choices=STATE_DTYPES
+        "fp32", "Dtype of Adam's second moment, with --use-precision-aware-optimizer.", choices=STATE_DTYPES
     )
     fp32_residual_connection: bool = option(
-        False, "Refused: Megatron-Core 0.16.1 keeps the embedding alone in fp32, not the residual stream."
+        False, "Refused: Megatron-Core 0.16.1 keeps only the embedding in fp32, not the residual stream."
     )
 
     @property

@@ -1,4 +1,4 @@
-"""Mixture of experts: balance between experts, and how tokens come to them. The experts' shape is the network's."""
+"""Mixture of experts: load balancing and dispatch of tokens. The shape of experts is in :mod:`.network`."""
 
 import dataclasses
 
@@ -9,24 +9,25 @@ BALANCING = ("aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn", "none")
 
 @dataclasses.dataclass(frozen=True)
 class MoEArguments:
-    """Only with --num-experts. Padding takes no part in balancing losses, nor in what an expert has room for."""
+    """Only with --num-experts. Padding does not count in balancing losses or in the capacity of experts."""
 
     moe_router_load_balancing_type: tuple[str, ...] = option(
         ("aux_loss",),
         "How the load of experts is balanced. aux_loss: a loss on the loads within a micro-batch, so it depends on "
-        "--micro-batch-size. seq_aux_loss: on the loads within each pack; the same on every layout. global_aux_loss: "
-        "on the loads of all data-parallel ranks in the step so far; unlike in Megatron it does not get weaker with "
-        "their number. sinkhorn: no loss, tokens are spread by Sinkhorn's algorithm over those of a rank. Several "
-        "losses may be given, with as many --moe-aux-loss-coeff.",
+        "--micro-batch-size. seq_aux_loss: on the loads within each pack; the same on every parallel layout. "
+        "global_aux_loss: on the loads of all data-parallel ranks in the step so far; unlike in Megatron it does not "
+        "get weaker with their number. sinkhorn: no loss, Sinkhorn's algorithm distributes the tokens of a rank. "
+        "Several losses may be given, with as many --moe-aux-loss-coeff.",
         choices=BALANCING,
     )
     moe_aux_loss_coeff: tuple[float, ...] = option(
         (0.0,),
-        "Factor of the balancing loss: on its mean over micro-batches, added up over layers; 1e-2 is a good start.",
+        "Factor of the balancing loss, which is averaged over micro-batches and summed over layers; 1e-2 is a good "
+        "start.",
     )
     moe_z_loss_coeff: float | None = option(
         None,
-        "Factor of a loss that keeps the router's scores small: on its mean over packs, added up over layers; 1e-3 is "
+        "Factor of a loss that keeps the router's scores small, averaged over packs and summed over layers; 1e-3 is "
         "a good start.",
         at_least=0,
     )
@@ -38,14 +39,14 @@ class MoEArguments:
     )
     moe_router_dtype: str | None = option(
         None,
-        "Precision of routing and of adding up experts' outputs. Not given: that of the model.",
+        "Precision of routing and of the sum of experts' outputs. Not given: that of the model.",
         choices=("fp32", "fp64"),
     )
     moe_token_dispatcher_type: str = option(
         "allgather",
-        "How tokens come to experts of other ranks: every rank gets all tokens, or each token is sent where it goes. "
-        "Padded data sets (--padding-mode padding) with --expert-model-parallel-size want alltoall. flex is refused: "
-        "it needs DeepEP.",
+        "How tokens are sent to experts of other ranks: every rank gets all tokens (allgather), or only the ranks "
+        "that need a token get it (alltoall). Padded data sets (--padding-mode padding) with "
+        "--expert-model-parallel-size need alltoall. flex is refused: it needs DeepEP.",
         choices=("allgather", "alltoall", "flex"),
     )
     moe_grouped_gemm: bool = option(
@@ -53,21 +54,21 @@ class MoEArguments:
     )
     moe_expert_capacity_factor: float | None = option(
         None,
-        "An expert takes no more than this many times the mean number of tokens, counted by rank and micro-batch, so "
-        "the result depends on the layout; what is over goes past the expert. Negative or not given: no limit.",
+        "An expert takes at most this many times the mean number of tokens, counted by rank and micro-batch, so the "
+        "result depends on the parallel layout; further tokens are dropped. Negative or not given: no limit.",
     )
     moe_pad_expert_input_to_capacity: bool = option(
         False, "Give every expert exactly as many tokens as --moe-expert-capacity-factor allows."
     )
     moe_token_drop_policy: str = option(
         "probs",
-        "Which tokens go past an expert that is full: those with the least probability, or the last.",
+        "Which tokens a full expert drops: those with the lowest probability, or the last.",
         choices=("probs", "position"),
     )
     moe_shared_expert_overlap: bool = option(
-        False, "Compute shared experts while tokens are being sent, with --moe-token-dispatcher-type alltoall."
+        False, "Compute shared experts while tokens are sent, with --moe-token-dispatcher-type alltoall."
     )
     moe_permute_fusion: bool = option(
         False, "Refused: sorting tokens by expert in one kernel needs Transformer Engine's layers."
     )
-    moe_per_layer_logging: bool = option(False, "Log balancing and z losses of each layer, too.")
+    moe_per_layer_logging: bool = option(False, "Also log balancing and z losses of each layer.")

@@ -1,14 +1,14 @@
-"""The objective and its balancers."""
+"""Options of the objective and its balancers."""
 
 import dataclasses
 
 from mft_megatron.loss_names import BALANCERS, LOSSES
 from mft_megatron.options import option
 
-# values of MFTCoder's --weighted_loss_mode that name a balancer
+# Values of MFTCoder's --weighted_loss_mode that name a balancer.
 MFTCODER_BALANCERS = {"coba": "coba", "selfpaced": "self-paced"}
 _DRAW_HELP = (
-    "Validation packs of a draw; more if a pack cannot hold every task. In MFTCoder: micro-batches of each rank."
+    "Packs of a validation draw; more if one pack cannot hold every task. In MFTCoder: micro-batches of each rank."
 )
 
 
@@ -29,32 +29,36 @@ class MultiTaskArguments:
     )
     mft_normalization: str = option(
         "global",
-        "Over what a task is normalised: the global batch, whatever the layout, or each micro-batch as in MFTCoder, "
-        "for comparison; task weights then count for little when micro-batches are small.",
+        "What the loss of a task is normalised over: the global batch, on every parallel layout, or each "
+        "micro-batch as in MFTCoder, for comparison; task weights then have little effect if micro-batches are "
+        "small.",
         choices=("global", "micro-batch"),
     )
     task_weights: tuple[str, ...] | None = option(
         None,
-        "Weight of each task for task-token and task-sample: name=number …, else that of the data set's task file, "
-        "else 1; or one list in the data set's order of tasks, as in MFTCoder: '[1.0, 2.0]'.",
+        "Weight of each task for task-token and task-sample: name=number …, by default that of the data set's task "
+        "file, else 1; or one list in the data set's order of tasks, as in MFTCoder: '[1.0, 2.0]'.",
         aliases=("--task_weights",),
         metavar="NAME=W",
     )
     task_balance: str = option(
         "static",
-        "Where the weights of task-token and task-sample come from: --task-weights, or the validation losses.",
+        "Source of the weights of task-token and task-sample: --task-weights (static), or a balancer that computes "
+        "them from validation losses.",
         choices=BALANCERS,
     )
     focal_gamma: float = option(2.0, "Exponent of the focal losses; 0 turns them into task-sample.", at_least=0)
     focal_alpha: tuple[str, ...] | None = option(
         None, "Weight of each task in the focal losses, given as in --task-weights; above 0.", metavar="NAME=A"
     )
-    focal_detach: bool = option(False, "Take the modulating factor of the focal losses as a constant.")
+    focal_detach: bool = option(
+        False, "Treat the modulating factor of the focal losses as a constant in the backward pass."
+    )
     self_paced_history_length: int = option(
-        100, "Draws in the window of slopes.", at_least=2, aliases=("--selfpaced_history_length",)
+        100, "Validation draws in the window of slopes.", at_least=2, aliases=("--selfpaced_history_length",)
     )
     self_paced_update_interval: int = option(
-        1, "Steps from one draw to the next.", at_least=1, aliases=("--selfpaced_interval",)
+        1, "Steps from one validation draw to the next.", at_least=1, aliases=("--selfpaced_interval",)
     )
     self_paced_sample_valid_num: int = option(1, _DRAW_HELP, at_least=1, aliases=("--selfpaced_sample_valid_num",))
     self_paced_scale_factor: float = option(
@@ -67,17 +71,17 @@ class MultiTaskArguments:
     famo_min_losses: tuple[str, ...] | None = option(
         None, "Lowest loss that each task can reach, given as in --task-weights; 0 where not named.", metavar="NAME=B"
     )
-    famo_update_interval: int = option(1, "Steps from one draw to the next.", at_least=1)
+    famo_update_interval: int = option(1, "Steps from one validation draw to the next.", at_least=1)
     famo_sample_valid_num: int = option(1, f"{_DRAW_HELP} FAMO draws the same samples every time.", at_least=1)
     coba_variant: str = option(
         "paper", "CoBa's arithmetic: as published, or as released in MFTCoder v0.5.", choices=("paper", "release")
     )
     coba_warmup_steps: int = option(100, "Steps with uniform weights.", at_least=0, aliases=("--coba_warmup_steps",))
     coba_history_length: int = option(
-        200, "Draws in the window of slopes.", at_least=2, aliases=("--coba_history_length",)
+        200, "Validation draws in the window of slopes.", at_least=2, aliases=("--coba_history_length",)
     )
     coba_tau: float = option(5.0, "Temperature of the divergence factor.", above=0, aliases=("--coba_tau",))
     coba_update_interval: int = option(
-        1, "Steps from one draw to the next.", at_least=1, aliases=("--coba_update_interval",)
+        1, "Steps from one validation draw to the next.", at_least=1, aliases=("--coba_update_interval",)
     )
     coba_sample_valid_num: int = option(1, _DRAW_HELP, at_least=1, aliases=("--coba_sample_valid_num",))

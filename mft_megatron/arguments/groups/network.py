@@ -1,4 +1,4 @@
-"""The model's shape."""
+"""Options of the model's architecture."""
 
 import dataclasses
 import json
@@ -12,7 +12,7 @@ from mft_megatron.options import option
 
 @dataclasses.dataclass(frozen=True)
 class NetworkArguments:
-    """The model's shape. With --load it comes from the checkpoint and need not be given."""
+    """The model's architecture. With --load it comes from the checkpoint and need not be given."""
 
     num_layers: int = option(
         None,
@@ -41,11 +41,11 @@ class NetworkArguments:
         None, "Size of a head. Not given: hidden size / attention heads.", at_least=1, derived=True
     )
     max_position_embeddings: int = option(
-        None, "Longest sequence the model is made for. Not given: --seq-length.", at_least=1, derived=True
+        None, "Longest sequence that the model supports. Not given: --seq-length.", at_least=1, derived=True
     )
     position_embedding_type: str = option(
         "learned_absolute",
-        "Position embedding. Megatron's default is not what code LLMs use: they want rope.",
+        "Position embedding. Megatron's default is not what code LLMs use: they need rope.",
         choices=("learned_absolute", "rope", "none"),
     )
     rotary_base: float = option(
@@ -59,61 +59,63 @@ class NetworkArguments:
         "Divide positions by this: linear interpolation to a longer context. Megatron takes whole numbers only.",
         above=0,
     )
-    rotary_percent: float = option(1.0, "Share of each head that is rotated.", above=0, at_most=1)
+    rotary_percent: float = option(1.0, "Fraction of each head that is rotated.", above=0, at_most=1)
     rope_scaling: str | None = option(
         None,
-        "Rotary frequencies scaled for longer contexts, in the words of Hugging Face's config.json: "
-        '\'{"rope_type": "linear", "factor": 4}\'; llama3 or yarn with their numbers. Takes the place of Megatron\'s '
-        "--use-rope-scaling, which knows Llama 3's numbers alone.",
+        "Scaling of rotary frequencies for longer contexts, with the names of Hugging Face's config.json: "
+        '\'{"rope_type": "linear", "factor": 4}\'; llama3 or yarn with their numbers. Replaces Megatron\'s '
+        "--use-rope-scaling, which has only the numbers of Llama 3.",
         reader=rope_scaling,
         metavar="JSON",
     )
     window_size: str | None = option(
         None,
-        "Tokens to its left that a token sees besides itself within its sample, -1 for all, and 0 to its right.",
+        "Tokens to its left that a token attends to, besides itself and within its sample, -1 for all; and 0 to its "
+        "right.",
         reader=window_size,
         metavar="LEFT,0",
     )
     window_attn_skip_freq: int | str | None = option(
         None,
-        "Layers that --window-size leaves out: every N-th, or with a list the layers that have a 0 there, as in "
-        "([1]*3+[0])*2 for eight layers. Not given: none.",
+        "Layers without the window of --window-size: every N-th, or with a list the layers that have a 0 there, as "
+        "in ([1]*3+[0])*2 for eight layers. Not given: none.",
         reader=layer_frequency,
         metavar="{N,LIST}",
     )
     normalization: str = option("LayerNorm", "Normalisation layers.", choices=("LayerNorm", "RMSNorm"))
     norm_epsilon: float = option(1e-5, "Epsilon of the normalisation layers.", above=0)
     apply_layernorm_1p: bool = option(
-        False, "Weights of the normalisation layers are stored less 1, so that 0 is what they start from."
+        False, "Store weights of the normalisation layers minus 1, so that they start from 0."
     )
     squared_relu: bool = option(False, "Squared ReLU in the MLP instead of GELU.")
     swiglu: bool = option(False, "Gated linear units with SiLU in the MLP instead of GELU.")
     openai_gelu: bool = option(False, "GELU by its tanh approximation; by default it is exact.")
     gated_linear_unit: bool = option(
         False,
-        "Gated linear units with the activation function that the other options say: GeGLU, with --openai-gelu by the "
-        "tanh approximation as in Gemma. SwiGLU is --swiglu. Not Megatron's; the name is that of its configuration.",
+        "Gated linear units with the activation function of the other options: GeGLU, with --openai-gelu by the "
+        "tanh approximation as in Gemma. SwiGLU is --swiglu. Not Megatron's; the name is from Megatron-Core's "
+        "configuration.",
     )
     parallel_residual: bool = option(
-        False, "Attention and MLP side by side, both of what the layer is given, as in GPT-NeoX; not Megatron's."
+        False, "Attention and MLP in parallel, both on the layer's input, as in GPT-NeoX; not Megatron's."
     )
     add_bias_linear: bool = option(True, "No bias in the linear layers.", flag="--disable-bias-linear")
     add_qkv_bias: bool = option(False, "Bias in the query/key/value projection only.")
     qk_layernorm: bool = option(False, "Normalise queries and keys.")
     tie_embeddings: bool = option(
         True,
-        "Output layer with weights of its own; by default it shares the embedding's.",
+        "Separate weights for the output layer; by default it uses the embedding's.",
         flag="--untie-embeddings-and-output-weights",
     )
     scale_embeddings_by_hidden_size: bool = option(
         False,
-        "Word embeddings times the square root of the hidden size, rounded to the weights' precision, as in Gemma; the "
-        "output layer is as it is. Not Megatron's; the name is Megatron-Bridge's.",
+        "Multiply word embeddings by the square root of the hidden size, rounded to the weights' precision, as in "
+        "Gemma; the output layer is unchanged. Not Megatron's; the name is Megatron-Bridge's.",
     )
     make_vocab_size_divisible_by: int = option(
         128,
-        "The vocabulary is padded to a multiple of this times the tensor-parallel size. Unlike in Megatron, padded "
-        "rows are left out of the softmax, so that the padding does not change the loss.",
+        "The vocabulary is padded to a multiple of this times the tensor-parallel size. Unlike in Megatron, the "
+        "softmax ignores padded rows, so that the padding does not change the loss.",
         at_least=1,
     )
     num_experts: int | None = option(
@@ -129,19 +131,20 @@ class NetworkArguments:
     moe_ffn_hidden_size: int | None = option(None, "Size of an expert. Not given: --ffn-hidden-size.", at_least=1)
     moe_router_topk: int = option(2, "Experts that each token goes to.", at_least=1)
     moe_router_pre_softmax: bool = option(
-        False, "Softmax over all experts' scores before the best are chosen, not over those of the chosen."
+        False,
+        "Softmax over the scores of all experts before the best are chosen, not over the scores of the chosen ones.",
     )
     moe_router_score_function: str = option(
-        "softmax", "What makes probabilities of the router's scores.", choices=("softmax", "sigmoid")
+        "softmax", "Function that turns the router's scores into probabilities.", choices=("softmax", "sigmoid")
     )
     moe_router_topk_scaling_factor: float | None = option(
         None, "Factor on the probabilities of the chosen experts.", above=0
     )
     moe_router_num_groups: int | None = option(
-        None, "Groups of experts, of which each token goes to --moe-router-group-topk.", at_least=1
+        None, "Groups of experts; each token goes to experts of --moe-router-group-topk of them.", at_least=1
     )
     moe_router_group_topk: int | None = option(
-        None, "Groups that a token's experts may lie in, with --moe-router-num-groups.", at_least=1
+        None, "Groups that the experts of a token may be in, with --moe-router-num-groups.", at_least=1
     )
     moe_router_enable_expert_bias: bool = option(
         False,
@@ -150,13 +153,13 @@ class NetworkArguments:
         "--moe-router-score-function sigmoid.",
     )
     moe_shared_expert_intermediate_size: int | None = option(
-        None, "Size of all shared experts together, which every token goes to. Not given: none.", at_least=1
+        None, "Total size of the shared experts, which every token goes to. Not given: none.", at_least=1
     )
     moe_shared_expert_gate: bool = option(False, "A sigmoid gate on the shared experts' output.")
 
     @property
     def gated(self) -> bool:
-        """Whether MLPs have a gate: two matrices where others have one before the activation function."""
+        """Whether MLPs have a gate: two matrices instead of one before the activation function."""
         return self.swiglu or self.gated_linear_unit
 
     @property
@@ -166,7 +169,7 @@ class NetworkArguments:
 
     @property
     def window(self) -> int | None:
-        """Tokens to its left that a token sees besides itself in layers with a window; ``None`` for all."""
+        """Tokens to its left that a token attends to, besides itself, in layers with a window; ``None`` for all."""
         left = -1 if self.window_size is None else int(self.window_size.split(",")[0])
         return None if left < 0 else left
 

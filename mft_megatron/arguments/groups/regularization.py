@@ -24,8 +24,8 @@ class RegularizationArguments:
         "--end-weight-decay.",
         choices=("constant", "linear", "cosine"),
     )
-    apply_wd_to_qk_layernorm: bool = option(False, "Weight decay for the norms of --qk-layernorm, too.")
-    clip_grad: float = option(1.0, "Clip gradients to this global norm; 0 turns it off.", at_least=0)
+    apply_wd_to_qk_layernorm: bool = option(False, "Also apply weight decay to the norms of --qk-layernorm.")
+    clip_grad: float = option(1.0, "Clip gradients to this global norm; 0 disables it.", at_least=0)
     adam_beta1: float = option(0.9, "First coefficient of Adam's running averages.", at_least=0, below=1)
     adam_beta2: float = option(0.999, "Second coefficient of Adam's running averages.", at_least=0, below=1)
     adam_eps: float = option(1e-8, "Term that keeps Adam's denominator from zero.", above=0)

@@ -1,4 +1,4 @@
-"""Batches, steps and how they are computed."""
+"""Options of batches and steps, and of how they are computed."""
 
 import dataclasses
 
@@ -18,14 +18,15 @@ class TrainingArguments:
     )
     rampup_batch_size: tuple[int, int, int] | None = option(
         None,
-        "Packs of the first step, by how many packs a step grows at a time, and over how many packs in all it grows to "
-        "--global-batch-size. Unlike in Megatron it goes with --train-iters, which stay optimizer steps.",
+        "Packs of the first step, the increment, and the number of consumed packs after which a step has "
+        "--global-batch-size. Unlike in Megatron it is used with --train-iters, which remain optimizer steps.",
         metavar=("START", "INCREMENT", "SAMPLES"),
     )
     step_batch_size_schedule: str | None = option(
         None,
-        "Packs of a step by the tokens consumed before it, padding counted in: '0:16 2.4B:320' takes 16 until 2.4e9 / "
-        "--seq-length packs are consumed, then 320 (K, M, B, T: 1e3 … 1e12). The last size is --global-batch-size.",
+        "Packs of a step by the tokens consumed before it, including padding: '0:16 2.4B:320' takes 16 until 2.4e9 "
+        "/ --seq-length packs are consumed, then 320 (K, M, B, T: 1e3 … 1e12). The last size is "
+        "--global-batch-size.",
         metavar="'THRESHOLD:SIZE …'",
     )
     optimizer: str = option(
@@ -37,23 +38,23 @@ class TrainingArguments:
         "--use-precision-aware-optimizer. CUDA only.",
     )
     optimizer_offload_fraction: float = option(
-        1.0, "The part of the states that --optimizer-cpu-offload moves.", at_least=0, at_most=1
+        1.0, "The fraction of the states that --optimizer-cpu-offload moves.", at_least=0, at_most=1
     )
     use_torch_optimizer_for_cpu_offload: bool = option(
-        False, "With --optimizer-cpu-offload use torch's optimizer for what stays on the GPU, too."
+        False, "With --optimizer-cpu-offload also use torch's optimizer for the states on the GPU."
     )
     overlap_cpu_optimizer_d2h_h2d: bool = option(
-        False, "With --optimizer-cpu-offload compute updates while gradients and weights are being copied."
+        False, "With --optimizer-cpu-offload overlap updates with the copies of gradients and weights."
     )
     train_iters: int = option(
         None,
-        "Number of optimizer steps in all, steps before a resume counted in.",
+        "Total number of optimizer steps, including those before a resume.",
         at_least=1,
         required="--train-iters N",
     )
     check_for_nan_in_loss_and_grad: bool = option(
         True,
-        "Refused: the gradient norm of each step is checked, which costs nothing, and a run that has diverged ends.",
+        "Refused: the gradient norm of each step is always checked, at no cost, and a run that has diverged ends.",
         flag="--no-check-for-nan-in-loss-and-grad",
     )
     exit_interval: int | None = option(
@@ -63,28 +64,27 @@ class TrainingArguments:
     )
     attention_backend: str = option(
         "auto",
-        "Kernel of attention. auto: flash where its package works, else varlen, else local; the log says which. local: "
-        "PyTorch's scaled dot-product attention, everywhere. varlen: the FlashAttention in torch. flash: the package "
-        "flash-attn. fused: cuDNN's, through Transformer Engine. All but local need CUDA and --bf16 or --fp16. Unlike "
-        "in Megatron unfused is refused.",
+        "Kernel of attention. auto: flash if its package works, else varlen, else local; the log says which. local: "
+        "PyTorch's scaled dot-product attention, everywhere. varlen: the FlashAttention in torch. flash: the "
+        "package flash-attn. fused: cuDNN's, through Transformer Engine. All but local need CUDA and --bf16 or "
+        "--fp16. Unlike in Megatron unfused is refused.",
         choices=(*BACKENDS, "unfused"),
     )
     exit_duration_in_mins: float | None = option(
         None,
-        "Save and stop after the first step that ends more than so many minutes after the start of the program. "
+        "Save and stop after the first step that ends more than this many minutes after the start of the program. "
         "Megatron takes whole numbers only.",
         at_least=0,
     )
     exit_signal_handler: bool = option(
-        False, "Save and stop, on all ranks alike, after the step in which a rank gets --exit-signal."
+        False, "Save and stop on all ranks after the step in which any rank receives --exit-signal."
     )
     exit_signal: str = option(
         "SIGTERM", "Signal of --exit-signal-handler.", choices=("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
     )
     manual_gc: bool = option(
         False,
-        "Python collects garbage at the same steps on all ranks, see --manual-gc-interval, and not whenever a rank "
-        "likes to.",
+        "Collect Python's garbage at the same steps on all ranks, see --manual-gc-interval, instead of automatically.",
     )
     manual_gc_interval: int = option(
         0,
@@ -93,14 +93,15 @@ class TrainingArguments:
     )
     manual_gc_eval: bool = option(
         True,
-        "With --manual-gc: collect no garbage before and after evaluations.",
+        "With --manual-gc: do not collect garbage before and after evaluations.",
         flag="--no-manual-gc-eval",
         aliases=("--disable-manual-gc-eval",),
     )
     cross_entropy_impl: str = option(
         "fused-linear",
-        "How token losses are made of hidden states. fused-linear: of supervised tokens alone, chunk by chunk, so that "
-        "the logits of a micro-batch are never held: less memory, no more time, the same numbers to fp32 rounding. "
-        "megatron: Megatron-Core's output layer and cross entropy on the logits of all tokens, for comparison.",
+        "How token losses are computed from hidden states. fused-linear: only for supervised tokens, block by "
+        "block, so that the logits of a micro-batch are never in memory at once: less memory, no more time, the "
+        "same numbers up to fp32 rounding. megatron: Megatron-Core's output layer and cross entropy on the logits "
+        "of all tokens, for comparison.",
         choices=("fused-linear", "megatron"),
     )

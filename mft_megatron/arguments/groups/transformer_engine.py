@@ -1,4 +1,4 @@
-"""What Transformer Engine computes, and fp8."""
+"""Options of Transformer Engine and fp8."""
 
 import dataclasses
 
@@ -10,13 +10,13 @@ FP8_MULTIPLES = {"delayed": 16, "tensorwise": 16, "blockwise": 16, "mxfp8": 32}
 
 @dataclasses.dataclass(frozen=True)
 class TransformerEngineArguments:
-    """Transformer Engine needs CUDA and is no dependency; fp8 is matrix products in 8 bits, with --bf16 around them."""
+    """Transformer Engine needs CUDA and is optional. With fp8 matrix products are in 8 bits and the rest in --bf16."""
 
     transformer_impl: str = option(
         "local",
-        "Whose linear layers and norms. Unlike in Megatron the default is local, Megatron-Core's own linear layers and "
-        "this project's norms, which run everywhere. transformer_engine: its fused norm and linear layers, with the "
-        "same checkpoints. --attention-backend is another choice, of its own.",
+        "Implementation of linear layers and norms. Unlike in Megatron the default is local: Megatron-Core's linear "
+        "layers and this project's norms, which run everywhere. transformer_engine: its fused norm and linear "
+        "layers, with the same checkpoints. --attention-backend is independent of it.",
         choices=("local", "transformer_engine"),
     )
     fp8_format: str | None = option(
@@ -27,23 +27,25 @@ class TransformerEngineArguments:
     )
     fp8_recipe: str = option(
         "delayed",
-        "How fp8 numbers are scaled. delayed: each tensor by what it was in steps before. tensorwise: by what it is. "
-        "blockwise: each block of 128 (compute capability 9.0). mxfp8: each 32 (10.0).",
+        "How fp8 numbers are scaled. delayed: each tensor by its size in earlier steps. tensorwise: by its current "
+        "size. blockwise: each block of 128 elements (compute capability 9.0). mxfp8: each 32 elements (10.0).",
         choices=tuple(FP8_MULTIPLES),
     )
-    fp8_margin: int = option(0, "Exponents left free above the largest number, with --fp8-recipe delayed.", at_least=0)
+    fp8_margin: int = option(
+        0, "Exponents to keep free above the largest number, with --fp8-recipe delayed.", at_least=0
+    )
     fp8_amax_history_len: int = option(
-        1, "Micro-batches remembered by --fp8-recipe delayed. Transformer Engine's own default is 1024.", at_least=1
+        1, "Micro-batches remembered by --fp8-recipe delayed. Transformer Engine's default is 1024.", at_least=1
     )
     fp8_amax_compute_algo: str = option(
-        "most_recent", "Which of the remembered sizes --fp8-recipe delayed scales by.", choices=("most_recent", "max")
+        "most_recent", "Which of the remembered sizes --fp8-recipe delayed uses.", choices=("most_recent", "max")
     )
     fp8_wgrad: bool = option(True, "Gradients of weights in bf16, with --fp8-recipe delayed.", flag="--no-fp8-wgrad")
     first_last_layers_bf16: bool = option(
-        False, "Leave the first and last layers in bf16; not with --fp8-recipe delayed."
+        False, "Keep the first and last layers in bf16; not with --fp8-recipe delayed."
     )
-    num_layers_at_start_in_bf16: int = option(1, "How many first layers --first-last-layers-bf16 means.", at_least=0)
-    num_layers_at_end_in_bf16: int = option(1, "How many last layers --first-last-layers-bf16 means.", at_least=0)
+    num_layers_at_start_in_bf16: int = option(1, "Number of first layers for --first-last-layers-bf16.", at_least=0)
+    num_layers_at_end_in_bf16: int = option(1, "Number of last layers for --first-last-layers-bf16.", at_least=0)
     fp8_param_gather: bool = option(
-        False, "Refused: weights are drawn, loaded and gathered in bf16, and converted where they are used."
+        False, "Refused: weights are initialised, loaded and gathered in bf16, and converted where they are used."
     )
