@@ -1,4 +1,4 @@
-"""What ranks do in tests of adapters: fill every matrix with numbers that all matter, take some steps, compare."""
+"""Functions that ranks run in tests of adapters: fill every matrix with known values, train some steps, compare."""
 
 from tests.parallel.run import FOR_GRADIENTS, TASK_WEIGHTS, arguments_for, data_seed, open_dataset, plans_of
 
@@ -21,7 +21,7 @@ class KnownAdapters:
 
 
 def trainer_of(arguments, dataset):
-    """With adapters of known content; their base is drawn from the seed."""
+    """Build a trainer with known adapters; the base is initialised from the seed."""
     from mft_megatron.mcore.checkpointing.load_weights import fill_weights
     from mft_megatron.mcore.trainer import Trainer
 
@@ -31,10 +31,11 @@ def trainer_of(arguments, dataset):
 
 
 def train_adapters(prefix, options, world_size, shape="llama", steps=3):
-    """Loss and gradient norm of each step; the adapters' gradients of the first step and the adapters after the last.
+    """Train adapters.
 
-    Gradients where each rank has them whole. Both by name: shards as (first row and column, array), to be put together
-    by :func:`whole_adapters`.
+    Returns:
+        loss and gradient norm of each step; the adapters' gradients of the first step, empty with the distributed
+        optimizer; and the adapters after the last step. Both as :func:`adapter_shards` gives them.
     """
     from mft_megatron.mcore.parallel import process_groups
 
@@ -48,53 +49,57 @@ def train_adapters(prefix, options, world_size, shape="llama", steps=3):
             report = trainer.train_step(split, plan, TASK_WEIGHTS)
             curve.append((report.loss, report.grad_norm))
             if not gradients and not arguments.distributed.use_distributed_optimizer:
-                gradients = _adapters(trainer, lambda parameter: parameter.main_grad)
+                gradients = adapter_shards(trainer, lambda parameter: parameter.main_grad)
         with trainer.weights.whole():
-            return curve, gradients, _adapters(trainer, lambda parameter: parameter.detach())
+            return curve, gradients, adapter_shards(trainer, lambda parameter: parameter.detach())
 
 
-def _adapters(trainer, of):
-    """By name and layer, what ``of`` says of each adapter's matrix, with the place of this rank's part."""
+def adapter_shards(trainer, tensor_of):
+    """Copy a tensor of each adapter's matrix, such as its gradient.
+
+    Returns:
+        by name and layer a list of this rank's shards: first row and column, and the content.
+    """
     from mft_megatron.lora import is_adapter
     from mft_megatron.mcore.parallel.sharded_weights import shards_of
 
-    found = {}
+    shards = {}
     for chunk in trainer.chunks:
-        places = {parameter.data_ptr(): parameter for parameter in chunk.parameters()}
+        by_address = {parameter.data_ptr(): parameter for parameter in chunk.parameters()}
         for shard in shards_of(chunk.module):
             if is_adapter(shard.key):
                 stacked = shard.prepend_axis_num
-                parameter, start = _owner(places, shard.data)
-                rows = of(parameter)[start : start + shard.data.shape[0]]
-                place = (shard.key, *shard.global_offset[:stacked])
-                found.setdefault(place, []).append((shard.global_offset[stacked:], rows.numpy().copy()))
-    return found
+                parameter, start = _owner(by_address, shard.data)
+                rows = tensor_of(parameter)[start : start + shard.data.shape[0]]
+                name = (shard.key, *shard.global_offset[:stacked])
+                shards.setdefault(name, []).append((shard.global_offset[stacked:], rows.numpy().copy()))
+    return shards
 
 
-def _owner(places, part):
-    """The parameter that ``part`` is a view of, and the row it begins at."""
-    for address, parameter in places.items():
-        offset = part.data_ptr() - address
+def _owner(by_address, view):
+    """Find the parameter that ``view`` is a view of, and the row at which it begins."""
+    for address, parameter in by_address.items():
+        offset = view.data_ptr() - address
         if 0 <= offset < parameter.numel() * parameter.element_size():
             return parameter, offset // (parameter.element_size() * parameter.shape[1])
     raise AssertionError("no parameter")
 
 
 def whole_adapters(of_ranks):
-    """Whole matrices by name out of the parts of all ranks; what several have must be the same, bit by bit."""
+    """Assemble whole matrices from the shards of all ranks; shards that several have must be equal, bit for bit."""
     import numpy as np
 
-    parts = {}
-    for found in of_ranks:
-        for name, pieces in found.items():
-            for first, content in pieces:
-                known = parts.setdefault(name, {}).setdefault(tuple(first), content)
+    shards = {}
+    for of_rank in of_ranks:
+        for name, own in of_rank.items():
+            for first, content in own:
+                known = shards.setdefault(name, {}).setdefault(tuple(first), content)
                 assert np.array_equal(known, content), f"{name}: ranks differ"
     matrices = {}
-    for name, pieces in parts.items():
-        rows = max(first[0] + content.shape[0] for first, content in pieces.items())
-        columns = max(first[1] + content.shape[1] for first, content in pieces.items())
+    for name, own in shards.items():
+        rows = max(first[0] + content.shape[0] for first, content in own.items())
+        columns = max(first[1] + content.shape[1] for first, content in own.items())
         matrices[name] = np.full((rows, columns), np.nan, dtype=np.float32)
-        for first, content in pieces.items():
+        for first, content in own.items():
             matrices[name][first[0] : first[0] + content.shape[0], first[1] : first[1] + content.shape[1]] = content
     return matrices

@@ -1,4 +1,4 @@
-"""The parallel layouts that are compared with one process, and the shapes of the model that they are compared on."""
+"""Parallel layouts that are compared with one process, and the model shapes that they are compared on."""
 
 import dataclasses
 
@@ -61,9 +61,12 @@ FLAGS = {
 
 @dataclasses.dataclass(frozen=True)
 class ParallelLayout:
-    """How many ranks share the work, by which options, on which shape; ``quick``: in every run of the tests.
+    """A parallel layout on a model shape.
 
-    Named in words of :data:`WORDS` and :data:`FLAGS`; DP says how often all that is there.
+    Attributes:
+        name: sizes such as ``TP2`` and ``DP2``, in words of :data:`WORDS`, and :data:`FLAGS`.
+        shape: a key of :data:`SHAPES`.
+        quick: whether every run of the tests includes it.
     """
 
     name: str
@@ -72,6 +75,7 @@ class ParallelLayout:
 
     @property
     def world_size(self) -> int:
+        """Number of ranks: the product of TP, PP, CP and DP."""
         size = 1
         for word in self.name.split():
             if word[:2] in ("TP", "PP", "CP", "DP"):
@@ -80,6 +84,7 @@ class ParallelLayout:
 
     @property
     def options(self) -> str:
+        """Command-line options; the micro-batch size is 1 if the name has none."""
         words = []
         for word in self.name.split():
             kind = word.rstrip("0123456789")
@@ -91,6 +96,7 @@ class ParallelLayout:
 
     @property
     def tolerance(self) -> float:
+        """Relative tolerance against one process."""
         return TOLERANCE.get(self.shape, 1e-6)
 
     def __str__(self):
@@ -113,7 +119,7 @@ LAYOUTS = [
     ParallelLayout("TP2 PP2 VPP2"),
     ParallelLayout("PP2 DP2 VPP2 SP TP2"),
     ParallelLayout("TP2 PP2 DP2 SP"),
-    # several chunks of one layer on a rank, two layers in a chunk
+    # several model chunks of one layer per rank; chunks of two layers
     ParallelLayout("PP4 VPP2", "deep"),
     ParallelLayout("PP2 VPP4", "deep"),
     ParallelLayout("PP2 VPP2", "deep"),
@@ -145,7 +151,7 @@ LAYOUTS = [
     ParallelLayout("PP2 VPP2 DP2 overlap unaligned"),
     ParallelLayout("CP2 DP2 overlap"),
     ParallelLayout("TP2 PP2 DP2 SP overlap"),
-    # one weight with two users, on one stage or on two
+    # tied embeddings, on one stage or on two
     ParallelLayout("MB4", "tied"),
     ParallelLayout("PP2", "tied", quick=True),
     ParallelLayout("TP2 PP2 SP", "tied"),

@@ -1,4 +1,4 @@
-"""What the ranks of a layout test do: a short run through the trainer's own parts."""
+"""Functions that the ranks of a test run: short runs with the trainer."""
 
 import numpy as np
 
@@ -8,8 +8,8 @@ RUN = (
     "--attention-dropout 0 --hidden-dropout 0 --make-vocab-size-divisible-by 128 --init-method-std 0.02 "
     "--seq-length 128 --train-iters 5 --lr 1e-3 --global-batch-size 8"
 )
-# For comparing gradients: clipping would scale them in place; Adam would divide those near 0, which are rounding, by
-# their own size; and losses that differ from token to token show more.
+# For comparing gradients: clipping would scale them in place; with a small epsilon Adam would divide gradients near 0,
+# which are rounding errors, by their size; and larger initial weights make the losses of tokens differ more.
 FOR_GRADIENTS = "--clip-grad 1e9 --adam-eps 1e-4 --init-method-std 0.05"
 # weights of the four tasks, all different
 TASK_WEIGHTS = np.array([1.0, 2.0, 0.5, 3.0])
@@ -17,7 +17,7 @@ BY_TASK = ("loss_K", "tokens_K", "objective_K", "share_K")
 
 
 def arguments_for(prefix, extra, world_size, shape="llama"):
-    """Arguments of a short run on a model of one of :data:`layouts.SHAPES`; of options given twice the last holds."""
+    """Parse the options of a short run on a model of :data:`layouts.SHAPES`; the last of repeated options counts."""
     from mft_megatron.arguments.command import parse_arguments
 
     words = f"{SHAPES[shape]} {RUN} --data-path {prefix} {extra}".split()
@@ -27,31 +27,42 @@ def arguments_for(prefix, extra, world_size, shape="llama"):
 
 
 def open_dataset(arguments):
+    """Open the data set of ``--data-path``."""
     from mft_megatron.data.loading.dataset import PackedDataset
 
     return PackedDataset.open(arguments.data.data_path, arguments.data.seq_length)
 
 
-def data_seed(split):
-    """A seed whose global batches of 8 lack the last task wherever it can be lacking; see :func:`lacks_tasks`.
+def trainer_and_split(prefix, options, world_size, shape="llama"):
+    """Build a trainer, within process groups, and return it with the training split."""
+    from mft_megatron.mcore.trainer import Trainer
 
-    Looked for, since the order of the data depends on everything that their preparation decides. 1 where there is none.
+    arguments = arguments_for(prefix, options, world_size, shape)
+    dataset = open_dataset(arguments)
+    return Trainer(arguments, dataset.vocab_size, 4), dataset.split("train")
+
+
+def data_seed(split):
+    """Find a seed whose global batches of 8 lack tasks in all cases of :func:`lacks_tasks`; 1 if there is none.
+
+    The seed is searched for because the order of the data depends on every detail of their preprocessing.
     """
     return next((seed for seed in range(1, 3000) if lacks_tasks(plans_of(split, seed), split)), 1)
 
 
 def plans_of(split, seed, steps=5):
+    """Plan the first steps, with global batches of 8."""
     from mft_megatron.data.loading.step_plan import plan_step
 
     return [plan_step(split, seed=seed, global_batch_size=8, consumed_samples=8 * step) for step in range(steps)]
 
 
 def lacks_tasks(plans, split):
-    """Whether five steps have all situations that the layout matrix is about.
+    """Whether five steps have all cases that the layout matrix tests.
 
-    Supervised tokens of the tasks are unequal. From a whole global batch: the last task is there, away and back within
-    three steps, and again after them, and no other is away. In each step some task is lacking from a micro-batch of
-    each rank, and in the first three one is lacking from all that a rank has.
+    Supervised tokens of the tasks are unequal. The last task is in the first, third and fifth global batches alone, and
+    all others are in every one. In each step some task is missing from a micro-batch of each rank, and in the first
+    three steps some task is missing from all micro-batches of a rank.
     """
     from mft_megatron.batch import Ranks
     from mft_megatron.data.loading.step_plan import shard_plan
@@ -80,7 +91,7 @@ def lacks_tasks(plans, split):
 
 
 def train(prefix, extra, world_size, weights=TASK_WEIGHTS, steps=5, shape="llama"):
-    """Loss and gradient norm of each step, and the per-task sums of the last."""
+    """Train; return loss and gradient norm of each step, and the sums by task of the last."""
     from mft_megatron.mcore.parallel import process_groups
     from mft_megatron.mcore.trainer import Trainer
 
@@ -97,15 +108,15 @@ def train(prefix, extra, world_size, weights=TASK_WEIGHTS, steps=5, shape="llama
 
 
 def train_in_modes(prefix, layout, world_size, modes, steps, shape="llama"):
-    """Some steps in one mode after another, in one set of process groups.
+    """Train some steps in one mode after another, in one set of process groups.
 
     Args:
-        modes: options by name of the mode.
-        steps: how many of each mode.
+        modes: options by mode.
+        steps: number of steps by mode.
 
     Returns:
-        by mode a list of steps, each a dict of loss, gradient norm and sums by task; the first and the last with
-        gradients, the last with weights (:func:`chosen_weights`).
+        by mode a list with a dict for each step: loss, gradient norm and sums by task; for the first and the last step
+        also gradients (:func:`chosen_gradients`), for the last also weights (:func:`chosen_weights`).
     """
     from mft_megatron.data.loading.step_plan import plan_step
     from mft_megatron.mcore.parallel import process_groups
@@ -133,7 +144,7 @@ def train_in_modes(prefix, layout, world_size, modes, steps, shape="llama"):
 
 
 def train_on_everything(prefix, layout, world_size, modes, shape="llama"):
-    """One step in each mode on all rows of the training split; a dict of loss, gradient norm, sums and gradients."""
+    """Train a step in each mode on all rows of the training split; return loss, gradient norm, sums and gradients."""
     from mft_megatron.data.loading.step_plan import plan_evaluation
     from mft_megatron.mcore.parallel import process_groups
     from mft_megatron.mcore.trainer import Trainer
@@ -156,9 +167,11 @@ def _record(trainer, report):
 
 
 def chosen(trainer):
-    """A matrix and a norm of each layer and both vocabulary matrices, as far as this rank has them.
+    """Choose a matrix and a norm of each layer and both vocabulary matrices, of those that this rank has.
 
-    By name: the axis that tensor parallelism splits, the number of this rank's part, and the parameter.
+    Returns:
+        by name the axis that tensor parallelism splits (``None``: not split), the index of this rank's shard, and the
+        parameter.
     """
     from megatron.core import parallel_state
 
@@ -189,20 +202,20 @@ def chosen(trainer):
 
 
 def chosen_gradients(trainer):
-    """The gradients of :func:`chosen`; none where each rank keeps only its share of them."""
+    """Copy the gradients of :func:`chosen`; empty with the distributed optimizer, where ranks have shards of them."""
     if trainer.arguments.distributed.use_distributed_optimizer:
         return {}
     return {name: (axis, part, own.main_grad.numpy().copy()) for name, (axis, part, own) in chosen(trainer).items()}
 
 
 def chosen_weights(trainer):
-    """:func:`chosen` after the last step."""
+    """Copy the weights of :func:`chosen`."""
     with trainer.weights.whole():
         return {name: (axis, part, own.detach().numpy().copy()) for name, (axis, part, own) in chosen(trainer).items()}
 
 
 def whole(of_ranks):
-    """Whole tensors by name out of what the ranks have of them; what several have must be the same, bit by bit."""
+    """Concatenate the shards of all ranks by name; shards that several ranks have must be equal, bit for bit."""
     axes, parts = {}, {}
     for tensors in of_ranks:
         for name, (axis, part, own) in tensors.items():
@@ -216,7 +229,11 @@ def whole(of_ranks):
 
 
 def some_steps(prefix, extra, world_size, folder, save_after, steps, seed=1234):
-    """Losses, gradient norms and rates of some steps, saving after ``save_after`` or going on from what was saved."""
+    """Train some steps; return losses, gradient norms and learning rates.
+
+    Args:
+        save_after: step after which to save; ``None`` to resume from the newest checkpoint in ``folder``.
+    """
     import dataclasses
     from pathlib import Path
 
@@ -251,7 +268,7 @@ def some_steps(prefix, extra, world_size, folder, save_after, steps, seed=1234):
 
 
 def train_save_load(prefix, folder):
-    """Two steps, a save, a third step; then the third step again from the save. Returns both third steps."""
+    """Train two steps, save, train a third, and repeat it from the checkpoint; return both losses of the third."""
     from pathlib import Path
 
     from mft_megatron.data.loading.step_plan import plan_step

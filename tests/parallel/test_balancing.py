@@ -1,6 +1,6 @@
-"""Balanced runs do not depend on the layout and go on from a checkpoint bit for bit.
+"""Balanced runs do not depend on the parallel layout, and resume from a checkpoint bit for bit.
 
-The runs go through the training loop with a log that keeps what it is given: task losses of every draw, weights, losses
+The runs use the training loop with a log that keeps all records: task losses of every validation draw, weights, losses
 and gradient norms of every step, on every rank.
 """
 
@@ -27,13 +27,14 @@ LAYOUTS = {
     "PP2 VPP2": (2, "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2 --micro-batch-size 4"),
     "DP2": (2, "--micro-batch-size 2"),
 }
-# Absolute. The losses of a draw may differ by 1e-6 and do by 3e-8. Their slopes are a hundredth of them; self-paced has
-# a gain of 50 before its softmax, CoBa one of 4, the number of tasks; FAMO takes logarithms. Seen: 2e-6, 2e-7, 2e-8.
+# Absolute. The losses of a draw may differ by 1e-6; 3e-8 was measured. Their slopes are a hundredth of them; self-paced
+# has a gain of 50 before its softmax, CoBa one of 4, the number of tasks; FAMO takes logarithms. Measured: 2e-6, 2e-7,
+# 2e-8.
 WEIGHT_TOLERANCES = {"self-paced": 1e-4, "famo": 1e-6, "coba": 1e-5, "coba-release": 1e-5}
 
 
 class Log:
-    """A log that keeps what it is given, on every rank."""
+    """A log that keeps all records, on every rank."""
 
     def __init__(self):
         self.records = []
@@ -55,9 +56,10 @@ class Log:
 
 
 def _run(prefix, extra, world_size, rising=None):
-    """A run as pretrain_mft.py does it, in process groups that are there already: its log and its draws.
+    """Run as pretrain_mft.py does, in existing process groups, and return the log and the validation draws.
 
-    ``rising``: number of a task whose losses are reported to evaluations as growing.
+    Args:
+        rising: index of a task whose validation losses are reported as rising.
     """
     import dataclasses
 
@@ -75,7 +77,7 @@ def _run(prefix, extra, world_size, rising=None):
     trainer = Trainer(arguments, dataset.vocab_size, len(dataset.tasks))
     task_losses, evaluate = trainer.task_losses, trainer.evaluate
 
-    def kept(dataset, rows):
+    def keep(dataset, rows):
         loss_K = task_losses(dataset, rows)
         draws.append((len(rows), loss_K))
         return loss_K
@@ -86,7 +88,7 @@ def _run(prefix, extra, world_size, rising=None):
         factor_K[rising] += len(log.of_kind("valid"))
         return dataclasses.replace(report, loss_K=report.loss_K * factor_K)
 
-    trainer.task_losses = kept
+    trainer.task_losses = keep
     trainer.evaluate = evaluate if rising is None else worse
     progress, state = resume(arguments, trainer, log)
     evaluation.load(state, log, progress)
@@ -97,7 +99,7 @@ def _run(prefix, extra, world_size, rising=None):
 
 
 def _runs(prefix, layout, world_size, runs, **options):
-    """Logs and draws of several runs by name; ``runs``: their options."""
+    """Return logs and draws of several runs by name; ``runs``: their options."""
     from mft_megatron.mcore.parallel import process_groups
 
     with process_groups.process_groups(arguments_for(prefix, layout, world_size).distributed, seed=1234):
@@ -120,7 +122,7 @@ def test_balancing_does_not_depend_on_the_layout(dataset_prefix, layout):
     results = run_on_ranks(world_size, _runs, dataset_prefix, options, world_size, BALANCERS)
     together = arguments_for(dataset_prefix, options, world_size).batch_multiple
     for name, (expected, expected_draws) in one_process(dataset_prefix).items():
-        assert any(rows % together for rows, _ in expected_draws)  # or no empty rows would be dealt
+        assert any(rows % together for rows, _ in expected_draws)  # otherwise ranks would get no empty rows
         for log, draws in (result[name] for result in results):
             np.testing.assert_array_equal(weights(log), weights(results[0][name][0]))  # bit for bit
             np.testing.assert_allclose(weights(log), weights(expected), rtol=0, atol=WEIGHT_TOLERANCES[name])
@@ -130,7 +132,7 @@ def test_balancing_does_not_depend_on_the_layout(dataset_prefix, layout):
 
 
 def test_the_weights_move_and_the_draws_differ(dataset_prefix):
-    """Or the comparison would be empty."""
+    """Otherwise the comparison above would prove nothing."""
     runs = one_process(dataset_prefix)
     for name, (log, draws) in runs.items():
         assert len(draws) == 7  # before the first step and after each
@@ -139,10 +141,10 @@ def test_the_weights_move_and_the_draws_differ(dataset_prefix):
         assert (np.ptp(moved, axis=1) > 100 * WEIGHT_TOLERANCES[name]).all()
         np.testing.assert_allclose(moved.sum(1), 1, rtol=1e-12)
         if name != "famo":
-            np.testing.assert_array_equal(weights(log)[:2], 0.25)  # the windows are not full yet
+            np.testing.assert_array_equal(weights(log)[:2], 0.25)  # the balancers' windows are not full yet
     first = [draws[0][1] for _, draws in runs.values()]
     assert all((loss_K == first[0]).all() for loss_K in first)
-    for step in range(2, 6):  # the same weights from the same draws, so far; afterwards each run has its own
+    for step in range(2, 6):  # up to here weights and draws are the same; later each run has different ones
         assert len({tuple(weights(log)[step]) for log, _ in runs.values()}) == len(runs)
 
 
@@ -175,7 +177,7 @@ def test_resumed_runs_are_bit_equal(dataset_prefix, tmp_path):
 
 @pytest.fixture(scope="module")
 def with_an_unvalidated_task(dataset_prefix, tokenizer_folder, tmp_path_factory):
-    """The tasks of the data set and one of a single record, which is trained on."""
+    """The tasks of the data set, and one with a single record, which is in the training split."""
     single = tmp_path_factory.mktemp("single") / "single.jsonl"
     single.write_text(Path(dataset_prefix).with_name("read.jsonl").read_text().splitlines(keepends=True)[0])
     return _preprocessed(dataset_prefix, tokenizer_folder, single.with_name("mixed"), {"single": single}, (80, 20, 0))
@@ -230,7 +232,7 @@ def test_without_a_validation_split_balancers_are_refused(without_validation):
 
 
 def test_a_stopped_task_weighs_nothing_and_the_others_go_on(dataset_prefix, tmp_path):
-    """The third task's losses are reported as rising; the run that is resumed after its stop leaves it out, too."""
+    """The third task's losses are reported as rising; a run resumed after its stop leaves it out too."""
     balances = {"static": "--task-weights write=5", "coba": BALANCERS["coba"]}
     stopping = "--micro-batch-size 4 --task-early-stopping-patience 2 --eval-interval 1"
     saving = {name: f"{extra} --save {tmp_path / name} --save-interval 4" for name, extra in balances.items()}

@@ -1,4 +1,4 @@
-"""Batches that grow: the same run on one process and on two data-parallel ranks, whole and resumed in the middle."""
+"""Batch schedules: the same run on one process and on two data-parallel ranks, uninterrupted and resumed."""
 
 import json
 from pathlib import Path
@@ -9,11 +9,11 @@ from tests.made_dataset import write_dataset
 from tests.parallel.run import arguments_for
 from tests.ranks import free_port, run_on_ranks
 
-# options, the sizes of steps, and after which step to break off: in the middle of a size, and where it changes
+# options, batch size of each step, and the step after which to stop: within one size, and where the size changes
 BATCHES = {
     # 4 packs until 12 of them, 8 until 24, then 12
     "ramp": ("--rampup-batch-size 4 4 24 --global-batch-size 12", [4, 4, 4, 8, 8, 12, 12], 4),
-    # and as with Megatron down again
+    # as with Megatron, the size may also shrink
     "schedule": (
         "--step-batch-size-schedule 0:4,1K:8,3.6k:4 --global-batch-size 4 --decoupled-lr 2e-3",
         [4, 4, 8, 8, 8, 4, 4],
@@ -34,18 +34,18 @@ def prefix(tmp_path_factory):
 
 
 def _run(prefix, runs, world_size):
-    """Some runs one after the other, each as a user would start it."""
+    """Run several runs one after another, each as a user would start it."""
     import os
 
     from mft_megatron.training.pretrain import pretrain
 
     for words, port in runs:
-        os.environ["MASTER_PORT"] = str(port)  # of its own: a rank may be late in leaving the one before
+        os.environ["MASTER_PORT"] = str(port)  # a separate folder, since a rank may be late in leaving the previous run
         pretrain(arguments_for(prefix, f"{OPTIONS} {words}", world_size), os.environ["RANK"] == "0")
 
 
 def records(folder):
-    """Of the steps, without what a clock says, and of the epochs."""
+    """Records of steps, without times, and of epochs."""
     lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     clocks = {"step_time", "balance_time", "balance_share"}
     steps = [{k: v for k, v in record.items() if k not in clocks} for record in lines if record["kind"] == "train"]
@@ -54,7 +54,7 @@ def records(folder):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, prefix):
-    """``alone/NAME`` of one process, ``whole/NAME`` of two, and ``resumed/NAME`` of two with a break after STOP."""
+    """Run folders: ``alone/NAME`` of one process, ``whole/NAME`` of two, ``resumed/NAME`` of two that stop at STOP."""
     folder = tmp_path_factory.mktemp("runs")
     alone, of_two = [], []
     for name, (words, _, stop) in BATCHES.items():
@@ -73,7 +73,7 @@ def test_each_step_has_its_size(folder, name):
     sizes = BATCHES[name][1]
     assert [step["global_batch_size"] for step in steps] == sizes
     assert [step["consumed_samples"] for step in steps] == [sum(sizes[: n + 1]) for n in range(STEPS)]
-    assert [step["lr"] for step in steps[:3]] == [0.0, 5e-4, 1e-3]  # by steps, not by what they hold
+    assert [step["lr"] for step in steps[:3]] == [0.0, 5e-4, 1e-3]  # by steps, not by samples
     assert epochs, "the runs are to go on into a second epoch"
     assert all(epoch["complete"] for epoch in epochs)
 
@@ -91,7 +91,7 @@ def test_two_ranks_take_the_steps_of_one(folder, name):
 
 
 @pytest.mark.parametrize("name", BATCHES)
-def test_a_resume_goes_on_with_the_size_that_is_due(folder, name):
+def test_a_resume_goes_on_with_the_size_of_its_step(folder, name):
     assert records(folder / "resumed" / name) == records(folder / "whole" / name)
     events = [json.loads(line) for line in (folder / "resumed" / name / "metrics.jsonl").read_text().splitlines()]
     assert [event["step"] for event in events if event.get("event") == "load"] == [BATCHES[name][2]]

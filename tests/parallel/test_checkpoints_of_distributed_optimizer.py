@@ -1,16 +1,16 @@
-"""What one optimizer saves any other goes on from: distributed or not, overlapped or not, on any layout."""
+"""Any optimizer resumes from any other's checkpoint: distributed or not, overlapped or not, on any parallel layout."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.parallel.run import arguments_for, open_dataset
+from tests.parallel.run import arguments_for, trainer_and_split
 from tests.ranks import run_on_ranks
 
 TP2 = "--tensor-model-parallel-size 2"
 VPP = "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2 --micro-batch-size 1"
-# several buckets a chunk, with padding between them
+# several buckets per model chunk, with padding between them
 SHARDED = "--use-distributed-optimizer --overlap-grad-reduce --ddp-bucket-size 30001"
 OVERLAP = f"{SHARDED} --overlap-param-gather"
 DROPOUT = "--hidden-dropout 0.1 --attention-dropout 0.1"
@@ -23,14 +23,6 @@ LAYOUTS = {
     "DP4": (4, f"{SHARDED} --micro-batch-size 1 --no-ckpt-fully-parallel-save"),
     "VPP2 DP2 overlap": (4, f"{VPP} {OVERLAP}"),
 }
-
-
-def _trainer(prefix, options, world):
-    from mft_megatron.mcore.trainer import Trainer
-
-    arguments = arguments_for(prefix, options, world)
-    dataset = open_dataset(arguments)
-    return Trainer(arguments, dataset.vocab_size, 4), dataset.split("train")
 
 
 def _step(trainer, split, number):
@@ -60,25 +52,25 @@ def _load(trainer, folder):
 
 
 def _write(prefix, options, world, folder, steps):
-    """Some steps and a save."""
+    """Train some steps and save."""
     from mft_megatron.mcore.parallel import process_groups
 
     arguments = arguments_for(prefix, options, world)
     with process_groups.process_groups(arguments.distributed, arguments.initialization.seed):
-        trainer, split = _trainer(prefix, options, world)
+        trainer, split = trainer_and_split(prefix, options, world)
         for number in range(steps):
             _step(trainer, split, number)
         _save(trainer, folder, steps)
 
 
 def _read(prefix, options, world, folders, with_step):
-    """From each folder a model of another seed goes on: saved again at once, and after another step."""
+    """Load each folder into a model with another seed, and save it at once and again after another step."""
     from mft_megatron.mcore.parallel import process_groups
 
     arguments = arguments_for(prefix, options, world)
     with process_groups.process_groups(arguments.distributed, arguments.initialization.seed):
         for source, target in folders.items():
-            trainer, split = _trainer(prefix, f"{options} --seed 77", world)
+            trainer, split = trainer_and_split(prefix, f"{options} --seed 77", world)
             _load(trainer, source)
             _save(trainer, f"{target}/again", 2)
             if with_step:
@@ -87,7 +79,7 @@ def _read(prefix, options, world, folders, with_step):
 
 
 def _tensors(folder):
-    """All tensors of the newest checkpoint, by name."""
+    """Read all tensors of the newest checkpoint, by name."""
     import torch
     from torch.distributed.checkpoint import FileSystemReader, TensorStorageMetadata, load
 
@@ -105,7 +97,7 @@ def _tensors(folder):
 
 
 def _numbers(folder):
-    """What else the newest checkpoint says of the optimizer: steps of Adam, and the loss scale with its counts."""
+    """Read the optimizer's scalars in the newest checkpoint: steps of Adam, and the loss scale with its counts."""
     import torch
 
     from mft_megatron.run_folder import latest_checkpoint
@@ -115,7 +107,7 @@ def _numbers(folder):
 
 
 def _exchange(prefix, folder, names, precision, with_step):
-    """Each layout of ``names`` writes, each goes on from what each wrote."""
+    """Save on each parallel layout of ``names`` and resume on each from each."""
     for name in names:
         world, options = LAYOUTS[name]
         run_on_ranks(world, _write, prefix, f"{options} {precision}", world, f"{folder}/{name}", 2)
@@ -145,20 +137,19 @@ def _exchange(prefix, folder, names, precision, with_step):
 
 
 def test_with_and_without_the_distributed_optimizer(dataset_prefix, tmp_path):
-    """Weights, moments, main weights, steps and the loss scale are the same, bit for bit, in the checkpoint that the
-    reader writes at once."""
+    """The checkpoint that is saved directly after loading has the same tensors and scalars, bit for bit."""
     _exchange(dataset_prefix, tmp_path, ("alone", "DP2 overlap"), FP16, False)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["", "--bf16", FP16])
 def test_any_layout_goes_on_from_any_other(dataset_prefix, tmp_path, precision):
-    """As above, and in fp32 to rounding after another step."""
+    """Tensors are the same, bit for bit, and in fp32 equal up to rounding after another step."""
     _exchange(dataset_prefix, tmp_path, LAYOUTS, precision, not precision)
 
 
-def _read_with_torch_of_its_own(prefix, options, world, folders):
-    """After a module of Megatron-Core has torch's factories back."""
+def _read_without_replacement(prefix, options, world, folders):
+    """Run :func:`_read` after the replacement in a module of Megatron-Core has been undone."""
     import torch
     from megatron.core.dist_checkpointing import exchange_utils
 
@@ -172,16 +163,16 @@ def test_shared_reading_still_needs_its_replacement_without_cuda(dataset_prefix,
     folders = {str(tmp_path / "one"): str(tmp_path / "two")}
     run_on_ranks(world, _write, dataset_prefix, options, world, str(tmp_path / "one"), 1)
     with pytest.raises(pytest.fail.Exception, match="CUDA"):
-        run_on_ranks(world, _read_with_torch_of_its_own, dataset_prefix, options, world, folders)
+        run_on_ranks(world, _read_without_replacement, dataset_prefix, options, world, folders)
 
 
 def _resume(prefix, options, world, folder, save_after):
-    """Steps 0 to 4 with a save after ``save_after``, or those that are left after it."""
+    """Train steps 0 to 4 with a save after ``save_after``, or resume and train the remaining ones."""
     from mft_megatron.mcore.parallel import process_groups
 
     arguments = arguments_for(prefix, options, world)
     with process_groups.process_groups(arguments.distributed, arguments.initialization.seed):
-        trainer, split = _trainer(prefix, f"{options} --seed {1 if save_after else 77}", world)
+        trainer, split = trainer_and_split(prefix, f"{options} --seed {1 if save_after else 77}", world)
         start, curve = 0, []
         if save_after is None:
             _load(trainer, folder)

@@ -1,7 +1,7 @@
-"""Context parallelism: what the layout matrix does not look at.
+"""Context parallelism in cases that the layout matrix does not have.
 
-Ranks whose tokens have no target, or are padding alone; token losses; evaluation, draws and micro-batch normalisation;
-checkpoints that change their layout. All against one process.
+Ranks whose tokens have no target, or are only padding; token losses; evaluation, draws and micro-batch normalisation;
+checkpoints that are loaded on another parallel layout. All are compared with one process.
 """
 
 import dataclasses
@@ -35,8 +35,10 @@ def short(tmp_path_factory):
 
 
 def _steps(prefix, extra, world_size, modes):
-    """Loss and gradient norm of a step of each mode, and of each micro-batch on this rank: own tokens, those among
-    them that are no padding, and those with a target."""
+    """Train a step in each mode; return loss and gradient norm, and for each micro-batch of this rank three counts.
+
+    Counted are the rank's tokens, those of them that are not padding, and those with a target.
+    """
     from mft_megatron.data.loading.step_plan import plan_step
     from mft_megatron.mcore import trainer as step
     from mft_megatron.mcore.parallel import process_groups
@@ -47,7 +49,7 @@ def _steps(prefix, extra, world_size, modes):
     split, seen, curves = dataset.split("train"), [], {}
     to_device = step.to_device
 
-    def kept(batch):
+    def keep(batch):
         there = to_device(batch)
         lengths = np.repeat(np.diff(batch.cu_seqlens), np.diff(batch.cu_seqlens))
         supervised = np.unique(batch.sample_ids_BS[batch.loss_mask_BS > 0])
@@ -57,7 +59,7 @@ def _steps(prefix, extra, world_size, modes):
         seen.append((len(own), int(real[own].sum()), len(there.shard.supervised_N)))
         return there
 
-    step.to_device, step.WIDTH_MULTIPLE = kept, 128  # all rows as wide as they can be
+    step.to_device, step.WIDTH_MULTIPLE = keep, 128  # so that all rows have the full width
     with process_groups.process_groups(arguments.distributed, arguments.initialization.seed):
         plan = plan_step(split, seed=1, global_batch_size=4, consumed_samples=0)
         for mode in modes:
@@ -67,7 +69,7 @@ def _steps(prefix, extra, world_size, modes):
     return curves, seen
 
 
-# a sample's own sum over the ranks, of which some have nothing of it
+# sums of a sample over ranks, some of which have no token of it
 MODES = ("--mft-loss focal-sample",)
 
 
@@ -77,7 +79,7 @@ def short_in_one_process(prefix):
 
 
 def quick(*names):
-    """Layouts, of which those are in every run that are named."""
+    """Parameters for pytest: parallel layouts, of which those named in ``names`` are in every run."""
     return [name if name in names else pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS]
 
 
@@ -96,9 +98,10 @@ def test_ranks_without_targets_and_with_padding_alone(short, layout):
 
 
 def _token_losses(prefix, extra, world_size, shape, alone):
-    """Losses of all tokens of some packs; 0 for those of other ranks.
+    """Compute losses of all tokens of some packs; 0 for tokens of other ranks.
 
-    ``alone``: of each sample by itself, in the same order; NaN where there is no target.
+    Args:
+        alone: compute each sample in a separate row, in the same order; NaN where there is no target.
     """
     import torch
 
@@ -120,12 +123,12 @@ def _token_losses(prefix, extra, world_size, shape, alone):
                 return model.run(to_device(batch)).numpy().ravel()
 
         split = dataset.split("train")
-        # three rows, whose borders are not those of the chunks
+        # three rows, whose borders are not those of the context-parallel blocks
         batch = batch_of_packs(split, np.arange(3))
         if not alone:
             return losses(batch)
         borders = list(zip(batch.cu_seqlens, batch.cu_seqlens[1:], strict=False))
-        # padding, and a segment's last token, have no target
+        # padding and the last token of a segment have no target
         found = np.full(batch.tokens_BS.size, np.nan)
         for start, end in borders:
             if batch.loss_mask_BS.ravel()[start:end].any():
@@ -136,7 +139,7 @@ def _token_losses(prefix, extra, world_size, shape, alone):
 @pytest.mark.parametrize("shape", ["llama", "window", "Megatron's defaults"])
 @pytest.mark.parametrize("layout", ["CP2", pytest.param("CP4", marks=pytest.mark.slow)])
 def test_packed_equals_unpacked(dataset_prefix, shape, layout):
-    """Token by token, whatever rank computes it; positions are rotary, within a window, and learned."""
+    """Token losses agree on whichever rank computes them; positions are rotary, within a window, and learned."""
     world, extra = LAYOUTS[layout]
     alone = run_on_ranks(1, _token_losses, dataset_prefix, "", 1, shape, True)[0]
     of_ranks = run_on_ranks(world, _token_losses, dataset_prefix, extra, world, shape, False)
@@ -145,12 +148,15 @@ def test_packed_equals_unpacked(dataset_prefix, shape, layout):
     there = np.isfinite(alone)
     assert there.mean() > 0.7
     chunks = there.reshape(2 * world, -1)
-    assert (chunks[:-1, -1] & chunks[1:, 0]).any()  # a sample in several chunks
+    assert (chunks[:-1, -1] & chunks[1:, 0]).any()  # a sample in several blocks
     np.testing.assert_allclose(packed[there], alone[there], rtol=0, atol=5e-6)
 
 
 def _evaluate(prefix, extra, world_size):
-    """Objective, sums and the balancers' losses of the validation split, and what a step of training used."""
+    """Evaluate the validation split and train a step.
+
+    Returns objective, sums and the balancers' losses of the split, and the samples that the step used.
+    """
     from mft_megatron.mcore.parallel import process_groups
     from mft_megatron.mcore.trainer import Trainer
     from mft_megatron.training.evaluation import evaluation_plans
@@ -166,18 +172,18 @@ def _evaluate(prefix, extra, world_size):
             draw = trainer.task_losses(dataset, [valid.slices_of(pack) for pack in range(5)])
             found += [report.loss, *report.loss_K.tolist(), *report.tokens_K.tolist(), *draw.tolist()]
             trainer.train_step(train, plans_of(train, 1, 1)[0], np.array(WEIGHTS))
-            # a sample that several ranks share was used once
+            # a sample whose tokens are on several ranks was used once
             found += [*process_groups.sum_over_data(trainer.usage.of(0).slices_K).tolist(), trainer.num_parameters()]
     return found
 
 
 @pytest.mark.parametrize("layout", quick("CP2"))
 def test_evaluation_and_draws(dataset_prefix, layout):
-    """The last evaluation batch has empty rows: ranks with nothing but padding."""
+    """The last evaluation batch has empty rows, so some ranks have only padding."""
     world, extra = LAYOUTS[layout]
     expected = run_on_ranks(1, _evaluate, dataset_prefix, "--micro-batch-size 4", 1)[0]
     for result in run_on_ranks(world, _evaluate, dataset_prefix, f"{extra} --micro-batch-size 2", world):
-        assert result == pytest.approx(expected, rel=1e-6, nan_ok=True)  # a task that the draw lacks
+        assert result == pytest.approx(expected, rel=1e-6, nan_ok=True)  # a task that is missing from the draw
 
 
 @functools.cache
@@ -188,7 +194,7 @@ def micro_batches_of_two(prefix):
 
 @pytest.mark.parametrize("layout", quick("CP2"))
 def test_micro_batch_normalisation(dataset_prefix, layout):
-    """Each micro-batch counts its own tokens: all of them, not those of a rank."""
+    """Each micro-batch is normalised by all of its tokens, not by those of one rank."""
     options, (expected, expected_sums) = micro_batches_of_two(dataset_prefix)
     world, extra = LAYOUTS[layout]
     for curve, sums in run_on_ranks(world, train, dataset_prefix, f"{options} {extra}", world, WEIGHTS, 2):
@@ -199,7 +205,7 @@ def test_micro_batch_normalisation(dataset_prefix, layout):
 
 
 def test_a_resumed_run_is_the_same_bit_by_bit(dataset_prefix, tmp_path):
-    """With dropout, so that the random numbers of each rank must come back."""
+    """With dropout, so that each rank's random-number state must be restored."""
     extra = f"{CP2} --hidden-dropout 0.1 --attention-dropout 0.1"
     whole = run_on_ranks(2, some_steps, dataset_prefix, extra, 2, str(tmp_path), 1, 2)
     again = run_on_ranks(2, some_steps, dataset_prefix, extra, 2, str(tmp_path), None, 2, 99)
@@ -217,7 +223,7 @@ def test_a_resumed_run_is_the_same_bit_by_bit(dataset_prefix, tmp_path):
     ],
 )
 def test_a_checkpoint_changes_its_layout(dataset_prefix, tmp_path, saved, loaded):
-    """Written on some ranks, gone on with on others; with another seed, so that everything must come from it."""
+    """Saved on one parallel layout and resumed on another, with another seed, so that everything must be loaded."""
     (world, extra), (other_world, other) = (LAYOUTS.get(name, (1, "")) for name in (saved, loaded))
     whole = run_on_ranks(world, some_steps, dataset_prefix, extra, world, str(tmp_path), 1, 2)[0]
     for curve in run_on_ranks(other_world, some_steps, dataset_prefix, other, other_world, str(tmp_path), None, 2, 99):

@@ -1,6 +1,6 @@
-"""Padded and joined data sets on every layout, and the proof that an epoch used its data as planned.
+"""Padded and joined data sets on every parallel layout, and the proof that an epoch used its data as planned.
 
-Padded micro-batches are as wide as their longest row, so they differ from one another: between pipeline stages too.
+Padded micro-batches are as wide as their longest row, so their shapes differ, also between pipeline stages.
 """
 
 import functools
@@ -15,7 +15,7 @@ from tests.parallel.run import arguments_for, data_seed, open_dataset, plans_of,
 from tests.parallel.test_balancing import Log
 from tests.ranks import run_on_ranks
 
-MULTIPLE = 8  # instead of 64, or rows of 128 tokens would have two widths
+MULTIPLE = 8  # instead of 64, with which rows of 128 tokens have only two widths
 TOLERANCE = 1e-6
 QUICK = ("TP2 SP MB2", "PP2 MB2", "DP2", "PP2 VPP2 MB2", "CP2")
 SLOW = ("TP2 MB2", "PP2 DP2", "TP2 PP2 VPP2 MB2", "MB1", "CP2 TP2 SP", "CP2 PP2 VPP2", "DP2 overlap")
@@ -37,24 +37,24 @@ def joined(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory):
-    """A small one, of which a few steps are an epoch."""
+    """A small packed data set, of which a few steps are an epoch."""
     prefix = tmp_path_factory.mktemp("packed") / "set"
     write_dataset(prefix, 128, longest=120, split=(80, 20, 0))
     return str(prefix)
 
 
 def _train(prefix, extra, world_size, dynamic=True):
-    """Curve and sums of :func:`run.train`, and the shapes of the micro-batches."""
+    """Run :func:`run.train`; return its curve and sums, and the shapes of the micro-batches."""
     from mft_megatron.mcore import trainer as step
 
     step.WIDTH_MULTIPLE = MULTIPLE if dynamic else 128
     shapes, to_device = [], step.to_device
 
-    def kept(batch):
+    def keep(batch):
         shapes.append(batch.tokens_BS.shape)
         return to_device(batch)
 
-    step.to_device = kept
+    step.to_device = keep
     return (*train(prefix, f"--mft-loss task-sample {extra}", world_size), shapes)
 
 
@@ -89,12 +89,12 @@ def test_padded_micro_batches_are_no_wider_than_they_must(padded):
     assert all(a >= b for step in zip(*[iter(widths)] * 4, strict=True) for a, b in itertools.pairwise(step))
     split = dataset.split("train")
     tokens = sum(split.num_tokens(plan.packs_G) for plan in plans_of(split, data_seed(split)))
-    assert tokens / (2 * sum(widths)) > 0.85  # at full width it is less than 0.7
+    assert tokens / (2 * sum(widths)) > 0.85  # at full width less than 0.7 of the tokens are real
     assert curve[-1][0] < curve[0][0] - 0.1
 
 
 def test_padding_changes_nothing(padded):
-    """Rows as wide as the sequence length give the same numbers."""
+    """Rows as wide as the sequence length give the same results."""
     ours, theirs = one_process(padded), run_on_ranks(1, _train, padded, "--micro-batch-size 2", 1, False)[0]
     assert {width for _, width in theirs[2]} == {128}
     for a, b in zip(ours[0], theirs[0], strict=True):
@@ -119,11 +119,11 @@ def test_joined_rows_are_learnt(joined):
     assert sums["tokens_K"] == plan.supervised_tokens_K.tolist()
 
 
-LOOP = "--log-interval 100 --eval-interval 100 --global-batch-size 8"  # records of steps would see a fault before
+LOOP = "--log-interval 100 --eval-interval 100 --global-batch-size 8"  # records of steps would show a fault before
 
 
 def _run(prefix, extra, world_size, fault=None):
-    """A run as pretrain_mft.py does it; its log, or the message with which it was refused."""
+    """Run as pretrain_mft.py does; return the log, or the message of the error that ended the run."""
     from mft_megatron.errors import InputError
     from mft_megatron.mcore.parallel import process_groups
     from mft_megatron.mcore.trainer import Trainer
@@ -152,7 +152,7 @@ def _run(prefix, extra, world_size, fault=None):
 
 
 def _plant(fault):
-    """Something that a program could do wrong with the third global batch, on one rank."""
+    """Use the third global batch wrongly on one rank, as a faulty program could."""
     from mft_megatron.data.loading.micro_batches import MicroBatches
 
     of_plan, steps = MicroBatches.of_plan, itertools.count()
@@ -181,7 +181,7 @@ EPOCH_LAYOUTS = {
 
 def steps_of_epochs(prefix, epochs):
     packs = open_dataset(arguments_for(prefix, "", 1)).split("train").num_packs
-    assert packs % 8  # or no global batch would belong to two epochs
+    assert packs % 8  # otherwise no global batch would belong to two epochs
     return -(-epochs * packs // 8), packs
 
 
@@ -237,7 +237,7 @@ def test_a_resume_on_another_layout_continues_the_count(packed, tmp_path):
             (event,) = log.events("epoch")
             assert event == expected
             assert log.events("warning") == []
-    # one that was written before there were counts: the rest of its epoch is counted and not judged
+    # a checkpoint without counts, of an old version: the rest of its epoch is counted and not compared with the plan
     (log,) = run_on_ranks(1, _run, packed, loading.replace("-size 1", "-size 2"), 1, "older checkpoint")
     (warning,) = log.events("warning")
     assert "the checkpoint has no counts; epoch 1 is not judged" in warning["reason"]

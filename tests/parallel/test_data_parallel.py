@@ -1,21 +1,13 @@
-"""When gradients are reduced and weights gathered, and that nobody reads them at another time."""
+"""Gradients are reduced and weights gathered at the right time, and read only afterwards."""
 
 import numpy as np
 import pytest
 
-from tests.parallel.run import arguments_for, open_dataset, plans_of
+from tests.parallel.run import arguments_for, plans_of, trainer_and_split
 from tests.ranks import run_on_ranks
 
 REDUCE = "--overlap-grad-reduce --ddp-bucket-size 30001"
 OVERLAP = f"--use-distributed-optimizer {REDUCE} --overlap-param-gather"
-
-
-def _trainer(prefix, options, world, shape="llama"):
-    from mft_megatron.mcore.trainer import Trainer
-
-    arguments = arguments_for(prefix, options, world, shape)
-    dataset = open_dataset(arguments)
-    return Trainer(arguments, dataset.vocab_size, 4), dataset.split("train")
 
 
 def _groups(prefix, options, world):
@@ -26,7 +18,7 @@ def _groups(prefix, options, world):
 
 
 def _reductions(prefix, options, shape):
-    """Per bucket of the second step: whether its gradients were complete when it was reduced, and in which order."""
+    """Record for each bucket of the second step whether it was complete when it was reduced, and the order."""
     import torch
     from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup as Group
 
@@ -37,7 +29,7 @@ def _reductions(prefix, options, shape):
         return start(self, *args, **kwargs)
 
     with _groups(prefix, options, 1):
-        trainer, split = _trainer(prefix, options, 1, shape)
+        trainer, split = trainer_and_split(prefix, options, 1, shape)
         plans = plans_of(split, 1, 2)
         trainer.train_step(split, plans[0], np.ones(4))
         Group.start_grad_sync = watched
@@ -56,19 +48,19 @@ def _reductions(prefix, options, shape):
 @pytest.mark.parametrize("entropy", ["fused-linear", pytest.param("megatron", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("shape", ["llama", "tied"])
 def test_a_bucket_is_reduced_once_and_when_its_gradients_are_there(dataset_prefix, entropy, shape):
-    """One rank: what a bucket holds when it is reduced is what it holds in the end. Others follow meanwhile."""
-    options = f"{REDUCE} --cross-entropy-impl {entropy} --clip-grad 1e9"  # clipping would scale them in place
+    """On one rank, a bucket has its final content when it is reduced, and the backward pass continues meanwhile."""
+    options = f"{REDUCE} --cross-entropy-impl {entropy} --clip-grad 1e9"  # clipping would scale gradients in place
     complete, empty, before_embedding, buckets = run_on_ranks(1, _reductions, dataset_prefix, options, shape)[0]
     assert buckets > 3
     assert complete == [True] * buckets
     assert not any(empty)
-    # four micro-batches: nothing is reduced in the first three, and in the last some buckets go ahead of the others
+    # four micro-batches: nothing is reduced in the first three; in the last some buckets are reduced early
     assert before_embedding[:-1] == [0] * 3
     assert 0 < before_embedding[-1] < buckets
 
 
 def _whole(prefix, options):
-    """Weights of a rank before, within and after ``weights.whole()``, and whether forward passes gather."""
+    """Record a rank's weights before, within and after ``weights.whole()``, and whether forward passes gather."""
     import hashlib
 
     def state(trainer):
@@ -76,7 +68,7 @@ def _whole(prefix, options):
         return hashlib.sha256(b"".join(weights)).hexdigest(), bool(trainer.chunks[0].remove_forward_pre_hook_handles)
 
     with _groups(prefix, options, 2):
-        trainer, split = _trainer(prefix, options, 2)
+        trainer, split = trainer_and_split(prefix, options, 2)
         facts = [state(trainer)]
         plan = plans_of(split, 1, 1)[0]
         trainer.train_step(split, plan, np.ones(4))
@@ -90,7 +82,7 @@ def _whole(prefix, options):
 def test_weights_are_whole_where_they_are_read(dataset_prefix):
     ours, theirs = run_on_ranks(2, _whole, dataset_prefix, OVERLAP)
     assert [gathers for _, gathers in ours] == [False, True, False, True]
-    # at first, and within; after a step each rank has updated its part alone
+    # weights are whole at first and within; after a step each rank has updated only its shard
     assert [one == other for (one, _), (other, _) in zip(ours, theirs, strict=True)] == [True, False, True, True]
     for facts in run_on_ranks(2, _whole, dataset_prefix, "--use-distributed-optimizer"):
         assert [gathers for _, gathers in facts] == [False] * 4
@@ -103,9 +95,9 @@ def test_a_step_that_overflows_turns_no_gathering_on(dataset_prefix):
 
 
 def _evaluated(prefix, options):
-    """Losses of an evaluation between two steps, and the loss of the second."""
+    """Evaluate between two steps; return the evaluation's losses and the loss of the second step."""
     with _groups(prefix, options, 2):
-        trainer, split = _trainer(prefix, options, 2)
+        trainer, split = trainer_and_split(prefix, options, 2)
         plans = plans_of(split, 1, 3)
         trainer.train_step(split, plans[0], np.ones(4))
         evaluated = trainer.evaluate(split, plans[1:2], np.ones(4)).loss_K.tolist()

@@ -1,4 +1,4 @@
-"""The distributed optimizer and the overlap of its messages change no number."""
+"""The distributed optimizer and overlapped communication change no result."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from tests.ranks import run_on_ranks
 TP2, PP2 = "--tensor-model-parallel-size 2", "--pipeline-model-parallel-size 2"
 VPP = f"{PP2} --num-virtual-stages-per-pipeline-rank 2 --micro-batch-size 1"
 SHARDED = "--use-distributed-optimizer"
-# several buckets a chunk, none of them a multiple of the ranks
+# several buckets per model chunk, none a multiple of the number of ranks
 REDUCE = "--overlap-grad-reduce --ddp-bucket-size 30001"
 OVERLAP = f"{SHARDED} {REDUCE} --overlap-param-gather"
 NOT_ALIGNED = "--no-align-grad-reduce --no-align-param-gather"
@@ -40,7 +40,7 @@ _ALONE = {}
 
 
 def _alone(prefix, extra, shape):
-    """Five steps of one process, with its own optimizer."""
+    """Five steps of one process, without the distributed optimizer."""
     if (extra, shape) not in _ALONE:
         _ALONE[extra, shape] = run_on_ranks(1, train, prefix, extra, 1, (1.0, 2.0, 0.5, 3.0), 5, shape)[0]
     return _ALONE[extra, shape]

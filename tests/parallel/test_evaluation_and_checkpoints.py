@@ -1,4 +1,4 @@
-"""Evaluation and checkpoints do not depend on the layout either."""
+"""Evaluation and checkpoints do not depend on the parallel layout."""
 
 import functools
 import json
@@ -16,7 +16,7 @@ EVALUATED = ("task-token", "sample")
 
 
 def _evaluate(prefix, extra, world_size):
-    """What each loss reports of the whole validation split, and which packs it has seen."""
+    """Evaluate the whole validation split with each loss; return the reports and the packs that were used."""
     import numpy as np
 
     from mft_megatron.mcore.parallel import process_groups
@@ -63,15 +63,15 @@ def test_the_whole_split_exactly_once(dataset_prefix, world_size, extra):
             assert result[2:] == expected[2:], loss
         assert sum(expected[2]) == packs["supervised_tokens"]
         assert expected[3] == list(range(packs["packs"]))
-        assert len(expected[3]) % 8 != 0  # or the filling up of the last batch would not be seen
+        assert len(expected[3]) % 8 != 0  # otherwise empty rows in the last batch would not be tested
     token, sample = (evaluated_by_one_process(dataset_prefix)[loss][0] for loss in EVALUATED)
-    assert token != pytest.approx(sample, rel=1e-4)  # two losses, not one
+    assert token != pytest.approx(sample, rel=1e-4)  # the two losses differ
 
 
 @pytest.mark.parametrize(("world_size", "layout"), [(4, TP2_PP2), (2, PP2_VPP2)])
 @pytest.mark.parametrize("precision", ["", "--bf16"])
 def test_resuming_is_bit_equal(dataset_prefix, tmp_path, precision, world_size, layout):
-    """Weights, optimizer, schedule and dropout go on as if nothing had happened."""
+    """Weights, optimizer, schedule and dropout continue as in an uninterrupted run."""
     options = f"{layout} {DROPOUT} {precision}"
     whole = run_on_ranks(world_size, some_steps, dataset_prefix, options, world_size, str(tmp_path), 3, 5, 1)[0]
     resumed = run_on_ranks(world_size, some_steps, dataset_prefix, options, world_size, str(tmp_path), None, 5, 77)[0]
@@ -80,7 +80,7 @@ def test_resuming_is_bit_equal(dataset_prefix, tmp_path, precision, world_size, 
 
 @pytest.fixture(scope="module")
 def saved(dataset_prefix, tmp_path_factory):
-    """Five steps of a layout, saved after the third: the folder and the steps' records; each layout trains once."""
+    """Train five steps on a parallel layout, once, and save after the third: the folder and the steps' records."""
 
     @functools.cache
     def train(world_size, options):
@@ -109,7 +109,7 @@ def test_the_command_lines_learning_rate_holds_after_a_load(dataset_prefix, save
 
 
 def _skip(prefix):
-    """A step on a batch that supervises nothing of a weighted task."""
+    """Train a step on a batch that supervises no token of a weighted task."""
     import numpy as np
 
     from mft_megatron.data.loading.step_plan import plan_step
@@ -138,7 +138,7 @@ def test_a_batch_with_nothing_to_learn_changes_nothing(dataset_prefix):
 
 
 def test_a_checkpoint_fills_a_model_with_more_padding(dataset_prefix, saved):
-    """Through --load, so that the weights hold anything before; rows that the checkpoint lacks must become numbers."""
+    """With --load weights are uninitialised before; rows that the checkpoint lacks must become finite."""
     folder, whole = saved(1, "")
     options = f"--load {folder} --make-vocab-size-divisible-by 1024 --tensor-model-parallel-size 2"
     resumed = run_on_ranks(2, some_steps, dataset_prefix, options, 2, folder, None, 5, 1)[0]

@@ -1,7 +1,7 @@
-"""Experts on several ranks: equal to one process, and a checkpoint of any layout goes on in any other.
+"""Experts on several ranks equal one process, and a checkpoint of any parallel layout is resumed on any other.
 
-:mod:`.test_layout_matrix` has every loss on layouts with experts, ``tests/mcore/moe/test_experts.py`` gradients by
-the book.
+:mod:`.test_layout_matrix` has every loss on layouts with experts; ``tests/mcore/moe/test_experts.py`` compares
+gradients with a reference.
 """
 
 import functools
@@ -14,7 +14,7 @@ from tests.parallel.run import TASK_WEIGHTS, arguments_for, open_dataset, plans_
 from tests.ranks import run_on_ranks
 
 BALANCED = "--moe-z-loss-coeff 1e-2"
-# one row in a micro-batch, so that ranks have parts of it
+# one row per micro-batch, of which each rank has some tokens
 SP = "--tensor-model-parallel-size 2 --sequence-parallel --micro-batch-size 1"
 EP = "--expert-model-parallel-size 2 --micro-batch-size 1"
 PP = "--pipeline-model-parallel-size 2"
@@ -25,7 +25,7 @@ SIGMOID = f"{BALANCED} --moe-router-score-function sigmoid --moe-router-enable-e
 GROUPS = "--moe-router-num-groups 2 --moe-router-group-topk 1 --moe-router-topk-scaling-factor 2.5"
 SINKHORN = f"{BALANCED} --moe-router-load-balancing-type sinkhorn --moe-aux-loss-coeff 0"
 CAPACITY = f"{BALANCED} --moe-expert-capacity-factor 1.0"
-# by rows of a micro-batch, where the result depends on them: ranks, options of the model, options of the layout
+# by rows per micro-batch, which router losses depend on: ranks, options of the model, options of the parallel layout
 CASES = {
     "TP2 SP ETP1 EP2, sent, shared and overlapped": (
         2,
@@ -85,7 +85,7 @@ MORE = {
 
 
 def _train(prefix, extra, world, steps, shape="experts", seed=None, folder=None, save_after=None):
-    """Parameters, and loss, gradient norm and router losses of each step; saved, or gone on from what was saved."""
+    """Train, saving or resuming; return the parameter count and loss, gradient norm and router losses per step."""
     from mft_megatron.mcore.checkpointing import checkpoint
     from mft_megatron.mcore.parallel import process_groups
     from mft_megatron.mcore.trainer import Trainer
@@ -147,13 +147,13 @@ def test_more_layouts(dataset_prefix, case):
 
 def test_parameters_are_counted_once(dataset_prefix):
     """4 layers: norms and attention, the router and 4 experts each; embedding, output and last norm."""
-    parameters, _ = one_process(dataset_prefix, f"{SIGMOID} {GROUPS}", 2, 3)  # which other layouts are compared with
+    parameters, _ = one_process(dataset_prefix, f"{SIGMOID} {GROUPS}", 2, 3)  # the reference for other parallel layouts
     attention, router, expert = 64 * (64 + 2 * 32) + 64 * 64, 4 * 64, 3 * 64 * 96
     assert parameters == 4 * (2 * 64 + attention + router + 4 * expert) + 2 * 512 * 64 + 64
 
 
 def _weights(prefix, extra, world, folder):
-    """Fresh weights as a checkpoint has them, whole."""
+    """Initial weights, whole, as a checkpoint has them."""
     from mft_megatron.mcore.checkpointing import checkpoint
     from mft_megatron.mcore.checkpointing.tensor_reader import TensorReader
     from mft_megatron.mcore.parallel import process_groups
@@ -170,7 +170,7 @@ def _weights(prefix, extra, world, folder):
 
 
 @pytest.mark.parametrize("layout", [f"{EP} {SENT}", pytest.param(WHOLE, marks=pytest.mark.slow)])
-def test_experts_are_drawn_the_same_everywhere(dataset_prefix, tmp_path, layout):
+def test_experts_are_initialised_alike_on_every_layout(dataset_prefix, tmp_path, layout):
     options = f"{SHARED} --moe-layer-freq [0,1,1,1] --init-method-std 0.05"
     (one,) = run_on_ranks(1, _weights, dataset_prefix, options, 1, str(tmp_path / "one"))
     other = run_on_ranks(2, _weights, dataset_prefix, f"{options} {layout}", 2, str(tmp_path / "other"))[0]
@@ -185,7 +185,7 @@ def test_experts_are_drawn_the_same_everywhere(dataset_prefix, tmp_path, layout)
     assert one["decoder.layers.1.mlp.router.weight"].std().item() == pytest.approx(0.05, rel=0.2)
     assert "decoder.layers.0.mlp.linear_fc1.weight" in one
     assert "decoder.layers.0.mlp.router.weight" not in one
-    # Megatron-Core with Transformer Engine calls a norm so that is fused with no matrix
+    # the name of a norm in Megatron-Core with Transformer Engine that is fused with no matrix
     assert "decoder.layers.1.pre_mlp_layernorm.weight" in one
 
 
@@ -208,7 +208,7 @@ def resume(prefix, folder, case):
     options = f"{SIGMOID} --moe-router-bias-update-rate 0.01"
     extra = f"{options} {layout}"
     _, whole = run_on_ranks(world, _train, prefix, extra, world, 3, "experts", None, folder, 2)[0]
-    # another seed: what is not loaded would show
+    # another seed, so that a weight that is not loaded would differ
     extra = f"{options} {other_layout}"
     for _, rest in run_on_ranks(other_world, _train, prefix, extra, other_world, 3, "experts", 7, folder):
         assert_same(rest, whole[2:])
@@ -226,7 +226,7 @@ def test_more_checkpoints(dataset_prefix, tmp_path, case):
 
 
 def _train_as_megatron_fetches(prefix, extra, world):
-    """With the function that is replaced where there is no CUDA put back."""
+    """Train after the replacement for machines without CUDA has been undone."""
     from mft_megatron.mcore import trainer as step  # noqa: F401  (readies Megatron-Core for this machine)
 
     from megatron.core.transformer.moe import moe_utils, token_dispatcher  # isort: skip
@@ -241,28 +241,28 @@ def _train_as_megatron_fetches(prefix, extra, world):
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="nothing is replaced where there is CUDA")
 def test_the_replacement_is_still_needed(dataset_prefix):
-    """``tests/mcore/platform/test_without_cuda.py`` has the others; this one takes two ranks with experts to see."""
+    """``tests/mcore/platform/test_without_cuda.py`` tests the others; this one needs two ranks with experts."""
     for reason in run_on_ranks(2, _train_as_megatron_fetches, dataset_prefix, f"{EP} {SENT}", 2):
         assert reason is not None
 
 
 def _train_padded(prefix, extra, world):
-    """Losses, gradient norms, and widths of the micro-batches."""
+    """Train; return losses, gradient norms, and widths of the micro-batches."""
     from mft_megatron.mcore import trainer as step
 
     step.WIDTH_MULTIPLE, widths, to_device = 8, [], step.to_device
 
-    def kept(batch):
+    def keep(batch):
         widths.append(batch.tokens_BS.shape[1])
         return to_device(batch)
 
-    step.to_device = kept
+    step.to_device = keep
     return (*_train(prefix, extra, world, 2), widths)
 
 
 @pytest.mark.slow
 def test_padded_rows(tmp_path):
-    """Ranks that share experts have micro-batches of different widths at the same time."""
+    """Expert-parallel ranks have micro-batches of different widths at the same time."""
     from tests.made_dataset import write_dataset
 
     prefix = str(tmp_path / "set")

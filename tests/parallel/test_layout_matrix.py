@@ -1,8 +1,8 @@
-"""Every loss on every layout equals one process: loss, gradient norm, sums by task, gradients and weights.
+"""Every loss on every parallel layout equals one process: loss, gradient norm, task sums, gradients and weights.
 
 In fp32, over several steps of Adam, on global batches in which tasks are missing: from micro-batches, from ranks, from
-the whole batch. One process, in turn, equals the book in fp64 (:mod:`.test_one_process`). ``make test`` takes some
-layouts and a few losses of each, all of them in turn; ``make test-all`` takes everything.
+the whole batch. One process in turn equals the reference in fp64 (:mod:`.test_one_process`). ``make test`` runs some
+layouts with a few losses each, so that every loss is run; ``make test-all`` runs everything.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ import pytest
 
 from mft_megatron.loss_names import LOSSES
 from tests.parallel.layouts import LAYOUTS
-from tests.parallel.modes import MODES, STEPS, TOLERANCE, assert_same_step
+from tests.parallel.modes import MODES, STEPS, TOLERANCE, assert_same_step, smallest_difference
 from tests.parallel.run import (
     arguments_for,
     data_seed,
@@ -26,7 +26,7 @@ from tests.parallel.run import (
 )
 from tests.ranks import run_on_ranks
 
-# Gradients that are clipped, in five steps of Adam as users have it, with Megatron-Core's cross entropy.
+# Clipped gradients, five steps of Adam with the usual epsilon, and Megatron-Core's cross entropy.
 USUAL = "usual"
 LOSS_OPTIONS = {
     **MODES,
@@ -37,16 +37,16 @@ QUICK = [layout for layout in LAYOUTS if layout.quick]
 
 
 def of_quick(layout):
-    """The losses of a layout in every run: two in turn, and the usual way."""
+    """Modes of a quick layout: two of the losses in turn, and USUAL."""
     names, number = list(MODES), QUICK.index(layout)
     return (names[2 * number % len(names)], names[(2 * number + 1) % len(names)], USUAL)
 
 
 @functools.cache
 def one_process(prefix, shape, modes):
-    """With Megatron-Core's cross entropy, where the layouts have the fused one, which is the default.
+    """Train in one process with Megatron-Core's cross entropy; the parallel layouts have the fused one, the default.
 
-    Balancing experts is a matter of single rows here, which one micro-batch for all of them would not be.
+    With experts a micro-batch is one row, since router losses depend on the rows of a micro-batch.
     """
     rows = 1 if "experts" in shape else 8
     options = f"--micro-batch-size {rows} --cross-entropy-impl megatron"
@@ -66,7 +66,7 @@ def test_equals_one_process(dataset_prefix, layout, modes):
     if modes == tuple(LOSS_OPTIONS):
         expected = one_process(dataset_prefix, layout.shape, modes)
     else:
-        # each loss once, whichever layouts ask for it
+        # each loss is computed once for all layouts
         expected = {mode: one_process(dataset_prefix, layout.shape, (mode,))[mode] for mode in modes}
     chosen, world = {mode: LOSS_OPTIONS[mode] for mode in modes}, layout.world_size
     results = run_on_ranks(
@@ -86,17 +86,12 @@ def test_every_run_has_every_loss():
     assert len({str(layout) for layout in LAYOUTS}) == len(LAYOUTS)
 
 
-def apart(values):
-    """The smallest relative difference between any two of some values."""
-    return min(abs(a / b - 1) for i, a in enumerate(values) for b in values[:i])
-
-
 def test_the_losses_are_not_all_alike(dataset_prefix):
-    """The comparison would be empty if two modes were one, or if nothing was learnt, or nothing clipped."""
+    """The comparison would prove nothing if two modes were equal, nothing was learnt or nothing clipped."""
     curves = {mode: one_process(dataset_prefix, "llama", (mode,))[mode] for mode in LOSS_OPTIONS}
     usual = curves.pop(USUAL)
     assert {options.split()[1] for options in MODES.values()} == set(LOSSES)
-    assert apart([curve[2]["grad_norm"] for curve in curves.values()]) > 1000 * TOLERANCE
+    assert smallest_difference([curve[2]["grad_norm"] for curve in curves.values()]) > 1000 * TOLERANCE
     for curve in curves.values():
         first, last = (curve[step]["gradients"]["layer 1 linear_fc2"][2] for step in (0, -1))
         assert np.abs(first - last).max() > 0.01 * np.abs(first).max()
@@ -105,7 +100,7 @@ def test_the_losses_are_not_all_alike(dataset_prefix):
 
 
 def test_tasks_are_missing_wherever_they_can(dataset_prefix):
-    """The situations that the matrix is about really occur in its steps."""
+    """The cases that the matrix tests occur in its steps."""
     split = open_dataset(arguments_for(dataset_prefix, "", 1)).split("train")
     assert split.dataset.tasks[3] == "read"
     assert lacks_tasks(plans_of(split, data_seed(split)), split)
@@ -113,7 +108,7 @@ def test_tasks_are_missing_wherever_they_can(dataset_prefix):
 
 @pytest.fixture(scope="module")
 def same_samples(dataset_prefix, tokenizer_folder, tmp_path_factory):
-    """Prefixes of the same few samples, by name: packed for 128 tokens, for 192, and each in a row of its own."""
+    """Prefixes of the same few samples, by name: packed for 128 tokens, for 192, and one sample per row."""
     from mft_megatron.data.packing.packing_options import PackingOptions
     from mft_megatron.data.preprocessing.preprocess import Recipe, preprocess
     from mft_megatron.data.preprocessing.repack import add_length
@@ -134,9 +129,9 @@ def same_samples(dataset_prefix, tokenizer_folder, tmp_path_factory):
 
 
 IN_PACKS = {mode: MODES[mode] for mode in ("task-token", "focal-sample")}
-# losses of routers are means over rows, so they do not belong here
+# router losses are means over rows, so they depend on the packing
 NO_ROUTER_LOSSES = "--moe-router-load-balancing-type none --moe-aux-loss-coeff 0 --moe-z-loss-coeff 0"
-# where rows are padded ranks have different numbers of tokens, which the other dispatcher cannot have
+# with padded rows ranks have different numbers of tokens, which only this dispatcher supports
 FOR_PADDED_ROWS = "--moe-token-dispatcher-type alltoall --expert-tensor-parallel-size 1"
 
 
@@ -158,7 +153,7 @@ def _pairs():
 @pytest.mark.parametrize("data", ["longer", "single"])
 @pytest.mark.parametrize("layout", list(_pairs()))
 def test_it_does_not_matter_which_samples_share_a_row(same_samples, layout, data):
-    """On each layout, of what one process has for packs of 128 tokens: packed equals unpacked."""
+    """Every parallel layout equals one process with packs of 128 tokens, whether samples are packed or not."""
     extra, world = _extra(layout), layout.world_size
     expected = packed_in_one_process(same_samples["packed"][0], layout.shape, extra, tuple(IN_PACKS))
     prefix, length = same_samples[data]

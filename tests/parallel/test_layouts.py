@@ -1,4 +1,4 @@
-"""What the layout matrix does not see: messages that must not be batched, bf16, and scaled gradients."""
+"""Parallel layouts in cases outside the layout matrix: batched messages, bf16, and scaled gradients."""
 
 import pytest
 
@@ -23,14 +23,14 @@ def _train_with_batched_messages(prefix, extra, world):
 
 
 def test_interleaved_stages_must_not_batch_their_messages(dataset_prefix):
-    """Why the configuration never does so: the steps run without a complaint, and are wrong."""
+    """With batched messages the steps run without an error and are wrong, so the configuration never batches them."""
     expected = run_on_ranks(1, train, dataset_prefix, "", 1)[0][0]
     wrong = run_on_ranks(2, _train_with_batched_messages, dataset_prefix, INTERLEAVED.options, 2)[0][0]
     assert abs(wrong[-1][0] / expected[-1][0] - 1) > 1e-3
 
 
 def test_bf16_stays_close(dataset_prefix):
-    """bf16 rounds; the layouts must agree to what that leaves, and the two cross entropies."""
+    """Parallel layouts and the two cross entropies agree up to the rounding of bf16."""
     expected = run_on_ranks(1, train, dataset_prefix, "--bf16", 1)[0][0]
     for world, words in ((2, "--tensor-model-parallel-size 2"), (1, MEGATRON)):
         for curve, _ in run_on_ranks(world, train, dataset_prefix, f"--bf16 {words}", world):
@@ -42,7 +42,7 @@ def test_bf16_stays_close(dataset_prefix):
 
 
 def _scaled(prefix, world, scale, modes):
-    """Loss and gradient norm of a step of each mode with gradients times a number, as a grad scaler has them."""
+    """Train a step in each mode with scaled gradients, as with a grad scaler; return loss and gradient norm."""
     from megatron.core.optimizer import FP32Optimizer
 
     from tests.parallel.run import train_in_modes
@@ -58,8 +58,8 @@ def scale_tensor(scale):
     return torch.tensor([scale], dtype=torch.float32)
 
 
-def test_gradients_are_times_the_loss_scale(dataset_prefix):
-    """The fused cross entropy forms gradients before the scaled value exists: it must have the same scale."""
+def test_gradients_are_multiplied_by_the_loss_scale(dataset_prefix):
+    """The fused cross entropy computes gradients before the scaled loss exists, and must use the same scale."""
     modes = {mode: f"--mft-loss {mode} --seed 3" for mode in ("task-token", "focal-task", "focal-sample")}
     plain, scaled = (run_on_ranks(2, _scaled, dataset_prefix, 2, scale, modes) for scale in (1.0, 1024.0))
     for ours, theirs in zip(scaled, plain, strict=True):

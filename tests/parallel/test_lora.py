@@ -1,4 +1,4 @@
-"""Adapters: their gradients by the chain rule from those of the whole model, the same on every layout."""
+"""Adapters: gradients follow by the chain rule from the whole model's, and are the same on every parallel layout."""
 
 import functools
 
@@ -12,7 +12,7 @@ from tests.parallel.run import FOR_GRADIENTS, TASK_WEIGHTS, arguments_for, data_
 from tests.ranks import run_on_ranks
 
 SHARED = "--lora-rank 4 --lora-alpha 8"
-# no adapter on keys and gates; each of the others has an A of its own
+# no adapter on keys and gates; each of the others has a separate A
 APART = f"{SHARED} --use-rslora --lora-target-modules q_proj v_proj o_proj up_proj down_proj"
 ATTENTION = f"{SHARED} --lora-target-modules q_proj linear_proj"
 CASES = [
@@ -39,7 +39,7 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def alone(dataset_prefix):
+def one_process(dataset_prefix):
     return functools.cache(lambda shape, options: run_on_ranks(1, train_adapters, dataset_prefix, options, 1, shape)[0])
 
 
@@ -47,8 +47,8 @@ def alone(dataset_prefix):
     ("layout", "options"),
     [pytest.param(*case, id=str(case[0]), marks=() if case[0].quick else pytest.mark.slow) for case in CASES],
 )
-def test_layouts_agree(alone, dataset_prefix, layout, options):
-    curve, gradients, adapters = alone(layout.shape, options)
+def test_layouts_agree(one_process, dataset_prefix, layout, options):
+    curve, gradients, adapters = one_process(layout.shape, options)
     words = f"{options} {layout.options}"
     ranks = run_on_ranks(layout.world_size, train_adapters, dataset_prefix, words, layout.world_size, layout.shape)
     for other, _, _ in ranks:
@@ -67,15 +67,15 @@ def test_layouts_agree(alone, dataset_prefix, layout, options):
 
 
 def _of_the_whole_model(prefix, options, shape):
-    """Loss and, by name and layer, gradients of the matrices of the whole model, in which the adapters are merged."""
-    from mft_megatron.mcore.parallel import process_groups as parallel
+    """Compute the loss and the gradients, by name and layer, of the whole model's matrices with the adapters merged."""
+    from mft_megatron.mcore.parallel import process_groups
     from mft_megatron.mcore.trainer import Trainer
 
     adapted = arguments_for(prefix, f"{FOR_GRADIENTS} --peft-type lora {options}", 1, shape).adapters
     arguments = arguments_for(prefix, FOR_GRADIENTS, 1, shape)
     dataset = open_dataset(arguments)
     split = dataset.split("train")
-    with parallel.process_groups(arguments.distributed, arguments.initialization.seed):
+    with process_groups.process_groups(arguments.distributed, arguments.initialization.seed):
         trainer = Trainer(arguments, dataset.vocab_size, 4)
         model = trainer.chunks[0].module
         for module, weight, place in _matrices(model):
@@ -86,7 +86,7 @@ def _of_the_whole_model(prefix, options, shape):
 
 
 def _matrices(model):
-    """What may have an adapter: its name, its weight, and the weight's name and layer in a checkpoint."""
+    """Yield matrices that may have an adapter: module name, weight, and the weight's name and layer in a checkpoint."""
     for number, layer in enumerate(model.decoder.layers):
         for part, of in (("self_attention", layer.self_attention), ("mlp", layer.mlp)):
             for module in ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"):
@@ -95,7 +95,7 @@ def _matrices(model):
 
 
 def _source(module, row, network):
-    """Of which of Hugging Face's matrices a row of Megatron's is, by counting."""
+    """Index of the Hugging Face matrix that a row of Megatron's comes from, by counting."""
     if module == "linear_qkv":
         head, queries = network.kv_channels, network.num_attention_heads // network.num_query_groups
         within = row // head % (queries + 2)
@@ -104,7 +104,7 @@ def _source(module, row, network):
 
 
 def _factors(lora, module, shape, place, network):
-    """The A of each row, [out, r, in], and B [out, r], 0 where a row is not adapted; ``None`` without an adapter."""
+    """A of each row, fp64 [out, r, in], and B, fp64 [out, r]; 0 where a row is not adapted, ``None`` if none is."""
     target = lora.target(module)
     if target is None:
         return None
@@ -136,9 +136,9 @@ def _update(lora, module, shape, place, network):
 @pytest.mark.parametrize(
     ("options", "shape"), [(SHARED, "llama"), (APART, "llama"), (SHARED, "Megatron's defaults")], ids=str
 )
-def test_gradients_follow_from_those_of_the_whole_model(alone, dataset_prefix, options, shape):
+def test_gradients_follow_from_those_of_the_whole_model(one_process, dataset_prefix, options, shape):
     """dA = scale · Σ B^T dW over the rows that an A serves, dB = scale · dW A^T; in fp64 of the whole model's dW."""
-    curve, gradients, _ = alone(shape, options)
+    curve, gradients, _ = one_process(shape, options)
     loss, of_matrices = run_on_ranks(1, _of_the_whole_model, dataset_prefix, options, shape)[0]
     assert curve[0][0] == pytest.approx(loss, rel=1e-6)
     found, checked = whole_adapters([gradients]), set()
@@ -163,13 +163,13 @@ def test_gradients_follow_from_those_of_the_whole_model(alone, dataset_prefix, o
 
 
 def _memory(prefix, options):
-    """Of a run with adapters: elements of gradient buffers, of optimizer states, and of what is trained."""
-    from mft_megatron.mcore.parallel import process_groups as parallel
+    """Count elements of gradient buffers, of optimizer states, and of trained parameters in a run with adapters."""
+    from mft_megatron.mcore.parallel import process_groups
 
     arguments = arguments_for(prefix, f"--peft-type lora {SHARED} {options}", 1)
     dataset = open_dataset(arguments)
     split = dataset.split("train")
-    with parallel.process_groups(arguments.distributed, arguments.initialization.seed):
+    with process_groups.process_groups(arguments.distributed, arguments.initialization.seed):
         trainer = trainer_of(arguments, dataset)
         before = {name: p.detach().clone() for name, p in trainer.chunks[0].named_parameters() if not p.requires_grad}
         trainer.train_step(split, plans_of(split, 1, 1)[0], TASK_WEIGHTS)
@@ -188,26 +188,26 @@ def test_the_base_has_no_gradients_and_no_states(dataset_prefix, options):
     # four layers of rank 4: qkv 64 -> 128, proj 64 -> 64, fc1 64 -> 2·128, fc2 128 -> 64
     assert trained == 4 * 4 * (64 + 128 + 64 + 64 + 64 + 256 + 128 + 64)
     assert parameters > 10 * trained
-    assert trained <= buffers < trained + 1000  # buffers are padded
+    assert trained <= buffers < trained + 1000  # gradient buffers are padded
     assert states == trained
 
 
 def _starts(prefix, options, world_size, peft):
-    """Loss of a first step, and the adapters it began with."""
-    from mft_megatron.mcore.parallel import process_groups as parallel
+    """Return the loss of a first step, and the adapters before it."""
+    from mft_megatron.mcore.parallel import process_groups
     from mft_megatron.mcore.trainer import Trainer
-    from tests.parallel.adapters import _adapters
+    from tests.parallel.adapters import adapter_shards
 
     arguments = arguments_for(prefix, f"{options} {peft}", world_size)
     dataset = open_dataset(arguments)
     split = dataset.split("train")
-    with parallel.process_groups(arguments.distributed, arguments.initialization.seed):
+    with process_groups.process_groups(arguments.distributed, arguments.initialization.seed):
         trainer = Trainer(arguments, dataset.vocab_size, 4)
-        adapters = _adapters(trainer, lambda parameter: parameter.detach())
+        adapters = adapter_shards(trainer, lambda parameter: parameter.detach())
         return trainer.train_step(split, plans_of(split, 1, 1)[0], np.ones(4)).loss, adapters
 
 
-def test_adapters_begin_as_no_change_and_alike_on_every_layout(dataset_prefix):
+def test_adapters_change_nothing_at_first_and_are_the_same_on_every_layout(dataset_prefix):
     without, _ = run_on_ranks(1, _starts, dataset_prefix, "", 1, "")[0]
     lora = f"--peft-type lora {SHARED}"
     loss, adapters = run_on_ranks(1, _starts, dataset_prefix, "", 1, lora)[0]
@@ -219,20 +219,20 @@ def test_adapters_begin_as_no_change_and_alike_on_every_layout(dataset_prefix):
     for (name, layer), matrix in expected.items():
         assert np.array_equal(found[name, layer], matrix), name
         assert matrix.any() == name.endswith("lora_a")
-        if matrix.any():  # Kaiming's bound, which PEFT takes
+        if matrix.any():  # Kaiming's bound, as PEFT has it
             assert 0.9 < np.abs(matrix).max() * np.sqrt(matrix.shape[1]) <= 1
-    drawn = [matrix.tobytes() for matrix in expected.values() if matrix.any()]
-    assert len(set(drawn)) == len(drawn)
+    initial = [matrix.tobytes() for matrix in expected.values() if matrix.any()]
+    assert len(set(initial)) == len(initial)
 
 
 RECOMPUTED = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 
 
-def test_recomputed_layers_give_the_same_bits_with_dropout(alone, dataset_prefix):
-    """With a frozen base Megatron's recompute yields no gradients at all unless the first layer's input has some."""
+def test_recomputed_layers_give_the_same_bits_with_dropout(one_process, dataset_prefix):
+    """With a frozen base, recompute gives no gradients unless the first layer's input requires them."""
     dropped = f"{SHARED} --lora-dropout 0.3"
-    curve, gradients, _ = alone("llama", dropped)
-    assert curve[0][0] != pytest.approx(alone("llama", SHARED)[0][0][0], rel=1e-4)
+    curve, gradients, _ = one_process("llama", dropped)
+    assert curve[0][0] != pytest.approx(one_process("llama", SHARED)[0][0][0], rel=1e-4)
     again = run_on_ranks(1, train_adapters, dataset_prefix, f"{dropped} {RECOMPUTED}", 1)[0]
     assert again[0] == curve
     for name, matrix in whole_adapters([gradients]).items():
@@ -251,14 +251,14 @@ def test_recomputed_layers_give_the_same_bits_with_dropout(alone, dataset_prefix
 
 
 def _dropped(prefix):
-    """What A is given of ones on this rank, in a column-parallel and a row-parallel layer."""
+    """Apply the dropout before A to ones on this rank, in a column-parallel and a row-parallel layer."""
     import torch
 
-    from mft_megatron.mcore.parallel import process_groups as parallel
+    from mft_megatron.mcore.parallel import process_groups
 
     split = "--tensor-model-parallel-size 2 --peft-type lora --lora-dropout 0.5"
     arguments = arguments_for(prefix, split, 2)
-    with parallel.process_groups(arguments.distributed, arguments.initialization.seed):
+    with process_groups.process_groups(arguments.distributed, arguments.initialization.seed):
         trainer = trainer_of(arguments, open_dataset(arguments))
         attention = trainer.chunks[0].train().module.decoder.layers[0].self_attention
         ones = torch.ones(4, 1, 32)
@@ -269,7 +269,7 @@ def _dropped(prefix):
         return found
 
 
-def test_ranks_drop_alike_what_they_have_alike_and_apart_what_they_share(dataset_prefix):
+def test_dropout_is_the_same_on_all_ranks_for_replicated_inputs_and_independent_for_split_ones(dataset_prefix):
     first, second = run_on_ranks(2, _dropped, dataset_prefix)
     assert first[0] == second[0]
     assert first[1] != second[1]
@@ -277,12 +277,12 @@ def test_ranks_drop_alike_what_they_have_alike_and_apart_what_they_share(dataset
 
 
 def _rates(prefix, options):
-    from mft_megatron.mcore.parallel import process_groups as parallel
+    from mft_megatron.mcore.parallel import process_groups
 
     arguments = arguments_for(prefix, f"--peft-type lora {SHARED} {options}", 1)
     dataset = open_dataset(arguments)
     split = dataset.split("train")
-    with parallel.process_groups(arguments.distributed, arguments.initialization.seed):
+    with process_groups.process_groups(arguments.distributed, arguments.initialization.seed):
         trainer = trainer_of(arguments, dataset)
         before = {name: p.detach().clone() for name, p in trainer.chunks[0].named_parameters()}
         report = trainer.train_step(split, plans_of(split, 1, 1)[0], TASK_WEIGHTS)
@@ -294,14 +294,14 @@ def _rates(prefix, options):
 
 
 def test_lora_plus_has_larger_rates_for_b(dataset_prefix):
-    """Adam's first step moves every element by the rate."""
+    """Adam's first step changes every element by the learning rate."""
     rate, a, b = run_on_ranks(1, _rates, dataset_prefix, "--loraplus-lr-ratio 16 --weight-decay 0 --adam-eps 1e-12")[0]
     assert (rate, a, b) == (1e-3, pytest.approx(1e-3, rel=1e-3), pytest.approx(16e-3, rel=1e-3))
 
 
 def _biases(prefix):
-    """Of experts, after a step of the whole model and one of adapters."""
-    from mft_megatron.mcore.parallel import process_groups as parallel
+    """Biases of experts' routers after a step of the whole model, and after one of adapters."""
+    from mft_megatron.mcore.parallel import process_groups
     from mft_megatron.mcore.trainer import Trainer
 
     found = []
@@ -310,7 +310,7 @@ def _biases(prefix):
         arguments = arguments_for(prefix, words, 1, "experts")
         dataset = open_dataset(arguments)
         split = dataset.split("train")
-        with parallel.process_groups(arguments.distributed, arguments.initialization.seed):
+        with process_groups.process_groups(arguments.distributed, arguments.initialization.seed):
             trainer = Trainer(arguments, dataset.vocab_size, 4)
             trainer.train_step(split, plans_of(split, 1, 1)[0], np.ones(4))
             buffers = trainer.chunks[0].module.named_buffers()
@@ -319,18 +319,18 @@ def _biases(prefix):
 
 
 def test_biases_of_experts_belong_to_the_frozen_model(dataset_prefix):
-    """Megatron moves them after each step, and a checkpoint of adapters alone does not have them."""
+    """Megatron changes them after each step, and a checkpoint of adapters alone does not have them."""
     moved, frozen = run_on_ranks(1, _biases, dataset_prefix)[0]
     assert any(moved)
     assert frozen == [False] * len(moved)
 
 
 @pytest.mark.slow
-def test_stages_without_layers_have_nothing_to_train(alone, dataset_prefix):
-    """A first stage of the embedding alone and a last one of the loss."""
+def test_stages_without_layers_have_nothing_to_train(one_process, dataset_prefix):
+    """The first stage has the embedding one_process, the last one the loss."""
     stages = "--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout E|tt|tt|L"
     overlap = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
-    curve, _, adapters = alone("llama", SHARED)
+    curve, _, adapters = one_process("llama", SHARED)
     ranks = run_on_ranks(4, train_adapters, dataset_prefix, f"{SHARED} {stages} {overlap}", 4)
     for other, _, _ in ranks:
         assert other == [pytest.approx(step, rel=1e-6) for step in curve]

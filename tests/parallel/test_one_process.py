@@ -1,11 +1,11 @@
-"""One process computes what docs/LOSSES.md says, in fp64: loss, gradient norm and gradients of every loss."""
+"""One process agrees with docs/LOSSES.md, computed in fp64: loss, gradient norm and gradients of every loss."""
 
 import functools
 
 import pytest
 
 from tests.made_dataset import batch_of_packs
-from tests.parallel.modes import MODES, TOLERANCE, assert_same_gradients, assert_same_step
+from tests.parallel.modes import MODES, TOLERANCE, assert_same_gradients, assert_same_step, smallest_difference
 from tests.parallel.run import arguments_for, data_seed, open_dataset, plans_of, train_in_modes
 from tests.ranks import run_on_ranks
 
@@ -19,25 +19,25 @@ def _micro_batch_normalisation(prefix):
 
 
 def test_micro_batch_normalisation_is_not_invariant(dataset_prefix):
-    """Why it is not in the layout matrix; where the micro-batch is the whole batch it is the other normalisation."""
+    """It depends on the micro-batch size, unlike the losses of the layout matrix; for one micro-batch it is theirs."""
     by_size = run_on_ranks(1, _micro_batch_normalisation, dataset_prefix)[0]
     once = {mode: options for mode, options in MODES.items() if mode in by_size[8]}
     expected = run_on_ranks(1, train_in_modes, dataset_prefix, "", 1, once, dict.fromkeys(once, 1))[0]
     for mode, (record,) in expected.items():
         assert_same_step([by_size[8][mode][0]], record, mode)
         for what in ("loss", "grad_norm"):
-            assert _apart([by_size[size][mode][0][what] for size in (1, 4, 8)]) > 10 * TOLERANCE
+            assert smallest_difference([by_size[size][mode][0][what] for size in (1, 4, 8)]) > 10 * TOLERANCE
 
 
-def _apart(values):
-    """The smallest relative difference between any two of some values."""
-    return min(abs(a / b - 1) for i, a in enumerate(values) for b in values[:i])
+def _reference_objective(mode, samples, weight_K, gamma, detach, before):
+    """Compute the objective of docs/LOSSES.md in torch, fp64, to be differentiated.
 
+    Args:
+        samples: (task, token losses) of each sample.
+        before: (P, Q) of each task, statistics of earlier steps.
 
-def _book(mode, samples, weight_K, gamma, detach, before):
-    """The objective of docs/LOSSES.md in torch, to be differentiated; ``samples``: (task, token losses) each.
-
-    ``before``: (P, Q) of tasks by the statistics of earlier steps. Returns the objective and the step's own statistics.
+    Returns:
+        the objective, and the statistics of this step.
     """
     import torch
 
@@ -73,7 +73,7 @@ def _book(mode, samples, weight_K, gamma, detach, before):
 
 
 def _in_fp64(arguments, dataset):
-    """The model in fp64; its norms no longer round to fp32 on the way."""
+    """Convert the model to fp64, with norms that do not compute in fp32."""
     import torch
 
     from mft_megatron.mcore.model.gpt import PackedGPTModel
@@ -89,7 +89,7 @@ def _in_fp64(arguments, dataset):
 
 
 def _token_losses(model, dataset, split, packs):
-    """(task, losses of the supervised tokens) of each sample of some packs, from fp64 logits."""
+    """Compute (task, losses of the supervised tokens) of each sample of some packs, from fp64 logits."""
     from mft_megatron.mcore.parallel.device_batch import to_device
 
     samples = []
@@ -107,7 +107,7 @@ def _token_losses(model, dataset, split, packs):
 
 
 def _against_fp64(prefix, modes, steps):
-    """By mode and step: what the trainer reports, and what the book says at the trainer's weights in fp64."""
+    """Train; return by mode and step the trainer's record and the reference in fp64 at the trainer's weights."""
     import torch
 
     from mft_megatron.mcore.parallel import process_groups
@@ -129,7 +129,7 @@ def _against_fp64(prefix, modes, steps):
                 exact.load_state_dict(trainer.chunks[0].module.state_dict())
                 exact.zero_grad()
                 samples = _token_losses(exact, dataset, split, plan.packs_G)
-                value, now = _book(
+                value, now = _reference_objective(
                     options.mft_loss, samples, weight_K, options.focal_gamma, options.focal_detach, before
                 )
                 value.backward()
@@ -154,13 +154,13 @@ def _name_in_model(name):
     return f"decoder.layers.{int(layer) - 1}.{room}{what}.weight"
 
 
-def test_one_process_equals_the_book_in_fp64(dataset_prefix):
-    """Loss, gradient norm and gradients of three steps, each at the weights that the trainer has then."""
+def test_one_process_equals_the_reference_in_fp64(dataset_prefix):
+    """Loss, gradient norm and gradients of three steps, each at the trainer's weights before it."""
     for mode, steps in run_on_ranks(1, _against_fp64, dataset_prefix, MODES, 3)[0].items():
         for step, ((loss, norm, gradients), (book_loss, book_norm, book_gradients), differentiated) in enumerate(steps):
             where = f"{mode}, step {step + 1}"
             assert loss == pytest.approx(book_loss, rel=TOLERANCE), where
             assert norm == pytest.approx(book_norm, rel=TOLERANCE), where
             assert_same_gradients(gradients, book_gradients, where)
-            # the book in torch, which is differentiated, is the book in numpy, but for the surrogate of focal-task
+            # the reference in torch, which is differentiated, equals that in numpy, except for focal-task's surrogate
             assert (differentiated == pytest.approx(book_loss, rel=1e-12)) == ("focal-task" not in mode), where

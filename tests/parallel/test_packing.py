@@ -1,4 +1,4 @@
-"""Token losses of packed rows: by the book in numpy, equal to unpacked, and untouched by pack neighbours."""
+"""Token losses of packed rows equal a numpy reference and unpacked rows, and ignore other samples of the pack."""
 
 import dataclasses
 
@@ -24,7 +24,7 @@ def _model(prefix):
 
 
 def _token_losses(model, batch):
-    """Of all tokens, supervised or not."""
+    """Losses of all tokens, supervised or not."""
     import torch
 
     from mft_megatron.mcore.parallel.device_batch import to_device
@@ -42,7 +42,7 @@ def _in_process_groups(function, prefix):
 
 
 def _crowded_rows(dataset):
-    """The last packs: they are made of the shortest samples."""
+    """The last packs, which hold the shortest samples."""
     split = dataset.split("train")
     return batch_of_packs(split, np.arange(split.num_packs - 6, split.num_packs))
 
@@ -88,8 +88,8 @@ def test_a_sample_never_sees_its_neighbours(dataset_prefix):
     assert all(others_changed for _, others_changed in changes)
 
 
-def _book_losses(arguments, dataset, model):
-    """(task, token losses in fp64 from the model's logits) of every sample of the first global batch."""
+def _reference_losses(arguments, dataset, model):
+    """Compute (task, token losses in fp64 from the model's logits) of every sample of the first global batch."""
     import torch
 
     from mft_megatron.mcore.parallel.device_batch import to_device
@@ -112,11 +112,11 @@ def _book_losses(arguments, dataset, model):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_one_process_equals_the_book(dataset_prefix, loss):
+def test_one_process_equals_the_reference(dataset_prefix, loss):
     from tests.parallel.run import train
     from tests.reference import reference_loss
 
-    samples = run_on_ranks(1, _in_process_groups, _book_losses, dataset_prefix)[0]
+    samples = run_on_ranks(1, _in_process_groups, _reference_losses, dataset_prefix)[0]
     weights = (1.0, 2.0, 0.5, 3.0)
     assert {task for task, tokens in samples if tokens} == {0, 1, 2, 3}
     curve, _ = run_on_ranks(1, train, dataset_prefix, f"--mft-loss {loss}", 1, weights, 1)[0]

@@ -1,20 +1,12 @@
-"""fp16 with a loss scale, gradients in bf16, SGD: what a step does and what it leaves alone."""
+"""fp16 with a loss scale, gradients in bf16, and SGD: the state that a step changes and the state that it keeps."""
 
 import numpy as np
 import pytest
 
-from tests.parallel.run import arguments_for, open_dataset, train
+from tests.parallel.run import arguments_for, train, trainer_and_split
 from tests.ranks import run_on_ranks
 
 TOO_HIGH = 2.0**40
-
-
-def _trainer(prefix, options, world=1):
-    from mft_megatron.mcore.trainer import Trainer
-
-    arguments = arguments_for(prefix, options, world)
-    dataset = open_dataset(arguments)
-    return Trainer(arguments, dataset.vocab_size, 4), dataset.split("train")
 
 
 def _plans(split, steps):
@@ -24,13 +16,13 @@ def _plans(split, steps):
 
 
 def _overflow(prefix, options, world):
-    """Per step: whether it overflowed, its loss scale, whether weights moved, steps of the schedule and of Adam."""
+    """Record per step: overflow, loss scale, whether weights changed, steps of the schedule and of Adam."""
     from mft_megatron.mcore.optim.checkpointed_state import stored_state
     from mft_megatron.mcore.parallel import process_groups
 
     arguments = arguments_for(prefix, options, world)
     with process_groups.process_groups(arguments.distributed, 1):
-        trainer, split = _trainer(prefix, options, world)
+        trainer, split = trainer_and_split(prefix, options, world)
         facts = []
         for plan in _plans(split, 5):
             before = [parameter.detach().clone() for parameter in trainer.chunks[0].parameters()]
@@ -53,7 +45,7 @@ def _overflow(prefix, options, world):
     ],
 )
 def test_a_step_that_overflows_changes_nothing_but_the_loss_scale(dataset_prefix, world, options):
-    """The first two halve the scale by --hysteresis; then it fits, and grows after two steps without overflow."""
+    """Two overflows halve the scale (--hysteresis); then it fits, and grows after two steps without overflow."""
     options = f"{options} --fp16 --initial-loss-scale {TOO_HIGH} --loss-scale-window 2 --mft-loss focal-task"
     start = f"{options} --hysteresis 2"
     assert (
@@ -73,8 +65,8 @@ def test_a_step_that_overflows_changes_nothing_but_the_loss_scale(dataset_prefix
     )
 
 
-def _with_torch_of_its_own(prefix, module, options):
-    """Steps after a module of Megatron-Core has torch's factories back."""
+def _without_replacement(prefix, module, options):
+    """Train after the replacement in a module of Megatron-Core has been undone."""
     import importlib
 
     import torch
@@ -86,7 +78,7 @@ def _with_torch_of_its_own(prefix, module, options):
 @pytest.mark.slow
 def test_the_loss_scale_still_needs_its_replacement_without_cuda(dataset_prefix):
     with pytest.raises(pytest.fail.Exception, match="CUDA"):
-        run_on_ranks(1, _with_torch_of_its_own, dataset_prefix, "optimizer.grad_scaler", "--fp16")
+        run_on_ranks(1, _without_replacement, dataset_prefix, "optimizer.grad_scaler", "--fp16")
 
 
 @pytest.mark.parametrize(
@@ -100,7 +92,7 @@ def test_the_loss_scale_still_needs_its_replacement_without_cuda(dataset_prefix)
     ],
 )
 def test_half_precision_stays_close_to_fp32(dataset_prefix, options, tolerance):
-    """Gradients are unscaled again: their norm is that of fp32."""
+    """Gradients are unscaled before the norm, which equals that of fp32."""
     exact = run_on_ranks(1, train, dataset_prefix, "", 1)[0][0]
     rounded = run_on_ranks(1, train, dataset_prefix, options, 1)[0][0]
     for ours, theirs in zip(rounded, exact, strict=True):
@@ -113,7 +105,7 @@ def _gradient_dtypes(prefix, options):
 
     arguments = arguments_for(prefix, options, 1)
     with process_groups.process_groups(arguments.distributed, 1):
-        trainer, _ = _trainer(prefix, options)
+        trainer, _ = trainer_and_split(prefix, options, 1)
         chunk = trainer.chunks[0]
         return {str(parameter.main_grad.dtype) for parameter in chunk.parameters()}, chunk.config.params_dtype
 
@@ -130,7 +122,7 @@ def test_gradients_have_the_dtype_that_was_asked_for(dataset_prefix):
 
 
 def _sgd(prefix, momentum):
-    """Weights after two steps of the optimizer, and of SGD by hand with what the gradients were."""
+    """Weights after two steps of the optimizer, and after SGD by hand with the same gradients."""
     import torch
 
     from mft_megatron.mcore.parallel import process_groups
@@ -138,7 +130,7 @@ def _sgd(prefix, momentum):
     options = f"--optimizer sgd --sgd-momentum {momentum} --clip-grad 0 --lr-decay-style constant --lr 0.1"
     arguments = arguments_for(prefix, options, 1)
     with process_groups.process_groups(arguments.distributed, 1):
-        trainer, split = _trainer(prefix, options)
+        trainer, split = trainer_and_split(prefix, options, 1)
         weight = trainer.chunks[0].module.output_layer.weight
         expected, velocity = weight.detach().clone(), torch.zeros_like(weight)
         for plan in _plans(split, 2):
@@ -159,7 +151,7 @@ def _zeros(prefix, options, world):
 
     arguments = arguments_for(prefix, f"{options} --log-num-zeros-in-grad", world)
     with process_groups.process_groups(arguments.distributed, 1):
-        trainer, split = _trainer(prefix, f"{options} --log-num-zeros-in-grad", world)
+        trainer, split = trainer_and_split(prefix, f"{options} --log-num-zeros-in-grad", world)
         report = trainer.train_step(split, _plans(split, 1)[0], np.ones(4))
         counted = [int((p.main_grad == 0).sum()) for p in trainer.chunks[0].parameters()]
         return report.zeros_in_grad, sum(counted)
@@ -179,12 +171,12 @@ def _refused(prefix, options):
     arguments = arguments_for(prefix, options, 1)
     with process_groups.process_groups(arguments.distributed, 1):
         try:
-            _trainer(prefix, options)
+            trainer_and_split(prefix, options, 1)
         except InputError as error:
             return str(error)
 
 
-def test_what_this_machine_lacks_is_said(dataset_prefix):
+def test_options_that_this_machine_lacks_are_refused(dataset_prefix):
     precise = "--use-distributed-optimizer --use-precision-aware-optimizer"
     assert "Transformer Engine" in run_on_ranks(1, _refused, dataset_prefix, f"{precise} --exp-avg-dtype bf16")[0]
     assert "no CUDA device" in run_on_ranks(1, _refused, dataset_prefix, f"--bf16 {precise} --optimizer-cpu-offload")[0]

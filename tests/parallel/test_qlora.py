@@ -1,4 +1,4 @@
-"""Adapters beside a model in 4 bits: as beside the model that its numbers stand for, on every layout."""
+"""Adapters beside a model in 4 bits equal adapters beside the dequantised model, on every parallel layout."""
 
 import functools
 
@@ -6,18 +6,18 @@ import numpy as np
 import pytest
 
 from mft_megatron.mcore.model.parameters import weight_norm
-from tests.parallel.adapters import FOR_GRADIENTS, KnownAdapters, _adapters, whole_adapters
+from tests.parallel.adapters import FOR_GRADIENTS, KnownAdapters, adapter_shards, whole_adapters
 from tests.parallel.layouts import ParallelLayout
 from tests.parallel.run import TASK_WEIGHTS, arguments_for, data_seed, open_dataset, plans_of
 from tests.ranks import run_on_ranks
 
-# Two ranks have whole blocks of 64 of each row; and groups of 256 blocks end within rows, in the second rank's part.
+# Each of two ranks has whole blocks of 64 of each row, and groups of 256 blocks end within the second rank's rows.
 SHAPE = "--hidden-size 128 --ffn-hidden-size 384 --num-layers 2 --lora-rank 4"
 MATRICES = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 
 
 def base_content(network, name, place):
-    """A whole weight of the base, fp32, in Megatron's order of rows; no two blocks have the same magnitude."""
+    """Make a whole weight of the base, fp32, in Megatron's order of rows; no two blocks have the same magnitude."""
     import hashlib
 
     import torch
@@ -40,7 +40,7 @@ def base_content(network, name, place):
 
 
 def rows_of_sources(network, name, rows):
-    """By matrix of Hugging Face's, the rows that it has in Megatron's; slow and obvious."""
+    """Rows of Megatron's matrix for each of the Hugging Face matrices that it fuses; slow and obvious."""
     if "linear_qkv" in name:
         sources, row = ([], [], []), 0
         for _ in range(network.num_query_groups):
@@ -55,7 +55,7 @@ def rows_of_sources(network, name, rows):
 
 
 def through_four_bits(network, name, weight):
-    """A whole weight after each of its matrices has been quantised by itself."""
+    """Quantise and dequantise a whole weight, each of its Hugging Face matrices separately."""
     import torch
 
     from mft_megatron.mcore.adapters import nf4
@@ -70,7 +70,7 @@ def through_four_bits(network, name, weight):
 
 
 class KnownBase:
-    """A source of the base's weights, fp32; with ``quantized`` what is left of them after 4 bits."""
+    """A source of the base's weights, fp32; with ``quantized`` quantised and dequantised."""
 
     def __init__(self, network, quantized):
         self.network, self.quantized = network, quantized
@@ -89,7 +89,7 @@ class KnownBase:
 
 
 def qlora_arguments(prefix, options, world_size, peft="qlora", shape="llama"):
-    """Of a run with adapters. By commands a model in 4 bits is from a folder; here it is filled by hand."""
+    """Arguments of a run with adapters; the command line accepts a model in 4 bits only from a folder."""
     import dataclasses
 
     arguments = arguments_for(prefix, f"{FOR_GRADIENTS} {SHAPE} --peft-type lora {options}", world_size, shape)
@@ -97,7 +97,7 @@ def qlora_arguments(prefix, options, world_size, peft="qlora", shape="llama"):
 
 
 def make_trainer(arguments, dataset, quantized=False):
-    """Its base filled, and adapters that all matter. ``quantized``: what it is filled with went through 4 bits."""
+    """Build a trainer with a known base and known adapters; ``quantized``: fill the base with dequantised weights."""
     from mft_megatron.mcore.checkpointing.load_weights import fill_weights
     from mft_megatron.mcore.trainer import Trainer
 
@@ -108,7 +108,7 @@ def make_trainer(arguments, dataset, quantized=False):
 
 
 def train(prefix, options, world_size, peft, quantized, steps=2, shape="llama"):
-    """Losses and gradient norms, the adapters' gradients of the first step, and the adapters after the last."""
+    """Train; return losses and gradient norms, gradients of the first step, and the adapters after the last."""
     from mft_megatron.mcore.parallel import process_groups
 
     arguments = qlora_arguments(prefix, options, world_size, peft, shape)
@@ -120,14 +120,14 @@ def train(prefix, options, world_size, peft, quantized, steps=2, shape="llama"):
         for plan in plans_of(split, data_seed(split), steps):
             report = trainer.train_step(split, plan, TASK_WEIGHTS)
             curve.append((report.loss, report.grad_norm))
-            gradients = gradients or _adapters(trainer, lambda parameter: parameter.main_grad)
-        return curve, gradients, _adapters(trainer, lambda parameter: parameter.detach())
+            gradients = gradients or adapter_shards(trainer, lambda parameter: parameter.main_grad)
+        return curve, gradients, adapter_shards(trainer, lambda parameter: parameter.detach())
 
 
 def assert_same(ranks, expected):
     for curve, _, _ in ranks:
         np.testing.assert_allclose(curve, expected[0], rtol=1e-6)
-    # ranks add up in another order; Adam divides gradients, rounding and all, by their own size
+    # ranks add in another order, and Adam divides gradients, including their rounding errors, by their size
     for place, tolerance in ((1, 5e-6), (2, 2e-5)):
         found = whole_adapters([rank[place] for rank in ranks])
         assert found.keys() == expected[place].keys()
@@ -137,7 +137,7 @@ def assert_same(ranks, expected):
 
 @functools.cache
 def one_process(prefix, peft="lora", quantized=True, options="--micro-batch-size 1", shape="llama"):
-    """By default adapters beside a whole model that has the numbers of the one in 4 bits."""
+    """Train in one process; by default adapters beside a whole model with dequantised weights."""
     curve, gradients, adapters = run_on_ranks(1, train, prefix, options, 1, peft, quantized, 2, shape)[0]
     return curve, whole_adapters([gradients]), whole_adapters([adapters])
 
@@ -160,8 +160,8 @@ LAYOUTS = [
 @pytest.mark.parametrize(
     "layout", [pytest.param(each, marks=() if each.quick else pytest.mark.slow, id=str(each)) for each in LAYOUTS]
 )
-def test_numbers_are_those_of_the_model_they_stand_for(dataset_prefix, layout):
-    """Losses and gradients of adapters beside the whole model: bit by bit on the same layout, nearly on one process."""
+def test_equals_the_dequantised_model(dataset_prefix, layout):
+    """Losses and gradients equal those beside the dequantised model, bit for bit on the same parallel layout."""
     size, deep = layout.world_size, " --num-layers 4" if "VPP" in layout.name else ""
     ranks, whole = (
         run_on_ranks(size, train, dataset_prefix, layout.options + deep, size, peft, peft == "lora")
@@ -185,7 +185,7 @@ def test_numbers_are_those_of_the_model_they_stand_for(dataset_prefix, layout):
     ],
 )
 def test_matrices_without_adapters_are_in_four_bits_too(dataset_prefix, layout, shape, targets):
-    """But for those of experts."""
+    """Matrices of experts are the exception."""
     options = f"--lora-target-modules {targets} --micro-batch-size 1"
     deep = " --num-layers 4" if shape == "experts" else ""
     ranks = run_on_ranks(2, train, dataset_prefix, f"{options} {layout}", 2, "qlora", False, 2, shape)
@@ -193,16 +193,20 @@ def test_matrices_without_adapters_are_in_four_bits_too(dataset_prefix, layout, 
 
 
 @pytest.mark.slow
-def test_four_bits_are_other_numbers(dataset_prefix):
-    """So that the comparisons above say something."""
+def test_four_bits_change_the_loss(dataset_prefix):
+    """Otherwise the comparisons above would prove nothing."""
     rounded = one_process(dataset_prefix)[0]
     exact = one_process(dataset_prefix, quantized=False)[0]
     assert abs(rounded[0][0] - exact[0][0]) > 1e-5 * exact[0][0]
 
 
 def inspect(prefix, options, world_size, shape):
-    """Names of matrices that are not what they should be; bytes for each of their elements; and of two steps' forward
-    and backward passes, how many whole matrices were made and how many were there when the next was made."""
+    """Inspect a model in 4 bits.
+
+    Returns:
+        names of matrices with wrong content; bytes per element; over two steps, how many whole matrices were made per
+        layer and micro-batch, how many existed when the next was made, and how many while reading.
+    """
     import weakref
 
     import torch
@@ -259,13 +263,13 @@ def inspect(prefix, options, world_size, shape):
     ],
 )
 def test_memory(dataset_prefix, options, shape):
-    """Parts are those of the whole matrices, bit by bit; at any time there is at most one in 16 or 32 bits."""
+    """Shards equal those of the whole matrices, bit for bit; at any time at most one matrix is in 16 or 32 bits."""
     world_size = 2 if options.startswith("--tensor") else 1
     for wrong, size, times, there, read in run_on_ranks(
         world_size, inspect, dataset_prefix, options, world_size, shape
     ):
         assert wrong == []
-        # codes, magnitudes, rows of 128 elements at the least, and two numbers for some of a group's blocks
+        # codes, magnitudes, an index per row of at least 128 elements, and two values per group
         assert 0.5 + 1 / 64 < size < 0.5 + 1 / 64 + 4 / 64 + 0.01
         assert (times, there) == (2, 0)
         assert read <= 2  # gate and up projection

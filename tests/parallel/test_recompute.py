@@ -1,4 +1,4 @@
-"""Activations computed again: the same numbers, bit for bit, as when they are kept, with dropout and any layout."""
+"""Recomputed activations give the same results, bit for bit, as kept ones, with dropout and on any parallel layout."""
 
 import pytest
 
@@ -23,7 +23,7 @@ EXPERTS = {
     "moe": f"{SELECTIVE} moe",
     "shared_experts": f"{SELECTIVE} shared_experts layernorm",
 }
-# what is run more often than where all is kept
+# modules that are run more often than without recompute
 WHOLE = {"layer", "attention", "mlp", "norm"}
 AGAIN = {
     **dict.fromkeys(("uniform 1", "uniform 2", "block"), WHOLE),
@@ -40,7 +40,7 @@ DROPOUT = "--attention-dropout 0.1 --hidden-dropout 0.1"
 
 
 def steps_of(prefix, layout, world_size, variants, shape="llama"):
-    """By variant: losses and gradient norms of two steps, gradients, how often what was run, random numbers."""
+    """Train each variant; return losses and gradient norms, gradients, calls of modules, and random numbers."""
     import numpy as np
     import torch
     from megatron.core import tensor_parallel
@@ -96,7 +96,7 @@ def steps_of(prefix, layout, world_size, variants, shape="llama"):
 
 
 def compare(results):
-    """Every variant with the one that keeps all; on all ranks."""
+    """Compare every variant with the one that keeps all activations, on all ranks."""
     import torch
 
     for result in results:

@@ -1,4 +1,4 @@
-"""Options of a whole run, as a user gives them: what is logged, kept and loaded, and when a run ends."""
+"""Options of a whole run, as a user gives them: logging, retained checkpoints, loading, and the end of a run."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ WHOLE = (
     "--log-memory-to-tensorboard --log-world-size-to-tensorboard --log-validation-ppl-to-tensorboard --full-validation "
     "--manual-gc --manual-gc-interval 1"
 )
-# name, options, and what rank 1 does to itself before a step
+# name, options, and the signal that rank 1 sends to itself before a step
 RUNS = (
     ("whole", f"{WHOLE} --save {{}}/whole", None),
     ("plain", "--save {}/plain", None),
@@ -30,7 +30,7 @@ RUNS = (
 
 
 def _run(prefix, runs, world_size):
-    """The runs one after the other, each as a user would start it."""
+    """Run all runs one after another, each as a user would start it."""
     import os
     import signal
 
@@ -55,7 +55,7 @@ def _run(prefix, runs, world_size):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Of two data-parallel ranks, by name of the run."""
+    """Run folders of two data-parallel ranks, by name of the run."""
     folder = tmp_path_factory.mktemp("runs")
     write_dataset(folder / "set", 128, longest=100, tasks={"completion": 2, "write": 5})
     runs = [(words.replace("{}", str(folder)), disturbed, free_port()) for _, words, disturbed in RUNS]
@@ -120,7 +120,7 @@ def test_the_norm_of_all_weights(folder):
 def test_only_some_checkpoints_are_retained(folder):
     assert sorted(path.name for path in (folder / "whole").glob("iter_*")) == ["iter_0000003", "iter_0000004"]
     removed = [step for event, step in events(folder, "whole") if event == "remove"]
-    assert removed == [2, 3]  # iterations 1 and 2, when the next one was complete
+    assert removed == [2, 3]  # at steps 2 and 3 iterations 1 and 2 were removed, when the next one was complete
 
 
 def test_a_signal_to_one_rank_saves_and_ends_all_and_the_run_goes_on(folder):

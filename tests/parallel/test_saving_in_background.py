@@ -1,21 +1,13 @@
-"""--async-save: what was saved is what was there, it counts when it is complete, and a failure costs nothing but it."""
+"""--async-save: a checkpoint has the state at its save, becomes the newest when it is complete, and may fail alone."""
 
 from pathlib import Path
 
 import numpy as np
 
-from tests.parallel.run import arguments_for, open_dataset, plans_of
+from tests.parallel.run import arguments_for, plans_of, trainer_and_split
 from tests.ranks import run_on_ranks
 
 OPTIONS = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --async-save --save"
-
-
-def _trainer(prefix, options, world):
-    from mft_megatron.mcore.trainer import Trainer
-
-    arguments = arguments_for(prefix, options, world)
-    dataset = open_dataset(arguments)
-    return Trainer(arguments, dataset.vocab_size, 4), dataset.split("train")
 
 
 def _info(step):
@@ -31,7 +23,7 @@ def _newest(folder):
 
 
 def _save_twice(prefix, folder, world):
-    """A step, a save in the background with two steps meanwhile, and another one; facts in the order of time."""
+    """Train a step, save in the background during two more steps, and save again; return facts in order of time."""
     import dataclasses
 
     from mft_megatron.mcore.checkpointing import checkpoint
@@ -40,7 +32,7 @@ def _save_twice(prefix, folder, world):
     arguments = arguments_for(prefix, f"{OPTIONS} {folder}", world)
     facts = []
     with process_groups.process_groups(arguments.distributed, 1):
-        trainer, split = _trainer(prefix, f"{OPTIONS} {folder}", world)
+        trainer, split = trainer_and_split(prefix, f"{OPTIONS} {folder}", world)
         plans = plans_of(split, 1)
         trainer.train_step(split, plans[0], np.ones(4))
         at_once = dataclasses.replace(arguments.checkpoint, async_save=False)
@@ -63,7 +55,7 @@ def _save_twice(prefix, folder, world):
         return facts
 
 
-def test_a_checkpoint_is_what_was_there_and_counts_when_it_is_complete(dataset_prefix, tmp_path):
+def test_a_checkpoint_has_the_state_at_its_save_and_is_the_newest_when_complete(dataset_prefix, tmp_path):
     from tests.parallel.test_checkpoints_of_distributed_optimizer import _tensors
 
     for facts in run_on_ranks(2, _save_twice, dataset_prefix, str(tmp_path), 2):
@@ -81,7 +73,7 @@ def _die(*args, **kwargs):
 
 
 def _lose_a_writer(prefix, folder, world):
-    """A save that is complete, and one whose writing process dies on one rank: what is said of it."""
+    """Complete a save, and start one whose writing process dies on one rank; return the error's message."""
     from megatron.core.dist_checkpointing.strategies.async_utils import TemporalAsyncCaller
 
     from mft_megatron.errors import InputError
@@ -90,7 +82,7 @@ def _lose_a_writer(prefix, folder, world):
 
     arguments = arguments_for(prefix, f"{OPTIONS} {folder}", world)
     with process_groups.process_groups(arguments.distributed, 1):
-        trainer, split = _trainer(prefix, f"{OPTIONS} {folder}", world)
+        trainer, split = trainer_and_split(prefix, f"{OPTIONS} {folder}", world)
         trainer.train_step(split, plans_of(split, 1)[0], np.ones(4))
         writer = checkpoint.Writer(arguments.checkpoint)
         writer.save(Path(folder), trainer, _info(1))
@@ -115,7 +107,7 @@ def test_a_save_that_fails_leaves_the_one_before(dataset_prefix, tmp_path):
 
 
 def _diverge(prefix, folder):
-    """A run whose second evaluation is not finite, while the first checkpoint is still being written."""
+    """Run until the second evaluation is not finite, while the first checkpoint is still being written."""
     import dataclasses
 
     import torch

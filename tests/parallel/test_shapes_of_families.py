@@ -1,5 +1,5 @@
-"""Layers that families of Hugging Face need, trained on layouts: the parallel residual, tanh GELU, scaled rotation,
-gates with GELU, scaled embeddings."""
+"""Layers of Hugging Face's families on parallel layouts: parallel residual, tanh GELU, scaled rotary frequencies, gates
+with GELU, scaled embeddings."""
 
 import pytest
 
@@ -28,7 +28,7 @@ def _train(prefix, options, world_size):
 
 
 @pytest.fixture(scope="module")
-def alone(dataset_prefix):
+def one_process(dataset_prefix):
     return {name: run_on_ranks(1, _train, dataset_prefix, options, 1)[0] for name, options in FAMILIES.items()}
 
 
@@ -41,9 +41,9 @@ CASES = [
 
 
 @pytest.mark.parametrize(("family", "layout"), CASES)
-def test_layouts_agree(alone, dataset_prefix, family, layout):
+def test_layouts_agree(one_process, dataset_prefix, family, layout):
     for curve in run_on_ranks(2, _train, dataset_prefix, f"{FAMILIES[family]} {layout}", 2):
-        for ours, theirs in zip(curve, alone[family], strict=True):
+        for ours, theirs in zip(curve, one_process[family], strict=True):
             assert ours == (pytest.approx(theirs[0], rel=1e-6), pytest.approx(theirs[1], rel=3e-6))
 
 
@@ -55,6 +55,6 @@ def test_layouts_agree(alone, dataset_prefix, family, layout):
         pytest.param("Gemma", "--gated-linear-unit", marks=pytest.mark.slow),
     ],
 )
-def test_each_option_is_another_function(alone, dataset_prefix, family, option):
+def test_each_option_is_another_function(one_process, dataset_prefix, family, option):
     without = run_on_ranks(1, _train, dataset_prefix, FAMILIES[family].replace(option, ""), 1)[0]
-    assert without[0] != pytest.approx(alone[family][0], rel=1e-5)
+    assert without[0] != pytest.approx(one_process[family][0], rel=1e-5)

@@ -1,4 +1,4 @@
-"""Pipeline stages of different numbers of layers: equal to one process, whatever the split."""
+"""Pipeline stages with different numbers of layers equal one process, whatever the split."""
 
 import functools
 from pathlib import Path
@@ -46,7 +46,7 @@ MORE = {
 
 
 def _train(prefix, extra, world, shape, steps, folder=None, save_after=None):
-    """Layers of each chunk of this rank, and loss and gradient norm of each step; saved, or from what was saved."""
+    """Train, saving or resuming; return the layers of this rank's model chunks, and loss and gradient norm per step."""
     from mft_megatron.mcore.checkpointing import checkpoint
     from mft_megatron.mcore.parallel import process_groups
     from mft_megatron.mcore.trainer import Trainer
@@ -80,7 +80,7 @@ def one_process(prefix, shape, layers, steps):
 
 
 def layers_of(stages):
-    """Numbers of the layers of each chunk of each pipeline rank: the ranks' first chunks come before their second."""
+    """Layer indices of each model chunk of each pipeline rank: all ranks' first chunks come before their second."""
     numbers, found = iter(range(1, 100)), [[] for _ in stages]
     for chunk in range(len(stages[0])):
         for rank, sizes in enumerate(stages):
@@ -113,16 +113,16 @@ def test_more_splits(dataset_prefix, case):
 def test_a_checkpoint_goes_on_in_another_split(dataset_prefix, tmp_path, layout):
     _, whole = run_on_ranks(2, _train, dataset_prefix, f"{PP2} {LAST} 3", 2, "llama", 3, str(tmp_path), 2)[0]
     world = 2 if layout else 1
-    extra = f"{layout} --seed 7"  # what is not loaded would show
+    extra = f"{layout} --seed 7"  # another seed, so that a weight that is not loaded would differ
     for _, rest in run_on_ranks(world, _train, dataset_prefix, extra, world, "llama", 3, str(tmp_path)):
         (ours,), (theirs,) = rest, whole[2:]
         assert ours == pytest.approx(theirs, rel=1e-6)
 
 
-def test_megatron_core_shares_out_the_same(monkeypatch):
-    """What the options' checks count with is what Megatron-Core builds."""
+def test_megatron_core_splits_layers_alike(monkeypatch):
+    """The checks of options count the same layers per stage as Megatron-Core builds."""
     from mft_megatron.mcore.model.config import (
-        transformer_config,  # first, for it readies Megatron-Core for this machine
+        transformer_config,  # first, since it prepares Megatron-Core for this machine
     )
 
     from megatron.core import parallel_state  # isort: skip

@@ -1,7 +1,7 @@
-"""Trains with Transformer Engine's layers (their stand-in) and with local ones, and exchanges their checkpoints.
+"""Train with Transformer Engine's layers (a stand-in) and with local ones, and load each other's checkpoints.
 
-A program of its own, since Megatron-Core asks for Transformer Engine when it is imported:
-``python layers_of_transformer_engine.py DATA FOLDER OPTIONS…``; prints what it found as JSON.
+A separate program, since Megatron-Core looks for Transformer Engine when it is imported:
+``python layers_of_transformer_engine.py DATA FOLDER OPTIONS…``; prints its results as JSON.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The same seed gives the same weights on every layout, and Megatron's distribution."""
+"""The same seed gives the same weights on every parallel layout, with Megatron's distribution."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ BASE = (
 
 
 def _save(folder, extra, world_size):
-    """Write this layout's fresh weights as a checkpoint and read them back whole."""
+    """Save the initial weights of this parallel layout as a checkpoint and read them whole."""
     from pathlib import Path
 
     from mft_megatron.arguments.command import parse_arguments

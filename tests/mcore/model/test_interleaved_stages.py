@@ -1,4 +1,4 @@
-"""Interleaved pipelines: what a rank holds, and how its messages may travel."""
+"""Interleaved pipelines: the contents of each rank's chunks, and unbatched messages."""
 
 import pytest
 
@@ -16,7 +16,7 @@ VPP2 = f"{PP2} --num-virtual-stages-per-pipeline-rank 2"
 
 
 def _parts(extra, world_size):
-    """What this rank's chunks are made of, and what the whole run says of itself."""
+    """Contents of this rank's chunks, parameters of the whole model, and the parallel layout."""
 
     from mft_megatron.mcore.parallel import process_groups
     from mft_megatron.mcore.trainer import Trainer
@@ -38,12 +38,12 @@ def test_what_each_rank_holds():
     assert first[2] == last[2] == parameters
     plain = run_on_ranks(2, _parts, PP2, 2)[0]
     assert plain[0] == [[1, 2, 3, 4]]
-    assert plain[3] != first[3]  # random-number states of one are not those of the other
+    assert plain[3] != first[3]  # random-number states of one parallel layout are not those of the other
 
 
 @pytest.mark.parametrize("backend", ["gloo", "nccl"])
 def test_interleaved_stages_never_batch_their_messages(monkeypatch, backend):
-    """tests/parallel/test_layouts.py shows what would come of it."""
+    """Batched messages would give wrong results, see tests/parallel/test_layouts.py."""
     monkeypatch.setattr(devices, "HAS_CUDA", backend == "nccl")
     plain, interleaved = (
         transformer_config(parse_arguments(f"{BASE} {layout} --distributed-backend {backend}".split(), 2))

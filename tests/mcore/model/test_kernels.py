@@ -1,4 +1,4 @@
-"""Which fused operations a run uses, and what the log says of its kernels."""
+"""Fused operations of a run, and the line about its kernels in the log."""
 
 import sys
 import types
@@ -13,7 +13,7 @@ BASE = f"{SHORT_RUN} --swiglu"
 
 
 def of(extra):
-    """The arguments and Megatron-Core's configuration."""
+    """Parse options; return the arguments and Megatron-Core's configuration."""
     from mft_megatron.arguments.command import parse_arguments
     from mft_megatron.mcore.model.config import transformer_config
 
@@ -82,7 +82,7 @@ def test_gelu_is_not_fused(monkeypatch):
     assert not fusions(arguments)["bias_activation_fusion"]
 
 
-def test_fp8_is_told(monkeypatch):
+def test_fp8_is_in_the_description(monkeypatch):
     from mft_megatron.mcore.model.kernels import describe
 
     fake_kernels.install(monkeypatch)
@@ -91,7 +91,7 @@ def test_fp8_is_told(monkeypatch):
 
 
 def test_a_backend_reaches_every_layer_and_transformer_engines_choice(monkeypatch):
-    """``fused`` sets Megatron-Core's own option, by which it sets the environment; ``local`` turns all of them off."""
+    """``fused`` sets Megatron-Core's option, by which it sets environment variables; ``local`` turns all off."""
     from megatron.core.transformer.enums import AttnBackend
 
     fake_kernels.install(monkeypatch)

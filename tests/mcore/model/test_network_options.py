@@ -1,4 +1,4 @@
-"""Options of the network and of its initial weights, against what they say."""
+"""Options of the network and of its initial weights do what their help says."""
 
 import math
 
@@ -15,7 +15,7 @@ ROPE = "--position-embedding-type rope"
 
 
 def _weights(options):
-    """Weights, and logits of a few tokens, of models made with some options each."""
+    """Build a model for each of several option strings; return its weights and the logits of a few tokens."""
     import numpy as np
 
     from mft_megatron.arguments.command import parse_arguments
@@ -95,7 +95,7 @@ def test_rotations():
 
 
 def test_norms_stored_less_one_are_gemmas_in_bf16():
-    """Bit for bit: 1 + weight would lose digits if it were rounded to bf16."""
+    """Norms equal Gemma's bit for bit; 1 + weight would lose digits if it were rounded to bf16."""
     import torch
     from megatron.core.transformer.transformer_config import TransformerConfig
     from transformers.models.gemma.modeling_gemma import GemmaRMSNorm

@@ -1,4 +1,4 @@
-"""Rotary frequencies and attention factors against transformers' own, at sizes of real models."""
+"""Rotary frequencies and attention factors equal those of transformers, at sizes of real models."""
 
 import json
 import math

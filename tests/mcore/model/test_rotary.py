@@ -1,4 +1,4 @@
-"""Rotary positions by token number equal Megatron-Core's loop over segments, bit for bit."""
+"""Rotary positions by token equal Megatron-Core's loop over segments, bit for bit."""
 
 import functools
 
@@ -27,7 +27,7 @@ def rotated():
 
 
 def _rotated():
-    """By kind and dtype: a tensor rotated by Megatron's loop and by ours, and ours of a part of the stream."""
+    """Rotate a tensor by kind and dtype: with Megatron's loop, with our angles, and ours for a part of the stream."""
     from mft_megatron.arguments.groups.distributed import DistributedArguments
     from mft_megatron.mcore.parallel import process_groups
 

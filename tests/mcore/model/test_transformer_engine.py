@@ -1,6 +1,6 @@
 """--transformer-impl transformer_engine: Megatron-Core's wrappers around a stand-in for Transformer Engine's layers.
 
-They train as local layers do, from the same weights, and their checkpoints are each other's.
+They train as local layers do, from the same weights, and either loads the other's checkpoints.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Learning rate and weight decay by optimizer step, against formulas written down here, and what they do to weights."""
+"""Learning rate and weight decay by optimizer step equal formulas written here, and act on weights as they should."""
 
 import math
 import types
@@ -23,7 +23,7 @@ WSD_DECAYS = ("exponential", "linear", "cosine", "minus_sqrt")
 
 
 def scheduled(extra, steps):
-    """Learning rate and weight decay of each of so many steps."""
+    """Learning rate and weight decay of each step."""
     optimizer = types.SimpleNamespace(param_groups=[{"default_config": True}])
     scheduler = build_scheduler(parse_arguments(f"{BASE} {extra}".split()), optimizer)
     pairs = []
@@ -34,7 +34,7 @@ def scheduled(extra, steps):
 
 
 def remaining(style, part):
-    """How much of the way from the peak to the lowest rate is left when this part of it has passed."""
+    """Fraction of the distance from the peak to the lowest rate that remains after this fraction of the decay steps."""
     return {
         "linear": 1 - part,
         "cosine": math.cos(part * math.pi / 2) ** 2,
@@ -91,7 +91,7 @@ def test_the_last_step_of_a_run_is_one_step_before_the_lowest_rate():
     assert rates == (1.0, 0.75, 0.5, 0.25, 0.0)
 
 
-def test_a_share_of_the_decay_steps_is_not_rounded():
+def test_a_fraction_of_the_decay_steps_is_not_rounded():
     """0.29 × 100 is 28.999999999999996."""
     rates, _ = scheduled("--lr 1 --lr-warmup-fraction 0.29 --train-iters 100 --lr-decay-style cosine", 31)
     assert rates[28] == pytest.approx(28 / 29)
@@ -116,7 +116,7 @@ def test_weight_decay_is_constant_by_default():
     assert set(list(scheduled("--lr 1 --train-iters 5", 8))[1]) == {0.01}
 
 
-# --- on the parameters of a model ---
+# --- the parameters of a model ---
 
 
 def _with_trainer(work, extra, world_size, *more):
@@ -142,7 +142,7 @@ def _groups(make):
 
 
 def _update(trainer, seed=0):
-    """A step of the optimizer on gradients drawn by chance."""
+    """Run an optimizer step on random gradients."""
     import torch
 
     for number, weight in enumerate(_weights(trainer).values()):
@@ -181,7 +181,7 @@ def test_norms_of_queries_and_keys_may_have_it():
 
 
 def test_weight_decay_shrinks_weights_as_scheduled():
-    """AdamW: two runs that differ in weight decay alone differ by rate × decay × weight after a step."""
+    """With AdamW, two runs that differ only in weight decay differ by rate × decay × weight after a step."""
     growth = "--weight-decay-incr-style linear --start-weight-decay 0.1 --end-weight-decay 0.6"
     words = f"{growth} --lr 0.125 --lr-decay-style constant"
     plain = run_on_ranks(
@@ -200,7 +200,7 @@ def test_weight_decay_shrinks_weights_as_scheduled():
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_embedding_and_output_layer_may_have_a_rate_of_their_own(tied):
+def test_embedding_and_output_layer_may_have_a_separate_rate(tied):
     words = "--pipeline-model-parallel-size 2 --decoupled-lr 4e-3 --decoupled-min-lr 1e-3 --min-lr 5e-4"
     words += "" if tied else " --untie-embeddings-and-output-weights"
     first, last = run_on_ranks(2, _with_trainer, _groups, words, 2)
@@ -209,13 +209,13 @@ def test_embedding_and_output_layer_may_have_a_rate_of_their_own(tied):
     assert (first[1][3], last[1][3]) == ({"embedding.word_embeddings.weight"}, {"output_layer.weight"})
 
 
-def test_without_a_lowest_rate_of_their_own_they_have_that_of_all():
+def test_without_a_separate_lowest_rate_they_have_the_common_one():
     groups = run_on_ranks(1, _with_trainer, _groups, "--decoupled-lr 4e-3 --min-lr 5e-4", 1)[0]
     assert [group[1:3] for group in groups] == [(1e-3, 5e-4), (4e-3, 5e-4), (1e-3, 5e-4)]
 
 
 def test_their_rate_moves_them_and_no_other_weight():
-    """Adam's first steps are as long as the rate is."""
+    """Adam's first steps change each element by the learning rate."""
     words = "--weight-decay 0 --lr-decay-style linear"
     plain = run_on_ranks(1, _with_trainer, _first_updates, words, 1, 2)[0]
     apart = run_on_ranks(1, _with_trainer, _first_updates, f"{words} --decoupled-lr 4e-3", 1, 2)[0]
@@ -228,7 +228,7 @@ def test_their_rate_moves_them_and_no_other_weight():
 
 
 def _save_and_go_on(make, folder):
-    """Weights and rates of a third step, and of the same from a checkpoint of the second."""
+    """Weights and rates of a third step, and of the third step after resuming from a checkpoint of the second."""
     from mft_megatron.mcore.checkpointing import checkpoint
     from mft_megatron.mcore.parallel import process_groups
     from mft_megatron.run_folder import CheckpointInfo
