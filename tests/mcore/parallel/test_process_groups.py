@@ -1,4 +1,4 @@
-"""Process groups of several ranks: the ranks of context parallelism, and the collectives."""
+"""Process groups of several ranks: ranks of context parallelism, collectives, random numbers."""
 
 import numpy as np
 import torch
@@ -53,3 +53,30 @@ def test_collectives():
             "any": [True, False],
             "broadcast": [7.0],
         }
+
+
+def _seeds():
+    """This rank's tensor-parallel and pipeline rank, random numbers outside and within a fork, and a sum over data."""
+    from megatron.core import parallel_state, tensor_parallel
+
+    from mft_megatron.arguments.groups.distributed import DistributedArguments
+    from mft_megatron.mcore.parallel import process_groups
+
+    sizes = DistributedArguments(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
+    with process_groups.process_groups(sizes, seed=1):
+        outside = torch.rand(1).item()
+        with tensor_parallel.get_cuda_rng_tracker().fork():
+            within = torch.rand(1).item()
+        tensor_rank = parallel_state.get_tensor_model_parallel_rank()
+        stage = parallel_state.get_pipeline_model_parallel_rank()
+        return tensor_rank, stage, outside, within, process_groups.sum_over_data(np.array([3])).tolist()
+
+
+def test_random_numbers_differ_between_stages_and_within_forks():
+    """Tensor-parallel ranks sample the same numbers except within a fork; model-parallel ranks add no data."""
+    results = run_on_ranks(4, _seeds)
+    assert sorted(result[:2] for result in results) == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    outside = {(stage, number) for _, stage, number, _, _ in results}
+    assert len(outside) == len({number for _, number in outside}) == 2
+    assert len({within for *_, within, _ in results}) == 4
+    assert all(total == [3] for *_, total in results)
