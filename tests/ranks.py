@@ -1,7 +1,7 @@
 """Running functions on several gloo ranks, and the project's commands, from plain pytest.
 
-The ranks are forked from a server that has imported torch and Megatron-Core once, so that a case costs its own work and
-not eight imports. Commands are run as a user runs them where that is what a test is about, or else forked as well.
+The ranks are forked from a server that has imported torch and Megatron-Core once, so that a test does not pay for eight
+imports. Commands run in a new process where that is the point of a test, and are forked as well elsewhere.
 """
 
 import functools
@@ -27,7 +27,7 @@ _context.set_forkserver_preload(["mft_megatron.training.pretrain", "torch._dynam
 
 
 class _Results:
-    """A queue for one thing at a time, between a process and those that it forks."""
+    """A queue for one object at a time, between a process and its children."""
 
     def __init__(self):
         self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 (lives as long as the process)
@@ -46,9 +46,9 @@ class _Results:
 
 
 def _ready_forked_process():
-    """One thread; and no process of its own for each rank that saves.
+    """Set one thread, and let Megatron-Core's checkpoint writer return its results without another process.
 
-    Megatron-Core's writer would hand over what was written through one that imports torch: two seconds on each rank.
+    Its queue would start a process that imports torch: two seconds on each rank.
     """
     import torch
     from megatron.core.dist_checkpointing.strategies import filesystem_async
@@ -80,17 +80,18 @@ def _rank_main(pipe, rank, world_size, port, function, arguments):
 
 
 def free_port() -> int:
+    """A port that no process listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 def run_on_ranks(world_size, function, *arguments, timeout=180):
-    """Call ``function(*arguments)`` on ``world_size`` ranks; its results, by rank.
+    """Call ``function(*arguments)`` on ``world_size`` ranks; returns its results by rank.
 
     ``function`` is a module-level function and starts the process groups itself. A rank that fails fails the test with
-    its traceback; the others are ended. Where another process took the port meanwhile all begin anew with another one:
-    nothing has happened before the process groups stand.
+    its traceback; the others are killed. Where another process took the port meanwhile, all start again on another
+    port: nothing has happened before the process groups exist.
     """
     for _ in range(4):
         try:
@@ -107,11 +108,11 @@ class _PortTakenError(Exception):
 def _run_on_ranks(world_size, port, function, arguments, timeout):
     ranks = []
     for rank in range(world_size):
-        here, there = _context.Pipe(duplex=False)
-        process = _context.Process(target=_rank_main, args=(there, rank, world_size, port, function, arguments))
+        receiver, sender = _context.Pipe(duplex=False)
+        process = _context.Process(target=_rank_main, args=(sender, rank, world_size, port, function, arguments))
         process.start()
-        there.close()
-        ranks.append((process, here))
+        sender.close()
+        ranks.append((process, receiver))
     try:
         results = [None] * world_size
         waiting = {pipe: rank for rank, (_, pipe) in enumerate(ranks)}
@@ -124,7 +125,7 @@ def _run_on_ranks(world_size, port, function, arguments, timeout):
                 try:
                     succeeded, results[rank] = pickle.loads(pipe.recv_bytes())
                 except EOFError:
-                    pytest.fail(f"rank {rank} of {world_size} died without a word")
+                    pytest.fail(f"rank {rank} of {world_size} died without a message")
                 if not succeeded and "EADDRINUSE" in results[rank]:
                     raise _PortTakenError
                 if not succeeded:
@@ -139,20 +140,20 @@ def _run_on_ranks(world_size, port, function, arguments, timeout):
 
 
 def run_tool(*command, **options):
-    """Run one of the project's commands as a user would; the completed process, with its output as text."""
+    """Run one of the project's commands as a user would; returns the completed process, with its output as text."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, **options
     )
 
 
-def _script_main(script, words, streams, place):
+def _script_main(script, words, streams, rank_arguments):
     for stream, path in zip((sys.stdout, sys.stderr), streams, strict=True):
         file = os.open(path, os.O_WRONLY | os.O_CREAT)
         os.dup2(file, stream.fileno())
         os.close(file)
-    if place is not None:
-        _be_rank(*place)
+    if rank_arguments is not None:
+        _be_rank(*rank_arguments)
     _ready_forked_process()
     os.chdir(ROOT)
     sys.argv = [script, *words]
@@ -160,11 +161,11 @@ def _script_main(script, words, streams, place):
 
 
 def run_forked(script, *words, world_size=None, timeout=300):
-    """As :func:`run_tool`, but forked from the server of the ranks, which spares three seconds of imports.
+    """Run a script like :func:`run_tool`, but forked from the server of the ranks, which saves three seconds of imports.
 
     The script runs as the main module, from its command line to its exit code; with ``world_size`` on so many ranks, as
-    :func:`torchrun` would. What it does not show is that a process of its own finds and imports what it needs: of each
-    script, other tests show that with :func:`run_tool` and :func:`torchrun`.
+    :func:`torchrun` would. It does not show that a new process can import what it needs: for each script other tests
+    show that with :func:`run_tool` and :func:`torchrun`.
     """
     command = [str(script), *map(str, words)]
     for _ in range(4):
@@ -179,8 +180,8 @@ def _run_forked(command, world_size, timeout):
     with tempfile.TemporaryDirectory() as folder:
         outputs, errors = ([Path(folder) / f"{name}{rank}" for rank in range(world_size or 1)] for name in "oe")
         for rank, streams in enumerate(zip(outputs, errors, strict=True)):
-            place = None if world_size is None else (rank, world_size, port)
-            process = _context.Process(target=_script_main, args=(command[0], command[1:], streams, place))
+            arguments = None if world_size is None else (rank, world_size, port)
+            process = _context.Process(target=_script_main, args=(command[0], command[1:], streams, arguments))
             process.start()
             ranks.append(process)
         running = {process.sentinel: process for process in ranks}
@@ -190,7 +191,7 @@ def _run_forked(command, world_size, timeout):
             if not ended:
                 break
             code = next((code for code in (code, *(running.pop(one).exitcode for one in ended)) if code), 0)
-            patience = 10 if code else timeout  # what all refuse each says; what one dies of leaves others waiting
+            patience = 10 if code else timeout  # ranks that wait for a dead one do not end
         for process in running.values():
             process.kill()
             process.join()
@@ -201,7 +202,7 @@ def _run_forked(command, world_size, timeout):
 
 def torchrun(world_size, *command):
     """Run a script on ``world_size`` ranks as a user would."""
-    # standalone: ranks meet where torchrun itself listens, so that no other process takes the port meanwhile
+    # standalone: torchrun itself listens on the port, so that no other process can take it
     return run_tool(
         "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}", *command, timeout=300
     )

@@ -61,7 +61,7 @@ def imported_modules(path: Path) -> set[str]:
 
 
 def step_of(room: str, name: str) -> int:
-    """Where a sub-package, or a module at the top of a room, stands in the room's order."""
+    """Position of a sub-package, or of a module at the top of a room, in the room's order."""
     for number, names in enumerate(ORDER[room]):
         if name in names.split("|"):
             return number

@@ -163,7 +163,7 @@ def test_an_export_of_the_best_is_refused_where_none_was_kept(tmp_path):
 
 @pytest.mark.parametrize("name", ["iter_0000007", "release"])
 def test_a_checkpoint_of_megatron_lm_is_told_from_an_unfinished_save(tmp_path, name):
-    """By the arguments in its common state, which is not unpickled."""
+    """The arguments in its common state tell, without unpickling it."""
     import argparse
 
     import torch

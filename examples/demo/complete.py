@@ -28,6 +28,7 @@ def held_out_samples(prefix: str, longest_prompt: int):
 
 
 def main() -> None:
+    """Print prompt, completion and reference of one sample per task."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--hf", required=True, help="Hugging Face folder")
     parser.add_argument("--data-path", required=True, help="prefix of the data set")

@@ -2,7 +2,7 @@
 
 ```
 modules ─ast─► functions, with the checks of their doctests and the statements that call them elsewhere
-                   │    each function serves one task only; the scarcest kind draws first
+                   │    each function serves one task only; the rarest kind chooses first
                    ├─► function_to_usage       instruction / input / output
                    ├─► docstring_to_function   messages
                    ├─► function_to_docstring   chat_rounds
@@ -36,7 +36,7 @@ Record = dict[str, Any]
 
 @dataclass
 class Module:
-    """One parsed file. ``names`` stand at its top level; ``imports`` are the modules it knows under their own name."""
+    """One parsed file. ``names``: bound at its top level; ``imports``: modules that it imports under their own name."""
 
     name: str
     lines: list[str]
@@ -73,15 +73,17 @@ class Function:
 
     @property
     def lines(self) -> list[str]:
+        """Source lines with their ends."""
         return re.findall(".*\n", self.source)  # splitlines() would also cut at form feeds, and ast does not
 
     @property
     def signature(self) -> str:
-        """From the first decorator to the colon."""
+        """Source from the first decorator to the colon."""
         return "".join(self.lines[: self.node.body[0].lineno - 1])
 
     @property
     def source_without_docstring(self) -> str:
+        """Source with the docstring cut out."""
         if not self.docstring:
             return self.source
         expression = self.node.body[0]
@@ -162,8 +164,8 @@ def test_from_doctests(docstring: str, name: str, module: Module) -> str:
 
     Args:
         docstring: the cleaned docstring.
-        name: of the function; one assertion at least must speak of it.
-        module: where the examples live; its top-level names are what they may use without making them.
+        name: of the function; at least one assertion must mention it.
+        module: the module of the examples; they may use its top-level names without defining them.
 
     Returns:
         the test with the import it needs, or nothing.
@@ -223,7 +225,7 @@ def _expression(code: str) -> ast.expr | None:
 
 
 def _bound_names(node: ast.AST) -> set[str]:
-    """Names that a statement or expression binds by itself, not by what stands inside it."""
+    """Names that a statement or expression binds by itself, not by its contents."""
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
         return {node.name}
     if isinstance(node, ast.Import | ast.ImportFrom):
@@ -253,7 +255,7 @@ def _unparse_or_nothing(code: str) -> str:
 
 
 def _is_plain(text: str) -> bool:
-    """Whether UTF-8 can hold it (an escape can make half a surrogate pair) and none of our markers stands in it."""
+    """Whether UTF-8 can hold it (an escape can make half a surrogate pair) and it contains none of our markers."""
     return text.encode(errors="ignore").decode() == text and "<|" not in text and "```" not in text
 
 
@@ -273,7 +275,7 @@ def make_completion(function: Function, rng: random.Random) -> Record | None:
 
 
 def make_fim(function: Function, rng: random.Random) -> Record | None:
-    """One to eight lines out of the middle of a function, to be filled in between what stands before and after them."""
+    """One to eight lines out of the middle of a function, to be filled in between the lines before and after them."""
     lines = function.lines
     start = rng.randrange(1, len(lines) - 1)
     end = rng.randrange(start + 1, min(start + 8, len(lines) - 1) + 1)
@@ -338,7 +340,7 @@ class Task:
     samples: int
 
 
-# In the order of drawing: few functions have doctests or callers, many have a docstring, all can be completed.
+# In the order in which they choose: few functions have doctests or callers, many have a docstring, all can be completed.
 TASKS = {
     "function_to_usage": Task(make_function_to_usage, 120),
     "docstring_to_function": Task(make_docstring_to_function, 360),
@@ -361,30 +363,30 @@ def strings_of(value: Any) -> Iterator[str]:
                 yield from strings_of(item)
 
 
-def draw_tasks(
+def assign_functions(
     functions: list[Function], samples: dict[str, int], max_chars: int, seed: int
 ) -> dict[str, list[Record]]:
-    """Deal the functions out to the tasks, each function once.
+    """Assign the functions to the tasks, each function once.
 
     Args:
-        functions: in a fixed order; the draw depends on it.
+        functions: in a fixed order, on which the result depends.
         samples: task → how many samples it may have; it gets fewer where the library has no more.
-        max_chars: bound on all texts of one sample together.
+        max_chars: bound on the sum of all texts of one sample.
         seed: of the shuffles.
 
     Returns:
         task → its records, no two equal, in the order of ``TASKS``.
     """
-    left = list(functions)
+    remaining = list(functions)
     tasks: dict[str, list[Record]] = {}
     for name, task in TASKS.items():
         rng = random.Random(f"{seed} {name}")
-        rng.shuffle(left)
+        rng.shuffle(remaining)
         if name == "function_to_usage":
-            left.sort(key=lambda function: (not function.test, -min(3, len(function.calls))))  # the richest first
+            remaining.sort(key=lambda function: (not function.test, -min(3, len(function.calls))))  # the richest first
         records: dict[str, Record] = {}
         declined = []
-        for function in left:
+        for function in remaining:
             record = task.make(function, rng) if len(records) < samples[name] else None
             if record is None or sum(map(len, strings_of(record))) > max_chars:
                 declined.append(function)
@@ -392,7 +394,7 @@ def draw_tasks(
                 records.setdefault(json.dumps(record), record)
         tasks[name] = list(records.values())
         rng.shuffle(tasks[name])
-        left = declined
+        remaining = declined
     return tasks
 
 
@@ -445,14 +447,14 @@ def main() -> None:
         metavar="NAME=N",
         help="samples of one task; repeatable",
     )
-    parser.add_argument("--max-chars", type=int, default=800, help="longest sample, all its texts together")
+    parser.add_argument("--max-chars", type=int, default=800, help="longest sample, sum of its texts")
     options = parser.parse_args()
 
     samples = {name: round(task.samples * options.scale) for name, task in TASKS.items()} | dict(options.max_samples)
     modules = read_modules(options.source_dir or Path(sysconfig.get_paths()["stdlib"]))
     functions = read_functions(modules, options.max_chars)
     print(f"{len(functions)} functions of at most {options.max_chars} characters in {len(modules)} modules\n")
-    tasks = draw_tasks(functions, samples, options.max_chars, options.seed)
+    tasks = assign_functions(functions, samples, options.max_chars, options.seed)
     print_tasks(tasks, write_tasks(tasks, options.output_dir))
 
 

@@ -43,9 +43,10 @@ def _readable(word: str) -> str:
 
 
 def main() -> None:
+    """Run all steps of the demo."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--folder", type=Path, default=ROOT / "demo_run", help="where everything is put; emptied first")
-    parser.add_argument("--iterations", type=int, default=320, help="optimizer steps in all (default: 320)")
+    parser.add_argument("--folder", type=Path, default=ROOT / "demo_run", help="folder for all results; emptied first")
+    parser.add_argument("--iterations", type=int, default=320, help="optimizer steps in total (default: 320)")
     options = parser.parse_args()
     folder: Path = options.folder.resolve()
     if folder.exists() and any(folder.iterdir()) and not (folder / "tasks").is_dir():

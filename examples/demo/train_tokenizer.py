@@ -42,7 +42,7 @@ def texts_of(files: list[Path]) -> Iterator[str]:
 def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
     """Byte-level BPE with at most ``vocab_size`` tokens, the special ones and the 256 bytes included."""
     special = re.compile("|".join(map(re.escape, SPECIAL_TOKENS)))
-    pieces = (piece for text in texts for piece in special.split(text))  # no merges for what is one token already
+    parts = (part for text in texts for part in special.split(text))  # no merges within special tokens
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -53,7 +53,7 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(pieces, trainer)
+    tokenizer.train_from_iterator(parts, trainer)
     return tokenizer
 
 
@@ -76,7 +76,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def main() -> None:
-    """Parse the options, train, save, and say how long the texts have become."""
+    """Parse the options, train, save, and print the length of the texts in tokens."""
     parser = argparse.ArgumentParser(description="Train a small byte-level BPE tokenizer on the demo's tasks.")
     parser.add_argument("--tasks-dir", type=Path, required=True, help="folder with one JSONL file per task")
     parser.add_argument("--output-dir", type=Path, required=True, help="folder of the tokenizer")
@@ -86,7 +86,7 @@ def main() -> None:
     if not files:
         parser.error(f"no .jsonl file in {options.tasks_dir}; make them with examples/demo/make_tasks.py")
     if options.vocab_size < 256 + len(SPECIAL_TOKENS):
-        parser.error(f"--vocab-size {options.vocab_size} has no room for 256 bytes and {len(SPECIAL_TOKENS)} tokens")
+        parser.error(f"--vocab-size {options.vocab_size} is too small for 256 bytes and {len(SPECIAL_TOKENS)} tokens")
 
     texts = list(texts_of(files))
     tokenizer = train_tokenizer(iter(texts), options.vocab_size)

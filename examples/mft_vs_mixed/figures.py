@@ -11,7 +11,7 @@ from PIL import Image
 from results import Comparison, Run
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # the drawing device is chosen first
+from matplotlib import pyplot as plt  # after the backend is chosen
 
 # Okabe and Ito's colours, which people with any colour vision can tell apart; markers and dashes say it again.
 COLOURS = ("#000000", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
@@ -22,8 +22,8 @@ BESIDE = {"loc": "upper left", "bbox_to_anchor": (1.02, 1.0), "fontsize": 9, "fr
 ROWS = {"weights": "what counts the same", "focal": "by samples, focal", "balancers": "balancers"}
 
 
-def draw(comparison: Comparison, path: Path) -> None:
-    """Rows of panels by kind of method, columns by task; below them the weights of each balancer over time.
+def plot(comparison: Comparison, path: Path) -> None:
+    """Plot rows of panels by kind of method, columns by task; below them the weights of each balancer over time.
 
     ``task-token`` is the same black line in every row.
     """
@@ -34,34 +34,34 @@ def draw(comparison: Comparison, path: Path) -> None:
     for (row, title), axes_of_row in zip(ROWS.items(), axes, strict=True):
         methods = [BALANCED, *(name for name, method in METHODS.items() if method.row == row and name != BALANCED)]
         for column, panel in zip(columns, axes_of_row, strict=True):
-            for place, method in enumerate(methods):
-                _curve(panel, comparison.runs[method], column, method, place)
+            for index, method in enumerate(methods):
+                _curve(panel, comparison.runs[method], column, method, index)
         axes_of_row[0].set_ylabel(f"{title}\nvalidation loss")
         axes_of_row[-1].legend(**BESIDE)
     for column, panel in zip(columns, axes[0], strict=True):
         panel.set_title(column, fontsize=10)
     for panel in axes[-1]:
         panel.set_xlabel("step")
-    _draw_weights(weights, comparison)
-    drawn = BytesIO()
-    figure.savefig(drawn, dpi=80)
+    _plot_weights(weights, comparison)
+    image = BytesIO()
+    figure.savefig(image, dpi=80)
     plt.close(figure)
-    Image.open(drawn).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE).save(path, format="PNG", optimize=True)
+    Image.open(image).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE).save(path, format="PNG", optimize=True)
 
 
-def _curve(panel: plt.Axes, runs: Sequence[Run], column: str, label: str, place: int) -> None:
-    """Mean over seeds, and one standard deviation to either side."""
+def _curve(panel: plt.Axes, runs: Sequence[Run], column: str, label: str, index: int) -> None:
+    """Plot the mean over seeds and a band of one standard deviation."""
     value_NE = np.array([[columns[column] for columns in run.columns_E] for run in runs])
     step_E, mean_E = runs[0].eval_step_E, value_NE.mean(0)
     std_E = value_NE.std(0, ddof=1) if len(runs) > 1 else np.zeros_like(mean_E)
-    style = {"color": COLOURS[place], "marker": MARKERS[place], "linestyle": DASHES[place]}
+    style = {"color": COLOURS[index], "marker": MARKERS[index], "linestyle": DASHES[index]}
     panel.plot(step_E, mean_E, markersize=4, linewidth=1.3, label=label, **style)
-    panel.fill_between(step_E, mean_E - std_E, mean_E + std_E, color=COLOURS[place], alpha=0.2, linewidth=0)
+    panel.fill_between(step_E, mean_E - std_E, mean_E + std_E, color=COLOURS[index], alpha=0.2, linewidth=0)
     panel.set_xticks(step_E[1::2])
     panel.grid(alpha=0.25)
 
 
-def _draw_weights(figure: matplotlib.figure.SubFigure, comparison: Comparison) -> None:
+def _plot_weights(figure: matplotlib.figure.SubFigure, comparison: Comparison) -> None:
     axes = figure.subplots(1, len(BALANCERS), sharex=True, sharey=True)
     for method, panel in zip(BALANCERS, axes, strict=True):
         weight_NTK = np.array([run.weight_TK for run in comparison.runs[method]])
@@ -79,7 +79,7 @@ def _draw_weights(figure: matplotlib.figure.SubFigure, comparison: Comparison) -
 
 
 def _running_mean(value_T: np.ndarray, steps: int) -> np.ndarray:
-    """Mean of the last ``steps`` values, or of those that there are."""
+    """Mean of the last ``steps`` values, fewer at the beginning; fp64 [T]."""
     total_T = np.cumsum(value_T)
     total_T[steps:] = total_T[steps:] - total_T[:-steps]
     return total_T / np.minimum(np.arange(1, len(value_T) + 1), steps)

@@ -1,11 +1,11 @@
-"""What is compared: one model, one schedule, and what the methods change of it.
+"""The compared methods: one model, one schedule, and the options that each method changes.
 
 ::
 
     base      plain functions of the library, every token counts the same     ─► one model per seed
-    methods   the five tasks from that model, with the words of METHODS       ─► one run per method and seed
+    methods   the five tasks from that model, with the options of METHODS      ─► one run per method and seed
 
-Everything here is words of ``pretrain_mft.py``'s command line.
+Everything here is part of ``pretrain_mft.py``'s command line.
 """
 
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ DRAWS = "--{0}-update-interval 1 --{0}-sample-valid-num 8"
 
 @dataclass(frozen=True)
 class Method:
-    """``options`` are words for the command line. ``row`` is the row of the plot it stands in."""
+    """One way to weight tasks. ``options``: for the command line. ``row``: its row of the plot."""
 
     options: str
     row: str

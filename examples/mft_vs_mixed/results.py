@@ -29,7 +29,7 @@ Columns = dict[str, float]
 
 @dataclass(frozen=True)
 class Run:
-    """What one run measured.
+    """The measurements of one run.
 
     ``weight_TK``: weights as parts of their sum. ``share_TK``: realised shares of the objective, 0 where a task was
     absent. ``balance_share``: part of a step's time that a balancer's draws took.
@@ -43,6 +43,7 @@ class Run:
     balance_share: float
 
     def final(self) -> Columns:
+        """The last evaluation."""
         return self.columns_E[-1]
 
     def best(self) -> Columns:
@@ -52,7 +53,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Spread:
-    """``std`` is the sample's standard deviation, and None of a single value."""
+    """Mean and sample standard deviation of several seeds; ``std`` is None for a single value."""
 
     mean: float
     std: float | None
@@ -60,7 +61,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean of the differences seed by seed. ``half_width`` is that of its 95 % interval; None of a single seed."""
+    """Mean of the differences seed by seed. ``half_width`` is that of its 95 % interval; None for a single seed."""
 
     mean: float
     standard_error: float | None
@@ -121,6 +122,7 @@ def _columns(record: Mapping) -> Columns:
 
 
 def spread(values: Sequence[float]) -> Spread:
+    """Mean and standard deviation of one value per seed."""
     return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
 
 
@@ -142,10 +144,12 @@ class Comparison:
 
     @property
     def tasks(self) -> tuple[str, ...]:
+        """Names of the tasks."""
         return next(iter(self.runs.values()))[0].tasks
 
     @property
     def columns(self) -> tuple[str, ...]:
+        """Names of the columns: tasks, then summaries."""
         return (*self.tasks, *SUMMARIES)
 
     def values(self, method: str, column: str, which: str = "final") -> list[float]:
@@ -153,9 +157,11 @@ class Comparison:
         return [getattr(run, which)()[column] for run in self.runs[method]]
 
     def spread(self, method: str, column: str, which: str = "final") -> Spread:
+        """Mean and standard deviation of a column over the seeds."""
         return spread(self.values(method, column, which))
 
     def paired(self, method: str, other: str, column: str, which: str = "final") -> Difference:
+        """A method minus another one, seed by seed."""
         return paired(self.values(method, column, which), self.values(other, column, which))
 
     def winner(self, column: str, which: str = "final") -> str | None:

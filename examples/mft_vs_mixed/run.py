@@ -6,7 +6,7 @@
     plain functions  ─► one base model per seed
     the tasks        ─► one run per method and seed, from the seed's base ─► results.json, table.md, plot.png
 
-Every run is a process of ``pretrain_mft.py``. What is complete is not done again, so an interrupted run goes on.
+Every run is a process of ``pretrain_mft.py``. Complete runs are not repeated, so an interrupted example continues.
 """
 
 import argparse
@@ -40,8 +40,8 @@ def prepare(folder: Path) -> dict[str, Path]:
     ledgers = [Path(f"{prefix}_dataset.json") for prefix in prefixes.values()]
     if all(ledger.exists() for ledger in ledgers):
         return prefixes
-    for made in (tasks, tokenizer, folder / "data"):
-        shutil.rmtree(made, ignore_errors=True)
+    for path in (tasks, tokenizer, folder / "data"):
+        shutil.rmtree(path, ignore_errors=True)
     _say(f"samples: {', '.join(f'{name} {count:,}' for name, count in samples.write_samples(tasks).items())}")
     _step(
         folder,
@@ -53,12 +53,12 @@ def prepare(folder: Path) -> dict[str, Path]:
         "--vocab-size",
         VOCABULARY,
     )
-    sources = {"tasks": samples.TASK_NAMES, "functions": (samples.FUNCTIONS,)}
+    inputs = {"tasks": samples.TASK_NAMES, "functions": (samples.FUNCTIONS,)}
     for name, prefix in prefixes.items():
         _step(
             folder,
             "tools/preprocess_data.py",
-            *(word for source in sources[name] for word in ("--task", f"{source}={tasks / source}.jsonl")),
+            *(word for task in inputs[name] for word in ("--task", f"{task}={tasks / task}.jsonl")),
             *("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tokenizer, "--chat-template", "chatml"),
             *("--seq-length", methods.SEQ_LENGTH, "--split", SPLITS[name], "--output-prefix", prefix),
         )
@@ -68,22 +68,22 @@ def prepare(folder: Path) -> dict[str, Path]:
 def plan(
     folder: Path, prefixes: dict[str, Path], seeds: list[int], iterations: int, base_iterations: int
 ) -> tuple[list[Training], dict[tuple[str, int], Training]]:
-    """The base models' runs, and the methods' by method and seed; all methods of a seed stand together."""
+    """The base models' runs, and the methods' by method and seed; grouped by seed."""
     start = (sys.executable, str(ROOT / "pretrain_mft.py"))
     data = {name: sha256(Path(f"{prefix}_dataset.json").read_bytes()).hexdigest() for name, prefix in prefixes.items()}
     bases: dict[int, Training] = {}
     for seed in seeds if base_iterations else ():
-        at = folder / "base" / f"seed{seed}"
-        words = methods.base_words(prefixes["functions"], at / "save", seed, base_iterations)
-        bases[seed] = Training(f"base, seed {seed}", (*start, *words), at, data["functions"])
+        path = folder / "base" / f"seed{seed}"
+        words = methods.base_words(prefixes["functions"], path / "save", seed, base_iterations)
+        bases[seed] = Training(f"base, seed {seed}", (*start, *words), path, data["functions"])
     runs = {}
     for seed in seeds:
         base = bases.get(seed)
         for method in methods.METHODS:
-            at = folder / "runs" / f"{method}-seed{seed}"
-            words = methods.method_words(method, prefixes["tasks"], at / "save", seed, iterations, base and base.save)
+            path = folder / "runs" / f"{method}-seed{seed}"
+            words = methods.method_words(method, prefixes["tasks"], path / "save", seed, iterations, base and base.save)
             inputs = f"{data['tasks']} {base.receipt if base else 'no base'}"
-            runs[method, seed] = Training(f"{method}, seed {seed}", (*start, *words), at, inputs)
+            runs[method, seed] = Training(f"{method}, seed {seed}", (*start, *words), path, inputs)
     return list(bases.values()), runs
 
 
@@ -91,7 +91,7 @@ def report(
     folder: Path, runs: dict[tuple[str, int], Training], seeds: list[int], iterations: int, settings: dict
 ) -> None:
     """Read all runs and write results.json, table.md and plot.png."""
-    from figures import draw  # matplotlib takes a second, and a refusal should not wait for it
+    from figures import plot  # matplotlib takes a second, and a refusal should not wait for it
 
     comparison = Comparison(
         {method: [read_run(runs[method, seed].metrics) for seed in seeds] for method in methods.METHODS}
@@ -99,7 +99,7 @@ def report(
     text = table(comparison, seeds, iterations)
     replace_text(folder / "results.json", json.dumps(as_json(comparison, seeds, settings), indent=2) + "\n")
     replace_text(folder / "table.md", text)
-    draw(comparison, folder / "plot.png")
+    plot(comparison, folder / "plot.png")
     print(f"\n{text}")
 
 
@@ -116,8 +116,9 @@ def _say(line: str) -> None:
 
 
 def main() -> None:
+    """Parse the options, train every run, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--folder", type=Path, default=ROOT / "mft_vs_mixed_run", help="where everything is put")
+    parser.add_argument("--folder", type=Path, default=ROOT / "mft_vs_mixed_run", help="folder for all results")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], metavar="SEED", help="default: 1 2 3")
     parser.add_argument("--iterations", type=int, default=100, help="optimizer steps of a run (default: 100)")
     parser.add_argument(

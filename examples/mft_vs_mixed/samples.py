@@ -5,7 +5,7 @@
     standard library ─► functions ─┬─► TASK.jsonl      the demo's tasks, as large as it makes them
                                    └─► functions.jsonl  every function that no task took, as plain text
 
-Each function is dealt out once, so the base has not seen what the tasks are validated on.
+Each function is assigned once, so the base model has not seen what the tasks are validated on.
 """
 
 import random
@@ -16,16 +16,17 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "demo"))
 
-from make_tasks import TASKS, Function, Task, draw_tasks, read_functions, read_modules, write_tasks
+from make_tasks import TASKS, Function, Task, assign_functions, read_functions, read_modules, write_tasks
 
 FUNCTIONS = "functions"
 TASK_NAMES = ("completion", "fim", "function_to_docstring", "docstring_to_function", "function_to_usage")
 LONGEST = 500  # characters of a sample, so that it fits into a short pack
 LIBRARY = Path(sysconfig.get_paths()["stdlib"])
-SEED = 1234  # of the draw; the data are the same for all runs
+SEED = 1234  # of the assignment; the data are the same for all runs
 
 
 def make_text(function: Function, rng: random.Random) -> dict[str, Any]:
+    """The function's source as a document."""
     return {"text": function.source}
 
 
@@ -42,9 +43,9 @@ def write_samples(folder: Path, library: Path = LIBRARY, scale: float = 1.0) -> 
     """
     functions = read_functions(read_modules(library), LONGEST)
     samples = {name: round(task.samples * scale) for name, task in TASKS.items()} | {FUNCTIONS: len(functions)}
-    TASKS[FUNCTIONS] = Task(make_text, len(functions))  # the last one to draw gets what is left
+    TASKS[FUNCTIONS] = Task(make_text, len(functions))  # the last task gets all remaining functions
     try:
-        tasks = draw_tasks(functions, samples, LONGEST, SEED)
+        tasks = assign_functions(functions, samples, LONGEST, SEED)
     finally:
         del TASKS[FUNCTIONS]
     write_tasks(tasks, folder)

@@ -2,9 +2,9 @@
 
 ::
 
-    runs/token-seed1/log.txt     what the command said
+    runs/token-seed1/log.txt     the command's output
     runs/token-seed1/save/       its run folder, with metrics.jsonl
-    runs/token-seed1/done.json   its command and inputs, written when it has ended well
+    runs/token-seed1/done.json   its command and inputs, written when it has succeeded
 """
 
 import itertools
@@ -35,22 +35,26 @@ class Training:
 
     @property
     def save(self) -> Path:
+        """Its run folder."""
         return self.folder / "save"
 
     @property
     def log(self) -> Path:
+        """Output of the command."""
         return self.folder / "log.txt"
 
     @property
     def metrics(self) -> Path:
+        """Its run log."""
         return self.save / METRICS
 
     @property
     def receipt(self) -> dict[str, object]:
+        """Command and inputs, which identify a complete run."""
         return {"command": list(self.command), "inputs": self.inputs}
 
     def is_complete(self) -> bool:
-        """Whether this very command has ended well on these very inputs."""
+        """Whether the same command has succeeded on the same inputs."""
         try:
             return json.loads((self.folder / "done.json").read_text()) == self.receipt
         except (OSError, ValueError):
@@ -78,7 +82,7 @@ class Training:
 
 
 def run_all(trainings: Sequence[Training], jobs: int, root: Path, say: Callable[[str], None]) -> None:
-    """Run what is not complete, ``jobs`` at a time, in the order given; the first failure starts no further run.
+    """Run the incomplete ones, ``jobs`` at a time, in the order given; the first failure starts no further run.
 
     Raises:
         InputError: a run failed.
@@ -108,7 +112,7 @@ def run_all(trainings: Sequence[Training], jobs: int, root: Path, say: Callable[
 
 
 def _reason(log: Path) -> str:
-    """The last line of a log that says why, or else its last line."""
+    """The last error line of a log, or else its last line."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("error: ")]
     return (errors or lines)[-1].removeprefix("error: ")

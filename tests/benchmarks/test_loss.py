@@ -9,7 +9,7 @@ from tests.ranks import run_tool
 
 
 def results(script, folder, options):
-    """What a benchmark writes for each number of tasks, and what it prints."""
+    """Run a benchmark; returns its results for each number of tasks, and its output."""
     file = folder / "numbers.json"
     process = run_tool(f"benchmarks/loss/{script}.py", *options.split(), "--json", file)
     assert process.returncode == 0, process.stderr

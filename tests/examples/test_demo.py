@@ -320,7 +320,11 @@ def test_caps_and_lengths(some_modules, tmp_path):
         ),
         ("make_tasks.py", ["--max-samples", "fim=many"], "'fim=many' is not NAME=NUMBER"),
         ("train_tokenizer.py", ["--tasks-dir", "nowhere"], "no .jsonl file in nowhere; make them with"),
-        ("train_tokenizer.py", ["--tasks-dir", "TASKS", "--vocab-size", "100"], "--vocab-size 100 has no room for 256"),
+        (
+            "train_tokenizer.py",
+            ["--tasks-dir", "TASKS", "--vocab-size", "100"],
+            "--vocab-size 100 is too small for 256",
+        ),
     ],
 )
 def test_bad_options_are_refused_in_one_line(made, tmp_path, script, options, message):

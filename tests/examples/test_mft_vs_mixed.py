@@ -47,7 +47,7 @@ SEEDS = (1, 2, 3)
 
 
 def evaluation(step, small, large):
-    """Of 10 tokens of the small task and 90 of the large one."""
+    """A run with 10 tokens of the small task and 90 of the large one."""
     return {
         "kind": "valid",
         "step": step,
@@ -229,11 +229,11 @@ def test_the_json_has_every_number(comparison):
     assert "final minus task-sample" in content["methods"]["focal-task"]
 
 
-def test_the_plot_is_drawn(comparison, tmp_path, monkeypatch):
+def test_the_plot(comparison, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLE)
-    from figures import draw
+    from figures import plot
 
-    draw(comparison, tmp_path / "plot.png")
+    plot(comparison, tmp_path / "plot.png")
     content = (tmp_path / "plot.png").read_bytes()
     assert content.startswith(b"\x89PNG")
     assert 20_000 < len(content) < 200_000

@@ -28,7 +28,7 @@ def events(folder, event):
 
 
 def pretrain(words):
-    """What the command does on a rank."""
+    """Do on a rank what the command does."""
     import os
 
     from mft_megatron.arguments.command import parse_arguments

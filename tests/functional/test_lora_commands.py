@@ -91,7 +91,7 @@ def test_refused(words, reason, tmp_path):
     ],
 )
 def test_trained_on_several_ranks_and_exported(dataset_prefix, tokenizer_folder, tmp_path, alone):
-    """What two ranks trained is, as PEFT has it and merged, the same model, and another than before."""
+    """The result of two ranks is the same model for PEFT and merged, and differs from the model before."""
     from peft import PeftModel
 
     from tests.convert import made_adapters, tiny_models
