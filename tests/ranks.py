@@ -161,7 +161,7 @@ def _script_main(script, words, streams, rank_arguments):
 
 
 def run_forked(script, *words, world_size=None, timeout=300):
-    """Run a script like :func:`run_tool`, but forked from the server of the ranks, which saves three seconds of imports.
+    """Run a script like :func:`run_tool`, but forked from the server of the ranks, which saves 3 s of imports.
 
     The script runs as the main module, from its command line to its exit code; with ``world_size`` on so many ranks, as
     :func:`torchrun` would. It does not show that a new process can import what it needs: for each script other tests
