@@ -340,7 +340,7 @@ class Task:
     samples: int
 
 
-# In the order in which they choose: few functions have doctests or callers, many have a docstring, all can be completed.
+# In the order in which they choose: few functions have doctests or callers, many have a docstring, all have a body.
 TASKS = {
     "function_to_usage": Task(make_function_to_usage, 120),
     "docstring_to_function": Task(make_docstring_to_function, 360),
