@@ -8,7 +8,7 @@ from torch import Tensor
 from mft_megatron.mcore.checkpointing.weight_source import WeightSlice
 
 from .mapped_weight import MappedWeight
-from .row_layouts import Sizes, rows_of, slice_blocks
+from .row_layouts import Sizes, slice_blocks
 from .safetensors_reader import WeightFiles
 
 
@@ -28,10 +28,10 @@ class MappedSource:
         weight = self._weights[wanted.name]
         blocks, names = weight.blocks(self._sizes), weight.hf_names_at(wanted.index)
         first, column = wanted.start[0], wanted.start[1] if wanted.start[1:] else 0
-        real = max(0, min(wanted.shape[0], rows_of(blocks) - first))
         content = torch.zeros(wanted.shape, dtype=self._files.weights[names[0]].dtype)
         filled = 0
-        for block in slice_blocks(blocks, first, first + real):
+        # rows beyond the vocabulary are in no block and stay 0
+        for block in slice_blocks(blocks, first, first + wanted.shape[0]):
             rows = content[filled : filled + block.rows]
             self._files.read_block(rows, names[block.source], block.start, column)
             filled += block.rows

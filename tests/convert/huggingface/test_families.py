@@ -9,12 +9,15 @@ from safetensors.torch import load_file
 
 from mft_megatron.arguments.groups.network import NetworkArguments
 from mft_megatron.convert.commands.huggingface import hf_to_mcore, mcore_to_hf
+from mft_megatron.convert.huggingface.config_entries.window import windowed_layers
 from mft_megatron.convert.huggingface.families.table import FAMILIES, family_for, family_of
 from mft_megatron.convert.huggingface.family import comparable
 from mft_megatron.convert.huggingface.model_folder import read_architecture
+from mft_megatron.convert.huggingface.weight_source import HuggingFaceSource
 from mft_megatron.convert.peft.adapted_weights import linear_weights
 from mft_megatron.errors import InputError
 from mft_megatron.lora import KNOWN_TARGETS
+from mft_megatron.run_folder import latest_checkpoint
 from tests.convert import tiny_models
 from tests.convert.tiny_models import MODELS
 from tests.ranks import ROOT, run_on_ranks
@@ -195,6 +198,31 @@ def test_transformers_reads_a_configuration_written_here(converted, name):
     assert comparable(family.read_config(theirs)) == comparable(architecture)
     assert family.refuses(architecture) is None
     assert family_for(architecture).refuses(architecture) is None
+
+
+@pytest.mark.parametrize(
+    ("frequency", "expected"),
+    [
+        (None, [True] * 7),
+        (3, [True, True, False, True, True, False, True]),  # layers count from 1, as in Megatron-Core
+        ("[1,0,0,1,1,1,0]", [True, False, False, True, True, True, False]),
+    ],
+)
+def test_layers_with_a_window(frequency, expected):
+    shape = {"num_layers": 7, "hidden_size": 8, "ffn_hidden_size": 8, "num_attention_heads": 2, "kv_channels": 4}
+    architecture = NetworkArguments(**shape, window_size="4,0", window_attn_skip_freq=frequency)
+    assert windowed_layers(architecture) == expected
+    assert windowed_layers(NetworkArguments(**shape, window_attn_skip_freq=frequency)) == [False] * 7
+
+
+def test_the_precision_of_a_folder_is_that_of_its_largest_weight(tmp_path):
+    tiny_models.write_model("llama", tmp_path / "hf", "bfloat16")
+    weights = load_file(tmp_path / "hf" / "model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"].float()
+    tiny_models.save_weights(weights, tmp_path / "hf" / "model.safetensors")
+    hf_to_mcore(["--hf", str(tmp_path / "hf"), "--save", str(tmp_path / "checkpoint")])
+    assert latest_checkpoint(tmp_path / "checkpoint").info.precision == "bf16"
+    assert HuggingFaceSource(str(tmp_path / "hf")).info.precision == "bf16"
 
 
 CODEGEMMA = {  # as it was published, without irrelevant entries

@@ -53,6 +53,20 @@ def test_every_task_is_represented(prefix):
     assert list(calibration(dataset, "train", 2).by_task.values()) == [1, 1, 0, 0]
 
 
+def test_slices_of_long_samples_are_taken_from_where_they_start(tmp_path):
+    prefix = str(tmp_path / "d")
+    made_dataset.write_dataset(prefix, 128, longest=512, documents=True, overlong="split", split=(1, 0, 0))
+    dataset = PackedDataset.open(prefix, 128)
+    slices = dataset.split("train").slices(slice(None))
+    assert (slices.starts > 0).sum() > 20
+    expected = []
+    for sample, start, length in zip(*slices, strict=True):
+        begin = dataset.tokens.start_of(sample) + start
+        expected.append(dataset.tokens.items[begin : begin + length].tolist())
+    texts = [text.tolist() for text in calibration(dataset, "train", 10**6).texts]
+    assert sorted(texts) == sorted(text for text in expected if len(text) > 1)
+
+
 @pytest.mark.slow  # imports torch once more
 def test_it_needs_no_megatron_core():
     """The library's environment has none."""
