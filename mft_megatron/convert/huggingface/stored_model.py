@@ -69,7 +69,8 @@ class FolderModel:
     """The model in a Hugging Face folder, as a :class:`StoredModel`."""
 
     def __init__(self, folder: Path):
-        """
+        """Open a folder and check its weights.
+
         Raises:
             InputError: the model is not supported, or its folder is incomplete.
         """
@@ -104,7 +105,8 @@ class CheckpointModel:
     """The model in a checkpoint, without the adapters stored beside it, as a :class:`StoredModel`."""
 
     def __init__(self, checkpoint: CheckpointRef):
-        """
+        """Open a checkpoint and check its weights.
+
         Raises:
             InputError: the checkpoint is damaged, or no family can express its model.
         """

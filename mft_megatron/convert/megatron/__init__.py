@@ -1,1 +1,1 @@
-"""Checkpoints of Megatron-LM and Megatron-Bridge, read into ours."""
+"""Import of checkpoints of Megatron-LM and Megatron-Bridge."""

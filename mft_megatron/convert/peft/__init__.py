@@ -1,1 +1,1 @@
-"""Adapters in PEFT's format, both ways; listing and merging them."""
+"""Import, export, listing and merging of adapters in PEFT's format."""

@@ -21,7 +21,8 @@ class AdapterReader:
     """
 
     def __init__(self, checkpoint: CheckpointRef):
-        """
+        """Open a checkpoint and check its adapters.
+
         Raises:
             InputError: the checkpoint has no adapters, others than its description says, or no family has such a model.
         """

@@ -29,7 +29,8 @@ class AdapterSource:
     """
 
     def __init__(self, folder: str, info: CheckpointInfo):
-        """
+        """Open an adapter and check that it fits a model.
+
         Args:
             folder: folder of ``adapter_config.json`` and ``adapter_model.safetensors``.
             info: description of the model that the adapters belong to.

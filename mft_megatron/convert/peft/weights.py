@@ -75,7 +75,8 @@ class PeftWeights:
     """
 
     def __init__(self, folder: Path, config: PeftConfig, family: Family, architecture: NetworkArguments):
-        """
+        """Open a folder and check its weights.
+
         Args:
             folder: folder of the adapter.
             config: its configuration.
