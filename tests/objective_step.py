@@ -1,4 +1,4 @@
-"""All that a step computes of the objective, on any device."""
+"""All that a step computes of the objective, on any device, for every loss."""
 
 import dataclasses
 

@@ -1,13 +1,13 @@
 """The balancers of docs/LOSSES.md §4 in numpy, slow and obvious, fp64.
 
-Every function takes all draws so far and gives the weights after the last one. Nothing is carried from draw to draw, so
-that nothing here has the shape of the state machines that it judges.
+Every function takes all draws so far and returns the weights after the last one. No state is carried from draw to draw,
+unlike in the state machines that are tested against it.
 
 Shape suffixes: T draws so far, S draws that gave a slope, K tasks.
 
     python tests/losses/balancer_reference.py
 
-writes the golden files, tests/golden/balancer_*.txt, anew.
+writes the golden files, tests/golden/balancer_*.txt, again.
 """
 
 from functools import cache
@@ -72,8 +72,8 @@ def self_paced(loss_TK, *, history_length=100, scale_factor=50.0):
 
 def famo(loss_TK, *, lr=0.025, weight_decay=0.01, beta1=0.9, beta2=0.999, min_losses=None):
     draws, tasks = loss_TK.shape
-    least_K = np.zeros(tasks) if min_losses is None else np.array(min_losses)
-    D_TK = np.maximum(loss_TK - least_K, 0) + EPS
+    lowest_K = np.zeros(tasks) if min_losses is None else np.array(min_losses)
+    D_TK = np.maximum(loss_TK - lowest_K, 0) + EPS
     xi_K = np.zeros(tasks)
     gradients = []
     for draw in range(1, draws):

@@ -1,4 +1,4 @@
-"""Balancers against docs/LOSSES.md §4 written out in numpy (balancer_reference.py), and what must always hold."""
+"""Balancers against docs/LOSSES.md §4 written out in numpy (balancer_reference.py), and their properties."""
 
 import dataclasses
 import io
@@ -62,14 +62,14 @@ def check_weights(weight_K, took_part_K, tasks):
 
 
 def run(balancer, loss_TK, first_loss_K=None, step_T=None):
-    """The weights and who took part, after each draw; what must hold for any losses is checked on the way."""
+    """The weights, and which tasks took part, after each draw; checks all that must hold for any losses."""
     loss_TK = np.asarray(loss_TK, np.float64)
     draws, tasks = loss_TK.shape
     first_loss_K = np.ones(tasks) if first_loss_K is None else first_loss_K
     step_T = range(draws) if step_T is None else step_T
     whole_split_K = fp64(first_loss_K)
     state = balancer.begin(tasks, whole_split_K if balancer.needs_first_losses else None)
-    whole_split_K.fill_(math.nan)  # what belongs to the caller is the caller's to overwrite
+    whole_split_K.fill_(math.nan)  # the caller may overwrite its tensors
     weights, took_part = [], []
     for step, loss_K in zip(step_T, loss_TK, strict=True):
         before = snapshot(state)
@@ -131,12 +131,12 @@ def test_equals_the_reference_at_every_draw(case, tasks, kind):
     expected = reference_run(name, loss_TK, step_T, first_loss_K, **options)
     result = run(BALANCERS[name](update_interval=interval, **options), loss_TK, first_loss_K, step_T)
     assert_same(result, expected)
-    assert not np.allclose(expected[0][-1], 1 / tasks)  # the comparison is about something
+    assert not np.allclose(expected[0][-1], 1 / tasks)  # or the comparison would be empty
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_famo_with_least_losses_equals_the_reference(seed):
-    """Some draws lie below the least loss, where D is eps and log D moves by 18."""
+def test_famo_with_lowest_losses_equals_the_reference(seed):
+    """Some draws are below the lowest loss, where D is eps and log D moves by 18."""
     loss_TK, first_loss_K = curves("noisy", seed, draws=40, tasks=5)
     min_losses = (0.0, *np.quantile(loss_TK[:, 1:], 0.3, axis=0).tolist())
     assert (loss_TK < min_losses).any(axis=0).tolist() == [False, True, True, True, True]
@@ -265,7 +265,7 @@ def test_coba_by_hand():
 
 
 def test_coba_release_by_hand():
-    """As above, then the softmax of N times that; where a weight is below 1 / 10N, all are moved above it."""
+    """The paper's weights, then the softmax of N times those; if one is below 1 / 10N, all are moved above it."""
     balancer = Coba(warmup_steps=1, variant="release")
     losses = [[1.0, 1.0, 1.0], [4.0, 0.5, 0.5]]
     plain_K = softmax(3 * softmax(3 * np.array([3, -0.5, -0.5]) / 4))
@@ -290,7 +290,7 @@ def test_mean_for_others():
 
 
 @every_sloped
-def test_all_flat_gives_equal_weights_and_nobody_takes_part(balancer):
+def test_all_flat_gives_equal_weights_and_no_task_takes_part(balancer):
     result, took_part = run(balancer, [[1.0, 0.1, 3.0]] * 8)
     assert (result == 1 / 3).all()
     assert took_part[:2].all()  # before the history is full, or in warm-up
@@ -299,7 +299,7 @@ def test_all_flat_gives_equal_weights_and_nobody_takes_part(balancer):
 
 @pytest.mark.parametrize("variant", ["paper", "release"])
 def test_a_flat_curve_has_a_slope_of_exactly_zero_whatever_the_window(variant):
-    """0.1 / 0.3 has no end in binary: a sum that does not measure from the first point leaves a rest."""
+    """0.1 / 0.3 has no finite binary form: a sum that is not measured from the first point leaves a rounding error."""
     result, took_part = run(Coba(warmup_steps=1, variant=variant), [[0.1, 0.7, 1.1]] * 60, np.array([0.3, 0.9, 1.3]))
     assert (result == 1 / 3).all()
     assert not took_part[1:].any()
@@ -320,15 +320,15 @@ def test_small_changes_of_large_losses_count(name):
 @every_sloped
 def test_the_others_are_weighted_as_if_the_flat_task_were_not_there(balancer):
     loss_TK, first_loss_K = curves("noisy", 3, draws=9, tasks=4)
-    loss_TK[:, 1] = 70.0  # the largest ratio of all, and yet nobody's business
-    alone, _ = run(balancer, loss_TK[:, [0, 2, 3]], first_loss_K[[0, 2, 3]])
+    loss_TK[:, 1] = 70.0  # the largest ratio of all, which must not matter
+    without_it, _ = run(balancer, loss_TK[:, [0, 2, 3]], first_loss_K[[0, 2, 3]])
     result, took_part = run(balancer, loss_TK, first_loss_K)
     assert (took_part[2:] == torch.tensor([True, False, True, True])).all()
     torch.testing.assert_close(result[:, 1], fp64([0.25] * 9), rtol=1e-12, atol=0)
-    torch.testing.assert_close(result[:, [0, 2, 3]], 0.75 * alone, rtol=1e-12, atol=0)
+    torch.testing.assert_close(result[:, [0, 2, 3]], 0.75 * without_it, rtol=1e-12, atol=0)
 
 
-def test_self_paced_takes_a_task_in_when_its_window_moves_and_drops_it_when_it_stands():
+def test_self_paced_includes_a_task_when_its_window_moves_and_drops_it_when_it_is_flat():
     loss_TK = np.stack([np.arange(9.0, 0.0, -1), [2, 2, 2, 2, 1, 1, 1, 1, 1]], axis=1)
     _, took_part = run(SMALL["self-paced"], loss_TK)
     assert took_part[:, 0].all()
@@ -402,7 +402,7 @@ def test_famo_gives_a_loss_of_zero_almost_everything():
     assert took_part.all()
 
 
-def test_famo_below_the_least_loss_stands_at_eps():
+def test_famo_below_the_lowest_loss_is_eps():
     below, _ = run(Famo(min_losses=(1.0, 1.0)), [[0.5, 2.0], [0.9, 2.0], [0.1, 2.0]])
     assert torch.equal(below, run(Famo(min_losses=(1.0, 1.0)), [[1.0, 2.0], [0.2, 2.0], [1.0, 2.0]])[0])
 

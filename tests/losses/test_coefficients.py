@@ -13,7 +13,7 @@ LINEAR = ("token", "sample", "task-token", "task-sample")
 
 
 def by_mode(mode, factor_K, task_ids, sample_ids, mask):
-    """Coefficients, with tensors out of arrays."""
+    """Coefficients from arrays."""
     ids = map(torch.from_numpy, (task_ids, sample_ids, mask))
     return coefficients(factor_K, *ids, 40 if sample_ids.max() < 40 else 400, LOSSES[mode].sample_means)
 
@@ -39,8 +39,8 @@ def test_does_not_depend_on_how_the_batch_is_cut(mode):
     factor_K = LOSSES[mode].task_factors(*counted(samples, 4), torch.tensor([1.0, 2.0, 0.5, 1.0]))
     whole = by_mode(mode, factor_K, task_ids, sample_ids, mask)
     for row in range(len(mask)):
-        own = sample_ids[row] - sample_ids[row].min()
-        part = by_mode(mode, factor_K, task_ids[row : row + 1], own[None], mask[row : row + 1])
+        row_ids = sample_ids[row] - sample_ids[row].min()
+        part = by_mode(mode, factor_K, task_ids[row : row + 1], row_ids[None], mask[row : row + 1])
         assert torch.equal(part[0], whole[row])
 
 

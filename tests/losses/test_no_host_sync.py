@@ -1,6 +1,6 @@
-"""The objective never makes the host wait for the device: neither to read a number, nor to learn a size, nor to copy.
+"""The objective never makes the host wait for the device: neither to read a value or a size, nor to copy.
 
-The step runs on the meta device, whose tensors have shapes and no numbers: whatever asks for one fails.
+The step runs on the meta device, whose tensors have shapes and no values: reading one fails.
 """
 
 import pytest
@@ -26,10 +26,10 @@ class NoBlockingCopies(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
-def test_nothing_asks_the_device_for_a_number(objective):
-    made = inputs("meta")
+def test_nothing_reads_a_value_from_the_device(objective):
+    step_inputs = inputs("meta")
     with NoBlockingCopies():
-        gradient, by_task_K = run(objective, *made)
+        gradient, by_task_K = run(objective, *step_inputs)
     assert gradient.is_meta
     assert by_task_K.is_meta
 
@@ -53,6 +53,6 @@ def test_the_check_sees_a_planted_wait(plant):
             PLANTS[plant](loss_BS.detach(), batch.loss_mask_BS)
             return super().contribution(factors, batch, loss_BS)
 
-    made = inputs("meta")
+    step_inputs = inputs("meta")
     with pytest.raises((RuntimeError, AssertionError)), NoBlockingCopies():
-        run(Planted(), *made)
+        run(Planted(), *step_inputs)

@@ -14,25 +14,25 @@ WEIGHTS = (0.5, 3.0, 1.25, 2.0)
 
 
 def step(objective, batch, loss, before=None, num_micro_batches=1):
-    """Value, gradient by token, sums and factors of a step that is one micro-batch; the losses in fp64."""
+    """Value, gradient by token, sums, factors and ``M_i`` of a step with one micro-batch; the losses in fp64."""
     arrays, weights = batch, torch.tensor(WEIGHTS, dtype=torch.float64)
-    made = as_batch(*arrays)
+    micro_batch = as_batch(*arrays)
     losses = torch.from_numpy(loss).double().requires_grad_()
     tokens_K, samples_K = counted(by_sample(*arrays, loss), 4)
     before = before or TaskStatistics.none(4)
     factors = objective.before_step(tokens_K, samples_K, weights, before, num_micro_batches)
-    value, coefficient = objective.contribution(factors, made, losses)
+    value, coefficient = objective.contribution(factors, micro_batch, losses)
     (gradient,) = torch.autograd.grad(value, losses)
-    return value.item(), gradient.numpy(), objective.sums(made, losses, coefficient, 4), factors, samples_K
+    return value.item(), gradient.numpy(), objective.sums(micro_batch, losses, coefficient, 4), factors, samples_K
 
 
-def statistics(samples, gone=()):
-    """Eq. 3's ``1 - P_i`` and ``Q_i`` of every task that occurs, but for those named."""
+def statistics(samples, unseen=()):
+    """Eq. 3's ``1 - P_i`` and ``Q_i`` of every task that occurs, except ``unseen`` ones."""
     miss, mean, seen = np.zeros(4), np.zeros(4), np.zeros(4)
-    for task in {task for task, tokens in samples if len(tokens)} - set(gone):
-        own = [tokens.astype(np.float64) for other, tokens in samples if other == task and len(tokens)]
-        miss[task] = 1 - np.mean([np.exp(-tokens).mean() for tokens in own])
-        mean[task] = np.mean([tokens.mean() for tokens in own])
+    for task in {task for task, tokens in samples if len(tokens)} - set(unseen):
+        losses = [tokens.astype(np.float64) for other, tokens in samples if other == task and len(tokens)]
+        miss[task] = 1 - np.mean([np.exp(-tokens).mean() for tokens in losses])
+        mean[task] = np.mean([tokens.mean() for tokens in losses])
         seen[task] = 1
     return TaskStatistics(*map(torch.from_numpy, (miss, mean, seen)))
 
@@ -40,7 +40,7 @@ def statistics(samples, gone=()):
 @pytest.mark.parametrize("mode", LOSSES)
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0, 3.5])
 @pytest.mark.parametrize("seed", range(3))
-def test_the_reported_loss_is_the_book(mode, gamma, seed):
+def test_the_reported_loss_is_the_reference(mode, gamma, seed):
     *batch, loss = random_batch(seed)
     objective = Objective(mode, gamma)
     _, _, sums, factors, samples_K = step(objective, batch, loss)
@@ -63,9 +63,9 @@ SLOPES += [Objective(mode, per_micro_batch=True) for mode in LOSSES if mode not 
 
 @pytest.mark.parametrize("objective", SLOPES, ids=str)
 def test_the_slope_known_beforehand_is_the_gradient(objective):
-    """Of all tokens and of some of them, and of the objective times a factor; only focal-sample does not know it."""
+    """For all tokens and for some of them, and for the objective times a factor; focal-sample alone has no slope."""
     *batch, loss = random_batch(3)
-    before = statistics(by_sample(*random_batch(4)), gone={1})
+    before = statistics(by_sample(*random_batch(4)), unseen={1})
     _, gradient, _, factors, _ = step(objective, batch, loss, before, num_micro_batches=3)
     slope = objective.slope(factors, as_batch(*batch))
     assert (slope is None) == (objective.mode == "focal-sample")
@@ -80,24 +80,24 @@ def test_the_slope_known_beforehand_is_the_gradient(objective):
 
 
 def numerical_gradient(mode, batch, loss, gamma):
-    """Central differences of the book's loss, in every supervised token."""
+    """Central differences of the reference loss, in every supervised token."""
     _, _, mask = batch
     loss = loss.astype(np.float64)
     gradient = np.zeros_like(loss)
-    for place in zip(*np.nonzero(mask), strict=True):
+    for index in zip(*np.nonzero(mask), strict=True):
         ends = []
         for move in (1e-5, -1e-5):
             moved = loss.copy()
-            moved[place] += move
+            moved[index] += move
             ends.append(reference_loss(mode, by_sample(*batch, moved), WEIGHTS, gamma))
-        gradient[place] = (ends[0] - ends[1]) / 2e-5
+        gradient[index] = (ends[0] - ends[1]) / 2e-5
     return gradient
 
 
 @pytest.mark.parametrize("mode", LOSSES)
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0, 3.5])
 def test_gradients_are_finite_differences(mode, gamma):
-    """Of focal-task: where the statistics before are those of the step itself, the surrogate's gradient is Eq. 3's."""
+    """For focal-task, given the statistics of the step itself as those before: then its gradient is that of Eq. 3."""
     *batch, loss = random_batch(2, rows=3, width=24)
     before = statistics(by_sample(*batch, loss))
     _, gradient, *_ = step(Objective(mode, gamma), batch, loss, before)
@@ -119,8 +119,8 @@ def test_focal_task_is_differentiated_at_the_statistics_before(gamma, detach, fi
     samples = by_sample(*batch, loss)
     expected = reference_focal_surrogate(samples, WEIGHTS, gamma, detach, known)
     sample_ids, _, mask = batch
-    for number, own in enumerate(expected):
-        np.testing.assert_allclose(gradient[(sample_ids == number) & (mask == 1)], own, rtol=1e-12)
+    for sample, slopes in enumerate(expected):
+        np.testing.assert_allclose(gradient[(sample_ids == sample) & (mask == 1)], slopes, rtol=1e-12)
 
 
 def test_focal_sample_without_the_modulating_factors_gradient():
@@ -140,12 +140,12 @@ def test_gamma_0_is_the_linear_counterpart(mode):
     """(1/|P|) Σ alpha_i Q_i: with equal alphas task-sample with equal weights."""
     *batch, loss = random_batch(5)
     before = statistics(by_sample(*batch, loss))
-    made, losses = as_batch(*batch), torch.from_numpy(loss).double().requires_grad_()
+    micro_batch, losses = as_batch(*batch), torch.from_numpy(loss).double().requires_grad_()
     counts = counted(by_sample(*batch, loss), 4)
     gradients = []
     for objective in (Objective(mode, 0.0), Objective("task-sample")):
         factors = objective.before_step(*counts, torch.ones(4), before)
-        value, coefficient = objective.contribution(factors, made, losses)
+        value, coefficient = objective.contribution(factors, micro_batch, losses)
         gradients += torch.autograd.grad(value, losses)
         gradients.append(coefficient)
     for gradient in gradients[1:]:
@@ -162,11 +162,11 @@ def test_does_not_depend_on_how_the_batch_is_cut(mode, gamma):
     value, gradient, sums, factors, _ = step(objective, (sample_ids, task_ids, mask), loss, before)
     total, total_sums = 0.0, torch.zeros_like(sums)
     for row in reversed(range(len(mask))):
-        own = (sample_ids[row : row + 1] - sample_ids[row].min(), task_ids[row : row + 1], mask[row : row + 1])
+        arrays = (sample_ids[row : row + 1] - sample_ids[row].min(), task_ids[row : row + 1], mask[row : row + 1])
         losses = torch.from_numpy(loss[row : row + 1]).double().requires_grad_()
-        part, coefficient = objective.contribution(factors, as_batch(*own), losses)
+        part, coefficient = objective.contribution(factors, as_batch(*arrays), losses)
         total += part.item()
-        total_sums += objective.sums(as_batch(*own), losses, coefficient, 4)
+        total_sums += objective.sums(as_batch(*arrays), losses, coefficient, 4)
         np.testing.assert_array_equal(torch.autograd.grad(part, losses)[0].numpy()[0], gradient[row])
     assert total == pytest.approx(value, rel=1e-13)
     torch.testing.assert_close(total_sums, sums, rtol=1e-13, atol=1e-18)
@@ -180,10 +180,10 @@ def test_micro_batch_normalisation_is_the_mean_of_micro_batches(mode):
     *_, factors, _ = step(objective, (sample_ids, task_ids, mask), loss, num_micro_batches=len(mask))
     total, expected = 0.0, []
     for row in range(len(mask)):
-        own = (sample_ids[row : row + 1] - sample_ids[row].min(), task_ids[row : row + 1], mask[row : row + 1])
-        part, _ = objective.contribution(factors, as_batch(*own), torch.from_numpy(loss[row : row + 1]).double())
+        arrays = (sample_ids[row : row + 1] - sample_ids[row].min(), task_ids[row : row + 1], mask[row : row + 1])
+        part, _ = objective.contribution(factors, as_batch(*arrays), torch.from_numpy(loss[row : row + 1]).double())
         total += part.item()
-        expected.append(reference_loss(mode, by_sample(*own, loss[row : row + 1]), WEIGHTS))
+        expected.append(reference_loss(mode, by_sample(*arrays, loss[row : row + 1]), WEIGHTS))
     assert total == pytest.approx(np.mean(expected), rel=1e-12)
     assert total != pytest.approx(reference_loss(mode, by_sample(sample_ids, task_ids, mask, loss), WEIGHTS), rel=1e-3)
 
@@ -192,7 +192,7 @@ def test_micro_batch_normalisation_is_the_mean_of_micro_batches(mode):
 @pytest.mark.parametrize("gamma", [0.0, 0.25, 1.0, 2.0])
 @pytest.mark.parametrize("level", [0.0, 1e-30, 1e-8, 60.0, 1e4])
 def test_focal_losses_stay_finite(mode, gamma, level):
-    """Where the model is sure of everything, or of nothing, there is still a number and a gradient."""
+    """A model that is sure of everything, or of nothing, still has a finite value and gradient."""
     *batch, loss = random_batch(7)
     loss = np.full_like(loss, level)
     before = statistics(by_sample(*batch, loss))
@@ -224,11 +224,11 @@ def test_tasks_keep_their_statistics_until_they_appear_again():
 
 def test_fp32_losses_give_fp32_gradients():
     *batch, loss = random_batch(1)
-    made, losses = as_batch(*batch), torch.from_numpy(loss).requires_grad_()
+    micro_batch, losses = as_batch(*batch), torch.from_numpy(loss).requires_grad_()
     for mode in LOSSES:
         objective = Objective(mode)
         factors = objective.before_step(*counted(by_sample(*batch, loss), 4), torch.ones(4), TaskStatistics.none(4))
-        value, coefficient = objective.contribution(factors, made, losses)
+        value, coefficient = objective.contribution(factors, micro_batch, losses)
         assert value.dtype == torch.float32
         assert not coefficient.requires_grad
         assert torch.autograd.grad(value, losses)[0].dtype == torch.float32

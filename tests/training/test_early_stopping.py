@@ -1,4 +1,4 @@
-"""Early stopping against the whole history, looked through again for every evaluation."""
+"""Early stopping against a reference that goes through the whole history at every evaluation."""
 
 import json
 import math
@@ -25,7 +25,7 @@ def record(step, losses, objective=0.0):
 
 
 def run(stopping, records, state=None):
-    """All outcomes and the last state."""
+    """The last state, and all outcomes."""
     state, outcomes = state or stopping.begin(), []
     for one in records:
         state, outcome = stopping.after_evaluation(state, one)
@@ -38,29 +38,29 @@ def macro(values):
 
 
 def improvements(values, min_delta):
-    """Which of the values improve on all that improved before them."""
-    best, found = [], []
+    """Indices of the values that improve on all improvements before them."""
+    best, indices = [], []
     for i, value in enumerate(values):
         if value is not None and math.isfinite(value) and all(value < other - min_delta for other in best):
             best.append(value)
-            found.append(i)
-    return found
+            indices.append(i)
+    return indices
 
 
 def stall(values, min_delta):
     """Evaluations since the last improvement."""
-    found = improvements(values, min_delta)
-    return sum(value is not None for value in values[found[-1] + 1 if found else 0 :])
+    indices = improvements(values, min_delta)
+    return sum(value is not None for value in values[indices[-1] + 1 if indices else 0 :])
 
 
 @pytest.mark.parametrize("metric", ["macro", "objective", "explain"])
 @pytest.mark.parametrize("min_delta", [0.0, 0.25])
 @pytest.mark.parametrize("seed", range(5))
 def test_every_evaluation_against_the_whole_history(metric, min_delta, seed):
-    draw = random.Random(seed)
+    rng = random.Random(seed)
     # eighths: no rounding, so that differences of exactly min_delta occur
-    values = [[draw.choice([None, *(n / 8 for n in range(4, 16))]) for _ in TASKS] for _ in range(30)]
-    records = [record(i, losses, draw.randrange(4, 16) / 8) for i, losses in enumerate(values)]
+    values = [[rng.choice([None, *(n / 8 for n in range(4, 16))]) for _ in TASKS] for _ in range(30)]
+    records = [record(i, losses, rng.randrange(4, 16) / 8) for i, losses in enumerate(values)]
     follow = {"macro": lambda r: r["macro_loss"], "objective": lambda r: r["loss"]}.get(
         metric, lambda r: r["tasks"][metric]["loss"]
     )
@@ -68,17 +68,17 @@ def test_every_evaluation_against_the_whole_history(metric, min_delta, seed):
     patience, task_patience = 4, 6
     stopping = EarlyStopping(TASKS, patience, metric, min_delta, task_patience)
     state, outcomes = run(stopping, records)
-    found = improvements(followed, min_delta)
-    assert [i for i, outcome in enumerate(outcomes) if outcome.improved] == found
-    assert (state.run.best, state.run.step) == (followed[found[-1]], found[-1])
+    improved = improvements(followed, min_delta)
+    assert [i for i, outcome in enumerate(outcomes) if outcome.improved] == improved
+    assert (state.run.best, state.run.step) == (followed[improved[-1]], improved[-1])
     stops = {name: None for name in TASKS}
     for i, outcome in enumerate(outcomes):
         expected = []
         for name in TASKS:
-            own = [one["tasks"][name]["loss"] for one in records[: i + 1]]
-            if stops[name] is None and stall(own, min_delta) >= task_patience:
-                stops[name], best = i, improvements(own, min_delta)[-1]
-                expected.append(StoppedTask(name, own[best], best))
+            losses = [one["tasks"][name]["loss"] for one in records[: i + 1]]
+            if stops[name] is None and stall(losses, min_delta) >= task_patience:
+                stops[name], best = i, improvements(losses, min_delta)[-1]
+                expected.append(StoppedTask(name, losses[best], best))
         assert outcome.stopped_tasks == tuple(expected)
         assert outcome.stop == (stall(followed[: i + 1], min_delta) >= patience or None not in stops.values())
     assert state.stopped_at == tuple(stops.values())
@@ -126,7 +126,7 @@ def test_an_evaluation_without_the_task_does_not_count():
     assert [outcome.stop for outcome in outcomes] == [False, False, False, True]
 
 
-def test_a_converged_task_is_stopped_once_and_for_good():
+def test_a_converged_task_is_stopped_once_and_stays_stopped():
     losses = [[1.0, 3.0], [1.5, 2.0], [1.25, 1.5], [0.5, 1.0], [0.25, 0.5]]
     stopping = EarlyStopping(TASKS, 2, task_patience=2, validated=TASKS[:2])
     state, outcomes = run(stopping, [record(10 * i, [*row, None]) for i, row in enumerate(losses)])
@@ -148,7 +148,7 @@ def test_a_task_without_validation_data_goes_on_and_keeps_the_run_going():
     assert "every task has stopped (--task-early-stopping-patience 2)" in outcomes[2].reason
 
 
-def test_a_task_that_is_only_watched_is_not_stopped():
+def test_a_task_that_is_not_trained_is_not_stopped():
     flat = [record(i, [1.0, 1.0, 1.0]) for i in range(4)]
     state, outcomes = run(EarlyStopping(TASKS, task_patience=2, trained=("read",)), flat)
     assert state.active_K.tolist() == [True, True, False]
@@ -157,15 +157,15 @@ def test_a_task_that_is_only_watched_is_not_stopped():
 
 
 def test_the_state_is_resumed_exactly():
-    draw = random.Random(3)
-    records = [record(i, [draw.random() / 3 for _ in TASKS], draw.random()) for i in range(20)]
+    rng = random.Random(3)
+    records = [record(i, [rng.random() / 3 for _ in TASKS], rng.random()) for i in range(20)]
     stopping = EarlyStopping(TASKS, 5, min_delta=0.1, task_patience=4)
     whole, outcomes = run(stopping, records)
     for cut in range(len(records) + 1):
         state, before = run(stopping, records[:cut])
-        kept = json.loads(json.dumps(state.as_dict(), allow_nan=False))
-        assert StoppingState.from_dict(kept) == state
-        after = run(stopping, records[cut:], stopping.resume(kept))
+        saved = json.loads(json.dumps(state.as_dict(), allow_nan=False))
+        assert StoppingState.from_dict(saved) == state
+        after = run(stopping, records[cut:], stopping.resume(saved))
         assert (after[0], before + after[1]) == (whole, outcomes)
     assert any(outcome.stopped_tasks for outcome in outcomes)
 
@@ -184,7 +184,7 @@ def test_a_finished_run_stays_finished_until_its_patience_is_raised():
     assert EarlyStopping(TASKS, 2).finished(EarlyStopping(TASKS, 2).begin()) is None
 
 
-def test_another_metric_begins_anew_and_leaves_the_tasks_alone():
+def test_another_metric_starts_again_and_does_not_change_the_tasks():
     stopping = EarlyStopping(TASKS, 2, task_patience=2)
     content = run(stopping, macro([1.0, 2.0, 2.0]))[0].as_dict()
     other = EarlyStopping(TASKS, 2, "write", task_patience=2, trained=TASKS[:1])
@@ -220,5 +220,5 @@ def test_refused(options, text):
         EarlyStopping(TASKS, **options)
 
 
-def test_without_validation_data_nothing_is_asked_and_nothing_refused():
+def test_without_validation_data_the_defaults_are_accepted():
     assert EarlyStopping(TASKS, validated=()).finished(EarlyStopping(TASKS).begin()) is None

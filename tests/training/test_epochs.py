@@ -1,4 +1,4 @@
-"""The proof of an epoch over resumes: what is carried on, what is counted anew and what is judged."""
+"""The proof of an epoch over resumes: counts that continue, counts that start again, and epochs that are judged."""
 
 import json
 import types

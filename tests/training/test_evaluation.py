@@ -1,4 +1,4 @@
-"""What follows from validation losses, before the first step and after a restart."""
+"""Consequences of validation losses, before the first step and after a restart."""
 
 import numpy as np
 import pytest
@@ -21,22 +21,22 @@ class Log:
         self.records.append(record)
 
 
-def made(prefix, extra):
+def evaluation_for(prefix, extra):
     arguments = parse_arguments(f"{MODEL} --data-path {prefix} --seq-length 128 {extra}".split())
     return Evaluation(arguments, PackedDataset.open(prefix, 128))
 
 
 def test_no_task_to_train_is_refused(dataset_prefix, monkeypatch):
     monkeypatch.setattr(evaluation, "_counts", lambda split: np.array([0, 5, 0, 0]))
-    made(dataset_prefix, "")
+    evaluation_for(dataset_prefix, "")
     with pytest.raises(InputError, match="no task with a weight has a supervised token in the training split"):
-        made(dataset_prefix, "--task-weights explain=0")
+        evaluation_for(dataset_prefix, "--task-weights explain=0")
 
 
 def test_a_task_that_evaluations_do_not_see_is_no_metric(dataset_prefix, monkeypatch):
     words = "--early-stopping-patience 1 --early-stopping-metric"
     tasks = PackedDataset.open(dataset_prefix, 128).tasks
-    made(dataset_prefix, f"{words} {tasks[0]}")
+    evaluation_for(dataset_prefix, f"{words} {tasks[0]}")
     plans = evaluation.evaluation_plans
 
     def without_the_first(arguments, split, limit):
@@ -46,7 +46,7 @@ def test_a_task_that_evaluations_do_not_see_is_no_metric(dataset_prefix, monkeyp
 
     monkeypatch.setattr(evaluation, "evaluation_plans", without_the_first)
     with pytest.raises(InputError, match=f"{tasks[0]}: evaluations see no sample of this task"):
-        made(dataset_prefix, f"{words} {tasks[0]}")
+        evaluation_for(dataset_prefix, f"{words} {tasks[0]}")
 
 
 def valid(step, losses):
@@ -55,18 +55,18 @@ def valid(step, losses):
 
 
 def test_a_restart_with_other_options_says_what_changes(dataset_prefix):
-    first = made(dataset_prefix, "--task-early-stopping-patience 1 --early-stopping-patience 9")
+    first = evaluation_for(dataset_prefix, "--task-early-stopping-patience 1 --early-stopping-patience 9")
     for step in (1, 2):
         record = valid(step, {name: 1.0 for name in PackedDataset.open(dataset_prefix, 128).tasks})
         first._state, _ = first._stopping.after_evaluation(first._state, record)
     state = {"stopping": first.state()["stopping"]}
 
-    same, log = made(dataset_prefix, "--task-early-stopping-patience 1 --early-stopping-patience 9"), Log()
+    same, log = evaluation_for(dataset_prefix, "--task-early-stopping-patience 1 --early-stopping-patience 9"), Log()
     same.load(state, log, Progress(2))
     assert log.records == []
     assert same.finished == "every task has stopped (--task-early-stopping-patience 1)"
 
-    other = made(dataset_prefix, "--early-stopping-patience 9 --early-stopping-metric write")
+    other = evaluation_for(dataset_prefix, "--early-stopping-patience 9 --early-stopping-metric write")
     other.load(state, log, Progress(2))
     reasons = [record["reason"] for record in log.records]
     assert (
@@ -76,11 +76,11 @@ def test_a_restart_with_other_options_says_what_changes(dataset_prefix):
     assert other.finished is None
 
 
-def test_other_balancers_than_the_checkpoints_start_anew(dataset_prefix):
-    coba, log = made(dataset_prefix, "--task-balance coba"), Log()
-    coba.load({"balance": made(dataset_prefix, "").balance.state()}, log, Progress(7))
+def test_another_balancer_than_the_checkpoints_starts_from_its_beginning(dataset_prefix):
+    coba, log = evaluation_for(dataset_prefix, "--task-balance coba"), Log()
+    coba.load({"balance": evaluation_for(dataset_prefix, "").balance.state()}, log, Progress(7))
     assert "--task-balance coba starts from its beginning: the weights so far were static" in log.records[0]["reason"]
     assert coba.balance.needs_first_losses
-    static = made(dataset_prefix, "")
+    static = evaluation_for(dataset_prefix, "")
     static.load({"balance": coba.balance.state()}, log, Progress(7))
     assert "--task-balance static starts from its beginning: the weights so far were coba" in log.records[1]["reason"]

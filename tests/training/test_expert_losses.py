@@ -1,4 +1,4 @@
-"""Losses of a mixture of experts in the log; and data that experts on several ranks cannot take."""
+"""Losses of a mixture of experts in the log; and data sets that experts on several ranks cannot train on."""
 
 import dataclasses
 import json

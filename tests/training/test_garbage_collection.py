@@ -1,4 +1,4 @@
-"""When garbage is collected."""
+"""Steps at which garbage is collected."""
 
 import gc
 
@@ -27,7 +27,7 @@ def run(training, calls):
     return enabled
 
 
-def test_python_decides_unless_it_is_told(collected):
+def test_python_decides_without_the_option(collected):
     assert run(TrainingArguments(), collected)
     assert collected == ["evaluation", 1, "evaluation", 2, "evaluation", 3, "evaluation", 4]
 

@@ -1,4 +1,4 @@
-"""Records of metrics.jsonl from sums written down by hand."""
+"""Records of metrics.jsonl from sums made by hand."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ def report():
     return StepReport(*rows, weight_K=np.array([1.0, 3.0, 5.0]), grad_norm=0.5, learning_rate=1e-3)
 
 
-def logged(report, plan, weighted=True):
+def step_record(report, plan, weighted=True):
     return train_record(
         Progress(7, 28), report, plan, 50, step_time=0.5, balance_time=0.125, task_names=TASKS, weighted=weighted
     )
@@ -38,7 +38,7 @@ def plan(tokens=(2, 3, 0)):
 
 
 def test_a_step():
-    record = logged(report(), plan())
+    record = step_record(report(), plan())
     assert (record["loss"], record["step"], record["consumed_samples"]) == (3.0, 7, 28)
     assert (record["tokens"], record["supervised_tokens"]) == (50, 5)
     assert record["global_batch_size"] == 4
@@ -52,7 +52,7 @@ def test_a_step():
     }
     assert (record["balance_time"], record["balance_share"]) == (0.125, 0.2)
     assert record["tasks"]["explain"]["target_share"] == 0.75
-    assert logged(report(), plan(), weighted=False)["tasks"]["explain"]["target_share"] is None
+    assert step_record(report(), plan(), weighted=False)["tasks"]["explain"]["target_share"] is None
     assert record["tasks"]["absent"]["loss"] is None
     assert record["tasks"]["absent"]["share"] == 0.0
 
@@ -62,17 +62,17 @@ def shares(*share):
 
 
 def test_a_share_that_leaves_its_target_is_explained():
-    assert share_warning(logged(report(), plan()), "global") is None
-    assert share_warning(logged(shares(0.26, 0.74, 0.0), plan()), "micro-batch") is None  # within 5 %
-    assert share_warning(logged(shares(0.5, 0.5, 0.0), plan(), weighted=False), "global") is None
-    text = share_warning(logged(shares(0.3, 0.7, 0.0), plan()), "micro-batch")
+    assert share_warning(step_record(report(), plan()), "global") is None
+    assert share_warning(step_record(shares(0.26, 0.74, 0.0), plan()), "micro-batch") is None  # within 5 %
+    assert share_warning(step_record(shares(0.5, 0.5, 0.0), plan(), weighted=False), "global") is None
+    text = share_warning(step_record(shares(0.3, 0.7, 0.0), plan()), "micro-batch")
     assert "write has 30.0% for 25.0%, explain has 70.0% for 75.0%; --mft-normalization micro-batch divides" in text
-    assert "only rounding can do this" in share_warning(logged(shares(0.5, 0.5, 0.0), plan()), "global")
+    assert "only rounding can do this" in share_warning(step_record(shares(0.5, 0.5, 0.0), plan()), "global")
 
 
 def test_counts_that_differ_from_the_plan_stop_the_run():
     with pytest.raises(RuntimeError, match=r"\[2, 3, 0\], the data set's index says \[2, 4, 0\]"):
-        logged(report(), plan((2, 4, 0)))
+        step_record(report(), plan((2, 4, 0)))
 
 
 def test_an_evaluation():
@@ -85,7 +85,7 @@ def test_an_evaluation():
 def test_records_go_to_file_board_and_terminal(tmp_path, capsys):
     log = RunLog(True, str(tmp_path), None)
     written = [
-        logged(report(), plan()),
+        step_record(report(), plan()),
         valid_record(Progress(7, 28), report(), TASKS),
         event_record(Progress(7, 28), "skip", reason="why"),
     ]

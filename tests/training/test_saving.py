@@ -1,4 +1,4 @@
-"""Which checkpoints a run keeps, also when it is interrupted; the tokenizer's files follow the run."""
+"""Checkpoints that a run keeps, also when it is interrupted; and the tokenizer's files in its folder."""
 
 import json
 import random
@@ -60,7 +60,7 @@ def test_of_a_model_folder_only_the_tokenizer_is_copied(kept, tmp_path):
     assert kept(tmp_path / "hf")[0] == ["tokenizer.json", "tokenizer_config.json"]
 
 
-def test_a_file_brings_its_neighbours(kept, tmp_path):
+def test_of_a_file_the_files_beside_it_are_copied_too(kept, tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
         (tmp_path / name).write_text("{}")
     assert kept(tmp_path / "tokenizer.json")[0] == ["tokenizer.json", "tokenizer_config.json"]
@@ -71,7 +71,7 @@ def test_a_sentencepiece_model_gets_the_name_transformers_looks_for(kept, tmp_pa
     assert kept(tmp_path / "code.model") == (["tokenizer.model"], "")
 
 
-def test_one_that_is_gone_is_named(kept, tmp_path):
+def test_a_tokenizer_that_is_gone_is_named(kept, tmp_path):
     names, said = kept(tmp_path / "gone")
     assert names == []
     assert "gone is gone: an export of this run will need --tokenizer-model" in said
@@ -82,12 +82,12 @@ class Killed(BaseException):
 
 
 def fake_load(path, trainer, info, options):
-    """What :func:`mft_megatron.mcore.checkpointing.checkpoint.load` returns."""
+    """Return what :func:`mft_megatron.mcore.checkpointing.checkpoint.load` returns."""
     return {} if options.finetune else json.loads((path / "weights").read_text())
 
 
 def fake_save(writer, folder, trainer, info, state, when_complete):
-    """What :meth:`mft_megatron.mcore.checkpointing.checkpoint.Writer.save` does with the run folder."""
+    """Change the run folder as :meth:`mft_megatron.mcore.checkpointing.checkpoint.Writer.save` does."""
     path = iteration_folder(folder, info.iteration)
     path.mkdir(parents=True, exist_ok=True)
     (path / "weights").write_text(json.dumps(state))
@@ -97,7 +97,7 @@ def fake_save(writer, folder, trainer, info, state, when_complete):
 
 
 class Job:
-    """A run in ``folder`` without a model: it only saves."""
+    """A run in ``folder`` without a model, which only saves."""
 
     def __init__(self, prefix, folder, words=""):
         self.folder = folder
@@ -235,7 +235,7 @@ def test_an_interrupted_save_loses_nothing(job, monkeypatch, where, kept, best):
     again = job()
     assert again.kept() == kept
     assert again.best() == best
-    # the state in the checkpoint that the job goes on from is that of kept[-1]: there was nothing better before it
+    # the job resumes from the state in checkpoint kept[-1], and nothing before it was better
     assert (again.resume(), again.best_step) == (kept[-1], kept[-1])
     assert again.best() == kept[-1]
     assert again.step(30, best=True) == [30]
@@ -243,12 +243,12 @@ def test_an_interrupted_save_loses_nothing(job, monkeypatch, where, kept, best):
 
 @pytest.mark.parametrize("seed", range(8))
 def test_any_order_of_saves_and_interruptions(job, monkeypatch, seed):
-    draw = random.Random(seed)
+    rng = random.Random(seed)
     run, step, asked, best = job("--save-interval 3"), 0, set(), None
     for _ in range(12):
         step += 1
-        improved, ending = draw.random() < 0.4, draw.random() < 0.1
-        where = draw.choice([None, None, *POINTS])
+        improved, ending = rng.random() < 0.4, rng.random() < 0.1
+        where = rng.choice([None, None, *POINTS])
         complete = True
         try:
             with monkeypatch.context() as patch:
@@ -261,7 +261,7 @@ def test_any_order_of_saves_and_interruptions(job, monkeypatch, seed):
             asked.add(step)
         if complete and improved:
             best = step
-        if where is not None:  # the job starts again, whether or not it came to the point
+        if where is not None:  # the job starts again, whether or not it was interrupted
             run = job("--save-interval 3")
             step = run.resume()
         kept = set(run.kept())
@@ -272,7 +272,7 @@ def test_any_order_of_saves_and_interruptions(job, monkeypatch, seed):
             assert kept == asked | {best}
 
 
-def test_a_checkpoint_that_cannot_be_removed_is_named_and_the_run_goes_on(job, monkeypatch, capsys):
+def test_a_checkpoint_that_cannot_be_removed_is_named_and_the_run_continues(job, monkeypatch, capsys):
     run = job()
     run.step(10, best=True)
 
@@ -296,8 +296,8 @@ def test_a_checkpoint_that_cannot_be_removed_is_named_and_the_run_goes_on(job, m
         ("--load iter_0000005", None),
     ],
 )
-def test_going_back_brings_back_the_best_of_that_time(job, tmp_path, monkeypatch, words, expected):
-    """What the folder's best will be is written anew by the run that replaces the later checkpoints."""
+def test_resuming_from_an_older_checkpoint_restores_the_best_of_that_time(job, tmp_path, monkeypatch, words, expected):
+    """The folder's best is again the one of the step that the run resumes from, since it replaces what came later."""
     run = job("--save-interval 5")
     run.step(5)
     run.step(10, best=True)

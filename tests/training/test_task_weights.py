@@ -23,14 +23,14 @@ def test_weights_by_name_or_in_order(options, expected):
 
 
 @pytest.mark.parametrize("loss", ["focal-sample", "focal-task"])
-def test_of_the_focal_losses_they_are_the_alphas(loss):
+def test_of_the_focal_losses_the_weights_are_the_alphas(loss):
     options = MultiTaskArguments(mft_loss=loss, focal_alpha=("explain=2.5",))
     assert initial_weights(options, TASKS).tolist() == [1, 2.5, 1]
     with pytest.raises(InputError, match="--focal-alpha: numbers must be above 0"):
         initial_weights(MultiTaskArguments(mft_loss=loss, focal_alpha=("write=0",)), TASKS)
 
 
-def test_other_options_say_their_own_name():
+def test_messages_name_the_option():
     assert task_numbers("--famo-min-losses", ("explain=0.5",), TASKS, default=0.0).tolist() == [0, 0.5, 0]
     with pytest.raises(InputError, match="--famo-min-losses none=1: give NAME=NUMBER"):
         task_numbers("--famo-min-losses", ("none=1",), TASKS, default=0.0)
@@ -58,7 +58,7 @@ def test_refused(options, text):
         initial_weights(MultiTaskArguments(task_weights=options), TASKS)
 
 
-def test_of_many_tasks_the_one_that_was_meant_is_named():
+def test_of_many_tasks_only_the_nearest_is_named():
     names = [f"task{number}" for number in range(300)]
     with pytest.raises(InputError, match="with one of the data set's 300 tasks; did you mean task7") as refusal:
         task_numbers("--task-weights", ("taks7=1",), names, default=1.0)
@@ -69,7 +69,7 @@ OF_DATA = (2.0, None, 0.5)
 
 
 @pytest.mark.parametrize(
-    ("given", "expected", "said"),
+    ("given", "expected", "line"),
     [
         ({}, [2, 1, 0.5], "task weights of the data set: write=2, a=b=0.5"),
         (
@@ -94,13 +94,13 @@ OF_DATA = (2.0, None, 0.5)
         ),
     ],
 )
-def test_weights_of_the_data_set_hold_where_none_are_named(given, expected, said):
+def test_weights_of_the_data_set_hold_where_none_are_named(given, expected, line):
     options = MultiTaskArguments(**given)
     assert initial_weights(options, TASKS, OF_DATA).tolist() == expected
-    assert data_weights_text(options, TASKS, OF_DATA) == said
+    assert data_weights_text(options, TASKS, OF_DATA) == line
     assert data_weights_text(options, TASKS, (None,) * 3) is None
 
 
 def test_a_balancer_sets_the_weights():
-    said = data_weights_text(MultiTaskArguments(task_balance="coba"), TASKS, OF_DATA)
-    assert said == "task weights of the data set are not used, --task-balance coba sets them: write=2, a=b=0.5"
+    line = data_weights_text(MultiTaskArguments(task_balance="coba"), TASKS, OF_DATA)
+    assert line == "task weights of the data set are not used, --task-balance coba sets them: write=2, a=b=0.5"

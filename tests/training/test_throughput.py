@@ -1,4 +1,4 @@
-"""Operations of a step: counted one by one, slowly, on tiny shapes."""
+"""Operations of a step against a count of every product, on tiny shapes."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ EXPERTS = (
 
 
 def slow(extra, supervised, vocab_size):
-    """Of every token and pair of tokens by itself: matrix products forward, three times for backward, too."""
+    """Count every token and pair of tokens by itself: matrix products forward, three times that with backward."""
     a = parse_arguments(f"{WORDS} {extra}".split())
     n = a.network
     multiplications = 0
