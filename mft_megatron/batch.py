@@ -47,7 +47,7 @@ class Ranks:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What one optimizer step (or one evaluation step) consumes, the same on every rank.
+    """Packs that one optimizer step (or one evaluation step) consumes, the same on every rank.
 
     Attributes:
         packs_G: int64 [G], indices of packs; -1 is an empty row, which only fills up the last step of an evaluation.

@@ -2,12 +2,12 @@
 
 ::
 
-    StepPlan ─► rows of this rank ─► Batch ─► token losses l_t ──┐
+    StepPlan ─► MicroBatches of this rank ─► token losses l_t ───┐
     T_i, M_i of the whole global batch, w_i ─► factors [K] ──────┴─► objective ─► backward, summed over ranks ─► Adam
 
-Every rank builds its micro-batches from the plan itself; nothing about the batch is ever sent, but widths of padded
-micro-batches between pipeline stages. Reports are sums over the whole global batch, in fp64, from one all-reduce after
-the schedule has run.
+Every rank builds its micro-batches from the plan; the only data about a batch that is sent are the widths of padded
+micro-batches, from one pipeline stage to the next. Reports are fp64 sums over the whole global batch, from one
+all-reduce after the schedule has run.
 """
 
 import mft_megatron.mcore.platform.patched  # noqa: F401  (before Megatron-Core)
@@ -15,8 +15,9 @@ import mft_megatron.mcore.platform.patched  # noqa: F401  (before Megatron-Core)
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial, reduce
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ from mft_megatron.batch import StepPlan
 from mft_megatron.data.loading.dataset import PackedDataset, PackedSplit, Rows
 from mft_megatron.data.loading.micro_batches import MicroBatches, UsageByEpoch
 from mft_megatron.losses.focal import TaskStatistics
-from mft_megatron.losses.objective import SUMS, Objective, StepFactors
+from mft_megatron.losses.objective import SUMS, Objective, Slope, StepFactors
 from mft_megatron.mcore.model.gpt import build_model
 from mft_megatron.mcore.model.parameters import count_parameters
 from mft_megatron.mcore.optim.optimizer import build_optimizer, build_scheduler, learning_rate, loss_scale
@@ -42,8 +43,10 @@ from .moe import experts
 from .parallel import process_groups
 from .platform import devices
 
-# a padded micro-batch is as wide as a multiple of this many tokens
+# the width of a padded micro-batch is a multiple of this many tokens
 WIDTH_MULTIPLE = 64
+# as Megatron expects it: the sum to differentiate, a number of tokens, and figures to be logged
+MegatronLoss: TypeAlias = tuple[Tensor, Tensor, dict[str, Tensor]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +67,7 @@ class EvaluationReport:
 
     @property
     def loss(self) -> float:
-        """The objective."""
+        """The objective: the sum of the tasks' parts."""
         return self.objective_K.sum().item()
 
 
@@ -77,7 +80,7 @@ class StepReport(EvaluationReport):
         learning_rate: of this step.
         loss_scale: of this step; ``None`` where the precision needs none.
         overflow: whether gradients were too large for the loss scale, so that nothing was updated; losses may then be
-            no numbers.
+            NaN or infinite.
         grad_norm: before clipping; ``None`` after an overflow.
         zeros_in_grad: elements of the gradients that are 0; ``None`` where they are not counted.
         expert_losses: balancing and z losses by Megatron's name, fp64 [layers], without coefficient; means over the
@@ -94,18 +97,29 @@ class StepReport(EvaluationReport):
 
 
 class Trainer:
-    """A model, its optimizer and its schedule on this rank, and the things one does with them.
+    """A model and its optimizer on this rank: training steps and evaluations.
 
-    ``usage``: what this rank has trained on. ``weights``: who reads weights between steps does so within
-    ``weights.whole()``; see :class:`.parallel.data_parallel.WeightGathering`.
+    Attributes:
+        arguments: of the whole run.
+        num_tasks: ``K``.
+        objective: the loss of training steps.
+        statistics: of earlier steps, by task; focal-task reads them.
+        usage: sample slices that this rank has trained on.
+        chunks: this rank's chunks of the model.
+        optimizer: Megatron-Core's.
+        scheduler: of the learning rate and the weight decay.
+        weights: read weights between steps within ``weights.whole()``; see
+            :class:`.parallel.data_parallel.WeightGathering`.
+        ranks: position of this rank in its data-parallel group.
     """
 
     def __init__(self, arguments: Arguments, vocab_size: int, num_tasks: int):
-        """
+        """Build the model and the optimizer.
+
         Args:
             arguments: of the whole run.
-            vocab_size: real size of the vocabulary.
-            num_tasks: K.
+            vocab_size: size of the vocabulary without padding.
+            num_tasks: ``K``.
         """
         self.arguments = arguments
         self.num_tasks = num_tasks
@@ -129,14 +143,13 @@ class Trainer:
         """Consume one global batch and update the weights.
 
         Args:
-            split: that the plan is of.
+            split: the split that the plan was made from.
             plan: of the step.
             weight_K: fp64 [K], weight ``w_i`` of each task, ``alpha_i`` of the focal losses.
 
         Returns:
-            the report, or ``None`` where the batch has nothing to learn from (no supervised token of a task with a
-            weight): then nothing is changed, on every rank alike. Where gradients overflow nothing but the loss scale
-            is changed.
+            the report; or ``None`` where no task with a weight has a supervised token in the batch: then nothing
+            changes, on any rank. Where gradients overflow, only the loss scale changes.
         """
         factors = self._factors(self.objective, [plan], weight_K)
         micro_batches = self._micro_batches(split, plan)
@@ -169,23 +182,32 @@ class Trainer:
         return dataclasses.replace(report, grad_norm=grad_norm, zeros_in_grad=zeros)
 
     def evaluate(self, split: PackedSplit, plans: Sequence[StepPlan], weight_K: np.ndarray) -> EvaluationReport:
-        """Token losses of every task over the given batches, without changing anything.
+        """Compute the losses of every task over some batches; no state changes.
 
-        The objective is that of all batches as one, whatever ``--mft-normalization`` says: their counts are added up
-        first. ``weight_K`` as in :meth:`train_step`.
+        The objective is that of all batches as a single one, for every ``--mft-normalization``: their counts are summed
+        first.
+
+        Args:
+            split: the split that the plans were made from.
+            plans: of the batches, at least one.
+            weight_K: as in :meth:`train_step`.
         """
         objective = dataclasses.replace(self.objective, per_micro_batch=False)
         factors = self._factors(objective, plans, weight_K)
-        sums = sum(self._forward_only(objective, factors, self._micro_batches(split, plan)) for plan in plans)
-        return _report(objective, factors, sums, torch.from_numpy(sum(plan.samples_K for plan in plans)))
+        sums = (self._forward_only(objective, factors, self._micro_batches(split, plan)) for plan in plans)
+        return _report(objective, factors, reduce(torch.add, sums), _total_counts(plans)[1])
 
     def task_losses(self, dataset: PackedDataset, rows: Rows) -> np.ndarray:
-        """Mean token loss of each task over some rows, without changing anything.
+        """Compute the mean token loss of each task over some rows; no state changes.
+
+        Args:
+            dataset: of the rows.
+            rows: the sample slices of each row, for all ranks.
 
         Returns:
             fp64 [K], the same on every rank; NaN for a task without a supervised token in these rows.
         """
-        nothing = torch.zeros(self.num_tasks, dtype=torch.float64)
+        zero_K = torch.zeros(self.num_tasks, dtype=torch.float64)
         micro_batches = MicroBatches.of_draw(
             dataset,
             rows,
@@ -194,20 +216,23 @@ class Trainer:
             self.arguments.batch_multiple,
             self._width_multiple(),
         )
-        sums = self._forward_only(Objective("token"), StepFactors(nothing, nothing, nothing), micro_batches)
+        sums = self._forward_only(Objective("token"), StepFactors(zero_K, zero_K, zero_K), micro_batches)
         loss_K, tokens_K = sums[SUMS.index("loss_K")], sums[SUMS.index("tokens_K")]
         return (loss_K / tokens_K).cpu().numpy()
 
     def num_parameters(self, trained: bool = False) -> int:
-        """Parameters of the whole model, or those that are ``trained``; padding of the vocabulary counted in and shared
-        weights counted once."""
+        """Number of parameters of the whole model, or of the ``trained`` ones.
+
+        The padding of the vocabulary counts; tied weights count once.
+        """
         return count_parameters(self.chunks, trained)
 
     def _factors(self, objective: Objective, plans: Sequence[StepPlan], weight_K: np.ndarray) -> StepFactors:
-        counts = (sum(plan.supervised_tokens_K for plan in plans), sum(plan.samples_K for plan in plans))
+        tokens_K, samples_K = _total_counts(plans)
         num_micro_batches = sum(len(plan.packs_G) for plan in plans) // self.arguments.training.micro_batch_size
-        numbers = (torch.from_numpy(values) for values in (*counts, weight_K))
-        return objective.before_step(*numbers, self.statistics, num_micro_batches)
+        return objective.before_step(
+            tokens_K, samples_K, torch.from_numpy(weight_K), self.statistics, num_micro_batches
+        )
 
     def _micro_batches(self, split: PackedSplit, plan: StepPlan) -> MicroBatches:
         micro_batch_size = self.arguments.training.micro_batch_size
@@ -222,9 +247,13 @@ class Trainer:
     def _run(
         self, objective: Objective, factors: StepFactors, micro_batches: MicroBatches, forward_only: bool
     ) -> Tensor:
-        """Take this rank's micro-batches through the pipeline; the sums over all ranks, fp64 [len(SUMS), K]."""
+        """Run this rank's micro-batches through the pipeline.
+
+        Returns:
+            fp64 [len(SUMS), K], summed over all ranks.
+        """
         for chunk in self.chunks:
-            # stages then tell each other the width of each micro-batch, which only rows of padded data sets differ in
+            # stages then send the width of each micro-batch to the next one
             chunk.config.variable_seq_lengths = micro_batches.padded
         batches = (to_device(batch) for batch in micro_batches)
         sums = torch.zeros(len(SUMS), self.num_tasks, dtype=torch.float64, device=devices.device())
@@ -232,11 +261,11 @@ class Trainer:
         slope = partial(objective.slope, factors)
         self._schedule(
             forward_step_func=partial(_forward, partial(_objective, objective, factors, sums), slope),
-            # every chunk goes through the same micro-batches, each at its own pace
+            # every chunk iterates over the same micro-batches, not at the same time
             data_iterator=list(itertools.tee(batches, len(self.chunks))),
             model=self.chunks,
             num_microbatches=len(micro_batches),
-            # a micro-batch travels through the pipeline as one stream of tokens; of padded ones no one asks this length
+            # a micro-batch is one stream of tokens in the pipeline; Megatron ignores this length where widths vary
             seq_length=self.arguments.training.micro_batch_size * self.arguments.data.seq_length,
             micro_batch_size=1,
             forward_only=forward_only,
@@ -244,9 +273,18 @@ class Trainer:
         return process_groups.sum_over_world(sums)
 
     def _width_multiple(self) -> int:
-        """What the width of a padded micro-batch is a multiple of, so that context-parallel ranks and, with sequence
-        parallelism, tensor-parallel ranks can share it."""
+        """Tokens that the width of a padded micro-batch is a multiple of.
+
+        Context-parallel ranks and, with sequence parallelism, tensor-parallel ranks can then shard it evenly.
+        """
         return math.lcm(WIDTH_MULTIPLE, self.arguments.distributed.stream_multiple)
+
+
+def _total_counts(plans: Sequence[StepPlan]) -> tuple[Tensor, Tensor]:
+    """Supervised tokens and samples of all plans: int64 [K] each, on the CPU."""
+    tokens_K = np.sum([plan.supervised_tokens_K for plan in plans], axis=0)
+    samples_K = np.sum([plan.samples_K for plan in plans], axis=0)
+    return torch.from_numpy(tokens_K), torch.from_numpy(samples_K)
 
 
 def _report(objective: Objective, factors: StepFactors, sums: Tensor, samples_K: Tensor) -> EvaluationReport:
@@ -255,18 +293,38 @@ def _report(objective: Objective, factors: StepFactors, sums: Tensor, samples_K:
     return EvaluationReport(named["loss_K"], named["tokens_K"], by_task_K, named["share_K"])
 
 
-def _forward(loss_function, slope, batches: Iterator[DeviceBatch], model: DistributedDataParallel):
-    """Megatron's forward step: the stage's output, and how the last stage makes a loss of it."""
+def _forward(
+    loss_function: Callable[[DeviceBatch, Tensor], MegatronLoss],
+    slope: Callable[[DeviceBatch], Slope | None],
+    batches: Iterator[DeviceBatch],
+    model: DistributedDataParallel,
+) -> tuple[Tensor, Callable[[Tensor], MegatronLoss]]:
+    """Run Megatron's forward step.
+
+    Returns:
+        output: of the stage.
+        loss_function: of the output of the last stage.
+    """
     batch = next(batches)
     return model.module.run(batch, slope=slope), partial(loss_function, batch)
 
 
-def _objective(objective: Objective, factors: StepFactors, sums: Tensor, batch: DeviceBatch, loss_BS: Tensor):
-    """The objective of one micro-batch; adds the micro-batch's sums per task to ``sums`` [len(SUMS), K].
+def _objective(
+    objective: Objective, factors: StepFactors, sums: Tensor, batch: DeviceBatch, loss_T: Tensor
+) -> MegatronLoss:
+    """Compute the objective of one micro-batch, and add its sums by task to ``sums``.
 
-    The 3-tuple tells Megatron to add micro-batches and ranks up and to leave the result alone.
+    Args:
+        objective: of the step.
+        factors: of the step, on this device.
+        sums: fp64 [len(SUMS), K], of all micro-batches of this rank.
+        batch: the micro-batch.
+        loss_T: token losses, fp32 [1, B·S].
+
+    Returns:
+        Megatron's 3-tuple, with which it sums over micro-batches and ranks and does not rescale.
     """
-    loss_BS = loss_BS.view(batch.labels_BS.shape)
+    loss_BS = loss_T.view(batch.labels_BS.shape)
     shard = batch.shard
     value, coefficient_BS = objective.contribution(factors, batch, loss_BS, shard.sum)
     if process_groups.reports_losses():
@@ -274,6 +332,8 @@ def _objective(objective: Objective, factors: StepFactors, sums: Tensor, batch: 
     return value, torch.zeros([], dtype=torch.int, device=value.device), {}
 
 
-def _finalize_without_rescaling(model, num_tokens=None, **groups) -> None:
-    """Reduce gradients over ranks as plain sums; Megatron would divide by the number of tokens here."""
+def _finalize_without_rescaling(
+    model: list[DistributedDataParallel], num_tokens: Tensor | None = None, **groups: Any
+) -> None:
+    """Reduce gradients over ranks as plain sums; Megatron would divide them by ``num_tokens``."""
     finalize_model_grads(model, None, **groups)

@@ -19,8 +19,8 @@ class DeviceBatch(Batch[Tensor]):
     """A micro-batch of tensors.
 
     Attributes:
-        shard: the part of it that this context-parallel rank computes. Its tokens are counted on the host before the
-            arrays are copied, so that nothing waits for a number of tokens.
+        shard: the part of it that this context-parallel rank computes. It is derived from the arrays on the host, so
+            that nothing waits for the device.
     """
 
     shard: ContextParallelShard
