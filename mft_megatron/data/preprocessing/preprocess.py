@@ -18,7 +18,7 @@ import numpy as np
 from mft_megatron.data.chat_templates.formats import ChatFormat, chat_format
 from mft_megatron.data.packing.build_packs import write_packs
 from mft_megatron.data.packing.packing_options import PackingOptions, check_packing_options
-from mft_megatron.data.records.fim import fim
+from mft_megatron.data.records.fim import make_fim
 from mft_megatron.data.storage.dataset_writer import DatasetWriter, report_full_disk, require_free_space
 from mft_megatron.data.storage.indexed_dataset import token_dtype
 from mft_megatron.data.storage.ledger import JsonObject, Ledger, TokenizerEntry
@@ -145,7 +145,7 @@ def _make(recipe: Recipe, backend: str) -> tuple[Ledger, list[str]]:
 
 def _encoding(recipe: Recipe, task: TaskFiles, tokenizer: Tokenizer, styles: dict[str, ChatFormat]) -> TaskEncoding:
     rate = recipe.fim_rate if task.fim_rate is None else task.fim_rate
-    cut = fim(tokenizer, rate, recipe.fim_spm_rate, recipe.fim_tokens, recipe.packing.seed) if rate > 0 else None
+    cut = make_fim(tokenizer, rate, recipe.fim_spm_rate, recipe.fim_tokens, recipe.packing.seed) if rate > 0 else None
     return TaskEncoding(styles[task.template or recipe.chat_template], task.record_format, cut, recipe.add_bos)
 
 

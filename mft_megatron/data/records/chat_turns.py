@@ -72,7 +72,7 @@ def read_chat(
     if not assistant:
         raise RecordError("no_assistant_turn", f"{key} has no assistant turn, so there is nothing to learn")
     if not learns:
-        raise RecordError("no_learned_turn", f"{key} says train: false or weight: 0 of every assistant turn")
+        raise RecordError("no_learned_turn", f"{key} has train: false or weight: 0 in every assistant turn")
     return Conversation(tuple(read), tools=read_tools(record) if "tools" in record else ())
 
 

@@ -85,7 +85,9 @@ class Fim:
         return hashlib.sha256(json.dumps(dataclasses.astuple(self)).encode()).hexdigest()
 
 
-def fim(tokenizer: Tokenizer, rate: float, spm_rate: float = 0.5, tokens: str | None = None, seed: int = 1234) -> Fim:
+def make_fim(
+    tokenizer: Tokenizer, rate: float, spm_rate: float = 0.5, tokens: str | None = None, seed: int = 1234
+) -> Fim:
     """Make the transformation that ``--fim-rate``, ``--fim-spm-rate`` and ``--fim-tokens`` describe.
 
     Args:

@@ -70,8 +70,10 @@ def supervised_turns(conversation: Conversation, supervise: str) -> list[bool]:
     if True not in supervised:
         raise RecordError(
             "nothing_to_learn",
-            "no turn is supervised: " + ("the last" if supervise == "last" else "every") + " assistant turn is marked "
-            "as not to be learned, or there is none",
+            "no turn is supervised: "
+            + ("the last" if supervise == "last" else "every")
+            + " assistant turn is excluded "
+            "from training, or there is none",
         )
     if not any(_says_something(turn) for turn, learn in zip(conversation.turns, supervised, strict=True) if learn):
         raise _empty_answer()
@@ -102,7 +104,7 @@ def raw_segments(conversation: Conversation, end_of_text: str) -> list[Segment]:
     """
     supervised = [turn.role == "completion" and turn.learn for turn in conversation.turns]
     if True not in supervised:
-        raise RecordError("nothing_to_learn", "the completion is marked as not to be learned, so nothing is supervised")
+        raise RecordError("nothing_to_learn", "the completion is excluded from training, so nothing is supervised")
     if not any(turn.content for turn, learn in zip(conversation.turns, supervised, strict=True) if learn):
         raise _empty_answer()
     segments = [

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mft_megatron.data.records.conversation import Conversation, Turn
-from mft_megatron.data.records.fim import KNOWN_TOKENS, SHORTEST, Fim, fim, fim_tokens
+from mft_megatron.data.records.fim import KNOWN_TOKENS, SHORTEST, Fim, fim_tokens, make_fim
 from mft_megatron.data.records.segments import Segment, raw_segments
 from mft_megatron.errors import InputError
 
@@ -179,14 +179,14 @@ def test_tokens_of_the_option():
 
 def test_options():
     tokenizer = Vocabulary(P, S, M)
-    assert fim(tokenizer, 0.5, 0.25, "<P>,<S>,<M>", 9) == Fim(0.5, 0.25, (P, S, M), 9, END)
+    assert make_fim(tokenizer, 0.5, 0.25, "<P>,<S>,<M>", 9) == Fim(0.5, 0.25, (P, S, M), 9, END)
     for rates, option in (
         ((1.5, 0.5), "--fim-rate 1.5"),
         ((0.5, -0.1), "--fim-spm-rate -0.1"),
         ((float("nan"),), "nan"),
     ):
         with pytest.raises(InputError, match=option):
-            fim(tokenizer, *rates, tokens="<P>,<S>,<M>")
+            make_fim(tokenizer, *rates, tokens="<P>,<S>,<M>")
 
 
 def test_fingerprints_of_different_transformations_differ():
