@@ -91,15 +91,15 @@ def whole_adapters(of_ranks):
 
     shards = {}
     for of_rank in of_ranks:
-        for name, own in of_rank.items():
-            for first, content in own:
+        for name, of_matrix in of_rank.items():
+            for first, content in of_matrix:
                 known = shards.setdefault(name, {}).setdefault(tuple(first), content)
                 assert np.array_equal(known, content), f"{name}: ranks differ"
     matrices = {}
-    for name, own in shards.items():
-        rows = max(first[0] + content.shape[0] for first, content in own.items())
-        columns = max(first[1] + content.shape[1] for first, content in own.items())
+    for name, of_matrix in shards.items():
+        rows = max(first[0] + content.shape[0] for first, content in of_matrix.items())
+        columns = max(first[1] + content.shape[1] for first, content in of_matrix.items())
         matrices[name] = np.full((rows, columns), np.nan, dtype=np.float32)
-        for first, content in own.items():
+        for first, content in of_matrix.items():
             matrices[name][first[0] : first[0] + content.shape[0], first[1] : first[1] + content.shape[1]] = content
     return matrices

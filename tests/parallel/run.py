@@ -192,10 +192,10 @@ def chosen(trainer):
                 weights[f"{name} linear_fc2"] = 1, part, layer.mlp.linear_fc2.weight
                 continue
             weights[f"{name} router"] = None, 0, layer.mlp.router.weight
-            own = layer.mlp.experts.local_experts
-            first = parallel_state.get_expert_model_parallel_rank() * len(own)
-            for number, expert in enumerate(own):
-                weights[f"{name} expert {first + number}"] = 1, expert_part, expert.linear_fc2.weight
+            experts = layer.mlp.experts.local_experts
+            first = parallel_state.get_expert_model_parallel_rank() * len(experts)
+            for index, expert in enumerate(experts, first):
+                weights[f"{name} expert {index}"] = 1, expert_part, expert.linear_fc2.weight
         if model.post_process and not model.share_embeddings_and_output_weights:
             weights["output_layer"] = 0, part, model.output_layer.weight
     return weights
@@ -205,26 +205,32 @@ def chosen_gradients(trainer):
     """Copy the gradients of :func:`chosen`; empty with the distributed optimizer, where ranks have shards of them."""
     if trainer.arguments.distributed.use_distributed_optimizer:
         return {}
-    return {name: (axis, part, own.main_grad.numpy().copy()) for name, (axis, part, own) in chosen(trainer).items()}
+    return {
+        name: (axis, part, weight.main_grad.numpy().copy()) for name, (axis, part, weight) in chosen(trainer).items()
+    }
 
 
 def chosen_weights(trainer):
     """Copy the weights of :func:`chosen`."""
     with trainer.weights.whole():
-        return {name: (axis, part, own.detach().numpy().copy()) for name, (axis, part, own) in chosen(trainer).items()}
+        return {
+            name: (axis, part, weight.detach().numpy().copy()) for name, (axis, part, weight) in chosen(trainer).items()
+        }
 
 
 def whole(of_ranks):
     """Concatenate the shards of all ranks by name; shards that several ranks have must be equal, bit for bit."""
-    axes, parts = {}, {}
+    axes, shards = {}, {}
     for tensors in of_ranks:
-        for name, (axis, part, own) in tensors.items():
+        for name, (axis, part, shard) in tensors.items():
             axes[name] = axis
-            known = parts.setdefault(name, {}).setdefault(part, own)
-            assert np.array_equal(known, own), f"{name}: ranks differ"
+            known = shards.setdefault(name, {}).setdefault(part, shard)
+            assert np.array_equal(known, shard), f"{name}: ranks differ"
     return {
-        name: own[0] if axes[name] is None else np.concatenate([own[part] for part in sorted(own)], axes[name])
-        for name, own in parts.items()
+        name: of_part[0]
+        if axes[name] is None
+        else np.concatenate([of_part[part] for part in sorted(of_part)], axes[name])
+        for name, of_part in shards.items()
     }
 
 
@@ -250,8 +256,8 @@ def some_steps(prefix, extra, world_size, folder, save_after, steps, seed=1234):
         trainer = Trainer(arguments, dataset.vocab_size, 4)
         start, curve = 0, []
         if save_after is None:
-            found = latest_checkpoint(folder)
-            path, info = found.path, found.info
+            newest = latest_checkpoint(folder)
+            path, info = newest.path, newest.info
             checkpoint.load(path, trainer, info, arguments.checkpoint)
             start = info.iteration
         for step in range(start, steps):
@@ -282,8 +288,8 @@ def train_save_load(prefix, folder):
     split = dataset.split("train")
     with process_groups.process_groups(arguments.distributed, arguments.initialization.seed):
 
-        def step(trainer, number):
-            plan = plan_step(split, seed=1, global_batch_size=8, consumed_samples=8 * number)
+        def step(trainer, index):
+            plan = plan_step(split, seed=1, global_batch_size=8, consumed_samples=8 * index)
             return trainer.train_step(split, plan, np.ones(4)).loss
 
         trainer = Trainer(arguments, dataset.vocab_size, 4)

@@ -120,9 +120,10 @@ def one_process(prefix):
 def test_balancing_does_not_depend_on_the_layout(dataset_prefix, layout):
     world_size, options = LAYOUTS[layout]
     results = run_on_ranks(world_size, _runs, dataset_prefix, options, world_size, BALANCERS)
-    together = arguments_for(dataset_prefix, options, world_size).batch_multiple
+    multiple = arguments_for(dataset_prefix, options, world_size).batch_multiple
     for name, (expected, expected_draws) in one_process(dataset_prefix).items():
-        assert any(rows % together for rows, _ in expected_draws)  # otherwise ranks would get no empty rows
+        # otherwise ranks would get no empty rows
+        assert any(rows % multiple for rows, _ in expected_draws)
         for log, draws in (result[name] for result in results):
             np.testing.assert_array_equal(weights(log), weights(results[0][name][0]))  # bit for bit
             np.testing.assert_allclose(weights(log), weights(expected), rtol=0, atol=WEIGHT_TOLERANCES[name])
@@ -131,7 +132,7 @@ def test_balancing_does_not_depend_on_the_layout(dataset_prefix, layout):
                 np.testing.assert_allclose(loss_K, expected_K, rtol=1e-6)
 
 
-def test_the_weights_move_and_the_draws_differ(dataset_prefix):
+def test_the_weights_change_and_the_draws_differ(dataset_prefix):
     """Otherwise the comparison above would prove nothing."""
     runs = one_process(dataset_prefix)
     for name, (log, draws) in runs.items():
@@ -231,7 +232,7 @@ def test_without_a_validation_split_balancers_are_refused(without_validation):
         assert "has no validation split" in message
 
 
-def test_a_stopped_task_weighs_nothing_and_the_others_go_on(dataset_prefix, tmp_path):
+def test_a_stopped_task_has_weight_0_and_the_others_continue(dataset_prefix, tmp_path):
     """The third task's losses are reported as rising; a run resumed after its stop leaves it out too."""
     balances = {"static": "--task-weights write=5", "coba": BALANCERS["coba"]}
     stopping = "--micro-batch-size 4 --task-early-stopping-patience 2 --eval-interval 1"

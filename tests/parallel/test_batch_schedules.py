@@ -54,36 +54,36 @@ def records(folder):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, prefix):
-    """Run folders: ``alone/NAME`` of one process, ``whole/NAME`` of two, ``resumed/NAME`` of two that stop at STOP."""
+    """Run folders: ``one/NAME`` of one process, ``two/NAME`` of two, ``resumed/NAME`` of two that stop at STOP."""
     folder = tmp_path_factory.mktemp("runs")
-    alone, of_two = [], []
+    on_one, on_two = [], []
     for name, (words, _, stop) in BATCHES.items():
-        alone.append(f"{words} --save {folder}/alone/{name}")
-        of_two.append(f"{words} --save {folder}/whole/{name}")
+        on_one.append(f"{words} --save {folder}/one/{name}")
+        on_two.append(f"{words} --save {folder}/two/{name}")
         resumed = f"{words} --save {folder}/resumed/{name} --load {folder}/resumed/{name}"
-        of_two += [f"{resumed} --exit-interval {stop}", resumed]
-    for world_size, runs in ((1, alone), (2, of_two)):
+        on_two += [f"{resumed} --exit-interval {stop}", resumed]
+    for world_size, runs in ((1, on_one), (2, on_two)):
         run_on_ranks(world_size, _run, prefix, [(words, free_port()) for words in runs], world_size)
     return folder
 
 
 @pytest.mark.parametrize("name", BATCHES)
 def test_each_step_has_its_size(folder, name):
-    steps, epochs = records(folder / "alone" / name)
+    steps, epochs = records(folder / "one" / name)
     sizes = BATCHES[name][1]
     assert [step["global_batch_size"] for step in steps] == sizes
     assert [step["consumed_samples"] for step in steps] == [sum(sizes[: n + 1]) for n in range(STEPS)]
     assert [step["lr"] for step in steps[:3]] == [0.0, 5e-4, 1e-3]  # by steps, not by samples
-    assert epochs, "the runs are to go on into a second epoch"
+    assert epochs, "the runs must reach a second epoch"
     assert all(epoch["complete"] for epoch in epochs)
 
 
 @pytest.mark.parametrize("name", BATCHES)
 def test_two_ranks_take_the_steps_of_one(folder, name):
-    (alone, epochs), (whole, epochs_of_two) = (records(folder / kind / name) for kind in ("alone", "whole"))
-    assert epochs_of_two == epochs
-    assert len({step["loss"] for step in alone}) == STEPS
-    for step, same in zip(whole, alone, strict=True):
+    (on_one, epochs), (on_two, epochs_on_two) = (records(folder / kind / name) for kind in ("one", "two"))
+    assert epochs_on_two == epochs
+    assert len({step["loss"] for step in on_one}) == STEPS
+    for step, same in zip(on_two, on_one, strict=True):
         for key in ("global_batch_size", "consumed_samples", "supervised_tokens", "lr"):
             assert step[key] == same[key]
         for key in ("loss", "grad_norm"):
@@ -91,7 +91,7 @@ def test_two_ranks_take_the_steps_of_one(folder, name):
 
 
 @pytest.mark.parametrize("name", BATCHES)
-def test_a_resume_goes_on_with_the_size_of_its_step(folder, name):
-    assert records(folder / "resumed" / name) == records(folder / "whole" / name)
+def test_a_resumed_run_continues_the_batch_schedule(folder, name):
+    assert records(folder / "resumed" / name) == records(folder / "two" / name)
     events = [json.loads(line) for line in (folder / "resumed" / name / "metrics.jsonl").read_text().splitlines()]
     assert [event["step"] for event in events if event.get("event") == "load"] == [BATCHES[name][2]]

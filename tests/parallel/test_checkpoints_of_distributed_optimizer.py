@@ -16,7 +16,7 @@ OVERLAP = f"{SHARDED} --overlap-param-gather"
 DROPOUT = "--hidden-dropout 0.1 --attention-dropout 0.1"
 FP16 = "--fp16 --initial-loss-scale 1024 --loss-scale-window 2"
 LAYOUTS = {
-    "alone": (1, ""),
+    "one process": (1, ""),
     "DP2": (2, "--ckpt-fully-parallel-load"),
     "DP2 overlap": (2, f"{OVERLAP} --ckpt-fully-parallel-load"),
     "TP2 DP2": (4, f"{TP2} --use-distributed-optimizer --micro-batch-size 1"),
@@ -46,8 +46,8 @@ def _load(trainer, folder):
     from mft_megatron.mcore.checkpointing import checkpoint
     from mft_megatron.run_folder import latest_checkpoint
 
-    found = latest_checkpoint(folder)
-    path, info = found.path, found.info
+    newest = latest_checkpoint(folder)
+    path, info = newest.path, newest.info
     checkpoint.load(path, trainer, info, trainer.arguments.checkpoint)
 
 
@@ -128,7 +128,7 @@ def _exchange(prefix, folder, names, precision, with_step):
                 assert again[name].equal(saved[name]), f"{writer} to {reader}: {name}"
         if not with_step:
             continue
-        expected = _tensors(f"{folder}/{writer} to alone/next")
+        expected = _tensors(f"{folder}/{writer} to one process/next")
         for reader in names:
             after = _tensors(f"{folder}/{writer} to {reader}/next")
             for name in expected:
@@ -138,12 +138,12 @@ def _exchange(prefix, folder, names, precision, with_step):
 
 def test_with_and_without_the_distributed_optimizer(dataset_prefix, tmp_path):
     """The checkpoint that is saved directly after loading has the same tensors and scalars, bit for bit."""
-    _exchange(dataset_prefix, tmp_path, ("alone", "DP2 overlap"), FP16, False)
+    _exchange(dataset_prefix, tmp_path, ("one process", "DP2 overlap"), FP16, False)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["", "--bf16", FP16])
-def test_any_layout_goes_on_from_any_other(dataset_prefix, tmp_path, precision):
+def test_any_layout_resumes_from_any_other(dataset_prefix, tmp_path, precision):
     """Tensors are the same, bit for bit, and in fp32 equal up to rounding after another step."""
     _exchange(dataset_prefix, tmp_path, LAYOUTS, precision, not precision)
 

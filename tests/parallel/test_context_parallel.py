@@ -50,14 +50,14 @@ def _steps(prefix, extra, world_size, modes):
     to_device = step.to_device
 
     def keep(batch):
-        there = to_device(batch)
+        on_device = to_device(batch)
         lengths = np.repeat(np.diff(batch.cu_seqlens), np.diff(batch.cu_seqlens))
         supervised = np.unique(batch.sample_ids_BS[batch.loss_mask_BS > 0])
         real = np.isin(batch.sample_ids_BS.ravel(), supervised)
-        own = there.shard.index_T
-        own = np.arange(lengths.size) if own is None else own.numpy()
-        seen.append((len(own), int(real[own].sum()), len(there.shard.supervised_N)))
-        return there
+        index_T = on_device.shard.index_T
+        index_T = np.arange(lengths.size) if index_T is None else index_T.numpy()
+        seen.append((len(index_T), int(real[index_T].sum()), len(on_device.shard.supervised_N)))
+        return on_device
 
     step.to_device, step.WIDTH_MULTIPLE = keep, 128  # so that all rows have the full width
     with process_groups.process_groups(arguments.distributed, arguments.initialization.seed):
@@ -97,11 +97,11 @@ def test_ranks_without_targets_and_with_padding_alone(short, layout):
         assert any(real == 0 for _, real, _ in seen)
 
 
-def _token_losses(prefix, extra, world_size, shape, alone):
+def _token_losses(prefix, extra, world_size, shape, unpacked):
     """Compute losses of all tokens of some packs; 0 for tokens of other ranks.
 
     Args:
-        alone: compute each sample in a separate row, in the same order; NaN where there is no target.
+        unpacked: compute each sample in a separate row, in the same order; NaN where there is no target.
     """
     import torch
 
@@ -125,15 +125,15 @@ def _token_losses(prefix, extra, world_size, shape, alone):
         split = dataset.split("train")
         # three rows, whose borders are not those of the context-parallel blocks
         batch = batch_of_packs(split, np.arange(3))
-        if not alone:
+        if not unpacked:
             return losses(batch)
         borders = list(zip(batch.cu_seqlens, batch.cu_seqlens[1:], strict=False))
         # padding and the last token of a segment have no target
-        found = np.full(batch.tokens_BS.size, np.nan)
+        values = np.full(batch.tokens_BS.size, np.nan)
         for start, end in borders:
             if batch.loss_mask_BS.ravel()[start:end].any():
-                found[start : end - 1] = losses(one_segment(batch.tokens_BS.ravel()[start:end]))[:-1]
-        return found
+                values[start : end - 1] = losses(one_segment(batch.tokens_BS.ravel()[start:end]))[:-1]
+        return values
 
 
 @pytest.mark.parametrize("shape", ["llama", "window", "Megatron's defaults"])
@@ -141,15 +141,15 @@ def _token_losses(prefix, extra, world_size, shape, alone):
 def test_packed_equals_unpacked(dataset_prefix, shape, layout):
     """Token losses agree on whichever rank computes them; positions are rotary, within a window, and learned."""
     world, extra = LAYOUTS[layout]
-    alone = run_on_ranks(1, _token_losses, dataset_prefix, "", 1, shape, True)[0]
+    unpacked = run_on_ranks(1, _token_losses, dataset_prefix, "", 1, shape, True)[0]
     of_ranks = run_on_ranks(world, _token_losses, dataset_prefix, extra, world, shape, False)
     packed = np.sum(of_ranks, 0)
     assert ((np.array(of_ranks) != 0).sum(0) == 1).all()
-    there = np.isfinite(alone)
-    assert there.mean() > 0.7
-    chunks = there.reshape(2 * world, -1)
-    assert (chunks[:-1, -1] & chunks[1:, 0]).any()  # a sample in several blocks
-    np.testing.assert_allclose(packed[there], alone[there], rtol=0, atol=5e-6)
+    has_target = np.isfinite(unpacked)
+    assert has_target.mean() > 0.7
+    blocks = has_target.reshape(2 * world, -1)
+    assert (blocks[:-1, -1] & blocks[1:, 0]).any()  # a sample in several blocks
+    np.testing.assert_allclose(packed[has_target], unpacked[has_target], rtol=0, atol=5e-6)
 
 
 def _evaluate(prefix, extra, world_size):
@@ -161,7 +161,7 @@ def _evaluate(prefix, extra, world_size):
     from mft_megatron.mcore.trainer import Trainer
     from mft_megatron.training.evaluation import evaluation_plans
 
-    arguments, found = arguments_for(prefix, extra, world_size), []
+    arguments, values = arguments_for(prefix, extra, world_size), []
     dataset = open_dataset(arguments)
     train, valid = dataset.split("train"), dataset.split("valid")
     with process_groups.process_groups(arguments.distributed, arguments.initialization.seed):
@@ -170,11 +170,11 @@ def _evaluate(prefix, extra, world_size):
             trainer = Trainer(arguments, dataset.vocab_size, 4)
             report = trainer.evaluate(valid, list(evaluation_plans(arguments, valid, limit=None)), np.array(WEIGHTS))
             draw = trainer.task_losses(dataset, [valid.slices_of(pack) for pack in range(5)])
-            found += [report.loss, *report.loss_K.tolist(), *report.tokens_K.tolist(), *draw.tolist()]
+            values += [report.loss, *report.loss_K.tolist(), *report.tokens_K.tolist(), *draw.tolist()]
             trainer.train_step(train, plans_of(train, 1, 1)[0], np.array(WEIGHTS))
             # a sample whose tokens are on several ranks was used once
-            found += [*process_groups.sum_over_data(trainer.usage.of(0).slices_K).tolist(), trainer.num_parameters()]
-    return found
+            values += [*process_groups.sum_over_data(trainer.usage.of(0).slices_K).tolist(), trainer.num_parameters()]
+    return values
 
 
 @pytest.mark.parametrize("layout", quick("CP2"))

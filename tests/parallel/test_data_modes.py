@@ -110,8 +110,8 @@ def test_joined_rows_are_learnt(joined):
     dataset = open_dataset(arguments_for(joined, "", 1))
     split = dataset.split("train")
     slices = [split.slices_of(pack) for pack in range(split.num_packs)]
-    assert any(len(own.samples) > 1 for own in slices)
-    assert any((own.starts > 0).any() for own in slices)
+    assert any(len(of_row.samples) > 1 for of_row in slices)
+    assert any((of_row.starts > 0).any() for of_row in slices)
     curve, sums, shapes = one_process(joined)
     assert curve[-1][0] < curve[0][0] - 0.1
     assert set(shapes) == {(2, 128)}

@@ -25,7 +25,7 @@ SLOW = {
     "PP2 DP2 overlap, tied": (4, f"{PP2} {OVERLAP} --micro-batch-size 1", TIED),
     "one rank": (1, OVERLAP, "llama"),
     "DP2 overlap, focal": (2, f"{OVERLAP} --mft-loss focal-sample", "llama"),
-    "DP2 buckets by number": (2, f"{SHARDED} --overlap-grad-reduce --ddp-num-buckets 3", "llama"),
+    "DP2 number of buckets given": (2, f"{SHARDED} --overlap-grad-reduce --ddp-num-buckets 3", "llama"),
     "DP2 padded": (2, f"{OVERLAP} --ddp-pad-buckets-for-high-nccl-busbw", "llama"),
     "DP4": (4, SHARDED, "llama"),
     "DP4 overlap": (4, f"{OVERLAP} --micro-batch-size 1", "llama"),
@@ -49,11 +49,11 @@ def _alone(prefix, extra, shape):
 def _same_as_alone(prefix, world, options, shape):
     loss = "--mft-loss focal-sample" if "focal" in options else ""
     expected, sums = _alone(prefix, loss, shape)
-    for curve, own in run_on_ranks(world, train, prefix, options, world, (1.0, 2.0, 0.5, 3.0), 5, shape):
+    for curve, sums_of_rank in run_on_ranks(world, train, prefix, options, world, (1.0, 2.0, 0.5, 3.0), 5, shape):
         for ours, theirs in zip(curve, expected, strict=True):
             assert ours == pytest.approx(theirs, rel=1e-6)
         for name in sums:
-            assert own[name] == pytest.approx(sums[name], rel=1e-6)
+            assert sums_of_rank[name] == pytest.approx(sums[name], rel=1e-6)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -97,8 +97,8 @@ def _train(prefix, extra, world, steps, shape="experts", seed=None, folder=None,
         trainer = Trainer(arguments, dataset.vocab_size, 4)
         curve, start = [], 0
         if folder is not None and save_after is None:
-            found = latest_checkpoint(folder)
-            path, info = found.path, found.info
+            newest = latest_checkpoint(folder)
+            path, info = newest.path, newest.info
             checkpoint.load(path, trainer, info, arguments.checkpoint)
             start = info.iteration
         for number, plan in enumerate(plans_of(dataset.split("train"), 1, steps)[start:], start + 1):
@@ -129,8 +129,8 @@ def one_process(prefix, options, rows, steps):
 def compare(prefix, case, steps):
     world, options, layout, rows = case
     parameters, expected = one_process(prefix, options, rows, steps)
-    for found, curve in run_on_ranks(world, _train, prefix, f"{options} {layout}", world, steps):
-        assert found == parameters
+    for count, curve in run_on_ranks(world, _train, prefix, f"{options} {layout}", world, steps):
+        assert count == parameters
         assert_same(curve, expected)
 
 
@@ -215,7 +215,7 @@ def resume(prefix, folder, case):
 
 
 @pytest.mark.parametrize("case", RESUMED)
-def test_a_checkpoint_goes_on_in_another_layout(dataset_prefix, tmp_path, case):
+def test_a_checkpoint_is_resumed_on_another_layout(dataset_prefix, tmp_path, case):
     resume(dataset_prefix, str(tmp_path), RESUMED[case])
 
 

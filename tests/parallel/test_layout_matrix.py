@@ -38,8 +38,8 @@ QUICK = [layout for layout in LAYOUTS if layout.quick]
 
 def of_quick(layout):
     """Modes of a quick layout: two of the losses in turn, and USUAL."""
-    names, number = list(MODES), QUICK.index(layout)
-    return (names[2 * number % len(names)], names[(2 * number + 1) % len(names)], USUAL)
+    names, index = list(MODES), QUICK.index(layout)
+    return (names[2 * index % len(names)], names[(2 * index + 1) % len(names)], USUAL)
 
 
 @functools.cache
@@ -86,7 +86,7 @@ def test_every_run_has_every_loss():
     assert len({str(layout) for layout in LAYOUTS}) == len(LAYOUTS)
 
 
-def test_the_losses_are_not_all_alike(dataset_prefix):
+def test_the_losses_differ(dataset_prefix):
     """The comparison would prove nothing if two modes were equal, nothing was learnt or nothing clipped."""
     curves = {mode: one_process(dataset_prefix, "llama", (mode,))[mode] for mode in LOSS_OPTIONS}
     usual = curves.pop(USUAL)
@@ -146,13 +146,14 @@ def packed_in_one_process(prefix, shape, extra, modes):
 
 
 def _pairs():
-    for own in LAYOUTS:
-        yield pytest.param(own, id=str(own), marks=() if own.quick and own.world_size == 2 else pytest.mark.slow)
+    for layout in LAYOUTS:
+        quick = layout.quick and layout.world_size == 2
+        yield pytest.param(layout, id=str(layout), marks=() if quick else pytest.mark.slow)
 
 
 @pytest.mark.parametrize("data", ["longer", "single"])
 @pytest.mark.parametrize("layout", list(_pairs()))
-def test_it_does_not_matter_which_samples_share_a_row(same_samples, layout, data):
+def test_packing_changes_no_result(same_samples, layout, data):
     """Every parallel layout equals one process with packs of 128 tokens, whether samples are packed or not."""
     extra, world = _extra(layout), layout.world_size
     expected = packed_in_one_process(same_samples["packed"][0], layout.shape, extra, tuple(IN_PACKS))
@@ -172,6 +173,6 @@ def test_rows_of_the_same_samples_differ(same_samples):
         split = dataset.split("train")
         rows[name] = {frozenset(split.slices_of(pack).samples.tolist()) for pack in range(split.num_packs)}
         assert not any(cut.dropped for cut in dataset.entry.tasks)
-    assert len({frozenset.union(*own) for own in rows.values()}) == 1
+    assert len({frozenset.union(*of_rows) for of_rows in rows.values()}) == 1
     assert len(rows["single"]) > 1.5 * len(rows["packed"]) > 1.5 * len(rows["longer"]) > 5
     assert len(rows["packed"] & rows["longer"]) < len(rows["longer"]) / 3

@@ -78,11 +78,11 @@ def _of_the_whole_model(prefix, options, shape):
     with process_groups.process_groups(arguments.distributed, arguments.initialization.seed):
         trainer = Trainer(arguments, dataset.vocab_size, 4)
         model = trainer.chunks[0].module
-        for module, weight, place in _matrices(model):
-            weight.data += _update(adapted, module, weight.shape, place, arguments.network)
+        for module, weight, weight_key in _matrices(model):
+            weight.data += _update(adapted, module, weight.shape, weight_key, arguments.network)
         trainer.optimizer.reload_model_params()
         report = trainer.train_step(split, plans_of(split, data_seed(split), 1)[0], TASK_WEIGHTS)
-        return report.loss, {place: weight.main_grad.numpy().copy() for _, weight, place in _matrices(model)}
+        return report.loss, {weight_key: weight.main_grad.numpy().copy() for _, weight, weight_key in _matrices(model)}
 
 
 def _matrices(model):
@@ -103,12 +103,12 @@ def _source(module, row, network):
     return int(module == "linear_fc1" and network.swiglu and row >= network.ffn_hidden_size)
 
 
-def _factors(lora, module, shape, place, network):
+def _factors(lora, module, shape, weight_key, network):
     """A of each row, fp64 [out, r, in], and B, fp64 [out, r]; 0 where a row is not adapted, ``None`` if none is."""
     target = lora.target(module)
     if target is None:
         return None
-    name, layer = place
+    name, layer = weight_key
     rank = lora.rank
     shapes = {"lora_a": (len(target.parts) * rank, shape[1]), "lora_b": (shape[0], rank)}
     a, b = (
@@ -123,10 +123,10 @@ def _factors(lora, module, shape, place, network):
     return of_row, b * of_row.any((1, 2))[:, None]
 
 
-def _update(lora, module, shape, place, network):
+def _update(lora, module, shape, weight_key, network):
     import torch
 
-    factors = _factors(lora, module, shape, place, network)
+    factors = _factors(lora, module, shape, weight_key, network)
     if factors is None:
         return 0
     of_row, b = factors

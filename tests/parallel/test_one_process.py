@@ -45,23 +45,25 @@ def _reference_objective(mode, samples, weight_K, gamma, detach, before):
         return torch.stack(list(values)).mean()
 
     present = sorted({task for task, _ in samples})
-    own = {i: [loss for task, loss in samples if task == i] for i in present}
-    statistics = {i: (mean((-loss).exp().mean() for loss in own[i]), mean(map(torch.mean, own[i]))) for i in present}
+    losses = {i: [loss for task, loss in samples if task == i] for i in present}
+    statistics = {
+        i: (mean((-loss).exp().mean() for loss in losses[i]), mean(map(torch.mean, losses[i]))) for i in present
+    }
     total = sum(weight_K[i] for i in present)
     if mode == "token":
         return torch.cat([loss for _, loss in samples]).mean(), statistics
     if mode == "sample":
         return mean(loss.mean() for _, loss in samples), statistics
     if mode == "task-token":
-        return sum(weight_K[i] * torch.cat(own[i]).mean() for i in present) / total, statistics
+        return sum(weight_K[i] * torch.cat(losses[i]).mean() for i in present) / total, statistics
     if mode == "task-sample":
         return sum(weight_K[i] * statistics[i][1] for i in present) / total, statistics
     value = 0
     for i in present:
         if mode == "focal-sample":
-            factors = [(1 - (-loss).exp().mean()) ** gamma for loss in own[i]]
+            factors = [(1 - (-loss).exp().mean()) ** gamma for loss in losses[i]]
             factors = [factor.detach() for factor in factors] if detach else factors
-            part = mean(factor * loss.mean() for factor, loss in zip(factors, own[i], strict=True))
+            part = mean(factor * loss.mean() for factor, loss in zip(factors, losses[i], strict=True))
         elif i not in before:
             part = statistics[i][1]
         else:
@@ -140,7 +142,7 @@ def _against_fp64(prefix, modes, steps):
                 loss = reference_loss(options.mft_loss, losses, weight_K, options.focal_gamma)
 
                 report = trainer.train_step(split, plan, weight_K)
-                chosen = {name: own for name, (_, _, own) in chosen_gradients(trainer).items()}
+                chosen = {name: gradient for name, (_, _, gradient) in chosen_gradients(trainer).items()}
                 book = {name: gradients[_name_in_model(name)].numpy() for name in chosen}
                 pairs[mode].append(((report.loss, report.grad_norm, chosen), (loss, norm, book), value.item()))
     return pairs
@@ -150,8 +152,8 @@ def _name_in_model(name):
     if name in ("embedding", "output_layer"):
         return {"embedding": "embedding.word_embeddings.weight", "output_layer": "output_layer.weight"}[name]
     _, layer, what = name.split()
-    room = {"linear_fc2": "mlp.", "linear_qkv": "self_attention."}.get(what, "")
-    return f"decoder.layers.{int(layer) - 1}.{room}{what}.weight"
+    parent = {"linear_fc2": "mlp.", "linear_qkv": "self_attention."}.get(what, "")
+    return f"decoder.layers.{int(layer) - 1}.{parent}{what}.weight"
 
 
 def test_one_process_equals_the_reference_in_fp64(dataset_prefix):

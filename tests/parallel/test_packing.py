@@ -53,8 +53,8 @@ def _packed_and_single(arguments, dataset, model):
     worst, seen = 0.0, 0
     for start, end in zip(batch.cu_seqlens, batch.cu_seqlens[1:], strict=False):
         if batch.loss_mask_BS.ravel()[start:end].any():
-            alone = _token_losses(model, one_segment(batch.tokens_BS.ravel()[start:end])).ravel()
-            worst = max(worst, float(np.abs(alone[:-1] - packed[start : end - 1]).max()))
+            unpacked = _token_losses(model, one_segment(batch.tokens_BS.ravel()[start:end])).ravel()
+            worst = max(worst, float(np.abs(unpacked[:-1] - packed[start : end - 1]).max()))
             seen += 1
     return worst, seen
 

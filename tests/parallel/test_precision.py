@@ -158,10 +158,10 @@ def _zeros(prefix, options, world):
 
 
 def test_zeros_of_gradients_are_counted(dataset_prefix):
-    told, counted = run_on_ranks(1, _zeros, dataset_prefix, "", 1)[0]
-    assert told == counted > 0
+    reported, counted = run_on_ranks(1, _zeros, dataset_prefix, "", 1)[0]
+    assert reported == counted > 0
     for sharded, _ in run_on_ranks(2, _zeros, dataset_prefix, "--use-distributed-optimizer", 2):
-        assert sharded == told
+        assert sharded == reported
 
 
 def _refused(prefix, options):

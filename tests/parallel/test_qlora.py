@@ -16,13 +16,13 @@ SHAPE = "--hidden-size 128 --ffn-hidden-size 384 --num-layers 2 --lora-rank 4"
 MATRICES = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 
 
-def base_content(network, name, place):
+def base_content(network, name, index):
     """Make a whole weight of the base, fp32, in Megatron's order of rows; no two blocks have the same magnitude."""
     import hashlib
 
     import torch
 
-    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(f"{name}{place}".encode()).digest()[:4]))
+    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(f"{name}{index}".encode()).digest()[:4]))
     hidden, ffn, heads = network.hidden_size, network.ffn_hidden_size, network.num_attention_heads
     groups, head = network.num_query_groups, network.kv_channels
     rows, columns = {
@@ -128,10 +128,10 @@ def assert_same(ranks, expected):
     for curve, _, _ in ranks:
         np.testing.assert_allclose(curve, expected[0], rtol=1e-6)
     # ranks add in another order, and Adam divides gradients, including their rounding errors, by their size
-    for place, tolerance in ((1, 5e-6), (2, 2e-5)):
-        found = whole_adapters([rank[place] for rank in ranks])
-        assert found.keys() == expected[place].keys()
-        for name, matrix in expected[place].items():
+    for item, tolerance in ((1, 5e-6), (2, 2e-5)):
+        found = whole_adapters([rank[item] for rank in ranks])
+        assert found.keys() == expected[item].keys()
+        for name, matrix in expected[item].items():
             np.testing.assert_allclose(found[name], matrix, rtol=0, atol=tolerance * abs(matrix).max(), err_msg=name)
 
 
@@ -167,8 +167,8 @@ def test_equals_the_dequantised_model(dataset_prefix, layout):
         run_on_ranks(size, train, dataset_prefix, layout.options + deep, size, peft, peft == "lora")
         for peft in ("qlora", "lora")
     )
-    for mine, theirs in zip(ranks, whole, strict=True):
-        np.testing.assert_equal(mine, theirs)
+    for ours, theirs in zip(ranks, whole, strict=True):
+        np.testing.assert_equal(ours, theirs)
     expected = one_process(dataset_prefix, options=f"--micro-batch-size 1{deep}")
     if layout.name.endswith("DO"):
         ranks, expected = [(curve, {}, adapters) for curve, _, adapters in ranks], (expected[0], {}, expected[2])
@@ -217,11 +217,11 @@ def inspect(prefix, options, world_size, shape):
 
     arguments = qlora_arguments(prefix, options, world_size, shape=shape)
     dataset = open_dataset(arguments)
-    split, made, there, read = dataset.split("train"), [], [], []
+    split, made, existing, read = dataset.split("train"), [], [], []
     dequantize, expected = quantized.QuantizedWeight.dequantize, KnownBase(arguments.network, True)
 
     def watched(*args):
-        there.append(sum(weight() is not None for weight in made))
+        existing.append(sum(weight() is not None for weight in made))
         weight = dequantize(*args)
         made.append(weakref.ref(weight))
         return weight
@@ -250,7 +250,7 @@ def inspect(prefix, options, world_size, shape):
         for plan in plans_of(split, data_seed(split), 2):
             trainer.train_step(split, plan, TASK_WEIGHTS)
         micro_batches = 2 * arguments.training.global_batch_size // arguments.training.micro_batch_size
-        return wrong, size, len(made) / (micro_batches * len(layers)), max(there), max(most)
+        return wrong, size, len(made) / (micro_batches * len(layers)), max(existing), max(most)
 
 
 @pytest.mark.parametrize(

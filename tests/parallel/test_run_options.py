@@ -82,16 +82,16 @@ def scalars(folder, name):
     return {tag: [event.step for event in board.Scalars(tag)] for tag in board.Tags()["scalars"]}
 
 
-def test_boards_have_every_step_and_the_file_those_that_are_due(folder):
-    drawn = scalars(folder, "whole")
+def test_boards_have_every_step_and_the_file_every_log_interval(folder):
+    logged = scalars(folder, "whole")
     for tag in ("train/loss", "train/tflops", "train/params_norm", "memory/resident", "world-size"):
-        assert drawn[tag] == [1, 2, 3, 4], tag
-    assert drawn["valid-perplexity/write"] == drawn["valid/loss"] == [2, 4]
+        assert logged[tag] == [1, 2, 3, 4], tag
+    assert logged["valid-perplexity/write"] == logged["valid/loss"] == [2, 4]
     assert [record["step"] for record in records(folder, "whole", "train")] == [2, 4]
-    drawn = scalars(folder, "plain")
-    assert drawn["train/loss"] == drawn["valid/loss"] == [2, 4]
-    assert not {tag for tag in drawn if "perplexity" in tag or "memory" in tag or "params" in tag}
-    assert "world-size" not in drawn
+    logged = scalars(folder, "plain")
+    assert logged["train/loss"] == logged["valid/loss"] == [2, 4]
+    assert not {tag for tag in logged if "perplexity" in tag or "memory" in tag or "params" in tag}
+    assert "world-size" not in logged
 
 
 def test_what_is_logged_changes_no_number(folder):
@@ -123,7 +123,7 @@ def test_only_some_checkpoints_are_retained(folder):
     assert removed == [2, 3]  # at steps 2 and 3 iterations 1 and 2 were removed, when the next one was complete
 
 
-def test_a_signal_to_one_rank_saves_and_ends_all_and_the_run_goes_on(folder):
+def test_a_signal_to_one_rank_saves_and_ends_all_and_the_run_can_be_resumed(folder):
     assert events(folder, "signal") == [("save", 2), ("exit", 2), ("load", 2), ("save", 4)]
     reasons = [record["reason"] for record in records(folder, "signal", "event") if record["event"] == "exit"]
     assert reasons == ["--exit-signal-handler: a rank got SIGUSR1"]
@@ -131,7 +131,7 @@ def test_a_signal_to_one_rank_saves_and_ends_all_and_the_run_goes_on(folder):
     assert (last["step"], last["loss"], last["grad_norm"]) == (4, whole["loss"], whole["grad_norm"])
 
 
-def test_a_run_ends_when_its_time_is_over(folder):
+def test_a_run_ends_at_its_time_limit(folder):
     assert events(folder, "time") == [("save", 1), ("exit", 1)]
 
 
@@ -148,7 +148,7 @@ def test_an_earlier_step_is_loaded(folder):
     assert (last["step"], last["loss"]) == (4, whole["loss"])
 
 
-def test_a_pretrained_checkpoint_gives_weights_until_there_is_one_to_go_on_from(folder):
+def test_a_pretrained_checkpoint_gives_weights_until_there_is_one_to_resume(folder):
     loads = [record for record in records(folder, "tuned", "event") if record["event"] == "load"]
     assert [(load["finetune"], load["step"]) for load in loads] == [(True, 0), (False, 1)]
     assert loads[0]["path"].endswith("whole/iter_0000004")

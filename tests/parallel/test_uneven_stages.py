@@ -59,8 +59,8 @@ def _train(prefix, extra, world, shape, steps, folder=None, save_after=None):
         layers = [[layer.layer_number for layer in chunk.module.decoder.layers] for chunk in trainer.chunks]
         curve, start = [], 0
         if folder is not None and save_after is None:
-            found = latest_checkpoint(folder)
-            path, info = found.path, found.info
+            newest = latest_checkpoint(folder)
+            path, info = newest.path, newest.info
             checkpoint.load(path, trainer, info, arguments.checkpoint)
             start = info.iteration
         for number, plan in enumerate(plans_of(dataset.split("train"), 1, steps)[start:], start + 1):
@@ -81,19 +81,19 @@ def one_process(prefix, shape, layers, steps):
 
 def layers_of(stages):
     """Layer indices of each model chunk of each pipeline rank: all ranks' first chunks come before their second."""
-    numbers, found = iter(range(1, 100)), [[] for _ in stages]
+    numbers, layers = iter(range(1, 100)), [[] for _ in stages]
     for chunk in range(len(stages[0])):
         for rank, sizes in enumerate(stages):
-            found[rank].append([next(numbers) for _ in range(sizes[chunk])])
-    return found
+            layers[rank].append([next(numbers) for _ in range(sizes[chunk])])
+    return layers
 
 
 def compare(prefix, case, steps):
     world, shape, layers, options, stages = case
     expected = one_process(prefix, shape, layers, steps)
     ranks = run_on_ranks(world, _train, prefix, f"--num-layers {layers} {options}", world, shape, steps)
-    for rank, (own, curve) in enumerate(ranks):
-        assert own == layers_of(stages)[rank * len(stages) // world]
+    for rank, (layers, curve) in enumerate(ranks):
+        assert layers == layers_of(stages)[rank * len(stages) // world]
         for ours, theirs in zip(curve, expected, strict=True):
             assert ours == pytest.approx(theirs, rel=1e-6)
 
@@ -110,7 +110,7 @@ def test_more_splits(dataset_prefix, case):
 
 
 @pytest.mark.parametrize("layout", [f"{PP2} {LAYOUT} Ett|t|t|L", pytest.param("", marks=pytest.mark.slow)])
-def test_a_checkpoint_goes_on_in_another_split(dataset_prefix, tmp_path, layout):
+def test_a_checkpoint_is_resumed_with_another_split(dataset_prefix, tmp_path, layout):
     _, whole = run_on_ranks(2, _train, dataset_prefix, f"{PP2} {LAST} 3", 2, "llama", 3, str(tmp_path), 2)[0]
     world = 2 if layout else 1
     extra = f"{layout} --seed 7"  # another seed, so that a weight that is not loaded would differ
@@ -138,7 +138,7 @@ def test_megatron_core_splits_layers_alike(monkeypatch):
         for rank, sizes in enumerate(stages):
             monkeypatch.setattr(parallel_state, "get_pipeline_model_parallel_rank", lambda rank=rank: rank)
             for chunk, size in enumerate(sizes):
-                place = {"vp_stage": None if virtual is None else chunk}
-                assert get_num_layers_to_build(config, **place) == size
+                stage = {"vp_stage": None if virtual is None else chunk}
+                assert get_num_layers_to_build(config, **stage) == size
                 numbers = layers_of(stages)[rank][chunk]
-                assert not numbers or get_transformer_layer_offset(config, **place) == numbers[0] - 1
+                assert not numbers or get_transformer_layer_offset(config, **stage) == numbers[0] - 1

@@ -27,7 +27,7 @@ def main(prefix, folder, options):
     world_size = int(__import__("os").environ.get("WORLD_SIZE", 1))
     both = [arguments_for(prefix, f"{options} --transformer-impl {name}", world_size) for name in IMPLEMENTATIONS]
     dataset = open_dataset(both[0])
-    split, found = dataset.split("train"), {}
+    split, results = dataset.split("train"), {}
     with process_groups.process_groups(both[0].distributed, both[0].initialization.seed):
 
         def step(trainer, number):
@@ -38,24 +38,24 @@ def main(prefix, folder, options):
         for name, arguments in zip(IMPLEMENTATIONS, both, strict=True):
             trainer = Trainer(arguments, dataset.vocab_size, 4)
             layer = trainer.chunks[0].module.decoder.layers[0]
-            found[name] = {"curve": [step(trainer, number) for number in range(2)]}
-            found[name]["modules"] = [
+            results[name] = {"curve": [step(trainer, number) for number in range(2)]}
+            results[name]["modules"] = [
                 type(module).__name__ for module in (layer.self_attention.linear_qkv, layer.self_attention.linear_proj)
             ]
-            found[name]["core"] = type(layer.self_attention.core_attention).__name__
+            results[name]["core"] = type(layer.self_attention.core_attention).__name__
             entries = trainer.chunks[0].module.sharded_state_dict().values()
-            found[name]["keys"] = sorted({entry.key for entry in entries})
-            found[name]["parameters"] = trainer.num_parameters()
+            results[name]["keys"] = sorted({entry.key for entry in entries})
+            results[name]["parameters"] = trainer.num_parameters()
             info = CheckpointInfo(2, 16, {}, 1, {}, "", 1, 8, layout=process_groups.parallel_layout())
             (Path(folder) / name).mkdir(exist_ok=True)
-            found[name]["path"] = str(checkpoint.save(Path(folder) / name, trainer, info, arguments.checkpoint))
-            found[name]["third"] = step(trainer, 2)
+            results[name]["path"] = str(checkpoint.save(Path(folder) / name, trainer, info, arguments.checkpoint))
+            results[name]["third"] = step(trainer, 2)
         for name, arguments, other in zip(IMPLEMENTATIONS, both, reversed(IMPLEMENTATIONS), strict=True):
             trainer = Trainer(arguments, dataset.vocab_size, 4)
-            checkpoint.load(Path(found[other]["path"]), trainer, info, arguments.checkpoint)
-            found[name]["third of the other's"] = step(trainer, 2)
+            checkpoint.load(Path(results[other]["path"]), trainer, info, arguments.checkpoint)
+            results[name]["third of the other's"] = step(trainer, 2)
         if process_groups.is_main():
-            print("FOUND", json.dumps(found))
+            print("FOUND", json.dumps(results))
 
 
 if __name__ == "__main__":

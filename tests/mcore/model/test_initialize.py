@@ -72,10 +72,10 @@ def test_distribution_is_megatrons(one_process):
             assert abs(weight.mean().item()) < expected / 20
 
 
-def test_no_two_weights_and_no_two_layers_are_alike(one_process):
-    drawn = [layer for name, weight in one_process.items() if weight.std() > 1e-4 for layer in weight.flatten(1)[:4]]
-    first = torch.stack([row[:16] for row in drawn])
-    assert len(first.unique(dim=0)) == len(drawn)
+def test_no_two_weights_and_no_two_layers_are_equal(one_process):
+    layers = [layer for name, weight in one_process.items() if weight.std() > 1e-4 for layer in weight.flatten(1)[:4]]
+    first = torch.stack([row[:16] for row in layers])
+    assert len(first.unique(dim=0)) == len(layers)
 
 
 def test_the_seed_matters(one_process, tmp_path):

@@ -64,10 +64,10 @@ def test_initial_weights():
         bound = math.sqrt(6 / sum(weight.shape))
         assert 0.9 * bound < weight.abs().max() <= bound
         assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.1)
-        own = "embedding" in name
-        assert embedding[name].equal(plain[name]) != own
-        assert both[name].equal(weight) != own
-        if own:
+        is_embedding = "embedding" in name
+        assert embedding[name].equal(plain[name]) != is_embedding
+        assert both[name].equal(weight) != is_embedding
+        if is_embedding:
             assert embedding[name].std().item() == pytest.approx(0.5, rel=0.1)
             assert both[name].equal(embedding[name])
 

@@ -55,11 +55,11 @@ def _one_kind(options, dtype):
     ours = RotaryByPosition(16, use_cpu_initialization=True, **options)
     positions = torch.cat([torch.arange(length) for length in LENGTHS])
 
-    def rotate(places):
+    def rotate(part):
         # as Megatron's model and its attention call it
-        asked = ours.get_rotary_seq_len(None, None, None, config, PackedStream(positions=positions[places]))
+        asked = ours.get_rotary_seq_len(None, None, None, config, PackedStream(positions=positions[part]))
         angles = ours(asked, packed_seq=False, cp_group=None)
-        return apply_rotary_pos_emb(tensor[places].unsqueeze(1), angles, config, cp_group=group).squeeze(1)
+        return apply_rotary_pos_emb(tensor[part].unsqueeze(1), angles, config, cp_group=group).squeeze(1)
 
     return by_segment, rotate(slice(None)), rotate(PART)
 
@@ -72,6 +72,6 @@ def test_equals_megatron(kind, dtype):
     assert ours_of_part.equal(theirs[PART])
 
 
-def test_the_kinds_are_not_all_alike():
+def test_the_kinds_differ():
     results = [rotated()[kind, torch.float32][1] for kind in KINDS]
     assert not any(one.equal(other) for number, one in enumerate(results) for other in results[:number])

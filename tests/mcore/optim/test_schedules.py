@@ -214,20 +214,20 @@ def test_without_a_separate_lowest_rate_they_have_the_common_one():
     assert [group[1:3] for group in groups] == [(1e-3, 5e-4), (4e-3, 5e-4), (1e-3, 5e-4)]
 
 
-def test_their_rate_moves_them_and_no_other_weight():
+def test_their_rate_changes_them_and_no_other_weight():
     """Adam's first steps change each element by the learning rate."""
     words = "--weight-decay 0 --lr-decay-style linear"
     plain = run_on_ranks(1, _with_trainer, _first_updates, words, 1, 2)[0]
-    apart = run_on_ranks(1, _with_trainer, _first_updates, f"{words} --decoupled-lr 4e-3", 1, 2)[0]
+    separate = run_on_ranks(1, _with_trainer, _first_updates, f"{words} --decoupled-lr 4e-3", 1, 2)[0]
     for step in range(2):
         for name, before in plain[step].items():
             factor = 4.0 if name == "embedding.word_embeddings.weight" else 1.0
-            ours, theirs = apart[step + 1][name] - apart[step][name], plain[step + 1][name] - before
+            ours, theirs = separate[step + 1][name] - separate[step][name], plain[step + 1][name] - before
             np.testing.assert_allclose(ours, factor * theirs, atol=5e-7, err_msg=f"{name}, step {step}")
             assert np.abs(theirs).max() > 5e-4, name
 
 
-def _save_and_go_on(make, folder):
+def _save_and_resume(make, folder):
     """Weights and rates of a third step, and of the third step after resuming from a checkpoint of the second."""
     from mft_megatron.mcore.checkpointing import checkpoint
     from mft_megatron.mcore.parallel import process_groups
@@ -248,12 +248,12 @@ def _save_and_go_on(make, folder):
 
 
 @pytest.mark.parametrize("precision", ["", "--bf16"])
-def test_groups_go_on_from_a_checkpoint(tmp_path, precision):
+def test_groups_are_resumed_from_a_checkpoint(tmp_path, precision):
     words = "--decoupled-lr 4e-3 --lr-decay-style WSD --lr-wsd-decay-iters 9 --weight-decay-incr-style cosine"
     words += f" --start-weight-decay 0 --end-weight-decay 0.5 {precision}"
-    (rates, weights), (again, weights_again) = run_on_ranks(1, _with_trainer, _save_and_go_on, words, 1, str(tmp_path))[
-        0
-    ]
+    (rates, weights), (again, weights_again) = run_on_ranks(
+        1, _with_trainer, _save_and_resume, words, 1, str(tmp_path)
+    )[0]
     assert rates == again
     assert rates[1][0] == 4 * rates[0][0] > 0
     assert rates[0][0] < 1e-3
