@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from tests.ranks import torchrun
+from tests.run_records import records
 
 RUN = (
     "--micro-batch-size 2 --global-batch-size 4 --train-iters 4 --eval-iters 0 --attention-dropout 0 "
@@ -38,12 +39,7 @@ def run(model, dataset_prefix):
 
 
 def _records(folder):
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {name: record[name] for name in ("step", "loss", "grad_norm", "lr")}
-        for record in lines
-        if record["kind"] == "train"
-    ]
+    return [{name: record[name] for name in ("step", "loss", "grad_norm", "lr")} for record in records(folder, "train")]
 
 
 def test_only_adapters_are_saved(run):

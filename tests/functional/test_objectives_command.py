@@ -1,15 +1,15 @@
 """Losses, balancers, early stopping and the best checkpoint through the command line of pretrain_mft.py."""
 
-import json
 import math
 import shutil
-from pathlib import Path
 
 import pytest
 
-from tests.functional.test_pretrain_command import MODEL, records
-from tests.ranks import run_forked, run_tool
+from tests.functional.test_pretrain_command import MODEL
+from tests.preprocessed_again import preprocess_again
+from tests.ranks import run_forked
 from tests.refusals import refusal
+from tests.run_records import events, records
 
 RUN = "--global-batch-size 8 --lr 1e-3 --log-interval 1 --attention-dropout 0 --hidden-dropout 0".split()
 COBA = "--task-balance coba --coba-warmup-steps 2 --coba-history-length 3 --coba-update-interval 2"
@@ -22,6 +22,7 @@ def command(prefix, folder, extra, iterations=6):
 
 
 def trained(prefix, folder, extra, iterations=6):
+    """Train in one process; the run folder."""
     process = run_forked(*command(prefix, folder, extra, iterations))
     assert process.returncode == 0, process.stderr
     return folder
@@ -63,22 +64,22 @@ def test_draws_are_timed_and_the_first_losses_are_logged(dataset_prefix, tmp_pat
     assert "coba_history_length: 3" in config
 
 
-def test_of_skipped_steps_the_nearest_real_one_is_logged(dataset_prefix, tmp_path):
+def test_for_a_skipped_step_the_nearest_trained_one_is_logged(dataset_prefix, tmp_path):
     """Only the rarest task has a weight, so most steps have nothing to learn."""
     extra = "--task-weights completion=0 explain=0 write=0 --global-batch-size 2 --log-interval 4 --eval-interval 99"
     folder = trained(dataset_prefix, tmp_path / "run", extra, iterations=16)
     skipped = {event["step"] for event in events(folder, "skip")}
-    real = sorted(set(range(1, 17)) - skipped)
+    trained_steps = sorted(set(range(1, 17)) - skipped)
     assert len(skipped) > 4
-    assert len(real) >= 2
+    assert len(trained_steps) >= 2
     expected, due, unlogged = [], False, None
     for step in range(1, 17):
         due = due or step % 4 == 0
-        unlogged = step if step in real else unlogged
+        unlogged = step if step in trained_steps else unlogged
         if due and unlogged:
             expected, due, unlogged = [*expected, unlogged], False, None
     assert [record["step"] for record in records(folder, "train")] == expected
-    assert real[-1] in expected
+    assert trained_steps[-1] in expected
 
 
 @pytest.mark.parametrize("loss", ["focal-sample", "focal-task"])
@@ -93,26 +94,22 @@ def test_focal_runs(dataset_prefix, tmp_path, loss):
 
 
 def test_micro_batch_normalisation_warns_that_shares_are_off(dataset_prefix, tmp_path):
-    """MFTCoder's normalisation: a task that comes alone in its micro-batch counts by its frequency."""
+    """MFTCoder's normalisation: a task that is alone in its micro-batch counts by its frequency."""
     extra = "--mft-normalization micro-batch --micro-batch-size 1"
     process = run_forked(*command(dataset_prefix, tmp_path / "run", extra, iterations=2))
     assert process.returncode == 0, process.stderr
-    warnings = [record for record in records(tmp_path / "run", "event") if record["event"] == "warning"]
+    warnings = events(tmp_path / "run", "warning")
     assert [warning["step"] for warning in warnings] == [1, 2]
     assert "--mft-normalization micro-batch divides by the weights" in warnings[0]["reason"]
     assert "step 1 | warning | reason realised shares" in process.stdout
     exact = trained(dataset_prefix, tmp_path / "global", "--micro-batch-size 1", iterations=2)
-    assert not [record for record in records(exact, "event") if record["event"] == "warning"]
+    assert not events(exact, "warning")
     for task in records(exact, "train")[0]["tasks"].values():
         assert task["share"] == pytest.approx(task["target_share"], rel=1e-9)
 
 
-def events(folder, name):
-    return [record for record in records(folder, "event") if record["event"] == name]
-
-
 def test_early_stopping_keeps_the_best_and_ends(dataset_prefix, tmp_path):
-    """A learning rate that makes things worse after a while: the run ends, and its best checkpoint is there."""
+    """A learning rate that raises the loss after a while: the run ends, and its best checkpoint is kept."""
     folder = tmp_path / "run"
     extra = "--early-stopping-patience 2 --eval-interval 1 --lr 0.2 --clip-grad 100"
     trained(dataset_prefix, folder, extra, iterations=40)
@@ -127,7 +124,7 @@ def test_early_stopping_keeps_the_best_and_ends(dataset_prefix, tmp_path):
     assert (folder / "latest_checkpointed_iteration.txt").read_text().strip() == str(best + 2)
     assert {path.name for path in folder.glob("iter_*")} == {f"iter_{best:07d}", f"iter_{best + 2:07d}"}
 
-    # a job that is restarted with the same command does not train on
+    # a job that is restarted with the same command does not continue training
     again = run_forked(*command(dataset_prefix, folder, f"{extra} --load {folder}", iterations=40))
     assert again.returncode == 0, again.stderr
     assert len(records(folder, "valid")) == len(valid)
@@ -140,7 +137,7 @@ def test_early_stopping_keeps_the_best_and_ends(dataset_prefix, tmp_path):
         assert f"iteration {iteration}" in process.stdout
 
 
-def test_a_task_that_has_converged_is_stopped_alone(dataset_prefix, tmp_path):
+def test_a_task_that_has_converged_is_stopped(dataset_prefix, tmp_path):
     """An improvement that is never large enough: each task is stopped at its second evaluation."""
     extra = "--task-early-stopping-patience 1 --early-stopping-patience 99 --early-stopping-min-delta 100"
     folder = trained(dataset_prefix, tmp_path / "run", f"{extra} --eval-interval 2", iterations=9)
@@ -182,15 +179,9 @@ def test_refused_before_the_start(dataset_prefix):
 @pytest.fixture(scope="module")
 def without_validation(dataset_prefix, tmp_path_factory):
     """The same tasks without a validation split."""
-    folder = tmp_path_factory.mktemp("without")
-    ledger = json.loads(Path(f"{dataset_prefix}_dataset.json").read_text())
-    sources = [word for task in ledger["tasks"] for word in ("--task", f"{task['name']}={task['sources'][0]['path']}")]
-    process = run_tool(
-        *("tools/preprocess_data.py", *sources, "--tokenizer-model", ledger["tokenizer"]["model"]),
-        *("--seq-length", 128, "--split", "100,0,0", "--output-prefix", folder / "mixed"),
-    )
-    assert process.returncode == 0, process.stderr
-    return str(folder / "mixed")
+    prefix = tmp_path_factory.mktemp("without") / "mixed"
+    preprocess_again(dataset_prefix, prefix, "--split", "100,0,0")
+    return str(prefix)
 
 
 @pytest.mark.parametrize(

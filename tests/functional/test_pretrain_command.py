@@ -1,7 +1,7 @@
 """pretrain_mft.py and tools/convert_checkpoint.py through the command line, as a user runs them.
 
-With torchrun, alone, and leaving again, they are processes of their own; what they refuse, and what they say besides,
-is seen in forked ones.
+Runs with torchrun, and in one process that ends and restarts, are new processes; refusals are tested in forked ones,
+which start faster.
 """
 
 import json
@@ -14,8 +14,10 @@ import yaml
 from tests.batches import one_segment
 from tests.command_lines import SMALL
 from tests.made_dataset import batch_of_packs
+from tests.preprocessed_again import preprocess_again
 from tests.ranks import run_forked, run_on_ranks, run_tool, torchrun
 from tests.refusals import refusal
+from tests.run_records import records
 
 MODEL = (
     f"{SMALL} --group-query-attention --num-query-groups 2 --swiglu "
@@ -28,28 +30,12 @@ RUN = (
 LAYOUT = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2".split()
 
 
-def records(folder, kind):
-    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    return [record for record in lines if record["kind"] == kind]
-
-
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory, dataset_prefix):
     """Five steps at TP 2 × PP 2 with dropout, saved after three and five."""
     folder = tmp_path_factory.mktemp("run")
-    process = torchrun(
-        4,
-        "pretrain_mft.py",
-        *MODEL,
-        *RUN,
-        *LAYOUT,
-        "--data-path",
-        dataset_prefix,
-        "--save",
-        folder,
-        "--save-interval",
-        3,
-    )
+    words = [*MODEL, *RUN, *LAYOUT, "--data-path", dataset_prefix, "--save", folder, "--save-interval", 3]
+    process = torchrun(4, "pretrain_mft.py", *words)
     assert process.returncode == 0, process.stderr
     assert "step 5 | validation" in process.stdout
     return folder
@@ -65,7 +51,7 @@ def test_the_run_folder_holds_everything(run_folder, dataset_prefix):
     assert not [path for path in run_folder.rglob("*.tmp")]
 
 
-def test_metrics_say_what_happened(run_folder, dataset_prefix):
+def test_metrics_agree_with_the_data_set_and_the_weights(run_folder, dataset_prefix):
     ledger = json.loads(Path(f"{dataset_prefix}_dataset.json").read_text())
     names = [task["name"] for task in ledger["tasks"]]
     train = records(run_folder, "train")
@@ -102,7 +88,7 @@ def test_resuming_is_bit_equal(run_folder, dataset_prefix, tmp_path):
 
 
 def _hf_difference(checkpoint, hf, prefix):
-    """Largest difference of fp32 logits between this layout's model and transformers, on the same tokens."""
+    """Largest difference of fp32 logits between the model at this parallel layout and transformers."""
     import torch
     from megatron.core import parallel_state, tensor_parallel
 
@@ -119,15 +105,13 @@ def _hf_difference(checkpoint, hf, prefix):
     dataset = PackedDataset.open(prefix, 128)
     with process_groups.process_groups(arguments.distributed, seed=99):
         trainer = Trainer(arguments, dataset.vocab_size, 4)
-        found = latest_checkpoint(checkpoint)
-        path, info = found.path, found.info
-        checkpoints.load(path, trainer, info, arguments.checkpoint)
+        latest = latest_checkpoint(checkpoint)
+        checkpoints.load(latest.path, trainer, latest.info, arguments.checkpoint)
         trainer.chunks[0].eval()
         tokens = batch_of_packs(dataset.split("train"), [3]).tokens_BS
-        whole = len(tokens[0])
         batch = to_device(one_segment(tokens))
         stages = parallel_state.get_pipeline_model_parallel_world_size()
-        hidden = torch.empty(whole, 1, arguments.network.hidden_size)
+        hidden = torch.empty(len(tokens[0]), 1, arguments.network.hidden_size)
         with torch.no_grad():
             for stage in range(stages):
                 if parallel_state.get_pipeline_model_parallel_rank() == stage:
@@ -164,7 +148,7 @@ def test_exported_logits_agree(run_folder, hf_folder, dataset_prefix):
     assert len(results) == 2
     for difference, spread in results:
         assert difference < 1e-4
-        assert spread > 0.05  # the comparison is not one of zeros
+        assert spread > 0.05  # or the comparison would be one of zeros
 
 
 def test_the_export_is_a_whole_hugging_face_folder(hf_folder, tokenizer_folder, dataset_prefix):
@@ -269,7 +253,7 @@ def test_a_data_set_that_does_not_match_its_ledger_is_refused(dataset_prefix, tm
     assert "preprocess the data again" in line
 
 
-def test_with_torchrun_one_rank_speaks(dataset_prefix):
+def test_with_torchrun_one_rank_prints_the_error(dataset_prefix):
     process = torchrun(2, "pretrain_mft.py", *MODEL, *RUN, "--data-path", dataset_prefix, "--lr-decay-style", "cubic")
     assert process.returncode != 0
     assert process.stderr.count("error: ") == 1
@@ -277,18 +261,12 @@ def test_with_torchrun_one_rank_speaks(dataset_prefix):
 
 
 def test_resuming_on_other_data_is_refused(run_folder, dataset_prefix, tmp_path):
-    ledger = json.loads(Path(f"{dataset_prefix}_dataset.json").read_text())
-    sources = [word for task in ledger["tasks"] for word in ("--task", f"{task['name']}={task['sources'][0]['path']}")]
-    process = run_tool(
-        *("tools/preprocess_data.py", *sources, "--tokenizer-model", ledger["tokenizer"]["model"]),
-        *("--seq-length", 128, "--split", "80,20,0", "--seed", 5, "--output-prefix", tmp_path / "other"),
-    )
-    assert process.returncode == 0, process.stderr
+    preprocess_again(dataset_prefix, tmp_path / "other", "--split", "80,20,0", "--seed", 5)
     line = refused(*RUN, "--data-path", tmp_path / "other", "--load", run_folder, "--train-iters", 6)
     assert "saved while training on another data set" in line
 
 
-def test_one_process_without_torchrun_leaves_and_restarts_with_the_same_command(dataset_prefix, tmp_path):
+def test_one_process_without_torchrun_exits_and_restarts_with_the_same_command(dataset_prefix, tmp_path):
     folder = tmp_path / "run"
     command = [*MODEL, *RUN, "--data-path", dataset_prefix, "--save", folder, "--load", folder, "--exit-interval", 3]
     for expected in ("3", "5"):
@@ -332,7 +310,7 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(run_folder, dataset_prefix,
     assert not (tmp_path / "hf").exists()
 
 
-def test_an_export_with_another_models_tokenizer_keeps_its_own_configuration(run_folder, tokenizer_folder, tmp_path):
+def test_an_export_with_another_models_tokenizer_keeps_its_configuration(run_folder, tokenizer_folder, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(tokenizer_folder, other)
     for name in ("config.json", "generation_config.json", "model.safetensors.index.json"):

@@ -6,6 +6,7 @@ import json
 import pytest
 
 from tests.ranks import run_forked
+from tests.run_records import records
 
 RUN = (
     "--micro-batch-size 1 --global-batch-size 4 --train-iters 4 --eval-iters 0 --lr 1e-2 --log-interval 1 "
@@ -27,8 +28,7 @@ def model(tmp_path_factory, tokenizer_folder):
 
 
 def steps(folder):
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [(line["step"], line["loss"], line["grad_norm"]) for line in lines if line["kind"] == "train"]
+    return [(record["step"], record["loss"], record["grad_norm"]) for record in records(folder, "train")]
 
 
 def run(folder, prefix, *words, world_size=1):
