@@ -1,4 +1,4 @@
-"""How many packs a step has, by the packs consumed before it."""
+"""The number of packs of a step, from the packs consumed before it."""
 
 import pytest
 from hypothesis import assume, example, given
@@ -9,8 +9,8 @@ from mft_megatron.batch_sizes import BatchSizes, ramp_up, step_schedule
 from mft_megatron.errors import InputError
 
 
-def of_a_run(sizes, steps):
-    """Sizes of the first steps."""
+def first_sizes(sizes, steps):
+    """Return the sizes of the first steps of a run."""
     consumed, seen = 0, []
     for _ in range(steps):
         seen.append(sizes.after(consumed))
@@ -18,15 +18,15 @@ def of_a_run(sizes, steps):
     return seen
 
 
-def test_a_ramp():
-    assert of_a_run(ramp_up(4, 4, 24, 12), 8) == [4, 4, 4, 8, 8, 12, 12, 12]  # 8 from 12 packs on, 12 from 24 on
-    assert of_a_run(BatchSizes([0], [6]), 3) == [6, 6, 6]
+def test_a_ramp_up():
+    assert first_sizes(ramp_up(4, 4, 24, 12), 8) == [4, 4, 4, 8, 8, 12, 12, 12]  # 8 from 12 packs on, 12 from 24 on
+    assert first_sizes(BatchSizes([0], [6]), 3) == [6, 6, 6]
 
 
 @given(st.integers(1, 30), st.integers(1, 9), st.integers(1, 12), st.integers(1, 500), st.integers(0, 600))
 @example(2, 2, 3, 10, 10)
-def test_a_ramp_is_megatrons(start, increment, steps, samples, consumed):
-    # on the border of two sizes Megatron divides in floating point, which may come out on either side
+def test_a_ramp_up_agrees_with_megatron(start, increment, steps, samples, consumed):
+    # Megatron divides in floating point, which may give either size at the border of two.
     assume(consumed >= samples or consumed * steps % samples)
     end = start + steps * increment
     theirs = RampupBatchsizeNumMicroBatchesCalculator(end, 1, 1, False, 1, start, increment, samples)
@@ -38,7 +38,7 @@ def test_a_ramp_is_megatrons(start, increment, steps, samples, consumed):
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 12), st.integers(1, 60))
-def test_a_ramp_is_exact_on_its_borders(start, increment, steps, samples):
+def test_a_ramp_up_is_exact_at_its_borders(start, increment, steps, samples):
     sizes = ramp_up(start, increment, samples, start + steps * increment)
     for consumed in range(samples + 3):
         assert sizes.after(consumed) == start + increment * min(consumed * steps // samples, steps)
@@ -83,7 +83,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("text", REFUSED)
-def test_other_texts_are_refused(text):
+def test_malformed_schedules_are_refused(text):
     with pytest.raises(InputError) as refusal:
         step_schedule(text, 8)
     assert REFUSED[text] in str(refusal.value)

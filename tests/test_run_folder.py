@@ -1,4 +1,4 @@
-"""The files that name a checkpoint, and which checkpoints may go."""
+"""Files that name a checkpoint, and checkpoints that may be removed."""
 
 import dataclasses
 import json
@@ -56,7 +56,7 @@ def test_the_newest_and_the_best(tmp_path):
         ("20", "this save was never finished"),
     ],
 )
-def test_a_damaged_name_is_refused(tmp_path, find, name, content, text):
+def test_a_damaged_file_with_an_iteration_is_refused(tmp_path, find, name, content, text):
     checkpoint(tmp_path, 10)
     iteration_folder(tmp_path, 20).mkdir()
     (tmp_path / name).write_text(content)
@@ -65,7 +65,7 @@ def test_a_damaged_name_is_refused(tmp_path, find, name, content, text):
     assert "\n" not in str(error.value)
 
 
-def test_a_folder_without_a_name_is_refused_with_the_option(tmp_path):
+def test_a_folder_without_such_a_file_is_refused(tmp_path):
     path = checkpoint(tmp_path, 10)
     with pytest.raises(InputError, match=f"--from .*: has no {BEST}, so no best checkpoint was kept there; give the"):
         best_checkpoint(tmp_path, "--from")
@@ -82,7 +82,7 @@ def test_a_folder_without_a_name_is_refused_with_the_option(tmp_path):
         latest_checkpoint(tmp_path / "nothing")
 
 
-def test_a_description_written_before_there_were_best_ones_is_kept(tmp_path):
+def test_a_description_without_the_newer_fields_can_be_read(tmp_path):
     path = checkpoint(tmp_path, 10)
     content = json.loads((path / INFO).read_text())
     del content["best"], content["asked_for"]
@@ -92,7 +92,7 @@ def test_a_description_written_before_there_were_best_ones_is_kept(tmp_path):
     assert dataclasses.asdict(info) == {**content, "best": False, "asked_for": True}
 
 
-def test_only_what_nobody_asked_for_is_superseded(tmp_path):
+def test_only_checkpoints_saved_as_the_best_are_superseded(tmp_path):
     only_best = {"best": True, "asked_for": False}
     checkpoint(tmp_path, 30, best=True)
     checkpoint(tmp_path, 40)
@@ -103,7 +103,7 @@ def test_only_what_nobody_asked_for_is_superseded(tmp_path):
     assert superseded(tmp_path) == [iteration_folder(tmp_path, iteration) for iteration in (10, 50)]
 
 
-def test_what_is_not_a_checkpoint_of_this_run_is_left_alone(tmp_path):
+def test_other_files_and_folders_are_never_superseded(tmp_path):
     old = checkpoint(tmp_path, 10, best=True, asked_for=False)
     elsewhere = tmp_path / "elsewhere"
     linked = checkpoint(elsewhere, 20, best=True, asked_for=False)
@@ -121,7 +121,7 @@ def test_what_is_not_a_checkpoint_of_this_run_is_left_alone(tmp_path):
     assert superseded(tmp_path) == [old]
 
 
-def test_a_removal_that_breaks_off_leaves_no_checkpoint_behind(tmp_path, monkeypatch):
+def test_an_interrupted_removal_leaves_an_unfinished_save(tmp_path, monkeypatch):
     path = checkpoint(tmp_path, 10)
     (path / "weights").write_text("")
 
@@ -155,7 +155,7 @@ def test_an_export_takes_the_newest_or_the_best(tmp_path, monkeypatch, words, ex
     assert exported == [(iteration_folder(tmp_path / "run", expected), expected)]
 
 
-def test_an_export_of_the_best_is_refused_where_none_was_kept(tmp_path):
+def test_an_export_of_the_best_is_refused_without_one(tmp_path):
     checkpoint(tmp_path / "run", 10)
     with pytest.raises(InputError, match=f"--load .*run: has no {BEST}"):
         mcore_to_hf(["--load", str(tmp_path / "run"), "--hf", str(tmp_path / "hf"), "--best"])
@@ -163,7 +163,7 @@ def test_an_export_of_the_best_is_refused_where_none_was_kept(tmp_path):
 
 @pytest.mark.parametrize("name", ["iter_0000007", "release"])
 def test_a_checkpoint_of_megatron_lm_is_told_from_an_unfinished_save(tmp_path, name):
-    """The arguments in its common state tell, without unpickling it."""
+    """The arguments in its common state identify it, without unpickling them."""
     import argparse
 
     import torch

@@ -1,9 +1,9 @@
-"""Options of Megatron-LM that this project does not have: why, and what to do instead.
+"""Options of Megatron-LM that this project does not have: the reason, and what to do instead.
 
-Whoever starts from a Megatron script gets this sentence, and never an option that is passed over without a word.
+A script for Megatron-LM is refused with this sentence; no option is ignored silently.
 """
 
-# a sentence, and the options that it answers, without their dashes
+# A sentence, and the options that it answers, without their dashes.
 _SENTENCES = (
     # network
     (
@@ -25,7 +25,7 @@ _SENTENCES = (
     ),
     ("Megatron-Core does not read it; leave it out", "apply-residual-connection-post-layernorm onnx-safe"),
     (
-        "softmax is computed in fp32 by every attention kernel here; leave it out",
+        "every attention kernel here computes softmax in fp32; leave it out",
         "attention-softmax-in-fp32 apply-query-key-layer-scaling",
     ),
     ("give --position-embedding-type rope", "use-rotary-position-embeddings"),
@@ -43,10 +43,10 @@ _SENTENCES = (
     ("give --micro-batch-size", "batch-size"),
     ("give --recompute-activations", "checkpoint-activations"),
     ("give --recompute-granularity selective --recompute-modules moe", "moe-layer-recompute"),
-    ("there is one kind of model here, Megatron-Core's; leave it out", "use-mcore-models use-legacy-models"),
+    ("all models here are Megatron-Core's; leave it out", "use-mcore-models use-legacy-models"),
     ("give --attention-backend flash", "use-flash-attn"),
     (
-        "--cross-entropy-impl says how losses are computed, and its default is fused; leave it out",
+        "--cross-entropy-impl sets how losses are computed, and its default is fused; leave it out",
         "cross-entropy-loss-fusion cross-entropy-fusion-impl fp16-lm-cross-entropy",
     ),
     (
@@ -57,17 +57,17 @@ _SENTENCES = (
         "a loss, gradient norm or validation loss that is not finite always ends the run; leave it out",
         "check-for-large-grads check-for-spiky-loss result-rejected-tracker-filename",
     ),
-    ("resuming follows the data exactly, and no step can be left out", "iterations-to-skip"),
+    ("a resumed run follows the data exactly, so no step can be skipped; leave it out", "iterations-to-skip"),
     (
-        "batch sizes that do not divide evenly are refused, with the sizes that do; choose one of those",
+        "batch sizes that do not divide evenly are refused with a size that does; choose that",
         "decrease-batch-size-if-needed",
     ),
     (
-        "ranks of equal weights stay equal because they take equal steps; leave it out",
+        "data-parallel ranks take the same steps, so their weights stay equal; leave it out",
         "check-weight-hash-across-dp-replicas-interval",
     ),
     (
-        "profile from outside, e.g. nsys profile or py-spy record; leave it out",
+        "use an external profiler, e.g. nsys profile or py-spy record; leave it out",
         """
         profile profile-ranks profile-step-end profile-step-start use-pytorch-profiler record-memory-history
         memory-snapshot-path config-logger-dir
@@ -87,7 +87,7 @@ _SENTENCES = (
     """,
     ),
     (
-        "what runs here does not use it; leave it out",
+        "nothing here uses it; leave it out",
         """
         no-bias-gelu-fusion no-masked-softmax-fusion no-persist-layer-norm no-rope-fusion use-te-activation-func
         use-fused-weighted-squared-relu disable-jit-fuser empty-unused-memory-level train-sync-interval
@@ -98,7 +98,7 @@ _SENTENCES = (
     """,
     ),
     (
-        "results repeat bit by bit with the same layout; on a GPU set torch's and cuBLAS's own switches for that",
+        "results are bitwise reproducible with the same parallel layout; on a GPU set the switches of torch and cuBLAS",
         "deterministic-mode",
     ),
     (
@@ -113,7 +113,7 @@ _SENTENCES = (
         "no-weight-decay-cond-type",
     ),
     (
-        "memory of the optimizer on the CPU is pinned where there is a GPU; leave it out",
+        "with a GPU the optimizer's memory on the CPU is pinned; leave it out",
         "no-pin-cpu-grads no-pin-cpu-params",
     ),
     (
@@ -125,23 +125,26 @@ _SENTENCES = (
     ("parameter groups are named in the checkpoint; leave it out", "dump-param-to-param-group-map"),
     # initialization
     (
-        "weights depend on the seed alone, whatever draws them; leave it out",
+        "initial weights depend only on the seed; leave it out",
         """
         use-cpu-initialization no-initialization te-rng-tracker data-parallel-random-init init-model-with-meta-device
     """,
     ),
     # learning rate
     (
-        "what the command line says always holds; of the checkpoint only how far the schedule has come; leave it out",
+        "the schedule follows the command line, and the checkpoint only sets its step; leave it out",
         """
         override-opt-param-scheduler use-checkpoint-opt-param-scheduler
     """,
     ),
     # checkpointing
     ("the architecture always comes from the checkpoint of --load; leave it out", "use-checkpoint-args"),
-    ("any layout loads a checkpoint of any other: give the layout of this run", "use-mp-args-from-checkpoint-args"),
     (
-        "the tokenizer comes with the data set; leave it out",
+        "any parallel layout loads the checkpoint of another one: give the layout of this run",
+        "use-mp-args-from-checkpoint-args",
+    ),
+    (
+        "the tokenizer is that of the data set; leave it out",
         """
         disable-use-tokenizer-model-from-checkpoint-args no-use-tokenizer-model-from-checkpoint-args legacy-tokenizer
         tiktoken-num-special-tokens tiktoken-pattern tiktoken-special-tokens tokenizer-hf-include-special-tokens
@@ -159,7 +162,7 @@ _SENTENCES = (
     ),
     ("it is the default; leave it out", "ckpt-fully-parallel-save"),
     ("give --no-ckpt-fully-parallel-save", "disable-ckpt-fully-parallel-save"),
-    ("every weight that the model has is loaded, or the run is refused; leave it out", "dist-ckpt-strictness"),
+    ("a checkpoint without all weights of the model is refused; leave it out", "dist-ckpt-strictness"),
     (
         "give --async-save; there are no local checkpoints and no persistent writers",
         """
@@ -170,14 +173,14 @@ _SENTENCES = (
     ),
     ("gradients are not saved; leave it out", "save-dgrads-interval save-wgrads-interval"),
     (
-        "main weights come with the optimizer's state; leave it out",
+        "main weights are loaded with the optimizer's state; leave it out",
         """
         load-main-params-from-ckpt distrib-optim-fully-reshardable-mem-efficient
     """,
     ),
     # mixed precision
     (
-        "of fp8 the options --fp8-* that --help lists are there; leave it out",
+        "fp8 has the options --fp8-* that --help lists; leave it out",
         """
         fp4-format fp4-param-gather fp4-quantizer-factory fp4-recipe fp8-interval fp8-quantizer-factory
         keep-fp8-transpose-cache kitchen-attention-backend use-kitchen-attention te-precision-config-file
@@ -188,14 +191,14 @@ _SENTENCES = (
     # distributed
     ("give --tensor-model-parallel-size", "model-parallel-size"),
     (
-        "process groups are made by torchrun and --distributed-backend; leave it out",
+        "torchrun and --distributed-backend set up the process groups; leave it out",
         """
         local-rank lazy-mpu-init disable-gloo-process-groups pipeline-model-parallel-comm-backend fake-process-group
         nccl-communicator-config-path high-priority-stream-groups use-tp-pp-dp-mapping use-sharp sharp-enabled-group
         create-all-gather-group use-nccl-ub disable-symmetric-registration suggested-communication-unit-size
     """,
     ),
-    ("one timeout holds throughout: give --distributed-timeout-minutes", "distributed-timeout-seconds-after-init"),
+    ("there is one timeout: give --distributed-timeout-minutes", "distributed-timeout-seconds-after-init"),
     (
         "FSDP is not supported: shard with --use-distributed-optimizer and model parallelism",
         """
@@ -211,7 +214,7 @@ _SENTENCES = (
     ),
     ("give --overlap-param-gather", "overlap-param-gather-with-optimizer-step"),
     (
-        "interleaved stages overlap their messages always, others never: that is what is right on every backend",
+        "interleaved stages always overlap communication, others never, which works on every backend; leave it out",
         """
         no-overlap-p2p-communication overlap-p2p-communication-warmup-flush use-ring-exchange-p2p
         microbatch-group-size-per-virtual-pipeline-stage no-scatter-gather-tensors-in-pipeline
@@ -230,7 +233,7 @@ _SENTENCES = (
     """,
     ),
     (
-        "context parallelism cuts the packed stream evenly: give --context-parallel-size alone",
+        "context parallelism splits the packed stream evenly: give only --context-parallel-size",
         """
         hierarchical-context-parallel-sizes hybrid-context-parallel max-seqlen-per-dp-cp-rank
     """,
@@ -238,14 +241,14 @@ _SENTENCES = (
     # experts
     ("give --expert-tensor-parallel-size", "moe-extended-tp"),
     (
-        "of --moe-token-dispatcher-type give one that --help lists; leave it out",
+        "give a --moe-token-dispatcher-type that --help lists; leave it out",
         """
         moe-deepep-num-sms moe-enable-deepep moe-flex-dispatcher-backend moe-hybridep-num-sms
         overlap-moe-expert-parallel-comm ep-overlap-early-attn-memory-release
     """,
     ),
     (
-        "experts are routed and computed as --help lists; leave it out",
+        "--help lists the options of routing and experts; leave it out",
         """
         moe-enable-routing-replay moe-router-force-load-balancing moe-router-fusion moe-use-legacy-grouped-gemm
         moe-upcycling-granularity moe-use-upcycling
@@ -253,7 +256,7 @@ _SENTENCES = (
     ),
     # validation and data
     (
-        "every task of the validation split has a loss of its own in each evaluation; leave it out",
+        "each evaluation reports a separate loss for every task of the validation split; leave it out",
         "multiple-validation-sets",
     ),
     ("tools/preprocess_data.py makes the split: give it --split", "split"),
@@ -265,22 +268,22 @@ _SENTENCES = (
     """,
     ),
     ("positions always restart with each sample; leave it out", "reset-position-ids"),
-    ("a sample never attends to its neighbours in a pack; leave it out", "reset-attention-mask"),
-    ("which tokens have a loss is stored with the data set, by the chat template; leave it out", "eod-mask-loss"),
+    ("a sample never attends to other samples of its pack; leave it out", "reset-attention-mask"),
+    ("the data set stores which tokens have a loss, from the chat template; leave it out", "eod-mask-loss"),
     ("padding is by position; leave it out", "allow-ambiguous-pad-tokens"),
     ("make a small data set with tools/preprocess_data.py", "mock-data"),
     ("give --seq-length", "encoder-seq-length decoder-seq-length"),
-    ("tools/preprocess_data.py shares out tasks: give it --task-sampling", "sample-rate"),
-    ("this is for models of another kind; leave it out", "mask-prob short-seq-prob"),
+    ("tools/preprocess_data.py sets how often tasks are used: give it --task-sampling", "sample-rate"),
+    ("it is for models of a different kind; leave it out", "mask-prob short-seq-prob"),
     (
-        "give tools/preprocess_data.py a task in that format; it learns to fill in the middle from it",
+        "give tools/preprocess_data.py a task with fill-in-the-middle, see its --help",
         """
         fim-data fim-eod-token fim-fragment-rate fim-middle-token fim-no-prefix fim-pad-token fim-prefix-token fim-rate
         fim-split-sample fim-spm-rate fim-suffix-token
     """,
     ),
     (
-        "tuning on conversations is what this program does; leave it out, and see --mft-loss",
+        "this program always fine-tunes on conversations; leave it out, and see --mft-loss",
         "sft sft-tokenizer-prompt-format",
     ),
     # logging

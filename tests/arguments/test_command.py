@@ -18,7 +18,7 @@ def test_defaults_are_megatrons():
     assert (a.logging.log_interval, a.validation.eval_interval) == (100, 1000)
 
 
-def test_what_follows_is_filled_in():
+def test_derived_values():
     a = parse("--swiglu --group-query-attention --num-query-groups 2", world_size=4)
     assert a.network.ffn_hidden_size == 128  # 2/3 of 256, in steps of 64
     assert (a.network.kv_channels, a.network.num_query_groups) == (16, 2)
@@ -41,7 +41,7 @@ PP2 = "--global-batch-size 8 --pipeline-model-parallel-size 2"
         ("--num-virtual-stages-per-pipeline-rank 1", None),
     ],
 )
-def test_either_option_interleaves(option, stages):
+def test_either_option_gives_virtual_stages(option, stages):
     a = parse(f"{PP2} {option}", world_size=2)
     assert a.distributed.num_virtual_stages_per_pipeline_rank == stages
     assert a.distributed.num_layers_per_virtual_pipeline_stage is None

@@ -1,4 +1,4 @@
-"""Options of adapters: names of matrices, what a checkpoint or an adapter fixes, what is refused."""
+"""Options of adapters: names of matrices, options that a checkpoint or an adapter determines, refusals."""
 
 import dataclasses
 import json
@@ -62,12 +62,12 @@ def test_names_of_matrices(names, gated, expected):
         ),
     ],
 )
-def test_matrices_that_cannot_be_adapted(names, extra, words):
+def test_targets_that_are_refused(names, extra, words):
     with refused(words):
         parse(f"--peft-type lora {extra} --lora-target-modules {names}")
 
 
-def test_what_adapters_are_by_default():
+def test_defaults_of_adapters():
     assert parse().adapters is None
     assert parse().saves_base
     lora = parse("--peft-type lora").adapters
@@ -106,7 +106,7 @@ def _with_adapters(folder, **changes):
     return checkpoint(folder, lora=LORA.as_dict(), peft_type="lora", **changes)
 
 
-def test_adapters_of_a_checkpoint_come_back(tmp_path):
+def test_adapters_follow_from_the_checkpoint(tmp_path):
     folder = _with_adapters(tmp_path / "run")
     for extra in ("", "--peft-type lora --lora-rank 8", "--lora-target-modules linear_proj linear_q", "--finetune"):
         arguments = resumed(f"--load {folder} {extra}")
@@ -129,13 +129,13 @@ def test_adapters_of_a_checkpoint_come_back(tmp_path):
         ("--save-adapters-only", "--save-adapters-only: {path} holds model and adapters"),
     ],
 )
-def test_a_checkpoint_is_not_contradicted(tmp_path, extra, words):
+def test_contradicting_the_checkpoint_is_refused(tmp_path, extra, words):
     folder = _with_adapters(tmp_path / "run")
     with refused(words.format(path=folder / "iter_0000005")):
         resumed(f"--load {folder} {extra}")
 
 
-def test_a_whole_model_gets_adapters_in_a_new_pass(tmp_path):
+def test_a_model_gets_adapters_only_in_a_new_pass(tmp_path):
     folder = checkpoint(tmp_path / "run")
     with refused(f"--peft-type lora: --load {folder} has no adapters; start from its weights with --finetune"):
         resumed(f"--load {folder} --peft-type lora")
@@ -145,7 +145,7 @@ def test_a_whole_model_gets_adapters_in_a_new_pass(tmp_path):
     assert resumed(f"--pretrained-checkpoint {folder}").base is None
 
 
-def test_adapters_alone_need_their_model(tmp_path):
+def test_a_checkpoint_of_only_adapters_needs_their_model(tmp_path):
     model = checkpoint(tmp_path / "model")
     weights = model / "iter_0000005" / "__0_0.distcp"
     weights.write_bytes(bytes(range(256)) * 5000)
@@ -170,7 +170,7 @@ def test_adapters_alone_need_their_model(tmp_path):
 
 
 @pytest.mark.parametrize(("before", "now"), [("lora", "qlora"), ("qlora", "lora")])
-def test_a_new_pass_may_keep_the_model_otherwise(tmp_path, before, now):
+def test_a_new_pass_may_change_the_precision_of_the_model(tmp_path, before, now):
     model = checkpoint(tmp_path / "model")
     known = {"has_base": False, "base_digest": content_digest(model / "iter_0000005")}
     folder = checkpoint(tmp_path / "run", lora=LORA.as_dict(), peft_type=before, **known)
@@ -184,8 +184,8 @@ def test_a_new_pass_may_keep_the_model_otherwise(tmp_path, before, now):
     assert arguments.weights_alone
 
 
-def test_adapters_do_not_replace_their_model(tmp_path):
-    """Their checkpoints begin at iteration 0 again: one would have taken the place of the model they need."""
+def test_checkpoints_of_adapters_must_not_replace_their_model(tmp_path):
+    """Their iterations start at 0 again, so that one could overwrite the checkpoint of the model that they need."""
     folder = checkpoint(tmp_path / "run")
     (tmp_path / "link").symlink_to(folder)
     words = f"--load {folder} --finetune --peft-type lora"
@@ -196,7 +196,7 @@ def test_adapters_do_not_replace_their_model(tmp_path):
     assert not resumed(f"{words} --save-adapters-only --save {tmp_path}/other").saves_base
 
 
-def test_damaged_adapters_are_a_damaged_description(tmp_path):
+def test_a_damaged_description_of_adapters_is_refused(tmp_path):
     folder = _with_adapters(tmp_path / "run")
     file = folder / "iter_0000005" / "mft_checkpoint.json"
     content = json.loads(file.read_text())
@@ -206,7 +206,7 @@ def test_damaged_adapters_are_a_damaged_description(tmp_path):
         resumed(f"--load {folder}")
 
 
-def test_an_adapter_from_elsewhere_fixes_its_options(tmp_path):
+def test_options_follow_from_the_adapter_of_hf_adapter(tmp_path):
     folder = checkpoint(tmp_path / "model")
 
     def of(extra):
@@ -247,21 +247,21 @@ def test_an_adapter_is_opened_once_for_the_model_it_belongs_to(tmp_path, monkeyp
     assert not make_arguments(command_line, start).starts_from_adapter
 
 
-def test_pieces_of_files_tell_models_apart(tmp_path):
+def test_the_digest_of_weight_files_differs_between_models(tmp_path):
     (tmp_path / "a.safetensors").write_bytes(b"x" * 2_000_000)
     digests = {content_digest(tmp_path)}
-    for place in (0, 999_999 // 4096 * 4096, 1_999_999):
+    for offset in (0, 999_999 // 4096 * 4096, 1_999_999):
         changed = bytearray(b"x" * 2_000_000)
-        changed[place // 31250 * 31250 : place // 31250 * 31250 + 1] = b"y"
+        changed[offset // 31250 * 31250 : offset // 31250 * 31250 + 1] = b"y"
         (tmp_path / "a.safetensors").write_bytes(changed)
         digests.add(content_digest(tmp_path))
     (tmp_path / "a.safetensors").write_bytes(b"x" * 2_000_001)
     digests.add(content_digest(tmp_path))
-    (tmp_path / "config.json").write_text("says nothing about weights")
+    (tmp_path / "config.json").write_text("no weights")
     assert len(digests | {content_digest(tmp_path)}) == 5
 
 
-def test_options_are_read_again_from_a_configuration(tmp_path):
+def test_adapters_of_a_configuration_file(tmp_path):
     import yaml
 
     arguments = parse("--peft-type lora --lora-rank 4 --lora-target-modules q_proj v_proj")
@@ -270,8 +270,8 @@ def test_options_are_read_again_from_a_configuration(tmp_path):
     assert parse_arguments(f"{SHORT_RUN} --yaml-cfg {file}".split()).adapters == arguments.adapters
 
 
-def test_a_whole_model_is_saved_whole_whatever_the_configuration_of_a_run_with_adapters(tmp_path):
-    """What stands in a run's own config.yaml is not refused for having no effect, and must have none."""
+def test_options_of_adapters_in_a_configuration_have_no_effect_without_adapters(tmp_path):
+    """Options without effect in a run's config.yaml are not refused, and must have no effect."""
     file = tmp_path / "config.yaml"
     options = parse("--peft-type lora --lora-rank 4").as_options()
     file.write_text(effective_configuration({**options, "save_adapters_only": True}, 1))

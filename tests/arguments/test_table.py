@@ -1,4 +1,4 @@
-"""Every option of the table: spelled, typed, bounded, in the help, in config.yaml, and Megatron's where it has it."""
+"""Properties of every option: spelling, type, bounds, help, config.yaml, and Megatron's default."""
 
 import ast
 import dataclasses
@@ -28,12 +28,12 @@ NAMES = {name: field for _, group in SOURCES for field in dataclasses.fields(gro
 GOLDEN = Path(__file__).parent.parent / "golden" / "megatron_options.txt"
 KINDS = (int, float, bool, str)
 BOUNDS = ("at_least", "above", "at_most", "below")
-# words of options that read their values themselves
+# Values of options with a reader.
 OWN_KINDS = {"window_size": "20,0", "rope_scaling": '{"rope_type": "linear", "factor": 2.0}'}
 
 
 def golden():
-    """Default by name of every option of Megatron-LM."""
+    """Return the default of every option of Megatron-LM, by name."""
     lines = [line for line in GOLDEN.read_text().splitlines() if not line.startswith("#")]
     return {name: ast.literal_eval(default) for name, default in (line.split(" ", 1) for line in lines)}
 
@@ -43,7 +43,7 @@ def given(*words):
 
 
 def words_of(field):
-    """Some words that an option may be given."""
+    """Return values that the option accepts, as words of a command line."""
     info, kind = info_of(field), value_type(field)
     if kind is bool:
         return ()
@@ -73,7 +73,7 @@ def test_groups_are_in_the_order_of_the_arguments_and_share_no_name():
 
 
 @pytest.mark.parametrize("name", FIELDS)
-def test_an_option_is_read_as_its_kind(name):
+def test_an_option_is_read_as_its_type(name):
     group, field = FIELDS[name]
     kind, many = value_type(field), value_count(field) is not None
     for spelled in spellings(field):
@@ -94,7 +94,7 @@ def test_an_option_is_read_as_its_kind(name):
 
 
 @pytest.mark.parametrize("name", [name for name, (_, field) in FIELDS.items() if value_type(field) is not bool])
-def test_a_word_that_is_none_of_its_kind_is_refused(name):
+def test_a_value_of_the_wrong_type_is_refused(name):
     _, field = FIELDS[name]
     if value_type(field) is str and not info_of(field).choices:
         with pytest.raises(InputError, match="expected"):
@@ -117,7 +117,7 @@ BOUNDED = [
 
 
 @pytest.mark.parametrize(("name", "kind"), BOUNDED, ids=lambda value: str(value))
-def test_bounds_hold_and_are_named(name, kind):
+def test_bounds_are_checked_and_named(name, kind):
     group, field = FIELDS[name]
     bound, words = info_of(field).bounds[kind], kind.replace("_", " ")
     step = 1 if value_type(field) is int else abs(bound) * 1e-6 or 1e-9
@@ -161,7 +161,7 @@ def test_config_has_every_option():
     assert (options["mft_loss"], options["task_weights"], options["hidden_dropout"]) == ("task-sample", ("x=2",), 0.0)
 
 
-def test_every_option_of_megatron_is_here_or_answered():
+def test_every_option_of_megatron_is_an_option_or_answered():
     known = golden()
     assert len(known) > 450
     missing = [name for name in known if name not in NAMES and name.replace("_", "-") not in MEGATRON_ONLY]
@@ -170,14 +170,14 @@ def test_every_option_of_megatron_is_here_or_answered():
     assert MEGATRON_ONLY.keys() <= known.keys()
 
 
-def test_defaults_are_megatrons_or_said_not_to_be():
+def test_defaults_are_megatrons_or_the_help_says_otherwise():
     for name, theirs in golden().items():
         field = NAMES.get(name)
         if field is None or "Unlike in Megatron" in info_of(field).text:
             continue
         ours = field.default
         if value_type(field) is bool and (name.startswith(("--no-", "--disable-")) or theirs is None):
-            # what holds without the switch, by Megatron's name for it or by ours; None is off
+            # Megatron gives the value without the switch, where None is off.
             assert theirs in (None, True, False)
             continue
         if name == spelling(field) and info_of(field).flag:
@@ -197,7 +197,7 @@ def test_options_of_megatrons_are_answered():
             assert str(refusal.value) == f"{name}: {sentence}"
 
 
-def test_sentences_name_options_that_there_are():
+def test_answers_name_existing_options():
     of_other_commands = {"--split", "--task-sampling", "--fp8-"}
     for sentence in set(MEGATRON_ONLY.values()):
         for name in re.findall(r"--[a-z0-9-]+", sentence):
