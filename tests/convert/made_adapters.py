@@ -1,4 +1,4 @@
-"""Checkpoints with random adapters, and what they mean for a Hugging Face model: laid out row by row, by hand."""
+"""Checkpoints with random adapters, and the change that these make to a Hugging Face model, computed row by row."""
 
 import dataclasses
 import types
@@ -10,12 +10,14 @@ RANK = 3
 
 
 def info_of(hf):
+    """Describe the model of a Hugging Face folder."""
     from mft_megatron.convert.huggingface.weight_source import HuggingFaceSource
 
     return HuggingFaceSource(str(hf)).info
 
 
 def lora_for(info, names, rank=RANK, alpha=5.0, rslora=False):
+    """Describe adapters on the targets called ``names`` of a model."""
     from mft_megatron.arguments.groups.network import NetworkArguments
     from mft_megatron.lora import Lora, read_targets
 
@@ -24,7 +26,7 @@ def lora_for(info, names, rank=RANK, alpha=5.0, rslora=False):
 
 
 def rows_of(module, architecture):
-    """By row of a matrix of Megatron's: our source, and the row in that source's own matrix."""
+    """For each row of one of Megatron's matrices its source and the row in the source's own matrix."""
     a = architecture
     if module == "linear_fc1":
         return [(source, row) for source in range(2 if a.gated else 1) for row in range(a.ffn_hidden_size)]
@@ -39,34 +41,39 @@ def rows_of(module, architecture):
 
 
 def columns_of(module, architecture):
+    """Columns of one of Megatron's matrices."""
     a = architecture
     attention = a.num_attention_heads * a.kv_channels
     return {"linear_proj": attention, "linear_fc2": a.ffn_hidden_size}.get(module, a.hidden_size)
 
 
+def prefix_of(module):
+    """Name of one of Megatron's matrices in a checkpoint, without ``.weight``."""
+    inside = "self_attention" if module in ("linear_qkv", "linear_proj") else "mlp"
+    return f"decoder.layers.{inside}.{module}"
+
+
 def random_adapters(info, lora, dtype="float32", seed=0, size=0.4):
-    """By name: A and B of all layers, as a checkpoint has them; rows that no A serves are 0."""
+    """Random A's and B's of all layers, by name in a checkpoint; rows of B without an A are 0."""
     import torch
 
     from mft_megatron.arguments.groups.network import NetworkArguments
 
     architecture = NetworkArguments(**info.architecture)
-    generator, found = torch.Generator().manual_seed(seed), {}
+    generator, weights = torch.Generator().manual_seed(seed), {}
     for target in lora.targets:
-        inside = "self_attention" if target.module in ("linear_qkv", "linear_proj") else "mlp"
         rows, columns = rows_of(target.module, architecture), columns_of(target.module, architecture)
-        served = {source for part in target.parts for source in part}
+        adapted = {source for part in target.parts for source in part}
         a = torch.randn(architecture.num_layers, len(target.parts) * lora.rank, columns, generator=generator)
         b = torch.randn(architecture.num_layers, len(rows), lora.rank, generator=generator)
-        b *= torch.tensor([source in served for source, _ in rows])[:, None]
+        b *= torch.tensor([source in adapted for source, _ in rows])[:, None]
         for letter, content in (("a", a), ("b", b)):
-            content = (size * content).to(getattr(torch, dtype))
-            found[f"decoder.layers.{inside}.{target.module}.lora_{letter}"] = content
-    return found
+            weights[f"{prefix_of(target.module)}.lora_{letter}"] = (size * content).to(getattr(torch, dtype))
+    return weights
 
 
 def write_run(run, info, weights, iteration=7, **changes):
-    """A run folder with one checkpoint of these weights, whole or in pieces; returns the checkpoint's description."""
+    """Write a run folder with a checkpoint of these weights; its description is ``info`` with ``changes``."""
     from mft_megatron.mcore.checkpointing.tensor_writer import Weight, write_weights
     from mft_megatron.mcore.checkpointing.weight_source import WeightSlice
     from mft_megatron.run_folder import TRACKER, iteration_folder, write_info
@@ -78,47 +85,63 @@ def write_run(run, info, weights, iteration=7, **changes):
     slices = [WeightSlice(name, (), (0,) * len(weight.shape), weight.shape) for name, weight in planned.items()]
     source = types.SimpleNamespace(read=lambda wanted: weights[wanted.name])
     write_weights(path, planned, slices, source, 2**20)
-    info = dataclasses.replace(info, iteration=iteration, consumed_samples=28, **changes)
-    write_info(path, info)
+    write_info(path, dataclasses.replace(info, iteration=iteration, consumed_samples=28, **changes))
     (run / TRACKER).write_text(f"{iteration}\n")
-    return info
 
 
 def write_adapters(run, info, lora, weights, iteration=7, **changes):
-    """A run folder with a checkpoint of adapters alone."""
-    return write_run(run, info, weights, iteration, lora=lora.as_dict(), has_base=False, **changes)
+    """Write a run folder with a checkpoint of adapters alone."""
+    write_run(run, info, weights, iteration, lora=lora.as_dict(), has_base=False, **changes)
 
 
-def their_deltas(info, lora, weights):
-    """By name of a Hugging Face weight: what the adapters add to it, in fp64."""
+def write_random_adapters(run, info, names, dtype="float32", seed=0, iteration=7, base="", **options):
+    """Write a run folder with a checkpoint of random adapters alone.
+
+    Args:
+        run: the run folder.
+        info: description of the model.
+        names: targets.
+        base: folder of the model in the checkpoint's description.
+        options: those of :func:`lora_for`.
+
+    Returns:
+        description and weights of the adapters.
+    """
+    lora = lora_for(info, names, **options)
+    weights = random_adapters(info, lora, dtype, seed)
+    write_adapters(run, info, lora, weights, iteration, base=base)
+    return lora, weights
+
+
+def deltas_of(info, lora, weights):
+    """Change of each Hugging Face weight by its adapters, by name, fp64."""
     import torch
 
     from mft_megatron.arguments.groups.network import NetworkArguments
 
     architecture = NetworkArguments(**info.architecture)
-    found = {}
+    deltas = {}
     for target in lora.targets:
-        inside = "self_attention" if target.module in ("linear_qkv", "linear_proj") else "mlp"
         rows = rows_of(target.module, architecture)
-        part_of = {source: number for number, part in enumerate(target.parts) for source in part}
+        part_of = {source: index for index, part in enumerate(target.parts) for source in part}
         for layer in range(architecture.num_layers):
-            a, b = (weights[f"decoder.layers.{inside}.{target.module}.lora_{x}"][layer].double() for x in "ab")
-            names = _names(target.module, info.source, layer, architecture)
+            a, b = (weights[f"{prefix_of(target.module)}.lora_{letter}"][layer].double() for letter in "ab")
+            names = _hf_names(target.module, info.source, layer, architecture)
             for source in part_of:
                 first = part_of[source] * lora.rank
                 product = lora.scale * (b @ a[first : first + lora.rank])
-                ours = [row for row, (owner, _) in enumerate(rows) if owner == source]
+                rows_here = [row for row, (of_row, _) in enumerate(rows) if of_row == source]
                 fused = len(set(names)) < len(names)
-                # GPT-NeoX has queries, keys and values of a head together, in Megatron's order
-                theirs = ours if fused else [rows[row][1] for row in ours]
-                empty = torch.zeros(len(rows) if fused else len(ours), a.shape[1], dtype=torch.float64)
-                delta = found.setdefault(names[source], empty)
-                delta[theirs] += product[ours]
-    return found
+                # GPT-NeoX stores query, key and value of a head in Megatron's order
+                rows_there = rows_here if fused else [rows[row][1] for row in rows_here]
+                empty = torch.zeros(len(rows) if fused else len(rows_here), a.shape[1], dtype=torch.float64)
+                delta = deltas.setdefault(names[source], empty)
+                delta[rows_there] += product[rows_here]
+    return deltas
 
 
-def _names(module, source, layer, architecture):
-    """By our source: the weight that it is in."""
+def _hf_names(module, source, layer, architecture):
+    """Name of the Hugging Face weight of each source."""
     if source == "GPTNeoXForCausalLM":
         names = {
             "linear_qkv": "attention.query_key_value",
@@ -138,22 +161,31 @@ def _names(module, source, layer, architecture):
 
 
 def load(hf, dtype="float64"):
+    """Load a Hugging Face folder with transformers."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    eager = {"attn_implementation": "eager", "experts_implementation": "eager"}  # others know no fp64
+    eager = {"attn_implementation": "eager", "experts_implementation": "eager"}  # others do not support fp64
     return AutoModelForCausalLM.from_pretrained(hf, dtype=getattr(torch, dtype), **eager).eval()
 
 
+def load_with_adapter(hf, adapter):
+    """Load a Hugging Face folder and a PEFT folder, in fp32."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(load(hf, "float32"), adapter).eval()
+
+
 def logits_of(model):
+    """Logits of a model of transformers for fixed tokens, fp64 [S, V]."""
     import torch
 
     with torch.no_grad():
         return model(tiny_models.some_tokens()).logits[0].double()
 
 
-def add(model, deltas):
-    """The model's weights with what adapters add, in its own dtype."""
+def add_deltas(model, deltas):
+    """Add deltas to the weights of a model of transformers, in its dtype; returns the model."""
     import torch
 
     parameters = dict(model.named_parameters())

@@ -1,4 +1,4 @@
-"""Adapters come from PEFT, go through a checkpoint, and go back; merged or listed: the commands as a user runs them."""
+"""Commands for adapters, as a user runs them: export, merging, listing."""
 
 import shutil
 
@@ -13,22 +13,22 @@ TOOL = "tools/convert_checkpoint.py"
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run folder of adapters alone, two checkpoints, beside the folder of its model."""
+    """A run folder with two checkpoints of adapters alone, beside the folder of its model."""
     from tests.convert import made_adapters, tiny_models
 
     root = tmp_path_factory.mktemp("adapters")
     tiny_models.write_model("qwen2 tied", root / "hf")
     info = made_adapters.info_of(root / "hf")
-    lora = made_adapters.lora_for(info, ("linear_qkv", "up_proj"))
     for iteration in (7, 14):
-        weights = made_adapters.random_adapters(info, lora, seed=iteration)
-        made_adapters.write_adapters(root / "run", info, lora, weights, iteration, base=str(root / "hf"))
+        made_adapters.write_random_adapters(
+            root / "run", info, ("linear_qkv", "up_proj"), seed=iteration, iteration=iteration, base=str(root / "hf")
+        )
     (root / "run" / "best_checkpointed_iteration.txt").write_text("7\n")
     shutil.copytree(root / "hf", root / "run" / "huggingface", ignore=shutil.ignore_patterns("*.safetensors"))
     return root / "run"
 
 
-def test_out_merged_and_listed(run, tmp_path):
+def test_export_merge_and_list(run, tmp_path):
     process = run_forked(TOOL, "lora-to-peft", "--load", run, "--hf", tmp_path / "peft")
     assert process.returncode == 0, process.stderr
     assert "LoRA of rank 3, alpha 5, on linear_qkv, up_proj, iteration 14" in process.stdout
@@ -91,9 +91,7 @@ def test_refused(words, reason, tmp_path):
     ],
 )
 def test_trained_on_several_ranks_and_exported(dataset_prefix, tokenizer_folder, tmp_path, alone):
-    """The result of two ranks is the same model for PEFT and merged, and differs from the model before."""
-    from peft import PeftModel
-
+    """Adapters trained on two ranks give the same logits in PEFT and merged, and other logits than before."""
     from tests.convert import made_adapters, tiny_models
 
     sizes = {"vocab_size": 500, "max_position_embeddings": 256}
@@ -110,9 +108,9 @@ def test_trained_on_several_ranks_and_exported(dataset_prefix, tokenizer_folder,
     assert process.returncode == 0, process.stderr
     process = run_forked(TOOL, "merge-lora", "--load", tmp_path / "run", "--hf", tmp_path / "merged")
     assert process.returncode == 0, process.stderr
-    plain = made_adapters.load(tmp_path / "hf", "float32")
-    before = made_adapters.logits_of(plain)
-    adapted = made_adapters.logits_of(PeftModel.from_pretrained(plain, tmp_path / "exports" / "iter_0000004").eval())
+    before = made_adapters.logits_of(made_adapters.load(tmp_path / "hf", "float32"))
+    adapter = tmp_path / "exports" / "iter_0000004"
+    adapted = made_adapters.logits_of(made_adapters.load_with_adapter(tmp_path / "hf", adapter))
     merged = made_adapters.logits_of(made_adapters.load(tmp_path / "merged", "float32"))
     assert (adapted - merged).abs().max() < 1e-4
     assert (adapted - before).abs().max() > 0.1

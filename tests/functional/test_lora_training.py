@@ -1,4 +1,4 @@
-"""Adapters are trained by the command, saved alone or with the model, and trained on."""
+"""Training of adapters by the command: saved alone or with the model, and resumed."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ def model(tmp_path_factory, tokenizer_folder):
 
 @pytest.fixture(scope="module")
 def run(model, dataset_prefix):
-    """Four steps from the model on two ranks, checkpoints of the adapters alone after two and four."""
+    """A run of four steps on two ranks, with checkpoints of the adapters alone after two and four."""
     folder = model.parent / "run"
     words = ("--data-path", dataset_prefix, "--hf-checkpoint", model, "--save", folder, "--load", folder)
     process = torchrun(2, "pretrain_mft.py", *RUN, *LORA, *TP2, "--save-adapters-only", *words)
@@ -39,6 +39,7 @@ def run(model, dataset_prefix):
 
 
 def _records(folder):
+    """Steps that the run in ``folder`` logged."""
     return [{name: record[name] for name in ("step", "loss", "grad_norm", "lr")} for record in records(folder, "train")]
 
 
@@ -54,8 +55,8 @@ def test_only_adapters_are_saved(run):
     assert all(is_adapter(name) for name in names)
 
 
-def test_adapters_alone_go_on_bit_by_bit(run, model, dataset_prefix, tmp_path):
-    """With dropout; the same command again, from where an interrupted job was."""
+def test_a_run_of_adapters_alone_resumes_bit_by_bit(run, model, dataset_prefix, tmp_path):
+    """The command is repeated after an interruption; dropout is on."""
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / "latest_checkpointed_iteration.txt").write_text("2\n")
     (tmp_path / "run" / "metrics.jsonl").unlink()
@@ -86,7 +87,7 @@ def test_adapters_without_their_model_are_refused(run, model, dataset_prefix, tm
 
 
 def test_model_and_adapters_in_one_checkpoint(run, model, dataset_prefix, tmp_path):
-    """Saved whole at TP 2, gone on with on one rank without naming the model or the adapters."""
+    """A checkpoint saved with the model at TP 2 is resumed on one rank without naming model or adapters."""
     words = (
         "--data-path",
         dataset_prefix,
@@ -105,7 +106,7 @@ def test_model_and_adapters_in_one_checkpoint(run, model, dataset_prefix, tmp_pa
     process = torchrun(1, "pretrain_mft.py", *RUN, "--lora-dropout", "0.1", "--loraplus-lr-ratio", "4", *words)
     assert process.returncode == 0, process.stderr
     assert _records(tmp_path / "run")[:2] == _records(run)[:2]
-    # other ranks draw other dropout; the step is near all the same
+    # other ranks sample other dropout masks; losses are still close
     for ours, theirs in zip(_records(tmp_path / "run")[2:], _records(run)[2:], strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=3e-2)
         assert ours["lr"] == theirs["lr"]

@@ -1,4 +1,4 @@
-"""Adapters beside a model in 4 bits through the command line: trained, saved, gone on with, from any kind of folder."""
+"""Training of adapters on a model in 4 bits by the command: saved, resumed, from any kind of folder."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ TWO = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory, tokenizer_folder):
-    """A Llama whose rows are whole blocks on two ranks."""
+    """A Llama whose rows are a multiple of a block on two ranks."""
     from tests.convert import tiny_models
 
     folder = tmp_path_factory.mktemp("hf") / "model"
@@ -28,10 +28,12 @@ def model(tmp_path_factory, tokenizer_folder):
 
 
 def steps(folder):
+    """Step, loss and gradient norm of every step that was logged."""
     return [(record["step"], record["loss"], record["grad_norm"]) for record in records(folder, "train")]
 
 
 def run(folder, prefix, *words, world_size=1):
+    """Train and return what was printed."""
     process = run_forked(
         "pretrain_mft.py", *RUN, *words, "--data-path", prefix, "--save", folder, world_size=world_size
     )
@@ -41,18 +43,18 @@ def run(folder, prefix, *words, world_size=1):
 
 @pytest.fixture(scope="module")
 def whole_run(model, dataset_prefix, tmp_path_factory):
-    """Four steps in one go, saved after two, and what was said."""
+    """Folder and output of an uninterrupted run of four steps, with a checkpoint after two."""
     folder = tmp_path_factory.mktemp("whole")
     return folder, run(folder, dataset_prefix, *QLORA, "--hf-checkpoint", model, "--save-interval", 2)
 
 
-def test_it_is_said_what_computes(whole_run):
+def test_the_log_names_the_implementation(whole_run):
     assert "frozen matrices: NF4, by torch;" in whole_run[1]
     losses = [loss for _, loss, _ in steps(whole_run[0])]
     assert losses[-1] < losses[0]
 
 
-def test_checkpoints_have_adapters_alone(whole_run):
+def test_checkpoints_hold_only_adapters(whole_run):
     from mft_megatron.mcore.checkpointing.tensor_reader import TensorReader
 
     checkpoint = whole_run[0] / "iter_0000004"
@@ -63,15 +65,15 @@ def test_checkpoints_have_adapters_alone(whole_run):
     assert all(name.endswith((".lora_a", ".lora_b")) for name in names)
 
 
-def test_goes_on_as_if_it_had_not_stopped(whole_run, model, dataset_prefix, tmp_path):
-    """Bit for bit, though the base is quantised anew."""
+def test_a_resumed_run_equals_an_uninterrupted_one(whole_run, model, dataset_prefix, tmp_path):
+    """Equal bit for bit, although the base is quantised again."""
     run(tmp_path, dataset_prefix, "--hf-checkpoint", model, "--load", whole_run[0], "--ckpt-step", 2)
     assert steps(tmp_path) == steps(whole_run[0])[2:]
 
 
 @pytest.mark.slow
 def test_on_two_ranks(model, dataset_prefix, tmp_path):
-    """From a converted checkpoint as from the model, bit for bit; in 16 bits; and near to one process."""
+    """Runs from a checkpoint and from the Hugging Face folder are equal bit for bit, and close to a run on one rank."""
     from mft_megatron.convert.commands.huggingface import hf_to_mcore
 
     hf_to_mcore(["--hf", str(model), "--save", str(tmp_path / "start")])
@@ -108,7 +110,7 @@ def test_on_two_ranks(model, dataset_prefix, tmp_path):
         ({}, 2, None),
     ],
 )
-def test_rows_that_are_no_whole_blocks_are_refused(model, sizes, ranks, complaint):
+def test_rows_that_are_no_multiple_of_a_block_are_refused(model, sizes, ranks, complaint):
     from mft_megatron.arguments.command import parse_arguments
     from mft_megatron.convert.huggingface.weight_source import HuggingFaceSource
     from mft_megatron.errors import InputError

@@ -1,4 +1,4 @@
-"""Adapters of a checkpoint as PEFT loads them: of every family, the function is that of the matrices multiplied out."""
+"""Export of adapters to PEFT: for every family PEFT computes the logits of the model with W + scale · B A."""
 
 import dataclasses
 import json
@@ -15,10 +15,11 @@ from mft_megatron.mcore.checkpointing.weight_source import WeightSlice
 from mft_megatron.run_folder import HUGGINGFACE, TOKENIZER
 from tests.convert import made_adapters, tiny_models
 from tests.convert.made_adapters import RANK
+from tests.refusals import refused_call
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers and PEFT
 WHOLE = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
-# by model: what is adapted, and whether by rsLoRA
+# by model: targets, and whether rsLoRA
 CASES = {
     "llama": (WHOLE, False),
     "llama3 tied": (("linear_fc1", "q_proj", "k_proj", "v_proj"), True),
@@ -37,40 +38,33 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """By name: a Hugging Face folder, the model, its description."""
-    root, found = tmp_path_factory.mktemp("peft"), {}
+    """A function from a model's name to its Hugging Face folder and its description."""
+    root, written = tmp_path_factory.mktemp("peft"), {}
 
     def model(name):
-        if name not in found:
-            folder = root / f"hf{len(found)}"
+        if name not in written:
+            folder = root / f"hf{len(written)}"
             tiny_models.write_model(name, folder)
-            found[name] = folder, made_adapters.info_of(folder)
-        return found[name]
+            written[name] = folder, made_adapters.info_of(folder)
+        return written[name]
 
     return model
 
 
-def with_peft(hf, adapter):
-    from peft import PeftModel
-
-    return PeftModel.from_pretrained(made_adapters.load(hf, "float32"), adapter).eval()
-
-
 @pytest.mark.parametrize("name", CASES)
-def test_logits_are_those_of_the_matrices_multiplied_out(models, name, tmp_path):
+def test_logits_equal_those_of_merged_matrices(models, name, tmp_path):
     hf, info = models(name)
     names, rslora = CASES[name]
-    lora = made_adapters.lora_for(info, names, rslora=rslora)
-    weights = made_adapters.random_adapters(info, lora)
-    made_adapters.write_adapters(tmp_path / "run", info, lora, weights)
+    lora, weights = made_adapters.write_random_adapters(tmp_path / "run", info, names, rslora=rslora)
     lora_to_peft(["--load", str(tmp_path / "run"), "--hf", str(tmp_path / "adapter")])
-    logits = made_adapters.logits_of(with_peft(hf, tmp_path / "adapter"))
+    logits = made_adapters.logits_of(made_adapters.load_with_adapter(hf, tmp_path / "adapter"))
     plain = made_adapters.load(hf)
     before = made_adapters.logits_of(plain)
-    expected = made_adapters.logits_of(made_adapters.add(plain, made_adapters.their_deltas(info, lora, weights)))
+    merged = made_adapters.add_deltas(plain, made_adapters.deltas_of(info, lora, weights))
+    expected = made_adapters.logits_of(merged)
     assert (logits - expected).abs().max() < 1e-4
     assert (before - expected).abs().max() > 0.5  # the adapters matter
-    # and back: what was shared is shared again, and what was joined comes apart, bit by bit
+    # read back, A's are one where they were one, and several where they were concatenated, bit by bit
     source = AdapterSource(str(tmp_path / "adapter"), info)
     assert source.lora == lora
     stored_shapes = stacked_shapes(source.weights, info.architecture["num_layers"])
@@ -81,29 +75,27 @@ def test_logits_are_those_of_the_matrices_multiplied_out(models, name, tmp_path)
             assert source.read(wanted).equal(content[layer]), key
 
 
-def test_all_models_have_their_adapters_tried():
+def test_cases_have_every_family():
     kinds = {tiny_models.MODELS[name][0] for name in CASES}
     assert kinds == {kind for kind, _ in tiny_models.MODELS.values()}
 
 
 @pytest.fixture
 def adapted(models, tmp_path):
-    """A checkpoint of a GPT-NeoX with A's of their own in its one matrix of queries, keys and values."""
+    """A checkpoint of a GPT-NeoX with an A for queries and one for values, which it has in one matrix."""
     hf, info = models("gpt-neox")
-    lora = made_adapters.lora_for(info, ("q_proj", "v_proj", "linear_proj"))
-    made_adapters.write_adapters(
-        tmp_path / "run", info, lora, made_adapters.random_adapters(info, lora, "bfloat16"), base=str(hf)
-    )
+    names = ("q_proj", "v_proj", "linear_proj")
+    made_adapters.write_random_adapters(tmp_path / "run", info, names, "bfloat16", base=str(hf))
     return tmp_path / "run"
 
 
-def export(run, *words):
-    lora_to_peft(["--load", str(run), "--hf", str(run.parent / "adapter"), *words])
+def export(run):
+    lora_to_peft(["--load", str(run), "--hf", str(run.parent / "adapter")])
     return run.parent / "adapter"
 
 
-def test_what_is_written(adapted):
-    """One matrix of twice the rank beside others: the rank and alpha of each, the scale of all; dtypes as they were."""
+def test_a_fused_matrix_has_the_rank_of_all_its_adapters(adapted):
+    """Its rank and alpha are twice those of other matrices, the scale is the same; dtypes are kept."""
     config = json.loads((export(adapted) / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (RANK, 5, 0.05)
     assert config["rank_pattern"] == {"query_key_value": 2 * RANK}
@@ -121,10 +113,9 @@ def test_what_is_written(adapted):
     assert (b[:, 1] == 0).all()
 
 
-def test_where_all_have_the_same_rank_there_are_no_exceptions(models, tmp_path):
+def test_equal_ranks_need_no_patterns(models, tmp_path):
     _, info = models("gpt-neox")
-    lora = made_adapters.lora_for(info, ("q_proj", "k_proj"), rslora=True)
-    made_adapters.write_adapters(tmp_path / "run", info, lora, made_adapters.random_adapters(info, lora))
+    made_adapters.write_random_adapters(tmp_path / "run", info, ("q_proj", "k_proj"), rslora=True)
     config = json.loads((export(tmp_path / "run") / "adapter_config.json").read_text())
     assert (config["r"], config["rank_pattern"], config["alpha_pattern"]) == (2 * RANK, {}, {})
     assert config["lora_alpha"] / (2 * RANK) ** 0.5 == pytest.approx(5.0 / RANK**0.5)
@@ -132,12 +123,11 @@ def test_where_all_have_the_same_rank_there_are_no_exceptions(models, tmp_path):
 
 
 @pytest.mark.parametrize("base", ["", "an HF folder", "a checkpoint"])
-def test_the_name_of_the_model(models, tmp_path, base):
-    """Only what PEFT can load is named, unless somebody knows better."""
+def test_the_name_of_the_base_model(models, tmp_path, base):
+    """The folder of the base is named if PEFT can load it; --base-model-name takes precedence."""
     hf, info = models("qwen2 tied")
-    lora = made_adapters.lora_for(info, ("q_proj",))
     folder = {"": "", "an HF folder": str(hf), "a checkpoint": str(tmp_path / "iter_0000001")}[base]
-    made_adapters.write_adapters(tmp_path / "run", info, lora, made_adapters.random_adapters(info, lora), base=folder)
+    made_adapters.write_random_adapters(tmp_path / "run", info, ("q_proj",), base=folder)
     (tmp_path / "iter_0000001").mkdir()
     (tmp_path / "iter_0000001" / "mft_checkpoint.json").write_text("{}")
     config = json.loads((export(tmp_path / "run") / "adapter_config.json").read_text())
@@ -146,9 +136,9 @@ def test_the_name_of_the_model(models, tmp_path, base):
     assert json.loads((tmp_path / "b" / "adapter_config.json").read_text())["base_model_name_or_path"] == "org/model"
 
 
-def test_the_tokenizer_goes_with_it(adapted, tmp_path):
-    source, own = adapted / HUGGINGFACE, adapted / TOKENIZER
-    for folder, text in ((source, "of the model"), (own, "of the run")):
+def test_the_tokenizer_is_exported(adapted, tmp_path):
+    source, tokenizer = adapted / HUGGINGFACE, adapted / TOKENIZER
+    for folder, text in ((source, "of the model"), (tokenizer, "of the run")):
         folder.mkdir()
         (folder / "tokenizer.json").write_text(text)
     (source / "config.json").write_text("{}")
@@ -157,10 +147,10 @@ def test_the_tokenizer_goes_with_it(adapted, tmp_path):
     assert (written / "tokenizer.json").read_text() == "of the run"
     assert not (written / "config.json").exists()
     assert not (written / "tokenizer_extra.txt").exists()
-    (own / "tokenizer.json").write_text("of the model")
+    (tokenizer / "tokenizer.json").write_text("of the model")
     lora_to_peft(["--load", str(adapted), "--hf", str(tmp_path / "b")])
     assert (tmp_path / "b" / "tokenizer_extra.txt").read_text() == "more"
-    lora_to_peft(["--load", str(adapted), "--hf", str(tmp_path / "c"), "--tokenizer-model", str(own)])
+    lora_to_peft(["--load", str(adapted), "--hf", str(tmp_path / "c"), "--tokenizer-model", str(tokenizer)])
     assert sorted(path.name for path in (tmp_path / "c").iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -203,13 +193,11 @@ def test_bad_checkpoints(models, tmp_path, change):
     weights = made_adapters.random_adapters(info, lora)
     fields, reason = change({"lora": lora.as_dict()}, weights)
     made_adapters.write_run(tmp_path / "run", info, weights, has_base=False, **fields)
-    with pytest.raises(InputError) as caught:
-        export(tmp_path / "run")
-    assert reason in str(caught.value)
+    assert reason in refused_call(export, tmp_path / "run")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_what_cannot_be_exported_so(adapted, models, tmp_path):
+def test_exports_that_are_refused(adapted, models, tmp_path):
     from mft_megatron.convert.commands.huggingface import mcore_to_hf
 
     with pytest.raises(InputError, match="has adapters; merge-lora writes the model with them merged into it, lora-to"):
@@ -219,15 +207,14 @@ def test_what_cannot_be_exported_so(adapted, models, tmp_path):
     with pytest.raises(InputError, match="adapter: exists already; remove it"):
         export(adapted)
     _, info = models("mixtral")
-    lora = made_adapters.lora_for(info, ("linear_fc1",))
-    made_adapters.write_adapters(tmp_path / "experts", info, lora, made_adapters.random_adapters(info, lora))
+    made_adapters.write_random_adapters(tmp_path / "experts", info, ("linear_fc1",))
     with pytest.raises(InputError, match="linear_fc1: Mixtral has experts there, which cannot have adapters"):
         lora_to_peft(["--load", str(tmp_path / "experts"), "--hf", str(tmp_path / "b")])
     assert not (tmp_path / "b").exists()
 
 
-def test_the_family_is_the_one_that_the_model_came_as(models):
-    """A Mistral without a window, which is a Llama in all but name."""
+def test_the_family_is_that_of_the_original(models):
+    """A Mistral without a window computes what a Llama computes, and stays a Mistral."""
     _, info = models("mistral")
     info = dataclasses.replace(info, architecture={**info.architecture, "window_size": None})
     assert family_of_info(info)[0].name == "Mistral"

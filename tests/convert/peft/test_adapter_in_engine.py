@@ -1,4 +1,4 @@
-"""A PEFT adapter beside its model in Megatron-Core: the logits are those of PEFT, also on several ranks."""
+"""A PEFT adapter in Megatron-Core: the logits are those of PEFT, also on several ranks."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from tests.convert import made_adapters, tiny_models
 from tests.ranks import run_on_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers and PEFT
-# by model: what is adapted
+# targets by model
 CASES = {
     "llama": ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"),
     "qwen2 tied": ("k_proj", "v_proj", "up_proj", "gate_proj", "o_proj", "down_proj"),
@@ -18,24 +18,21 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory):
-    """Of each model: its folder, that of an adapter, and PEFT's logits."""
-    from peft import PeftModel
-
-    found = []
+    """For each model its folder, the folder of an adapter, and PEFT's logits."""
+    cases = []
     for name, names in CASES.items():
         root = tmp_path_factory.mktemp("engine")
         tiny_models.write_model(name, root / "hf")
         info = made_adapters.info_of(root / "hf")
-        lora = made_adapters.lora_for(info, names)
-        made_adapters.write_adapters(root / "run", info, lora, made_adapters.random_adapters(info, lora))
+        made_adapters.write_random_adapters(root / "run", info, names)
         lora_to_peft(["--load", str(root / "run"), "--hf", str(root / "adapter")])
-        model = PeftModel.from_pretrained(made_adapters.load(root / "hf", "float32"), root / "adapter").eval()
-        found.append((str(root / "hf"), str(root / "adapter"), made_adapters.logits_of(model).numpy()))
-    return found
+        model = made_adapters.load_with_adapter(root / "hf", root / "adapter")
+        cases.append((str(root / "hf"), str(root / "adapter"), made_adapters.logits_of(model).numpy()))
+    return cases
 
 
 def _differences(layout, world_size, cases):
-    """Largest difference of a logit, for each model."""
+    """Largest difference of a logit for each model."""
     import numpy as np
     import torch
     from megatron.core import tensor_parallel
@@ -55,7 +52,7 @@ def _differences(layout, world_size, cases):
         lora = AdapterSource(adapter, model).lora
         return parse_arguments(tiny_models.argv_for(words), world_size, None, model, lora)
 
-    found = []
+    differences = []
     with process_groups.process_groups(arguments_for(*cases[0][:2]).distributed, seed=3):
         for hf, adapter, expected in cases:
             arguments = arguments_for(hf, adapter)
@@ -69,8 +66,8 @@ def _differences(layout, world_size, cases):
                 logits = tensor_parallel.gather_from_tensor_model_parallel_region(output)[
                     0, :, : source.info.vocab_size
                 ]
-            found.append(float(np.abs(logits.numpy() - expected).max()))
-    return found
+            differences.append(float(np.abs(logits.numpy() - expected).max()))
+    return differences
 
 
 @pytest.mark.parametrize(("layout", "size"), [("", 1), ("--tensor-model-parallel-size 2 --sequence-parallel", 2)])

@@ -1,4 +1,4 @@
-"""Adapters that PEFT made, read as ours: nothing is lost on the way there and back, and what cannot be is refused."""
+"""Import of adapters that PEFT made: import and export change nothing, and inexpressible adapters are refused."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ from tests.refusals import refused_call
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers and PEFT
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-# by model: PEFT's targets, other settings, and which A's they are here
+# by model: PEFT's targets, other settings, and the parts of the targets that are read
 MADE = {
     "llama": (["q_proj", "v_proj", "up_proj"], {}, {"linear_qkv": ((0,), (2,)), "linear_fc1": ((1,),)}),
     "qwen2 tied": ("all-linear", {"use_rslora": True}, {"linear_qkv": ((0,), (1,), (2,)), "linear_fc2": ((0,),)}),
@@ -30,14 +30,14 @@ MADE = {
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """By name: description of a model, and the folder of an adapter that PEFT made and filled with random numbers."""
+    """A function from a model's name to its description and the folder of a random adapter that PEFT made."""
     from peft import LoraConfig, get_peft_model
 
-    root, found = tmp_path_factory.mktemp("made"), {}
+    root, written = tmp_path_factory.mktemp("made"), {}
 
     def adapter(name):
-        if name not in found:
-            hf, folder = root / f"hf{len(found)}", root / f"adapter{len(found)}"
+        if name not in written:
+            hf, folder = root / f"hf{len(written)}", root / f"adapter{len(written)}"
             tiny_models.write_model(name, hf)
             targets, settings, _ = MADE[name]
             torch.manual_seed(1)
@@ -45,14 +45,14 @@ def made(tmp_path_factory):
                 r=4, lora_alpha=6, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM", **settings
             )
             get_peft_model(made_adapters.load(hf, "float32"), config).save_pretrained(folder)
-            found[name] = made_adapters.info_of(hf), folder
-        return found[name]
+            written[name] = made_adapters.info_of(hf), folder
+        return written[name]
 
     return adapter
 
 
 @pytest.mark.parametrize("name", MADE)
-def test_there_and_back_nothing_changes(made, name, tmp_path):
+def test_import_and_export_change_nothing(made, name, tmp_path):
     info, folder = made(name)
     source = AdapterSource(str(folder), info)
     parts = {target.module: target.parts for target in source.lora.targets}
@@ -75,13 +75,11 @@ def test_there_and_back_nothing_changes(made, name, tmp_path):
 
 @pytest.mark.parametrize("name", ["llama", "gpt-neox"])
 @pytest.mark.parametrize("names", [("linear_qkv", "linear_fc1"), ("q_proj", "v_proj")])
-def test_any_part_is_that_of_the_whole(tmp_path, name, names):
-    """Rows and columns of what two or three ranks have, across the borders of sources and of A's."""
+def test_any_slice_equals_that_of_the_whole(tmp_path, name, names):
+    """Slices that several ranks read, across the boundaries of sources and of A's."""
     tiny_models.write_model(name, tmp_path / "hf")
     info = made_adapters.info_of(tmp_path / "hf")
-    lora = made_adapters.lora_for(info, names)
-    weights = made_adapters.random_adapters(info, lora)
-    made_adapters.write_adapters(tmp_path / "run", info, lora, weights)
+    _, weights = made_adapters.write_random_adapters(tmp_path / "run", info, names)
     lora_to_peft(["--load", str(tmp_path / "run"), "--hf", str(tmp_path / "adapter")])
     source = AdapterSource(str(tmp_path / "adapter"), info)
     for key, whole in weights.items():
@@ -137,14 +135,14 @@ def refusal(info, folder):
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_configurations(adapter, changes, reason):
+def test_configurations_that_are_refused(adapter, changes, reason):
     info, folder = adapter
     config = json.loads((folder / CONFIG).read_text())
     (folder / CONFIG).write_text(json.dumps({**config, **changes}))
     assert reason in refusal(info, folder)
 
 
-def test_what_says_nothing_about_the_function_is_passed_over(adapter):
+def test_entries_without_effect_are_ignored(adapter):
     info, folder = adapter
     config = json.loads((folder / CONFIG).read_text())
     before = AdapterSource(str(folder), info).lora
@@ -188,7 +186,7 @@ A0 = Q0 + "lora_A.weight"
         (lambda w: w.clear(), "holds no weights"),
     ],
 )
-def test_weights(adapter, change, reason):
+def test_weights_that_are_refused(adapter, change, reason):
     info, folder = adapter
     weights = load_file(folder / WEIGHTS)
     change(weights)
@@ -196,7 +194,7 @@ def test_weights(adapter, change, reason):
     assert reason in refusal(info, folder)
 
 
-def test_files(adapter):
+def test_damaged_folders(adapter):
     info, folder = adapter
     content = (folder / WEIGHTS).read_bytes()
     (folder / WEIGHTS).write_bytes(content[:-8])

@@ -1,4 +1,4 @@
-"""Adapters merged into their model: what PEFT makes of them, what the formula says, and nothing else is touched."""
+"""Adapters merged into their model: equal to the formula and to PEFT, and nothing else changes."""
 
 import json
 import resource
@@ -20,7 +20,7 @@ from tests.refusals import refused_call
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers and PEFT
 FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "LICENSE")
-# by model: dtype, what is adapted, and whether by rsLoRA
+# by model: dtype, targets, and whether rsLoRA
 CASES = {
     "llama with biases": ("float32", ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"), True),
     "qwen2 tied": ("bfloat16", ("q_proj", "v_proj", "linear_fc1"), False),
@@ -30,8 +30,18 @@ CASES = {
 
 
 class Case:
-    """A model with adapters, in every form. ``hf``, ``start``: the model; ``adapters``: a run of adapters alone,
-    ``whole``: with the model; ``peft``: the adapters as PEFT has them; ``expected``: what they add, in fp64."""
+    """A model with adapters in every form.
+
+    Attributes:
+        hf: Hugging Face folder of the model.
+        start: checkpoint of the model.
+        adapters: run folder of adapters alone.
+        whole: run folder of model and adapters.
+        peft: PEFT folder of the adapters.
+        named_as_exported: ``hf`` under the name of a checkpoint.
+        info: description of the model.
+        deltas: change of each weight by its adapters, by name, fp64.
+    """
 
     def __init__(self, name, root):
         dtype, names, rslora = CASES[name]
@@ -53,17 +63,18 @@ class Case:
         lora_to_peft(["--load", str(self.adapters), "--hf", str(self.peft)])
         self.named_as_exported = root / "iter_0000003"
         self.named_as_exported.symlink_to(self.hf)
-        self.deltas = made_adapters.their_deltas(self.info, lora, weights)
+        self.deltas = made_adapters.deltas_of(self.info, lora, weights)
 
 
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory):
-    found = {}
+    """A function from a model's name to its :class:`Case`."""
+    made = {}
 
     def case(name):
-        if name not in found:
-            found[name] = Case(name, tmp_path_factory.mktemp("merge"))
-        return found[name]
+        if name not in made:
+            made[name] = Case(name, tmp_path_factory.mktemp("merge"))
+        return made[name]
 
     return case
 
@@ -73,7 +84,7 @@ def weights_of(folder):
 
 
 def check(case, folder):
-    """Every weight that has an adapter is the rounded sum, bit by bit; all others, and all files, are as they were."""
+    """Check that weights with an adapter are the rounded sum, and that other weights and all files are unchanged."""
     before, after = weights_of(case.hf), weights_of(folder)
     assert before.keys() == after.keys()
     for name, weight in before.items():
@@ -99,8 +110,8 @@ SOURCES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_merged_is_the_sum(cases, name, tmp_path, monkeypatch):
-    """Wherever adapters and model come from, and also through pieces of a few rows."""
+def test_merged_weights_are_the_sum(cases, name, tmp_path, monkeypatch):
+    """The sum does not depend on the kind of folders, nor on how many rows are computed at a time."""
     case = cases(name)
     for number, words in enumerate(SOURCES.values()):
         monkeypatch.setattr(merge, "BLOCK_BYTES", (2**26, 5 * 8 * 48)[number % 2])
@@ -110,7 +121,7 @@ def test_merged_is_the_sum(cases, name, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if CASES[name][0] == "float32"])
-def test_as_peft_merges(cases, name, tmp_path):
+def test_merged_weights_equal_those_of_peft(cases, name, tmp_path):
     from peft import PeftModel
 
     case = cases(name)
@@ -124,7 +135,7 @@ def test_as_peft_merges(cases, name, tmp_path):
     assert any(not content.equal(weights_of(case.hf)[weight]) for weight, content in ours.items())
 
 
-def test_the_model_that_is_named_goes_before_the_checkpoints_own(cases, tmp_path):
+def test_the_option_base_takes_precedence_over_the_checkpoints_model(cases, tmp_path):
     case = cases("qwen2 tied")
     shutil.copytree(case.hf, tmp_path / "hf")
     weights = load_file(tmp_path / "hf" / "model.safetensors")
@@ -134,11 +145,11 @@ def test_the_model_that_is_named_goes_before_the_checkpoints_own(cases, tmp_path
     assert weights_of(tmp_path / "merged")["model.norm.weight"].equal(weights["model.norm.weight"])
 
 
-def test_several_are_added(cases, tmp_path, capsys):
+def test_several_adapters_are_added(cases, tmp_path, capsys):
     case = cases("qwen2 tied")
-    lora = made_adapters.lora_for(case.info, ("linear_qkv",), rank=2, alpha=3.0)
-    weights = made_adapters.random_adapters(case.info, lora, seed=5)
-    made_adapters.write_adapters(tmp_path / "other", case.info, lora, weights)
+    lora, weights = made_adapters.write_random_adapters(
+        tmp_path / "other", case.info, ("linear_qkv",), seed=5, rank=2, alpha=3.0
+    )
     lora_to_peft(["--load", str(tmp_path / "other"), "--hf", str(tmp_path / "peft")])
     words = ("--adapter", case.peft, tmp_path / "peft", "--base", case.hf, "--hf", tmp_path / "merged")
     merge_lora(list(map(str, words)))
@@ -146,7 +157,7 @@ def test_several_are_added(cases, tmp_path, capsys):
     assert f"{case.peft}: LoRA of rank 3, alpha 5, on q_proj, v_proj" in out
     assert f"{tmp_path / 'peft'}: LoRA of rank 2, alpha 3, on linear_qkv" in out
     assert f"{case.hf} with 2 adapters -> " in out
-    more = made_adapters.their_deltas(case.info, lora, weights)
+    more = made_adapters.deltas_of(case.info, lora, weights)
     before, after = weights_of(case.hf), weights_of(tmp_path / "merged")
     both = 0
     for name in case.deltas | more:
@@ -157,8 +168,8 @@ def test_several_are_added(cases, tmp_path, capsys):
     assert both == 2 * 3  # q and v of each layer
 
 
-def test_a_model_that_was_trained_from_the_beginning(tmp_path):
-    """Configuration and tokenizer are those of the run."""
+def test_a_model_that_did_not_come_from_hugging_face(tmp_path):
+    """Its configuration and tokenizer are those of the run."""
     tiny_models.write_model("llama", tmp_path / "hf")
     hf_to_mcore(["--hf", str(tmp_path / "hf"), "--save", str(tmp_path / "start")])
     info = made_adapters.info_of(tmp_path / "hf")
@@ -170,35 +181,36 @@ def test_a_model_that_was_trained_from_the_beginning(tmp_path):
     tokens = {"eos_token_id": 3, "stop_token_ids": [3, 7]}
     made_adapters.write_run(tmp_path / "run", info, weights, lora=lora.as_dict(), source="", tokenizer=tokens)
     (tmp_path / "run" / TOKENIZER).mkdir()
-    (tmp_path / "run" / TOKENIZER / "tokenizer.json").write_text("its own")
+    (tmp_path / "run" / TOKENIZER / "tokenizer.json").write_text("of the run")
     merge_lora(["--load", str(tmp_path / "run"), "--hf", str(tmp_path / "merged")])
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert (config["model_type"], config["torch_dtype"], config["vocab_size"]) == ("llama", "float32", 131)
     assert json.loads((tmp_path / "merged" / "generation_config.json").read_text())["eos_token_id"] == [3, 7]
-    assert (tmp_path / "merged" / "tokenizer.json").read_text() == "its own"
+    assert (tmp_path / "merged" / "tokenizer.json").read_text() == "of the run"
     assert weights_of(tmp_path / "merged")["model.embed_tokens.weight"].shape == (131, 48)
 
 
-@pytest.mark.parametrize(("with_own", "asked_for"), [(False, False), (True, False), (True, True)])
-def test_the_tokenizer_of_a_peft_folder(cases, tmp_path, with_own, asked_for):
+@pytest.mark.parametrize(("in_peft_folder", "by_option"), [(False, False), (True, False), (True, True)])
+def test_the_tokenizer_of_a_peft_folder(cases, tmp_path, in_peft_folder, by_option):
     case = cases("qwen2 tied")
     shutil.copytree(case.peft, tmp_path / "peft")
-    for folder, there, text in ((tmp_path / "peft", with_own, "adapter's"), (tmp_path / "third", asked_for, "third")):
+    folders = (tmp_path / "peft", in_peft_folder, "adapter's"), (tmp_path / "third", by_option, "third")
+    for folder, has_tokenizer, text in folders:
         folder.mkdir(exist_ok=True)
         for file in folder.glob("tokenizer*"):
             file.unlink()
-        if there:
+        if has_tokenizer:
             (folder / "tokenizer.json").write_text(text)
     words = ["--adapter", tmp_path / "peft", "--base", case.hf, "--hf", tmp_path / "merged"]
-    words += ["--tokenizer-model", tmp_path / "third"] if asked_for else []
+    words += ["--tokenizer-model", tmp_path / "third"] if by_option else []
     merge_lora(list(map(str, words)))
-    expected = "third" if asked_for else "adapter's" if with_own else (case.hf / "tokenizer.json").read_text()
+    expected = "third" if by_option else "adapter's" if in_peft_folder else (case.hf / "tokenizer.json").read_text()
     assert (tmp_path / "merged" / "tokenizer.json").read_text() == expected
-    assert (tmp_path / "merged" / "tokenizer_config.json").exists() != with_own
+    assert (tmp_path / "merged" / "tokenizer_config.json").exists() != in_peft_folder
 
 
-def test_where_a_model_without_generation_configuration_stops(cases, tmp_path):
-    """As the run that trained the adapters says; PEFT folders do not say it."""
+def test_stop_tokens_of_a_model_without_generation_configuration(cases, tmp_path):
+    """They are those of the run that trained the adapters; PEFT folders have none."""
     case = cases("qwen2 tied")
     shutil.copytree(case.hf, tmp_path / "hf", ignore=shutil.ignore_patterns("generation_config.json"))
     shutil.copytree(case.adapters, tmp_path / "run")
@@ -217,7 +229,7 @@ def refusal(target, *words):
     return line
 
 
-def test_what_does_not_go_together(cases, tmp_path):
+def test_options_that_contradict_each_other(cases, tmp_path):
     case, target = cases("qwen2 tied"), tmp_path / "merged"
     assert "give --load CKPT or --adapter DIR" in refusal(target)
     assert "one of the two" in refusal(target, "--load", case.adapters, "--adapter", case.peft, "--base", case.hf)
@@ -248,8 +260,8 @@ def test_the_target_must_be_new(cases, tmp_path):
         merge_lora(["--load", str(cases("qwen2 tied").adapters), "--hf", str(tmp_path)])
 
 
-def test_a_model_that_is_gone_or_another(cases, tmp_path, capsys):
-    """What the checkpoint remembers is compared; what somebody names is taken, and told of."""
+def test_a_base_that_is_gone_or_has_changed(cases, tmp_path, capsys):
+    """The base that the checkpoint names must be unchanged; for another one in --base a note is printed."""
     case, target = cases("qwen2 tied"), tmp_path / "merged"
     shutil.copytree(case.adapters, tmp_path / "run")
     file = tmp_path / "run" / "iter_0000007" / "mft_checkpoint.json"

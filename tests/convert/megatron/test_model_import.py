@@ -1,110 +1,36 @@
-"""Checkpoints that Megatron-LM writes: what they compute comes through, and whatever is wrong is refused in a line.
+"""Import of Megatron-LM's checkpoints: logits are unchanged, and every mismatch is refused in one line.
 
-They are made here by Megatron-Core's own ``GPTModel`` and ``dist_checkpointing``, with what Megatron-LM's
-``save_checkpoint`` puts beside the weights.
+Megatron-Core's own ``GPTModel`` and ``dist_checkpointing`` write them here, with everything that Megatron-LM's
+``save_checkpoint`` stores besides weights.
 """
 
 import argparse
 import json
-import pickle
 import re
 import shutil
-import zipfile
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 from mft_megatron.convert.commands.convert import main
 from mft_megatron.convert.megatron.arguments import read_megatron_lm
-from mft_megatron.convert.megatron.common_pt import read_args, read_common
-from mft_megatron.convert.megatron.model_import import read_description
 from mft_megatron.convert.megatron.weights import weights_of
-from mft_megatron.errors import InputError
+from tests.convert.megatron_models import MODELS, PADDED, SHAPE, VOCABULARY, args_of
 from tests.ranks import run_on_ranks
 from tests.refusals import refused_call
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of Megatron-Core
-VOCABULARY, PADDED, TOKENS = 131, 256, 24
-SHAPE = {
-    "num_layers": 3,
-    "hidden_size": 32,
-    "ffn_hidden_size": 48,
-    "num_attention_heads": 4,
-    "kv_channels": 8,
-    "group_query_attention": False,
-    "num_query_groups": 1,
-    "max_position_embeddings": 64,
-    "position_embedding_type": "learned_absolute",
-    "rotary_base": 10000,
-    "rotary_percent": 1.0,
-    "use_rope_scaling": False,
-    "rope_scaling_factor": 8.0,
-    "normalization": "LayerNorm",
-    "layernorm_epsilon": 1e-5,
-    "layernorm_zero_centered_gamma": False,
-    "add_bias_linear": True,
-    "add_qkv_bias": False,
-    "qk_layernorm": False,
-    "swiglu": False,
-    "squared_relu": False,
-    "bias_gelu_fusion": False,
-    "untie_embeddings_and_output_weights": False,
-    "num_experts": None,
-    "moe_layer_freq": 1,
-    "multi_latent_attention": False,
-    "spec": None,
-    "padded_vocab_size": PADDED,
-    "make_vocab_size_divisible_by": 128,
-    "tensor_model_parallel_size": 2,
-    "params_dtype": torch.float32,
-    "save": Path("/somewhere/else"),
-}
-MODERN = {
-    "position_embedding_type": "rope",
-    "normalization": "RMSNorm",
-    "add_bias_linear": False,
-    "swiglu": True,
-    "untie_embeddings_and_output_weights": True,
-}
-# by name: what the arguments say besides, and whether each layer is stored under a name of its own
-MODELS = {
-    "llama": (
-        {
-            **MODERN,
-            "group_query_attention": True,
-            "num_query_groups": 2,
-            "qk_layernorm": True,
-            "use_rope_scaling": True,
-            "rotary_base": 500000,
-            "kv_channels": 16,
-            "vocab_size": VOCABULARY,
-        },
-        False,
-    ),
-    "gpt": ({"squared_relu": True}, False),
-    "layer by layer": ({**MODERN, "window_size": (5, 0), "add_qkv_bias": True}, True),
-    "experts": (
-        {
-            **MODERN,
-            "num_experts": 4,
-            "moe_router_topk": 2,
-            "moe_ffn_hidden_size": 40,
-            "moe_shared_expert_intermediate_size": 24,
-            "moe_layer_freq": [0, 1, 1],
-        },
-        True,
-    ),
-}
+TOKENS = 24
 
 
 def some_tokens():
+    """Token ids, int64 [1, TOKENS]."""
     return torch.randint(VOCABULARY, (1, TOKENS), generator=torch.Generator().manual_seed(3))
 
 
 def _save(folder, names, tensor_parallel_size):
-    """Write checkpoints as Megatron-LM would, and beside each the model's logits of :func:`some_tokens`."""
+    """Write checkpoints as Megatron-LM does, each with the model's logits of :func:`some_tokens`."""
     from types import SimpleNamespace
 
     from mft_megatron.mcore.parallel import process_groups
@@ -126,7 +52,7 @@ def _save(folder, names, tensor_parallel_size):
 
 
 def _model(a, tensor_parallel_size=1):
-    """Megatron-Core's own model for these arguments."""
+    """Megatron-Core's own model with the arguments ``a``."""
     from megatron.core.activations import squared_relu
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
@@ -166,7 +92,7 @@ def _model(a, tensor_parallel_size=1):
 
 
 def _logits_of_megatron(model, a):
-    """[S, V], of :func:`some_tokens`."""
+    """Logits of :func:`some_tokens`, fp32 [S, V]."""
     from megatron.core import tensor_parallel
 
     unseen = torch.ones(TOKENS, TOKENS, dtype=torch.bool).triu(1)
@@ -241,8 +167,11 @@ def converted(checkpoints):
 
 
 def _loaded(folders):
-    """By name: the engine's logits and shapes of its weights, and the logits of Megatron's own model, both with the
-    converted checkpoint."""
+    """Load converted checkpoints into the engine and into Megatron's own model.
+
+    Returns:
+        by name: the engine's logits and the shapes of its weights, and the logits of Megatron's model.
+    """
     from megatron.core import dist_checkpointing
 
     from mft_megatron.arguments.command import parse_arguments
@@ -250,7 +179,7 @@ def _loaded(folders):
     from mft_megatron.mcore.inference import logits_of, model_of
     from mft_megatron.mcore.parallel.sharded_weights import shards_of
 
-    found = {}
+    results = {}
     for name, folder in folders.items():
         words = f"--data-path none --seq-length {TOKENS} --micro-batch-size 1 --train-iters 1 --lr 1 --hidden-dropout 0"
         words += " --attention-dropout 0 --make-vocab-size-divisible-by 1 --load"
@@ -259,16 +188,16 @@ def _loaded(folders):
         with model_of(arguments, info.vocab_size, CheckpointSource(path, info)) as model:
             ours = logits_of(model, some_tokens()[0].tolist())
             shapes = {shard.key: tuple(shard.global_shape) for shard in shards_of(model)}
-            theirs = _model({**SHAPE, **MODELS[name][0]})
+            theirs = _model(args_of(name))
             for layer in (layer for layer in theirs.decoder.layers if hasattr(layer.mlp, "router")):
-                # local layers would look for the norm before experts by a name that Transformer Engine's have not
+                # local layers expect another name of the norm before experts than Transformer Engine's
                 layer.submodules_config.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
             state = {"model": theirs.sharded_state_dict()}
-            # the extra states that local layers ask for are not there
+            # local layers expect extra states that are not stored
             loaded = dist_checkpointing.load(state, path, strict="log_all")
             theirs.load_state_dict(loaded["model"], strict=False)
-            found[name] = ours, shapes, _logits_of_megatron(theirs, {**SHAPE, **MODELS[name][0]})
-    return found
+            results[name] = ours, shapes, _logits_of_megatron(theirs, args_of(name))
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -282,16 +211,18 @@ def test_logits_are_those_of_megatrons_own_model(checkpoints, loaded, name):
     ours, _, with_ours = loaded[name]
     assert expected.std() > 0.3
     assert (ours - expected).abs().max() < 2e-5
-    assert (with_ours - expected).abs().max() < 2e-5  # and back: Megatron-Core loads what was converted
+    assert (with_ours - expected).abs().max() < 2e-5  # Megatron-Core loads the converted checkpoint
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_engine_has_the_weights_that_the_table_lists(loaded, name):
-    network = read_megatron_lm({**SHAPE, **MODELS[name][0]})
-    assert {one.name: (*one.stack, *one.shape) for one in weights_of(network, VOCABULARY)} == loaded[name][1]
+    network = read_megatron_lm(args_of(name))
+    assert {weight.name: (*weight.stack, *weight.shape) for weight in weights_of(network, VOCABULARY)} == loaded[name][
+        1
+    ]
 
 
-def test_it_goes_on_to_hugging_face(converted, tmp_path):
+def test_export_to_hugging_face(converted, tmp_path):
     main(["mcore-to-hf", "--load", str(converted["layer by layer"]), "--hf", str(tmp_path / "hf")])
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert (config["model_type"], config["vocab_size"], config["sliding_window"]) == ("qwen2", VOCABULARY, 6)
@@ -304,9 +235,9 @@ def refusal(source, *words):
 
 
 def changed(checkpoints, tmp_path, name="llama", **changes):
-    """A copy of a checkpoint whose arguments say something else."""
+    """Copy a checkpoint and change its arguments."""
     shutil.copytree(checkpoints / name, tmp_path / name)
-    content = {**SHAPE, **MODELS[name][0], **changes}
+    content = args_of(name, **changes)
     state = {"args": argparse.Namespace(**{key: value for key, value in content.items() if value != "absent"})}
     torch.save(state, tmp_path / name / "iter_0000007" / "common.pt")
     return tmp_path / name
@@ -332,11 +263,11 @@ def changed(checkpoints, tmp_path, name="llama", **changes):
         ({"num_layers": "absent"}, "num_layers is None; the checkpoint does not say what model it is of"),
     ],
 )
-def test_what_it_says_and_what_it_holds_must_agree(checkpoints, tmp_path, changes, reason):
+def test_arguments_and_weights_must_agree(checkpoints, tmp_path, changes, reason):
     assert re.search(reason, refusal(changed(checkpoints, tmp_path, **changes)))
 
 
-def test_a_vocabulary_and_a_configuration_of_hugging_face(checkpoints, converted, tmp_path):
+def test_vocabulary_and_configuration_of_a_hugging_face_folder(checkpoints, converted, tmp_path):
     hf = converted["layer by layer"] / "huggingface"
     source = checkpoints / "layer_by_layer"
     (hf / "tokenizer.json").write_text("of the model")
@@ -347,7 +278,7 @@ def test_a_vocabulary_and_a_configuration_of_hugging_face(checkpoints, converted
     assert "is another model" in refusal(tmp_path / "llama", "--hf", hf)
 
 
-def test_which_checkpoint_is_taken(checkpoints, converted, tmp_path):
+def test_the_choice_of_a_checkpoint(checkpoints, converted, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(checkpoints / "llama", run)
     shutil.copytree(run / "iter_0000007", run / "release")
@@ -357,115 +288,8 @@ def test_which_checkpoint_is_taken(checkpoints, converted, tmp_path):
         (run / name / ".metadata").rename(run / "hidden")
         assert f"{name}: no .metadata there, so it is no torch_dist checkpoint; Meg" in refusal(run)
         (run / "hidden").rename(run / name / ".metadata")
-    (run / "latest_checkpointed_iteration.txt").unlink()  # as Megatron-Bridge leaves it
+    (run / "latest_checkpointed_iteration.txt").unlink()  # as in a folder of Megatron-Bridge
     convert(run, tmp_path / "newest")
     convert(run / "release", tmp_path / "itself")
     shutil.copytree(converted["llama"], tmp_path / "ours" / "run")
     assert "is a checkpoint of this program" in refusal(tmp_path / "ours" / "run")
-
-
-class _Trap:
-    """What stands in a file of somebody who means harm."""
-
-    def __init__(self, file):
-        self._file = file
-
-    def __reduce__(self):
-        return Path.touch, (self._file,)
-
-
-def test_nothing_in_the_file_is_run(checkpoints, tmp_path):
-    run, sprung = checkpoints / "llama", tmp_path / "sprung"
-    with zipfile.ZipFile(tmp_path / "common.pt", "w") as archive:
-        archive.writestr("common/data.pkl", pickle.dumps({"args": _Trap(sprung), "iteration": 3}))
-    with zipfile.ZipFile(tmp_path / "common.pt") as archive:
-        pickle.loads(archive.read("common/data.pkl"))
-    assert sprung.exists()  # it is one
-    sprung.unlink()
-    common = read_common(tmp_path)
-    assert (common["iteration"], read_args(common)) == (3, None)
-    assert not sprung.exists()
-    args = read_args(read_common(run / "iter_0000007"))
-    assert (args["hidden_size"], args["save"].name) == (32, "pathlib.PosixPath")
-    (tmp_path / "common.pt").write_bytes(b"PK and then nothing")
-    with pytest.raises(InputError, match=r"cannot be read .* the checkpoint is damaged"):
-        read_common(tmp_path)
-
-
-# what Megatron-Bridge writes of such a model, where names or values differ from Megatron-LM's
-BRIDGE = {
-    "_target_": "megatron.bridge.models.gpt_provider.GPTModelProvider",
-    "activation_func": {"_target_": "torch.nn.functional.silu", "_call_": False},
-    "gated_linear_unit": True,
-    "num_moe_experts": None,
-    "num_query_groups": 2,
-    "seq_length": 64,
-    "share_embeddings_and_output_weights": False,
-    "rope_scaling": True,
-    "rope_scaling_factor": 8.0,
-    "params_dtype": {"_target_": "torch.float32", "_call_": False},
-    "vocab_size": VOCABULARY,
-}
-
-
-def bridge(folder, **changes):
-    """A checkpoint folder of Megatron-Bridge's, as far as its description goes."""
-    own = {**SHAPE, **MODELS["llama"][0]}
-    absent = ("swiglu", "squared_relu", "group_query_attention", "num_experts", "use_rope_scaling", "save")
-    absent += ("max_position_embeddings", "untie_embeddings_and_output_weights", "bias_gelu_fusion", "params_dtype")
-    model = {**{name: value for name, value in own.items() if name not in absent}, **BRIDGE, **changes}
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "run_config.yaml").write_text(yaml.safe_dump({"model": model, "train": {"train_iters": 5}}))
-    torch.save({"checkpoint_version": 3.0, "iteration": 7}, folder / "common.pt")
-    return folder
-
-
-def test_megatron_bridge_says_the_same(tmp_path):
-    expected = read_megatron_lm({**SHAPE, **MODELS["llama"][0]})
-    assert read_description(bridge(tmp_path)) == (expected, VOCABULARY)
-    assert read_description(bridge(tmp_path, seq_len_interpolation_factor=None, vocab_size=None)) == (expected, None)
-    scaled = read_description(bridge(tmp_path, rope_scaling_factor=32.0))[0]
-    assert scaled.scaling.factor == 32
-
-
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        (
-            {"_target_": "megatron.bridge.models.gemma.gemma_provider.GemmaModelProvider"},
-            "'GemmaModelProvider' may com",
-        ),
-        ({"_target_": "a.Qwen3NextModelProvider"}, "'Qwen3NextModelProvider' may compute"),
-        ({"_target_": "a.OtherGPTModelProvider"}, "'OtherGPTModelProvider' may compute"),
-        ({"gated_linear_unit": False}, "activation_func 'torch.nn.functional.silu' without a gate"),
-        ({"num_layers": None}, "num_layers is None"),
-    ],
-)
-def test_what_megatron_bridge_says_is_refused(tmp_path, changes, reason):
-    with pytest.raises(InputError, match=reason):
-        read_description(bridge(tmp_path, **changes))
-    (tmp_path / "run_config.yaml").unlink()
-    with pytest.raises(InputError, match=r"neither args in common.pt nor run_config.yaml"):
-        read_description(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("said", "field", "value"),
-    [
-        ({"bias_gelu_fusion": True}, "openai_gelu", True),  # Megatron's fused GELU is the approximation
-        ({}, "openai_gelu", False),
-        ({"bias_gelu_fusion": True, "swiglu": True}, "openai_gelu", False),
-        ({"bias_gelu_fusion": True, "add_bias_linear": False}, "openai_gelu", False),
-        ({"disable_bias_linear": True}, "add_bias_linear", False),
-        ({"layernorm_zero_centered_gamma": True}, "apply_layernorm_1p", True),
-        ({"layernorm_epsilon": 1e-6}, "norm_epsilon", 1e-6),
-        ({"group_query_attention": True, "num_query_groups": 4}, "group_query_attention", False),
-        ({"use_rotary_position_embeddings": True}, "position_embedding_type", "rope"),
-        ({"window_size": (7, 0), "window_attn_skip_freq": [1, 0, 1]}, "window_attn_skip_freq", "[1,0,1]"),
-        ({"num_experts": 2, "moe_layer_freq": [1, 1, 1]}, "moe_layer_freq", 1),
-        ({"num_experts": 2}, "moe_ffn_hidden_size", 48),
-        ({"moe_router_topk": 3}, "moe_router_topk", 2),  # of no account without experts
-    ],
-)
-def test_what_arguments_mean(said, field, value):
-    assert getattr(read_megatron_lm({**SHAPE, **said}), field) == value
