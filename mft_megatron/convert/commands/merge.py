@@ -39,7 +39,7 @@ class MergeOptions:
     best: bool = best_of_load_option()
     adapter: tuple[str, ...] | None = option(
         None,
-        "PEFT folders to merge instead of --load's adapters; of several the sum. Needs --base.",
+        "PEFT folders to merge instead of --load's adapters; several are added. Needs --base.",
         repeated=True,
         metavar="DIR",
     )

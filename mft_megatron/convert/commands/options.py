@@ -16,7 +16,7 @@ def load_option() -> Any:  # as option(): a dataclass field, which mypy must acc
 
 
 def best_option() -> Any:
-    """Declare ``--best`` beside :func:`load_option`."""
+    """Declare ``--best`` for a command with :func:`load_option`."""
     return option(False, "Take the best checkpoint of the run folder instead of the newest.")
 
 

@@ -16,7 +16,7 @@ _NAMES = {
     "rope_scaling": "use_rope_scaling",
     "seq_len_interpolation_factor": "rotary_seq_len_interpolation_factor",
 }
-# classes of Megatron-Bridge's models that compute nothing besides what their entries say
+# classes of Megatron-Bridge's models whose entries describe everything that they compute
 _KNOWN_CLASSES = re.compile(
     r"GPTModel(Provider|Config)|(Code)?Llama\d*ModelProvider\w*|Qwen(2|25|3|3MoE)ModelProvider\w*|"
     r"(Mistral|Mixtral)ModelProvider\w*"

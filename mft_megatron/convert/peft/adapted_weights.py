@@ -11,8 +11,8 @@
 
     checkpoint                                             Hugging Face
 
-The family's table says which rows of a weight are which matrix's; B has the same rows. The *sources* of a weight are
-those of :mod:`mft_megatron.lora`.
+The family's table gives the rows of each matrix in the weight; B has the same rows. The *sources* of a weight are those
+of :mod:`mft_megatron.lora`.
 """
 
 import dataclasses

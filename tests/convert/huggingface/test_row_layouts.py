@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from mft_megatron.arguments.groups.network import NetworkArguments
-from mft_megatron.convert.commands.options import parse_size
 from mft_megatron.convert.huggingface.families.llama import LLAMA
 from mft_megatron.convert.huggingface.row_layouts import (
     Block,
@@ -20,7 +19,6 @@ from mft_megatron.convert.huggingface.row_layouts import (
 )
 from mft_megatron.convert.huggingface.safetensors_reader import read_header
 from mft_megatron.convert.huggingface.safetensors_writer import PlannedWeight, ShardWriter
-from mft_megatron.errors import InputError
 
 SHAPE = NetworkArguments(
     num_layers=2,
@@ -94,13 +92,3 @@ def test_shards_end_before_they_are_too_large(tmp_path):
     files = sorted(tmp_path.glob("*.safetensors"))
     assert [sorted(read_header(file)) for file in files] == [["a", "b"], ["c"], ["d"]]
     assert [file.name for file in files] == [f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3)]
-
-
-@pytest.mark.parametrize("text", ["5", "GB", "0GB", "-1MB", "5 TB", "1.5GB"])
-def test_texts_that_are_not_sizes(text):
-    with pytest.raises(InputError, match="--max-shard-size"):
-        parse_size(text)
-
-
-def test_sizes():
-    assert [parse_size(text) for text in ("5GB", "200MB", "64 kb")] == [5 * 10**9, 200 * 10**6, 64_000]
