@@ -1,4 +1,4 @@
-"""Rows and counts of a packed data set against slow, obvious assembly; files that do not match are refused."""
+"""Rows and counts of a packed data set, compared with slow, obvious assembly; files that do not match are refused."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ from tests.made_dataset import batch_of_packs
 
 
 def slow_row(split, pack):
-    """Token by token: (token, label, mask, task, position) of a row, and the lengths of its segments."""
+    """(token, label, mask, task, position) of each token of a row, and the lengths of the row's segments."""
     dataset, segments = split.dataset, []
     for sample, start, length in zip(*split.slices_of(pack), strict=True):
         here = slice(start, start + length)
@@ -42,12 +42,12 @@ def assert_rows_are_right(split, packs):
     got = (batch.tokens_BS, batch.labels_BS, batch.loss_mask_BS, batch.task_ids_BS, batch.position_ids_BS)
     for values, column in zip(got, np.moveaxis(expected, -1, 0), strict=True):
         np.testing.assert_array_equal(values, column)
-    segments = [length for _, own in rows for length in own]
+    segments = [length for _, of_row in rows for length in of_row]
     np.testing.assert_array_equal(batch.cu_seqlens, np.cumsum([0, *segments]))
     np.testing.assert_array_equal(batch.sample_ids_BS.ravel(), np.repeat(np.arange(len(segments)), segments))
     assert batch.max_seqlen == max(segments)
     assert batch.num_segments == len(segments)
-    dtypes = {name: getattr(batch, name).dtype.name for name in vars(batch) if name not in ("max_seqlen", "shard")}
+    dtypes = {name: getattr(batch, name).dtype.name for name in vars(batch) if name != "max_seqlen"}
     assert dtypes.pop("loss_mask_BS") == "uint8"
     assert dtypes.pop("cu_seqlens") == "int32"
     assert set(dtypes.values()) == {"int64"}
@@ -158,7 +158,7 @@ def copied(dataset, tmp_path):
     return str(tmp_path / "set")
 
 
-def test_a_copy_is_as_good(copied, dataset):
+def test_a_copy_has_the_same_hash(copied, dataset):
     assert PackedDataset.open(copied, 256, check="hashes").dataset_hash == dataset.dataset_hash
 
 

@@ -1,4 +1,4 @@
-"""The data order: every pack exactly once an epoch for any layout, the same for whoever computes it."""
+"""The order of the data: every pack exactly once an epoch for any data-parallel size, the same on every rank."""
 
 import types
 
@@ -15,8 +15,10 @@ from tests.made_dataset import batch_of_packs
 
 
 class Packs:
-    """As much of a split as a plan needs: task p % 2 has p + 1 supervised tokens in pack p, which is made of a slice of
-    p + 1 tokens and one of 2."""
+    """The part of a split that a plan needs.
+
+    Task p % 2 has p + 1 supervised tokens in pack p, which has a slice of p + 1 tokens and one of 2.
+    """
 
     def __init__(self, num_packs, dataset_hash="hash", name="train", joined=False, padded=False):
         self.num_packs, self.name = num_packs, name
@@ -37,7 +39,7 @@ class Packs:
 
 
 def stream(split, steps, size, seed=1, start=0):
-    """Pack numbers of some steps, one behind the other."""
+    """Packs of some steps, concatenated."""
     plans = [
         plan_step(split, seed=seed, global_batch_size=size, consumed_samples=start + size * step)
         for step in range(steps)
@@ -47,26 +49,26 @@ def stream(split, steps, size, seed=1, start=0):
 
 @settings(deadline=None)
 @given(st.integers(1, 40), st.integers(1, 4), st.integers(1, 3), st.integers(1, 5), st.integers(0, 2**40))
-def test_an_epoch_uses_every_pack_once_on_any_layout(num_packs, data_size, micro, accumulation, seed):
+def test_an_epoch_uses_every_pack_once_for_any_data_parallel_size(num_packs, data_size, micro, accumulation, seed):
     size = data_size * micro * accumulation
     split, steps = Packs(num_packs), -(-3 * num_packs // size)
     used = stream(split, steps, size, seed)
     for epoch in range(3):
-        own = used[epoch * num_packs : (epoch + 1) * num_packs]
-        assert sorted(own) == list(range(num_packs))
-    # what the ranks get, put together, is the global batch
+        of_epoch = used[epoch * num_packs : (epoch + 1) * num_packs]
+        assert sorted(of_epoch) == list(range(num_packs))
+    # the shards of all ranks are the global batch
     plan = plan_step(split, seed=seed, global_batch_size=size, consumed_samples=size)
-    dealt = [shard_plan(plan, Ranks(rank, data_size), micro, padded=False) for rank in range(data_size)]
-    assert all(own.shape == (accumulation, micro) for own in dealt)
-    assert sorted(np.concatenate(dealt, axis=None)) == list(range(size))
-    assert plan.epochs_G.tolist() == [place // num_packs for place in range(size, 2 * size)]
+    shards = [shard_plan(plan, Ranks(rank, data_size), micro, padded=False) for rank in range(data_size)]
+    assert all(shard.shape == (accumulation, micro) for shard in shards)
+    assert sorted(np.concatenate(shards, axis=None)) == list(range(size))
+    assert plan.epochs_G.tolist() == [index // num_packs for index in range(size, 2 * size)]
 
 
 @given(st.integers(1, 30), st.integers(1, 12), st.integers(1, 12))
 def test_the_order_does_not_depend_on_the_batch_size(num_packs, one, other):
     split, length = Packs(num_packs), one * other
     np.testing.assert_array_equal(stream(split, other, one), stream(split, one, other))
-    # and continuing is no different from going on
+    # a resumed stream is the rest of the uninterrupted one
     np.testing.assert_array_equal(stream(split, other, one, start=one), stream(split, other + 1, one)[one:])
     assert length == len(stream(split, one, other))
 
@@ -132,7 +134,7 @@ def test_plans_of_a_cached_epoch_cannot_be_spoilt():
 
 @st.composite
 def plans(draw):
-    """A plan with costs, now and then empty rows, and how it is to be dealt."""
+    """A plan with costs, sometimes with empty rows; the number of ranks, and the rows of a micro-batch."""
     data_size, micro, accumulation = draw(st.integers(1, 6)), draw(st.integers(1, 4)), draw(st.integers(1, 5))
     size = data_size * micro * accumulation
     empty = draw(st.integers(0, size - 1))
@@ -144,46 +146,46 @@ def plans(draw):
 
 
 @given(plans(), st.booleans())
-def test_dealing_is_a_permutation_and_everyone_gets_the_same_number(case, padded):
+def test_shards_are_a_permutation_and_of_one_size(case, padded):
     plan, data_size, micro = case
-    dealt = [shard_plan(plan, Ranks(rank, data_size), micro, padded) for rank in range(data_size)]
-    assert len({own.shape for own in dealt}) == 1
-    assert all(own.shape[1] == micro for own in dealt)
-    assert sorted(np.concatenate(dealt, axis=None)) == list(range(len(plan.packs_G)))
-    for rank, own in enumerate(dealt):
-        np.testing.assert_array_equal(own, shard_plan(plan, Ranks(rank, data_size), micro, padded))
-        if padded or data_size > 1:  # from the dearest to the cheapest
-            assert (np.diff(plan.costs_G[own].ravel() if not padded else plan.costs_G[own].max(1)) <= 0).all()
+    shards = [shard_plan(plan, Ranks(rank, data_size), micro, padded) for rank in range(data_size)]
+    assert len({shard.shape for shard in shards}) == 1
+    assert all(shard.shape[1] == micro for shard in shards)
+    assert sorted(np.concatenate(shards, axis=None)) == list(range(len(plan.packs_G)))
+    for rank, shard in enumerate(shards):
+        np.testing.assert_array_equal(shard, shard_plan(plan, Ranks(rank, data_size), micro, padded))
+        if padded or data_size > 1:  # from the most expensive to the cheapest
+            assert (np.diff(plan.costs_G[shard].ravel() if not padded else plan.costs_G[shard].max(1)) <= 0).all()
 
 
 @given(plans())
-def test_a_rank_alone_takes_packed_rows_as_they_come(case):
+def test_a_single_rank_takes_packed_rows_in_the_order_of_the_plan(case):
     plan, _, micro = case
     assert shard_plan(plan, Ranks(), micro, padded=False).ravel().tolist() == list(range(len(plan.packs_G)))
 
 
 @given(plans())
-def test_padded_rows_of_like_length_share_a_micro_batch(case):
+def test_padded_rows_of_similar_length_share_a_micro_batch(case):
     """No arrangement in micro-batches of that size is narrower."""
     plan, data_size, micro = case
-    dealt = np.concatenate([shard_plan(plan, Ranks(rank, data_size), micro, padded=True) for rank in range(data_size)])
+    shards = [shard_plan(plan, Ranks(rank, data_size), micro, padded=True) for rank in range(data_size)]
     narrowest = np.sort(plan.costs_G)[::-1].reshape(-1, micro)[:, 0]
-    assert sorted(plan.costs_G[dealt].max(1)) == sorted(narrowest)
+    assert sorted(plan.costs_G[np.concatenate(shards)].max(1)) == sorted(narrowest)
 
 
 @pytest.mark.parametrize(("data_size", "before", "after"), [(8, 1.05, 1.001), (64, 1.4, 1.02)])
 def test_ranks_cost_about_the_same(data_size, before, after):
-    """Packs of lognormal samples: the dearest rank against the mean, in turns and balanced."""
+    """Packs of lognormal samples: the most expensive rank against the mean, round-robin and balanced."""
     random = np.random.default_rng(0)
     lengths = np.clip(random.lognormal(6, 1, 20_000), 1, 4096).astype(np.int32)
     samples, offsets = best_fit_decreasing(lengths, 4096)
     costs = random.permutation(np.add.reduceat(lengths[samples].astype(np.int64) ** 2, offsets[:-1]))[:512]
     none = np.zeros(1, np.int64)
     plan = StepPlan(np.arange(512), none, none, np.zeros(512, np.int64), costs)
-    dealt = [plan.costs_G[shard_plan(plan, Ranks(rank, data_size), 1, False)].sum() for rank in range(data_size)]
-    turns = plan.costs_G.reshape(-1, data_size).sum(0)
-    assert turns.max() / turns.mean() > before
-    assert max(dealt) / np.mean(dealt) < after
+    balanced = [plan.costs_G[shard_plan(plan, Ranks(rank, data_size), 1, False)].sum() for rank in range(data_size)]
+    round_robin = plan.costs_G.reshape(-1, data_size).sum(0)
+    assert round_robin.max() / round_robin.mean() > before
+    assert max(balanced) / np.mean(balanced) < after
 
 
 def test_costs_are_those_of_the_data_set():
@@ -198,7 +200,7 @@ def test_costs_are_those_of_the_data_set():
         assert last.costs_G.tolist() == [expected(3), expected(4), 0]
 
 
-def test_rows_that_cannot_be_dealt_evenly_are_refused():
+def test_rows_that_cannot_be_sharded_evenly_are_refused():
     plan = plan_step(Packs(5), seed=1, global_batch_size=6, consumed_samples=0)
     with pytest.raises(ValueError, match="6 rows for 2 ranks, 2 at a time"):
         shard_plan(plan, Ranks(0, 2), 2, padded=False)

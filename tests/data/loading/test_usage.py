@@ -1,4 +1,4 @@
-"""The digest of an epoch: the same for any layout and after any resume, another when a row is lost or doubled."""
+"""The digest of an epoch: the same for any data-parallel size and after any resume, another one if a row is lost."""
 
 import types
 
@@ -31,8 +31,8 @@ class Split:
         task_ids = (np.arange(num_packs * 3) % TASKS).astype(np.uint16)
         self.dataset = types.SimpleNamespace(dataset_hash="h", joined=False, padded=padded, task_ids=task_ids)
 
-    def slices(self, places):
-        return self._slices.take(places)
+    def slices(self, indices):
+        return self._slices.take(indices)
 
     def slices_of(self, pack):
         return self.slices(slice(self._offsets[pack], self._offsets[pack + 1]))

@@ -1,4 +1,4 @@
-"""Draws from the validation split: something of every task each time, every sample equally often, for any layout."""
+"""Validation draws: samples of every task in each draw, every sample equally often, for any data-parallel size."""
 
 import collections
 import math
@@ -19,16 +19,17 @@ WIDTH = 64
 
 
 class Split:
-    """As much of a split as draws need. ``samples``: (task, mask) of each sample of the data set; None: held elsewhere.
+    """The part of a split that draws need.
 
-    Every sample in the split is a pack of its own; how it is packed there makes no difference to draws.
+    ``samples`` has (task, mask) of each sample of the data set; a task of ``None`` stands for another split. Every
+    sample is a separate pack: packs make no difference to draws.
     """
 
     def __init__(self, samples, num_tasks=None, dataset_hash="hash", name="valid"):
         masks = [mask for _, mask in samples]
         lengths = np.array([len(mask) for mask in masks], np.int32)
         starts = np.cumsum(lengths, dtype=np.int64) - lengths
-        self.members = [number for number, (task, _) in enumerate(samples) if task is not None]
+        self.members = [index for index, (task, _) in enumerate(samples) if task is not None]
         self.num_tasks = num_tasks or 1 + max(task for task, _ in samples if task is not None)
         self.num_packs, self.seq_length, self.name = len(self.members), WIDTH, name
         self.dataset = types.SimpleNamespace(
@@ -41,22 +42,22 @@ class Split:
         self.lengths = lengths.astype(np.int64)
         self.num_slices = self.num_packs
 
-    def slices(self, places):
-        samples = np.array(self.members, np.int64)[places]
+    def slices(self, indices):
+        samples = np.array(self.members, np.int64)[indices]
         return SampleSlices(samples, np.zeros_like(samples), self.lengths[samples])
 
 
 def supervises(mask):
-    """Whether a sample has a target: its first token is none."""
+    """Whether a sample has a supervised target; its first token is no target."""
     return any(mask[1:])
 
 
 def usable(samples):
-    """Sample numbers of each task that a draw may hold."""
+    """Indices of the samples of each task that may be drawn."""
     by_task = collections.defaultdict(list)
-    for number, (task, mask) in enumerate(samples):
+    for index, (task, mask) in enumerate(samples):
         if task is not None and supervises(mask):
-            by_task[task].append(number)
+            by_task[task].append(index)
     return by_task
 
 
@@ -91,7 +92,7 @@ def test_every_draw_holds_every_task_that_supervises(samples, num_packs, number)
 def test_tasks_have_the_same_budget_of_tokens(samples, num_packs):
     draws, known = ValidationDraws(Split(samples, 5), 1, num_packs), usable(samples)
     for task in range(5):
-        own = [len(samples[number][1]) for number in known.get(task, ())]
+        own = [len(samples[index][1]) for index in known.get(task, ())]
         if not own:
             assert draws.samples_K[task] == 0
             continue
@@ -122,8 +123,8 @@ def test_every_sample_is_drawn_equally_often(samples, num_packs, number_of_draws
 
 @settings(deadline=None)
 @given(SAMPLES, PACKS, st.lists(st.integers(0, 99), min_size=1, max_size=5))
-def test_a_draw_is_a_function_of_its_number(samples, num_packs, numbers):
-    """Whoever asks, and whatever was asked before."""
+def test_a_draw_is_a_function_of_its_index(samples, num_packs, numbers):
+    """Other objects give the same draw, after other draws."""
     draws = ValidationDraws(Split(samples, 5), 1, num_packs)
     first = [[row.samples.tolist() for row in draws.rows(number)] for number in numbers]
     for number, rows in reversed(list(zip(numbers, first, strict=True))):
@@ -158,7 +159,7 @@ def test_draws_are_fixed_for_ever():
 
 
 def test_a_draw_grows_where_tasks_are_many():
-    """Nine tasks whose samples fill most of a row: nine rows, though one was asked for."""
+    """Nine tasks whose samples fill most of a row: nine rows instead of the one that was requested."""
     samples = [(task, [1] * 50) for task in range(9) for _ in range(4)]
     draws = ValidationDraws(Split(samples), 1, 1)
     assert draws.samples_K.tolist() == [1] * 9
@@ -167,23 +168,23 @@ def test_a_draw_grows_where_tasks_are_many():
 
 @settings(deadline=None)
 @given(st.integers(0, 30), st.sampled_from([1, 2, 3, 4, 8]), st.integers(1, 5), st.integers(1, 4))
-def test_ranks_are_dealt_every_row_once(num_rows, data_size, micro_batch_size, times):
-    """``times``: of what number the micro-batches must be a multiple, as interleaved pipelines want it."""
+def test_ranks_have_every_row_once(num_rows, data_size, micro_batch_size, times):
+    """The number of micro-batches must be a multiple of ``times``, as in interleaved pipelines."""
     rows = [SampleSlices(*(np.array([value]) for value in (number, 0, 1))) for number in range(num_rows)]
     multiple = data_size * micro_batch_size * times
-    dealt = [shard_rows(rows, Ranks(rank, data_size), micro_batch_size, multiple) for rank in range(data_size)]
-    assert {len(own) for own in dealt} == {-(-num_rows // multiple) * times}
-    assert all(len(micro_batch) == micro_batch_size for own in dealt for micro_batch in own)
-    everything = [row for own in dealt for micro_batch in own for row in micro_batch]
+    shards = [shard_rows(rows, Ranks(rank, data_size), micro_batch_size, multiple) for rank in range(data_size)]
+    assert {len(shard) for shard in shards} == {-(-num_rows // multiple) * times}
+    assert all(len(micro_batch) == micro_batch_size for shard in shards for micro_batch in shard)
+    everything = [row for shard in shards for micro_batch in shard for row in micro_batch]
     assert sorted(concatenate_slices([*everything, NO_SLICES]).samples.tolist()) == list(range(num_rows))
     assert sum(row.num_tokens == 0 for row in everything) < multiple
-    assert len(rows) == num_rows  # the caller's list stays what it was
+    assert len(rows) == num_rows  # the caller's list is unchanged
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=20)
 @given(number=st.integers(0, 40), num_packs=st.integers(1, 4), data_size=st.sampled_from([1, 2, 3]))
 def test_draws_of_a_real_split(dataset, number, num_packs, data_size):
-    """What the ranks get together supervises every task that the split has, and is of this split alone."""
+    """The shards of all ranks supervise every task that the split has, and are of this split only."""
     split = dataset.split("valid")
     draws = ValidationDraws(split, 1, num_packs)
     rows = draws.rows(number)
@@ -204,8 +205,8 @@ def test_a_split_that_supervises_nothing_has_no_draws():
     assert draws.samples_K.tolist() == [0, 0]
 
 
-def test_draws_of_windows_and_of_joined_rows(make_dataset):
-    """A window is drawn for itself, with its own part of the sample; of joined documents whole rows are drawn."""
+def test_draws_of_windows_and_of_joined_packs(make_dataset):
+    """Each window is drawn separately, with its part of the sample; of joined documents whole packs are drawn."""
     texts = {name: [{"text": "x = 1\n" * n} for n in range(30, 60)] for name in "ab"}
     cut, joined = (
         PackedDataset.open(make_dataset(texts, seq_length=64, split=(1, 1, 0), **options)[0], 64)
