@@ -7,7 +7,7 @@ from mft_megatron.batch import Batch
 
 
 def one_segment(tokens):
-    """Tokens as a micro-batch of one sample without padding; every token's label is the next, all are supervised."""
+    """Make a micro-batch of one sample without padding; the label of each token is the next one, all are supervised."""
     tokens = np.asarray(tokens, np.int64).reshape(1, -1)
     zeros, positions = np.zeros_like(tokens), np.arange(tokens.size)[None]
     cu_seqlens = np.array([0, tokens.size], np.int32)
@@ -16,7 +16,11 @@ def one_segment(tokens):
 
 
 def random_batch(seed, tasks=4, rows=6, width=40):
-    """Rows of samples with uneven masks; one task absent, one sample without supervision, padding at row ends."""
+    """Make rows of samples with uneven masks; one task is absent, and every fifth sample has no supervised token.
+
+    Returns:
+        sample ids int64, task ids int64, mask uint8 and token losses fp32, each [``rows``, ``width``].
+    """
     rng = np.random.default_rng(seed)
     sample_ids = np.zeros((rows, width), np.int64)
     task_ids = np.zeros((rows, width), np.int64)
@@ -37,12 +41,14 @@ def random_batch(seed, tasks=4, rows=6, width=40):
 
 
 def by_sample(sample_ids, task_ids, mask, loss):
+    """Task and supervised token losses of each sample."""
     return [
         (int(task_ids[sample_ids == s][0]), loss[(sample_ids == s) & (mask == 1)]) for s in range(sample_ids.max() + 1)
     ]
 
 
 def counted(samples, tasks):
+    """Supervised tokens and samples that have any of each task: int64 tensors [``tasks``] of :func:`by_sample`."""
     tokens_K = np.zeros(tasks, np.int64)
     samples_K = np.zeros(tasks, np.int64)
     for task, tokens in samples:
@@ -52,7 +58,7 @@ def counted(samples, tasks):
 
 
 def as_batch(sample_ids, task_ids, mask):
-    """What the objective looks at, as a micro-batch of tensors; the rest is left out."""
+    """Make a micro-batch of tensors with the fields that the objective reads; the others are ``None``."""
     ids = (torch.from_numpy(array) for array in (mask, sample_ids, task_ids))
     mask_BS, sample_ids_BS, task_ids_BS = ids
     cu_seqlens = torch.zeros(int(sample_ids.max()) + 2)

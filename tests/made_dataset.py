@@ -15,26 +15,38 @@ from mft_megatron.data.storage.ledger import Ledger, TokenizerEntry
 from mft_megatron.data.storage.sample_writer import SampleWriter, TaskTally
 
 VOCABULARY = 257  # all bytes, and padding
-TASKS = {"completion": 1, "explain": 2, "write": 4, "read": 9}  # one in how many functions a task has
+# interval at which each task takes functions
+TASKS = {"completion": 1, "explain": 2, "write": 4, "read": 9}
 
 
 def functions(longest):
-    """Source of the standard functions of no more than so many bytes."""
+    """Source code of functions of the standard library with at most ``longest`` bytes."""
     trees = [ast.parse(Path(module.__file__).read_text()) for module in (argparse, shutil)]
     nodes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
     return [text for text in map(ast.unparse, nodes) if len(text.encode()) <= longest]
 
 
 def write_dataset(prefix, seq_length, longest=None, documents=False, weights=None, tasks=TASKS, **options):
-    """Write the data set ``prefix``; returns its ledger. Functions are samples of ``tasks``, the second half of each
-    supervised, or all of it where they are ``documents``."""
+    """Write the data set ``prefix`` and return its ledger.
+
+    Samples are :func:`functions`; the second half of each is supervised, or all of it where they are ``documents``.
+
+    Args:
+        prefix: of the files.
+        seq_length: tokens of a pack.
+        longest: bytes of the longest function; ``seq_length`` by default.
+        documents: whether samples are documents.
+        weights: of tasks, by name.
+        tasks: by name the interval at which a task takes functions: 1 takes all, 2 every other one.
+        options: of :class:`PackingOptions`.
+    """
     weights, texts = weights or {}, functions(longest or seq_length)
     with DatasetWriter(prefix) as files:
         writer = SampleWriter(files, VOCABULARY)
-        for name, share in tasks.items():
+        for name, interval in tasks.items():
             tally = TaskTally(name, {"template": "bytes"}, weights.get(name))
             writer.begin(tally)
-            for text in texts[::share]:
+            for text in texts[::interval]:
                 ids = np.frombuffer(text.encode(), np.uint8).astype(np.int32)
                 mask = (np.arange(len(ids)) >= (0 if documents else len(ids) // 2)).astype(np.uint8)
                 writer.add(ids, mask, np.array([len(ids)], np.int32))

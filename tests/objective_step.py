@@ -18,7 +18,7 @@ OBJECTIVES = [
 
 
 def inputs(device):
-    """A micro-batch and its losses on the device; its counts on the host, where the plan of a step makes them."""
+    """A micro-batch and its losses on the device; its counts on the host, as in the plan of a step."""
     *arrays, loss = random_batch(0, TASKS)
     batch = as_batch(*arrays)
     there = {
@@ -32,7 +32,7 @@ def inputs(device):
 
 
 def run(objective, batch, losses, counts_K, statistics):
-    """All that a step computes, as of one micro-batch, forward and backward."""
+    """Compute everything of a step that has one micro-batch, forward and backward."""
     factors = objective.before_step(*counts_K, torch.ones(TASKS), statistics, num_micro_batches=2).to(losses.device)
     slope = objective.slope(factors, batch)
     if slope is not None:

@@ -12,22 +12,22 @@ from mft_megatron.data.loading.dataset import PackedDataset
 from mft_megatron.data.loading.micro_batches import UsageByEpoch
 from mft_megatron.data.loading.step_plan import plan_step, shard_plan
 from mft_megatron.data.loading.usage import Usage, hash64, planned_usage
-from mft_megatron.data.sample_slices import SampleSlices
+from mft_megatron.data.sample_slices import NO_SLICES, SampleSlices, concatenate_slices
 from tests.made_dataset import write_dataset
 
 TASKS = 3
 
 
 class Split:
-    """Packs of one to three slices; sample s belongs to task s % 3; every other sample is cut into slices."""
+    """Packs of one to three slices; each sample is cut into two slices; sample s belongs to task s % 3."""
 
     def __init__(self, num_packs, padded=False):
-        number = np.arange(num_packs) % 3 + 1
+        sizes = np.arange(num_packs) % 3 + 1
         self.num_packs, self.name, self.num_tasks = num_packs, "train", TASKS
-        self._offsets = np.concatenate([[0], np.cumsum(number)])
-        places = np.arange(self._offsets[-1])
-        self._slices = SampleSlices(places // 2, places % 2 * 7, np.full(len(places), 7))
-        self.num_slices = len(places)
+        self._offsets = np.concatenate([[0], np.cumsum(sizes)])
+        indices = np.arange(self._offsets[-1])
+        self._slices = SampleSlices(indices // 2, indices % 2 * 7, np.full(len(indices), 7))
+        self.num_slices = len(indices)
         task_ids = (np.arange(num_packs * 3) % TASKS).astype(np.uint16)
         self.dataset = types.SimpleNamespace(dataset_hash="h", joined=False, padded=padded, task_ids=task_ids)
 
@@ -39,19 +39,19 @@ class Split:
 
     def slices_of_packs(self, packs):
         rows = [self.slices_of(pack) for pack in packs]
-        return SampleSlices(*map(np.concatenate, zip(*rows, strict=True))), np.array([len(row.samples) for row in rows])
+        return concatenate_slices(rows), np.array([len(row.samples) for row in rows])
 
     def counts(self, packs_G):
         return np.zeros(TASKS, np.int64), np.zeros(TASKS, np.int64)
 
 
 def consume(split, usages, consumed, size, micro, spoil=None):
-    """One step on as many ranks as there are usages."""
+    """Consume one step, with a rank for each of ``usages``."""
     plan = plan_step(split, seed=3, global_batch_size=size, consumed_samples=consumed)
     for rank, usage in enumerate(usages):
-        places = shard_plan(plan, Ranks(rank, len(usages)), micro, split.dataset.padded).ravel()
-        rows = [split.slices_of(pack) for pack in plan.packs_G[places]]
-        usage.add(spoil(rows) if spoil else rows, plan.epochs_G[places], split.dataset.task_ids)
+        indices = shard_plan(plan, Ranks(rank, len(usages)), micro, split.dataset.padded).ravel()
+        rows = [split.slices_of(pack) for pack in plan.packs_G[indices]]
+        usage.add(spoil(rows) if spoil else rows, plan.epochs_G[indices], split.dataset.task_ids)
 
 
 def summed(usages, epoch):
@@ -59,7 +59,7 @@ def summed(usages, epoch):
 
 
 def by_the_book(split):
-    """With Python's integers."""
+    """Uses and digests of each task, computed with Python's integers."""
     slices, digests = [0] * TASKS, [0] * TASKS
     for sample, start in zip(split._slices.samples.tolist(), split._slices.starts.tolist(), strict=True):
         x = ((sample << 32 | start) + 0x9E3779B97F4A7C15) % 2**64
@@ -84,21 +84,21 @@ def test_the_plan_is_the_sum_over_the_index(num_packs):
     st.integers(0, 2),
     st.booleans(),
 )
-def test_every_epoch_is_used_as_planned_on_any_layout_and_after_any_resume(num_packs, layouts, steps, padded):
-    """Each layout takes some steps and hands its sums on to the next; the last goes to the end of the second epoch."""
+def test_every_epoch_is_used_as_planned_for_any_sizes_and_after_any_resume(num_packs, sizes_of_runs, steps, padded):
+    """Each run resumes from the sums of the run before, with other sizes; the last one completes the second epoch."""
     split = Split(num_packs, padded)
     planned, before, consumed = planned_usage(split), {0: Usage.none(TASKS), 1: Usage.none(TASKS)}, 0
-    for number, (data_size, micro, accumulation) in enumerate(layouts):
+    for number, (data_size, micro, accumulation) in enumerate(sizes_of_runs):
         usages, size = [UsageByEpoch(TASKS) for _ in range(data_size)], data_size * micro * accumulation
         taken = 0
-        while consumed < 2 * num_packs and (taken < steps or number == len(layouts) - 1):
+        while consumed < 2 * num_packs and (taken < steps or number == len(sizes_of_runs) - 1):
             consume(split, usages, consumed, size, micro)
             consumed, taken = consumed + size, taken + 1
-        before = {epoch: own + summed(usages, epoch) for epoch, own in before.items()}
-    for own in before.values():
-        assert own.slices_K.tolist() == planned.slices_K.tolist()
-        assert own.digest_K.tolist() == planned.digest_K.tolist()
-        assert not own.differs_from(planned).any()
+        before = {epoch: used + summed(usages, epoch) for epoch, used in before.items()}
+    for used in before.values():
+        assert used.slices_K.tolist() == planned.slices_K.tolist()
+        assert used.digest_K.tolist() == planned.digest_K.tolist()
+        assert not used.differs_from(planned).any()
 
 
 FAULTS = {
@@ -111,7 +111,7 @@ FAULTS = {
 
 @settings(deadline=None)
 @given(st.integers(8, 40), st.integers(1, 4), st.sampled_from(sorted(FAULTS)))
-def test_what_goes_wrong_is_seen(num_packs, data_size, fault):
+def test_faults_are_detected(num_packs, data_size, fault):
     split, spoilt = Split(num_packs), []
 
     def spoil(rows):
@@ -119,7 +119,7 @@ def test_what_goes_wrong_is_seen(num_packs, data_size, fault):
             return rows
         spoilt.append(True)
         wrong = FAULTS[fault](rows)
-        return wrong + [SampleSlices(*(np.zeros(0, np.int64),) * 3)] * (len(rows) - len(wrong))
+        return wrong + [NO_SLICES] * (len(rows) - len(wrong))
 
     usages = [UsageByEpoch(TASKS) for _ in range(data_size)]
     for consumed in range(0, num_packs, 2 * data_size):
@@ -132,7 +132,7 @@ def same(one, other):
     return np.array_equal(one.samples, other.samples) and np.array_equal(one.starts, other.starts)
 
 
-def test_tasks_are_judged_each_for_itself():
+def test_tasks_are_compared_separately():
     one = Usage(np.array([2, 2]), np.array([5, 6], np.uint64))
     other = Usage(np.array([2, 2]), np.array([5, 7], np.uint64))
     assert one.differs_from(other).tolist() == [False, True]
@@ -146,13 +146,13 @@ def test_hashes_of_different_slices_differ(slices):
 
 
 def test_hashes_are_fixed_for_ever():
-    """Golden: a run that is resumed with a newer version adds to the sums of the older. The first is SplitMix64's."""
+    """Golden: a run resumed with a newer version adds to the sums of the older. The first value is SplitMix64's."""
     assert hash64(np.array([0, 1]), np.array([0, 5])).tolist() == [0xE220A8397B1DCDAF, 0x51307108AD417EEA]
 
 
 @pytest.mark.parametrize("mode", ["pack", "padding", "concat"])
 def test_of_a_data_set_on_disk(tmp_path, mode):
-    """Windows, repeated samples and joined documents: as the rows hold them, pack by pack."""
+    """Windows, repeated samples and joined documents: planned usage equals the sum over all packs."""
     options = {} if mode == "concat" else {"overlong": "split", "task_sampling": {"write": 2.0, "read": 0.5}}
     write_dataset(tmp_path / "set", 64, longest=500, documents=mode == "concat", padding_mode=mode, **options)
     split = PackedDataset.open(tmp_path / "set", 64).split("train")

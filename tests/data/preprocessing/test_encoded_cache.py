@@ -1,4 +1,4 @@
-"""Encoded parts are found again by content, and are never taken when they are damaged or of something else."""
+"""Cached batches are read by content, and never when they are damaged or of another content."""
 
 import json
 
@@ -30,42 +30,42 @@ def assert_same(one, other):
     assert (one.records, one.documents, one.drops) == (other.records, other.documents, other.drops)
 
 
-def test_a_part_comes_back_as_it_was_with_the_lines_of_where_it_is_now(tmp_path):
-    parts = EncodedCache(tmp_path / "parts")
-    key = parts.key(BATCH, "how")
-    assert parts.read(key, BATCH) is None
-    parts.write(key, BATCH, ENCODED)
-    assert_same(parts.read(key, BATCH), ENCODED)
+def test_an_entry_is_read_as_it_was_written_with_the_lines_of_the_new_batch(tmp_path):
+    cache = EncodedCache(tmp_path / "cache")
+    key = cache.key(BATCH, "how")
+    assert cache.read(key, BATCH) is None
+    cache.write(key, BATCH, ENCODED)
+    assert_same(cache.read(key, BATCH), ENCODED)
     elsewhere = RecordBatch("b", 101, BATCH.lines)
-    assert parts.key(elsewhere, "how") == key
-    assert parts.read(key, elsewhere).drops == [Drop("b", 102, "wrong_type", "text must be a string")]
-    assert parts.reused == 2
-    parts.remove()
+    assert cache.key(elsewhere, "how") == key
+    assert cache.read(key, elsewhere).drops == [Drop("b", 102, "wrong_type", "text must be a string")]
+    assert cache.reused == 2
+    cache.remove()
     assert list(tmp_path.iterdir()) == []
 
 
-def test_other_content_and_another_way_to_encode_it_are_other_parts():
-    parts = EncodedCache(None)
+def test_other_content_and_other_encodings_have_other_keys():
+    cache = EncodedCache(None)
     rows = RecordBatch("a", 1, [{"text": "x"}])
-    keys = [parts.key(BATCH, "how"), parts.key(BATCH, "else"), parts.key(rows, "how")]
+    keys = [cache.key(BATCH, "how"), cache.key(BATCH, "else"), cache.key(rows, "how")]
     others = [b"x\n"], [b"y\n"], [b"x\n", b"\n"], [b"\n", b"x\n"], []
-    keys += [parts.key(RecordBatch("a", 1, lines), "how") for lines in others]
+    keys += [cache.key(RecordBatch("a", 1, lines), "how") for lines in others]
     assert len(set(keys)) == len(keys)
 
 
 @pytest.mark.parametrize(
     "damage", [lambda b: b[:-20], lambda b: b"", lambda b: b.replace(b"\x05\0\0\0", b"\x09\0\0\0")]
 )
-def test_a_damaged_part_is_none(tmp_path, damage):
-    parts = EncodedCache(tmp_path)
-    key = parts.key(BATCH, "how")
-    parts.write(key, BATCH, ENCODED)
+def test_a_damaged_entry_is_not_read(tmp_path, damage):
+    cache = EncodedCache(tmp_path)
+    key = cache.key(BATCH, "how")
+    cache.write(key, BATCH, ENCODED)
     (path,) = tmp_path.rglob("*.npz")
     content = path.read_bytes()
     assert damage(content) != content
     path.write_bytes(damage(content))
-    assert parts.read(key, BATCH) is None
-    assert parts.reused == 0
+    assert cache.read(key, BATCH) is None
+    assert cache.reused == 0
     assert not path.exists()
 
 
@@ -74,7 +74,7 @@ def test_a_damaged_part_is_none(tmp_path, damage):
 
 @pytest.fixture
 def encoded_texts(monkeypatch):
-    """Counts the lines that are really encoded."""
+    """Record the lines that are encoded, not read from the cache."""
     lines = []
     encode = Encoder.encode
 
@@ -90,7 +90,7 @@ def records(*texts):
     return [{"text": text} for text in texts]
 
 
-def test_a_task_that_is_added_is_all_that_is_tokenised(make_dataset, tmp_path, encoded_texts):
+def test_only_an_added_task_is_tokenised(make_dataset, tmp_path, encoded_texts):
     cache = tmp_path / "cache"
     first = {"a": records("x = 1", "y = 2")}
     make_dataset(first, cache_dir=cache, split=(1, 0, 0))
@@ -104,13 +104,13 @@ def test_a_task_that_is_added_is_all_that_is_tokenised(make_dataset, tmp_path, e
     assert len(encoded_texts) == 9  # 3, then 3 for the comparison, and 3 that are encoded another way
 
 
-def test_a_killed_run_goes_on_from_what_it_had(make_dataset, tmp_path, encoded_texts, monkeypatch):
+def test_a_killed_run_continues_from_the_cache(make_dataset, tmp_path, encoded_texts, monkeypatch):
     from mft_megatron.data.preprocessing import preprocess as module
 
     tasks = {"a": records("x = 1", "y = 2"), "b": records("z = 3")}
 
     class Killed(BaseException):
-        """Not even cleaned up after, as when a process is killed."""
+        """No handler of ``Exception`` runs, as when a process is killed."""
 
     def die(self, *_):
         raise Killed
@@ -128,7 +128,7 @@ def test_a_killed_run_goes_on_from_what_it_had(make_dataset, tmp_path, encoded_t
     assert {path.name for path in tmp_path.iterdir()} == {f"set{end}" for end in (*ledger.arrays, "_dataset.json")}
 
 
-def test_a_run_that_fails_leaves_no_part(make_dataset, tmp_path):
+def test_a_run_that_fails_leaves_no_cache(make_dataset, tmp_path):
     with pytest.raises(InputError, match="task b"):
         make_dataset({"a": records("x"), "b": []}, output_prefix=tmp_path / "set")
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""Chunks become the ids and masks that encoding segment by segment gives, whatever cuts the texts."""
+"""Batches become the ids and masks that encoding segment by segment gives, with every tokenizer and backend."""
 
 import json
 import pickle
@@ -26,19 +26,19 @@ from tests.data.conftest import TASKS, functions
 
 
 def naive(tokenizer, segments):
-    """Ids and mask of one sample: neighbours of one kind joined, then text by text."""
-    joined = []
+    """Ids and mask of one sample: consecutive segments of one kind are concatenated, then encoded one by one."""
+    merged = []
     for segment in segments:
         if segment.special and tokenizer.token_id(segment.text) is None:
             segment = segment._replace(special=False)
-        if joined and not segment.special and joined[-1][1:] == segment[1:]:
-            segment = segment._replace(text=joined.pop().text + segment.text)
-        joined.append(segment)
+        if merged and not segment.special and merged[-1][1:] == segment[1:]:
+            segment = segment._replace(text=merged.pop().text + segment.text)
+        merged.append(segment)
     ids, mask = [], []
-    for text, supervised, special, markup in joined:
-        own = [tokenizer.token_id(text)] if special else tokenizer.encode_batch([text], markup)[0]
-        ids += own
-        mask += [int(supervised)] * len(own)
+    for text, supervised, special, markup in merged:
+        of_segment = [tokenizer.token_id(text)] if special else tokenizer.encode_batch([text], markup)[0]
+        ids += of_segment
+        mask += [int(supervised)] * len(of_segment)
     return ids, mask
 
 
@@ -65,7 +65,7 @@ def encode(tokenizer, records, plan=None, **options):
 
 @pytest.mark.parametrize("template", ["chatml", "mftcoder"])
 @pytest.mark.parametrize("task", TASKS)
-def test_real_text_is_encoded_as_segment_by_segment(both, template, task):
+def test_real_text_is_encoded_like_its_segments(both, template, task):
     records = TASKS[task](functions())
     if template == "chatml" and task in ("chat", "rounds") and both[0].token_id("<|im_end|>") is None:
         template = "mftcoder"
@@ -110,7 +110,7 @@ def test_any_segments_are_encoded_one_by_one(both, samples, kept):
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_short_texts_are_kept_apart_by_markup(both, order):
+def test_short_texts_are_kept_separately_with_and_without_markup(both, order):
     end = both[0].end_of_text
     samples = [[("a", False), (end, True, False, markup)] for markup in (True, False)][::order]
     plan = TaskEncoding(Given("mftcoder", {}, end))
@@ -171,7 +171,7 @@ def test_bos_without_such_a_token_is_refused(tokenizer_folder):
 
 
 class HalfFim:
-    """Turns prompts that begin with "fim" round, and notes the keys it is given."""
+    """Reverses prompts that begin with "fim", and records the keys that it is given."""
 
     def __init__(self):
         self.keys = []
@@ -244,7 +244,7 @@ def test_every_line_is_accounted_for(tokenizer):
         (b"[" * 100_000 + b"\r\n", r"not JSON that can be read \(nested too deeply\); write one record a line.*"),
     ],
 )
-def test_what_a_line_is_instead_of_a_record(tokenizer, line, message):
+def test_the_likely_cause_of_a_line_that_is_no_record_is_reported(tokenizer, line, message):
     (drop,) = encode(tokenizer, [line]).drops
     assert re.fullmatch(message, drop.message)
 
@@ -259,7 +259,7 @@ def test_names_of_tokens_count_in_a_raw_prompt_alone(tokenizer):
         assert [ids.count(number) for ids, _ in samples] == [2, 1, 1, 1]
 
 
-def test_batches_of_nothing(tokenizer):
+def test_empty_batches(tokenizer):
     for lines in ([], [b"\n"], [b"{"]):
         encoded = encode(tokenizer, lines)
         assert samples_of(encoded) == []
@@ -274,7 +274,7 @@ def test_a_chat_needs_a_token_that_ends_a_turn(llama_like_folder):
         encode(tokenizer, ['{"text": "a"}', '{"instruction": "a", "output": "b"}'], plan)
 
 
-def test_what_a_format_cannot_write_is_dropped(tokenizer):
+def test_conversations_that_a_format_cannot_write_are_dropped(tokenizer):
     class Picky(BuiltInFormat):
         def segments(self, conversation):
             raise RecordError("too_long_a_name", "no place for it")
@@ -286,7 +286,7 @@ def test_what_a_format_cannot_write_is_dropped(tokenizer):
 
 
 @pytest.mark.parametrize("bad", [0, 1, 7, 30])
-def test_a_fast_backend_that_is_wrong_is_named_with_its_line(tokenizer_folder, bad):
+def test_a_wrong_fast_backend_is_reported_with_the_line(tokenizer_folder, bad):
     tokenizer = load_tokenizer("HuggingFaceTokenizer", tokenizer_folder, "gigatoken")
     right = tokenizer._checked._fast.encode
 
@@ -304,7 +304,7 @@ def test_a_fast_backend_that_is_wrong_is_named_with_its_line(tokenizer_folder, b
         encode(tokenizer, lines)
 
 
-def test_wrong_texts_later_on_are_found_by_the_sample(tokenizer_folder):
+def test_wrong_texts_after_the_first_are_found_among_the_sampled_ones(tokenizer_folder):
     tokenizer = load_tokenizer("HuggingFaceTokenizer", tokenizer_folder, "gigatoken")
     right = tokenizer._checked._fast.encode
     encoder = Encoder(tokenizer, {"task": TaskEncoding(chat_format("chatml", tokenizer))})

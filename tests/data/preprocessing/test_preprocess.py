@@ -1,4 +1,4 @@
-"""From records to the data set: masks, counts, splits, policies, and the same result whatever the workers."""
+"""Records to a data set: masks, counts, refusals, and the same result with any number of workers."""
 
 import itertools
 import json
@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from mft_megatron.data.chat_templates.formats import chat_format
 from mft_megatron.data.loading.dataset import PackedDataset
-from mft_megatron.data.packing.splitting import assign_splits
 from mft_megatron.data.preprocessing.encoding import Encoder, TaskEncoding
 from mft_megatron.data.sample_slices import supervised_tokens
 from mft_megatron.data.tasks.reader import TaskReader
@@ -26,7 +25,7 @@ def encode(tokenizer, lines, template="chatml", first_line=1):
 
 
 def supervised_text(tokenizer, encoded, sample=0):
-    """What the mask marks, run by run."""
+    """Text of each run of supervised tokens."""
     ends = np.cumsum(encoded.lengths)
     here = slice(ends[sample] - encoded.lengths[sample], ends[sample])
     ids, mask = encoded.ids[here], encoded.mask[here]
@@ -61,7 +60,7 @@ def test_the_mask_marks_the_answers_and_their_stop_tokens_and_nothing_else(token
 
 @settings(deadline=None, max_examples=60)
 @given(texts, texts)
-def test_raw_text_is_joined_as_given(tokenizer, prompt, completion):
+def test_raw_text_is_concatenated_unchanged(tokenizer, prompt, completion):
     encoded = encode(tokenizer, [json.dumps({"prompt": prompt, "completion": completion})])
     if not completion:
         assert [drop.reason for drop in encoded.drops] == ["empty_answer"]
@@ -70,15 +69,15 @@ def test_raw_text_is_joined_as_given(tokenizer, prompt, completion):
     assert supervised_text(tokenizer, encoded) == [completion + tokenizer.end_of_text]
 
 
-def test_what_a_turn_says_never_ends_the_turn(tokenizer):
+def test_the_content_of_a_turn_never_ends_the_turn(tokenizer):
     answer = f"a<|im_end|>b{tokenizer.end_of_text}c"
     record = json.dumps({"instruction": answer, "output": answer})
     ids = encode(tokenizer, [record], "mftcoder").ids.tolist()
     assert ids.count(tokenizer.eos_token_id) == 1
 
 
-def test_a_question_is_cut_as_in_a_prompt_cut_whole(tokenizer):
-    """The prompt of inference, up to where the model goes on, is what training showed."""
+def test_a_question_is_tokenised_as_in_a_prompt_tokenised_whole(tokenizer):
+    """The tokens of a prompt at inference are those that training had before the answer."""
     record = {"messages": [{"role": "user", "content": "  f(x);\n"}, {"role": "assistant", "content": " 1"}]}
     encoded = encode(tokenizer, [json.dumps(record)], "mftcoder")
     prompt = encoded.ids[: int(np.argmax(encoded.mask))].tolist()
@@ -124,28 +123,6 @@ def test_supervised_tokens_leave_out_the_first(masks):
     flat = np.array([value for mask in masks for value in mask], np.uint8)
     lengths = np.array([len(mask) for mask in masks], np.int32)
     assert supervised_tokens(flat, lengths).tolist() == [sum(mask[1:]) for mask in masks]
-
-
-# ---------------------------------------------------------------------------------------------------------- splits
-
-
-@given(st.integers(0, 400), st.tuples(*[st.integers(0, 100)] * 3).filter(any), st.integers(0, 9))
-def test_splits_follow_the_weights(samples, weights, seed):
-    split = assign_splits(samples, tuple(map(float, weights)), seed, "task")
-    sizes = np.bincount(split, minlength=3)
-    assert sizes.sum() == samples
-    for size, weight in zip(sizes, weights, strict=True):
-        assert abs(size - samples * weight / sum(weights)) <= 2
-        assert size == 0 or weight > 0
-        assert size > 0 or weight == 0 or samples < sum(w > 0 for w in weights)
-
-
-def test_splits_depend_on_seed_and_task_only():
-    base = assign_splits(100, (80, 20, 0), 1, "a")
-    np.testing.assert_array_equal(base, assign_splits(100, (80, 20, 0), 1, "a"))
-    assert (base != assign_splits(100, (80, 20, 0), 2, "a")).any()
-    assert (base != assign_splits(100, (80, 20, 0), 1, "b")).any()
-    assert 0 < base[:50].sum() < base.sum()  # not simply the end of the file
 
 
 # ---------------------------------------------------------------------------------------------------- the whole way
@@ -251,7 +228,7 @@ def test_a_failure_in_the_middle_of_publishing_leaves_no_data_set(make_dataset, 
     assert not list(tmp_path.glob(".*"))
 
 
-def test_no_file_of_the_data_set_before_is_left(make_dataset, tmp_path):
+def test_no_file_of_the_replaced_data_set_is_left(make_dataset, tmp_path):
     prefix = tmp_path / "set"
     make_dataset({"t": GOOD}, output_prefix=prefix, seq_length=128, split=(1, 1, 1))
     (tmp_path / "set_notes.txt").write_text("mine")
@@ -260,7 +237,7 @@ def test_no_file_of_the_data_set_before_is_left(make_dataset, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == expected
 
 
-def test_a_folder_made_for_nothing_is_removed(make_dataset, tmp_path):
+def test_a_folder_made_by_a_failed_run_is_removed(make_dataset, tmp_path):
     with pytest.raises(InputError, match="task t"):
         make_dataset({"t": []}, output_prefix=tmp_path / "new" / "deep" / "set")
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""Packing again and merging give the same bytes as preprocessing everything at once."""
+"""Packing again and merging give the same bytes as preprocessing all tasks in one run."""
 
 import dataclasses
 from pathlib import Path
@@ -24,7 +24,7 @@ def arrays_of(prefix):
     return {name: content for name, content in files_of(prefix).items() if not name.endswith(".json")}
 
 
-def test_a_second_length_is_what_preprocessing_for_it_gives(make_dataset):
+def test_a_second_length_equals_preprocessing_for_it(make_dataset):
     prefix, before = make_dataset()
     ledger, _ = add_length(prefix, OPTIONS)
     assert packed_lengths(prefix) == [96, 256]
@@ -60,7 +60,7 @@ def test_a_data_set_with_a_damaged_file_is_not_packed_again(make_dataset):
 TASKS = {name: [{"prompt": f"{name} {i}: ", "completion": "y" * i} for i in range(1, 30)] for name in "abc"}
 
 
-def test_merged_is_what_all_tasks_at_once_give(make_dataset, tmp_path):
+def test_a_merged_data_set_equals_preprocessing_all_tasks(make_dataset, tmp_path):
     first, _ = make_dataset({"a": TASKS["a"], "b": TASKS["b"]})
     second, _ = make_dataset({"c": TASKS["c"]})
     ledger, _ = merge([first, second], tmp_path / "all", OPTIONS)
@@ -72,7 +72,7 @@ def test_merged_is_what_all_tasks_at_once_give(make_dataset, tmp_path):
         assert dataclasses.replace(task, sources=other.sources) == other
 
 
-def test_a_task_of_several_data_sets_has_the_samples_of_all(make_dataset, tmp_path):
+def test_a_task_in_several_data_sets_has_the_samples_of_all(make_dataset, tmp_path):
     first, _ = make_dataset({"a": TASKS["a"], "b": TASKS["b"]})
     second, _ = make_dataset({"b": TASKS["c"], "a": TASKS["a"][:3]})
     ledger, _ = merge([first, second], tmp_path / "all", OPTIONS)
@@ -85,7 +85,7 @@ def test_a_task_of_several_data_sets_has_the_samples_of_all(make_dataset, tmp_pa
     check(str(tmp_path / "all"), ledger)
 
 
-def test_what_cannot_be_merged_is_refused(make_dataset, tmp_path, train_sentencepiece):
+def test_data_sets_that_cannot_be_merged_are_refused(make_dataset, tmp_path, train_sentencepiece):
     first, _ = make_dataset({"a": TASKS["a"]})
     model = train_sentencepiece(normalization_rule_name="identity")
     other, _ = make_dataset({"b": TASKS["b"]}, tokenizer_type="SentencePieceTokenizer", tokenizer_model=str(model))

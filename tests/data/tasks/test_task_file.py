@@ -1,4 +1,4 @@
-"""Task files: what each setting becomes, and the line that is wrong."""
+"""Task files: the effect of each setting, and the line that an error names."""
 
 import re
 
@@ -57,7 +57,7 @@ chat:
         '{"x": "a.jsonl", "y": {"path": ["b.jsonl"]}}',
     ],
 )
-def test_ways_to_write_the_same(folder, text):
+def test_different_ways_to_write_the_same_tasks(folder, text):
     tasks = read(folder, text)
     assert tasks == parse_tasks((f"x={folder / 'a.jsonl'}", f"y={folder / 'b.jsonl'}"))
     assert list(tasks) == ["x", "y"]
@@ -83,7 +83,7 @@ def test_patterns(folder, pattern, names):
     assert read(folder, f"t:\n  path: {pattern}\n")["t"].files == tuple(folder / name for name in names)
 
 
-def test_a_pattern_is_not_read_out_of_the_folders_name(folder):
+def test_the_folders_name_is_no_pattern(folder):
     inner = folder / "set[1]"
     inner.mkdir()
     (inner / "a.jsonl").write_bytes(b"")
@@ -98,7 +98,7 @@ def test_absolute_paths_and_template_files(folder, tmp_path_factory):
     assert task.template == str(folder / "templates/mine.jinja")
 
 
-def test_numbers_that_yaml_takes_for_text(folder):
+def test_numbers_that_yaml_reads_as_text(folder):
     task = read(folder, "t: {path: a.jsonl, weight: 1e-3, sampling: '2', fim_rate: 0}")["t"]
     assert (task.weight, task.sampling, task.fim_rate) == (0.001, 2.0, 0.0)
 
@@ -175,7 +175,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("text", "message"), REFUSED)
-def test_what_is_wrong_is_named_with_its_line(folder, text, message):
+def test_errors_name_the_line(folder, text, message):
     with pytest.raises(InputError, match=f"^{re.escape(str(folder))}/{message}") as caught:
         read(folder, text)
     assert "\n" not in str(caught.value)

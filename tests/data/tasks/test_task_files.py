@@ -1,4 +1,4 @@
-"""Files of tasks: every kind read whole, in order and in batches; whatever is damaged is named; paths become tasks."""
+"""Files of tasks: every kind is read whole, in order and in batches; damaged files are reported; paths become tasks."""
 
 import gzip
 import hashlib
@@ -41,6 +41,11 @@ def lines_of(path, batch_bytes=5000):
     return [line for batch in TaskReader(path).batches(batch_bytes) for line in batch.lines]
 
 
+def first_lines(batches):
+    """The first line of each batch, counted from the lines of the batches before it."""
+    return [1 + sum(len(before.lines) for before in batches[:index]) for index in range(len(batches))]
+
+
 def check_entry(reader, path, lines):
     entry = reader.entry()
     content = path.read_bytes()
@@ -68,15 +73,13 @@ def test_batches_hold_every_line_once(tmp_path_factory, pieces, batch_bytes, suf
     assert all(line.count(b"\n") == line.endswith(b"\n") for line in lines)
     assert all(line.endswith(b"\n") for line in lines[:-1])
     assert all(batch.lines for batch in batches)
-    assert [batch.first_line for batch in batches] == [
-        1 + sum(len(before.lines) for before in batches[:number]) for number in range(len(batches))
-    ]
+    assert [batch.first_line for batch in batches] == first_lines(batches)
     check_entry(reader, path, len(lines))
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
 @pytest.mark.parametrize("content", LINE_ENDS.values(), ids=LINE_ENDS)
-def test_records_come_through_whatever_the_file_is(tmp_path, suffix, content):
+def test_records_are_the_same_in_every_kind_of_file(tmp_path, suffix, content):
     path = write_lines(tmp_path, suffix, content)
     reader = TaskReader(path)
     batches = list(reader.batches(5000))
@@ -105,7 +108,7 @@ def test_lines_longer_than_a_batch_stay_whole(tmp_path, suffix):
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
-def test_members_one_after_the_other_are_one_file(tmp_path, suffix):
+def test_concatenated_members_are_one_file(tmp_path, suffix):
     half = CONTENT[: len(CONTENT) // 2]
     path = tmp_path / f"lines.jsonl{suffix}"
     padding = b"\0" * 100 if suffix == ".gz" else b""
@@ -185,7 +188,7 @@ def test_rows_of_a_table(tmp_path, batch_bytes, options):
     batches = list(reader.batches(batch_bytes))
     rows = [row for batch in batches for row in batch.lines]
     numbers = [batch.first_line for batch in batches]
-    assert numbers == [1 + sum(len(before.lines) for before in batches[:number]) for number in range(len(batches))]
+    assert numbers == first_lines(batches)
     assert len(rows) == len(ROWS)
     for row, given_row in zip(rows, ROWS, strict=True):
         expected = {key: value for key, value in given_row.items() if value is not None}
@@ -277,7 +280,7 @@ sequences = st.lists(st.lists(st.integers(0, 60_000), max_size=8), max_size=12)
 
 @settings(deadline=None)
 @given(sequences, st.sampled_from([np.uint16, np.int32, np.int64]), st.integers(1, 200), st.data())
-def test_documents_are_their_sequences_joined(tmp_path_factory, lists, dtype, batch_bytes, data):
+def test_documents_are_their_sequences_concatenated(tmp_path_factory, lists, dtype, batch_bytes, data):
     marks = sorted(data.draw(st.lists(st.integers(0, len(lists)), max_size=5)))
     marks = [0, *marks, len(lists)]
     path = write_index(tmp_path_factory.mktemp("tokens") / "d", lists, dtype, marks)
@@ -406,7 +409,7 @@ def test_malformed_tasks_are_refused(option):
 
 
 @pytest.mark.parametrize("name", ["a,b", " a", "a ", "a\nb", "macro", "objective"])
-def test_names_that_other_options_cannot_spell_are_refused(tmp_path, name):
+def test_names_that_other_options_cannot_give_are_refused(tmp_path, name):
     (path,) = touch(tmp_path, "a.jsonl")
     with pytest.raises(InputError, match=r"(?s)--task .*(task name|cannot be called)"):
         parse_tasks((f"{name}={path}",))
@@ -425,7 +428,7 @@ def test_a_file_that_a_task_has_twice_is_refused(tmp_path):
             parse_tasks((f"t={path}", f"t={other}"))
 
 
-def test_what_cannot_be_read_is_refused_by_name(tmp_path):
+def test_paths_that_cannot_be_read_are_refused_by_name(tmp_path):
     touch(tmp_path, "a.bin", "a.csv", "a.json", "a_input_ids.idx", "a_loss_mask.idx", "f/x.txt", "f/y.json")
     (tmp_path / "empty").mkdir()
     kinds = r"\.jsonl, \.jsonl\.gz, \.jsonl\.zst, \.parquet or \.idx"
