@@ -83,12 +83,12 @@ def _read_targets(names: Sequence[str], gated: bool) -> tuple[Target, ...]:
 
 
 def _gated(network: Given) -> bool:
-    """:attr:`.NetworkArguments.gated` of fields that may be missing."""
+    """Return :attr:`.NetworkArguments.gated` for options that may be missing."""
     return bool(network.get("swiglu") or network.get("gated_linear_unit"))
 
 
 def _as_options(lora: Lora) -> Given:
-    """The options that the matrices depend on; dropout is free."""
+    """The options that the matrices of adapters depend on; dropout may differ."""
     return {
         "lora_rank": lora.rank,
         "lora_alpha": lora.alpha,
@@ -104,5 +104,5 @@ def _refuse_contradiction(known: Given, given: Given, gated: bool, what: str) ->
         if name == "lora_target_modules" and _read_targets(given[name], gated) == read_targets(value, gated):
             continue
         option = "--" + name.replace("_", "-")
-        shown, said = (" ".join(v) if isinstance(v, tuple) else v for v in (value, given[name]))
-        raise InputError(f"{option} {said}: {what} has {shown}; leave the option out")
+        has, wanted = (" ".join(v) if isinstance(v, tuple) else v for v in (value, given[name]))
+        raise InputError(f"{option} {wanted}: {what} has {has}; leave the option out")

@@ -53,7 +53,7 @@ def _training(a: Arguments) -> TrainingArguments:
     if training.step_batch_size_schedule is not None:
         return dataclasses.replace(training, global_batch_size=a.batch_sizes.sizes[-1])
     if not is_given(training, "global_batch_size"):
-        # Fewer ranks than the parallel layout needs give 0 here and are refused later.
+        # With fewer ranks than the parallel layout needs the data-parallel size is 0, which a check refuses later.
         size = training.micro_batch_size * max(a.data_parallel_size, 1)
         return dataclasses.replace(training, global_batch_size=size)
     return training
