@@ -27,10 +27,9 @@ from mft_megatron.run_folder import HUGGINGFACE, CheckpointInfo, CheckpointRef
 from .family import Family, first_difference
 from .mapped_weight import MappedWeight
 from .model_folder import CONFIG, copy_kept_files, read_architecture
-from .model_import import describe_folder, refuse_mismatch
 from .row_layouts import sizes_of, split
-from .safetensors_reader import WeightFiles
 from .safetensors_writer import PlannedWeight
+from .weight_source import HuggingFaceSource
 
 
 class StoredModel(Protocol):
@@ -74,31 +73,28 @@ class FolderModel:
         Raises:
             InputError: the model is not supported, or its folder is incomplete.
         """
-        self.path = folder
-        self.family, self.architecture, vocab_size = read_architecture(folder)
-        self._files = WeightFiles(folder)
-        with contextlib.closing(self._files):
-            refuse_mismatch(self._files, self.family, self.architecture, vocab_size)
-        self.info = describe_folder(self._files, self.family, self.architecture, vocab_size)
+        self._source = source = HuggingFaceSource(folder)
+        self.path, self.info = source.folder, source.info
+        self.family, self.architecture = source.family, source.architecture
 
     def planned(self) -> list[PlannedWeight]:
         """Name, dtype and shape of every weight, in the order of the model."""
-        ordered = in_order(self.family.weights(self.architecture), self.architecture)
+        ordered = in_order(self._source.mapped, self.architecture)
         names = [name for weight, index in ordered for name in weight.hf_names_at(index)]
-        stored = [self._files.weights[name] for name in names]
+        stored = [self._source.files.weights[name] for name in names]
         return [PlannedWeight(name, entry.dtype, entry.shape) for name, entry in zip(names, stored, strict=True)]
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Read the weights in the same order, one at a time."""
-        with contextlib.closing(self._files):
+        with contextlib.closing(self._source):
             for weight in self.planned():
                 content = torch.empty(weight.shape, dtype=weight.dtype)
-                self._files.read_into(content, weight.name, 0)
+                self._source.files.read_into(content, weight.name, 0)
                 yield weight.name, content
 
     def write_config(self, folder: Path) -> None:
         """Copy the files besides weights."""
-        copy_kept_files(self.path, folder)
+        self._source.keep(folder)
 
 
 class CheckpointModel:

@@ -1,45 +1,79 @@
-"""A Hugging Face folder that a run starts from directly: each rank reads its slices of the weights."""
+"""A Hugging Face folder as a source of weights, for imports and for runs that start from it directly."""
 
 import contextlib
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from mft_megatron.mcore.checkpointing.weight_source import WeightSlice
+from mft_megatron.mcore.platform.precisions import model_dtype
 
-from .mapped_source import MappedSource
+from .converted_checkpoint import describe
 from .model_folder import copy_kept_files, read_architecture
-from .model_import import describe_folder, refuse_mismatch
-from .row_layouts import sizes_of
+from .row_layouts import sizes_of, slice_blocks
 from .safetensors_reader import WeightFiles
+from .weight_check import refuse_mismatch
 
 
 class HuggingFaceSource:
-    """The model of ``--hf-checkpoint DIR``: its description in ``info``, and its weights."""
+    """The model in a Hugging Face folder: a :class:`WeightSource`.
 
-    def __init__(self, folder: str):
+    Attributes:
+        folder: the folder.
+        family: its model family.
+        architecture: its sizes.
+        mapped: the family's weights for this architecture.
+        sizes: sizes of rows and columns.
+        files: the weights in the folder.
+        info: description of the model; its precision is that of its largest weight.
+    """
+
+    def __init__(self, folder: Path | str):
         """Open a folder and check its weights.
 
         Raises:
-            InputError: the model is not supported, or the folder is incomplete.
+            InputError: the model is not supported, or the folder is incomplete or damaged.
         """
         self.folder = Path(folder)
-        family, architecture, vocab_size = read_architecture(self.folder)
-        weights, sizes = family.weights(architecture), sizes_of(architecture, vocab_size)
+        self.family, self.architecture, vocab_size = read_architecture(self.folder)
+        self.mapped = self.family.weights(self.architecture)
+        self.sizes = sizes_of(self.architecture, vocab_size)
         with contextlib.closing(WeightFiles(self.folder)) as files:
-            refuse_mismatch(files, family, architecture, vocab_size)
-            self._files = files
-        self._weights = MappedSource(files, weights, sizes)
-        self.info = describe_folder(files, family, architecture, vocab_size)
+            refuse_mismatch(files, self.family, self.architecture, vocab_size)
+            self.files = files
+        dtype = model_dtype(
+            (
+                (*weight.stack(self.architecture), *weight.shape(self.sizes)),
+                files.weights[weight.hf_names[0].format(0, 0)].dtype,
+            )
+            for weight in self.mapped
+        )
+        self.info = describe(self.family.architecture, self.architecture, vocab_size, dtype)
+        self._by_name = {weight.name: weight for weight in self.mapped}
 
     def close(self) -> None:
         """Close the files; reading opens them again."""
-        self._files.close()
+        self.files.close()
 
     def keep(self, target: Path) -> None:
         """Copy everything that an export gives back besides weights into the folder ``target``."""
         copy_kept_files(self.folder, target)
 
     def read(self, wanted: WeightSlice) -> Tensor:
-        """Read one slice of a weight of Megatron-Core, as :meth:`MappedSource.read` does."""
-        return self._weights.read(wanted)
+        """Read one slice, in the dtype that it is stored in. Rows beyond the vocabulary are 0.
+
+        Raises:
+            InputError: a file has become shorter.
+        """
+        weight = self._by_name[wanted.name]
+        blocks, names = weight.blocks(self.sizes), weight.hf_names_at(wanted.index)
+        first, column = wanted.start[0], wanted.start[1] if wanted.start[1:] else 0
+        content = torch.zeros(wanted.shape, dtype=self.files.weights[names[0]].dtype)
+        filled = 0
+        # rows beyond the vocabulary are in no block and stay 0
+        for block in slice_blocks(blocks, first, first + wanted.shape[0]):
+            rows = content[filled : filled + block.rows]
+            self.files.read_block(rows, names[block.source], block.start, column)
+            filled += block.rows
+        return content

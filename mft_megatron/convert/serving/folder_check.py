@@ -15,8 +15,8 @@ from mft_megatron.convert.huggingface.model_folder import (
     read_config,
     read_object,
 )
-from mft_megatron.convert.huggingface.model_import import refuse_mismatch
 from mft_megatron.convert.huggingface.safetensors_reader import WeightFiles
+from mft_megatron.convert.huggingface.weight_check import refuse_mismatch
 from mft_megatron.errors import InputError
 from mft_megatron.mcore.platform.precisions import BY_DTYPE
 

@@ -138,7 +138,7 @@ def _source(
         f"--hidden-dropout 0 --make-vocab-size-divisible-by 1 {'' if dtype == 'fp32' else f'--{dtype}'}"
     ).split()
     if checkpoint is None:
-        source = HuggingFaceSource(str(folder))
+        source = HuggingFaceSource(folder)
         words += ["--hf-checkpoint", str(folder)]
         return source, parse_arguments(words, hf_model=source.info), source.info.vocab_size
     arguments = parse_arguments([*words, "--finetune", "--load", str(checkpoint.path)])

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from mft_megatron.convert.commands.huggingface import hf_to_mcore, mcore_to_hf
-from mft_megatron.convert.huggingface import model_import
+from mft_megatron.convert.huggingface import weight_source
 from mft_megatron.convert.huggingface.safetensors_reader import WeightFiles
 from mft_megatron.convert.huggingface.safetensors_writer import PlannedWeight, ShardWriter
 from mft_megatron.errors import InputError, run_command
@@ -249,13 +249,13 @@ def test_damaged_folders(model, damage):
 def test_a_shard_cut_off_while_it_is_read(model, monkeypatch):
     """The file shrinks after its header was compared with its size: no checkpoint is left."""
     shard = shards(model)[-1]
-    check = model_import.refuse_mismatch
+    check = weight_source.refuse_mismatch
 
     def cut_off_then(*arguments):
         check(*arguments)
         shard.write_bytes(shard.read_bytes()[:-8])
 
-    monkeypatch.setattr(model_import, "refuse_mismatch", cut_off_then)
+    monkeypatch.setattr(weight_source, "refuse_mismatch", cut_off_then)
     assert "the file is cut off" in refusal(model)
 
 

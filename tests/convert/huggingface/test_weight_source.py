@@ -48,8 +48,8 @@ def _compare(layout, world_size, folders):
             assert arguments.weights_alone
             assert arguments.network == loaded.network
             source, bytes_read = HuggingFaceSource(hf), []
-            read_block = source._files.read_block
-            source._files.read_block = lambda block, *position, read_block=read_block, bytes_read=bytes_read: (
+            read_block = source.files.read_block
+            source.files.read_block = lambda block, *position, read_block=read_block, bytes_read=bytes_read: (
                 bytes_read.append(block.nbytes),
                 read_block(block, *position),
             )
@@ -61,7 +61,7 @@ def _compare(layout, world_size, folders):
                 fill_weights(direct, source)
             pairs = zip(converted.chunks[0].named_parameters(), direct.chunks[0].parameters(), strict=True)
             differing = [name for (name, a), b in pairs if not a.equal(b)]
-            total = sum(stored.row_bytes * stored.shape[0] for stored in source._files.weights.values())
+            total = sum(stored.row_bytes * stored.shape[0] for stored in source.files.weights.values())
             results.append((differing, sum(bytes_read) / total))
     return results
 

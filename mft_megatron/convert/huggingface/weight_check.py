@@ -1,0 +1,68 @@
+"""Comparison of the weights in a Hugging Face folder with the architecture of its ``config.json``."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from mft_megatron.arguments.groups.network import NetworkArguments
+from mft_megatron.errors import InputError
+from mft_megatron.mcore.checkpointing.vocabulary import EMBEDDING, OUTPUT_LAYER
+
+from .family import Family
+from .mapped_weight import names_of
+from .row_layouts import sizes_of
+from .safetensors_reader import WeightFiles, same_content
+
+# Buffers that old versions of transformers stored although they follow from the configuration.
+COMPUTED_BUFFERS = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
+
+
+def refuse_mismatch(files: WeightFiles, family: Family, architecture: NetworkArguments, vocab_size: int) -> None:
+    """Check that a folder holds exactly the weights of its architecture.
+
+    Raises:
+        InputError: a weight is missing, unknown, or of another shape.
+    """
+    mapped, sizes = family.weights(architecture), sizes_of(architecture, vocab_size)
+    expected = names_of(mapped, architecture)
+    if missing := sorted(expected - files.weights.keys()):
+        raise InputError(f"{files.folder}: {_some(missing)} missing; download the model again")
+    unknown = {name for name in files.weights.keys() - expected if not name.endswith(COMPUTED_BUFFERS)}
+    if architecture.tie_embeddings:
+        unknown -= _tied_outputs(files, family, architecture)
+    if unknown:
+        raise InputError(
+            f"{files.folder}: {_some(sorted(unknown))} not known in this architecture; the model is of another one"
+        )
+    for weight in mapped:
+        for index in weight.indices(architecture):
+            for name, shape in zip(weight.hf_names_at(index), weight.hf_shapes(sizes), strict=True):
+                stored = files.weights[name].shape
+                if stored != shape:
+                    raise InputError(
+                        f"{files.folder}: {name} has the shape {list(stored)}, config.json says {list(shape)}; they "
+                        "are of different models"
+                    )
+
+
+def _tied_outputs(files: WeightFiles, family: Family, architecture: NetworkArguments) -> set[str]:
+    """Output layers that a folder stores although they are the embedding's weight.
+
+    Raises:
+        InputError: the output layer is not the embedding's weight.
+    """
+    untied = family.weights(dataclasses.replace(architecture, tie_embeddings=False))
+    hf_names = {weight.name: weight.hf_names for weight in untied}
+    embedding = hf_names[EMBEDDING][0]
+    stored = {name for name in hf_names[OUTPUT_LAYER] if name in files.weights}
+    for output in stored:
+        if not same_content(files, output, files, embedding):
+            raise InputError(
+                f"{files.folder}: config.json ties the embeddings, but {output} differs from {embedding}; set "
+                "tie_word_embeddings to what the model was trained with"
+            )
+    return stored
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{', '.join(names[:3])}{more} {'is' if len(names) == 1 else 'are'}"
