@@ -133,7 +133,7 @@ def job(dataset_prefix, tmp_path, monkeypatch):
     """Start a job, or start it again; all have the same run folder."""
     monkeypatch.setattr(checkpoint.Writer, "save", fake_save)
     monkeypatch.setattr(checkpoint, "load", fake_load)
-    monkeypatch.setattr(process_groups, "layout", dict)
+    monkeypatch.setattr(process_groups, "parallel_layout", dict)
     monkeypatch.setattr(process_groups, "is_main", lambda: True)
     return lambda words="": Job(dataset_prefix, tmp_path / "run", words)
 
