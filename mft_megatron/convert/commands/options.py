@@ -1,6 +1,7 @@
-"""Options that several conversion commands have in common."""
+"""Options that several conversion commands have in common.
 
-from typing import Any
+Like :func:`option`, the functions return a dataclass field; their annotation is that of the field.
+"""
 
 from mft_megatron.errors import InputError
 from mft_megatron.options import option
@@ -8,44 +9,44 @@ from mft_megatron.options import option
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
-def load_option() -> Any:  # as option(): a dataclass field, which mypy must accept as a value of any annotation
+def load_option() -> str:
     """Declare ``--load``, the checkpoint to convert."""
     return option(
         None, "Run folder (its newest checkpoint is taken) or one iter_NNNNNNN folder.", metavar="CKPT", required=True
     )
 
 
-def best_option() -> Any:
+def best_option() -> bool:
     """Declare ``--best`` for a command with :func:`load_option`."""
     return option(False, "Take the best checkpoint of the run folder instead of the newest.")
 
 
-def best_of_load_option() -> Any:
+def best_of_load_option() -> bool:
     """Declare ``--best`` where ``--load`` may be left out."""
     return option(False, "With --load: the best checkpoint of the run folder instead of the newest.")
 
 
-def save_option() -> Any:
+def save_option() -> str:
     """Declare ``--save``, the run folder to write."""
     return option(None, "Folder to write, to be given as --load; must not exist.", metavar="CKPT", required=True)
 
 
-def new_folder_option() -> Any:
+def new_folder_option() -> str:
     """Declare ``--hf`` or ``--out``, the folder to write."""
     return option(None, "Folder to write; must not exist.", metavar="DIR", required=True)
 
 
-def exported_folder_option() -> Any:
+def exported_folder_option() -> str:
     """Declare ``--hf``, a Hugging Face folder that an export wrote."""
     return option(None, "Folder of the model, as mcore-to-hf wrote it.", metavar="DIR", required=True)
 
 
-def tokenizer_option() -> Any:
+def tokenizer_option() -> str | None:
     """Declare ``--tokenizer-model``, the tokenizer of an export."""
     return option(None, "Folder of tokenizer files to copy. Not given: tokenizer/ of the run folder.", metavar="DIR")
 
 
-def shard_size_option() -> Any:
+def shard_size_option() -> str:
     """Declare ``--max-shard-size``; :func:`parse_size` reads its value."""
     return option("5GB", "Begin a new safetensors file at this size.")
 
