@@ -32,9 +32,10 @@ test: setup ## the tests of every change, by TEST_WORKERS processes (2)
 test-all: setup ## all tests, those that take minutes too
 	$(PYTEST)
 
-lint: setup ## ruff's rules and formatting
+lint: setup ## ruff's rules and formatting, mypy
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy
 
 # A copy of its own, so that the extension in use stays; the second round takes the code for compilers without builtins.
 SANITIZED = build/sanitize
@@ -56,7 +57,7 @@ docs: setup ## write docs/ARGUMENTS.md from the options
 	$(VENV)/bin/python -m mft_megatron.arguments.reference > docs/ARGUMENTS.md
 
 clean: ## remove what the build, the tests and the demo left behind; the environment's packages stay
-	rm -rf build dist demo_run mft_vs_mixed_run *.egg-info .pytest_cache .ruff_cache .hypothesis $(STAMP)
+	rm -rf build dist demo_run mft_vs_mixed_run *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis $(STAMP)
 	find $(wildcard mft_megatron tests tools examples benchmarks) -name __pycache__ -prune -exec rm -rf {} +
 	find mft_megatron -name '*.so' -delete
 
