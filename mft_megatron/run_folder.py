@@ -132,11 +132,6 @@ class CheckpointInfo:
         """Whether an export copies the configuration of the Hugging Face model that it came from."""
         return self.source not in ("", OF_NO_FAMILY)
 
-    @property
-    def optimizer_steps(self) -> int:
-        """Steps that the optimizer has taken; without any it has no state."""
-        return self.iteration - self.skipped_steps
-
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointRef:

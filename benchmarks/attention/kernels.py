@@ -29,9 +29,9 @@ from mft_megatron.mcore.attention.backends import KERNELS, choose, unavailable
 from mft_megatron.mcore.parallel.attention_spans import SegmentSlices, Spans, slice_segments
 from mft_megatron.mcore.parallel.context_parallel import rank_ranges
 from mft_megatron.mcore.platform import devices
+from mft_megatron.mcore.platform.precisions import DTYPES
 
 LOCAL, REPEATED, MASK = "local", "repeated keys", "explicit mask"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # largest difference between two computations, relative to the largest element
 TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2, "fp16": 1e-2}
 

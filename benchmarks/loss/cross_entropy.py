@@ -31,9 +31,11 @@ from mft_megatron.mcore.output_layer.cross_entropy import FusedOutputLayer, Targ
 from mft_megatron.mcore.parallel import process_groups
 from mft_megatron.mcore.parallel.data_parallel import DistributedDataParallel, DistributedDataParallelConfig
 from mft_megatron.mcore.platform import devices
+from mft_megatron.mcore.platform.precisions import DTYPES
 
 MEGATRON, FUSED, RECOMPUTED = VARIANTS = ("megatron", "fused-linear", "recomputed")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# what models are trained in; fp16 would need a loss scale
+TRAINED = ("fp32", "bf16")
 
 
 class Case:
@@ -152,7 +154,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--vocabularies", type=int, nargs="+", default=[32000, 152064])
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 1024], help="of a micro-batch, per vocabulary")
-    parser.add_argument("--precisions", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--precisions", nargs="+", choices=TRAINED, default=list(TRAINED))
     parser.add_argument("--supervised", type=float, nargs="+", default=[0.5, 1.0], help="fraction of the tokens")
     parser.add_argument("--hidden-size", type=int, default=1024)
     parser.add_argument("--repeat", type=int, default=3, help="rounds; the median is reported")

@@ -16,7 +16,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mft_megatron.data.packing.cutting import OVERLONG
 from mft_megatron.data.records.record_formats import RECORD_FORMATS
@@ -24,6 +24,9 @@ from mft_megatron.errors import InputError
 from mft_megatron.suggestions import did_you_mean
 
 from .task_files import TaskFiles, check_task_name, expand_path, unite_files, usable_files
+
+if TYPE_CHECKING:
+    import yaml
 
 
 def read_task_file(path: str | Path) -> dict[str, TaskFiles]:
@@ -65,7 +68,9 @@ def read_task_file(path: str | Path) -> dict[str, TaskFiles]:
         raise InputError(f"{path}: not YAML that can be read ({reason})") from None
 
 
-def _tasks(loader: Any, root: Any, path: Path) -> Iterator[tuple[str, Any, Any]]:
+def _tasks(
+    loader: "yaml.SafeLoader", root: "yaml.Node | None", path: Path
+) -> Iterator[tuple[str, "yaml.Node", "yaml.Node"]]:
     """Name, its node, for errors, and the node of the settings of each task."""
     import yaml
 
@@ -84,7 +89,7 @@ def _tasks(loader: Any, root: Any, path: Path) -> Iterator[tuple[str, Any, Any]]
         raise InputError(f"{path}: holds no task; write a mapping from names of tasks to their settings")
 
 
-def _name(loader: Any, node: Any, path: Path) -> str:
+def _name(loader: "yaml.SafeLoader", node: "yaml.Node", path: Path) -> str:
     name = loader.construct_object(node, deep=True)
     if not isinstance(name, str):
         shown = getattr(node, "value", "") if isinstance(getattr(node, "value", ""), str) else "…"
@@ -92,7 +97,7 @@ def _name(loader: Any, node: Any, path: Path) -> str:
     return name
 
 
-def _task(loader: Any, name: str, node: Any, path: Path, where: str) -> TaskFiles:
+def _task(loader: "yaml.SafeLoader", name: str, node: "yaml.Node", path: Path, where: str) -> TaskFiles:
     import yaml
 
     if not isinstance(node, yaml.MappingNode):
@@ -120,7 +125,7 @@ def _task(loader: Any, name: str, node: Any, path: Path, where: str) -> TaskFile
     return TaskFiles(name, tuple(files), **settings)
 
 
-def _pairs(loader: Any, node: Any, where: str) -> list[Any]:
+def _pairs(loader: "yaml.SafeLoader", node: "yaml.MappingNode", where: str) -> list[tuple["yaml.Node", "yaml.Node"]]:
     """Keys and values of a mapping with those that it merges (``<<``); its direct keys are unique and win."""
     direct = [key.value for key, _ in node.value if isinstance(key.value, str)]
     twice = [key for key in direct if direct.count(key) > 1]
@@ -130,7 +135,7 @@ def _pairs(loader: Any, node: Any, where: str) -> list[Any]:
     return node.value
 
 
-def _position(path: Path, node: Any) -> str:
+def _position(path: Path, node: "yaml.Node") -> str:
     return f"{path}:{node.start_mark.line + 1}"
 
 
