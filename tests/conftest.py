@@ -1,4 +1,4 @@
-"""Data sets and tokenizers that many tests share."""
+"""The tokenizer and the data set that many tests use."""
 
 import argparse
 import ast
@@ -12,7 +12,7 @@ from hypothesis import settings
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 from tests.ranks import run_tool
 
-# no test asserts a time
+# no test depends on the speed of the machine
 settings.register_profile("without clocks", deadline=None)
 settings.load_profile("without clocks")
 
@@ -39,7 +39,7 @@ def tokenizer_folder(tmp_path_factory):
 
 
 def _task_records():
-    """Four tasks out of a standard module's functions, of very different size and in different record shapes."""
+    """Make four tasks of very different size from the functions of argparse, each in another record format."""
     tree = ast.parse(Path(argparse.__file__).read_text())
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
     code = [ast.unparse(node) for node in functions]

@@ -1,6 +1,6 @@
-"""The tests of ``tests/gpu`` on a machine without a GPU: they are skipped for that reason only.
+"""``tests/gpu`` on a machine without a GPU: every test is skipped, for that reason only.
 
-Their comparisons are run here on the CPU, also with a fault that they have to find.
+Their comparisons run here on the CPU, also with a fault that they must find.
 """
 
 import os
@@ -53,7 +53,7 @@ def test_comparisons_of_token_losses_find_a_fault(dtype, known):
         assert (1.1 * ours.double() - theirs).abs().max() / theirs.abs().max() > TOLERANCE[dtype]
 
 
-def test_differences_are_found_at_any_depth():
+def test_differences_at_any_depth():
     from tests.gpu.device_runs import worst
 
     assert worst([[1.0, 2.0], [4.0, 8.0]], [[1.0, 2.0], [4.0, 8.0]]) == 0

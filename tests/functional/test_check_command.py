@@ -33,14 +33,14 @@ def models(tmp_path_factory, tokenizer_folder):
 
 
 def _check(commands, folder):
-    """Run commands: output and refusal of each; and whether logits in 16 bits are rounded to 16 bits."""
+    """Run commands; return the output and refusal of each, and whether bf16 logits have values of bf16 only."""
     from pathlib import Path
 
     from mft_megatron.convert.commands.convert import main
     from mft_megatron.convert.serving.logits_check import engine_logits
     from mft_megatron.errors import InputError
 
-    found = []
+    results = []
     for words in commands:
         printed, refused = io.StringIO(), None
         with contextlib.redirect_stdout(printed):
@@ -48,9 +48,9 @@ def _check(commands, folder):
                 main(["check", *words])
             except InputError as error:
                 refused = str(error)
-        found.append((printed.getvalue(), refused))
+        results.append((printed.getvalue(), refused))
     logits = engine_logits(Path(folder), None, "bf16", [[5, 6, 7]])[0]
-    return found, logits.equal(logits.bfloat16().float())
+    return results, logits.equal(logits.bfloat16().float())
 
 
 def test_output_and_failures(models, tmp_path):

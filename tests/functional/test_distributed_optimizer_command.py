@@ -19,7 +19,7 @@ OVERLAP = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gat
 
 
 def pretrain(words):
-    """Do on a rank what the command does."""
+    """Run the command on this rank."""
     import os
 
     from mft_megatron.arguments.command import parse_arguments

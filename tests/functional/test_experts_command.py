@@ -19,7 +19,7 @@ EXPERT_PARALLEL = "--expert-model-parallel-size 2 --moe-token-dispatcher-type al
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory, dataset_prefix):
-    """Two steps, experts over two ranks."""
+    """The folder of a run of two steps with the experts on two ranks."""
     folder = tmp_path_factory.mktemp("run")
     words = [*MODEL, *RUN, *EXPERT_PARALLEL, "--train-iters", 2, "--data-path", dataset_prefix, "--save", folder]
     process = run_forked("pretrain_mft.py", *words, world_size=2)
@@ -28,7 +28,7 @@ def run_folder(tmp_path_factory, dataset_prefix):
     return folder
 
 
-def test_the_log_has_the_losses_of_routers(run_folder):
+def test_router_losses_are_logged(run_folder):
     for record in records(run_folder, "train"):
         losses = record["moe"]
         assert set(losses) == {"seq_load_balancing_loss", "z_loss", "layers"}

@@ -1,4 +1,4 @@
-"""A model is imported from Hugging Face, trained and exported again: the commands as a user runs them."""
+"""Import from Hugging Face, training and export: the commands as a user runs them."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ RUN = (
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory, tokenizer_folder):
-    """A Qwen2 with a larger vocabulary than the data set's tokenizer, which has 500 tokens."""
+    """A Qwen2 with a vocabulary of 511; the tokenizer of the data set has 500 tokens."""
     from tests.convert import tiny_models
 
     folder = tmp_path_factory.mktemp("hf") / "model"
@@ -35,16 +35,16 @@ def checkpoint(model):
 
 @pytest.mark.parametrize("start", ["--hf-checkpoint", pytest.param("--load", marks=pytest.mark.slow)])
 def test_import_training_and_export_change_nothing(model, checkpoint, dataset_prefix, tmp_path, start):
-    """Steps are too small to change bf16 weights, so every weight must be exported as it was imported.
+    """Export every weight as it was imported: the learning rate is too small to change one in bf16.
 
-    The first checkpoint is exported during the run, and removed afterwards.
+    The first checkpoint is exported during the run and removed afterwards.
     """
-    source = model if start == "--hf-checkpoint" else checkpoint
+    start_path = model if start == "--hf-checkpoint" else checkpoint
     command_line = (
         "--data-path",
         dataset_prefix,
         start,
-        source,
+        start_path,
         "--save",
         tmp_path / "run",
         "--save-hf",
@@ -101,14 +101,14 @@ def test_a_data_set_of_another_tokenizer_is_refused(model, checkpoint, dataset_p
     from mft_megatron.errors import InputError
     from mft_megatron.training.pretrain import pretrain
 
-    source = shutil.copytree(model if start == "--hf-checkpoint" else checkpoint, tmp_path / "start")
-    (file,) = source.glob("tokenizer.json" if start == "--hf-checkpoint" else "huggingface/tokenizer.json")
+    start_path = shutil.copytree(model if start == "--hf-checkpoint" else checkpoint, tmp_path / "start")
+    (file,) = start_path.glob("tokenizer.json" if start == "--hf-checkpoint" else "huggingface/tokenizer.json")
     content = json.loads(file.read_text())
     content["model"]["merges"].pop()
     file.write_text(json.dumps(content))
-    command_line = [*RUN[2:], "--data-path", str(dataset_prefix), "--lr", "1e-3", start, str(source)]
-    described = HuggingFaceSource(str(source)).info if start == "--hf-checkpoint" else None
-    arguments = parse_arguments(command_line, 1, lambda prefix: [128], described)
+    command_line = [*RUN[2:], "--data-path", str(dataset_prefix), "--lr", "1e-3", start, str(start_path)]
+    info = HuggingFaceSource(str(start_path)).info if start == "--hf-checkpoint" else None
+    arguments = parse_arguments(command_line, 1, lambda prefix: [128], info)
     with pytest.raises(InputError, match=r"the model's tokenizer is another one than .* was made with: "):
         pretrain(arguments)
 
@@ -123,15 +123,15 @@ def test_more_ranks_than_groups_are_refused(checkpoint, dataset_prefix):
         parse_arguments(command_line, 4, lambda prefix: [128])
 
 
-def test_another_tokenizer_of_the_run_replaces_that_of_the_source(checkpoint, tokenizer_folder, tmp_path):
+def test_another_tokenizer_of_the_run_replaces_that_of_the_model(checkpoint, tokenizer_folder, tmp_path):
     from mft_megatron.convert.commands.huggingface import mcore_to_hf
 
     run = tmp_path / "run"
     shutil.copytree(checkpoint, run)
-    (run / "huggingface" / "tokenizer.model").write_text("of the source")
+    (run / "huggingface" / "tokenizer.model").write_text("of the model")
     shutil.copytree(tokenizer_folder, run / "tokenizer")
     mcore_to_hf(["--load", str(run), "--hf", str(tmp_path / "same")])
-    assert (tmp_path / "same" / "tokenizer.model").read_text() == "of the source"
+    assert (tmp_path / "same" / "tokenizer.model").read_text() == "of the model"
     (run / "tokenizer" / "tokenizer.json").write_text("another")
     mcore_to_hf(["--load", str(run), "--hf", str(tmp_path / "other")])
     assert (tmp_path / "other" / "tokenizer.json").read_text() == "another"
@@ -139,7 +139,7 @@ def test_another_tokenizer_of_the_run_replaces_that_of_the_source(checkpoint, to
     assert (tmp_path / "other" / "LICENSE").exists()
 
 
-def test_a_converted_checkpoint_is_a_start_not_a_resume(checkpoint, dataset_prefix):
+def test_a_converted_checkpoint_starts_a_run_and_does_not_resume_one(checkpoint, dataset_prefix):
     from mft_megatron.arguments.command import parse_arguments
 
     command_line = [*RUN, "--data-path", str(dataset_prefix), "--lr", "1e-3", "--load", str(checkpoint), "--seed", "7"]
@@ -161,20 +161,20 @@ def test_a_model_that_cannot_be_exported_is_refused_before_the_run():
     refuse_export(odd, from_hugging_face=True)
 
 
-@pytest.mark.parametrize("in_the_way", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_exports_during_a_run(checkpoint, dataset_prefix, tmp_path, in_the_way):
-    """A checkpoint is removed only after its export; if that fails, it stays, and the run ends with an error."""
+@pytest.mark.parametrize("blocked", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_exports_during_a_run(checkpoint, dataset_prefix, tmp_path, blocked):
+    """Remove a checkpoint only after its export; if that fails, keep it and end the run with an error."""
     from mft_megatron.convert.commands.huggingface import mcore_to_hf
 
     run, exports = tmp_path / "run", tmp_path / "exports"
     command_line = ("--data-path", dataset_prefix, "--load", checkpoint, "--save", run, "--save-hf", exports, *RUN[2:])
     command_line += tuple("--save-interval 1 --save-hf-interval 2 --save-retain-interval 3 --lr 1e-3".split())
     exports.mkdir()
-    if in_the_way:
-        (exports / "iter_0000002").write_text("of someone else")
+    if blocked:
+        (exports / "iter_0000002").write_text("not ours")
     process = torchrun(1, "pretrain_mft.py", *command_line, "--finetune", "--train-iters", "3")
     refusals = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
-    if in_the_way:
+    if blocked:
         assert process.returncode != 0
         assert len(refusals) == 1
         assert "iter_0000002 was not exported (--hf " in refusals[0]
@@ -188,6 +188,6 @@ def test_exports_during_a_run(checkpoint, dataset_prefix, tmp_path, in_the_way):
         by_hand = load_file(tmp_path / "by hand" / "model.safetensors")
         assert by_hand.keys() == late.keys()
         assert all(by_hand[name].equal(late[name]) for name in late)
-    left = {"iter_0000003"} | ({"iter_0000002"} if in_the_way else set())
-    assert {path.name for path in run.glob("iter_*")} == left
+    remaining = {"iter_0000003"} | ({"iter_0000002"} if blocked else set())
+    assert {path.name for path in run.glob("iter_*")} == remaining
     assert {path.name for path in exports.iterdir()} == {"iter_0000002", "iter_0000003"}

@@ -33,7 +33,7 @@ def weights(record):
 
 
 def test_a_balanced_run_resumes_bit_equal(dataset_prefix, tmp_path):
-    """Saved between two draws; tests/parallel/test_balancing.py does the same with each balancer."""
+    """Resume between two validation draws; tests/parallel/test_balancing.py does so with each balancer."""
     extra = f"{COBA} --pipeline-model-parallel-size 2 --save-interval 3 --eval-interval 3"
     whole = tmp_path / "whole"
     process = run_forked(*command(dataset_prefix, whole, extra), world_size=2)
@@ -49,7 +49,7 @@ def test_a_balanced_run_resumes_bit_equal(dataset_prefix, tmp_path):
             del record[name]
     assert resumed == expected
     assert records(again, "valid") == records(whole, "valid")[-1:]
-    assert len({tuple(weights(record)) for record in expected}) > 1  # the weights move
+    assert len({tuple(weights(record)) for record in expected}) > 1  # the weights change
     for record in expected:
         assert sum(weights(record)) == pytest.approx(1.0)
 
@@ -58,14 +58,14 @@ def test_draws_are_timed_and_the_first_losses_are_logged(dataset_prefix, tmp_pat
     folder = trained(dataset_prefix, tmp_path / "run", COBA + " --eval-interval 6", iterations=4)
     assert [record["step"] for record in records(folder, "valid")] == [0, 4]
     shares = [record["balance_share"] for record in records(folder, "train")]
-    assert shares[0] == shares[2] == 0 < shares[1]  # a draw after every second step
+    assert shares[0] == shares[2] == 0 < shares[1]  # a validation draw after every second step
     config = (folder / "config.yaml").read_text()
     assert "task_balance: coba" in config
     assert "coba_history_length: 3" in config
 
 
 def test_for_a_skipped_step_the_nearest_trained_one_is_logged(dataset_prefix, tmp_path):
-    """Only the rarest task has a weight, so most steps have nothing to learn."""
+    """Give a weight to the rarest task only, so that most steps are skipped."""
     extra = "--task-weights completion=0 explain=0 write=0 --global-batch-size 2 --log-interval 4 --eval-interval 99"
     folder = trained(dataset_prefix, tmp_path / "run", extra, iterations=16)
     skipped = {event["step"] for event in events(folder, "skip")}
@@ -83,17 +83,18 @@ def test_for_a_skipped_step_the_nearest_trained_one_is_logged(dataset_prefix, tm
 
 
 @pytest.mark.parametrize("loss", ["focal-sample", "focal-task"])
-def test_focal_runs(dataset_prefix, tmp_path, loss):
+def test_runs_with_focal_losses(dataset_prefix, tmp_path, loss):
     extra = f"--mft-loss {loss} --focal-gamma 1 --focal-alpha write=2 --eval-interval 1"
     folder = trained(dataset_prefix, tmp_path / loss, extra)
     train = records(folder, "train")
     assert [weights(record) for record in train] == [[1.0, 1.0, 2.0, 1.0]] * 6
     assert all(task["target_share"] is None for record in train for task in record["tasks"].values())
-    first, *_, last = (record["macro_loss"] for record in records(folder, "valid"))  # the batches of steps differ
+    # training losses of two steps are of different batches
+    first, *_, last = (record["macro_loss"] for record in records(folder, "valid"))
     assert last < first
 
 
-def test_micro_batch_normalisation_warns_that_shares_are_off(dataset_prefix, tmp_path):
+def test_micro_batch_normalisation_warns_about_realised_shares(dataset_prefix, tmp_path):
     """MFTCoder's normalisation: a task that is alone in its micro-batch counts by its frequency."""
     extra = "--mft-normalization micro-batch --micro-batch-size 1"
     process = run_forked(*command(dataset_prefix, tmp_path / "run", extra, iterations=2))
@@ -165,7 +166,7 @@ def refused(prefix, *words):
     )
 
 
-def test_refused_before_the_start(dataset_prefix):
+def test_unknown_tasks_are_refused_before_the_run(dataset_prefix):
     assert "with a task of: completion" in refused(
         dataset_prefix, "--mft-loss", "focal-task", "--focal-alpha", "none=2"
     )
@@ -178,7 +179,7 @@ def test_refused_before_the_start(dataset_prefix):
 
 @pytest.fixture(scope="module")
 def without_validation(dataset_prefix, tmp_path_factory):
-    """The same tasks without a validation split."""
+    """The data set of the same tasks without a validation split."""
     prefix = tmp_path_factory.mktemp("without") / "mixed"
     preprocess_again(dataset_prefix, prefix, "--split", "100,0,0")
     return str(prefix)
@@ -193,7 +194,7 @@ def without_validation(dataset_prefix, tmp_path_factory):
         ("--save-best --save {tmp}", "--save-best compares evaluations"),
     ],
 )
-def test_nothing_to_validate_on_is_refused(without_validation, tmp_path, words, text):
+def test_options_that_need_a_validation_split_are_refused(without_validation, tmp_path, words, text):
     line = refused(without_validation, *words.format(tmp=tmp_path / "run").split())
     assert text in line
     assert not (tmp_path / "run").exists()

@@ -1,4 +1,4 @@
-"""tools/preprocess_data.py and tools/inspect_data.py as a user runs them: the road through, and every bad input."""
+"""tools/preprocess_data.py and tools/inspect_data.py as a user runs them: one whole pass, and every bad input."""
 
 import json
 import subprocess
@@ -23,7 +23,7 @@ RECORDS = {
 
 @pytest.fixture
 def preprocess(tmp_path, tokenizer_folder):
-    """Runs the command on tasks given by name and content, with more or other options."""
+    """A function that runs the command on tasks (name to content), with options added or replaced."""
 
     def run(tasks, *options, **replaced):
         (tmp_path / "tasks").mkdir(exist_ok=True)
@@ -32,19 +32,19 @@ def preprocess(tmp_path, tokenizer_folder):
             path = tmp_path / "tasks" / f"{name}.jsonl"
             path.write_bytes(content if isinstance(content, bytes) else content.encode())
             words += ["--task", f"{name}={path}"]
-        given = {
+        values = {
             "--tokenizer-model": tokenizer_folder,
             "--seq-length": 64,
             "--output-prefix": tmp_path / "out" / "set",
             **{f"--{name.replace('_', '-')}": value for name, value in replaced.items()},
         }
-        words += [word for name, value in given.items() if value is not None for word in (name, value)]
+        words += [word for name, value in values.items() if value is not None for word in (name, value)]
         return run_tool("tools/preprocess_data.py", *words, *options)
 
     return run
 
 
-def test_every_record_shape_through_the_command(preprocess, tmp_path):
+def test_every_record_format(preprocess, tmp_path):
     tasks = {name: line * 3 for name, line in RECORDS.items()}
     process = preprocess(tasks, "--workers", "2", "--split", "2,1,0", "--chat-template", "mftcoder")
     assert process.returncode == 0, process.stderr
@@ -56,7 +56,7 @@ def test_every_record_shape_through_the_command(preprocess, tmp_path):
     assert all(cut.kept == 3 and cut.splits == {"train": 2, "valid": 1, "test": 0} for cut in opened.entry.tasks)
 
 
-def test_from_another_folder_and_twice_the_same(preprocess, tmp_path, tokenizer_folder):
+def test_another_working_folder_gives_the_same_data_set(preprocess, tmp_path, tokenizer_folder):
     tasks = tmp_path / "tasks"
     assert preprocess(RECORDS).returncode == 0
     words = ["--tokenizer-model", tokenizer_folder, "--seq-length", "64", "--output-prefix", "again"]
@@ -69,7 +69,7 @@ def test_from_another_folder_and_twice_the_same(preprocess, tmp_path, tokenizer_
 
 
 def test_it_starts_without_torch(preprocess):
-    """Importing torch or transformers would cost seconds at every start."""
+    """Start fast: importing torch or transformers takes seconds."""
     code = "import sys, mft_megatron.data.command; print([m for m in ('torch', 'transformers') if m in sys.modules])"
     process = run_tool("-c", code)
     assert process.stdout.strip() == "[]"
@@ -94,7 +94,7 @@ BAD_TASKS = {
 
 
 @pytest.mark.parametrize("case", BAD_TASKS)
-def test_bad_input_is_one_clear_line_and_leaves_nothing(preprocess, tmp_path, case):
+def test_bad_input_is_refused_in_one_line_and_writes_nothing(preprocess, tmp_path, case):
     content, message = BAD_TASKS[case]
     process = preprocess({"good": GOOD, "t": content})
     assert message in refusal(process)
@@ -102,7 +102,7 @@ def test_bad_input_is_one_clear_line_and_leaves_nothing(preprocess, tmp_path, ca
     assert {path.name for path in tmp_path.iterdir()} == {"tasks"}
 
 
-def test_skipped_records_are_counted_under_their_reason(preprocess, tmp_path):
+def test_skipped_records_are_counted_by_reason(preprocess, tmp_path):
     bad = [line for line, _ in list(BAD_TASKS.values())[:11]]
     content = b"\n".join(line if isinstance(line, bytes) else line.encode() for line in bad)
     process = preprocess({"t": content}, "--on-error", "skip")
@@ -147,7 +147,7 @@ BAD_OPTIONS = [
 
 
 @pytest.mark.parametrize(("options", "replaced", "message"), BAD_OPTIONS)
-def test_bad_options_are_one_clear_line_and_leave_nothing(preprocess, tmp_path, options, replaced, message):
+def test_bad_options_are_refused_in_one_line_and_write_nothing(preprocess, tmp_path, options, replaced, message):
     process = preprocess({"good": GOOD}, *options, **replaced)
     assert message in refusal(process)
     assert process.returncode == 2
@@ -165,8 +165,8 @@ def test_help(tool):
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory, tokenizer_folder):
-    folder = tmp_path_factory.mktemp("made")
+def data_set(tmp_path_factory, tokenizer_folder):
+    folder = tmp_path_factory.mktemp("data_set")
     words = []
     for name, line in RECORDS.items():
         (folder / f"{name}.jsonl").write_text(line * 4)
@@ -177,14 +177,14 @@ def made(tmp_path_factory, tokenizer_folder):
 
 
 @pytest.fixture
-def copied(made, tmp_path):
-    for path in made.parent.glob("set_*"):
+def copied(data_set, tmp_path):
+    for path in data_set.parent.glob("set_*"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     return tmp_path / "set"
 
 
-def test_inspect_shows_the_ledger_and_marked_samples(made):
-    process = run_tool("tools/inspect_data.py", made, "--samples", 1, "--check")
+def test_inspect_shows_the_ledger_and_marked_samples(data_set):
+    process = run_tool("tools/inspect_data.py", data_set, "--samples", 1, "--check")
     assert process.returncode == 0, process.stderr
     for shown in ("⟦a<|im_end|>⟧", "⟦b<|im_end|>⟧", "Say", "def f(⟦x): return x<|endoftext|>⟧", "⟦d = 1<|endoftext|>⟧"):
         assert shown in process.stdout
@@ -208,8 +208,8 @@ def test_check_finds_a_changed_byte(copied, end):
         (lambda ledger: ledger["tasks"][2].update(samples_in=99), "task instruction: kept and dropped"),
     ],
 )
-def test_check_counts_again(copied, change, message):
-    """Also where every hash is right, a wrong sum in the ledger is found."""
+def test_check_counts_the_samples_again(copied, change, message):
+    """Find a wrong sum in the ledger although every hash is right."""
     path = Path(f"{copied}_dataset.json")
     ledger = json.loads(path.read_text())
     change(ledger)
@@ -217,12 +217,12 @@ def test_check_counts_again(copied, change, message):
     assert message in refusal(run_tool("tools/inspect_data.py", copied, "--check"))
 
 
-def test_inspect_refuses_what_is_no_data_set(tmp_path):
+def test_inspect_refuses_a_missing_data_set(tmp_path):
     assert "no ledger nothing_dataset.json" in refusal(run_tool("tools/inspect_data.py", tmp_path / "nothing"))
     assert "missing argument" in refusal(run_tool("tools/inspect_data.py"))
 
 
-def test_a_prefix_that_is_a_folder_or_lies_behind_a_file_is_refused(preprocess, tmp_path):
+def test_a_prefix_that_is_a_folder_or_below_a_file_is_refused(preprocess, tmp_path):
     (tmp_path / "file").write_text("")
     assert "is a folder" in refusal(preprocess({"t": GOOD * 3}, output_prefix=tmp_path))
     assert "is a folder" in refusal(preprocess({"t": GOOD * 3}, output_prefix=f"{tmp_path}/new/"))

@@ -32,7 +32,7 @@ LAYOUT = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2".split
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory, dataset_prefix):
-    """Five steps at TP 2 × PP 2 with dropout, saved after three and five."""
+    """The folder of a run of five steps at TP 2 × PP 2 with dropout, saved after steps three and five."""
     folder = tmp_path_factory.mktemp("run")
     words = [*MODEL, *RUN, *LAYOUT, "--data-path", dataset_prefix, "--save", folder, "--save-interval", 3]
     process = torchrun(4, "pretrain_mft.py", *words)
@@ -41,7 +41,7 @@ def run_folder(tmp_path_factory, dataset_prefix):
     return folder
 
 
-def test_the_run_folder_holds_everything(run_folder, dataset_prefix):
+def test_files_of_the_run_folder(run_folder, dataset_prefix):
     names = {path.name for path in run_folder.iterdir()}
     assert {"iter_0000003", "iter_0000005", "latest_checkpointed_iteration.txt", "config.yaml"} <= names
     assert {"metrics.jsonl", "tensorboard", "tokenizer"} <= names
@@ -151,7 +151,7 @@ def test_exported_logits_agree(run_folder, hf_folder, dataset_prefix):
         assert spread > 0.05  # or the comparison would be one of zeros
 
 
-def test_the_export_is_a_whole_hugging_face_folder(hf_folder, tokenizer_folder, dataset_prefix):
+def test_the_export_is_a_complete_hugging_face_folder(hf_folder, tokenizer_folder, dataset_prefix):
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     config = AutoConfig.from_pretrained(hf_folder)
@@ -223,7 +223,7 @@ def test_bad_input_is_refused_in_one_line(dataset_prefix, tmp_path):
     assert "not be negative" in refused(*weights, "read=-1")
 
 
-def test_the_tokenizer_must_be_the_data_sets(dataset_prefix, tokenizer_folder, tmp_path):
+def test_the_tokenizer_must_be_that_of_the_data_set(dataset_prefix, tokenizer_folder, tmp_path):
     good = [*MODEL, *RUN, "--data-path", dataset_prefix]
     assert "was made with HuggingFaceTokenizer" in refused(*good, "--tokenizer-type", "SentencePieceTokenizer")
     other = tmp_path / "other"
@@ -285,13 +285,13 @@ def test_divergence_ends_the_run_without_saving(dataset_prefix, tmp_path):
 
 
 def damaged(run_folder, target, change):
-    """A copy of the run's last checkpoint with one file changed."""
+    """Copy the last checkpoint of the run and damage one file of it."""
     shutil.copytree(run_folder / "iter_0000005", target / "iter_0000005")
     path = target / "iter_0000005"
     if change == "no index":
         (path / ".metadata").unlink()
     else:
-        # the file of the last rank holds weights, not only random-number states
+        # the largest file has weights, others may have random states only
         shard = max(path.glob("*.distcp"), key=lambda file: file.stat().st_size)
         shard.unlink() if change == "missing" else shard.write_bytes(shard.read_bytes()[:2000])
     return path
@@ -325,6 +325,6 @@ def test_an_export_with_another_models_tokenizer_keeps_its_configuration(run_fol
     assert not (tmp_path / "hf" / "model.safetensors.index.json").exists()
 
 
-def test_a_file_in_the_way_is_named(dataset_prefix, tmp_path):
+def test_a_file_in_place_of_the_run_folder_is_named(dataset_prefix, tmp_path):
     (tmp_path / "file").write_text("")
     assert "file" in refused(*MODEL, *RUN, "--data-path", dataset_prefix, "--save", tmp_path / "file")
