@@ -1,4 +1,4 @@
-"""The rooms of docs/ARCHITECTURE.md: what a file may import, how large a folder may be, what an ``__init__`` holds."""
+"""The rules of docs/ARCHITECTURE.md: what a file may import, how many modules a folder has, what ``__init__`` holds."""
 
 import ast
 import subprocess
@@ -42,7 +42,7 @@ WITHOUT_MEGATRON = (
     "mcore.platform.optional_packages",
     "mcore.platform.precisions",
 )
-# tables of alike files may be longer than a glance
+# tables of similar files may have more modules
 MOST_MODULES = 16
 TABLES = ("arguments/groups", "arguments/checks", "convert/huggingface/families")
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -67,55 +67,56 @@ def imported_modules(path: Path) -> set[str]:
     return names
 
 
-def step_of(room: str, name: str) -> int:
-    """Position of a sub-package, or of a module at the top of a room, in the room's order."""
-    for number, names in enumerate(ORDER[room]):
+def position_in_order(room: str, name: str) -> int:
+    """Position in ``ORDER`` of a sub-package, or of a module at the top of a room."""
+    for position, names in enumerate(ORDER[room]):
         if name in names.split("|"):
-            return number
-    raise AssertionError(f"mft_megatron/{room}/{name} is not in ORDER: say which sub-packages it stands on")
+            return position
+    raise AssertionError(f"mft_megatron/{room}/{name} is not in ORDER: add it after those that it imports")
 
 
 def forbidden(path: Path) -> list[str]:
+    """Imports of a file that break a rule, each with the rule."""
     room = room_of(path)
     inner = path.relative_to(PACKAGE).parts[1:]
-    found = []
+    breaches = []
     for name in sorted(imported_modules(path)):
         parts = name.split(".")
         if parts[0] == "megatron" and room != "mcore":
-            found.append(f"{name}: only mcore imports Megatron-Core")
+            breaches.append(f"{name}: only mcore imports Megatron-Core")
         if name.startswith("torch.cuda") and room != "mcore":
-            found.append(f"{name}: only mcore asks for CUDA")
+            breaches.append(f"{name}: only mcore asks for CUDA")
         if parts[0] == "torch" and room in ("", "data"):
-            found.append(f"{name}: the data room and floor 0 work without torch")
+            breaches.append(f"{name}: the data room and floor 0 work without torch")
         if name.startswith("torch.distributed") and room == "losses":
-            found.append(f"{name}: losses know no process groups")
+            breaches.append(f"{name}: losses use no process groups")
         if parts[0] != "mft_megatron" or len(parts) < 2:
             continue
         other = parts[1]
         if other in FLOORS and other != room and FLOORS[other] >= FLOORS[room]:
-            found.append(f"{name}: {room or 'floor 0'} may not import {other}")
+            breaches.append(f"{name}: {room or 'floor 0'} may not import {other}")
         inside = other == room and room in ORDER and len(parts) > 2 and path.name != "__init__.py"
-        if inside and step_of(room, parts[2]) > step_of(room, inner[0].removesuffix(".py")):
-            found.append(f"{name}: {room}/{inner[0]} may not import {parts[2]}, which stands on it")
-    return found
+        if inside and position_in_order(room, parts[2]) > position_in_order(room, inner[0].removesuffix(".py")):
+            breaches.append(f"{name}: {room}/{inner[0]} may not import {parts[2]}, which comes later in ORDER")
+    return breaches
 
 
 def modules_of(path: Path) -> set[Path]:
     """Files of the package that a file imports."""
-    found = set()
+    modules = set()
     for name in imported_modules(path):
         parts = name.split(".")
         if parts[0] == "mft_megatron":
             for end in (len(parts), len(parts) - 1):
                 candidate = PACKAGE.joinpath(*parts[1:end]).with_suffix(".py")
                 if candidate.is_file():
-                    found.add(candidate)
+                    modules.add(candidate)
                     break
-    return found - {path}
+    return modules - {path}
 
 
-def a_circle(graph: dict[Path, set[Path]]) -> list[Path]:
-    """A chain of imports that ends where it begins; empty where there is none."""
+def import_cycle(graph: dict[Path, set[Path]]) -> list[Path]:
+    """Find a chain of imports that returns to its first file; empty if there is none."""
     done: set[Path] = set()
 
     def visit(path: Path, chain: list[Path]) -> list[Path]:
@@ -124,16 +125,16 @@ def a_circle(graph: dict[Path, set[Path]]) -> list[Path]:
         if path in done:
             return []
         for other in sorted(graph.get(path, ())):
-            if circle := visit(other, [*chain, path]):
-                return circle
+            if cycle := visit(other, [*chain, path]):
+                return cycle
         done.add(path)
         return []
 
-    return next((circle for path in sorted(graph) if (circle := visit(path, []))), [])
+    return next((cycle for path in sorted(graph) if (cycle := visit(path, []))), [])
 
 
 def third_party_names(tree: ast.AST) -> set[str]:
-    """Names in a file of modules, classes and functions of Megatron-Core and torch."""
+    """Names in a file that are modules, classes or functions of Megatron-Core or torch."""
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
@@ -145,7 +146,7 @@ def third_party_names(tree: ast.AST) -> set[str]:
 
 
 def targets_of(node: ast.AST) -> list[ast.expr]:
-    """Every single expression that a statement or a call of ``setattr`` or ``delattr`` assigns to or deletes."""
+    """Expressions that a statement, or a call of ``setattr`` or ``delattr``, assigns to or deletes."""
     if isinstance(node, ast.Assign | ast.Delete):
         targets = node.targets
     elif isinstance(node, ast.AugAssign | ast.AnnAssign):
@@ -158,7 +159,7 @@ def targets_of(node: ast.AST) -> list[ast.expr]:
 
 
 def is_patch(target: ast.expr, third_party: set[str]) -> bool:
-    """Whether an assignment replaces a class, defaults, an entry of ``sys.modules`` or an attribute of others' code."""
+    """Whether an assignment replaces a class, defaults, ``sys.modules`` entries or attributes of third-party code."""
     if isinstance(target, ast.Subscript):
         return ast.unparse(target.value) == "sys.modules"
     if not isinstance(target, ast.Attribute):
@@ -203,7 +204,7 @@ def test_patches_are_in_one_folder(path):
         "import importlib\nimportlib.import_module('megatron.core.utils').torch = None",
     ],
 )
-def test_the_rule_sees_a_patch(source, tmp_path):
+def test_the_rule_finds_a_patch(source, tmp_path):
     (tmp_path / "x.py").write_text(source)
     assert len(patches_in(tmp_path / "x.py")) == 1
 
@@ -215,7 +216,7 @@ def test_the_rule_sees_a_patch(source, tmp_path):
         "class A:\n    def f(self):\n        self.weight.sequence_parallel = True",
     ],
 )
-def test_the_rule_lets_objects_change(source, tmp_path):
+def test_the_rule_allows_changes_of_objects(source, tmp_path):
     (tmp_path / "x.py").write_text(source)
     assert patches_in(tmp_path / "x.py") == []
 
@@ -225,12 +226,12 @@ def test_imports_go_downward(path):
     assert forbidden(path) == []
 
 
-def test_no_circles():
-    assert a_circle({path: modules_of(path) for path in FILES}) == []
+def test_no_import_cycles():
+    assert import_cycle({path: modules_of(path) for path in FILES}) == []
 
 
 @pytest.mark.parametrize(
-    ("place", "source"),
+    ("file", "source"),
     [
         ("data/inspect.py", "import torch"),
         ("data/inspect.py", "from mft_megatron.losses import coefficients"),
@@ -248,34 +249,34 @@ def test_no_circles():
         ("arguments/values/window.py", "from mft_megatron.arguments.table import Arguments"),
     ],
 )
-def test_the_rule_sees_a_breach(place, source, tmp_path, monkeypatch):
+def test_the_rule_finds_a_breach(file, source, tmp_path, monkeypatch):
     monkeypatch.setattr(f"{__name__}.PACKAGE", tmp_path)
-    (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
-    (tmp_path / place).write_text(source)
-    assert forbidden(tmp_path / place)
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / file).write_text(source)
+    assert forbidden(tmp_path / file)
 
 
-def test_the_rule_sees_a_circle():
+def test_the_rule_finds_an_import_cycle():
     a, b, c = (Path(name) for name in "abc")
-    assert a_circle({a: {b}, b: {c}, c: {a}}) == [a, b, c, a]
-    assert a_circle({a: {b, c}, b: {c}}) == []
+    assert import_cycle({a: {b}, b: {c}, c: {a}}) == [a, b, c, a]
+    assert import_cycle({a: {b, c}, b: {c}}) == []
 
 
-def test_a_new_place_must_have_its_step():
+def test_a_new_sub_package_must_be_in_the_order():
     with pytest.raises(AssertionError, match="mft_megatron/data/extras is not in ORDER"):
-        step_of("data", "extras")
+        position_in_order("data", "extras")
 
 
-def test_cuda_is_asked_for_in_one_room_only():
-    """``torch.cuda.is_available()`` and the like need no import of torch.cuda, so imports do not show them."""
+def test_only_one_room_uses_cuda():
+    """Search the text too: ``torch.cuda.is_available()`` works without an import of torch.cuda."""
     for path in FILES:
         if room_of(path) != "mcore":
             assert "torch.cuda" not in path.read_text(), path
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if path.name == "__init__.py"], ids=str)
-def test_a_package_hands_out_no_names(path):
-    """Each thing has one address: an ``__init__.py`` holds its docstring, and at the top the version."""
+def test_a_package_exports_no_names(path):
+    """Each name has one import path: an ``__init__.py`` holds a docstring, the top one also the version."""
     docstring, *others = ast.parse(path.read_text()).body
     assert isinstance(docstring, ast.Expr)
     version = [f"{target.id}" for node in others if isinstance(node, ast.Assign) for target in node.targets]
@@ -283,23 +284,23 @@ def test_a_package_hands_out_no_names(path):
     assert len(others) == len(version), path
 
 
-def test_folders_hold_no_more_than_a_glance():
+def test_number_of_modules_in_a_folder():
     folders = {path.parent for path in FILES}
     for folder in folders:
         modules = [path for path in folder.glob("*.py") if path.name != "__init__.py"]
         assert len(modules) <= MOST_MODULES or str(folder.relative_to(PACKAGE)) in TABLES, folder
 
 
-def test_megatron_core_is_made_ready_before_it_is_imported():
+def test_megatron_core_is_patched_before_it_is_imported():
     """A module that imports Megatron-Core imports ``mcore.platform.patched`` first."""
-    ready = "mft_megatron.mcore.platform.patched"
+    patched = "mft_megatron.mcore.platform.patched"
     for path in FILES:
         if "platform" in path.parts:
             continue
         lines = path.read_text().splitlines()
         imports = [line for line in lines if line.lstrip().startswith(("import ", "from "))]
         if any(line.split()[1].split(".")[0] == "megatron" for line in imports):
-            assert imports[0].split()[1] == ready, f"{path}: the first import has to be {ready}"
+            assert imports[0].split()[1] == patched, f"{path}: the first import has to be {patched}"
 
 
 def imports_megatron_core(modules: Iterable[str]) -> str:
