@@ -1,5 +1,7 @@
 """The number of packs of a step, from the packs consumed before it."""
 
+import mft_megatron.mcore.platform.patched  # noqa: F401  (before Megatron-Core)
+
 import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st

@@ -25,6 +25,8 @@ def some_sequences(dtype, count=7):
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32])
 def test_megatron_core_reads_it(tmp_path, dtype):
+    import mft_megatron.mcore.platform.patched  # noqa: F401  (before Megatron-Core)
+
     from megatron.core.datasets.indexed_dataset import IndexedDataset as MegatronDataset
 
     sequences = some_sequences(dtype)
@@ -37,6 +39,8 @@ def test_megatron_core_reads_it(tmp_path, dtype):
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32])
 def test_we_read_what_megatron_core_writes(tmp_path, dtype):
+    import mft_megatron.mcore.platform.patched  # noqa: F401  (before Megatron-Core)
+
     import torch
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 

@@ -312,6 +312,8 @@ def test_tokens_without_masks_are_all_supervised(tmp_path):
 
 def test_what_megatron_core_writes_is_read(tmp_path):
     torch = pytest.importorskip("torch")
+    import mft_megatron.mcore.platform.patched  # noqa: F401  (before Megatron-Core)
+
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     builder = IndexedDatasetBuilder(str(tmp_path / "d.bin"), dtype=np.uint16)

@@ -74,7 +74,7 @@ def test_torch_itself_is_not_changed():
         "import torch\n"
         "def factories(): return torch.empty, torch.zeros, torch.tensor, torch.arange, torch.empty_like\n"
         "before = factories()\n"
-        "import mft_megatron.mcore\n"
+        "import mft_megatron.mcore.platform.patched\n"
         "assert factories() == before"
     )
     process = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
