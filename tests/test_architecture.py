@@ -321,3 +321,9 @@ def imports_megatron_core(modules: Iterable[str]) -> str:
 def test_what_needs_no_megatron_core_imports_none():
     assert imports_megatron_core(WITHOUT_MEGATRON) == ""
     assert imports_megatron_core(["mcore.parallel.process_groups"]) == "mcore.parallel.process_groups"
+
+
+def test_the_data_commands_start_without_what_only_templates_need():
+    code = "import sys; import mft_megatron.data.command; print('jinja2' in sys.modules, 'torch' in sys.modules)"
+    process = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True)
+    assert process.stdout == "False False\n", process.stderr

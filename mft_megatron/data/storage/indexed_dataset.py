@@ -41,7 +41,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
 class IndexedDatasetWriter:
     """Appends sequences to ``bin_path``; :meth:`finish` writes ``idx_path``."""
 
-    def __init__(self, bin_path: Path, idx_path: Path, dtype: np.typing.DTypeLike):
+    def __init__(self, bin_path: Path, idx_path: Path, dtype: np.dtype | type[np.generic]):
         """Open the file of items.
 
         Args:
