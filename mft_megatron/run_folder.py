@@ -193,6 +193,19 @@ def select_checkpoint(folder: Path | str, best: bool, option: str = "--load") ->
     return best_checkpoint(folder, option) if best else latest_checkpoint(folder, option)
 
 
+def refuse_adapters(checkpoint: CheckpointRef) -> None:
+    """Check that a checkpoint is a plain model, the only thing that becomes a Hugging Face model.
+
+    Raises:
+        InputError: the checkpoint has adapters.
+    """
+    if checkpoint.info.lora is not None:
+        raise InputError(
+            f"--load {checkpoint.path}: has adapters; merge-lora writes the model with them merged into it, "
+            "lora-to-peft writes them alone"
+        )
+
+
 def _named_checkpoint(folder: Path, file_name: str, option: str, absent: str, remedy: str) -> CheckpointRef:
     """Return the checkpoint whose iteration is in a file of ``folder``.
 

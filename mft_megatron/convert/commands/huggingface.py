@@ -4,9 +4,8 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from mft_megatron.errors import InputError
 from mft_megatron.options import option, read_options
-from mft_megatron.run_folder import CheckpointRef, select_checkpoint
+from mft_megatron.run_folder import refuse_adapters, select_checkpoint
 
 from .options import (
     best_option,
@@ -60,7 +59,7 @@ def mcore_to_hf(command_line: Sequence[str]) -> None:
     """
     options = read_options(ExportOptions, command_line, "convert_checkpoint.py mcore-to-hf")
     selected = select_checkpoint(options.load, options.best)
-    _refuse_adapters(selected)
+    refuse_adapters(selected)
     shard_bytes = parse_size(options.max_shard_size)
     # importing torch takes seconds: refusals that need no torch come first
     from mft_megatron.convert.huggingface.model_export import export
@@ -68,16 +67,3 @@ def mcore_to_hf(command_line: Sequence[str]) -> None:
     tokenizer = Path(options.tokenizer_model) if options.tokenizer_model else None
     family = export(selected, Path(options.hf), tokenizer, shard_bytes)
     print(f"{selected.path} -> {options.hf}: {family.name}, iteration {selected.info.iteration}")
-
-
-def _refuse_adapters(selected: CheckpointRef) -> None:
-    """Check that a checkpoint is a plain model, the only thing that a Hugging Face folder can hold.
-
-    Raises:
-        InputError: the checkpoint has adapters.
-    """
-    if selected.info.lora is not None:
-        raise InputError(
-            f"--load {selected.path}: has adapters; merge-lora writes the model with them merged into it, lora-to-peft "
-            "writes them alone"
-        )

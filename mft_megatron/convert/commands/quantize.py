@@ -31,7 +31,7 @@ class QuantizeOptions:
     )
     seq_length: int | None = option(None, "Sequence length of its packs, where it has several.", at_least=1)
     split: str = option("valid", "Split to take text from.", choices=("train", "valid", "test"))
-    samples: int = option(512, "Samples to take, as many from each task.", at_least=1)
+    samples: int = option(512, "Samples to take in total, evenly from all tasks.", at_least=1)
 
 
 def main(command_line: Sequence[str]) -> None:

@@ -14,7 +14,7 @@ from mft_megatron.arguments.groups.network import NetworkArguments
 from mft_megatron.convert.atomic_folder import refuse_content, replacing
 from mft_megatron.convert.huggingface.families.table import family_for
 from mft_megatron.errors import InputError
-from mft_megatron.run_folder import TOKENIZER, CheckpointInfo, CheckpointRef, copy_tokenizer
+from mft_megatron.run_folder import TOKENIZER, CheckpointInfo, CheckpointRef, copy_tokenizer, refuse_adapters
 
 from .family import Family
 from .model_folder import GENERATION, remove_tokenizer, same_tokenizer
@@ -38,8 +38,10 @@ def export(checkpoint: CheckpointRef, target: Path, tokenizer: Path | None, shar
         the family that the model was written as.
 
     Raises:
-        InputError: no family can express the architecture, a weight is missing or left over, or ``target`` has content.
+        InputError: no family can express the architecture, a weight is missing or left over, the
+            checkpoint has adapters, or ``target`` has content.
     """
+    refuse_adapters(checkpoint)
     refuse_content(target, "--hf")
     model = CheckpointModel(checkpoint)
     write_model(target, model, model.weights(), shard_bytes, checkpoint, tokenizer)

@@ -81,6 +81,8 @@ def _parts_of_fused_matrix(weights: PeftWeights, module: str, sources: int) -> t
         for block, rows in zip(blocks, b.split([block.rows for block in blocks]), strict=True):
             is_used[block.source] |= (rows != 0).any(0)
         layers.append(is_used)
+    if len({used.shape[1] for used in layers}) > 1:  # several ranks, which _rank_and_alpha refuses
+        return every_source
     is_used = torch.stack(layers).any(0)  # [source, column of B]
     for count in range(sources, 1, -1):
         if is_used.shape[1] % count == 0:

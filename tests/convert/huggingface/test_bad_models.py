@@ -59,6 +59,7 @@ def change_config(model, **changes):
             "GPT2LMHeadModel is not supported; known are Ll",
         ),
         ({"model_type": "absent", "architectures": []}, "model_type None is not supported"),
+        ({"architectures": "FooForCausalLM"}, "FooForCausalLM is not supported"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification is not supported"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantised weights cannot be converted"),
         ({"embedding_multiplier": 12.0}, "embedding_multiplier: not understood for Llama"),

@@ -142,6 +142,24 @@ def test_configurations_that_are_refused(adapter, changes, reason):
     assert reason in refusal(info, folder)
 
 
+@pytest.mark.parametrize("rank", [1, 3])
+def test_another_rank_in_one_layer_of_a_fused_matrix_is_refused(made, tmp_path, rank):
+    from peft import LoraConfig, get_peft_model
+
+    info, _ = made("gpt-neox")
+    tiny_models.write_model("gpt-neox", tmp_path / "hf")
+    config = LoraConfig(
+        r=6,
+        lora_alpha=6,
+        target_modules=["query_key_value"],
+        init_lora_weights=False,
+        task_type="CAUSAL_LM",
+        rank_pattern={"layers.1.attention.query_key_value": rank},
+    )
+    get_peft_model(made_adapters.load(tmp_path / "hf", "float32"), config).save_pretrained(tmp_path / "adapter")
+    assert "several ranks or alphas" in refusal(info, tmp_path / "adapter")
+
+
 def test_entries_without_effect_are_ignored(adapter):
     info, folder = adapter
     config = json.loads((folder / CONFIG).read_text())

@@ -29,7 +29,7 @@ def family_of(config: Config) -> Family:
     """
     known = f"known are {', '.join(family.architecture for family in FAMILIES.values())}"
     listed, model_type = config.get("architectures"), config.get("model_type")
-    architectures = list(map(str, listed)) if isinstance(listed, list) else []
+    architectures = list(map(str, listed)) if isinstance(listed, list) else [str(listed)] if listed else []
     family = FAMILIES.get(str(model_type))
     if family is None:
         name = ", ".join(architectures) or f"model_type {model_type!r}"
