@@ -36,7 +36,7 @@ class Start:
 
     def resume(self, options: CheckpointArguments) -> CheckpointRef | None:
         """The checkpoint, else the model of ``--hf-checkpoint``; ``None`` for a run that starts from random weights."""
-        return self.checkpoint if self.checkpoint is not None or not options.hf_checkpoint else self.hf_ref(options)
+        return self.checkpoint if self.checkpoint is not None or options.hf_checkpoint is None else self.hf_ref(options)
 
     def hf_ref(self, options: CheckpointArguments) -> CheckpointRef:
         """The model of ``--hf-checkpoint``.

@@ -79,6 +79,19 @@ class Sources:
     model: ModelSource | None = None
     adapter: WeightSource | None = None
 
+    def check(self, arguments: Arguments) -> None:
+        """Check that every folder that the run reads is open.
+
+        Raises:
+            ValueError: one is missing, and the run would train beside random weights.
+        """
+        for option, needed, source in (
+            ("--hf-checkpoint", arguments.reads_hf, self.model),
+            ("--hf-adapter", arguments.starts_from_adapter, self.adapter),
+        ):
+            if needed and source is None:
+                raise ValueError(f"{option}: open the folder before the run starts")
+
 
 NO_SOURCES = Sources()
 
@@ -280,10 +293,14 @@ def resume(
 
     Returns:
         the progress and the state of the run at that checkpoint.
+
+    Raises:
+        ValueError: a folder that the run reads is not in ``sources``.
     """
     state: RunState = {}
     if arguments.resume is None:
         return Progress(), state
+    sources.check(arguments)
     path, info = arguments.resume.path, arguments.resume.info
     options = dataclasses.replace(arguments.checkpoint, finetune=arguments.weights_alone)
     if sources.model is not None:
@@ -294,7 +311,7 @@ def resume(
     if arguments.base != arguments.resume:
         # a checkpoint has the state that Saver.save was given, as JSON-like values
         state = cast(RunState, checkpoint.load(path, trainer, info, options))
-    if arguments.starts_from_adapter and sources.adapter is not None:
+    if sources.adapter is not None and arguments.starts_from_adapter:
         fill_weights(trainer, sources.adapter, adapters=True)
     progress = Progress()
     if not options.finetune:

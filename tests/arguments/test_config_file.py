@@ -154,6 +154,9 @@ REFUSED_JSON = {
     '{"seed": "1"}': "seed is '1'; it must be a whole number",
     '{"seed": 1.5}': "seed is '1.5'; it must be a whole number",
     '{"bf16": 1}': "bf16 is '1'; it must be true or false",
+    json.dumps(
+        {"rope_scaling": json.dumps({"rope_type": "linear", "factor": 10**400})}
+    ): "options.json: rope_scaling is",
     '{"sed": 1}': "did you mean seed?",
     '{"lr": NaN}': "must be finite",
     '{"seed": 1,\n}': ":2: not JSON",

@@ -5,7 +5,9 @@ import json
 
 import pytest
 
-from mft_megatron.run_folder import INFO, TRACKER
+from mft_megatron.arguments.groups.checkpointing import CheckpointArguments
+from mft_megatron.arguments.start import Start
+from mft_megatron.run_folder import INFO, TRACKER, CheckpointInfo
 from tests.arguments.command_line import WITHOUT_SHAPE, checkpoint, parse, resumed
 from tests.refusals import refused
 
@@ -170,3 +172,11 @@ def test_a_pretrained_checkpoint_gives_weights_alone_and_not_the_seed(tmp_path):
 def test_a_finished_run_is_evaluated(tmp_path):
     folder = checkpoint(tmp_path)
     assert resumed(f"--load {folder} --skip-train --train-iters 5").validation.skip_train
+
+
+def test_a_model_in_the_current_folder_is_a_model():
+    """``--hf-checkpoint ''`` names it, as any other folder does."""
+    info = CheckpointInfo(0, 0, {}, 100, {}, "", 0, 0, source="LlamaForCausalLM")
+    ref = Start(hf_model=info).resume(CheckpointArguments(hf_checkpoint=""))
+    assert ref is not None
+    assert ref.info is info

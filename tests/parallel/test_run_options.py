@@ -23,7 +23,7 @@ RUNS = (
     ("signal", "--exit-signal-handler --exit-signal SIGUSR1 --save {}/signal --load {}/signal", None),
     ("time", "--exit-duration-in-mins 0 --save {}/time", None),
     ("skip", "--skip-train --load {}/whole --save {}/skip", None),
-    ("step", "--load {}/whole --ckpt-step 3 --save {}/step", None),
+    ("step", "--load {}/whole --ckpt-step 3 --eval-interval 3 --save {}/step", None),
     ("tuned", "--pretrained-checkpoint {}/whole --load {}/tuned --save {}/tuned --train-iters 1 --seed 3", None),
     ("tuned", "--pretrained-checkpoint {}/whole --load {}/tuned --save {}/tuned --train-iters 2", None),
 )
@@ -146,6 +146,10 @@ def test_an_earlier_step_is_loaded(folder):
     assert events(folder, "step")[0] == ("load", 3)
     last, whole = records(folder, "step", "train")[-1], records(folder, "plain", "train")[-1]
     assert (last["step"], last["loss"]) == (4, whole["loss"])
+
+
+def test_a_run_ends_with_an_evaluation_whatever_its_interval(folder):
+    assert [record["step"] for record in records(folder, "step", "valid")] == [4]
 
 
 def test_a_pretrained_checkpoint_gives_weights_until_there_is_one_to_resume(folder):

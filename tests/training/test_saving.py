@@ -3,6 +3,7 @@
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -25,7 +26,7 @@ from mft_megatron.run_folder import (
 from mft_megatron.training import saving
 from mft_megatron.training.progress import Progress
 from mft_megatron.training.run_log import RunLog
-from mft_megatron.training.saving import Saver, keep_tokenizer, resume
+from mft_megatron.training.saving import Saver, Sources, keep_tokenizer, resume
 
 
 @pytest.fixture
@@ -315,6 +316,16 @@ def test_resuming_from_an_older_checkpoint_restores_the_best_of_that_time(job, t
     else:
         assert run.best() == expected
     assert not Path("elsewhere").exists()
+
+
+def test_a_run_without_the_folders_it_reads_does_not_start():
+    """It would train beside random weights."""
+    arguments = SimpleNamespace(reads_hf=False, starts_from_adapter=True)
+    with pytest.raises(ValueError, match="--hf-adapter: open the folder"):
+        Sources().check(arguments)
+    with pytest.raises(ValueError, match="--hf-checkpoint: open the folder"):
+        Sources(adapter=object()).check(SimpleNamespace(reads_hf=True, starts_from_adapter=True))
+    Sources(adapter=object()).check(arguments)
 
 
 def test_old_descriptions_are_asked_for(job):

@@ -94,7 +94,10 @@ rope_scaling.__name__ = 'JSON with "rope_type": linear, llama3 or yarn, and that
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer that no float holds
+        return False
 
 
 def _count(name: str, value: float) -> int:
