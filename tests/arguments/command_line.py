@@ -6,7 +6,7 @@ from mft_megatron.arguments.command import parse_arguments
 from mft_megatron.run_folder import TRACKER, CheckpointInfo, write_info
 from tests.command_lines import SHORT_RUN, SMALL
 
-# What SHORT_RUN says besides the shape of the model, which a checkpoint knows.
+# SHORT_RUN without the shape of the model, which a checkpoint holds
 WITHOUT_SHAPE = SHORT_RUN.removeprefix(SMALL)
 
 

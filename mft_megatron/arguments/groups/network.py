@@ -70,7 +70,7 @@ class NetworkArguments:
     )
     window_size: str | None = option(
         None,
-        "Tokens to its left that a token attends to, besides itself and within its sample, -1 for all; and 0 to its "
+        "Tokens to its left, within its sample, that a token attends to, itself not counted; -1 for all; and 0 to its "
         "right.",
         reader=window_size,
         metavar="LEFT,0",
@@ -169,7 +169,7 @@ class NetworkArguments:
 
     @property
     def window(self) -> int | None:
-        """Tokens to its left that a token attends to, besides itself, in layers with a window; ``None`` for all."""
+        """Tokens to its left that a token attends to in layers with a window, itself not counted; ``None`` for all."""
         left = -1 if self.window_size is None else int(self.window_size.split(",")[0])
         return None if left < 0 else left
 

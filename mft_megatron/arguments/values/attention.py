@@ -27,7 +27,7 @@ class AttentionShape:
         precision: number format of queries, keys and values: fp32, bf16 or fp16.
         head_size: elements of a head.
         dropout: dropout of attention weights in training.
-        window: tokens to its left that a token attends to, besides itself, in layers with a window; or ``None``.
+        window: tokens to its left that a token attends to in layers with a window, itself not counted; or ``None``.
         context_parallel: whether slices of a segment have fewer queries than keys.
     """
 

@@ -101,7 +101,7 @@ class Fused:
         attention = self._module(query.shape[1], key.shape[1], query.shape[2], scale, dropout)
         # Without gradients less is saved; but a layer that is recomputed has to drop the same weights both times.
         attention.train(torch.is_grad_enabled() or dropout > 0)
-        # Where both masks are the same, cuDNN has more kernels for the one that is aligned at the start.
+        # If both masks are the same, cuDNN has more kernels for the one that is aligned at the start.
         whole = spans.lengths_q == spans.lengths_k
         try:
             output = attention(
