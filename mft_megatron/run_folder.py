@@ -313,6 +313,9 @@ def read_info(path: Path, option: str = "--load") -> CheckpointInfo:
     file = path / INFO
     try:
         content = json.loads(file.read_text())
+        version = content.get("format_version") if isinstance(content, dict) else None
+        if isinstance(version, int) and version not in READABLE_VERSIONS:  # it may have other fields
+            raise InputError(f"{file}: format version {version}, this program reads {FORMAT_VERSION}")
         info = CheckpointInfo(**content)
         if info.lora is not None:
             Lora.from_dict(info.lora)

@@ -7,6 +7,7 @@ import re
 import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -126,6 +127,12 @@ def test_what_documents_name_exists(path):
         assert missing_paths(text) == []
         assert unknown_options(text) == []
         assert wrong_commands(text) == []
+
+
+def test_documents_that_docstrings_name_exist():
+    sources = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py") if path != Path(__file__)]
+    named = {(name, path) for path in sources for name in re.findall(r"docs/\w+\.md", path.read_text())}
+    assert [(name, str(path)) for name, path in named if not (ROOT / name).is_file()] == []
 
 
 def test_a_wrong_name_is_seen():

@@ -87,7 +87,7 @@ def reads_adapter(options: LoraArguments, checkpoint: CheckpointRef | None) -> b
 
 
 def find_base(options: CheckpointArguments, peft_type: str, start: Start) -> CheckpointRef | None:
-    """Find the model whose weights are read name by name: ``base`` of :class:`.table.Arguments`.
+    """Find the model whose weights are read one by one, by name: ``base`` of :class:`.table.Arguments`.
 
     Raises:
         InputError: a checkpoint holds only adapters, and their model is not given or is a different one.
@@ -124,7 +124,7 @@ def find_base(options: CheckpointArguments, peft_type: str, start: Start) -> Che
 
 
 def architecture_from(resume: CheckpointRef, given: Given) -> Given:
-    """Return the fields of the network, which the checkpoint decides.
+    """Return the network's options, which the checkpoint decides.
 
     Raises:
         InputError: the command line contradicts the checkpoint.

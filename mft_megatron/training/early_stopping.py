@@ -24,7 +24,7 @@ METRICS = ("macro", "objective")
 
 
 class CurveState(TypedDict):
-    """A curve in a checkpoint."""
+    """:class:`Curve` as a checkpoint stores it."""
 
     best: float | None
     step: int | None

@@ -1,4 +1,4 @@
-"""Records of steps and evaluations in ``metrics.jsonl`` (docs/DESIGN.md §4, docs/LOSSES.md §5)."""
+"""Records of steps and evaluations in ``metrics.jsonl`` (docs/FORMATS.md, docs/LOSSES.md §5)."""
 
 import math
 from collections.abc import Sequence

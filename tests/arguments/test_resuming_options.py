@@ -47,7 +47,7 @@ def test_damaged_checkpoints_are_refused(tmp_path):
     content = json.loads(info.read_text())
     cases = {
         "damaged": "{",
-        "format version 99": json.dumps({**content, "format_version": 99}),
+        "format version 99": json.dumps({**content, "format_version": 99, "a_new_field": 1}),
         "not a checkpoint description": json.dumps({**content, "surprise": 1}),
     }
     for text, written in cases.items():

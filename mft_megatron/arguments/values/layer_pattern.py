@@ -63,7 +63,7 @@ def _whole_number(node: ast.expr) -> int:
 
 
 def layer_frequency(text: str | int) -> int | str:
-    """Parse the value of such an option into the form that a checkpoint stores.
+    """Parse ``--moe-layer-freq`` or ``--window-attn-skip-freq`` into the form that a checkpoint stores.
 
     Returns:
         a number N of at least 1, for every N-th layer, or a list of 0 and 1 without operators: ``"[0,1,1]"``.

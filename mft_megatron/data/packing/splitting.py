@@ -10,8 +10,8 @@ from .packs import SPLITS
 def assign_splits(num_samples: int, weights: tuple[float, float, float], seed: int, task: str) -> np.ndarray:
     """Split of each sample of a task, uint8 [``num_samples``]: 0 train, 1 valid, 2 test.
 
-    It depends on the arguments alone. The sizes follow the weights as closely as whole samples allow; a split with a
-    weight gets at least one sample where there are samples to spare, training first.
+    It depends on the arguments alone. The sizes follow the weights as closely as whole samples allow. A split with a
+    weight gets at least one sample if another split has more than one: train is served first, then valid, then test.
     """
     wanted = [weight > 0 for weight in weights]
     fractions = np.array(weights) / sum(weights)

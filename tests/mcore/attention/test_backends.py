@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from mft_megatron.arguments.values.attention import AttentionShape
+from mft_megatron.arguments.values.attention import BACKENDS, AttentionShape
 from mft_megatron.errors import InputError
 from mft_megatron.mcore.parallel.attention_spans import Spans
 from tests import fake_kernels
@@ -82,6 +82,12 @@ def test_a_view_with_scattered_heads_is_made_dense(packages):
     spans = Spans.of(lengths, lengths)
     for name in ("varlen", "fused"):
         assert kernel_of(name)(*scattered, spans).equal(kernel_of(name)(*dense, spans))
+
+
+def test_every_choice_has_a_kernel():
+    from mft_megatron.mcore.attention.backends import KERNELS
+
+    assert {"auto", *KERNELS} == set(BACKENDS)
 
 
 def test_the_replacement_of_varlen_has_its_signature():
