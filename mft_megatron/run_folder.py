@@ -313,8 +313,8 @@ def read_info(path: Path, option: str = "--load") -> CheckpointInfo:
     file = path / INFO
     try:
         content = json.loads(file.read_text())
-        version = content.get("format_version") if isinstance(content, dict) else None
-        if isinstance(version, int) and version not in READABLE_VERSIONS:  # it may have other fields
+        version = content.get("format_version", FORMAT_VERSION) if isinstance(content, dict) else FORMAT_VERSION
+        if version not in READABLE_VERSIONS:  # before its fields, which may be others
             raise InputError(f"{file}: format version {version}, this program reads {FORMAT_VERSION}")
         info = CheckpointInfo(**content)
         if info.lora is not None:
@@ -328,8 +328,6 @@ def read_info(path: Path, option: str = "--load") -> CheckpointInfo:
         raise InputError(f"{option} {path}: no {INFO}, so this save was never finished; use another one") from None
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"{file}: not a checkpoint description ({error}); the file is damaged") from None
-    if info.format_version not in READABLE_VERSIONS:
-        raise InputError(f"{file}: format version {info.format_version}, this program reads {FORMAT_VERSION}")
     return info
 
 

@@ -1,13 +1,11 @@
 """Batch schedules: the same run on one process and on two data-parallel ranks, uninterrupted and resumed."""
 
-import json
-from pathlib import Path
-
 import pytest
 
 from tests.made_dataset import write_dataset
 from tests.parallel.run import arguments_for
 from tests.ranks import free_port, run_on_ranks
+from tests.run_records import events, records
 
 # options, batch size of each step, and the step after which to stop: within one size, and where the size changes
 BATCHES = {
@@ -44,12 +42,11 @@ def _run(prefix, runs, world_size):
         pretrain(arguments_for(prefix, f"{OPTIONS} {words}", world_size), os.environ["RANK"] == "0")
 
 
-def records(folder):
+def steps_and_epochs(folder):
     """Records of steps, without times, and of epochs."""
-    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     clocks = {"step_time", "balance_time", "balance_share"}
-    steps = [{k: v for k, v in record.items() if k not in clocks} for record in lines if record["kind"] == "train"]
-    return steps, [record for record in lines if record.get("event") == "epoch"]
+    steps = [{k: v for k, v in record.items() if k not in clocks} for record in records(folder, "train")]
+    return steps, events(folder, "epoch")
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +66,7 @@ def folder(tmp_path_factory, prefix):
 
 @pytest.mark.parametrize("name", BATCHES)
 def test_each_step_has_its_size(folder, name):
-    steps, epochs = records(folder / "one" / name)
+    steps, epochs = steps_and_epochs(folder / "one" / name)
     sizes = BATCHES[name][1]
     assert [step["global_batch_size"] for step in steps] == sizes
     assert [step["consumed_samples"] for step in steps] == [sum(sizes[: n + 1]) for n in range(STEPS)]
@@ -80,7 +77,7 @@ def test_each_step_has_its_size(folder, name):
 
 @pytest.mark.parametrize("name", BATCHES)
 def test_two_ranks_take_the_steps_of_one(folder, name):
-    (on_one, epochs), (on_two, epochs_on_two) = (records(folder / kind / name) for kind in ("one", "two"))
+    (on_one, epochs), (on_two, epochs_on_two) = (steps_and_epochs(folder / kind / name) for kind in ("one", "two"))
     assert epochs_on_two == epochs
     assert len({step["loss"] for step in on_one}) == STEPS
     for step, same in zip(on_two, on_one, strict=True):
@@ -92,6 +89,5 @@ def test_two_ranks_take_the_steps_of_one(folder, name):
 
 @pytest.mark.parametrize("name", BATCHES)
 def test_a_resumed_run_continues_the_batch_schedule(folder, name):
-    assert records(folder / "resumed" / name) == records(folder / "two" / name)
-    events = [json.loads(line) for line in (folder / "resumed" / name / "metrics.jsonl").read_text().splitlines()]
-    assert [event["step"] for event in events if event.get("event") == "load"] == [BATCHES[name][2]]
+    assert steps_and_epochs(folder / "resumed" / name) == steps_and_epochs(folder / "two" / name)
+    assert [event["step"] for event in events(folder / "resumed" / name, "load")] == [BATCHES[name][2]]

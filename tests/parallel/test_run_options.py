@@ -1,13 +1,11 @@
 """Options of a whole run, as a user gives them: logging, retained checkpoints, loading, and the end of a run."""
 
-import json
-from pathlib import Path
-
 import pytest
 
 from tests.made_dataset import write_dataset
 from tests.parallel.run import arguments_for
 from tests.ranks import free_port, run_on_ranks
+from tests.run_records import events, records
 
 SMALL = "--num-layers 2 --hidden-size 32 --global-batch-size 8 --train-iters 4 --log-interval 2 --eval-interval 2"
 WHOLE = (
@@ -63,15 +61,9 @@ def folder(tmp_path_factory):
     return folder
 
 
-def records(folder, name, kind):
-    lines = [json.loads(line) for line in (Path(folder) / name / "metrics.jsonl").read_text().splitlines()]
-    return [record for record in lines if record["kind"] == kind]
-
-
-def events(folder, name):
-    return [
-        (record["event"], record["step"]) for record in records(folder, name, "event") if record["event"] != "epoch"
-    ]
+def steps_of_events(folder):
+    """Name and step of each event, without ends of epochs."""
+    return [(record["event"], record["step"]) for record in records(folder, "event") if record["event"] != "epoch"]
 
 
 def scalars(folder, name):
@@ -87,7 +79,7 @@ def test_boards_have_every_step_and_the_file_every_log_interval(folder):
     for tag in ("train/loss", "train/tflops", "train/params_norm", "memory/resident", "world-size"):
         assert logged[tag] == [1, 2, 3, 4], tag
     assert logged["valid-perplexity/write"] == logged["valid/loss"] == [2, 4]
-    assert [record["step"] for record in records(folder, "whole", "train")] == [2, 4]
+    assert [record["step"] for record in records(folder / "whole", "train")] == [2, 4]
     logged = scalars(folder, "plain")
     assert logged["train/loss"] == logged["valid/loss"] == [2, 4]
     assert not {tag for tag in logged if "perplexity" in tag or "memory" in tag or "params" in tag}
@@ -97,7 +89,7 @@ def test_boards_have_every_step_and_the_file_every_log_interval(folder):
 def test_what_is_logged_changes_no_number(folder):
     extra = {"params_norm", "tflops"}
     clocks = {"step_time", "balance_time", "balance_share"}
-    with_extra, plain = records(folder, "whole", "train"), records(folder, "plain", "train")
+    with_extra, plain = records(folder / "whole", "train"), records(folder / "plain", "train")
     for record, other in zip(with_extra, plain, strict=True):
         assert extra <= record.keys()
         assert not extra & other.keys()
@@ -114,49 +106,49 @@ def test_the_norm_of_all_weights(folder):
     names = [name for name in reader.names() if name.startswith(("embedding.", "decoder.", "output_layer."))]
     assert len(names) > 8
     norm = sum(float(reader.read(name).double().square().sum()) for name in names) ** 0.5
-    assert records(folder, "whole", "train")[-1]["params_norm"] == pytest.approx(norm, rel=1e-6)
+    assert records(folder / "whole", "train")[-1]["params_norm"] == pytest.approx(norm, rel=1e-6)
 
 
 def test_only_some_checkpoints_are_retained(folder):
     assert sorted(path.name for path in (folder / "whole").glob("iter_*")) == ["iter_0000003", "iter_0000004"]
-    removed = [step for event, step in events(folder, "whole") if event == "remove"]
+    removed = [step for event, step in steps_of_events(folder / "whole") if event == "remove"]
     assert removed == [2, 3]  # at steps 2 and 3 iterations 1 and 2 were removed, when the next one was complete
 
 
 def test_a_signal_to_one_rank_saves_and_ends_all_and_the_run_can_be_resumed(folder):
-    assert events(folder, "signal") == [("save", 2), ("exit", 2), ("load", 2), ("save", 4)]
-    reasons = [record["reason"] for record in records(folder, "signal", "event") if record["event"] == "exit"]
+    assert steps_of_events(folder / "signal") == [("save", 2), ("exit", 2), ("load", 2), ("save", 4)]
+    reasons = [record["reason"] for record in events(folder / "signal", "exit")]
     assert reasons == ["--exit-signal-handler: a rank got SIGUSR1"]
-    last, whole = records(folder, "signal", "train")[-1], records(folder, "plain", "train")[-1]
+    last, whole = records(folder / "signal", "train")[-1], records(folder / "plain", "train")[-1]
     assert (last["step"], last["loss"], last["grad_norm"]) == (4, whole["loss"], whole["grad_norm"])
 
 
 def test_a_run_ends_at_its_time_limit(folder):
-    assert events(folder, "time") == [("save", 1), ("exit", 1)]
+    assert steps_of_events(folder / "time") == [("save", 1), ("exit", 1)]
 
 
 def test_skipping_training_evaluates_once(folder):
-    (valid,) = records(folder, "skip", "valid")
-    assert valid == records(folder, "whole", "valid")[-1]
-    assert records(folder, "skip", "train") == []
+    (valid,) = records(folder / "skip", "valid")
+    assert valid == records(folder / "whole", "valid")[-1]
+    assert records(folder / "skip", "train") == []
     assert not list((folder / "skip").glob("iter_*"))
 
 
 def test_an_earlier_step_is_loaded(folder):
-    assert events(folder, "step")[0] == ("load", 3)
-    last, whole = records(folder, "step", "train")[-1], records(folder, "plain", "train")[-1]
+    assert steps_of_events(folder / "step")[0] == ("load", 3)
+    last, whole = records(folder / "step", "train")[-1], records(folder / "plain", "train")[-1]
     assert (last["step"], last["loss"]) == (4, whole["loss"])
 
 
 def test_a_run_ends_with_an_evaluation_whatever_its_interval(folder):
-    assert [record["step"] for record in records(folder, "step", "valid")] == [4]
+    assert [record["step"] for record in records(folder / "step", "valid")] == [4]
 
 
 def test_a_pretrained_checkpoint_gives_weights_until_there_is_one_to_resume(folder):
-    loads = [record for record in records(folder, "tuned", "event") if record["event"] == "load"]
+    loads = events(folder / "tuned", "load")
     assert [(load["finetune"], load["step"]) for load in loads] == [(True, 0), (False, 1)]
     assert loads[0]["path"].endswith("whole/iter_0000004")
     assert loads[1]["path"].endswith("tuned/iter_0000001")
-    assert [record["step"] for record in records(folder, "tuned", "train")] == [1, 2]
-    first = records(folder, "tuned", "train")[0]
-    assert first["loss"] < records(folder, "plain", "train")[0]["loss"]
+    assert [record["step"] for record in records(folder / "tuned", "train")] == [1, 2]
+    first = records(folder / "tuned", "train")[0]
+    assert first["loss"] < records(folder / "plain", "train")[0]["loss"]
