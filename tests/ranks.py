@@ -4,6 +4,7 @@ The ranks are forked from a server that has imported torch and Megatron-Core onc
 imports. Commands run in a new process where that is the point of a test, and are forked as well elsewhere.
 """
 
+import contextlib
 import functools
 import multiprocessing
 import os
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -79,30 +81,29 @@ def _rank_main(pipe, rank, world_size, port, function, arguments):
         pipe.close()
 
 
-def free_port() -> int:
-    """A port that no process listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+@contextlib.contextmanager
+def reserved_ports(count: int) -> Iterator[list[int]]:
+    """Ports for rank 0 to listen on, which the system gives to no other process meanwhile.
+
+    A socket is bound to each and does not listen, so a process that asks for this very port may listen on it, however
+    often; one that asks for any port gets another.
+    """
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            one.bind(("127.0.0.1", 0))
+        yield [one.getsockname()[1] for one in sockets]
 
 
 def run_on_ranks(world_size, function, *arguments, timeout=180):
     """Call ``function(*arguments)`` on ``world_size`` ranks; returns its results by rank.
 
     ``function`` is a module-level function and starts the process groups itself. A rank that fails fails the test with
-    its traceback; the others are killed. Where another process took the port meanwhile, all start again on another
-    port: nothing has happened before the process groups exist.
+    its traceback; the others are killed.
     """
-    for _ in range(4):
-        try:
-            return _run_on_ranks(world_size, free_port(), function, arguments, timeout)
-        except _PortTakenError:
-            pass
-    pytest.fail("another process took the port of rank 0, four times in a row")
-
-
-class _PortTakenError(Exception):
-    """Rank 0 cannot listen."""
+    with reserved_ports(1) as (port,):
+        return _run_on_ranks(world_size, port, function, arguments, timeout)
 
 
 def _run_on_ranks(world_size, port, function, arguments, timeout):
@@ -126,8 +127,6 @@ def _run_on_ranks(world_size, port, function, arguments, timeout):
                     succeeded, results[rank] = pickle.loads(pipe.recv_bytes())
                 except EOFError:
                     pytest.fail(f"rank {rank} of {world_size} died without a message")
-                if not succeeded and "EADDRINUSE" in results[rank]:
-                    raise _PortTakenError
                 if not succeeded:
                     pytest.fail(f"rank {rank} of {world_size}:\n{results[rank]}")
         for process, _ in ranks:
@@ -167,17 +166,8 @@ def run_forked(script, *words, world_size=None, timeout=300):
     :func:`torchrun` would. It does not show that a new process can import what it needs: for each script other tests
     show that with :func:`run_tool` and :func:`torchrun`.
     """
-    command = [str(script), *map(str, words)]
-    for _ in range(4):
-        completed = _run_forked(command, world_size, timeout)
-        if completed.returncode == 0 or "EADDRINUSE" not in completed.stderr:
-            return completed
-    pytest.fail("another process took the port of rank 0, four times in a row")
-
-
-def _run_forked(command, world_size, timeout):
-    port, ranks = free_port(), []
-    with tempfile.TemporaryDirectory() as folder:
+    command, ranks = [str(script), *map(str, words)], []
+    with tempfile.TemporaryDirectory() as folder, reserved_ports(1) as (port,):
         outputs, errors = ([Path(folder) / f"{name}{rank}" for rank in range(world_size or 1)] for name in "oe")
         for rank, streams in enumerate(zip(outputs, errors, strict=True)):
             arguments = None if world_size is None else (rank, world_size, port)

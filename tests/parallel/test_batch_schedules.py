@@ -4,7 +4,7 @@ import pytest
 
 from tests.made_dataset import write_dataset
 from tests.parallel.run import arguments_for
-from tests.ranks import free_port, run_on_ranks
+from tests.ranks import reserved_ports, run_on_ranks
 from tests.run_records import events, records
 
 # options, batch size of each step, and the step after which to stop: within one size, and where the size changes
@@ -60,7 +60,8 @@ def folder(tmp_path_factory, prefix):
         resumed = f"{words} --save {folder}/resumed/{name} --load {folder}/resumed/{name}"
         on_two += [f"{resumed} --exit-interval {stop}", resumed]
     for world_size, runs in ((1, on_one), (2, on_two)):
-        run_on_ranks(world_size, _run, prefix, [(words, free_port()) for words in runs], world_size)
+        with reserved_ports(len(runs)) as ports:
+            run_on_ranks(world_size, _run, prefix, list(zip(runs, ports, strict=True)), world_size)
     return folder
 
 

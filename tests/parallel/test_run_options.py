@@ -4,7 +4,7 @@ import pytest
 
 from tests.made_dataset import write_dataset
 from tests.parallel.run import arguments_for
-from tests.ranks import free_port, run_on_ranks
+from tests.ranks import reserved_ports, run_on_ranks
 from tests.run_records import events, records
 
 SMALL = "--num-layers 2 --hidden-size 32 --global-batch-size 8 --train-iters 4 --log-interval 2 --eval-interval 2"
@@ -56,8 +56,12 @@ def folder(tmp_path_factory):
     """Run folders of two data-parallel ranks, by name of the run."""
     folder = tmp_path_factory.mktemp("runs")
     write_dataset(folder / "set", 128, longest=100, tasks={"completion": 2, "write": 5})
-    runs = [(words.replace("{}", str(folder)), disturbed, free_port()) for _, words, disturbed in RUNS]
-    assert run_on_ranks(2, _run, str(folder / "set"), runs, 2, timeout=300) == [True, True]
+    with reserved_ports(len(RUNS)) as ports:
+        runs = [
+            (words.replace("{}", str(folder)), disturbed, port)
+            for (_, words, disturbed), port in zip(RUNS, ports, strict=True)
+        ]
+        assert run_on_ranks(2, _run, str(folder / "set"), runs, 2, timeout=300) == [True, True]
     return folder
 
 
