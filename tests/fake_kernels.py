@@ -84,13 +84,38 @@ def varlen_attn(
     block_table=None,
     num_splits=None,
 ):
-    """The function of ``torch.nn.attention.varlen``."""
+    """The function of ``torch.nn.attention.varlen`` since torch 2.12."""
     _check(query, key, value, cu_seq_q, cu_seq_k)
     if not enable_gqa and query.size(1) != key.size(1):
         raise ValueError("Expect query and key/value to have the same number of heads")
     assert query.shape[2] % 8 == 0
     assert isinstance(window_size, tuple)  # it is causal where this equals (-1, 0), and a list does not
     return dense(query, key, value, cu_seq_q, cu_seq_k, scale, window_size, most=(max_q, max_k))
+
+
+def varlen_attn_of_2_11(
+    query,
+    key,
+    value,
+    cu_seq_q,
+    cu_seq_k,
+    max_q,
+    max_k,
+    *,
+    return_aux=None,
+    scale=None,
+    window_size=(-1, -1),
+):
+    """The function of torch 2.11, which has no grouped queries."""
+    return varlen_attn(
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size, enable_gqa=False
+    )
+
+
+def varlen_attn_of_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
+    """The function of torch 2.10: causal or not, and nothing else."""
+    window = (-1, 0 if is_causal else -1)
+    return varlen_attn_of_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, window_size=window)
 
 
 def flash_attn_varlen_func(
@@ -203,7 +228,7 @@ def install(monkeypatch, versions=None, **replaced):
     Args:
         monkeypatch: of pytest.
         versions: by package, where they differ from :data:`VERSIONS`; ``None`` for a package that is absent.
-        replaced: by name, functions in place of those of this file.
+        replaced: by name, functions in place of those of this file; ``varlen_attn=None`` for a torch without it.
     """
     from mft_megatron.mcore.platform import devices
 
@@ -216,7 +241,10 @@ def install(monkeypatch, versions=None, **replaced):
     }
     monkeypatch.setattr(devices, "HAS_CUDA", True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", functions["varlen_attn"])
+    varlen = None if functions["varlen_attn"] is None else types.ModuleType("torch.nn.attention.varlen")
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", varlen)
+    if varlen is not None:
+        varlen.varlen_attn = functions["varlen_attn"]
     modules = {
         "flash_attn": types.ModuleType("flash_attn"),
         "transformer_engine": types.ModuleType("transformer_engine"),

@@ -86,7 +86,7 @@ class Case:
             torch.randn(shape, generator=generator).to(devices.device(), self.dtype) for shape in shapes
         )
         self.inputs = [tensor.requires_grad_() for tensor in inputs]
-        shape = AttentionShape(options.precision, width, context_parallel=size > 1)
+        shape = AttentionShape(options.precision, width, context_parallel=size > 1, grouped_queries=heads != groups)
         self.variants = {name: choose(name, shape).kernel for name in KERNELS if unavailable(name, shape) is None}
         if size == 1:
             self.variants |= {REPEATED: repeated_keys, MASK: explicit_mask}

@@ -45,7 +45,7 @@ def kernel_of(backend, dtype, size):
     """The kernel of a backend; skips the test where it cannot compute this here."""
     from mft_megatron.mcore.attention.backends import choose, unavailable
 
-    shape = AttentionShape(BY_DTYPE[dtype].name, size)
+    shape = AttentionShape(BY_DTYPE[dtype].name, size, grouped_queries=True)
     reason = unavailable(backend, shape)
     if reason is not None:
         pytest.skip(f"{backend} {reason}")

@@ -29,6 +29,7 @@ class AttentionShape:
         dropout: dropout of attention weights in training.
         window: tokens to its left that a token attends to in layers with a window, itself not counted; or ``None``.
         context_parallel: whether slices of a segment have fewer queries than keys.
+        grouped_queries: whether several heads of queries share one of keys and values.
     """
 
     precision: str
@@ -36,6 +37,7 @@ class AttentionShape:
     dropout: float = 0.0
     window: int | None = None
     context_parallel: bool = False
+    grouped_queries: bool = False
 
 
 def limit_of(backend: str, shape: AttentionShape) -> str | None:

@@ -31,25 +31,50 @@ from mft_megatron.arguments.values.attention import BACKENDS, AttentionShape, li
 from mft_megatron.errors import InputError
 from mft_megatron.mcore.parallel.attention_spans import Spans
 from mft_megatron.mcore.platform import devices
-from mft_megatron.mcore.platform.optional_packages import FLASH_ATTN, TRANSFORMER_ENGINE, missing
+from mft_megatron.mcore.platform.optional_packages import FLASH_ATTN, TRANSFORMER_ENGINE, Package, missing
 from mft_megatron.mcore.platform.precisions import BY_DTYPE
 
-from .cuda_kernels import Fused, flash, varlen
+from .cuda_kernels import Fused, flash, lacking_of_varlen, varlen
 from .sdpa import local
 
 # (query, key, value, spans, scale, window, dropout) -> like query; see :func:`.attention.sdpa.local`
 Kernel = Callable[[Tensor, Tensor, Tensor, Spans, float | None, int | None, float], Tensor]
 
-# by name, the function that makes the kernel of a layer
-KERNELS: Mapping[str, Callable[[], Kernel]] = {
-    "local": lambda: local,
-    "varlen": lambda: varlen,
-    "flash": lambda: flash,
-    "fused": Fused,
-}
-PACKAGES = {"flash": FLASH_ATTN, "fused": TRANSFORMER_ENGINE}
 # compute capabilities whose shared memory is too small for the backward pass of heads above 192
 SMALL = ((8, 6), (8, 7), (8, 9), (12, 0), (12, 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """A kernel, and what it needs to run.
+
+    Attributes:
+        make: makes the kernel of a layer.
+        capability: the least compute capability; ``None`` for a kernel of any device.
+        lacking: says what this installation lacks for an attention, with the remedy; ``None`` where it has all.
+    """
+
+    make: Callable[[], Kernel]
+    capability: tuple[int, int] | None = None
+    lacking: Callable[[AttentionShape], str | None] = lambda shape: None
+
+
+def _without(package: Package) -> Callable[[AttentionShape], str | None]:
+    """Return the function that says why a package cannot be used."""
+
+    def lacking(shape: AttentionShape) -> str | None:
+        reason = missing(package)
+        return None if reason is None else f"{reason}; or use varlen or local"
+
+    return lacking
+
+
+KERNELS: Mapping[str, Backend] = {
+    "local": Backend(lambda: local),
+    "varlen": Backend(lambda: varlen, (8, 0), lacking_of_varlen),
+    "flash": Backend(lambda: flash, (8, 0), _without(FLASH_ATTN)),
+    "fused": Backend(Fused, (9, 0), _without(TRANSFORMER_ENGINE)),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,38 +112,35 @@ def choose(backend: str, shape: AttentionShape) -> Choice:
         for name in ("flash", "varlen") if devices.HAS_CUDA else ():
             reason = unavailable(name, shape)
             if reason is None:
-                return Choice(name, KERNELS[name](), why_not)
+                return Choice(name, KERNELS[name].make(), why_not)
             why_not[name] = reason
         return Choice("local", local, why_not)
     reason = unavailable(backend, shape)
     if reason is not None:
         raise InputError(f"--attention-backend {backend} {reason}")
-    return Choice(backend, KERNELS[backend]())
+    return Choice(backend, KERNELS[backend].make())
 
 
 def unavailable(backend: str, shape: AttentionShape) -> str | None:
     """The reason why a backend cannot compute this here, with the remedy; ``None`` where it can."""
     reason = limit_of(backend, shape)
-    if reason is not None or backend == "local":
+    if reason is not None:
         return reason
     if backend not in KERNELS:
         return f"is none of {', '.join(BACKENDS)}"
-    if not devices.HAS_CUDA:
-        return "needs a CUDA device, and there is none here; use local"
-    capability = torch.cuda.get_device_capability(devices.device())
-    least = (9, 0) if backend == "fused" else (8, 0)
-    if capability < least:
-        return f"needs compute capability {_dotted(least)}, and this GPU has {_dotted(capability)}; use local"
-    if shape.head_size > 192 and capability in SMALL:
-        return f"takes heads of up to 192 on compute capability {_dotted(capability)}, not {shape.head_size}; use local"
-    if backend in PACKAGES:
-        reason = missing(PACKAGES[backend])
-        return None if reason is None else f"{reason}; or use varlen or local"
-    try:
-        from torch.nn.attention.varlen import varlen_attn  # noqa: F401
-    except ImportError as error:
-        return f"is not in this torch {torch.__version__} ({error}); install torch 2.13, or use local"
-    return None
+    least = KERNELS[backend].capability
+    if least is not None:
+        if not devices.HAS_CUDA:
+            return "needs a CUDA device, and there is none here; use local"
+        capability = torch.cuda.get_device_capability(devices.device())
+        if capability < least:
+            return f"needs compute capability {_dotted(least)}, and this GPU has {_dotted(capability)}; use local"
+        if shape.head_size > 192 and capability in SMALL:
+            return (
+                f"takes heads of up to 192 on compute capability {_dotted(capability)}, not {shape.head_size}; use "
+                "local"
+            )
+    return KERNELS[backend].lacking(shape)
 
 
 def shape_of(config: TransformerConfig, dropout: float) -> AttentionShape:
@@ -129,6 +151,7 @@ def shape_of(config: TransformerConfig, dropout: float) -> AttentionShape:
         dropout,
         config.window_size[0] if config.window_size is not None and config.window_size[0] >= 0 else None,
         config.context_parallel_size > 1,
+        config.num_query_groups != config.num_attention_heads,
     )
 
 

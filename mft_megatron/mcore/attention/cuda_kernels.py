@@ -3,11 +3,13 @@
 All of them align a slice's last query with its last key, and count a window in tokens to the left of the query's.
 """
 
+import inspect
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from mft_megatron.arguments.values.attention import AttentionShape
 from mft_megatron.errors import InputError
 from mft_megatron.mcore.parallel.attention_spans import Spans
 
@@ -39,11 +41,30 @@ def varlen(
         spans.cu_k,
         spans.max_q,
         spans.max_k,
-        scale=scale,
-        window_size=_window(window),
-        enable_gqa=query.shape[1] != key.shape[1],
+        **_varlen_options(scale, window, grouped_queries=query.shape[1] != key.shape[1]),
     )
     return cast(Tensor, output)  # a tuple only with return_aux
+
+
+def lacking_of_varlen(shape: AttentionShape) -> str | None:
+    """Say what :func:`varlen` needs for an attention and this torch lacks, with the remedy; ``None`` if it has all.
+
+    The options came one release after another: none in torch 2.10, grouped queries last, in 2.12.
+    """
+    remedy = "install torch 2.12 or newer, or use flash or local"
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError as error:
+        return f"is not in this torch {torch.__version__} ({error}); {remedy}"
+    needed = _varlen_options(None, shape.window, shape.grouped_queries)
+    absent = sorted(needed.keys() - inspect.signature(varlen_attn).parameters.keys())
+    return f"has no {', '.join(absent)} in this torch {torch.__version__}; {remedy}" if absent else None
+
+
+def _varlen_options(scale: float | None, window: int | None, grouped_queries: bool) -> dict[str, Any]:
+    """Options of ``varlen_attn``, with ``enable_gqa`` only where it is needed, because it came last."""
+    options: dict[str, Any] = {"scale": scale, "window_size": _window(window)}
+    return options | ({"enable_gqa": True} if grouped_queries else {})
 
 
 def flash(

@@ -91,10 +91,49 @@ def test_every_choice_has_a_kernel():
 
 
 def test_the_replacement_of_varlen_has_its_signature():
-    from torch.nn.attention import varlen
+    varlen = pytest.importorskip("torch.nn.attention.varlen", reason="this torch has no varlen attention")
+    of_each_torch = (fake_kernels.varlen_attn, fake_kernels.varlen_attn_of_2_11, fake_kernels.varlen_attn_of_2_10)
 
-    real, ours = (inspect.signature(module.varlen_attn).parameters.values() for module in (varlen, fake_kernels))
-    assert [(p.name, p.kind, p.default) for p in real] == [(p.name, p.kind, p.default) for p in ours]
+    def parameters(function):
+        return [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
+
+    assert parameters(varlen.varlen_attn) in list(map(parameters, of_each_torch))
+
+
+GROUPED, WINDOWED = (dataclasses.replace(BF16, **needs) for needs in ({"grouped_queries": True}, {"window": 3}))
+
+
+@pytest.mark.parametrize(
+    ("varlen_attn", "shape", "lacking"),
+    [
+        (fake_kernels.varlen_attn, dataclasses.replace(GROUPED, window=3), None),
+        (fake_kernels.varlen_attn_of_2_11, BF16, None),
+        (fake_kernels.varlen_attn_of_2_11, WINDOWED, None),
+        (fake_kernels.varlen_attn_of_2_11, GROUPED, "has no enable_gqa in this torch "),
+        (fake_kernels.varlen_attn_of_2_10, BF16, "has no scale, window_size in this torch "),
+        (fake_kernels.varlen_attn_of_2_10, GROUPED, "has no enable_gqa, scale, window_size in this torch "),
+        (None, BF16, "is not in this torch "),
+    ],
+)
+def test_varlen_is_taken_only_where_torch_has_what_the_run_needs(monkeypatch, varlen_attn, shape, lacking):
+    """Otherwise the first step would fail, also with ``auto``."""
+    from mft_megatron.mcore.attention.backends import choose
+    from mft_megatron.mcore.attention.sdpa import local
+
+    fake_kernels.install(monkeypatch, {"flash_attn": None}, varlen_attn=varlen_attn)
+    automatic = choose("auto", shape)
+    if lacking is None:
+        arguments = (SLICES["segments"], 4, 2 if shape.grouped_queries else 4, 0.3, shape.window)
+        for kernel in (automatic.kernel, choose("varlen", shape).kernel):
+            assert kernel is not local
+            for one, other in zip(*(forward_and_backward(k, *arguments) for k in (kernel, local)), strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+    else:
+        line = refused_call(choose, "varlen", shape)
+        assert line.startswith(f"--attention-backend varlen {lacking}{torch.__version__}")
+        assert line.endswith("; install torch 2.12 or newer, or use flash or local")
+        assert automatic.kernel is local
+        assert f"; varlen {lacking}" in automatic.describe()
 
 
 @pytest.mark.parametrize("name", ["flash", "fused"])
@@ -282,6 +321,7 @@ def test_the_shape_is_that_of_the_configuration():
     windowed = dataclasses.replace(config, window_size=(5, 0), params_dtype=torch.float32)
     assert shape_of(windowed, 0.0) == AttentionShape("fp32", 16, 0.0, 5)
     assert shape_of(dataclasses.replace(config, window_size=(-1, 0)), 0.0).window is None
+    assert shape_of(dataclasses.replace(config, num_query_groups=2), 0.0).grouped_queries
 
 
 def test_choosing_needs_neither_package():
