@@ -22,13 +22,13 @@ import hashlib
 import json
 import os
 import shutil
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from mft_megatron.common_state import read_args, read_common
 from mft_megatron.errors import InputError
 from mft_megatron.lora import Lora
 
@@ -334,15 +334,13 @@ def read_info(path: Path, option: str = "--load") -> CheckpointInfo:
 def is_of_megatron(path: Path) -> bool:
     """Whether Megatron-Bridge or Megatron-LM wrote the checkpoint ``path``.
 
-    Megatron-Bridge stores its configuration there, Megatron-LM its arguments in ``common.pt``, which is searched
-    without being unpickled.
+    Megatron-Bridge stores its configuration there, Megatron-LM its arguments in the common state.
     """
     if (path / "run_config.yaml").is_file():
         return True
     try:
-        with zipfile.ZipFile(path / "common.pt") as archive:
-            return any(b"argparse" in archive.read(name) for name in archive.namelist() if name.endswith("/data.pkl"))
-    except (OSError, zipfile.BadZipFile):
+        return read_args(read_common(path)) is not None
+    except InputError:
         return False
 
 

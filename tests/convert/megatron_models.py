@@ -1,5 +1,7 @@
 """Arguments of small models that Megatron-LM trains."""
 
+import io
+import pickle
 from pathlib import Path
 
 import torch
@@ -80,3 +82,28 @@ MODELS = {
 def args_of(name, **changes):
     """All arguments of a model."""
     return {**SHAPE, **MODELS[name][0], **changes}
+
+
+def move_to_object(path, content=None):
+    """Store a checkpoint's common state as Megatron-Core does from 0.19: as an object of the checkpoint, not in a file.
+
+    Args:
+        path: folder of the checkpoint, which may hold nothing yet.
+        content: the common state; ``None``: what is in ``common.pt``.
+    """
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+    from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
+
+    path.mkdir(parents=True, exist_ok=True)
+    index, file, name = path / ".metadata", path / "common.pt", "common_state/shard_0_1"
+    if content is None:
+        content = torch.load(file, weights_only=False)
+    file.unlink(missing_ok=True)
+    stream = io.BytesIO()
+    torch.save([content], stream)
+    before = b"other objects of the file"
+    (path / "__common.distcp").write_bytes(before + stream.getvalue() + b"more objects")
+    metadata = pickle.loads(index.read_bytes()) if index.is_file() else Metadata({}, storage_data={})
+    metadata.state_dict_metadata[name] = BytesStorageMetadata()
+    metadata.storage_data[MetadataIndex(name)] = _StorageInfo("__common.distcp", len(before), len(stream.getvalue()))
+    index.write_bytes(pickle.dumps(metadata))

@@ -2,13 +2,14 @@
 
 ::
 
-    common.pt: args (Megatron-LM) ────────────────────────────────────┐
+    common state: args (Megatron-LM) ─────────────────────────────────┐
     run_config.yaml: model (Megatron-Bridge) ─► names of Megatron-LM ─┴─► NetworkArguments
 
 What this program cannot express is refused by name. Arguments that shape a weight need no refusal, since the weights
 are compared with the architecture afterwards; the table of refusals has those that change only the function.
 """
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
@@ -17,6 +18,7 @@ from mft_megatron.arguments.groups.network import NetworkArguments
 from mft_megatron.arguments.values.layer_pattern import layer_frequency
 from mft_megatron.arguments.values.rope_scaling import read_rope_scaling
 from mft_megatron.errors import InputError
+from mft_megatron.options import info_of
 
 # arguments of Megatron-LM by name
 Args: TypeAlias = Mapping[str, object]
@@ -60,6 +62,8 @@ _OFF: Mapping[str, tuple[object, ...]] = {
     "moe_mlp_glu_interleave_size": (None,),
     "moe_shared_expert_glu_interleave_size": (None,),
     "moe_router_topk_limited_devices": (None,),
+    "moe_router_force_load_balancing": (False,),
+    "moe_router_force_biased": (None,),
     "mrope_section": (None,),
     "spec": (None,),
     "add_position_embedding": (True,),
@@ -71,7 +75,7 @@ def read_megatron_lm(args: Args) -> NetworkArguments:
     """Read the architecture of a checkpoint of Megatron-LM.
 
     Args:
-        args: attributes of the namespace ``args`` of its ``common.pt``.
+        args: attributes of the namespace ``args`` of its common state.
 
     Raises:
         InputError: an argument is missing, or says what this program cannot express.
@@ -117,8 +121,13 @@ def network_of(args: Args) -> NetworkArguments:
     else:
         fields.setdefault("moe_ffn_hidden_size", fields["ffn_hidden_size"])
         fields["moe_layer_freq"] = _frequency(args.get("moe_layer_freq", 1))
-        if "sinkhorn" in str(args.get("moe_router_load_balancing_type")):
-            raise InputError("moe_router_load_balancing_type is sinkhorn, which this program cannot express")
+        for balancing in ("sinkhorn", "quantile_balancing"):
+            if balancing in str(args.get("moe_router_load_balancing_type")):
+                raise InputError(f"moe_router_load_balancing_type is {balancing}, which this program cannot express")
+    for field in dataclasses.fields(NetworkArguments):
+        choices, value = info_of(field).choices, fields.get(field.name)
+        if choices and value is not None and value not in choices:
+            raise InputError(f"{field.name} is {value!r}, which this program cannot express")
     return NetworkArguments(**fields, **_positions(args), **_window(args))
 
 

@@ -4,14 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mft_megatron.arguments.groups.network import NetworkArguments
+from mft_megatron.common_state import COMMON, INDEX, OBJECT, read_args, read_common
 from mft_megatron.errors import InputError
 from mft_megatron.run_folder import INFO, TRACKER, iteration_folder
 
 from .arguments import network_of, read_megatron_lm
-from .common_pt import COMMON, read_args, read_common
 from .run_config import RUN_CONFIG, megatron_lm_args, read_model_section
-
-INDEX = ".metadata"
 
 
 def find_checkpoint(folder: Path, step: int | None = None) -> Path:
@@ -57,7 +55,10 @@ def read_description(path: Path) -> tuple[NetworkArguments, int | None]:
         raise InputError(f"{path}: {error}") from None
     except (TypeError, ValueError, KeyError) as error:
         raise InputError(f"{path}: its description of the model is damaged ({error})") from None
-    raise InputError(f"{path}: neither args in {COMMON} nor {RUN_CONFIG}, so nothing says what model this is")
+    raise InputError(
+        f"{path}: neither args in its common state ({COMMON}, or {OBJECT} in its {INDEX}) nor {RUN_CONFIG}, so nothing "
+        "says what model this is"
+    )
 
 
 def _vocab_size(args: Mapping[str, object]) -> int | None:

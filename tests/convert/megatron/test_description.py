@@ -1,49 +1,13 @@
 """The architecture that a checkpoint of Megatron-LM or Megatron-Bridge describes."""
 
-import argparse
-import pickle
-import zipfile
-from pathlib import Path
-
 import pytest
 import torch
 import yaml
 
 from mft_megatron.convert.megatron.arguments import read_megatron_lm
-from mft_megatron.convert.megatron.common_pt import read_args, read_common
 from mft_megatron.convert.megatron.description import read_description
 from mft_megatron.errors import InputError
 from tests.convert.megatron_models import SHAPE, VOCABULARY, args_of
-
-
-class _Trap:
-    """An object whose pickle creates a file when it is loaded."""
-
-    def __init__(self, file):
-        self._file = file
-
-    def __reduce__(self):
-        return Path.touch, (self._file,)
-
-
-def test_no_code_in_the_file_is_executed(tmp_path):
-    sprung = tmp_path / "sprung"
-    with zipfile.ZipFile(tmp_path / "common.pt", "w") as archive:
-        archive.writestr("common/data.pkl", pickle.dumps({"args": _Trap(sprung), "iteration": 3}))
-    with zipfile.ZipFile(tmp_path / "common.pt") as archive:
-        pickle.loads(archive.read("common/data.pkl"))
-    assert sprung.exists()  # an ordinary reader executes it
-    sprung.unlink()
-    common = read_common(tmp_path)
-    assert (common["iteration"], read_args(common)) == (3, None)
-    assert not sprung.exists()
-    torch.save({"args": argparse.Namespace(**SHAPE)}, tmp_path / "common.pt")
-    args = read_args(read_common(tmp_path))
-    assert (args["hidden_size"], args["save"].name) == (32, "pathlib.PosixPath")
-    (tmp_path / "common.pt").write_bytes(b"PK and then nothing")
-    with pytest.raises(InputError, match=r"cannot be read .* the checkpoint is damaged"):
-        read_common(tmp_path)
-
 
 # entries of Megatron-Bridge for such a model, where names or values differ from those of Megatron-LM
 BRIDGE = {
@@ -97,7 +61,7 @@ def test_entries_of_megatron_bridge_that_are_refused(tmp_path, changes, reason):
     with pytest.raises(InputError, match=reason):
         read_description(bridge(tmp_path, **changes))
     (tmp_path / "run_config.yaml").unlink()
-    with pytest.raises(InputError, match=r"neither args in common.pt nor run_config.yaml"):
+    with pytest.raises(InputError, match=r"neither args in its common state \(common.pt, or .*\) nor run_config.yaml"):
         read_description(tmp_path)
 
 
@@ -121,3 +85,19 @@ def test_entries_of_megatron_bridge_that_are_refused(tmp_path, changes, reason):
 )
 def test_arguments_become_fields(arguments, field, value):
     assert getattr(read_megatron_lm({**SHAPE, **arguments}), field) == value
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"moe_router_load_balancing_type": "sinkhorn"}, "moe_router_load_balancing_type is sinkhorn"),
+        ({"moe_router_load_balancing_type": ["quantile_balancing"]}, "moe_router_load_balancing_type is quantile_bal"),
+        ({"moe_router_force_load_balancing": True}, "moe_router_force_load_balancing is True"),
+        ({"moe_router_force_biased": -0.5}, "moe_router_force_biased is -0.5"),
+        ({"moe_router_score_function": "sqrtsoftplus"}, "moe_router_score_function is 'sqrtsoftplus'"),
+        ({"normalization": "OtherNorm"}, "normalization is 'OtherNorm'"),
+    ],
+)
+def test_functions_that_this_program_lacks_are_refused(arguments, reason):
+    with pytest.raises(InputError, match=reason):
+        read_megatron_lm({**SHAPE, "num_experts": 4, **arguments})

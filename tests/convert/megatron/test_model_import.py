@@ -16,7 +16,7 @@ import torch
 from mft_megatron.convert.commands.convert import main
 from mft_megatron.convert.megatron.arguments import read_megatron_lm
 from mft_megatron.convert.megatron.weights import weights_of
-from tests.convert.megatron_models import MODELS, PADDED, SHAPE, VOCABULARY, args_of
+from tests.convert.megatron_models import MODELS, PADDED, SHAPE, VOCABULARY, args_of, move_to_object
 from tests.ranks import run_on_ranks
 from tests.refusals import refused_call
 
@@ -226,6 +226,22 @@ def test_export_to_hugging_face(converted, tmp_path):
     main(["mcore-to-hf", "--load", str(converted["layer by layer"]), "--hf", str(tmp_path / "hf")])
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert (config["model_type"], config["vocab_size"], config["sliding_window"]) == ("qwen2", VOCABULARY, 6)
+
+
+def test_the_common_state_may_be_an_object(checkpoints, converted, tmp_path):
+    """Megatron-Core stores it so from 0.19; the other form converts to the same bytes."""
+    shutil.copytree(checkpoints / "llama", tmp_path / "llama")
+    path = tmp_path / "llama" / "iter_0000007"
+    if (path / "common.pt").is_file():
+        move_to_object(path)
+    else:
+        torch.save({"args": argparse.Namespace(**args_of("llama"))}, path / "common.pt")
+    target = convert(tmp_path / "llama", tmp_path / "target")
+    files = sorted(file.name for file in (target / "iter_0000000").iterdir() if file.suffix in (".json", ".distcp"))
+    assert len(files) > 2
+    for name in files:
+        of_other = (converted["llama"] / "iter_0000000" / name).read_bytes()
+        assert (target / "iter_0000000" / name).read_bytes() == of_other, name
 
 
 def refusal(source, *words):
