@@ -1,19 +1,57 @@
 """Read single weights of a distributed checkpoint, whole, without process groups and without a model.
 
 Megatron-Core's ``torch_dist`` checkpoints are checkpoints of ``torch.distributed.checkpoint``. torch's reader is given
-only the stored chunks of the requested weights or layers, so memory is that of the result.
+only the stored chunks of the requested weights or layers, so memory is that of the result. No code in a checkpoint is
+executed: it may come from anywhere.
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from mft_megatron.common_state import INDEX
 from mft_megatron.errors import InputError
+from mft_megatron.inert_pickle import InertUnpickler
+
+# what an index is made of; other names in it, such as those of save plans, are not needed
+_CLASSES = (
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorStorageMetadata,
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    TensorProperties,
+    _MEM_FORMAT_ENCODING,
+    _StorageInfo,
+    torch.Size,
+    torch.serialization._get_layout,
+)
+_BY_NAME = {(known.__module__, known.__qualname__): known for known in _CLASSES}
+
+
+class _IndexUnpickler(InertUnpickler):
+    """Unpickler that knows dtypes and the classes of torch's index; every other name stands for an inert class."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
+            return dtype
+        return _BY_NAME.get((module, name)) or super().find_class(module, name)
 
 
 class TensorReader:
@@ -28,8 +66,11 @@ class TensorReader:
         self._path = path
         self._reader = FileSystemReader(path)
         try:
-            self._metadata = self._reader.read_metadata()
-        except Exception as error:
+            with open(path / INDEX, "rb") as stream:
+                self._metadata: Metadata = _IndexUnpickler(stream).load()
+            if not isinstance(self._metadata, Metadata):
+                raise TypeError("it holds no index of torch")
+        except Exception as error:  # a pickle can fail in any way
             raise InputError(
                 f"{path}: its index .metadata cannot be read ({error}); the checkpoint is damaged"
             ) from None
