@@ -92,7 +92,7 @@ def _tensors(folder):
         for name, entry in entries.items()
         if isinstance(entry, TensorStorageMetadata)
     }
-    load(state, checkpoint_id=path, no_dist=True)
+    load(state, checkpoint_id=path)
     return state
 
 

@@ -30,6 +30,7 @@ from torch.nn import Parameter
 
 from mft_megatron.mcore.parallel.sharded_weights import shards_in
 from mft_megatron.mcore.platform import devices
+from mft_megatron.mcore.platform.releases import submodules_of
 
 from .fused_rows import source_of_rows
 from .nf4 import BLOCK, GROUP, compress, expand, kernels
@@ -212,7 +213,7 @@ def quantize_layer(layer: ModuleSpec) -> None:
         InputError: there is a CUDA device, and the library of its kernels is not installed.
     """
     kernels()
-    attention, mlp = layer.submodules.self_attention.submodules, layer.submodules.mlp.submodules
+    attention, mlp = submodules_of(layer.submodules.self_attention), submodules_of(layer.submodules.mlp)
     attention.linear_qkv, attention.linear_proj = QuantizedColumnParallelLinear, QuantizedRowParallelLinear
     if hasattr(mlp, "linear_fc1"):
         mlp.linear_fc1, mlp.linear_fc2 = QuantizedColumnParallelLinear, QuantizedRowParallelLinear

@@ -19,7 +19,6 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
-from megatron.core.dist_checkpointing.strategies.base import LoadShardedStrategy, SaveShardedStrategy
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
     FullyParallelSaveStrategyWrapper,
@@ -35,9 +34,11 @@ from mft_megatron.losses.focal import TaskStatistics
 from mft_megatron.mcore.optim.checkpointed_state import restore, stored_state, wanted_state
 from mft_megatron.mcore.parallel import process_groups
 from mft_megatron.mcore.platform import devices
+from mft_megatron.mcore.platform.releases import accepted
 from mft_megatron.mcore.trainer import Trainer
 from mft_megatron.run_folder import TRACKER, CheckpointInfo, iteration_folder, replace_text, write_info
 
+from .common_state import require_common, write_common
 from .random_state import random_state, set_random_state, sharded_random_state
 from .tensor_reader import TensorReader
 
@@ -45,6 +46,7 @@ from .tensor_reader import TensorReader
 TrainingState: TypeAlias = dict[str, Any]
 # entries of Megatron-Core's sharded state dict by key
 ShardedState: TypeAlias = dict[str, Any]
+SaveStrategy: TypeAlias = "TorchDistSaveShardedStrategy | FullyParallelSaveStrategyWrapper"
 
 
 class Writer:
@@ -115,7 +117,11 @@ class Writer:
                 str(path),
                 sharded_strategy=_save_strategy(self._options),
                 async_sharded_save=self._queue is not None,
+                # since 0.17 the default is the queue of another package
+                **accepted(dist_checkpointing.save, async_strategy="mcore"),
             )
+            if process_groups.is_main():
+                write_common(state, path)
             if self._queue is not None:
                 request.add_finalize_fn(complete)
                 self._queue.schedule_async_request(request)
@@ -184,14 +190,14 @@ def _state(
     return state
 
 
-def _save_strategy(options: CheckpointArguments) -> SaveShardedStrategy:
+def _save_strategy(options: CheckpointArguments) -> SaveStrategy:
     strategy = TorchDistSaveShardedStrategy("torch_dist", 1)
     if not options.ckpt_fully_parallel_save:
         return strategy
     return FullyParallelSaveStrategyWrapper(strategy, _replicas())
 
 
-def _load_strategy(path: Path, options: CheckpointArguments) -> LoadShardedStrategy | None:
+def _load_strategy(path: Path, options: CheckpointArguments) -> FullyParallelLoadStrategyWrapper | None:
     if not options.ckpt_fully_parallel_load:
         return None
     return FullyParallelLoadStrategyWrapper(get_default_load_sharded_strategy(str(path)), _replicas())
@@ -224,9 +230,9 @@ def load(path: Path, trainer: Trainer, info: CheckpointInfo, options: Checkpoint
     model_state = _model_state(trainer, info.has_base)
     state: dict[str, Any] = {"model": model_state}
     # raises a one-line error if the index is damaged, which Megatron-Core would notice late
-    absent = _remove_absent_states(model_state, TensorReader(path))
-    if not (path / "common.pt").is_file():
-        raise InputError(f"{path}: common.pt is missing; the checkpoint is damaged")
+    reader = TensorReader(path)
+    absent = _remove_absent_states(model_state, reader)
+    require_common(path, reader)
     whole = not options.finetune and not info.is_converted
     with_optimizer = whole and options.load_optim and info.has_optimizer
     with_rng = whole and options.load_rng and info.has_rng and info.layout == process_groups.parallel_layout()

@@ -13,6 +13,7 @@ from mft_megatron.arguments.table import Arguments
 from mft_megatron.mcore.adapters.quantized_linear import quantize_layer
 from mft_megatron.mcore.attention.packed_attention import PackedAttention
 from mft_megatron.mcore.moe.router import PackedRouter
+from mft_megatron.mcore.platform.releases import submodules_of
 
 from . import transformer_engine
 from .norm import NORMS
@@ -47,7 +48,7 @@ def _layer(config: TransformerConfig, arguments: Arguments, has_experts: bool) -
     if arguments.lora.peft_type == "qlora":
         quantize_layer(layer)
     if has_experts:
-        layer.submodules.mlp.submodules.router = PackedRouter
+        submodules_of(layer.submodules.mlp).router = PackedRouter
         # Megatron-Core stores this norm under the name of the MLP's first matrix, which experts do not have
         layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
     if network.parallel_residual:
@@ -56,7 +57,7 @@ def _layer(config: TransformerConfig, arguments: Arguments, has_experts: bool) -
     for name in ("input_layernorm", "pre_mlp_layernorm"):
         if getattr(layer.submodules, name) is not IdentityOp:
             setattr(layer.submodules, name, norm)
-    attention = layer.submodules.self_attention.submodules
+    attention = submodules_of(layer.submodules.self_attention)
     attention.core_attention = ModuleSpec(PackedAttention, {"backend": arguments.training.attention_backend})
     if network.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = norm

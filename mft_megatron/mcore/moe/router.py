@@ -18,6 +18,7 @@ their probabilities of e, a balancing loss is ``E / (k n²) · Σ_e c_e p_e``: 1
 import mft_megatron.mcore.platform.patched  # noqa: F401  (before Megatron-Core)
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -55,8 +56,9 @@ class PackedRouter(TopKRouter):
         coefficients: by kind of balancing.
     """
 
-    def __init__(self, config: TransformerConfig, pg_collection: ProcessGroupCollection | None = None):
-        super().__init__(config=config, pg_collection=pg_collection)
+    def __init__(self, config: TransformerConfig, pg_collection: ProcessGroupCollection | None = None, **options: Any):
+        # since 0.17 the options say whether the layer is one of multi-token prediction
+        super().__init__(config=config, pg_collection=pg_collection, **options)
         self.micro_batch_weight = 1.0
         self.losses: dict[str, Tensor] = {}
         self._load_of_step: Tensor | None = None

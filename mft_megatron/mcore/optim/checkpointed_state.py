@@ -37,6 +37,8 @@ from mft_megatron.mcore.platform import devices
 
 PREFIX = "optimizer.state"
 MAIN = "fp32_param"
+# AdamW is a subclass of Adam only in newer releases of torch
+ADAM = (torch.optim.Adam, torch.optim.AdamW)
 Sharded: TypeAlias = "ShardedTensor | ShardedTensorFactory"
 
 
@@ -207,7 +209,7 @@ def _allocate(part: MegatronOptimizer, steps: int) -> None:
     for group in inner.param_groups:
         momentum = group.get("momentum", 0)
         for parameter in group["params"]:
-            if isinstance(inner, torch.optim.Adam):
+            if isinstance(inner, ADAM):
                 # a separate tensor for each, since torch increments it in place
                 inner.state[parameter]["step"] = torch.tensor(float(steps))
             elif momentum:
@@ -231,7 +233,7 @@ def _restore_slice(part: DistributedOptimizer, weight: Parameter, tensors: dict[
     whole = {"param": weight.detach(), **tensors}
     whole["param"] = whole.pop(MAIN, whole["param"])
     states = {kind: value.flatten()[elements.start : elements.end] for kind, value in whole.items()}
-    if isinstance(part.optimizer, HybridDeviceOptimizer | torch.optim.Adam):
+    if isinstance(part.optimizer, (HybridDeviceOptimizer, *ADAM)):
         states["step"] = torch.tensor(float(steps))
     part._set_main_param_and_optimizer_states(weight, states)
 

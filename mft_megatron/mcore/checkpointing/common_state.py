@@ -1,0 +1,54 @@
+"""State in a checkpoint that is the same on all ranks and not sharded: numbers, strings, small tensors.
+
+Megatron-Core keeps it in ``common.pt`` up to 0.18, and since 0.19 in a sharded object of the checkpoint. Here it is
+always in ``common.pt``, which all supported releases load; where Megatron-Core writes the object, that is there, too.
+"""
+
+import mft_megatron.mcore.platform.patched  # noqa: F401  (before Megatron-Core)
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+
+from mft_megatron.errors import InputError
+
+from .tensor_reader import TensorReader
+
+FILE = "common.pt"
+OBJECT = ShardedObject("common_state", None, (1,), (0,)).unique_key
+# releases that read the object no longer take a strategy for the file
+_READS_OBJECT = "common_strategy" not in inspect.signature(dist_checkpointing.load).parameters
+
+
+def write_common(state: dict[str, Any], path: Path) -> None:
+    """Write ``common.pt``, by one rank, where Megatron-Core's save has not.
+
+    Args:
+        state: the sharded state dict that was given to Megatron-Core's save.
+        path: the checkpoint's folder.
+    """
+    if not (path / FILE).exists():
+        _, common = save_preprocess(state, validate_access_integrity=False)
+        torch.save(common, path / FILE)
+
+
+def require_common(path: Path, reader: TensorReader) -> None:
+    """Refuse a checkpoint whose common state this release cannot read.
+
+    Raises:
+        InputError: it is in neither place, or only in the object, and this release reads only the file.
+    """
+    if (path / FILE).is_file():
+        return
+    if not reader.has_entry(OBJECT):
+        raise InputError(f"{path}: {FILE} is missing; the checkpoint is damaged")
+    if not _READS_OBJECT:
+        raise InputError(
+            f"{path}: {FILE} is missing, and the installed Megatron-Core reads nothing else; restore the file, or load "
+            "the checkpoint with Megatron-Core 0.19 or later"
+        )

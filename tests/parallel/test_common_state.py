@@ -1,0 +1,56 @@
+"""State that is not sharded is in common.pt under every release, and loads from where the release keeps it, too."""
+
+import shutil
+
+import pytest
+import torch
+
+from mft_megatron.errors import InputError
+from mft_megatron.mcore.checkpointing import common_state
+from mft_megatron.mcore.checkpointing.tensor_reader import TensorReader
+from mft_megatron.run_folder import latest_checkpoint
+from tests.parallel.run import some_steps
+from tests.ranks import run_on_ranks
+
+ASYNC = "--async-save --save none"
+
+
+@pytest.fixture(scope="module", params=["", ASYNC])
+def saved(request, dataset_prefix, tmp_path_factory):
+    """Train three steps on two ranks, and save after the second: the folder and the last step's record."""
+    folder = str(tmp_path_factory.mktemp("saved"))
+    return folder, run_on_ranks(2, some_steps, dataset_prefix, request.param, 2, folder, 2, 3, 1)[0][2:]
+
+
+def test_common_pt_is_always_written(saved):
+    common = torch.load(latest_checkpoint(saved[0]).path / "common.pt", weights_only=True)
+    assert common["optimizer"]["steps"] == 2
+    assert common["scheduler"]["num_steps"] == 2
+    assert common.keys() == {"scheduler", "statistics", "training", "optimizer"}
+
+
+def test_without_common_pt(dataset_prefix, saved, tmp_path):
+    """A release that keeps a second copy resumes from that, bit for bit; for others the checkpoint is damaged."""
+    folder = tmp_path / "run"
+    shutil.copytree(saved[0], folder)
+    path = latest_checkpoint(folder).path
+    (path / "common.pt").unlink()
+    if TensorReader(path).has_entry(common_state.OBJECT):
+        assert run_on_ranks(2, some_steps, dataset_prefix, "", 2, str(folder), None, 3, 77)[0] == saved[1]
+    else:
+        with pytest.raises(pytest.fail.Exception, match=r"InputError: .*common.pt is missing; the checkpoint is dam"):
+            run_on_ranks(2, some_steps, dataset_prefix, "", 2, str(folder), None, 3, 77)
+
+
+@pytest.mark.parametrize(("reads_object", "said"), [(True, None), (False, "reads nothing else; restore the file")])
+def test_the_object_alone_needs_a_release_that_reads_it(tmp_path, monkeypatch, reads_object, said):
+    class Reader:
+        def has_entry(self, name):
+            return name == "common_state/shard_0_1"
+
+    monkeypatch.setattr(common_state, "_READS_OBJECT", reads_object)
+    if said is None:
+        common_state.require_common(tmp_path, Reader())
+    else:
+        with pytest.raises(InputError, match=said):
+            common_state.require_common(tmp_path, Reader())
