@@ -5,13 +5,52 @@
 
 import os
 import shlex
+import shutil
+import sys
 
-from pybind11.setup_helpers import Pybind11Extension, build_ext
-from setuptools import setup
+import setuptools
+
+try:
+    from pybind11.setup_helpers import Pybind11Extension, build_ext
+except ImportError:
+    Pybind11Extension = build_ext = None
 
 FLAGS = shlex.split(os.environ.get("MFT_CXX_FLAGS", ""))
+COMPILER = "install a C++17 compiler (on Debian and Ubuntu: apt install g++) or set CXX to one"
 
-setup(
+
+def stop(problem, remedy):
+    """End the build with one line."""
+    sys.exit(f"error: mft_megatron cannot be built: {problem}; {remedy}")
+
+
+# pip reads the requirements of [build-system] only where it builds in an environment of its own.
+if int(setuptools.__version__.partition(".")[0]) < 77:
+    stop(
+        f"setuptools {setuptools.__version__} is too old",
+        "pip install 'setuptools>=77.0.3', or leave out --no-build-isolation",
+    )
+if build_ext is None:
+    stop("pybind11 is not installed", "pip install 'pybind11>=2.13.6,<4', or leave out --no-build-isolation")
+
+
+class BuildExtension(build_ext):
+    """Compile, or say in one line what is missing."""
+
+    def build_extensions(self):
+        command = getattr(self.compiler, "compiler_cxx", None)  # None: not a compiler of Unix
+        if command and shutil.which(command[0]) is None:
+            stop(f"there is no C++ compiler {command[0]}", COMPILER)
+        try:
+            super().build_extensions()
+        except (setuptools.errors.CompileError, setuptools.errors.LinkError) as error:
+            stop(
+                f"the C++ compiler failed, see above ({error})",
+                f"{COMPILER}, and Python's headers (apt install python3-dev)",
+            )
+
+
+setuptools.setup(
     ext_modules=[
         Pybind11Extension(
             "mft_megatron.data._sample_index",
@@ -22,5 +61,5 @@ setup(
             extra_link_args=FLAGS,
         )
     ],
-    cmdclass={"build_ext": build_ext},
+    cmdclass={"build_ext": BuildExtension},
 )
