@@ -1,19 +1,37 @@
-# `make demo` and `make test` on a fresh machine: Python 3.10-3.12 and a C++ compiler are all it needs to have.
+# `make demo` and `make test` on a fresh machine: Python 3.10-3.13 and a C++ compiler are all it needs to have.
 
 PYTHON ?= python3
 VENV ?= .venv
 
 # Every install goes through the pins, and nothing is built in an environment of its own, so no second torch comes in.
-PIP_INSTALL = $(VENV)/bin/python -m pip install --disable-pip-version-check --no-build-isolation -c constraints.txt
-TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
-STAMP := $(VENV)/.mft_megatron_installed
+CONSTRAINTS = constraints.txt
+EXTRA = dev
+PIP_INSTALL = $(VENV)/bin/python -m pip install --disable-pip-version-check --no-build-isolation -c $(CONSTRAINTS)
+INSTALLED = .mft_megatron_installed
+STAMP := $(VENV)/$(INSTALLED)
+
+# `make test-newest` and `make test-oldest`: an environment each, beside the one of `make test`. The C++ extension of each
+# Python lies in mft_megatron/data under a name of its own.
+FIRST_PYTHON = $(shell for python in $(1); do $$python -c '$(2)' 2>/dev/null && echo $$python && break; done)
+IS_NEWEST = import sys; sys.exit(not (3, 12) <= sys.version_info < (3, 14))
+IS_OLDEST = import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 12))
+PYTHON_NEWEST ?= $(call FIRST_PYTHON,python3.12 python3.13 python3,$(IS_NEWEST))
+PYTHON_OLDEST ?= $(call FIRST_PYTHON,python3.10 python3.11 python3,$(IS_OLDEST))
+NEWEST = VENV=.venv-newest PYTHON="$(PYTHON_NEWEST)" EXTRA=test
+OLDEST = VENV=.venv-oldest PYTHON="$(PYTHON_OLDEST)" EXTRA=test CONSTRAINTS=constraints-oldest.txt
+
+# Other releases of Megatron-Core than the pinned one, each in a folder of its own, for tests that go from one to another.
+OTHER_MEGATRON_CORE = 0.16.1 0.17.1 0.18.2
+OTHERS = $(OTHER_MEGATRON_CORE:%=$(VENV)/megatron-core/%)
+EMPTY =
+SPACE = $(EMPTY) $(EMPTY)
 
 # Each takes up to 2 GB and starts up to eight processes in turn; 0: no workers, one process, as pytest alone does.
 TEST_WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(TEST_WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo mft-vs-mixed test test-all lint sanitize docs clean
+.PHONY: help setup demo mft-vs-mixed test test-all test-newest test-oldest test-with-others imports lint sanitize docs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1	/p' Makefile | expand -t 14
@@ -31,6 +49,27 @@ test: setup ## the tests of every change, by TEST_WORKERS processes (2)
 
 test-all: setup ## all tests, those that take minutes too
 	$(PYTEST)
+
+test-newest: ## the tests of every change on Python 3.12 or 3.13 with the newest Megatron-Core and torch, in .venv-newest
+	@$(or $(PYTHON_NEWEST),false) -c '$(IS_NEWEST)' 2>/dev/null || { \
+		echo "error: Python 3.12 or 3.13 is needed; name it, as in: make test-newest PYTHON_NEWEST=/path/to/python3.12"; exit 1; }
+	@$(MAKE) --no-print-directory $(NEWEST) test-with-others
+
+test-oldest: ## the tests of every change on Python 3.10 with the lower bounds of pyproject.toml, in .venv-oldest
+	@$(or $(PYTHON_OLDEST),false) -c '$(IS_OLDEST)' 2>/dev/null || { \
+		echo "error: Python 3.10 or 3.11 is needed; name it, as in: make test-oldest PYTHON_OLDEST=/path/to/python3.10"; exit 1; }
+	@$(MAKE) --no-print-directory $(OLDEST) test
+
+test-with-others: setup $(OTHERS)
+	MFT_OTHER_MEGATRON_CORE="$(subst $(SPACE),:,$(abspath $(OTHERS)))" $(PYTEST) -m "not slow"
+
+$(OTHERS): | $(STAMP)
+	rm -rf $@.part
+	$(VENV)/bin/python -m pip install --disable-pip-version-check -q --no-deps --target $@.part megatron-core==$(notdir $@)
+	mv $@.part $@
+
+imports: setup ## import every module of the package, which needs no more than the base dependencies
+	$(VENV)/bin/python tests/packaging/import_every_module.py
 
 lint: setup ## ruff's rules and formatting, mypy
 	$(VENV)/bin/ruff check
@@ -57,7 +96,8 @@ docs: setup ## write docs/ARGUMENTS.md from the options
 	$(VENV)/bin/python -m mft_megatron.arguments.reference > docs/ARGUMENTS.md
 
 clean: ## remove what the build, the tests and the demo left behind; the environment's packages stay
-	rm -rf build dist demo_run mft_vs_mixed_run *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis $(STAMP)
+	rm -rf build dist demo_run mft_vs_mixed_run *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -f $(STAMP) .venv-newest/$(INSTALLED) .venv-oldest/$(INSTALLED)
 	find $(wildcard mft_megatron tests tools examples benchmarks) -name __pycache__ -prune -exec rm -rf {} +
 	find mft_megatron -name '*.so' -delete
 
@@ -66,7 +106,7 @@ import os, shutil, sys, sysconfig
 def need(holds, message):
     if not holds:
         sys.exit("error: " + message)
-need((3, 10) <= sys.version_info < (3, 13), "Python 3.10, 3.11 or 3.12 is needed and %s is %d.%d; name another one, as in: make setup PYTHON=python3.11 VENV=.venv-3.11" % ((sys.executable,) + sys.version_info[:2]))
+need((3, 10) <= sys.version_info < (3, 14), "Python 3.10, 3.11, 3.12 or 3.13 is needed and %s is %d.%d; name another one, as in: make setup PYTHON=python3.11 VENV=.venv-3.11" % ((sys.executable,) + sys.version_info[:2]))
 try:
     import ensurepip, venv
 except ImportError:
@@ -77,20 +117,30 @@ need(os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")),
 endef
 export CHECK_MACHINE
 
+# The pinned torch for the Python that runs this.
+define PINNED_TORCH
+import sys
+from pip._vendor.packaging.requirements import Requirement
+pins = [Requirement(line) for line in open(sys.argv[1]) if line.startswith("torch==")]
+print(*[str(pin.specifier)[2:] for pin in pins if not pin.marker or pin.marker.evaluate()])
+endef
+export PINNED_TORCH
+
 # Done once; done again when something it was made of has changed.
-$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+$(STAMP): pyproject.toml setup.py $(CONSTRAINTS) $(wildcard csrc/*)
 	@if [ -x $(VENV)/bin/python ]; then $(VENV)/bin/python -c "$$CHECK_MACHINE"; else $(PYTHON) -c "$$CHECK_MACHINE"; fi
 	@[ -x $(VENV)/bin/python ] || $(PYTHON) -m venv $(VENV)
 	$(PIP_INSTALL) setuptools wheel pybind11
-	@if $(VENV)/bin/python -m pip freeze | grep -q '^torch==$(TORCH)\(+\|$$\)'; then \
-		echo "torch $(TORCH) is installed"; \
+	@torch=$$($(VENV)/bin/python -c "$$PINNED_TORCH" $(CONSTRAINTS)) || exit 1; \
+	if $(VENV)/bin/python -m pip freeze | grep -q "^torch==$$torch\(+\|$$\)"; then \
+		echo "torch $$torch is installed"; \
 	elif nvidia-smi -L >/dev/null 2>&1; then \
-		$(PIP_INSTALL) torch==$(TORCH); \
+		$(PIP_INSTALL) torch==$$torch; \
 	else \
-		echo "no NVIDIA GPU here: trying the CPU build of torch $(TORCH), about 200 MB"; \
-		$(PIP_INSTALL) -q torch==$(TORCH)+cpu 2>/dev/null \
+		echo "no NVIDIA GPU here: trying the CPU build of torch $$torch, about 200 MB"; \
+		$(PIP_INSTALL) -q torch==$$torch+cpu 2>/dev/null \
 			|| { echo "pip finds no CPU build; taking the standard one, which brings CUDA packages"; \
-			     $(PIP_INSTALL) torch==$(TORCH); }; \
+			     $(PIP_INSTALL) torch==$$torch; }; \
 	fi
-	$(PIP_INSTALL) -e ".[dev]"
+	$(PIP_INSTALL) -e ".[$(EXTRA)]"
 	@touch $@

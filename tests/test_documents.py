@@ -33,8 +33,11 @@ SUBCOMMANDS = {
 TOOLS = ("preprocess_data", "pack_data", "inspect_data", "convert_checkpoint", "quantize_hf")
 # Options of other programs that the documents name.
 FOREIGN = {
-    "torchrun": "--nproc-per-node --standalone",
-    "pip": "--no-build-isolation --no-deps",
+    "torchrun": "--nproc-per-node --standalone --nnodes --rdzv-id --rdzv-backend --rdzv-endpoint",
+    "pip": "--no-build-isolation --no-deps --dry-run --format --index-url --no-index --find-links",
+    "venv": "--system-site-packages",
+    "Slurm": "--nodes --ntasks-per-node --gpus-per-node --cpus-per-task --time --container-image",
+    "docker": "--build-arg --gpus --ipc",
     "servers": """--tensor-parallel-size --served-model-name --enable-lora --max-lora-rank --lora-modules
         --generation-config --dtype --model-path --tp-size --lora-paths --model-id --port""",
     "Megatron-LM": """--dist-ckpt-strictness --use-checkpoint-args --softmax-type --qk-l2-norm --no-rope-freq

@@ -31,7 +31,7 @@ TRANSFORMER_ENGINE = Package(
     "transformer-engine",
     "transformer_engine.pytorch",
     "2.9",
-    "pip install --no-build-isolation 'transformer-engine[pytorch]>=2.9,<2.12'",
+    "pip install --no-build-isolation 'transformer-engine[pytorch]>=2.9'",
 )
 # since then its kernels are torch operators
 BITSANDBYTES = Package("bitsandbytes", "bitsandbytes", "0.46", "pip install 'bitsandbytes>=0.46'")

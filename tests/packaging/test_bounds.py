@@ -1,0 +1,89 @@
+"""Bounds, pins and the Pythons that are named agree everywhere."""
+
+import ast
+import re
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+from mft_megatron.mcore.platform import optional_packages
+from tests.packaging.project import pins, pyproject, requirements
+from tests.ranks import ROOT
+
+PYTHONS = ("3.10", "3.11", "3.12", "3.13")
+
+
+def lower_bounds(lines):
+    return {
+        name: Version(specifier.version)
+        for name, requirement in requirements(lines).items()
+        for specifier in requirement.specifier
+        if specifier.operator == ">="
+    }
+
+
+def test_each_lower_bound_is_a_pin_of_the_oldest_environment():
+    required = [*pyproject()["project"]["dependencies"], *pyproject()["build-system"]["requires"]]
+    bounds = lower_bounds(required)
+    assert set(bounds) == set(requirements(required))
+    pinned = pins("constraints-oldest.txt", "3.10")
+    assert {name: Version(pinned[name]) for name in bounds} == bounds
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_pins_lie_within_the_bounds(python):
+    required = [*pyproject()["project"]["dependencies"], *pyproject()["build-system"]["requires"]]
+    optional = pyproject()["project"]["optional-dependencies"]
+    required += [*optional["test"], *optional["dev"], *optional["qlora"], *optional["tracking"]]
+    pinned = pins("constraints.txt", python)
+    for name, requirement in requirements(required).items():
+        if name != "mft-megatron":
+            assert pinned[name] in requirement.specifier, (requirement, pinned[name])
+
+
+def test_the_supported_pythons_are_the_same_everywhere():
+    project = pyproject()["project"]
+    admitted = SpecifierSet(project["requires-python"])
+    assert [f"3.{minor}" for minor in range(30) if f"3.{minor}.1" in admitted] == list(PYTHONS)
+    named = [line.rpartition(" ")[2] for line in project["classifiers"] if "Python :: 3." in line]
+    assert named == list(PYTHONS)
+    assert pyproject()["tool"]["cibuildwheel"]["build"].split() == [
+        f"cp{python.replace('.', '')}-manylinux_*" for python in PYTHONS
+    ]
+    for path in ("README.md", "Makefile", "docs/INSTALL.md"):
+        assert "Python 3.10-3.13" in (ROOT / path).read_text().replace("–", "-")
+
+
+def test_torch_has_no_upper_bound_and_megatron_core_admits_no_pre_release_of_the_next():
+    required = requirements(pyproject()["project"]["dependencies"])
+    assert str(required["torch"].specifier) == ">=2.6"
+    for version, admitted in {"0.16.1": 1, "0.19.2": 1, "0.16.0": 0, "0.20.0rc1": 0, "0.20.0.dev0": 0}.items():
+        assert required["megatron-core"].specifier.contains(version, prereleases=True) == bool(admitted)
+
+
+def test_messages_about_optional_packages_have_the_bounds_of_the_extras():
+    extras = pyproject()["project"]["optional-dependencies"]
+    lines = {name: line for extra in ("gpu", "qlora") for name, line in requirements(extras[extra]).items()}
+    for package in (
+        optional_packages.FLASH_ATTN,
+        optional_packages.TRANSFORMER_ENGINE,
+        optional_packages.BITSANDBYTES,
+    ):
+        said = Requirement(re.search(r"'(.*)'", package.install)[1])
+        assert said.specifier == lines[package.name].specifier
+        assert said.extras == lines[package.name].extras
+        assert Version(package.least) == min(Version(part.version) for part in said.specifier)
+
+
+def test_setup_names_the_build_requirements():
+    required = {str(requirement) for requirement in requirements(pyproject()["build-system"]["requires"]).values()}
+    said = re.findall(r"pip install '([^']+)'", (ROOT / "setup.py").read_text())
+    assert {str(Requirement(line)) for line in said} == required
+    assert "torch" not in {
+        alias.name
+        for node in ast.walk(ast.parse((ROOT / "setup.py").read_text()))
+        if isinstance(node, ast.Import)
+        for alias in node.names
+    }
