@@ -57,7 +57,10 @@ def _ready_forked_process():
 
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
-    filesystem_async._get_write_results_queue = functools.cache(_Results)
+    # the function has had this name since 0.17, and one with an underscore before
+    name = "get_write_results_queue"
+    name = name if hasattr(filesystem_async, name) else f"_{name}"
+    setattr(filesystem_async, name, functools.cache(lambda *mode: _Results()))
 
 
 def _be_rank(rank, world_size, port):
