@@ -159,7 +159,7 @@ REFUSED_JSON = {
     ): "options.json: rope_scaling is",
     '{"sed": 1}': "did you mean seed?",
     '{"lr": NaN}': "must be finite",
-    '{"seed": 1,\n}': ":2: not JSON",
+    '{"seed": 1,\n"lr"}': ":2: not JSON",
     '{"task_weights": [["a"]]}': "list of lists",
     "[]": "no mapping of options",
     "3": "no mapping of options",
