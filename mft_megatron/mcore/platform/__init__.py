@@ -1,1 +1,1 @@
-"""This machine: devices, optional packages, number formats, and all patches of Megatron-Core and torch."""
+"""This machine: devices, known releases, optional packages, number formats, all patches of Megatron-Core and torch."""

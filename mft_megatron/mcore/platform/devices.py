@@ -5,6 +5,7 @@ All other files ask :func:`device` and :func:`backend`. Patches of Megatron-Core
 
 import importlib.metadata
 import os
+import sys
 import warnings
 
 import psutil
@@ -12,7 +13,7 @@ import torch
 
 from mft_megatron.errors import InputError
 
-from . import patches
+from . import patches, versions
 
 HAS_CUDA = torch.cuda.is_available()
 
@@ -21,8 +22,12 @@ def prepare() -> None:
     """Make ``import megatron.core`` work on this machine; call before the first such import.
 
     Raises:
-        InputError: Transformer Engine is installed in part, which breaks Megatron-Core's own import.
+        InputError: an installed release cannot work, or Transformer Engine is installed in part, which breaks
+            Megatron-Core's own import.
     """
+    for warning in versions.check_installed():
+        if os.environ.get("RANK", "0") == "0":
+            print(f"warning: {warning}", file=sys.stderr, flush=True)
     with warnings.catch_warnings():
         # Megatron-Core warns that Transformer Engine and apex are missing; this package works without them.
         warnings.simplefilter("ignore")
