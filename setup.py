@@ -43,9 +43,9 @@ class BuildExtension(build_ext):
             stop(f"there is no C++ compiler {command[0]}", COMPILER)
         try:
             super().build_extensions()
-        except (setuptools.errors.CompileError, setuptools.errors.LinkError) as error:
+        except (setuptools.errors.CompileError, setuptools.errors.LinkError):
             stop(
-                f"the C++ compiler failed, see above ({error})",
+                f"the C++ compiler {command[0] if command else ''} failed, see above",
                 f"{COMPILER}, and Python's headers (apt install python3-dev)",
             )
 
