@@ -8,7 +8,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from mft_megatron.mcore.platform import optional_packages
+from mft_megatron.mcore.platform import optional_packages, versions
 from tests.packaging.project import pins, pyproject, requirements
 from tests.ranks import ROOT
 
@@ -75,6 +75,30 @@ def test_messages_about_optional_packages_have_the_bounds_of_the_extras():
         assert said.specifier == lines[package.name].specifier
         assert said.extras == lines[package.name].extras
         assert Version(package.least) == min(Version(part.version) for part in said.specifier)
+
+
+def test_the_table_of_versions_in_the_documents_has_the_pins():
+    document = (ROOT / "docs/INSTALL.md").read_text()
+    for name, title in {"torch": "torch", "megatron-core": "Megatron-Core"}.items():
+        (row,) = re.findall(rf"^\| {title} \|.*$", document, re.MULTILINE)
+        newest, oldest = [cell.strip() for cell in row.split("|")][3:5]
+        pinned = {pins("constraints.txt", python)[name] for python in PYTHONS}
+        assert pinned == set(re.findall(r"\d+\.\d+\.\d+", newest))
+        assert oldest == pins("constraints-oldest.txt", "3.10")[name]
+
+
+def test_bounds_and_pins_lie_in_the_table_of_releases_that_work():
+    required = requirements(pyproject()["project"]["dependencies"])
+    (others,) = re.findall(r"^OTHER_MEGATRON_CORE = (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    used = {"torch": set(), "megatron-core": set(others.split())}
+    for known in (versions.TORCH, versions.MEGATRON_CORE):
+        name = known.name.lower()
+        assert Requirement(known.install) == required[name]
+        used[name] |= {pins("constraints.txt", python)[name] for python in PYTHONS}
+        used[name].add(pins("constraints-oldest.txt", "3.10")[name])
+        releases = {Version(version).release for version in used[name]}
+        assert min(releases)[: len(known.oldest)] == known.oldest
+        assert max(releases)[:2] == known.newest
 
 
 def test_setup_names_the_build_requirements():
