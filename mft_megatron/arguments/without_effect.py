@@ -92,6 +92,7 @@ def _owners(a: Arguments) -> list[tuple[str, object, str]]:
         ("hysteresis", precision.dynamic_loss_scale, "the dynamic loss scale of --fp16"),
         ("loss_scale", precision.fp16 or precision.bf16, "--fp16 or --bf16"),
         ("grad_reduce_in_bf16", precision.bf16, "--bf16"),
+        ("fp32_residual_connection", precision.fp16 or precision.bf16, "--fp16 or --bf16"),
         ("main_grads_dtype", precise, "--use-precision-aware-optimizer"),
         ("main_params_dtype", precise, "--use-precision-aware-optimizer"),
         ("exp_avg_dtype", precise, "--use-precision-aware-optimizer"),

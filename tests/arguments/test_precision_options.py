@@ -60,7 +60,8 @@ def test_the_configuration_of_data_parallelism():
     [
         ("--fp16 --bf16", "one of them"),
         ("--fp16 --num-experts 4 --disable-bias-linear --expert-model-parallel-size 2", "--expert-model-parallel-size"),
-        ("--bf16 --fp32-residual-connection", "Megatron-Core"),
+        ("--fp32-residual-connection", "--fp16 or --bf16"),
+        ("--bf16 --fp32-residual-connection --transformer-impl transformer_engine", "--transformer-impl local"),
         ("--bf16 --grad-reduce-in-bf16 --accumulate-allreduce-grads-in-fp32", "exclude each other"),
         ("--grad-reduce-in-bf16", "without --bf16"),
         (f"--bf16 {PRECISE} --main-grads-dtype bf16 --accumulate-allreduce-grads-in-fp32", "--main-grads-dtype"),

@@ -8,10 +8,10 @@ def check_precision(a: Arguments) -> str | None:
     p = a.precision
     if p.fp16 and p.bf16:
         return "--fp16 and --bf16 are two formats of the same weights; give one of them"
-    if p.fp32_residual_connection:
+    if p.fp32_residual_connection and a.transformer_engine.transformer_impl == "transformer_engine":
         return (
-            "--fp32-residual-connection: Megatron-Core 0.16.1 keeps the embedding alone in fp32 and casts the residual "
-            "stream at the first layer; leave it out"
+            "--fp32-residual-connection with --transformer-impl transformer_engine: its norms are part of linear "
+            "layers, whose input must have the dtype of their weights; use --transformer-impl local"
         )
     if p.grad_reduce_in_bf16 and p.accumulate_allreduce_grads_in_fp32:
         return (

@@ -59,7 +59,9 @@ class MixedPrecisionArguments:
         "fp32", "Dtype of Adam's second moment, with --use-precision-aware-optimizer.", choices=STATE_DTYPES
     )
     fp32_residual_connection: bool = option(
-        False, "Refused: Megatron-Core 0.16.1 keeps only the embedding in fp32, not the residual stream."
+        False,
+        "Keep the residual stream in fp32 between layers and pipeline stages, with --bf16 or --fp16. Refused with "
+        "Megatron-Core 0.16, which keeps only the embedding in fp32.",
     )
 
     @property

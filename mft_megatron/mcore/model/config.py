@@ -23,6 +23,7 @@ from mft_megatron.mcore.platform.precisions import DTYPES
 
 from .kernels import fp8_options, fusions
 from .recompute import recompute_options
+from .residual import residual_options
 from .rope_frequencies import softmax_scale
 
 
@@ -73,7 +74,7 @@ def _transformer_config(arguments: Arguments) -> TransformerConfig:
         bf16=arguments.precision.bf16,
         fp16=arguments.precision.fp16,
         params_dtype=dtype_of(arguments),
-        pipeline_dtype=dtype_of(arguments),
+        **residual_options(arguments),
         # the coefficients of the losses hold the whole normalisation; Megatron must only sum
         calculate_per_token_loss=True,
         batch_p2p_comm=batches_p2p(layout),

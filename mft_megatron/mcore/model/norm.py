@@ -34,15 +34,15 @@ class RMSNorm(torch.nn.RMSNorm):
         self.shift = _weight_shift(self, config)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Normalise [..., hidden size]; shape and dtype are kept."""
+        """Normalise [..., hidden size]; the result has the weight's dtype, which a residual stream in fp32 has not."""
         # The view is an autograd node before the norm's several uses of the input, so that their gradients are added
         # before the residual stream's gradient: then a recomputed norm gives the same gradient, bit for bit.
         hidden = hidden.view_as(hidden)
         normed = torch.nn.functional.rms_norm(hidden.float(), self.normalized_shape, None, self.eps)
         if self.shift:
             # in fp32 as in Gemma and Transformer Engine: 1 + weight in bf16 would lose the digits that are stored
-            return (normed * (self.weight.float() + self.shift)).to(hidden.dtype)
-        return normed.to(hidden.dtype) * self.weight
+            return (normed * (self.weight.float() + self.shift)).to(self.weight.dtype)
+        return normed.to(self.weight.dtype) * self.weight
 
 
 class LayerNorm(torch.nn.LayerNorm):
@@ -54,12 +54,12 @@ class LayerNorm(torch.nn.LayerNorm):
         self.shift = _weight_shift(self, config)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Normalise [..., hidden size]; shape and dtype are kept."""
-        if not self.shift:
+        """Normalise [..., hidden size]; the result has the weight's dtype, which a residual stream in fp32 has not."""
+        if not self.shift and hidden.dtype == self.weight.dtype:
             return torch.nn.functional.layer_norm(hidden, self.normalized_shape, self.weight, self.bias, self.eps)
         weight, bias = self.weight.float() + self.shift, self.bias.float()
         normed = torch.nn.functional.layer_norm(hidden.float(), self.normalized_shape, weight, bias, self.eps)
-        return normed.to(hidden.dtype)
+        return normed.to(self.weight.dtype)
 
 
 NORMS = {"RMSNorm": RMSNorm, "LayerNorm": LayerNorm}
