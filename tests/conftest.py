@@ -1,15 +1,13 @@
 """The tokenizer and the data set that many tests use."""
 
-import argparse
-import ast
 import json
 import os
-from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+from tests import source_code
 from tests.ranks import run_tool
 
 # no test depends on the speed of the machine
@@ -19,7 +17,7 @@ settings.load_profile("without clocks")
 
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory):
-    """A Hugging Face tokenizer folder: byte-level BPE with 500 ids, trained on a module of the standard library."""
+    """A Hugging Face tokenizer folder: byte-level BPE with 500 ids, trained on a module of source code."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     special = ["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"]
@@ -30,7 +28,7 @@ def tokenizer_folder(tmp_path_factory):
     trainer = trainers.BpeTrainer(
         vocab_size=500, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
-    tokenizer.train_from_iterator([Path(argparse.__file__).read_text()], trainer)
+    tokenizer.train_from_iterator([source_code.module(seed=1, functions=136)], trainer)
     folder = tmp_path_factory.mktemp("tokenizer")
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": special[0], "pad_token": special[1]}
@@ -39,11 +37,8 @@ def tokenizer_folder(tmp_path_factory):
 
 
 def _task_records():
-    """Make four tasks of very different size from the functions of argparse, each in another record format."""
-    tree = ast.parse(Path(argparse.__file__).read_text())
-    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
-    code = [ast.unparse(node) for node in functions]
-    code = [text for text in code if 60 < len(text) < 260]
+    """Make four tasks of very different size from functions, each in another record format."""
+    code = [text for text in source_code.functions(seed=14, count=136) if 60 < len(text) < 260]
     return {
         "completion": [{"prompt": text[:40], "completion": text[40:]} for text in code],
         "explain": [

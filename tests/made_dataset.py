@@ -1,9 +1,4 @@
-"""Data sets written without tokenising: the bytes of the standard library's functions are the token ids."""
-
-import argparse
-import ast
-import shutil
-from pathlib import Path
+"""Data sets written without tokenising: the bytes of functions are the token ids."""
 
 import numpy as np
 
@@ -13,6 +8,7 @@ from mft_megatron.data.packing.packing_options import PackingOptions
 from mft_megatron.data.storage.dataset_writer import DatasetWriter
 from mft_megatron.data.storage.ledger import Ledger, TokenizerEntry
 from mft_megatron.data.storage.sample_writer import SampleWriter, TaskTally
+from tests import source_code
 
 VOCABULARY = 257  # all bytes, and padding
 # interval at which each task takes functions
@@ -20,10 +16,8 @@ TASKS = {"completion": 1, "explain": 2, "write": 4, "read": 9}
 
 
 def functions(longest):
-    """Source code of functions of the standard library with at most ``longest`` bytes."""
-    trees = [ast.parse(Path(module.__file__).read_text()) for module in (argparse, shutil)]
-    nodes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
-    return [text for text in map(ast.unparse, nodes) if len(text.encode()) <= longest]
+    """Source code of functions with at most ``longest`` bytes."""
+    return [text for text in source_code.functions(seed=8, count=194) if len(text.encode()) <= longest]
 
 
 def write_dataset(prefix, seq_length, longest=None, documents=False, weights=None, tasks=TASKS, **options):

@@ -1,11 +1,7 @@
-"""Tokenizers of each kind, trained on modules of the standard library, and small data sets that use them."""
+"""Tokenizers of each kind, trained on modules of source code, and small data sets that use them."""
 
-import argparse
-import ast
 import dataclasses
 import json
-import shutil
-from pathlib import Path
 
 import pytest
 
@@ -14,8 +10,9 @@ from mft_megatron.data.packing.packing_options import PackingOptions
 from mft_megatron.data.preprocessing.preprocess import Recipe, preprocess
 from mft_megatron.data.tasks.task_files import TaskFiles
 from mft_megatron.data.tokenizers.load import load_tokenizer
+from tests import source_code
 
-SOURCES = [Path(module.__file__).read_text() for module in (argparse, ast, shutil)]
+SOURCES = [source_code.module(seed, functions) for seed, functions in ((4, 136), (5, 120), (6, 80))]
 
 
 @pytest.fixture(scope="session")
@@ -92,9 +89,8 @@ def both(request, tokenizer_folder, llama_like_folder, sentencepiece_model):
 
 
 def functions():
-    """Return the source of each function in the modules, in the order of the modules."""
-    nodes = [node for text in SOURCES for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
-    return [ast.unparse(node) for node in nodes]
+    """Return functions that are not in the modules."""
+    return source_code.functions(seed=7, count=336)
 
 
 def write_task(folder, name, records):

@@ -20,8 +20,8 @@ from tests.made_dataset import write_dataset
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
     prefix = tmp_path_factory.mktemp("epochs") / "set"
-    write_dataset(prefix, 128)
-    return PackedDataset.open(prefix, 128)
+    write_dataset(prefix, 256)
+    return PackedDataset.open(prefix, 256)
 
 
 @pytest.fixture(autouse=True)

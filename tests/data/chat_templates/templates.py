@@ -1,8 +1,9 @@
 """Small templates in the manner of well-known models, and a tokenizer with the special tokens of all of them."""
 
-import argparse
 import json
 from pathlib import Path
+
+from tests import source_code
 
 SPECIAL = [
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>", "</s>", "<unk>"),
@@ -16,7 +17,7 @@ STRIPPING = {"<|user|>", "<|assistant|>", "<|end|>"}  # as in Phi-3, these absor
 
 
 def save_tokenizer(folder: Path, template: str | None = None, bos: str | None = "<s>", eos: str = "</s>", drop=()):
-    """Train a byte-level BPE on a module of the standard library and save it as a Hugging Face folder."""
+    """Train a byte-level BPE on a module of source code and save it as a Hugging Face folder."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -29,7 +30,7 @@ def save_tokenizer(folder: Path, template: str | None = None, bos: str | None = 
     trainer = trainers.BpeTrainer(
         vocab_size=700, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
-    tokenizer.train_from_iterator([Path(argparse.__file__).read_text()], trainer)
+    tokenizer.train_from_iterator([source_code.module(seed=1, functions=136)], trainer)
     tokenizer.add_special_tokens(
         [AddedToken(name, normalized=False, rstrip=name in STRIPPING) for name in SPECIAL if name not in drop]
     )

@@ -19,9 +19,9 @@ from mft_megatron.data.tasks.reader import TaskReader
 from mft_megatron.data.tasks.record_batches import TokenizedBatch
 from mft_megatron.data.tasks.task_files import TaskFiles, check_task_name, parse_tasks
 from mft_megatron.errors import InputError
+from tests import source_code
 
-MODULES = sorted(Path(json.__file__).parent.glob("*.py"))
-TEXTS = [path.read_text(encoding="utf-8") for path in MODULES]
+TEXTS = [source_code.module(seed, functions=40) for seed in range(5)]
 RECORDS = [{"text": line, "n": number} for text in TEXTS for number, line in enumerate(text.splitlines())]
 CONTENT = "".join(json.dumps(record) + "\n" for record in RECORDS).encode()
 LINE_ENDS = {"LF": CONTENT, "CRLF": CONTENT.replace(b"\n", b"\r\n"), "none at the end": CONTENT.rstrip()}
