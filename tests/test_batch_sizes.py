@@ -5,10 +5,12 @@ import mft_megatron.mcore.platform.patched  # noqa: F401  (before Megatron-Core)
 import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
-from megatron.core.num_microbatches_calculator import RampupBatchsizeNumMicroBatchesCalculator
+from megatron.core import num_microbatches_calculator
 
 from mft_megatron.batch_sizes import BatchSizes, ramp_up, step_schedule
 from mft_megatron.errors import InputError
+
+Theirs = getattr(num_microbatches_calculator, "RampupBatchsizeNumMicroBatchesCalculator", None)
 
 
 def first_sizes(sizes, steps):
@@ -25,13 +27,14 @@ def test_a_ramp_up():
     assert first_sizes(BatchSizes([0], [6]), 3) == [6, 6, 6]
 
 
+@pytest.mark.skipif(Theirs is None, reason="this Megatron-Core has no ramp-up to compare with")
 @given(st.integers(1, 30), st.integers(1, 9), st.integers(1, 12), st.integers(1, 500), st.integers(0, 600))
 @example(2, 2, 3, 10, 10)
 def test_a_ramp_up_agrees_with_megatron(start, increment, steps, samples, consumed):
     # Megatron divides in floating point, which may give either size at the border of two.
     assume(consumed >= samples or consumed * steps % samples)
     end = start + steps * increment
-    theirs = RampupBatchsizeNumMicroBatchesCalculator(end, 1, 1, False, 1, start, increment, samples)
+    theirs = Theirs(end, 1, 1, False, 1, start, increment, samples)
     if consumed == samples:
         assert ramp_up(start, increment, samples, end).after(consumed) == end
         return
