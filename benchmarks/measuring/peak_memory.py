@@ -16,10 +16,12 @@ def peak_memory_of(call: Callable[[], object]) -> int:
     On a GPU memory that torch has allocated; otherwise resident memory (Linux), best measured in a fresh process.
     """
     if devices.HAS_CUDA:
-        torch.accelerator.reset_peak_memory_stats()
-        before = torch.accelerator.memory_allocated()
+        # torch.accelerator counts memory only since torch 2.9
+        counts = torch.cuda  # noqa: TID251
+        counts.reset_peak_memory_stats()
+        before = counts.memory_allocated()
         call()
-        return torch.accelerator.max_memory_allocated() - before
+        return counts.max_memory_allocated() - before
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak, see proc(5)
     before = resident_bytes("VmRSS")
     call()

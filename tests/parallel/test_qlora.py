@@ -22,7 +22,9 @@ def base_content(network, name, index):
 
     import torch
 
-    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(f"{name}{index}".encode()).digest()[:4]))
+    generator = torch.Generator().manual_seed(
+        int.from_bytes(hashlib.sha256(f"{name}{index}".encode()).digest()[:4], "big")
+    )
     hidden, ffn, heads = network.hidden_size, network.ffn_hidden_size, network.num_attention_heads
     groups, head = network.num_query_groups, network.kv_channels
     rows, columns = {

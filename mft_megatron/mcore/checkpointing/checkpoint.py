@@ -305,9 +305,12 @@ def _remove_absent_states(model_state: dict[str, ShardedState], reader: TensorRe
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Ignore deprecation warnings of torch functions that Megatron-Core's checkpoints use."""
+    """Ignore warnings of torch about how Megatron-Core's checkpoints use it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
+        # since 0.19 each rank loads by itself
+        warnings.filterwarnings("ignore", message="The argument order of load has been changed")
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
         yield
 
 

@@ -14,6 +14,7 @@ import torch
 from mft_megatron.errors import InputError
 
 from . import patches, versions
+from .releases import silence_notices
 
 HAS_CUDA = torch.cuda.is_available()
 
@@ -28,6 +29,7 @@ def prepare() -> None:
     for warning in versions.check_installed():
         if os.environ.get("RANK", "0") == "0":
             print(f"warning: {warning}", file=sys.stderr, flush=True)
+    silence_notices()
     with warnings.catch_warnings():
         # Megatron-Core warns that Transformer Engine and apex are missing; this package works without them.
         warnings.simplefilter("ignore")

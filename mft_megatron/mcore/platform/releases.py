@@ -5,6 +5,7 @@ Faults are met in :mod:`.megatron_fixes`; which releases are supported is in :mo
 
 import functools
 import inspect
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -21,3 +22,17 @@ def accepted(function: Callable[..., object], **options: object) -> dict[str, ob
     """The options among these that this release's function has as parameters."""
     parameters = inspect.signature(function).parameters
     return {name: value for name, value in options.items() if name in parameters}
+
+
+# by logger: advice of Megatron-Core's developers to each other, which a user of this package cannot follow
+_NOTICES = {
+    "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",
+    "megatron.core.dist_checkpointing.strategies.common": "_common is deprecated",
+    "megatron.core.dist_checkpointing.strategies.torch": "async save is deprecated",
+}
+
+
+def silence_notices() -> None:
+    """Leave deprecations out of the log that newer releases announce, once on each rank or at each call."""
+    for name, words in _NOTICES.items():
+        logging.getLogger(name).addFilter(lambda record, words=words: words not in record.getMessage())

@@ -1,11 +1,15 @@
 """Differences between releases of Megatron-Core, each met in both forms whatever is installed."""
 
+import mft_megatron.mcore.platform.patched  # noqa: F401  (before Megatron-Core)
+
 import dataclasses
 import functools
+import logging
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.spec_utils import ModuleSpec
 
+from mft_megatron.mcore.platform import releases
 from mft_megatron.mcore.platform.releases import accepted, submodules_of
 
 
@@ -34,3 +38,10 @@ def test_only_accepted_options_are_passed():
         return async_strategy
 
     assert accepted(save, async_strategy="mcore", common_strategy=None) == {"async_strategy": "mcore"}
+
+
+def test_notices_that_no_user_can_follow_are_left_out(caplog):
+    for name, words in releases._NOTICES.items():
+        logging.getLogger(name).warning(f"{words} and will be removed")
+        logging.getLogger(name).warning(f"another matter of {name}")
+    assert caplog.messages == [f"another matter of {name}" for name in releases._NOTICES]
