@@ -35,4 +35,8 @@ _NOTICES = {
 def silence_notices() -> None:
     """Leave deprecations out of the log that newer releases announce, once on each rank or at each call."""
     for name, words in _NOTICES.items():
-        logging.getLogger(name).addFilter(lambda record, words=words: words not in record.getMessage())
+        logging.getLogger(name).addFilter(functools.partial(_lacks, words))
+
+
+def _lacks(words: str, record: logging.LogRecord) -> bool:
+    return words not in record.getMessage()
