@@ -1,4 +1,4 @@
-"""Replacements inside Megatron-Core 0.16.1 that any machine may need; layer files call them where they need them.
+"""Replacements inside Megatron-Core that any machine may need; layer files call them where they need them.
 
 Each is entered in :data:`.patches.PATCHES` with the test that shows that it is still needed.
 """

@@ -5,8 +5,8 @@
     WITHOUT_CUDA    applied by ``devices.prepare`` before Megatron-Core is imported, only where there is no CUDA
     WHERE_NEEDED    called by the layer files that need them, on any machine
 
-When Megatron-Core is updated, run the tests named here: each fails when its patch is no longer needed, and that patch
-can be deleted.
+When a release of Megatron-Core is added to :data:`.versions.MEGATRON_CORE`, run the tests named here under it: each
+fails when its patch is no longer needed. A patch can be deleted when no supported release needs it.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ class Patch:
 
     apply: Callable[..., object]
     needed: str
-    seen_in: str = "0.16.1"
+    seen_in: str = "0.19.2"
 
 
 _EACH = "tests/mcore/platform/test_without_cuda.py::test_each_is_still_needed"

@@ -1,4 +1,4 @@
-"""Replacements that let Megatron-Core 0.16.1 run where there is no CUDA; never active where there is.
+"""Replacements that let Megatron-Core run where there is no CUDA; never active where there is.
 
 Megatron-Core names CUDA in four ways: functions of ``torch.cuda``, the literal ``device="cuda"`` in tensor factories,
 ``Tensor.cuda()``, and type names such as ``torch.cuda.FloatTensor``. Each is pointed at the CPU here.
