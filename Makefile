@@ -15,8 +15,9 @@ STAMP := $(VENV)/$(INSTALLED)
 FIRST_PYTHON = $(shell for python in $(1); do $$python -c '$(2)' 2>/dev/null && echo $$python && break; done)
 IS_NEWEST = import sys; sys.exit(not (3, 12) <= sys.version_info < (3, 14))
 IS_OLDEST = import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 12))
-PYTHON_NEWEST ?= $(call FIRST_PYTHON,python3.12 python3.13 python3,$(IS_NEWEST))
-PYTHON_OLDEST ?= $(call FIRST_PYTHON,python3.10 python3.11 python3,$(IS_OLDEST))
+PYENV = $(wildcard $(HOME)/.pyenv/versions/$(1).*/bin/python)
+PYTHON_NEWEST ?= $(call FIRST_PYTHON,python3.12 python3.13 python3 $(call PYENV,3.12) $(call PYENV,3.13),$(IS_NEWEST))
+PYTHON_OLDEST ?= $(call FIRST_PYTHON,python3.10 python3.11 python3 $(call PYENV,3.10),$(IS_OLDEST))
 NEWEST = VENV=.venv-newest PYTHON="$(PYTHON_NEWEST)" EXTRA=test
 OLDEST = VENV=.venv-oldest PYTHON="$(PYTHON_OLDEST)" EXTRA=test CONSTRAINTS=constraints-oldest.txt
 
