@@ -50,8 +50,6 @@ def whole_run(model, dataset_prefix, tmp_path_factory):
 
 def test_the_log_names_the_implementation(whole_run):
     assert "frozen matrices: NF4, by torch;" in whole_run[1]
-    losses = [loss for _, loss, _ in steps(whole_run[0])]
-    assert losses[-1] < losses[0]
 
 
 def test_checkpoints_hold_only_adapters(whole_run):
@@ -60,9 +58,11 @@ def test_checkpoints_hold_only_adapters(whole_run):
     checkpoint = whole_run[0] / "iter_0000004"
     info = json.loads((checkpoint / "mft_checkpoint.json").read_text())
     assert (info["peft_type"], info["has_base"]) == ("qlora", False)
-    names = TensorReader(checkpoint).names()
+    reader = TensorReader(checkpoint)
+    names = reader.names()
     assert len(names) == 8
     assert all(name.endswith((".lora_a", ".lora_b")) for name in names)
+    assert all(reader.read(name).any() for name in names)  # each B was 0 before the first step
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(whole_run, model, dataset_prefix, tmp_path):
