@@ -57,7 +57,7 @@ MODELS = {
     "qwen3": ("Qwen3", {"head_dim": 32}),
     "mistral": ("Mistral", {"sliding_window": 9, "head_dim": 8}),
     "gemma": ("Gemma", {"num_key_value_heads": 1, "head_dim": 32, "rms_norm_eps": 1e-3}),
-    "gemma in groups": ("Gemma", {"head_dim": 16, "hidden_act": "gelu", "hidden_activation": None}),
+    "gemma in groups": ("Gemma", {"head_dim": 16, "hidden_activation": None}),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "sliding_window": 13, "num_hidden_layers": 2}),
     "gpt-neox": ("GPTNeoX", {"rope_parameters": {**PLAIN, "partial_rotary_factor": 0.5}}),
     "gpt-neox in turn tied": (

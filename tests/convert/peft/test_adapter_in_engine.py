@@ -73,5 +73,6 @@ def _differences(layout, world_size, cases):
 @pytest.mark.parametrize(("layout", "size"), [("", 1), ("--tensor-model-parallel-size 2 --sequence-parallel", 2)])
 def test_logits_are_those_of_peft(adapters, layout, size):
     some = adapters if size == 1 else adapters[:3]  # Gemma has one key/value head
+    # these adapters are large: PEFT's own logits in fp32 differ by 1e-4 from its logits in fp64
     for differences in run_on_ranks(size, _differences, layout, size, some):
-        assert max(differences) < 1e-4, differences
+        assert max(differences) < 4e-4, differences
