@@ -1,4 +1,4 @@
-"""What pyproject.toml and the files of pins say."""
+"""The requirements in pyproject.toml and the versions in the files of pins."""
 
 import functools
 import re
