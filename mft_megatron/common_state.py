@@ -19,9 +19,9 @@ from .inert_pickle import Inert, InertUnpickler
 
 COMMON = "common.pt"
 OBJECT = "common_state"
+# Megatron-Core's key of an object's only shard
+ENTRY = f"{OBJECT}/shard_0_1"
 INDEX = ".metadata"
-# Megatron-Core's name of the only shard of an object
-_ENTRY = f"{OBJECT}/shard_0_1"
 
 
 def read_common(path: Path) -> Mapping[str, object]:
@@ -73,7 +73,7 @@ def _stored_object(path: Path) -> tuple[IO[bytes], str] | None:
         with open(index, "rb") as stream:
             metadata = InertUnpickler(stream).load()
         entries = metadata.state["storage_data"].items()
-        found = [stored.state for key, stored in entries if key.state["fqn"] == _ENTRY]
+        found = [stored.state for key, stored in entries if key.state["fqn"] == ENTRY]
     except Exception as error:  # a pickle can fail in any way
         raise _damaged(str(index), error) from None
     if not found:

@@ -1,4 +1,4 @@
-"""The requirements in pyproject.toml and the versions in the files of pins."""
+"""Bounds in pyproject.toml and pins in the files of constraints, as tests read them."""
 
 import functools
 import re

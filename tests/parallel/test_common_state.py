@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 
+from mft_megatron.common_state import ENTRY
 from mft_megatron.errors import InputError
 from mft_megatron.mcore.checkpointing import common_state
 from mft_megatron.mcore.checkpointing.tensor_reader import TensorReader
@@ -35,7 +36,7 @@ def test_without_common_pt(dataset_prefix, saved, tmp_path):
     shutil.copytree(saved[0], folder)
     path = latest_checkpoint(folder).path
     (path / "common.pt").unlink()
-    if TensorReader(path).has_entry(common_state.OBJECT):
+    if TensorReader(path).has_entry(ENTRY):
         assert run_on_ranks(2, some_steps, dataset_prefix, "", 2, str(folder), None, 3, 77)[0] == saved[1]
     else:
         with pytest.raises(pytest.fail.Exception, match=r"InputError: .*common.pt is missing; the checkpoint is dam"):

@@ -12,15 +12,13 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 
+from mft_megatron.common_state import COMMON, ENTRY
 from mft_megatron.errors import InputError
 
 from .tensor_reader import TensorReader
 
-FILE = "common.pt"
-OBJECT = ShardedObject("common_state", None, (1,), (0,)).unique_key
 # releases that read the object no longer take a strategy for the file
 _READS_OBJECT = "common_strategy" not in inspect.signature(dist_checkpointing.load).parameters
 
@@ -32,9 +30,9 @@ def write_common(state: dict[str, Any], path: Path) -> None:
         state: the sharded state dict that was given to Megatron-Core's save.
         path: the checkpoint's folder.
     """
-    if not (path / FILE).exists():
+    if not (path / COMMON).exists():
         _, common = save_preprocess(state, validate_access_integrity=False)
-        torch.save(common, path / FILE)
+        torch.save(common, path / COMMON)
 
 
 def require_common(path: Path, reader: TensorReader) -> None:
@@ -43,12 +41,12 @@ def require_common(path: Path, reader: TensorReader) -> None:
     Raises:
         InputError: it is in neither place, or only in the object, and this release reads only the file.
     """
-    if (path / FILE).is_file():
+    if (path / COMMON).is_file():
         return
-    if not reader.has_entry(OBJECT):
-        raise InputError(f"{path}: {FILE} is missing; the checkpoint is damaged")
+    if not reader.has_entry(ENTRY):
+        raise InputError(f"{path}: {COMMON} is missing; the checkpoint is damaged")
     if not _READS_OBJECT:
         raise InputError(
-            f"{path}: {FILE} is missing, and the installed Megatron-Core reads nothing else; restore the file, or load "
-            "the checkpoint with Megatron-Core 0.19 or later"
+            f"{path}: {COMMON} is missing, and the installed Megatron-Core reads nothing else; restore the file, or "
+            "load the checkpoint with Megatron-Core 0.19 or later"
         )

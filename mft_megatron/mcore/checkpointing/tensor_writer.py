@@ -27,7 +27,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
 
-from . import common_state
+from mft_megatron.common_state import COMMON
+
 from .weight_source import WeightSlice, WeightSource
 
 
@@ -71,7 +72,7 @@ def write_weights(
         except RuntimeError as error:
             # on a full disk torch.save raises its own error over the OSError that names the cause
             raise error.__context__ if isinstance(error.__context__, OSError) else error from None
-    torch.save({}, path / common_state.FILE)
+    torch.save({}, path / COMMON)
     save_config(CheckpointingConfig("torch_dist", 1), str(path))
     chunks: dict[str, list[ChunkStorageMetadata]] = {name: [] for name in weights}
     for part in slices:
