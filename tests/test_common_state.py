@@ -4,7 +4,6 @@ import argparse
 import io
 import pickle
 import zipfile
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,18 +14,9 @@ from mft_megatron.errors import InputError
 from mft_megatron.run_folder import is_of_megatron
 from tests.convert.megatron_models import SHAPE, args_of, move_to_object
 from tests.ranks import run_on_ranks
+from tests.trap import Trap
 
 FORMS = ("common.pt", "object")
-
-
-class _Trap:
-    """An object whose pickle creates a file when it is loaded."""
-
-    def __init__(self, file):
-        self._file = file
-
-    def __reduce__(self):
-        return Path.touch, (self._file,)
 
 
 def store(folder, form, content):
@@ -49,7 +39,7 @@ def test_both_forms_are_read(tmp_path, form):
 @pytest.mark.parametrize("form", FORMS)
 def test_no_code_in_it_is_executed(tmp_path, form):
     sprung = tmp_path / "sprung"
-    state = {"args": _Trap(sprung), "iteration": 3}
+    state = {"args": Trap(sprung), "iteration": 3}
     torch.load(_saved(state), weights_only=False)
     assert sprung.exists()  # an ordinary reader executes it
     sprung.unlink()
@@ -74,7 +64,7 @@ def _saved(content):
 
 def test_no_code_in_the_index_is_executed(tmp_path):
     sprung = tmp_path / "sprung"
-    (tmp_path / ".metadata").write_bytes(pickle.dumps(_Trap(sprung)))
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Trap(sprung)))
     with pytest.raises(InputError, match=r"\.metadata: cannot be read .* the checkpoint is damaged"):
         read_common(tmp_path)
     assert not sprung.exists()

@@ -162,7 +162,8 @@ class Exports:
         if code == 0:
             return {"path": path, "seconds": round(time.perf_counter() - ended.start, 3)}
         errors = [line for line in lines if line.startswith("error: ")]
-        reason = (errors or lines or [""])[-1].removeprefix("error: ") or f"exit code {code}"
+        others = [line for line in lines if not line.startswith("warning: ")]
+        reason = (errors or others or [""])[-1].removeprefix("error: ") or f"exit code {code}"
         command = f"{self._program.name} {' '.join(self._command(ended.checkpoint))}"
         self._failed[ended.checkpoint] = f"{ended.checkpoint} was not exported ({reason}); later {command} will do it"
         return {"path": path, "failed": reason}

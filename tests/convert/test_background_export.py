@@ -29,6 +29,7 @@ if (checkpoint / "bad").exists():
     print("and a line after")
     sys.exit(2)
 if (checkpoint / "killed").exists():
+    print("warning: a newer release", flush=True)
     os.abort()
 words = [direction, sys.argv[3], os.environ.get("RANK"), os.environ["CUDA_VISIBLE_DEVICES"]]
 os.makedirs(folder)

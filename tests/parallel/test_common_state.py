@@ -1,6 +1,8 @@
 """State that is not sharded is in common.pt under every release, and loads from where the release keeps it, too."""
 
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -41,6 +43,43 @@ def test_without_common_pt(dataset_prefix, saved, tmp_path):
     else:
         with pytest.raises(pytest.fail.Exception, match=r"InputError: .*common.pt is missing; the checkpoint is dam"):
             run_on_ranks(2, some_steps, dataset_prefix, "", 2, str(folder), None, 3, 77)
+
+
+def _save_to_a_full_disk(prefix, options, folder):
+    """Save a checkpoint where ``common.pt`` finds no space, as the main rank alone sees; return each rank's error."""
+    import errno
+    import functools
+
+    from megatron.core import dist_checkpointing
+
+    save = dist_checkpointing.save
+
+    @functools.wraps(save)
+    def save_without_common(state, path, **options):
+        request = save(state, path, **options)
+        if os.environ["RANK"] == "0":
+            Path(path, "common.pt").unlink(missing_ok=True)  # older releases write it themselves
+        return request
+
+    def write(common, file):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(dist_checkpointing, "save", save_without_common)
+        monkeypatch.setattr(common_state, "_write", write)
+        with pytest.raises(InputError) as error:
+            some_steps(prefix, options, 2, folder, 2, 3, 1)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("options", ["", ASYNC])
+def test_a_full_disk_ends_all_ranks_with_a_line(dataset_prefix, tmp_path, options):
+    said = run_on_ranks(2, _save_to_a_full_disk, dataset_prefix, options, str(tmp_path))
+    file, rest = "iter_0000002/common.pt", "; the previous checkpoint is still the newest of the run"
+    assert said[0] == f"{tmp_path}/{file}: cannot be written (No space left on device){rest}"
+    assert said[1] == f"{tmp_path}/{file}: cannot be written (on the main rank){rest}"
+    with pytest.raises(InputError, match="no checkpoint was completed there"):
+        latest_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize(("reads_object", "said"), [(True, None), (False, "reads nothing else; restore the file")])

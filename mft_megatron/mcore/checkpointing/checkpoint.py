@@ -91,7 +91,7 @@ class Writer:
             the checkpoint's folder, complete unless it is written in the background.
 
         Raises:
-            InputError: the previous checkpoint could not be written in the background.
+            InputError: the previous checkpoint could not be written in the background, or this one's common state.
         """
         self.finish()
         path = iteration_folder(folder, info.iteration)
@@ -120,8 +120,7 @@ class Writer:
                 # since 0.17 the default is the queue of another package
                 **accepted(dist_checkpointing.save, async_strategy="mcore"),
             )
-            if process_groups.is_main():
-                write_common(state, path)
+            write_common(state, path)
             if self._queue is not None:
                 request.add_finalize_fn(complete)
                 self._queue.schedule_async_request(request)

@@ -7,6 +7,7 @@ always in ``common.pt``, which all supported releases load; where Megatron-Core 
 import mft_megatron.mcore.platform.patched  # noqa: F401  (before Megatron-Core)
 
 import inspect
+import io
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 
 from mft_megatron.common_state import COMMON, ENTRY
 from mft_megatron.errors import InputError
+from mft_megatron.mcore.parallel import process_groups
 
 from .tensor_reader import TensorReader
 
@@ -24,22 +26,50 @@ _READS_OBJECT = "common_strategy" not in inspect.signature(dist_checkpointing.lo
 
 
 def write_common(state: dict[str, Any], path: Path) -> None:
-    """Write ``common.pt``, by one rank, where Megatron-Core's save has not.
+    """Write ``common.pt``, on the main rank, where Megatron-Core's save has not; a collective of all ranks.
 
     Args:
         state: the sharded state dict that was given to Megatron-Core's save.
         path: the checkpoint's folder.
+
+    Raises:
+        InputError: the file cannot be written; on every rank.
     """
-    if not (path / COMMON).exists():
+    problem = None
+    if process_groups.is_main() and not (path / COMMON).exists():
         _, common = save_preprocess(state, validate_access_integrity=False)
-        torch.save(common, path / COMMON)
+        try:
+            _write(common, path / COMMON)
+        except OSError as error:
+            problem = error.strerror
+    if process_groups.any_rank(problem is not None):
+        raise InputError(
+            f"{path / COMMON}: cannot be written ({problem or 'on the main rank'}); the previous checkpoint is still "
+            "the newest of the run"
+        )
+
+
+def write_no_common(path: Path) -> None:
+    """Write the ``common.pt`` of a checkpoint that holds weights alone.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    _write({}, path / COMMON)
+
+
+def _write(common: dict[str, Any], file: Path) -> None:
+    # torch.save to a path would hide the OSError of a full disk
+    content = io.BytesIO()
+    torch.save(common, content)
+    file.write_bytes(content.getbuffer())
 
 
 def require_common(path: Path, reader: TensorReader) -> None:
     """Refuse a checkpoint whose common state this release cannot read.
 
     Raises:
-        InputError: it is in neither place, or only in the object, and this release reads only the file.
+        InputError: it is in neither form, or only in the object, and this release reads only the file.
     """
     if (path / COMMON).is_file():
         return

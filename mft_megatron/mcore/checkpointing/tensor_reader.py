@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from mft_megatron.common_state import INDEX
 from mft_megatron.errors import InputError
-from mft_megatron.inert_pickle import InertUnpickler
+from mft_megatron.inert_pickle import Inert, InertUnpickler
 
 # what an index is made of; other names in it, such as those of save plans, are not needed
 _CLASSES = (
@@ -49,9 +49,16 @@ class _IndexUnpickler(InertUnpickler):
     """Unpickler that knows dtypes and the classes of torch's index; every other name stands for an inert class."""
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
             return dtype
         return _BY_NAME.get((module, name)) or super().find_class(module, name)
+
+
+def _member(owner: object, name: str) -> object:
+    """A memory format: the first releases of Python 3.11 pickle members of an enum by name, all others by value."""
+    return _MEM_FORMAT_ENCODING[name] if owner is _MEM_FORMAT_ENCODING else Inert(owner, name)
 
 
 class TensorReader:

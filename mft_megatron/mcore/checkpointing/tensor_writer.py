@@ -27,8 +27,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
 
-from mft_megatron.common_state import COMMON
-
+from .common_state import write_no_common
 from .weight_source import WeightSlice, WeightSource
 
 
@@ -72,7 +71,7 @@ def write_weights(
         except RuntimeError as error:
             # on a full disk torch.save raises its own error over the OSError that names the cause
             raise error.__context__ if isinstance(error.__context__, OSError) else error from None
-    torch.save({}, path / COMMON)
+    write_no_common(path)
     save_config(CheckpointingConfig("torch_dist", 1), str(path))
     chunks: dict[str, list[ChunkStorageMetadata]] = {name: [] for name in weights}
     for part in slices:

@@ -55,21 +55,21 @@ def check_installed() -> list[str]:
     return check(_megatron_core(), str(torch.__version__), has_no_dist)
 
 
-def check(megatron_core: str | None, torch: str, has_no_dist: bool = True) -> list[str]:
+def check(megatron_core: str | None, torch_version: str, has_no_dist: bool = True) -> list[str]:
     """Compare versions with the table, as :func:`check_installed` does.
 
     Args:
         megatron_core: its version, ``None`` if it is not installed.
-        torch: its version.
+        torch_version: that of torch.
         has_no_dist: whether torch's function that loads a checkpoint has the argument ``no_dist``.
     """
     if megatron_core is None:
         raise InputError(f"Megatron-Core is not installed: pip install '{MEGATRON_CORE.install}'")
-    warnings = [_compare(MEGATRON_CORE, megatron_core), _compare(TORCH, torch)]
+    warnings = [_compare(MEGATRON_CORE, megatron_core), _compare(TORCH, torch_version)]
     release = _release(megatron_core)
     if release is not None and release >= NEEDS_NO_DIST and not has_no_dist:
         raise InputError(
-            f"Megatron-Core {megatron_core} cannot load checkpoints with torch {torch}, whose "
+            f"Megatron-Core {megatron_core} cannot load checkpoints with torch {torch_version}, whose "
             "torch.distributed.checkpoint.load lacks the argument no_dist; install torch>=2.7, or "
             "'megatron-core>=0.16.1,<0.18'"
         )
@@ -106,7 +106,10 @@ def _megatron_core() -> str | None:
         return None
     if spec is None or spec.origin is None:
         return None
-    source = (Path(spec.origin).parent / "package_info.py").read_text()
-    values = dict(re.findall(r"^(MAJOR|MINOR|PATCH|PRE_RELEASE) *= *(.+)$", source, re.MULTILINE))
-    numbers = {name: ast.literal_eval(value) for name, value in values.items()}
-    return "{MAJOR}.{MINOR}.{PATCH}{PRE_RELEASE}".format(**numbers)
+    try:
+        source = (Path(spec.origin).parent / "package_info.py").read_text()
+        values = dict(re.findall(r"^(MAJOR|MINOR|PATCH|PRE_RELEASE) *= *(.+)$", source, re.MULTILINE))
+        numbers = {name: ast.literal_eval(value) for name, value in values.items()}
+        return "{MAJOR}.{MINOR}.{PATCH}{PRE_RELEASE}".format(**numbers)
+    except (OSError, KeyError, ValueError, SyntaxError):
+        return "unknown"

@@ -73,6 +73,7 @@ def _differences(layout, world_size, cases):
 @pytest.mark.parametrize(("layout", "size"), [("", 1), ("--tensor-model-parallel-size 2 --sequence-parallel", 2)])
 def test_logits_are_those_of_peft(adapters, layout, size):
     some = adapters if size == 1 else adapters[:3]  # Gemma has one key/value head
-    # these adapters are large: PEFT's own logits in fp32 differ by 1e-4 from its logits in fp64
+    # rounding alone: these adapters are large, and PEFT's logits in fp32 differ by 1e-4 from those in fp64; measured
+    # are 5e-5 with torch 2.13 and 2.4e-4 with torch 2.6
     for differences in run_on_ranks(size, _differences, layout, size, some):
         assert max(differences) < 4e-4, differences

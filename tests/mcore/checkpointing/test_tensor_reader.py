@@ -1,25 +1,15 @@
 """Weights of a checkpoint are read without executing code that its index names."""
 
 import pickle
-from pathlib import Path
 
 import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, save
-from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, MetadataIndex
 
 from mft_megatron.errors import InputError
 from mft_megatron.mcore.checkpointing.tensor_reader import TensorReader
-
-
-class _Trap:
-    """An object whose pickle creates a file when it is loaded."""
-
-    def __init__(self, file):
-        self._file = file
-
-    def __reduce__(self):
-        return Path.touch, (self._file,)
+from tests.trap import Trap
 
 
 @pytest.fixture
@@ -34,7 +24,7 @@ def test_weights_are_read_and_unknown_names_of_the_index_are_inert(checkpoint):
     path, weights = checkpoint
     sprung = path / "sprung"
     index = FileSystemReader(path).read_metadata()
-    index.planner_data = {"trap": _Trap(sprung)}
+    index.planner_data = {"trap": Trap(sprung)}
     (path / ".metadata").write_bytes(pickle.dumps(index))
     FileSystemReader(path).read_metadata()
     assert sprung.exists()  # torch executes it
@@ -47,10 +37,22 @@ def test_weights_are_read_and_unknown_names_of_the_index_are_inert(checkpoint):
     assert not sprung.exists()
 
 
+@pytest.mark.filterwarnings("ignore")  # of torch, which saves without process groups
+def test_memory_formats_by_name_are_read(checkpoint, monkeypatch):
+    """Python 3.11.0 to 3.11.3 pickle a member of an enum as ``getattr(class, name)``, all others by its value."""
+    path, weights = checkpoint
+    index = FileSystemReader(path).read_metadata()
+    by_name = lambda member, protocol: (getattr, (type(member), member.name))  # noqa: E731
+    monkeypatch.setattr(_MEM_FORMAT_ENCODING, "__reduce_ex__", by_name)
+    (path / ".metadata").write_bytes(pickle.dumps(index))
+    assert b"getattr" in (path / ".metadata").read_bytes()
+    assert torch.equal(TensorReader(path).read("flat"), weights["flat"])
+
+
 @pytest.mark.parametrize("content", [None, {}, MetadataIndex("flat")])
 def test_an_index_that_is_none(tmp_path, content):
     sprung = tmp_path / "sprung"
-    (tmp_path / ".metadata").write_bytes(pickle.dumps(_Trap(sprung) if content is None else content))
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Trap(sprung) if content is None else content))
     with pytest.raises(InputError, match=r"its index .metadata cannot be read \(it holds no index of torch\)"):
         TensorReader(tmp_path)
     assert not sprung.exists()

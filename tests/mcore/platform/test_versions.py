@@ -79,6 +79,18 @@ def test_the_installed_releases_are_read_without_an_import():
     assert versions.check_installed() == []
 
 
+@pytest.mark.parametrize(
+    "source", [None, "MAJOR = 0\nMINOR = 19\nPATCH = 2\n", "MAJOR = 0\nMINOR = 19\nPATCH = f()\nPRE_RELEASE = ''\n"]
+)
+def test_a_version_that_cannot_be_read_is_warned_about(tmp_path, monkeypatch, source):
+    if source is not None:
+        (tmp_path / "package_info.py").write_text(source)
+    spec = importlib.util.spec_from_file_location("megatron.core", tmp_path / "__init__.py")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    (warning,) = versions.check_installed()
+    assert warning.startswith("Megatron-Core has the version 'unknown', which cannot be compared with 0.16.1 to 0.19")
+
+
 def _run(folder, minor, command, **environment):
     """Run a command with the installed Megatron-Core, which says that it is release 0.``minor``."""
     package = folder / "megatron" / "core"
