@@ -1,6 +1,6 @@
 """Import every module of the package and every command, each of which needs no more than the base dependencies.
 
-Run as a script in an environment without the extras: no pytest here.
+Run as a script in an environment without the extras: no pytest here. An installed package goes before the checkout's.
 """
 
 import importlib
@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 def main() -> None:
     """Import, and print the count."""
-    sys.path.insert(0, str(ROOT))
+    sys.path.append(str(ROOT))  # last: a checkout has no extension where the package was built elsewhere
     names = ["pretrain_mft"]
     for folder in ("mft_megatron", "tools"):
         for path in sorted((ROOT / folder).rglob("*.py")):

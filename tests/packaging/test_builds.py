@@ -76,6 +76,18 @@ def test_the_installed_wheel_packs_and_its_command_answers(environment, wheel):
         assert "--data-path" in help_text.stdout
 
 
+def test_every_module_is_imported_from_the_installed_wheel(environment, wheel, source_copy, tmp_path):
+    """Beside a checkout whose extension was not built, as in an environment of ``pip install .``."""
+    assert environment.pip("install", "--no-deps", wheel).returncode == 0
+    checkout = shutil.copytree(source_copy, tmp_path / "checkout")
+    script = shutil.copytree(ROOT / "tests/packaging", checkout / "tests/packaging") / "import_every_module.py"
+    assert not list(checkout.rglob("*.so"))
+    variables = {"PYTHONPATH": sysconfig.get_path("purelib"), "PYTHONSAFEPATH": "1", "PYTHONWARNINGS": "ignore"}
+    process = environment.run(script, **variables)
+    assert process.returncode == 0, process.stderr
+    assert "modules imported" in process.stdout
+
+
 def refusals(process):
     """Lines with the project's own message, of a build that failed without a traceback."""
     output = process.stdout + process.stderr
