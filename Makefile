@@ -56,7 +56,7 @@ test-newest: ## the tests of every change on Python 3.12 or 3.13 with the newest
 		echo "error: Python 3.12 or 3.13 is needed; name it, as in: make test-newest PYTHON_NEWEST=/path/to/python3.12"; exit 1; }
 	@$(MAKE) --no-print-directory $(NEWEST) test-with-others
 
-test-oldest: ## the tests of every change on Python 3.10 with the lower bounds of pyproject.toml, in .venv-oldest
+test-oldest: ## the tests of every change on Python 3.10 with the lower bounds of the dependencies and the build, in .venv-oldest
 	@$(or $(PYTHON_OLDEST),false) -c '$(IS_OLDEST)' 2>/dev/null || { \
 		echo "error: Python 3.10 or 3.11 is needed; name it, as in: make test-oldest PYTHON_OLDEST=/path/to/python3.10"; exit 1; }
 	@$(MAKE) --no-print-directory $(OLDEST) test
