@@ -21,6 +21,7 @@ INDEX = {
     "torch": ("2.6.0", "2.13.0", "2.14.1", "2.15.0"),
     "flash-attn": ("2.7.3", "2.8.3"),
     "numpy": ("1.26.0", "2.4.6"),
+    "orjson": ("3.11.0", "99.0"),
     "transformer-engine-torch": ("2.11.0",),
 }
 MEGATRON_CORE = ("0.16.1", "0.19.2", "0.20.0rc1", "0.20.0")
@@ -130,16 +131,37 @@ def test_pip_refuses_a_vendors_torch_that_is_too_old_if_it_must_stay(environment
     assert environment.versions() == before
 
 
-@pytest.mark.parametrize("further", [{}, {"PIP_CONSTRAINT": "vendor.txt"}])
-def test_constraints_of_the_container_install_everything_else(environment, tmp_path, metadata, further):
+@pytest.mark.parametrize(("pins", "orjson"), [(None, "99.0"), ("numpy==1.26.4\norjson==3.11.0\n", "3.11.0")])
+def test_constraints_of_the_container_install_everything_else(environment, tmp_path, metadata, pins, orjson):
     """Containers that set PIP_CONSTRAINT keep what it pins as well."""
     fill_index(tmp_path / "wheels", metadata)
     before = vendor_container(environment, tmp_path / "wheels", "2.10.0a0+b4e4ee8.nv25.12")
-    (tmp_path / "vendor.txt").write_text("numpy==1.26.4\norjson==99.0\n")
-    variables = {name: str(tmp_path / value) for name, value in further.items()}
-    process = environment.pip("install", "-c", constraints_of(environment, tmp_path), "mft-megatron[gpu]", **variables)
+    kept = constraints_of(environment, tmp_path)
+    process = environment.pip("install", "-c", kept, "mft-megatron[gpu]", **pip_constraint(tmp_path, pins))
     assert process.returncode == 0, process.stderr
     after = environment.versions()
     assert before.items() < after.items()
     assert after["megatron-core"] == "0.19.2"
+    assert after["orjson"] == orjson
     assert environment.pip("check").returncode == 0
+
+
+def pip_constraint(folder, pins):
+    """Environment variables of a container with these pins, ``None`` if it has none."""
+    if pins is None:
+        return {}
+    (folder / "vendor.txt").write_text(pins)
+    return {"PIP_CONSTRAINT": str(folder / "vendor.txt")}
+
+
+def test_a_pin_of_the_container_outside_the_bounds_is_refused(environment, tmp_path, metadata):
+    """pip names the pin and changes nothing; without that line it installs."""
+    fill_index(tmp_path / "wheels", metadata)
+    write_wheel(tmp_path / "wheels", "orjson", "3.9.15")
+    before = vendor_container(environment, tmp_path / "wheels", "2.10.0a0+b4e4ee8.nv25.12")
+    command = ("install", "-c", constraints_of(environment, tmp_path), "mft-megatron")
+    process = environment.pip(*command, **pip_constraint(tmp_path, "numpy==1.26.4\norjson==3.9.15\n"))
+    assert process.returncode != 0
+    assert "The user requested (constraint) orjson==3.9.15" in process.stdout
+    assert environment.versions() == before
+    assert environment.pip(*command, **pip_constraint(tmp_path, "numpy==1.26.4\n")).returncode == 0
