@@ -10,8 +10,8 @@ PIP_INSTALL = $(VENV)/bin/python -m pip install --disable-pip-version-check --no
 INSTALLED = .mft_megatron_installed
 STAMP := $(VENV)/$(INSTALLED)
 
-# `make test-newest` and `make test-oldest`: an environment each, beside the one of `make test`. The C++ extension of each
-# Python lies in mft_megatron/data under a name of its own.
+# `make test-newest` and `make test-oldest`: an environment each, beside the one of `make test`. In mft_megatron/data the C++
+# extension is named by Python's minor version: environments of the same minor version share it.
 FIRST_PYTHON = $(shell for python in $(1); do $$python -c '$(2)' 2>/dev/null && echo $$python && break; done)
 IS_NEWEST = import sys; sys.exit(not (3, 12) <= sys.version_info < (3, 14))
 IS_OLDEST = import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 12))
@@ -121,9 +121,12 @@ export CHECK_MACHINE
 # The pinned torch for the Python that runs this.
 define PINNED_TORCH
 import sys
-from pip._vendor.packaging.requirements import Requirement
-pins = [Requirement(line) for line in open(sys.argv[1]) if line.startswith("torch==")]
-print(*[str(pin.specifier)[2:] for pin in pins if not pin.marker or pin.marker.evaluate()])
+from packaging.requirements import Requirement
+pins = [Requirement(line.strip()) for line in open(sys.argv[1]) if line.startswith("torch==")]
+versions = [str(pin.specifier)[2:] for pin in pins if not pin.marker or pin.marker.evaluate()]
+if not versions:
+    sys.exit("error: %s has no line torch==... for Python %d.%d; add one" % ((sys.argv[1],) + sys.version_info[:2]))
+print(versions[0])
 endef
 export PINNED_TORCH
 
@@ -131,7 +134,7 @@ export PINNED_TORCH
 $(STAMP): pyproject.toml setup.py $(CONSTRAINTS) $(wildcard csrc/*)
 	@if [ -x $(VENV)/bin/python ]; then $(VENV)/bin/python -c "$$CHECK_MACHINE"; else $(PYTHON) -c "$$CHECK_MACHINE"; fi
 	@[ -x $(VENV)/bin/python ] || $(PYTHON) -m venv $(VENV)
-	$(PIP_INSTALL) setuptools wheel pybind11
+	$(PIP_INSTALL) setuptools wheel pybind11 packaging
 	@torch=$$($(VENV)/bin/python -c "$$PINNED_TORCH" $(CONSTRAINTS)) || exit 1; \
 	if $(VENV)/bin/python -m pip freeze | grep -q "^torch==$$torch\(+\|$$\)"; then \
 		echo "torch $$torch is installed"; \

@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 
 import pytest
 from packaging.requirements import Requirement
@@ -85,6 +87,30 @@ def test_the_table_of_versions_in_the_documents_has_the_pins():
         pinned = {pins("constraints.txt", python)[name] for python in PYTHONS}
         assert pinned == set(re.findall(r"\d+\.\d+\.\d+", newest))
         assert oldest == pins("constraints-oldest.txt", "3.10")[name]
+
+
+def pinned_torch(constraints):
+    """Run the Makefile's script that chooses torch."""
+    (script,) = re.findall(
+        r"^define PINNED_TORCH\n(.*?)^endef", (ROOT / "Makefile").read_text(), re.DOTALL | re.MULTILINE
+    )
+    return subprocess.run([sys.executable, "-c", script, constraints], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("constraints", ["constraints.txt", "constraints-oldest.txt"])
+def test_make_installs_the_pinned_torch(constraints):
+    process = pinned_torch(ROOT / constraints)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.split() == [pins(constraints, "{}.{}".format(*sys.version_info))["torch"]]
+
+
+@pytest.mark.parametrize("lines", ["", "numpy==2.4.6\n", "torch==2.6.0 ; python_version < '3'\n"])
+def test_make_refuses_constraints_without_a_pin_of_torch(tmp_path, lines):
+    (tmp_path / "pins.txt").write_text(lines)
+    process = pinned_torch(tmp_path / "pins.txt")
+    assert process.returncode != 0
+    assert process.stdout == ""
+    assert re.fullmatch(r"error: \S+pins\.txt has no line torch==\.\.\. for Python 3\.\d+; add one\n", process.stderr)
 
 
 def test_bounds_and_pins_lie_in_the_table_of_releases_that_work():
