@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 
-# Every install goes through the pins, and nothing is built in an environment of its own, so no second torch comes in.
+# Every install goes through the pins, and nothing is built in an isolated environment, so no second torch comes in.
 CONSTRAINTS = constraints.txt
 EXTRA = dev
 PIP_INSTALL = $(VENV)/bin/python -m pip install --disable-pip-version-check --no-build-isolation -c $(CONSTRAINTS)
@@ -21,7 +21,7 @@ PYTHON_OLDEST ?= $(call FIRST_PYTHON,python3.10 python3.11 python3 $(call PYENV,
 NEWEST = VENV=.venv-newest PYTHON="$(PYTHON_NEWEST)" EXTRA=test
 OLDEST = VENV=.venv-oldest PYTHON="$(PYTHON_OLDEST)" EXTRA=test CONSTRAINTS=constraints-oldest.txt
 
-# Other releases of Megatron-Core than the pinned one, each in a folder of its own, for tests that go from one to another.
+# Other releases of Megatron-Core than the pinned one, each in its folder, for tests that go from one to another.
 OTHER_MEGATRON_CORE = 0.16.1 0.17.1 0.18.2
 OTHERS = $(OTHER_MEGATRON_CORE:%=$(VENV)/megatron-core/%)
 EMPTY =

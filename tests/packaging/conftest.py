@@ -62,7 +62,7 @@ def environment(tmp_path):
 
 @pytest.fixture(scope="session")
 def source_copy(tmp_path_factory):
-    """The files that a build reads, in a folder of their own: nothing of the checkout is overwritten."""
+    """The files that a build reads, in a temporary folder: nothing of the checkout is overwritten."""
     folder = tmp_path_factory.mktemp("source")
     for name in SOURCES:
         if (ROOT / name).is_dir():

@@ -35,7 +35,7 @@ def test_each_lower_bound_is_a_pin_of_the_oldest_environment():
 
 
 @pytest.mark.parametrize("python", PYTHONS)
-def test_pins_lie_within_the_bounds(python):
+def test_pins_are_within_the_bounds(python):
     required = [*pyproject()["project"]["dependencies"], *pyproject()["build-system"]["requires"]]
     optional = pyproject()["project"]["optional-dependencies"]
     required += [*optional["test"], *optional["dev"], *optional["qlora"], *optional["tracking"]]
@@ -113,7 +113,7 @@ def test_make_refuses_constraints_without_a_pin_of_torch(tmp_path, lines):
     assert re.fullmatch(r"error: \S+pins\.txt has no line torch==\.\.\. for Python 3\.\d+; add one\n", process.stderr)
 
 
-def test_bounds_and_pins_lie_in_the_table_of_releases_that_work():
+def test_bounds_and_pins_are_in_the_table_of_releases_that_work():
     required = requirements(pyproject()["project"]["dependencies"])
     (others,) = re.findall(r"^OTHER_MEGATRON_CORE = (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     used = {"torch": set(), "megatron-core": set(others.split())}

@@ -34,7 +34,10 @@ class RMSNorm(torch.nn.RMSNorm):
         self.shift = _weight_shift(self, config)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Normalise [..., hidden size]; the result has the weight's dtype, which a residual stream in fp32 has not."""
+        """Normalise [..., hidden size]; the result has the weight's dtype.
+
+        The input, a residual stream in fp32, may have another.
+        """
         # The view is an autograd node before the norm's several uses of the input, so that their gradients are added
         # before the residual stream's gradient: then a recomputed norm gives the same gradient, bit for bit.
         hidden = hidden.view_as(hidden)
@@ -54,7 +57,10 @@ class LayerNorm(torch.nn.LayerNorm):
         self.shift = _weight_shift(self, config)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Normalise [..., hidden size]; the result has the weight's dtype, which a residual stream in fp32 has not."""
+        """Normalise [..., hidden size]; the result has the weight's dtype.
+
+        The input, a residual stream in fp32, may have another.
+        """
         if not self.shift and hidden.dtype == self.weight.dtype:
             return torch.nn.functional.layer_norm(hidden, self.normalized_shape, self.weight, self.bias, self.eps)
         weight, bias = self.weight.float() + self.shift, self.bias.float()

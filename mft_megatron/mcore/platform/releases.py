@@ -1,6 +1,6 @@
-"""Differences between supported releases of Megatron-Core that are no faults, each met by capability.
+"""Differences between supported releases of Megatron-Core that are no faults, each handled by capability.
 
-Faults are met in :mod:`.megatron_fixes`; which releases are supported is in :mod:`.versions`.
+Faults are handled in :mod:`.megatron_fixes`; which releases are supported is in :mod:`.versions`.
 """
 
 import functools
@@ -33,7 +33,7 @@ _NOTICES = {
 
 
 def silence_notices() -> None:
-    """Leave deprecations out of the log that newer releases announce, once on each rank or at each call."""
+    """Drop deprecation notices of newer Megatron-Core releases from the log."""
     for name, words in _NOTICES.items():
         logging.getLogger(name).addFilter(functools.partial(_lacks, words))
 

@@ -1,8 +1,9 @@
 """Releases of torch and Megatron-Core that this package is known to run on, in one table.
 
 An older release, and a pair that cannot work, are refused before anything is imported that would fail; a newer release
-is warned about. Nothing else asks for a version number: differences between releases are met by capability
-(:mod:`.releases`). A pre-release counts as the release that it precedes, as vendors build theirs: 2.10.0a0 as 2.10.
+is warned about. Nothing else asks for a version number: differences between releases are handled by
+capability (:mod:`.releases`). A pre-release counts as the release that it precedes, as vendors build theirs: 2.10.0a0
+as 2.10.
 """
 
 import ast

@@ -1,4 +1,4 @@
-"""Differences between releases of Megatron-Core, each met in both forms whatever is installed."""
+"""Differences between releases of Megatron-Core, each handled in both forms whatever is installed."""
 
 import mft_megatron.mcore.platform.patched  # noqa: F401  (before Megatron-Core)
 
