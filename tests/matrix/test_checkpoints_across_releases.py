@@ -17,6 +17,7 @@ import pytest
 from mft_megatron.run_folder import iteration_folder
 from tests.ranks import ROOT
 from tests.run_records import records
+from tests.saved_checkpoints import optimizer_numbers, tensors_of
 
 OTHERS = [Path(folder) for folder in os.environ.get("MFT_OTHER_MEGATRON_CORE", "").split(os.pathsep) if folder]
 INSTALLED = "installed"
@@ -72,16 +73,10 @@ def run_under(release, jobs):
 
 def content(folder):
     """Content of the checkpoint after step 4 and the run's log, by name: tensors, the optimizer's numbers, steps."""
-    import torch
-    from torch.distributed.checkpoint import FileSystemReader, TensorStorageMetadata
-
-    from mft_megatron.mcore.checkpointing.tensor_reader import TensorReader
-
     path = iteration_folder(folder, 4)
-    entries, reader = FileSystemReader(path).read_metadata().state_dict_metadata, TensorReader(path)
-    found = {name: reader.read(name) for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
+    found = tensors_of(path)
     assert [name for name in found if name.startswith("optimizer.")]
-    found["optimizer"] = torch.load(path / "common.pt", weights_only=False)["optimizer"]
+    found["optimizer"] = optimizer_numbers(path)
     for record in records(folder, "train"):
         found[f"step {record['step']}"] = {name: record[name] for name in ("loss", "grad_norm", "tasks")}
     return found

@@ -5,8 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mft_megatron.run_folder import latest_checkpoint
 from tests.parallel.run import arguments_for, trainer_and_split
 from tests.ranks import run_on_ranks
+from tests.saved_checkpoints import optimizer_numbers, tensors_of
 
 TP2 = "--tensor-model-parallel-size 2"
 VPP = "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2 --micro-batch-size 1"
@@ -44,7 +46,6 @@ def _save(trainer, folder, step):
 
 def _load(trainer, folder):
     from mft_megatron.mcore.checkpointing import checkpoint
-    from mft_megatron.run_folder import latest_checkpoint
 
     newest = latest_checkpoint(folder)
     path, info = newest.path, newest.info
@@ -80,29 +81,12 @@ def _read(prefix, options, world, folders, with_step):
 
 def _tensors(folder):
     """Read all tensors of the newest checkpoint, by name."""
-    import torch
-    from torch.distributed.checkpoint import FileSystemReader, TensorStorageMetadata, load
-
-    from mft_megatron.run_folder import latest_checkpoint
-
-    path = str(latest_checkpoint(folder).path)
-    entries = FileSystemReader(path).read_metadata().state_dict_metadata
-    state = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in entries.items()
-        if isinstance(entry, TensorStorageMetadata)
-    }
-    load(state, checkpoint_id=path)
-    return state
+    return tensors_of(latest_checkpoint(folder).path)
 
 
 def _numbers(folder):
     """Read the optimizer's scalars in the newest checkpoint: steps of Adam, and the loss scale with its counts."""
-    import torch
-
-    from mft_megatron.run_folder import latest_checkpoint
-
-    of_optimizer = torch.load(latest_checkpoint(folder).path / "common.pt", weights_only=False)["optimizer"]
+    of_optimizer = optimizer_numbers(latest_checkpoint(folder).path)
     return {name: of_optimizer[name] for name in ("steps", "loss_scale")}
 
 

@@ -4,8 +4,10 @@ from pathlib import Path
 
 import numpy as np
 
+from mft_megatron.run_folder import latest_checkpoint
 from tests.parallel.run import arguments_for, plans_of, trainer_and_split
 from tests.ranks import run_on_ranks
+from tests.saved_checkpoints import tensors_of
 
 OPTIONS = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --async-save --save"
 
@@ -56,12 +58,10 @@ def _save_twice(prefix, folder, world):
 
 
 def test_a_checkpoint_has_the_state_at_its_save_and_is_the_newest_when_complete(dataset_prefix, tmp_path):
-    from tests.parallel.test_checkpoints_of_distributed_optimizer import _tensors
-
     for facts in run_on_ranks(2, _save_twice, dataset_prefix, str(tmp_path), 2):
         assert facts == [None, "trained", "complete 1", "1", "complete 3", "3"]
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("1\n")
-    saved, expected = _tensors(tmp_path), _tensors(tmp_path / "at once")
+    saved, expected = (tensors_of(latest_checkpoint(folder).path) for folder in (tmp_path, tmp_path / "at once"))
     assert saved.keys() == expected.keys()
     assert all(saved[name].equal(expected[name]) for name in saved)
 
