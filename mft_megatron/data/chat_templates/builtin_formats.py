@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Mapping
 
 from mft_megatron.data.records.conversation import Conversation, Turn
+from mft_megatron.data.records.notes import RecordNotes
 from mft_megatron.data.records.segments import Segment, raw_segments, refuse_reasoning, supervised_turns
 
 
@@ -31,7 +32,7 @@ class BuiltInFormat:
         """Name of the token that ends an assistant's turn."""
         return FORMATS[self.name].stop_token or self.end_of_text
 
-    def segments(self, conversation: Conversation) -> list[Segment]:
+    def segments(self, conversation: Conversation, notes: RecordNotes | None = None) -> list[Segment]:
         """Write a conversation as segments of the whole sample, in order.
 
         Raises:

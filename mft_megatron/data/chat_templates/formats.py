@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from mft_megatron.data.records.conversation import Conversation
+from mft_megatron.data.records.notes import RecordNotes
 from mft_megatron.data.records.segments import SUPERVISE, Segment
 from mft_megatron.data.tokenizers.tokenizer import Tokenizer
 from mft_megatron.errors import InputError
@@ -32,8 +33,12 @@ class ChatFormat(Protocol):
     def fingerprint(self) -> str:
         """sha256 over everything that decides how a conversation is written."""
 
-    def segments(self, conversation: Conversation) -> list[Segment]:
+    def segments(self, conversation: Conversation, notes: RecordNotes | None = None) -> list[Segment]:
         """Write a conversation as segments of the whole sample, in order.
+
+        Args:
+            conversation: one.
+            notes: counts that text which is left out is added to; ``None`` where nobody reads them.
 
         Raises:
             RecordError: nothing in it is supervised, or a part of it cannot be written.

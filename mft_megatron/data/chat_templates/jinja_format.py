@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mft_megatron.data.records.conversation import Conversation, RecordError
+from mft_megatron.data.records.notes import RecordNotes
 from mft_megatron.data.records.segments import Segment, raw_segments, supervised_turns
 from mft_megatron.data.tokenizers.tokenizer import SpecialToken, Tokenizer
 from mft_megatron.errors import InputError
@@ -55,7 +56,7 @@ class TemplateFormat:
         content = [self.name, self.template, dict(self.variables), self.end_of_text, self.supervise]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
-    def segments(self, conversation: Conversation) -> list[Segment]:
+    def segments(self, conversation: Conversation, notes: RecordNotes | None = None) -> list[Segment]:
         """Write a conversation as segments of the whole sample, in order.
 
         Whitespace that a special token absorbs (``lstrip``, ``rstrip``) is left out, because it belongs to the token.

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from mft_megatron.data.records.notes import RecordNotes
 from mft_megatron.data.sample_slices import supervised_tokens
 
 
@@ -37,6 +38,7 @@ class EncodedBatch:
         documents: number of samples made from ``text`` records.
         drops: records that are left out.
         filled: number of samples written as fill-in-the-middle.
+        notes: what the user should know about the records that were read.
     """
 
     ids: np.ndarray
@@ -46,6 +48,7 @@ class EncodedBatch:
     documents: int
     drops: list[Drop]
     filled: int = 0
+    notes: RecordNotes = dataclasses.field(default_factory=RecordNotes)
 
 
 def drop_unsupervised(

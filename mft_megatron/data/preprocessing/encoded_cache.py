@@ -6,6 +6,7 @@ exist. Each entry is an ``.npz`` file, renamed to its name when it is complete; 
 read.
 """
 
+import collections
 import hashlib
 import json
 import os
@@ -15,13 +16,14 @@ from pathlib import Path
 
 import numpy as np
 
+from mft_megatron.data.records.notes import RecordNotes
 from mft_megatron.data.storage.dataset_writer import report_full_disk
 from mft_megatron.data.tasks.record_batches import RecordBatch
 
 from .encoded_batch import Drop, EncodedBatch
 
 # raise it when the same records are encoded otherwise than before
-VERSION = 2
+VERSION = 3
 
 
 class EncodedCache:
@@ -49,6 +51,7 @@ class EncodedCache:
             with open(self._path(key), "rb") as file, np.load(file) as entry:
                 records, documents, filled = entry["counts"].tolist()
                 drops = json.loads(entry["drops"].tobytes())
+                notes = RecordNotes(*map(collections.Counter, json.loads(entry["notes"].tobytes())))
                 encoded = EncodedBatch(
                     ids=entry["ids"],
                     mask=entry["mask"],
@@ -56,6 +59,7 @@ class EncodedCache:
                     records=records,
                     documents=documents,
                     filled=filled,
+                    notes=notes,
                     drops=[Drop(batch.path, batch.first_line + line, *what) for line, *what in drops],
                 )
         except FileNotFoundError:
@@ -84,7 +88,8 @@ class EncodedCache:
                     mask=encoded.mask,
                     lengths=encoded.lengths,
                     counts=np.array([encoded.records, encoded.documents, encoded.filled]),
-                    drops=np.frombuffer(json.dumps(drops).encode(), np.uint8),
+                    drops=_as_bytes(drops),
+                    notes=_as_bytes([encoded.notes.unread_keys, encoded.notes.kinds]),
                 )
             os.replace(unfinished, path)
         except BaseException:
@@ -97,3 +102,7 @@ class EncodedCache:
 
     def _path(self, key: str) -> Path:
         return self._folder / key[:2] / f"{key}.npz"
+
+
+def _as_bytes(value: object) -> np.ndarray:
+    return np.frombuffer(json.dumps(value).encode(), np.uint8)

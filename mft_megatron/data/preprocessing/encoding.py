@@ -16,6 +16,7 @@ from mft_megatron.data.chat_templates.formats import ChatFormat
 from mft_megatron.data.records.conversation import Conversation, RecordError
 from mft_megatron.data.records.fim import Fim
 from mft_megatron.data.records.json_values import json_fault
+from mft_megatron.data.records.notes import RecordNotes
 from mft_megatron.data.records.record_formats import read_record
 from mft_megatron.data.records.segments import Segment
 from mft_megatron.data.tasks.record_batches import RecordBatch
@@ -75,6 +76,7 @@ class Encoder:
         documents: list[bool] = []
         filled: list[bool] = []
         records = 0
+        notes = RecordNotes()
         for number, line in enumerate(batch.lines, batch.first_line):
             try:
                 if isinstance(line, bytes):
@@ -85,9 +87,9 @@ class Encoder:
                 else:
                     records += 1
                     record = line
-                conversation = read_record(record, encoding.record_format)
+                conversation = read_record(record, encoding.record_format, notes)
                 fim_segments = None if encoding.fim is None else _fim_segments(conversation, encoding.fim)
-                segments = encoding.style.segments(conversation) if fim_segments is None else fim_segments
+                segments = encoding.style.segments(conversation, notes) if fim_segments is None else fim_segments
             except RecordError as error:
                 drops.append(Drop(batch.path, number, error.reason, str(error)))
                 continue
@@ -110,7 +112,7 @@ class Encoder:
         (ids, mask, lengths), kept, unsupervised = drop_unsupervised(*arrays, batch.path, lines)
         drops = sorted([*drops, *unsupervised], key=lambda drop: drop.line)
         documents_kept, filled_kept = (int(np.count_nonzero(kept & np.array(of, bool))) for of in (documents, filled))
-        return EncodedBatch(ids, mask, lengths, records, documents_kept, drops, filled_kept)
+        return EncodedBatch(ids, mask, lengths, records, documents_kept, drops, filled_kept, notes)
 
 
 def _fim_segments(conversation: Conversation, fim: Fim) -> list[Segment] | None:

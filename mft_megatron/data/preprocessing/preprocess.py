@@ -19,6 +19,7 @@ from mft_megatron.data.chat_templates.formats import ChatFormat, chat_format
 from mft_megatron.data.packing.build_packs import write_packs
 from mft_megatron.data.packing.packing_options import PackingOptions, check_packing_options
 from mft_megatron.data.records.fim import make_fim
+from mft_megatron.data.records.notes import note_lines
 from mft_megatron.data.storage.dataset_writer import DatasetWriter, report_full_disk, require_free_space
 from mft_megatron.data.storage.indexed_dataset import token_dtype
 from mft_megatron.data.storage.ledger import JsonObject, Ledger, TokenizerEntry
@@ -119,6 +120,8 @@ def _make(recipe: Recipe, backend: str) -> tuple[Ledger, list[str]]:
         try:
             stored = _store(recipe, tokenizer, encodings, files, cache)
             entry, notices = write_packs(stored, recipe.packing, files)
+            for task in stored.tasks:
+                notices += note_lines(task.name, task.unread_keys, task.noted)
             default = styles[recipe.chat_template]
             ledger = Ledger(
                 tasks=list(stored.tasks),
@@ -209,6 +212,8 @@ def _count(encoded: EncodedBatch, tally: TaskTally, stop_ids: list[int], on_erro
     tally.samples_in += encoded.records
     tally.documents += encoded.documents
     tally.filled += encoded.filled
+    tally.unread_keys.update(encoded.notes.unread_keys)
+    tally.noted.update(encoded.notes.kinds)
     if not tally.stopped:
         tally.stopped = bool(encoded.mask[np.isin(encoded.ids, stop_ids)].any())
 

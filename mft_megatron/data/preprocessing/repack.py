@@ -140,5 +140,7 @@ def _add_counts(tally: TaskTally, task: TaskEntry, prefix: str) -> None:
     tally.samples_in += task.samples_in
     tally.documents += task.kept if task.documents else 0
     tally.filled += task.filled
+    tally.unread_keys.update(task.unread_keys)
+    tally.noted.update(task.noted)
     tally.dropped.update(task.dropped)
     tally.sources += task.sources

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from .chat_turns import read_chat, read_system
 from .conversation import ROLES, Conversation, RecordError, Turn
 from .json_values import optional_list, require_text
+from .notes import RecordNotes
 from .tool_calls import read_tools
 
 Record = Mapping[str, object]
@@ -39,12 +40,13 @@ class RecordFormat:
         return self.keys_if_named if named and self.keys_if_named else self.keys
 
 
-def read_record(record: object, format_name: str = "auto") -> Conversation:
+def read_record(record: object, format_name: str = "auto", notes: RecordNotes | None = None) -> Conversation:
     """Read one record: a parsed line of JSON, or a row of a table.
 
     Args:
         record: a dict.
         format_name: a key of :data:`RECORD_FORMATS`, or "auto" to recognise the format by the record's keys.
+        notes: counts that the record is added to; ``None`` where nobody reads them.
 
     Raises:
         RecordError: it is not an object, its format is unknown, or a part of it cannot be used.

@@ -14,7 +14,8 @@ from mft_megatron.errors import InputError
 
 FORMAT = "mft_megatron packed dataset"
 PACK_SUFFIXES = (".npy", "_offsets.npy", "_cuts.npy")  # of the files that belong to one length
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+READABLE_VERSIONS = (2, 3)  # version 2 has no notes
 
 # values of a JSON object, decoded; each reader knows the types of its keys
 JsonObject = dict[str, Any]
@@ -53,6 +54,8 @@ class TaskEntry:
         encoding: everything that decides how records become samples.
         weight, sampling, overlong: settings of the task file for this task; ``None`` if it has none.
         sources: files that were read.
+        unread_keys: records with a key that nothing reads, by the key's path.
+        noted: counts of what else the user should know about the records, by kind.
     """
 
     name: str
@@ -68,6 +71,8 @@ class TaskEntry:
     sampling: float | None
     overlong: str | None
     sources: list[InputFile]
+    unread_keys: dict[str, int] = dataclasses.field(default_factory=dict)
+    noted: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,8 +238,9 @@ def read_ledger(prefix: str | Path) -> Ledger:
     except ValueError as error:
         raise InputError(f"{path}: not JSON ({error}); preprocess the data again") from None
     version = content.get("format_version") if isinstance(content, dict) else None
-    if version != FORMAT_VERSION or content.get("format") != FORMAT:
-        raise InputError(f"{path}: format version {version}, this program reads {FORMAT_VERSION}; preprocess again")
+    if version not in READABLE_VERSIONS or content.get("format") != FORMAT:
+        known = " and ".join(map(str, READABLE_VERSIONS))
+        raise InputError(f"{path}: format version {version}, this program reads {known}; preprocess again")
     try:
         return _from_dict(content)
     except (KeyError, TypeError, AttributeError) as error:

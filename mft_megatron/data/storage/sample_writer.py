@@ -39,6 +39,8 @@ class TaskTally:
     supervised_tokens: int = 0
     stopped: bool = False
     dropped: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    unread_keys: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    noted: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     sources: list[InputFile] = dataclasses.field(default_factory=list)
 
     def entry(self) -> TaskEntry:
@@ -57,6 +59,8 @@ class TaskTally:
             sampling=self.sampling,
             overlong=self.overlong,
             sources=self.sources,
+            unread_keys=dict(sorted(self.unread_keys.items())),
+            noted=dict(sorted(self.noted.items())),
         )
 
 

@@ -1,5 +1,6 @@
 """Cached batches are read by content, and never when they are damaged or of another content."""
 
+import collections
 import json
 
 import numpy as np
@@ -9,6 +10,7 @@ from mft_megatron.data.loading.dataset import PackedDataset
 from mft_megatron.data.preprocessing.encoded_batch import Drop, EncodedBatch
 from mft_megatron.data.preprocessing.encoded_cache import EncodedCache
 from mft_megatron.data.preprocessing.encoding import Encoder
+from mft_megatron.data.records.notes import RecordNotes
 from mft_megatron.data.tasks.record_batches import RecordBatch
 from mft_megatron.errors import InputError
 
@@ -19,6 +21,7 @@ ENCODED = EncodedBatch(
     records=2,
     documents=0,
     drops=[Drop("a", 12, "wrong_type", "text must be a string")],
+    notes=RecordNotes(collections.Counter({"topic": 2, "messages[].ä": 1}), collections.Counter(kind=3)),
 )
 BATCH = RecordBatch("a", 11, [b'{"text": "x"}\n', b'{"text": 3}\n'])
 
@@ -27,7 +30,8 @@ def assert_same(one, other):
     for name in ("ids", "mask", "lengths"):
         np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
         assert getattr(one, name).dtype == getattr(other, name).dtype
-    assert (one.records, one.documents, one.drops) == (other.records, other.documents, other.drops)
+    for name in ("records", "documents", "filled", "drops", "notes"):
+        assert getattr(one, name) == getattr(other, name)
 
 
 def test_an_entry_is_read_as_it_was_written_with_the_lines_of_the_new_batch(tmp_path):

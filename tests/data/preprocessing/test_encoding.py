@@ -79,7 +79,7 @@ def test_real_text_is_encoded_like_its_segments(both, template, task):
 
 # a format whose segments are what a test says
 class Given(BuiltInFormat):
-    def segments(self, conversation):
+    def segments(self, conversation, notes=None):
         return [Segment(*segment) for segment in json.loads(conversation.turns[0].content)]
 
 
@@ -276,7 +276,7 @@ def test_a_chat_needs_a_token_that_ends_a_turn(llama_like_folder):
 
 def test_conversations_that_a_format_cannot_write_are_dropped(tokenizer):
     class Picky(BuiltInFormat):
-        def segments(self, conversation):
+        def segments(self, conversation, notes=None):
             raise RecordError("too_long_a_name", "no place for it")
 
     encoded = encode(tokenizer, ['{"text": "a"}'], TaskEncoding(Picky("mftcoder", {}, "")))

@@ -65,7 +65,7 @@ def test_a_missing_ledger_is_refused(tmp_path):
         (lambda text: "", "not JSON"),
         (lambda text: "[]", "format version None"),
         (lambda text: "{}", "format version None"),
-        (lambda text: text.replace(f'"format_version": {FORMAT_VERSION}', '"format_version": 99'), "99.*reads 2"),
+        (lambda text: text.replace(f'"format_version": {FORMAT_VERSION}', '"format_version": 99'), "99.*reads 2 and 3"),
         (lambda text: text.replace('"arrays"', '"array"'), "incomplete ledger.*arrays"),
         (lambda text: text.replace('"fill"', '"filled"', 1), "incomplete ledger.*filled"),
         (lambda text: json.dumps({**json.loads(text), "tasks": 3}), "incomplete ledger"),
@@ -80,3 +80,14 @@ def test_a_damaged_ledger_is_refused_by_name(dataset_with_ledger, tmp_path, chan
     path.write_bytes(changed if isinstance(changed, bytes) else changed.encode())
     with pytest.raises(InputError, match=rf"x_dataset\.json: .*{message}"):
         read_ledger(tmp_path / "x")
+
+
+def test_a_ledger_of_version_2_is_read_and_keeps_its_hash(dataset_with_ledger, tmp_path):
+    content = json.loads(dataset_with_ledger[1].to_json())
+    content["format_version"] = 2
+    for task in content["tasks"]:
+        del task["unread_keys"], task["noted"]
+    (tmp_path / "old_dataset.json").write_text(json.dumps(content))
+    old = read_ledger(tmp_path / "old")
+    assert old == dataclasses.replace(dataset_with_ledger[1], format_version=2)
+    assert old.dataset_hash(256) != dataset_with_ledger[1].dataset_hash(256)  # runs that resume recognise it by this

@@ -1,0 +1,40 @@
+"""Notes about records that are used: keys that nothing reads, and parts that are not trained on.
+
+Nothing of a record is passed over silently: it is used, or the record is refused, or it is counted here. Counts are
+summed by task, stored in the ledger and named once, at the end of preprocessing.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Mapping
+
+# what is counted besides keys: name in the ledger → sentence; {n} is the number
+NOTES: dict[str, str] = {}
+
+
+@dataclasses.dataclass
+class RecordNotes:
+    """Counts over some records of a task.
+
+    Attributes:
+        unread_keys: records that have a key that nothing reads, by the key's path, such as ``topic`` or
+            ``messages[].topic``.
+        kinds: how often each kind of :data:`NOTES` was seen.
+    """
+
+    unread_keys: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    kinds: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+
+
+def note_lines(task: str, unread_keys: Mapping[str, int], kinds: Mapping[str, int]) -> list[str]:
+    """Write one line for each count of a task, in the order of the counts.
+
+    Args:
+        task: its name.
+        unread_keys, kinds: as in :class:`RecordNotes`.
+    """
+    lines = [
+        f"task {task}: {n:,} {'record has' if n == 1 else 'records have'} a key {key!r} that is not read"
+        for key, n in unread_keys.items()
+    ]
+    return [*lines, *(f"task {task}: {NOTES[kind].format(n=f'{n:,}')}" for kind, n in kinds.items())]

@@ -1,0 +1,19 @@
+"""Counts of keys and kinds become one line each."""
+
+import pytest
+
+from mft_megatron.data.records import notes
+
+
+def test_each_count_is_one_line(monkeypatch):
+    monkeypatch.setitem(notes.NOTES, "trimmed", "the template removed leading spaces of {n} answers")
+    assert notes.note_lines("qa", {"topic": 10000, "messages[].id": 1}, {"trimmed": 1234}) == [
+        "task qa: 10,000 records have a key 'topic' that is not read",
+        "task qa: 1 record has a key 'messages[].id' that is not read",
+        "task qa: the template removed leading spaces of 1,234 answers",
+    ]
+
+
+@pytest.mark.parametrize("kind", notes.NOTES)
+def test_each_sentence_says_the_number(kind):
+    assert "123" in notes.NOTES[kind].format(n="123")
