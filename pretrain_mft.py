@@ -27,11 +27,12 @@ if TYPE_CHECKING:
 def main() -> None:
     """Check every option first; only then load torch and start process groups."""
     from mft_megatron.arguments.command import make_arguments, read_command_line
-    from mft_megatron.data.loading.dataset import packed_lengths
+    from mft_megatron.data.loading.dataset import packed_lengths, training_packs
 
     command_line = read_command_line(sys.argv[1:])
     start, model, adapter = open_start(command_line)
-    arguments = make_arguments(command_line, start, int(os.environ.get("WORLD_SIZE", 1)), packed_lengths)
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    arguments = make_arguments(command_line, start, world_size, packed_lengths, training_packs)
     from mft_megatron.training.pretrain import pretrain
     from mft_megatron.training.saving import Sources
 

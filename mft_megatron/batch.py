@@ -50,7 +50,8 @@ class StepPlan:
     """Packs that one optimizer step (or one evaluation step) consumes, the same on every rank.
 
     Attributes:
-        packs_G: int64 [G], indices of packs; -1 is an empty row, which only fills up the last step of an evaluation.
+        packs_G: int64 [G], indices of packs; -1 is an empty row, which only fills up the last step of an evaluation, or
+            of a run that ends with an epoch.
         supervised_tokens_K: int64 [K], ``T_i`` of LOSSES.md: supervised targets of each task in the global batch.
         samples_K: int64 [K], ``M_i`` of LOSSES.md: samples with at least one such target.
         epochs_G: int64 [G], the epoch each pack is used for.
@@ -62,6 +63,11 @@ class StepPlan:
     samples_K: np.ndarray
     epochs_G: np.ndarray
     costs_G: np.ndarray
+
+    @property
+    def num_packs(self) -> int:
+        """Number of packs without the empty rows."""
+        return int(np.count_nonzero(self.packs_G >= 0))
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,15 @@ class BatchSizes:
         """Sizes of the step after ``consumed_samples`` packs and of all later steps, in order."""
         return self.sizes[self._index(consumed_samples) :]
 
+    def steps(self, start: int, end: int) -> int:
+        """Number of steps from ``start`` consumed packs on until ``end`` are consumed; the last one may be smaller."""
+        steps, consumed = 0, start
+        borders = [*self.starts[1:], end]
+        for border, size in zip(borders, self.sizes, strict=True):
+            more = max(-(-(min(border, end) - consumed) // size), 0)
+            steps, consumed = steps + more, consumed + more * size
+        return steps
+
     def _index(self, consumed_samples: int) -> int:
         return bisect.bisect_right(self.starts, consumed_samples) - 1
 

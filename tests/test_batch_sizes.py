@@ -49,6 +49,22 @@ def test_a_ramp_up_is_exact_at_its_borders(start, increment, steps, samples):
         assert sizes.after(consumed) == start + increment * min(consumed * steps // samples, steps)
 
 
+@given(
+    st.dictionaries(st.integers(1, 60), st.integers(1, 20), max_size=6),
+    st.integers(1, 20),
+    st.integers(0, 80),
+    st.integers(0, 90),
+)
+def test_the_number_of_steps_is_that_of_the_run(later, first, start, length):
+    starts = [0, *sorted(later)]
+    sizes = BatchSizes(starts, [first, *(later[key] for key in starts[1:])])
+    consumed, steps = start, 0
+    while consumed < start + length:
+        consumed += sizes.after(consumed)
+        steps += 1
+    assert sizes.steps(start, start + length) == steps
+
+
 PAIRS = st.dictionaries(st.integers(1, 50), st.integers(1, 99), max_size=6)
 
 

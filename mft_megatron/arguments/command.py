@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence, Set
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mft_megatron.arguments.checks.batches import check_batch_schedule
+from mft_megatron.arguments.checks.length import LENGTHS, check_length
 from mft_megatron.arguments.checks.parallel_layout import check_virtual_stages
 from mft_megatron.arguments.checks.ranges import check_ranges
 from mft_megatron.arguments.checks.recompute import check_recompute_granularity
@@ -44,6 +45,7 @@ else:
     G = TypeVar("G")
 
 PackedLengths = Callable[[str], Sequence[int]]
+TrainingPacks = Callable[[str, int], int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +72,7 @@ def parse_arguments(
     packed_lengths: PackedLengths | None = None,
     hf_model: CheckpointInfo | None = None,
     adapter: Lora | None = None,
+    training_packs: TrainingPacks | None = None,
 ) -> Arguments:
     """Read, complete and check the command line of ``pretrain_mft.py``.
 
@@ -80,13 +83,15 @@ def parse_arguments(
             ``--seq-length`` is not given.
         hf_model: description of the model of ``--hf-checkpoint``, if the run reads it.
         adapter: description of the adapter of ``--hf-adapter``, if the run reads it.
+        training_packs: function from a data prefix and a sequence length to the packs of the training split; called
+            for ``--num-train-epochs``.
 
     Raises:
         InputError: an unknown, misspelt, missing or contradictory option, or a ``--load`` without a checkpoint.
     """
     command_line = read_command_line(words)
     start = Start(find_checkpoint(command_line.group(CheckpointArguments)), hf_model, adapter)
-    return make_arguments(command_line, start, world_size, packed_lengths)
+    return make_arguments(command_line, start, world_size, packed_lengths, training_packs)
 
 
 def read_command_line(words: Sequence[str]) -> CommandLine:
@@ -99,7 +104,8 @@ def read_command_line(words: Sequence[str]) -> CommandLine:
     parser = build_parser(
         groups,
         prog="pretrain_mft.py",
-        usage="torchrun … pretrain_mft.py --data-path PREFIX --train-iters N --lr X --micro-batch-size N [options]",
+        usage="torchrun … pretrain_mft.py --data-path PREFIX (--train-iters N | --num-train-epochs E) --lr X "
+        "--micro-batch-size N [options]",
         description="Multi-task fine-tuning on Megatron-Core. Start it with torchrun; option names, meanings and "
         "defaults are Megatron's unless the help says otherwise.",
         refused=MEGATRON_ONLY,
@@ -113,11 +119,18 @@ def read_command_line(words: Sequence[str]) -> CommandLine:
     if not effective:
         defaults = {field.name: field.default for _, group in GROUPS for field in dataclasses.fields(group)}
         asked_for |= {name for name, value in of_file.items() if value != defaults[name]}
+    if any(name in given for name in LENGTHS):
+        # the length of a run has two spellings, and the command line takes precedence
+        of_file = {name: value for name, value in of_file.items() if name not in LENGTHS}
     return CommandLine({**of_file, **given}, asked_for)
 
 
 def make_arguments(
-    command_line: CommandLine, start: Start, world_size: int = 1, packed_lengths: PackedLengths | None = None
+    command_line: CommandLine,
+    start: Start,
+    world_size: int = 1,
+    packed_lengths: PackedLengths | None = None,
+    training_packs: TrainingPacks | None = None,
 ) -> Arguments:
     """Complete and check the options of a command line that has been read; see :func:`parse_arguments`."""
     given = dict(command_line.given)
@@ -141,8 +154,13 @@ def make_arguments(
     base = find_base(arguments.checkpoint, arguments.lora.peft_type, start)
     arguments = dataclasses.replace(arguments, base=base)
     # These checks come before completion, which computes with the numbers that they check, and again after it.
-    for check in (check_ranges, check_recompute_granularity, check_virtual_stages, check_batch_schedule):
+    for check in (check_length, check_ranges, check_recompute_granularity, check_virtual_stages, check_batch_schedule):
         _refuse(check(arguments))
+    if arguments.training.num_train_epochs is not None:
+        if training_packs is None:
+            raise ValueError("--num-train-epochs: the packs of the data set are needed")
+        packs = training_packs(arguments.data.data_path, arguments.data.seq_length)
+        arguments = dataclasses.replace(arguments, epoch_packs=packs)
     arguments = complete(arguments)
     for check in CHECKS:
         _refuse(check(arguments))

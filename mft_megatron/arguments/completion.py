@@ -20,9 +20,9 @@ def complete(a: Arguments) -> Arguments:
     """Return the arguments with all derived values; complete arguments stay as they are."""
     a = dataclasses.replace(a, network=_network(a))
     a = dataclasses.replace(a, adapters=adapters_of(a.lora, a.network))
+    a = dataclasses.replace(a, training=_training(a))
     return dataclasses.replace(
         a,
-        training=_training(a),
         recompute=_recompute(a),
         distributed=_distributed(a),
         learning_rate=_learning_rate(a),
@@ -49,6 +49,15 @@ def _network(a: Arguments) -> NetworkArguments:
 
 
 def _training(a: Arguments) -> TrainingArguments:
+    training = _batch_size(a)
+    if a.total_packs is None:
+        return training
+    steps, consumed = a.progress
+    sizes = dataclasses.replace(a, training=training).batch_sizes
+    return dataclasses.replace(training, train_iters=steps + sizes.steps(consumed, a.total_packs))
+
+
+def _batch_size(a: Arguments) -> TrainingArguments:
     training = a.training
     if training.step_batch_size_schedule is not None:
         return dataclasses.replace(training, global_batch_size=a.batch_sizes.sizes[-1])

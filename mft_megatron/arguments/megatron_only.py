@@ -36,7 +36,7 @@ _SENTENCES = (
         "vocab-size padded-vocab-size vocab-extra-ids vocab-file merge-file",
     ),
     # training
-    ("batches count packs and steps are counted: give --train-iters", "train-samples"),
+    ("batches count packs and steps are counted: give --train-iters or --num-train-epochs", "train-samples"),
     ("schedules count optimizer steps: give --lr-decay-iters", "lr-decay-samples"),
     ("schedules count optimizer steps: give --lr-wsd-decay-iters", "lr-wsd-decay-samples"),
     ("schedules count optimizer steps: give --lr-warmup-iters", "lr-warmup-samples warmup"),

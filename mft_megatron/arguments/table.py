@@ -1,6 +1,8 @@
 """All options of a run: the groups, and values that follow from several of them."""
 
 import dataclasses
+import fractions
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -57,6 +59,7 @@ class Arguments:
         base: the model whose weights are read name by name: one from Hugging Face, or the model of adapters unless it
             is in the same checkpoint as they are.
         adapters: the adapters that are trained; ``None`` if the model itself is trained.
+        epoch_packs: packs of the training split; known where ``--num-train-epochs`` is given.
     """
 
     network: NetworkArguments
@@ -80,6 +83,7 @@ class Arguments:
     resume: CheckpointRef | None = None
     base: CheckpointRef | None = None
     adapters: Lora | None = None
+    epoch_packs: int | None = None
 
     @property
     def weights_alone(self) -> bool:
@@ -135,6 +139,22 @@ class Arguments:
         return BatchSizes([0], [training.global_batch_size])
 
     @property
+    def total_packs(self) -> int | None:
+        """Packs after which the run ends; ``None`` where ``--train-iters`` ends it. A part of a pack counts whole."""
+        epochs = self.training.num_train_epochs
+        if epochs is None or self.epoch_packs is None:
+            return None
+        # of the decimal number that was given: in floating point 0.7 · 10 is more than 7
+        return math.ceil(fractions.Fraction(repr(epochs)) * self.epoch_packs)
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """Optimizer steps and consumed packs that the run starts from."""
+        if self.resume is None or self.weights_alone:
+            return 0, 0
+        return self.resume.info.iteration, self.resume.info.consumed_samples
+
+    @property
     def optimizer_states(self) -> str:
         """Kind of the optimizer's states: adam, sgd, or sgd without momentum, which has none."""
         without = self.training.optimizer == "sgd" and not self.regularization.sgd_momentum
@@ -145,10 +165,18 @@ class Arguments:
         return [getattr(self, field.name) for field, _ in zip(dataclasses.fields(self), GROUPS, strict=False)]
 
     def as_options(self) -> dict[str, Any]:
-        """The effective value of every option by the name of its field, for ``config.yaml``."""
-        return {
+        """The effective value of every option by the name of its field, for ``config.yaml``.
+
+        Steps that follow from ``--num-train-epochs`` are left out: read again, they would contradict it.
+        """
+        values = {
             field.name: getattr(group, field.name) for group in self.groups() for field in dataclasses.fields(group)
         }
+        if self.training.num_train_epochs is not None:
+            steps = values.pop("train_iters")
+            if values["lr_decay_iters"] == steps:
+                del values["lr_decay_iters"]
+        return values
 
 
 def from_pretrained(resume: CheckpointRef | None, pretrained: str | None) -> bool:

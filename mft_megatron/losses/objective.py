@@ -117,7 +117,7 @@ class Objective:
         samples_K: Tensor,
         weight_K: Tensor,
         before: TaskStatistics,
-        num_micro_batches: int = 1,
+        num_micro_batches: float = 1,
     ) -> StepFactors:
         """Compute the factors of a step.
 
@@ -127,7 +127,7 @@ class Objective:
             weight_K: ``w_i``, or ``alpha_i`` of the focal losses, floating point; 0 leaves a task out.
             before: statistics of earlier steps, which focal-task reads; ``loss_K`` and ``probability_K`` are then on
                 their device, all else is on the device of the counts.
-            num_micro_batches: of the whole step, over all ranks.
+            num_micro_batches: of the whole step, over all ranks; where rows are empty, as many as the others fill.
         """
         base_K = self.loss.task_factors(tokens_K, samples_K, weight_K)
         factors = StepFactors(base_K, base_K, weight_K.double(), micro_batch_weight=1.0 / num_micro_batches)

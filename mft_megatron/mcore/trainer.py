@@ -161,7 +161,7 @@ class Trainer:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        experts.begin_step(self.chunks, len(plan.packs_G) // self.arguments.training.micro_batch_size)
+        experts.begin_step(self.chunks, plan.num_packs / self.arguments.training.micro_batch_size)
         sums = self._run(self.objective, factors, micro_batches, forward_only=False)
         micro_batches.add_used_to(self.usage)
         samples_K = torch.from_numpy(plan.samples_K)
@@ -229,7 +229,7 @@ class Trainer:
 
     def _factors(self, objective: Objective, plans: Sequence[StepPlan], weight_K: np.ndarray) -> StepFactors:
         tokens_K, samples_K = _total_counts(plans)
-        num_micro_batches = sum(len(plan.packs_G) for plan in plans) // self.arguments.training.micro_batch_size
+        num_micro_batches = sum(plan.num_packs for plan in plans) / self.arguments.training.micro_batch_size
         return objective.before_step(
             tokens_K, samples_K, torch.from_numpy(weight_K), self.statistics, num_micro_batches
         )

@@ -6,7 +6,6 @@ import time
 from mft_megatron.arguments.groups.mixed_precision import MixedPrecisionArguments
 from mft_megatron.arguments.table import Arguments
 from mft_megatron.batch import StepPlan
-from mft_megatron.batch_sizes import BatchSizes
 from mft_megatron.data.loading.dataset import PackedDataset, PackedSplit
 from mft_megatron.data.loading.step_plan import plan_step
 from mft_megatron.errors import InputError
@@ -37,14 +36,13 @@ def train(
     log: RunLog,
     progress: Progress,
 ) -> Progress:
-    """Train from ``progress`` to ``--train-iters``, or until early stopping or an exit condition ends the run.
+    """Train from ``progress`` to the last step of the run, or until early stopping or an exit condition ends the run.
 
     Raises:
         InputError: training diverged: the gradient norm or a validation loss is not finite, or gradients overflow at
             the lowest loss scale; or an epoch did not use the data as planned.
     """
     split, training, balance = dataset.split("train"), arguments.training, evaluation.balance
-    batch_sizes, seed = arguments.batch_sizes, arguments.initialization.seed
     exits, garbage = ExitConditions(training), GarbageCollection(training)
     with exits, garbage, saver.completed_first():
         evaluation.begin(trainer, log, progress)
@@ -53,9 +51,9 @@ def train(
             return progress
         steps = StepLogger(arguments, dataset, trainer, log)
         while progress.step < training.train_iters:
-            before, plan = progress, _next_plan(split, seed, batch_sizes, progress)
+            before, plan = progress, _next_plan(split, arguments, progress)
             report = trainer.train_step(split, plan, balance.weight_K)
-            progress = before.after_step(len(plan.packs_G), skipped=report is None or report.overflow)
+            progress = before.after_step(plan.num_packs, skipped=report is None or report.overflow)
             steps.count(progress, plan, report)
             _refuse_divergence(arguments.precision, progress, report)
             saver.poll(progress, log)
@@ -84,9 +82,15 @@ def train(
         return progress
 
 
-def _next_plan(split: PackedSplit, seed: int, batch_sizes: BatchSizes, progress: Progress) -> StepPlan:
-    consumed = progress.consumed_samples
-    return plan_step(split, seed=seed, global_batch_size=batch_sizes.after(consumed), consumed_samples=consumed)
+def _next_plan(split: PackedSplit, arguments: Arguments, progress: Progress) -> StepPlan:
+    return plan_step(
+        split,
+        seed=arguments.initialization.seed,
+        global_batch_size=arguments.batch_sizes.after(progress.consumed_samples),
+        consumed_samples=progress.consumed_samples,
+        end=arguments.total_packs,
+        batch_multiple=arguments.batch_multiple,
+    )
 
 
 class StepLogger:

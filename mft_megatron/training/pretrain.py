@@ -72,6 +72,8 @@ def pretrain(
                 log.print(tokenizer_line)
             trainer = Trainer(arguments, model_vocab_size(arguments, dataset), len(dataset.tasks))
             log.print(_summary(arguments, dataset, trainer))
+            if arguments.total_packs is not None:
+                log.print(_length(arguments, arguments.total_packs))
             log.print(kernels.describe(arguments, trainer.chunks[0].config))
             data_weights = [task.weight for task in dataset.ledger.tasks]
             weights_line = data_weights_text(arguments.multi_task, dataset.tasks, data_weights)
@@ -140,6 +142,12 @@ def _describe_run(folder: Path, arguments: Arguments, dataset: PackedDataset, lo
     replace_text(folder / CONFIG, effective_configuration(arguments.as_options(), arguments.world_size))
     keep_source(folder, arguments, sources)
     keep_tokenizer(folder, arguments.data.tokenizer_model or dataset.ledger.tokenizer.model, log)
+
+
+def _length(arguments: Arguments, packs: int) -> str:
+    """A line for the log: the length of a run of ``--num-train-epochs``."""
+    training = arguments.training
+    return f"--num-train-epochs {training.num_train_epochs:g}: {packs:,} packs, {training.train_iters:,} steps"
 
 
 def _summary(arguments: Arguments, dataset: PackedDataset, trainer: Trainer) -> str:

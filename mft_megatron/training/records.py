@@ -121,7 +121,7 @@ def train_record(
         record["loss_scale"] = report.loss_scale
     if report.zeros_in_grad is not None:
         record["zeros_in_grad"] = report.zeros_in_grad
-    record["global_batch_size"] = len(plan.packs_G)
+    record["global_batch_size"] = plan.num_packs
     record["tokens"] = tokens
     record["supervised_tokens"] = int(seen_K.sum())
     record["step_time"] = step_time

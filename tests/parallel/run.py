@@ -19,11 +19,14 @@ BY_TASK = ("loss_K", "tokens_K", "objective_K", "share_K")
 def arguments_for(prefix, extra, world_size, shape="llama"):
     """Parse the options of a short run on a model of :data:`layouts.SHAPES`; the last of repeated options counts."""
     from mft_megatron.arguments.command import parse_arguments
+    from mft_megatron.data.loading.dataset import training_packs
 
-    words = f"{SHAPES[shape]} {RUN} --data-path {prefix} {extra}".split()
+    words = f"{SHAPES[shape]} {RUN} --data-path {prefix} {extra}"
+    if "--num-train-epochs" in extra:
+        words = words.replace("--train-iters 5", "")
     if "--micro-batch-size" not in words:
-        words += ["--micro-batch-size", "2"]
-    return parse_arguments(words, world_size)
+        words += " --micro-batch-size 2"
+    return parse_arguments(words.split(), world_size, training_packs=training_packs)
 
 
 def open_dataset(arguments):

@@ -41,7 +41,7 @@ def check_batch_schedule(a: Arguments) -> str | None:
 
 def check_batches(a: Arguments) -> str | None:
     """Check that the batch sizes of the steps to come are multiples of :attr:`.Arguments.batch_multiple`."""
-    consumed = 0 if a.resume is None or a.weights_alone else a.resume.info.consumed_samples
+    consumed = a.progress[1]
     # Earlier steps of a resumed run may have had a different parallel layout.
     sizes = a.batch_sizes.remaining(consumed)
     wrong = next((size for size in sizes if size % a.batch_multiple), None)

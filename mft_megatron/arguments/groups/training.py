@@ -19,7 +19,7 @@ class TrainingArguments:
     rampup_batch_size: tuple[int, int, int] | None = option(
         None,
         "Packs of the first step, the increment, and the number of consumed packs after which a step has "
-        "--global-batch-size. Unlike in Megatron it is used with --train-iters, which remain optimizer steps.",
+        "--global-batch-size. Unlike in Megatron it is used with --train-iters or --num-train-epochs.",
         metavar=("START", "INCREMENT", "SAMPLES"),
     )
     step_batch_size_schedule: str | None = option(
@@ -48,9 +48,17 @@ class TrainingArguments:
     )
     train_iters: int = option(
         None,
-        "Total number of optimizer steps, including those before a resume.",
+        "Total number of optimizer steps, including those before a resume. This or --num-train-epochs is needed.",
         at_least=1,
-        required="--train-iters N",
+        derived=True,
+    )
+    num_train_epochs: float | None = option(
+        None,
+        "Instead of --train-iters: passes over the packs of the training split, e.g. 3 or 0.5, including those before "
+        "a resume. Schedules that count from --train-iters then count the steps of these epochs. The last step has the "
+        "packs that remain, so that after 3 epochs every sample was used exactly 3 times. Not Megatron's.",
+        above=0,
+        metavar="E",
     )
     check_for_nan_in_loss_and_grad: bool = option(
         True,

@@ -15,7 +15,7 @@ from mft_megatron.data.packing.packs import SPLITS, pack_files
 from mft_megatron.data.sample_slices import NO_SLICES, SampleSlices, ranges
 from mft_megatron.data.storage.arrays import check_files, load_array, load_task_ids
 from mft_megatron.data.storage.indexed_dataset import IndexedDataset
-from mft_megatron.data.storage.ledger import Ledger, read_ledger
+from mft_megatron.data.storage.ledger import Ledger, LengthEntry, read_ledger
 from mft_megatron.errors import InputError
 
 # the sample slices of each row
@@ -25,6 +25,28 @@ Rows: TypeAlias = Sequence[SampleSlices]
 def packed_lengths(prefix: str | Path) -> list[int]:
     """Sequence lengths that the data set is packed for."""
     return sorted(int(length) for length in read_ledger(prefix).lengths)
+
+
+def training_packs(prefix: str | Path, seq_length: int) -> int:
+    """Number of packs of the training split.
+
+    Raises:
+        InputError: there is no ledger, the data set is not packed for this length, or it has no training split.
+    """
+    entry = _packed_for(read_ledger(prefix), str(prefix), seq_length)
+    if "train" not in entry.packs:
+        raise InputError(f"--data-path {prefix}: has no train split, only {', '.join(entry.packs)}")
+    return entry.packs["train"].packs
+
+
+def _packed_for(ledger: Ledger, prefix: str, seq_length: int) -> LengthEntry:
+    if str(seq_length) not in ledger.lengths:
+        known = ", ".join(map(str, sorted(map(int, ledger.lengths))))
+        raise InputError(
+            f"--seq-length {seq_length}: {prefix} is packed for {known}; use that, or pack it for {seq_length} in "
+            f"seconds: tools/pack_data.py --data-path {prefix} --seq-length {seq_length}"
+        )
+    return ledger.lengths[str(seq_length)]
 
 
 class PackedDataset:
@@ -76,12 +98,7 @@ class PackedDataset:
         """
         prefix = str(prefix)
         ledger = read_ledger(prefix)
-        if str(seq_length) not in ledger.lengths:
-            known = ", ".join(map(str, packed_lengths(prefix)))
-            raise InputError(
-                f"--seq-length {seq_length}: {prefix} is packed for {known}; use that, or pack it for {seq_length} in "
-                f"seconds: tools/pack_data.py --data-path {prefix} --seq-length {seq_length}"
-            )
+        _packed_for(ledger, prefix, seq_length)
         check_files(prefix, ledger.arrays_for(seq_length), hashes=check == "hashes")
         return cls(prefix, ledger, seq_length)
 

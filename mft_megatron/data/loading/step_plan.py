@@ -2,7 +2,8 @@
 
 The packs form an endless stream: epoch after epoch, each in another order. A global batch takes the next packs of the
 stream, so an epoch uses every pack exactly once for any data-parallel size, and the last, incomplete global batch of an
-epoch is filled from the next epoch. Every rank computes the same plan; resuming needs one number.
+epoch is filled from the next epoch. Where the stream has an end (``--num-train-epochs``), the last global batch holds
+the packs before it and no more. Every rank computes the same plan; resuming needs one number.
 
 The rows of a global batch are distributed over the ranks by their cost (:func:`shard_plan`). That changes nothing but
 the order of a sum.
@@ -20,20 +21,39 @@ from mft_megatron.data.permutation import named_permutation
 from .dataset import PackedSplit
 
 
-def plan_step(split: PackedSplit, *, seed: int, global_batch_size: int, consumed_samples: int) -> StepPlan:
+def plan_step(
+    split: PackedSplit,
+    *,
+    seed: int,
+    global_batch_size: int,
+    consumed_samples: int,
+    end: int | None = None,
+    batch_multiple: int = 1,
+) -> StepPlan:
     """Plan the step that comes after ``consumed_samples`` packs.
 
+    Args:
+        split: of the packs.
+        seed: of their order.
+        global_batch_size: packs of the step.
+        consumed_samples: packs of the stream before the step.
+        end: packs of the whole stream; ``None`` for one without an end. The step that reaches it has the packs before
+            it alone, filled up with empty rows to a multiple of ``batch_multiple``.
+        batch_multiple: rows that the ranks and the pipeline need at least.
+
     Raises:
-        ValueError: ``consumed_samples`` is negative or ``global_batch_size`` below 1.
+        ValueError: ``consumed_samples`` is negative or not before the end, or ``global_batch_size`` is below 1.
     """
-    if consumed_samples < 0 or global_batch_size < 1:
-        raise ValueError(f"consumed_samples {consumed_samples}, global_batch_size {global_batch_size}")
-    stream = np.arange(consumed_samples, consumed_samples + global_batch_size)
-    epochs_G, indices = np.divmod(stream, split.num_packs)
-    packs_G = np.empty(global_batch_size, np.int64)
-    for epoch in np.unique(epochs_G):
+    remaining = global_batch_size if end is None else min(end - consumed_samples, global_batch_size)
+    if consumed_samples < 0 or remaining < 1:
+        raise ValueError(f"consumed_samples {consumed_samples}, global_batch_size {global_batch_size}, end {end}")
+    rows = global_batch_size if remaining == global_batch_size else -(-remaining // batch_multiple) * batch_multiple
+    epochs_G, indices = np.divmod(np.arange(consumed_samples, consumed_samples + rows), split.num_packs)
+    packs_G = np.empty(rows, np.int64)
+    for epoch in np.unique(epochs_G[:remaining]):
         order = epoch_order(split.dataset.dataset_hash, split.name, seed, int(epoch), split.num_packs)
         packs_G[epochs_G == epoch] = order[indices[epochs_G == epoch]]
+    packs_G[remaining:] = -1
     return _plan(split, packs_G, epochs_G)
 
 

@@ -125,8 +125,11 @@ def loss_names(arguments: Arguments) -> list[str]:
     return [*names, *([Z_LOSS] if moe.moe_z_loss_coeff else [])]
 
 
-def begin_step(chunks: Iterable[torch.nn.Module], num_micro_batches: int) -> None:
-    """Prepare the routers for a step; ``num_micro_batches`` counts those of all data-parallel ranks."""
+def begin_step(chunks: Iterable[torch.nn.Module], num_micro_batches: float) -> None:
+    """Prepare the routers for a step.
+
+    ``num_micro_batches`` counts those of all data-parallel ranks; where rows are empty, as many as the others fill.
+    """
     reset_expert_loss_scale()
     for router in routers(chunks):
         router.begin_step(1 / num_micro_batches)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mft_megatron.data.loading.dataset import PackedDataset, packed_lengths
+from mft_megatron.data.loading.dataset import PackedDataset, packed_lengths, training_packs
 from mft_megatron.errors import InputError
 from tests.made_dataset import batch_of_packs
 
@@ -164,6 +164,9 @@ def test_a_copy_has_the_same_hash(copied, dataset):
 
 def test_a_length_it_is_not_packed_for_is_refused(copied):
     assert packed_lengths(copied) == [256]
+    assert training_packs(copied, 256) == PackedDataset.open(copied, 256).split("train").num_packs
+    with pytest.raises(InputError, match=r"--seq-length 128: .* is packed for 256; use that, or pack it for 128"):
+        training_packs(copied, 128)
     with pytest.raises(InputError, match=r"--seq-length 512: .*set is packed for 256; .*--seq-length 512"):
         PackedDataset.open(copied, 512)
 

@@ -72,6 +72,29 @@ def test_the_order_does_not_depend_on_the_batch_size(num_packs, one, other):
     np.testing.assert_array_equal(stream(split, other, one, start=one), stream(split, other + 1, one)[one:])
 
 
+@settings(deadline=None)
+@given(st.integers(1, 20), st.integers(1, 4), st.integers(1, 3), st.integers(1, 4), st.integers(1, 50))
+def test_a_stream_with_an_end_is_the_same_stream_up_to_it(num_packs, data_size, micro, accumulation, end):
+    split, multiple = Packs(num_packs), data_size * micro
+    size, consumed, used = multiple * accumulation, 0, []
+    while consumed < end:
+        plan = plan_step(
+            split, seed=1, global_batch_size=size, consumed_samples=consumed, end=end, batch_multiple=multiple
+        )
+        real = plan.packs_G[plan.packs_G >= 0]
+        assert len(real) == plan.num_packs == min(size, end - consumed)
+        assert len(plan.packs_G) == -(-plan.num_packs // multiple) * multiple
+        assert plan.supervised_tokens_K.sum() == (real + 1).sum()
+        assert plan.costs_G[plan.packs_G < 0].sum() == 0
+        shards = [shard_plan(plan, Ranks(rank, data_size), micro, padded=False) for rank in range(data_size)]
+        assert sorted(np.concatenate(shards, axis=None)) == list(range(len(plan.packs_G)))
+        used.append(real)
+        consumed += plan.num_packs
+    np.testing.assert_array_equal(np.concatenate(used), stream(split, 1, end))
+    with pytest.raises(ValueError, match="end"):
+        plan_step(split, seed=1, global_batch_size=size, consumed_samples=consumed, end=end)
+
+
 def test_epochs_seeds_splits_and_data_sets_differ():
     base = stream(Packs(50), 2, 50).reshape(2, 50)
     others = [
