@@ -15,6 +15,8 @@ SHAPE = {
     "max_position_embeddings": 64,
 }
 PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
+# entries of published models that transformers does not read, here with values that would change what is computed
+UNREAD = {"rope_interleaved": True, "activation": "relu", "embedding_multiplier": 3.0}
 # class in transformers and differences from SHAPE, by name; scalings and windows are small enough to matter in TOKENS
 MODELS = {
     "llama": ("Llama", {"head_dim": 16, "rms_norm_eps": 1e-3}),
@@ -34,10 +36,14 @@ MODELS = {
     ),
     "deepseek-coder": (
         "Llama",
-        {"rope_parameters": {"rope_type": "linear", "rope_theta": 100000.0, "factor": 4.0}, "num_key_value_heads": 4},
+        {
+            "rope_parameters": {"rope_type": "linear", "rope_theta": 100000.0, "factor": 4.0},
+            "num_key_value_heads": 4,
+            **UNREAD,
+        },
     ),
     "llama with biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
-    "qwen2 tied": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen2 tied": ("Qwen2", {"tie_word_embeddings": True, "use_mrope": True}),
     "qwen2 windows": (
         "Qwen2",
         {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1, "num_key_value_heads": 4},
@@ -62,7 +68,7 @@ MODELS = {
     "gpt-neox": ("GPTNeoX", {"rope_parameters": {**PLAIN, "partial_rotary_factor": 0.5}}),
     "gpt-neox in turn tied": (
         "GPTNeoX",
-        {"use_parallel_residual": False, "tie_word_embeddings": True, "hidden_act": "gelu_new"},
+        {"use_parallel_residual": False, "tie_word_embeddings": True, "hidden_act": "gelu_fast"},
     ),
     # the base of StarCoder2-3B is not a whole number
     "starcoder2": (

@@ -12,6 +12,7 @@ RUN = (
     "--tensor-model-parallel-size 2 --micro-batch-size 2 --global-batch-size 4 --train-iters 2 --eval-iters 0 "
     "--attention-dropout 0 --hidden-dropout 0 --bf16"
 ).split()
+UNREAD = "config.json: use_mrope: not read, because transformers' Qwen2Config has no such entry"
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +31,7 @@ def checkpoint(model):
     process = run_tool("tools/convert_checkpoint.py", "hf-to-mcore", "--hf", model, "--save", model.parent / "start")
     assert process.returncode == 0, process.stderr
     assert "Qwen2, bf16, vocabulary of 511" in process.stdout
+    assert process.stdout.count(UNREAD) == 1
     return model.parent / "start"
 
 
@@ -54,6 +56,7 @@ def test_import_training_and_export_change_nothing(model, checkpoint, dataset_pr
         command_line += tuple("--save-interval 1 --save-hf-interval 1 --save-retain-interval 2".split())
     process = torchrun(2, "pretrain_mft.py", *RUN, *command_line, "--lr", "1e-12")
     assert process.returncode == 0, process.stderr
+    assert process.stdout.count(UNREAD) == (start == "--hf-checkpoint")  # by one rank; an import has said it already
     assert [path.name for path in (tmp_path / "run").glob("iter_*")] == ["iter_0000002"]
     info = json.loads((tmp_path / "run" / "iter_0000002" / "mft_checkpoint.json").read_text())
     assert (info["vocab_size"], info["source"], info["iteration"]) == (511, "Qwen2ForCausalLM", 2)

@@ -12,6 +12,7 @@ from .options import (
     load_option,
     new_folder_option,
     parse_size,
+    print_note,
     save_option,
     shard_size_option,
     tokenizer_option,
@@ -47,8 +48,10 @@ def hf_to_mcore(command_line: Sequence[str]) -> None:
     options = read_options(ImportOptions, command_line, "convert_checkpoint.py hf-to-mcore")
     from mft_megatron.convert.huggingface.model_import import import_model
 
-    family, info = import_model(Path(options.hf), Path(options.save))
-    print(f"{options.hf} -> {options.save}: {family.name}, {info.precision}, vocabulary of {info.vocab_size:,}")
+    model = import_model(Path(options.hf), Path(options.save))
+    info = model.info
+    print(f"{options.hf} -> {options.save}: {model.family.name}, {info.precision}, vocabulary of {info.vocab_size:,}")
+    print_note(model.note)
 
 
 def mcore_to_hf(command_line: Sequence[str]) -> None:

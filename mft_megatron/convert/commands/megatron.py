@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mft_megatron.options import option, read_options
 
-from .options import save_option
+from .options import print_note, save_option
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +39,12 @@ def megatron_to_mcore(command_line: Sequence[str]) -> None:
         InputError: there is no such checkpoint, this program cannot express it, or the target exists.
     """
     options = read_options(MegatronOptions, command_line, "convert_checkpoint.py megatron-to-mcore")
+    from mft_megatron.convert.huggingface.model_folder import unread_entries
     from mft_megatron.convert.megatron.model_import import import_megatron
 
     hf = Path(options.hf) if options.hf else None
     path, info = import_megatron(Path(options.load), Path(options.save), options.vocab_size, hf, options.ckpt_step)
     layers = info.architecture["num_layers"]
     print(f"{path} -> {options.save}: {layers} layers, {info.precision}, vocabulary of {info.vocab_size:,}")
+    if hf is not None:
+        print_note(unread_entries(hf))

@@ -1,6 +1,6 @@
-"""Options that several conversion commands have in common.
+"""Options and notes that several conversion commands have in common.
 
-Like :func:`option`, the functions return a dataclass field; their annotation is that of the field.
+Like :func:`option`, the functions named ``…_option`` return a dataclass field; their annotation is that of the field.
 """
 
 from mft_megatron.errors import InputError
@@ -49,6 +49,12 @@ def tokenizer_option() -> str | None:
 def shard_size_option() -> str:
     """Declare ``--max-shard-size``; :func:`parse_size` reads its value."""
     return option("5GB", "Begin a new safetensors file at this size.")
+
+
+def print_note(note: str | None) -> None:
+    """Print a note for the user, if there is one."""
+    if note is not None:
+        print(f"note: {note}")
 
 
 def parse_size(text: str) -> int:

@@ -21,8 +21,8 @@ class Family:
         model_type: ``model_type`` of ``config.json``.
         architecture: entry of ``architectures`` in ``config.json``: the model's class in transformers.
         weights: function from an architecture to every weight of such a model.
-        entries: every entry of ``config.json`` that changes what the model computes; any other is refused unless
-            ``config_entries/ignored.py`` lists it.
+        entries: the entries of ``config.json`` that change what the model computes; any other is judged by
+            ``config_entries/transformers_class.py`` unless ``config_entries/ignored.py`` lists it.
     """
 
     name: str

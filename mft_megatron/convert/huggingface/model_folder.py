@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from mft_megatron.arguments.groups.network import NetworkArguments
-from mft_megatron.convert.huggingface.families.table import family_of
+from mft_megatron.convert.huggingface.families.table import family_of, note_on_unread
 from mft_megatron.errors import InputError
 from mft_megatron.run_folder import TOKENIZER_FILES
 
@@ -64,6 +64,17 @@ def read_architecture(folder: Path) -> tuple[Family, NetworkArguments, int]:
         return family, family.read_config(config), whole_number(config, "vocab_size")
     except InputError as error:
         raise InputError(f"{folder / CONFIG}: {error}") from None
+
+
+def unread_entries(folder: Path) -> str | None:
+    """Name the entries of ``config.json`` that are not read, for a note to the user; ``None`` without any.
+
+    Raises:
+        InputError: :func:`read_architecture` refuses the folder.
+    """
+    family = read_architecture(folder)[0]
+    note = note_on_unread(read_config(folder), family)
+    return None if note is None else f"{folder / CONFIG}: {note}"
 
 
 def kept_files(folder: Path) -> list[Path]:

@@ -18,20 +18,18 @@ from mft_megatron.errors import InputError
 from mft_megatron.mcore.checkpointing.tensor_writer import Weight
 from mft_megatron.mcore.checkpointing.weight_source import WeightSlice
 from mft_megatron.mcore.platform.precisions import BY_DTYPE
-from mft_megatron.run_folder import CheckpointInfo
 
 from .converted_checkpoint import write_checkpoint
-from .family import Family
 from .mapped_weight import MappedWeight, names_of
 from .safetensors_reader import BLOCK_BYTES
 from .weight_source import HuggingFaceSource
 
 
-def import_model(folder: Path, target: Path) -> tuple[Family, CheckpointInfo]:
+def import_model(folder: Path, target: Path) -> HuggingFaceSource:
     """Write the model of a Hugging Face folder into the new run folder ``target``, in this process alone.
 
     Returns:
-        the model's family and the description of the checkpoint.
+        the model, closed; its ``info`` describes the checkpoint.
 
     Raises:
         InputError: the architecture is not supported, a weight is missing, left over, damaged or of another shape than
@@ -41,7 +39,7 @@ def import_model(folder: Path, target: Path) -> tuple[Family, CheckpointInfo]:
     with contextlib.closing(HuggingFaceSource(folder)) as source:
         weights = {weight.name: _stacked(weight, source) for weight in source.mapped}
         write_checkpoint(target, source.info, weights, list(_slices(source, weights)), source, source.keep)
-    return source.family, source.info
+    return source
 
 
 def _stacked(weight: MappedWeight, source: HuggingFaceSource) -> Weight:

@@ -10,7 +10,7 @@ from mft_megatron.mcore.checkpointing.weight_source import WeightSlice
 from mft_megatron.mcore.platform.precisions import model_dtype
 
 from .converted_checkpoint import describe
-from .model_folder import copy_kept_files, read_architecture
+from .model_folder import copy_kept_files, read_architecture, unread_entries
 from .row_layouts import sizes_of, slice_blocks
 from .safetensors_reader import WeightFiles
 from .weight_check import refuse_mismatch
@@ -27,6 +27,7 @@ class HuggingFaceSource:
         sizes: sizes of rows and columns.
         files: the weights in the folder.
         info: description of the model; its precision is that of its largest weight.
+        note: a line for the user about entries of ``config.json`` that are not read; ``None`` without any.
     """
 
     def __init__(self, folder: Path | str):
@@ -49,6 +50,7 @@ class HuggingFaceSource:
             )
             for weight in self.mapped
         )
+        self.note = unread_entries(self.folder)
         self.info = describe(self.family.architecture, self.architecture, vocab_size, dtype)
         self._by_name = {weight.name: weight for weight in self.mapped}
 

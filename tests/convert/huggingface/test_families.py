@@ -267,7 +267,7 @@ def test_published_configurations_of_gemma_are_one_architecture():
         ({"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"]}, "Gemma2ForCausalLM is not supported"),
         ({"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}, "Gemma3ForCausalLM is not supported"),
         ({"model_type": "gemma3", "architectures": None}, "model_type 'gemma3' is not supported; known are Llama"),
-        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping: not understood for Gemma"),
+        ({"is_causal": False}, "is_causal: not understood for Gemma"),
     ],
 )
 def test_other_models_than_gemma_are_refused(changes, reason):

@@ -5,8 +5,10 @@ from mft_megatron.errors import InputError
 
 from .entry import Config, Fields
 
-# spellings of the tanh approximation; the first is written
-_TANH = ("gelu_pytorch_tanh", "gelu_new")
+# Names that transformers has for each function; the first is written.
+SILU = ("silu", "swish")
+GELU = ("gelu", "gelu_python")
+TANH_GELU = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast", "gelu_python_tanh", "gelu_accurate")
 
 
 class Gelu:
@@ -17,14 +19,17 @@ class Gelu:
 
     def read(self, config: Config) -> Fields:
         """Read the function's name."""
-        value = config.get(self.names[0], "gelu")
-        if value != "gelu" and value not in _TANH:
-            raise InputError(f"{self.names[0]} is {value!r}; only gelu, {', '.join(_TANH)} can be expressed")
-        return {"openai_gelu": value != "gelu"}
+        value = config.get(self.names[0], GELU[0])
+        if value not in GELU + TANH_GELU:
+            raise InputError(
+                f"{self.names[0]} is {value!r}; only {' or '.join(GELU)}, and the tanh approximation "
+                f"({', '.join(TANH_GELU)}) can be expressed"
+            )
+        return {"openai_gelu": value in TANH_GELU}
 
     def write(self, architecture: NetworkArguments) -> dict[str, object]:
         """Write the function's name."""
-        return {self.names[0]: _TANH[0] if architecture.openai_gelu else "gelu"}
+        return {self.names[0]: TANH_GELU[0] if architecture.openai_gelu else GELU[0]}
 
 
 class TanhGelu:
@@ -46,14 +51,14 @@ class TanhGelu:
 
     def read(self, config: Config) -> Fields:
         """Check both entries."""
-        for name, allowed in zip(self.names, ((*_TANH, "gelu"), (*_TANH, None)), strict=True):
-            value = config.get(name, _TANH[0])
+        for name, allowed in zip(self.names, ((*TANH_GELU, "gelu"), (*TANH_GELU, None)), strict=True):
+            value = config.get(name, TANH_GELU[0])
             if value not in allowed:
                 raise InputError(
-                    f"{name} is {value!r}, which this program cannot express in this family; only {_TANH[0]!r}"
+                    f"{name} is {value!r}, which this program cannot express in this family; only {TANH_GELU[0]!r}"
                 )
         return {"openai_gelu": True}
 
     def write(self, architecture: NetworkArguments) -> dict[str, object]:
         """Write the approximation's name to both entries."""
-        return dict.fromkeys(self.names, _TANH[0])
+        return dict.fromkeys(self.names, TANH_GELU[0])

@@ -17,8 +17,8 @@ IRRELEVANT = frozenset(
     encoder_no_repeat_ngram_size temperature top_k top_p typical_p unsloth_version unsloth_fixed
     """.split()
 )
-# Features that old configurations list; each must be off.
-MUST_BE_OFF = frozenset(
+# Features that old configurations list; those that are off change nothing.
+MAY_BE_OFF = frozenset(
     "is_encoder_decoder add_cross_attention cross_attention_hidden_size tie_encoder_decoder chunk_size_feed_forward "
     "pruned_heads".split()
 )

@@ -11,6 +11,8 @@ from .entry import Config, Fields
 
 # theta and the text of --rope-scaling; theta is checked after the spellings have been compared
 _Reading = tuple[object, str | None]
+# entries of published scalings that no release of transformers reads
+_UNREAD = ("finetuned",)
 
 
 class Rope:
@@ -45,7 +47,7 @@ class Rope:
         """Base and scaling by one of the two spellings."""
         if not isinstance(entries, Mapping) or any(isinstance(value, Mapping) for value in entries.values()):
             raise InputError(f"rope_parameters {entries!r}: rotary positions that differ from layer to layer")
-        present = {name: value for name, value in entries.items() if value is not None}
+        present = {name: value for name, value in entries.items() if value is not None and name not in _UNREAD}
         kind = present.pop("type", "default")  # the older name of rope_type
         kind = present.pop("rope_type", kind)
         theta = present.pop("rope_theta", self._theta if base is None else base)

@@ -4,6 +4,7 @@ Later families share these tables, since most of their weights and entries have 
 """
 
 from mft_megatron.arguments.groups.network import NetworkArguments
+from mft_megatron.convert.huggingface.config_entries.activation import SILU
 from mft_megatron.convert.huggingface.config_entries.basic import (
     Biases,
     Fixed,
@@ -32,7 +33,7 @@ SHAPE: tuple[Entry, ...] = (
 )
 SWIGLU: tuple[Entry, ...] = (
     Fixed(normalization="RMSNorm", swiglu=True),
-    Only("hidden_act", "silu", "swish"),
+    Only("hidden_act", *SILU),
 )
 
 

@@ -1,6 +1,7 @@
 """StarCoder2: LayerNorm, GELU by its tanh approximation, biases everywhere, a sliding window, tied embeddings."""
 
 from mft_megatron.arguments.groups.network import NetworkArguments
+from mft_megatron.convert.huggingface.config_entries.activation import TANH_GELU
 from mft_megatron.convert.huggingface.config_entries.basic import Biases, Fixed, Flag, Only, RealNumber, WholeNumber
 from mft_megatron.convert.huggingface.config_entries.heads import Heads
 from mft_megatron.convert.huggingface.config_entries.rope import Rope
@@ -34,7 +35,7 @@ STARCODER2 = Family(
     entries=(
         *SHAPE,
         Fixed(normalization="LayerNorm", openai_gelu=True),
-        Only("hidden_act", "gelu_pytorch_tanh", "gelu_new"),
+        Only("hidden_act", *TANH_GELU),
         Only("mlp_type", "default"),
         Only("norm_type", "layer_norm"),
         RealNumber("norm_epsilon", "norm_epsilon", 1e-5),

@@ -2,7 +2,8 @@
 
 from mft_megatron.arguments.groups.network import NetworkArguments
 from mft_megatron.convert.huggingface.config_entries.entry import Config
-from mft_megatron.convert.huggingface.config_entries.ignored import IRRELEVANT, MUST_BE_OFF
+from mft_megatron.convert.huggingface.config_entries.ignored import IRRELEVANT, MAY_BE_OFF
+from mft_megatron.convert.huggingface.config_entries.transformers_class import class_name, judge
 from mft_megatron.convert.huggingface.family import Family
 from mft_megatron.errors import InputError
 
@@ -20,36 +21,76 @@ FAMILIES: dict[str, Family] = {
     family.model_type: family for family in (LLAMA, QWEN2, QWEN3, MISTRAL, MIXTRAL, GEMMA, STARCODER2, GPT_NEOX)
 }
 
+# names classes in files beside a config.json
+CODE = "auto_map"
+
 
 def family_of(config: Config) -> Family:
     """Find the family of a ``config.json``.
 
     Raises:
-        InputError: the architecture is not in :data:`FAMILIES`, the model is quantised, or an entry is not understood.
+        InputError: the architecture is not in :data:`FAMILIES`, the model is quantised, or an entry may change what the
+            model computes and is not understood.
+    """
+    family = _named_family(config)
+    if config.get("quantization_config") is not None:
+        raise InputError("quantization_config: quantised weights cannot be converted; take the model they were made of")
+    if refused := judge(family.model_type, _not_understood(config, family)).refused:
+        raise InputError(
+            f"{', '.join(refused)}: not understood for {family.name}, and it may change what the model "
+            "computes; if it does not, remove it"
+        )
+    return family
+
+
+def note_on_unread(config: Config, family: Family) -> str | None:
+    """Name the entries that are not read because transformers does not read them either; ``None`` without any."""
+    unread = judge(family.model_type, _not_understood(config, family)).unread
+    sentences = []
+    if others := [name for name in unread if name != CODE]:
+        names = ", ".join(others)
+        sentences.append(f"{names}: not read, because transformers' {class_name(family.model_type)} has no such entry")
+    if CODE in unread:
+        sentences.append(
+            f"{CODE}: names code of the model's own, which is not run; the model is computed as transformers' own "
+            f"{family.architecture} is"
+        )
+    return "; ".join(sentences) or None
+
+
+def _named_family(config: Config) -> Family:
+    """The family that ``model_type`` and ``architectures`` name.
+
+    Raises:
+        InputError: one of them is not supported, or they contradict each other.
     """
     known = f"known are {', '.join(family.architecture for family in FAMILIES.values())}"
     listed, model_type = config.get("architectures"), config.get("model_type")
     architectures = list(map(str, listed)) if isinstance(listed, list) else [str(listed)] if listed else []
+    listing = ", ".join(architectures)
+    lowered = [name.casefold() for name in architectures]  # the first Llamas have LLaMAForCausalLM
+    candidates = [family for family in FAMILIES.values() if family.architecture.casefold() in lowered]
     family = FAMILIES.get(str(model_type))
-    if family is None:
-        name = ", ".join(architectures) or f"model_type {model_type!r}"
-        raise InputError(f"{name} is not supported; {known}")
-    if architectures and family.architecture not in architectures:
-        raise InputError(f"{', '.join(architectures)} is not supported; {known}")
-    if config.get("quantization_config") is not None:
-        raise InputError("quantization_config: quantised weights cannot be converted; take the model they were made of")
+    if family is not None and (family in candidates or not architectures):
+        return family
+    if not candidates and (architectures or model_type is not None):
+        raise InputError(f"{listing or f'model_type {model_type!r}'} is not supported; {known}")
+    if model_type is None:
+        wanted = candidates[0].model_type if candidates else "…"
+        raise InputError(f'no model_type, and architectures says {listing or "nothing"}; add "model_type": "{wanted}"')
+    raise InputError(
+        f"model_type is {model_type!r}, but architectures says {listing}; correct the one that is of another model "
+        f"({known})"
+    )
+
+
+def _not_understood(config: Config, family: Family) -> Config:
     understood = family.entry_names() | IRRELEVANT | {"quantization_config"}
-    unknown = [
-        name
+    return {
+        name: value
         for name, value in config.items()
-        if name not in understood and value is not None and not (name in MUST_BE_OFF and not value)
-    ]
-    if unknown:
-        raise InputError(
-            f"{', '.join(sorted(unknown))}: not understood for {family.name}, and it may change what the model "
-            "computes; if it does not, remove it"
-        )
-    return family
+        if name not in understood and not (name in MAY_BE_OFF and not value)
+    }
 
 
 def family_for(architecture: NetworkArguments) -> Family:
