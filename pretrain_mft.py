@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mft_megatron.errors import run_command
+from mft_megatron.errors import InputError, run_command
 
 if TYPE_CHECKING:
     from mft_megatron.arguments.command import CommandLine
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """Check every option first; only then load torch and start process groups."""
+    from mft_megatron.arguments.checks.lora import check_trained_model
     from mft_megatron.arguments.command import make_arguments, read_command_line
     from mft_megatron.data.loading.dataset import packed_lengths, training_packs
 
@@ -33,17 +34,38 @@ def main() -> None:
     start, model, adapter = open_start(command_line)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     arguments = make_arguments(command_line, start, world_size, packed_lengths, training_packs)
-    from mft_megatron.training.pretrain import pretrain
-    from mft_megatron.training.saving import Sources
-
+    if problem := check_trained_model(arguments):
+        raise InputError(problem)
     main_rank = os.environ.get("RANK", "0") == "0"
-    run = functools.partial(pretrain, arguments, main_rank, Sources(model, adapter))
+    run = functools.partial(start_training, arguments, main_rank, model, adapter)
     # A run that only evaluates saves nothing that could be exported.
     save, save_hf = arguments.checkpoint.save, arguments.checkpoint.save_hf
     if save is None or save_hf is None or arguments.validation.skip_train:
         run()
     else:
         run_and_export(arguments, Path(save), Path(save_hf), main_rank, run)
+
+
+def start_training(
+    arguments: "Arguments",
+    main_rank: bool,
+    model: "HuggingFaceSource | None",
+    adapter: "AdapterSource | None",
+    exports: "Exports | None" = None,
+) -> None:
+    """Train, unless the run is finished: a job in a chain that has nothing left to do has not failed."""
+    if arguments.finished:
+        if main_rank:
+            print(
+                f"{arguments.checkpoint.save}: this run is finished, at iteration {arguments.training.train_iters}; "
+                f"train on with a larger {'--train-iters' if arguments.total_packs is None else '--num-train-epochs'}",
+                flush=True,
+            )
+        return
+    from mft_megatron.training.pretrain import pretrain
+    from mft_megatron.training.saving import Sources
+
+    pretrain(arguments, main_rank, Sources(model, adapter), exports)
 
 
 def open_start(command_line: "CommandLine") -> "tuple[Start, HuggingFaceSource | None, AdapterSource | None]":

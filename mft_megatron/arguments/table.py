@@ -155,6 +155,16 @@ class Arguments:
         return self.resume.info.iteration, self.resume.info.consumed_samples
 
     @property
+    def finished(self) -> bool:
+        """Whether a job that is started again finds that its run, in its own folder, has taken its last step."""
+        if self.resume is None or self.weights_alone or self.validation.skip_train or self.checkpoint.save is None:
+            return False
+        of_this_run = os.path.realpath(self.resume.path.parent) == os.path.realpath(self.checkpoint.save)
+        steps, consumed = self.progress
+        ends_here = self.total_packs is None or consumed == self.total_packs
+        return of_this_run and ends_here and steps == self.training.train_iters
+
+    @property
     def optimizer_states(self) -> str:
         """Kind of the optimizer's states: adam, sgd, or sgd without momentum, which has none."""
         without = self.training.optimizer == "sgd" and not self.regularization.sgd_momentum

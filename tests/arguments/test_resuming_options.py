@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from mft_megatron.arguments.command import parse_arguments
 from mft_megatron.arguments.groups.checkpointing import CheckpointArguments
 from mft_megatron.arguments.start import Start
 from mft_megatron.run_folder import INFO, TRACKER, CheckpointInfo
@@ -167,6 +168,42 @@ def test_a_pretrained_checkpoint_gives_weights_alone_and_not_the_seed(tmp_path):
     assert (a.weights_alone, a.initialization.seed, a.resume.path) == (False, 7, own / "iter_0000005")
     with refused("--pretrained-checkpoint ", "nowhere: does not exist"):
         resumed(f"--pretrained-checkpoint {tmp_path}/nowhere")
+
+
+@pytest.mark.parametrize(
+    ("words", "finished"),
+    [
+        ("--train-iters 5 --save HERE", True),
+        ("--train-iters 5 --save HERE --ckpt-step 5", True),
+        ("--train-iters 5 --save HERE/ --load HERE/iter_0000005", True),
+        ("--train-iters 6 --save HERE", False),
+        ("--train-iters 5 --save HERE --finetune", False),
+        ("--train-iters 5 --save HERE --skip-train", False),
+        ("--train-iters 5 --save HERE/other", None),
+        ("--train-iters 5", None),
+        ("--train-iters 4 --save HERE", None),
+    ],
+)
+def test_only_a_run_in_its_own_folder_is_finished(tmp_path, words, finished):
+    words = f"--load {checkpoint(tmp_path)} {words.replace('HERE', str(tmp_path))}"
+    if finished is None:
+        with refused("the checkpoint is already at iteration 5; raise it"):
+            resumed(words)
+    else:
+        assert resumed(words).finished is finished
+
+
+def test_a_run_of_epochs_is_finished_when_they_are_used(tmp_path):
+    words = f"{WITHOUT_SHAPE.replace('--train-iters 10', '')} --load {checkpoint(tmp_path)} --save {tmp_path}"
+
+    def of(epochs):
+        words_of = f"{words} --num-train-epochs {epochs}".split()
+        return parse_arguments(words_of, training_packs=lambda prefix, seq_length: 5)
+
+    assert (of(2).finished, of(2).training.train_iters) == (True, 5)
+    assert (of(2.2).finished, of(2.2).training.train_iters) == (False, 6)
+    with refused("--num-train-epochs 1.8: the checkpoint has used 2 epochs already; raise it, or"):
+        of(1.8)
 
 
 def test_a_finished_run_is_evaluated(tmp_path):

@@ -275,7 +275,19 @@ def test_one_process_without_torchrun_exits_and_restarts_with_the_same_command(d
         assert (folder / "latest_checkpointed_iteration.txt").read_text().strip() == expected
     assert [record["step"] for record in records(folder, "train")] == [1, 2, 3, 4, 5]
     assert [record["event"] for record in records(folder, "event")] == ["save", "exit", "load", "save"]
-    assert "already at iteration 5" in refused(*command)
+    # a chain of jobs starts the finished one again, and only its export is left to do
+    process = run_forked("pretrain_mft.py", *command, "--save-hf", tmp_path / "hf")
+    assert process.returncode == 0, process.stderr
+    assert f"{folder}: this run is finished, at iteration 5; train on with a larger --train-iters" in process.stdout
+    assert (tmp_path / "hf" / "iter_0000005" / "config.json").is_file()
+    assert len(records(folder, "event")) == 4
+    assert "already at iteration 5; raise it" in refused(*command, "--train-iters", 4)
+    assert "already at iteration 5; raise it" in refused(*RUN, "--data-path", dataset_prefix, "--load", folder)
+
+
+def test_adapters_need_a_model(dataset_prefix):
+    line = refused(*MODEL, *RUN, "--data-path", dataset_prefix, "--peft-type", "lora")
+    assert "--peft-type lora: there is no model, and adapters beside random weights learn nothing of use; give" in line
 
 
 def test_divergence_ends_the_run_without_saving(dataset_prefix, tmp_path):

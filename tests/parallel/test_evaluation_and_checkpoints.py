@@ -108,6 +108,15 @@ def test_the_command_lines_learning_rate_holds_after_a_load(dataset_prefix, save
     assert [rate for _, _, rate in resumed] == pytest.approx([rate / 2 for _, _, rate in whole[3:]])
 
 
+def test_without_the_optimizer_the_schedule_continues(dataset_prefix, saved):
+    """The states are fresh, and the rate still ends where that of the uninterrupted run does."""
+    folder, whole = saved(1, "")
+    resumed = run_on_ranks(1, some_steps, dataset_prefix, "--no-load-optim", 1, folder, None, 5, 1)[0]
+    assert resumed[0] == pytest.approx(whole[3], rel=1e-6)
+    assert resumed[1][0] != pytest.approx(whole[4][0], rel=1e-6)
+    assert [rate for _, _, rate in resumed] == [rate for _, _, rate in whole[3:]]
+
+
 def _skip(prefix):
     """Train a step on a batch that supervises no token of a weighted task."""
     import numpy as np

@@ -62,11 +62,14 @@ def _loading_problem(a: Arguments) -> str | None:
 
 def _resuming_problem(a: Arguments, info: CheckpointInfo) -> str | None:
     c = a.checkpoint
-    if info.iteration >= a.training.train_iters and not a.validation.skip_train:
-        return (
-            f"--train-iters {a.training.train_iters}: the checkpoint is already at iteration {info.iteration}; "
-            "raise it, or start a new run from its weights with --finetune"
-        )
+    if info.iteration >= a.training.train_iters and not (a.validation.skip_train or a.finished):
+        length = f"--train-iters {a.training.train_iters}: the checkpoint is already at iteration {info.iteration}"
+        if a.epoch_packs is not None:
+            length = (
+                f"--num-train-epochs {a.training.num_train_epochs:g}: the checkpoint has used "
+                f"{info.consumed_samples / a.epoch_packs:.3g} epochs already"
+            )
+        return f"{length}; raise it, or start a new run from its weights with --finetune"
     if c.load_optim and not info.has_optimizer:
         return f"--load {c.load}: saved with --no-save-optim; continue with --no-load-optim or --finetune"
     if c.load_optim and info.format_version < 2:

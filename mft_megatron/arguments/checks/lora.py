@@ -29,6 +29,19 @@ def check_adapters(a: Arguments) -> str | None:
     return (_check_quantized(a) if a.lora.peft_type == "qlora" else _check_base(a)) or _check_folder(a)
 
 
+def check_trained_model(a: Arguments) -> str | None:
+    """Check that adapters belong to a model that was trained; of the command alone.
+
+    Tests and benchmarks that build a model themselves use random weights.
+    """
+    if a.adapters is None or a.resume is not None:
+        return None
+    return (
+        f"--peft-type {a.lora.peft_type}: there is no model, and adapters beside random weights learn nothing of use; "
+        "give --hf-checkpoint DIR, --pretrained-checkpoint CKPT or --load"
+    )
+
+
 def _check_base(a: Arguments) -> str | None:
     if a.base is None and a.resume is None and a.lora.save_adapters_only:
         return "--save-adapters-only: the model has random weights, and would be in no checkpoint; leave it out"

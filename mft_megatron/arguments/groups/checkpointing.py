@@ -60,7 +60,12 @@ class CheckpointArguments:
     )
     finetune: bool = option(False, "Load only the weights and start at iteration 0 with a fresh optimizer.")
     save_optim: bool = option(True, "Leave the optimizer out of checkpoints.", flag="--no-save-optim")
-    load_optim: bool = option(True, "Do not load the optimizer from the checkpoint.", flag="--no-load-optim")
+    load_optim: bool = option(
+        True,
+        "Start with fresh optimizer states instead of those of the checkpoint. Unlike in Megatron the schedules of "
+        "learning rate and weight decay continue at the checkpoint's iteration; --finetune starts them again.",
+        flag="--no-load-optim",
+    )
     save_rng: bool = option(True, "Leave the random-number state out of checkpoints.", flag="--no-save-rng")
     load_rng: bool = option(True, "Do not load the random-number state.", flag="--no-load-rng")
     save_best: bool = option(

@@ -210,9 +210,9 @@ def _replicas() -> torch.distributed.ProcessGroup:
 def load(path: Path, trainer: Trainer, info: CheckpointInfo, options: CheckpointArguments) -> TrainingState:
     """Load a checkpoint written at any parallel layout into the trainer, in place; a collective of all ranks.
 
-    With ``--finetune`` only weights are loaded; otherwise also the optimizer, the schedule, the statistics of the focal
-    loss and, on the same parallel layout, the random-number state, unless the options leave them out. From a checkpoint
-    of adapters alone only the adapters' weights are loaded.
+    With ``--finetune`` only weights are loaded; otherwise also the position in the schedule, the statistics of the
+    focal loss and, unless the options leave them out, the optimizer and, on the same parallel layout, the random-number
+    state. From a checkpoint of adapters alone only the adapters' weights are loaded.
 
     Args:
         path: the checkpoint's folder.
@@ -250,7 +250,7 @@ def load(path: Path, trainer: Trainer, info: CheckpointInfo, options: Checkpoint
         current = chunk.state_dict()
         kept = current.keys() - loaded["model"][name].keys() if not info.has_base else absent[name]
         chunk.load_state_dict({**loaded["model"][name], **{key: current[key] for key in kept}})
-    if whole and options.load_optim:
+    if whole:
         trainer.scheduler.load_state_dict(loaded["scheduler"])
     if with_optimizer:
         restore(trainer.optimizer, loaded["optimizer"])
