@@ -4,11 +4,15 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from mft_megatron.data.records.conversation import Conversation, Turn
 from mft_megatron.data.records.notes import RecordNotes
 from mft_megatron.data.records.segments import Segment, raw_segments, refuse_reasoning, supervised_turns
+from mft_megatron.data.tokenizers.tokenizer import Tokenizer
+
+from .builtin_templates import chatml_template, mftcoder_template
+from .token_names import names_of_text, names_pattern
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,12 +24,15 @@ class BuiltInFormat:
         markers: text that opens the turn of each role.
         end_of_text: name of the tokenizer's end-of-text token.
         supervise: one of :data:`~mft_megatron.data.records.segments.SUPERVISE`.
+        special: names of special tokens within the markers, which are these tokens, as in a prompt that a server
+            tokenises; :func:`special_in_markers`.
     """
 
     name: str
     markers: Mapping[str, str]
     end_of_text: str
     supervise: str = "all"
+    special: frozenset[str] = frozenset()
 
     @property
     def stop_token(self) -> str:
@@ -55,14 +62,26 @@ class BuiltInFormat:
     @property
     def fingerprint(self) -> str:
         """sha256 over everything that decides how a conversation is written."""
-        content = json.dumps([self.name, dict(self.markers), self.end_of_text, self.supervise], sort_keys=True)
-        return hashlib.sha256(content.encode()).hexdigest()
+        content = [self.name, dict(self.markers), self.end_of_text, self.supervise]
+        if self.special:
+            content.append(sorted(self.special))
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def source(self) -> str:
+        """Jinja text that writes what :meth:`segments` writes, and the opening of an answer as generation prompt."""
+        openings = {role: "".join(part.text for part in parts) for role, parts in self._openings.items()}
+        before, after = _TOOLS.format(tools="\0").split("\0")
+        return FORMATS[self.name].template(openings, self.stop_token, (before, after))
 
     # segments that are the same in every conversation
     @functools.cached_property
     def _openings(self) -> dict[str, tuple[Segment, ...]]:
         opening = FORMATS[self.name].opening
-        return {role: opening(marker) for role, marker in self.markers.items()}
+        return {
+            role: tuple(part for segment in opening(marker) for part in _with_tokens(segment, self.special))
+            for role, marker in self.markers.items()
+        }
 
     @functools.cached_property
     def _stops(self) -> tuple[Segment, Segment]:
@@ -70,16 +89,37 @@ class BuiltInFormat:
         return Segment(self.stop_token, False, True), Segment(self.stop_token, True, True)
 
 
+_BEGINNING = "<s>"  # of a marker: one token wherever the vocabulary has it
+
+
+def special_in_markers(markers: Mapping[str, str], tokenizer: Tokenizer) -> frozenset[str]:
+    """Names of special tokens within markers that would be text if the markers were tokenised like content."""
+    return names_of_text(tokenizer, [marker.removeprefix(_BEGINNING) for marker in markers.values()])
+
+
 def _chatml_opening(marker: str) -> tuple[Segment, ...]:
     return Segment("<|im_start|>", False, True), Segment(f"{marker}\n", False)
 
 
 def _mftcoder_opening(marker: str) -> tuple[Segment, ...]:
-    # a <s> at the beginning of a marker is one token if the vocabulary has it
-    if marker.startswith("<s>"):
-        rest = marker[len("<s>") :]
-        return (Segment("<s>", False, True), Segment(rest, False)) if rest else (Segment("<s>", False, True),)
-    return (Segment(marker, False),) if marker else ()
+    rest = marker.removeprefix(_BEGINNING)
+    beginning = (Segment(_BEGINNING, False, True),) if marker != rest else ()
+    return (*beginning, Segment(rest, False)) if rest else beginning
+
+
+def _with_tokens(segment: Segment, names: frozenset[str]) -> Iterator[Segment]:
+    """Split a segment at the names of tokens in it."""
+    if segment.special or not names:
+        yield segment
+        return
+    start = 0
+    for name in names_pattern(tuple(sorted(names))).finditer(segment.text):
+        if name.start() > start:
+            yield Segment(segment.text[start : name.start()], False)
+        yield Segment(name.group(), False, True)
+        start = name.end()
+    if start < len(segment.text):
+        yield Segment(segment.text[start:], False)
 
 
 _NEWLINE = Segment("\n", False)
@@ -174,12 +214,15 @@ class FormatDefinition:
     Attributes:
         write: writes turns, given whether each is supervised.
         opening: segments that open a turn, from the marker of its role.
+        template: the format as Jinja text, from the openings of turns by role, the stop token, and the text before and
+            after a list of tools.
         markers: default marker of each role.
         stop_token: name of the token that ends an assistant's turn; ``None`` for the end-of-text token.
     """
 
     write: Callable[[BuiltInFormat, tuple[Turn, ...], list[bool]], list[Segment]]
     opening: Callable[[str], tuple[Segment, ...]]
+    template: Callable[[Mapping[str, str], str, tuple[str, str]], str]
     markers: Mapping[str, str]
     stop_token: str | None = None
 
@@ -188,12 +231,14 @@ FORMATS: dict[str, FormatDefinition] = {
     "chatml": FormatDefinition(
         write=_chatml,
         opening=_chatml_opening,
+        template=chatml_template,
         markers={"system": "system", "user": "user", "assistant": "assistant", "tool": "tool"},
         stop_token="<|im_end|>",
     ),
     "mftcoder": FormatDefinition(
         write=_mftcoder,
         opening=_mftcoder_opening,
+        template=mftcoder_template,
         markers={"system": "<s>system\n", "user": "<s>human\n", "assistant": "<s>bot\n", "tool": "<s>tool\n"},
     ),
 }

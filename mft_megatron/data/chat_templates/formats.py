@@ -14,7 +14,7 @@ from mft_megatron.data.records.segments import SUPERVISE, Segment
 from mft_megatron.data.tokenizers.tokenizer import Tokenizer
 from mft_megatron.errors import InputError
 
-from .builtin_formats import FORMATS, BuiltInFormat
+from .builtin_formats import FORMATS, BuiltInFormat, special_in_markers
 from .jinja_format import template_format
 
 
@@ -28,6 +28,14 @@ class ChatFormat(Protocol):
     @property
     def stop_token(self) -> str:
         """Name of the token that ends an assistant's turn."""
+
+    @property
+    def source(self) -> str:
+        """Text of the Jinja template that writes conversations so."""
+
+    @property
+    def supervise(self) -> str:
+        """Turns that are supervised, of :data:`~mft_megatron.data.records.segments.SUPERVISE`."""
 
     @property
     def fingerprint(self) -> str:
@@ -68,7 +76,8 @@ def chat_format(name: str, tokenizer: Tokenizer, role_markers: str | None = None
         if role_markers is not None:
             raise InputError("--role-markers: a Jinja template has no role markers; leave them out, or use mftcoder")
         return template_format(_template(name, tokenizer), name.rsplit("/", 1)[-1], tokenizer, supervise)
-    return BuiltInFormat(name, _markers(name, role_markers), tokenizer.end_of_text, supervise)
+    markers = _markers(name, role_markers)
+    return BuiltInFormat(name, markers, tokenizer.end_of_text, supervise, special_in_markers(markers, tokenizer))
 
 
 _TOKENIZERS_TEMPLATE = "template"  # name of the template that comes with the tokenizer

@@ -16,7 +16,7 @@ from mft_megatron.errors import InputError
 
 from .jinja_renderer import Message, Renderer, TemplateError, renderer
 from .jinja_spans import Rendering
-from .token_names import Span, names_in
+from .token_names import Span, names_in, names_of_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +49,11 @@ class TemplateFormat:
     stop_token: str = ""
     openers: frozenset[str] = frozenset()
     header: str = ""
+
+    @property
+    def source(self) -> str:
+        """Text of the Jinja template that writes conversations so."""
+        return self.template
 
     @property
     def fingerprint(self) -> str:
@@ -94,9 +99,7 @@ def template_format(source: str, name: str, tokenizer: Tokenizer, supervise: str
         variables["bos_token"] = tokenizer.bos_token
     # the name of a token in a turn is broken up, which one character cannot be; so it is text everywhere
     special = {text: token for text, token in tokenizer.special_tokens.items() if len(text) > 1}
-    # tokens that the tokenizer also makes of ordinary text (often `<think>`) need no guard: turns may contain them
-    ordinary = tokenizer.encode_batch(list(special))
-    guarded = frozenset(text for text, ids in zip(special, ordinary, strict=True) if ids != [special[text].id])
+    guarded = names_of_text(tokenizer)
     style = TemplateFormat(name, source, variables, tokenizer.end_of_text, special, guarded, supervise)
     try:
         compiled = renderer(source)

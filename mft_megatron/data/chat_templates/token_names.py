@@ -2,10 +2,10 @@
 
 import functools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from mft_megatron.data.tokenizers.tokenizer import SpecialToken
+from mft_megatron.data.tokenizers.tokenizer import SpecialToken, Tokenizer
 
 Span = tuple[int, int]  # index of the first character, and of the one after the last
 
@@ -16,6 +16,21 @@ class Name(NamedTuple):
     start: int
     end: int
     text: str
+
+
+def names_of_text(tokenizer: Tokenizer, within: Sequence[str] | None = None) -> frozenset[str]:
+    """Names of special tokens that are ordinary text where they are tokenised like the content of a turn.
+
+    A tokenizer also makes some tokens, often ``<think>``, of ordinary text. One character is never broken up.
+
+    Args:
+        tokenizer: of the data set.
+        within: only names in these texts; ``None``: all.
+    """
+    special = tokenizer.special_tokens
+    names = [name for name in special if len(name) > 1 and (within is None or any(name in text for text in within))]
+    ids = tokenizer.encode_batch(names) if names else []
+    return frozenset(name for name, found in zip(names, ids, strict=True) if found != [special[name].id])
 
 
 @functools.lru_cache(maxsize=16)

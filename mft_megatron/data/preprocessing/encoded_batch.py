@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -39,6 +40,8 @@ class EncodedBatch:
         drops: records that are left out.
         filled: number of samples written as fill-in-the-middle.
         notes: what the user should know about the records that were read.
+        chats: number of samples written with the chat format.
+        examples: of :mod:`mft_megatron.data.chat_templates.examples`; ``sample`` is the index in the batch.
     """
 
     ids: np.ndarray
@@ -49,6 +52,8 @@ class EncodedBatch:
     drops: list[Drop]
     filled: int = 0
     notes: RecordNotes = dataclasses.field(default_factory=RecordNotes)
+    chats: int = 0
+    examples: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
 
 def drop_unsupervised(

@@ -23,7 +23,7 @@ from mft_megatron.data.tasks.record_batches import RecordBatch
 from .encoded_batch import Drop, EncodedBatch
 
 # raise it when the same records are encoded otherwise than before
-VERSION = 3
+VERSION = 4
 
 
 class EncodedCache:
@@ -49,7 +49,7 @@ class EncodedCache:
         """Read the entry of a batch; ``None`` where there is none or it is damaged."""
         try:
             with open(self._path(key), "rb") as file, np.load(file) as entry:
-                records, documents, filled = entry["counts"].tolist()
+                records, documents, filled, chats = entry["counts"].tolist()
                 drops = json.loads(entry["drops"].tobytes())
                 notes = RecordNotes(*map(collections.Counter, json.loads(entry["notes"].tobytes())))
                 encoded = EncodedBatch(
@@ -60,6 +60,8 @@ class EncodedCache:
                     documents=documents,
                     filled=filled,
                     notes=notes,
+                    chats=chats,
+                    examples=json.loads(entry["examples"].tobytes()),
                     drops=[Drop(batch.path, batch.first_line + line, *what) for line, *what in drops],
                 )
         except FileNotFoundError:
@@ -87,8 +89,9 @@ class EncodedCache:
                     ids=encoded.ids,
                     mask=encoded.mask,
                     lengths=encoded.lengths,
-                    counts=np.array([encoded.records, encoded.documents, encoded.filled]),
+                    counts=np.array([encoded.records, encoded.documents, encoded.filled, encoded.chats]),
                     drops=_as_bytes(drops),
+                    examples=_as_bytes(encoded.examples),
                     notes=_as_bytes([encoded.notes.unread_keys, encoded.notes.kinds]),
                 )
             os.replace(unfinished, path)

@@ -5,6 +5,7 @@ between processes. The same records give the same result in every process.
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +13,9 @@ from typing import Any
 import numpy as np
 import orjson
 
+from mft_megatron.data.chat_templates.examples import example_of, first_examples
 from mft_megatron.data.chat_templates.formats import ChatFormat
+from mft_megatron.data.chat_templates.token_names import names_of_text
 from mft_megatron.data.records.conversation import Conversation, RecordError
 from mft_megatron.data.records.fim import Fim
 from mft_megatron.data.records.json_values import json_fault
@@ -26,6 +29,9 @@ from mft_megatron.errors import InputError
 
 from .batched_texts import BatchedSamples, KnownTexts, SampleError
 from .encoded_batch import Drop, EncodedBatch, drop_unsupervised
+
+# of a file: examples are taken from these, so that other batches need not look for any
+_LINES_OF_EXAMPLES = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +68,10 @@ class Encoder:
             if task.add_bos and tokenizer.bos_token_id is None:
                 raise InputError(f"task {name}: samples are to begin with a bos token, but the tokenizer names none")
 
+    @functools.cached_property
+    def _names_of_text(self) -> frozenset[str]:
+        return names_of_text(self._tokenizer)
+
     def encode(self, task: str, batch: RecordBatch) -> EncodedBatch:
         """Encode a batch of a task; records that cannot be used are in ``drops``.
 
@@ -75,6 +85,8 @@ class Encoder:
         lines: list[int] = []
         documents: list[bool] = []
         filled: list[bool] = []
+        chats: list[bool] = []
+        examples: list[tuple[int, dict[str, Any]]] = []
         records = 0
         notes = RecordNotes()
         for number, line in enumerate(batch.lines, batch.first_line):
@@ -98,9 +110,13 @@ class Encoder:
                     f"{batch.path}:{number}: a chat record, but the tokenizer has no token {encoding.style.stop_token} "
                     f"to end a turn of --chat-template {encoding.style.name} with; use mftcoder, or add the token"
                 )
+            if number <= _LINES_OF_EXAMPLES and fim_segments is None:
+                example = example_of(conversation, encoding.style.supervise, self._names_of_text)
+                examples += [] if example is None else [(len(lines), example)]
             lines.append(number)
             documents.append(conversation.document)
             filled.append(fim_segments is not None)
+            chats.append(not conversation.raw)
             samples.add(segments)
         try:
             arrays = samples.arrays(self._tokenizer.bos_token_id if encoding.add_bos else None)
@@ -111,8 +127,15 @@ class Encoder:
             ) from None
         (ids, mask, lengths), kept, unsupervised = drop_unsupervised(*arrays, batch.path, lines)
         drops = sorted([*drops, *unsupervised], key=lambda drop: drop.line)
-        documents_kept, filled_kept = (int(np.count_nonzero(kept & np.array(of, bool))) for of in (documents, filled))
-        return EncodedBatch(ids, mask, lengths, records, documents_kept, drops, filled_kept, notes)
+        documents_kept, filled_kept, chats_kept = (
+            int(np.count_nonzero(kept & np.array(of, bool))) for of in (documents, filled, chats)
+        )
+        kept_examples = first_examples(
+            {"sample": int(np.count_nonzero(kept[:sample])), **example} for sample, example in examples if kept[sample]
+        )
+        return EncodedBatch(
+            *(ids, mask, lengths, records, documents_kept, drops, filled_kept, notes, chats_kept, kept_examples)
+        )
 
 
 def _fim_segments(conversation: Conversation, fim: Fim) -> list[Segment] | None:

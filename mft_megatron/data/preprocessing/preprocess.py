@@ -10,19 +10,21 @@ one that was killed continues, when it is started again, from the batches that a
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from mft_megatron.data.chat_templates.examples import first_examples, moved
 from mft_megatron.data.chat_templates.formats import ChatFormat, chat_format
+from mft_megatron.data.chat_templates.trained_format import chat_sources, trained_format
 from mft_megatron.data.packing.build_packs import write_packs
 from mft_megatron.data.packing.packing_options import PackingOptions, check_packing_options
 from mft_megatron.data.records.fim import make_fim
 from mft_megatron.data.records.notes import note_lines
 from mft_megatron.data.storage.dataset_writer import DatasetWriter, report_full_disk, require_free_space
 from mft_megatron.data.storage.indexed_dataset import token_dtype
-from mft_megatron.data.storage.ledger import JsonObject, Ledger, TokenizerEntry
+from mft_megatron.data.storage.ledger import JsonObject, Ledger, TaskEntry, TokenizerEntry
 from mft_megatron.data.storage.sample_writer import SampleWriter, TaskTally
 from mft_megatron.data.storage.stored_samples import StoredSamples
 from mft_megatron.data.tasks.reader import TaskReader, files_on_disk
@@ -123,18 +125,22 @@ def _make(recipe: Recipe, backend: str) -> tuple[Ledger, list[str]]:
             for task in stored.tasks:
                 notices += note_lines(task.name, task.unread_keys, task.noted)
             default = styles[recipe.chat_template]
+            style_of = {name: encoding.style for name, encoding in encodings.items()}
             ledger = Ledger(
                 tasks=list(stored.tasks),
                 tokenizer=_tokenizer_entry(tokenizer),
                 chat_template={
                     "name": default.name,
                     "fingerprint": default.fingerprint,
-                    "stop_token_ids": stop_token_ids(tokenizer, styles.values()),
+                    "stop_token_ids": stop_token_ids(tokenizer, _formats_of_chats(stored.tasks, style_of)),
+                    "sources": chat_sources(stored.tasks, style_of, tokenizer, recipe.add_bos),
                 },
                 lengths={str(recipe.packing.seq_length): entry},
                 arrays=files.entries(),
             )
             files.publish(ledger)
+            if (trained := trained_format(ledger)) is not None and trained.difference:
+                notices.append(trained.difference)
         except Exception:
             if recipe.cache_dir is None:
                 cache.remove()
@@ -144,6 +150,15 @@ def _make(recipe: Recipe, backend: str) -> tuple[Ledger, list[str]]:
     if cache.reused:
         notices.append(f"{cache.reused} batches had been tokenised before and were used again")
     return ledger, [*([tokenizer.backend_note] if tokenizer.backend_note else []), *notices]
+
+
+def _formats_of_chats(tasks: Sequence[TaskEntry], style_of: Mapping[str, ChatFormat]) -> list[ChatFormat]:
+    """Formats of the tasks that have chats, or files that were tokens already, which may be chats."""
+    return [
+        style_of[task.name]
+        for task in tasks
+        if task.chats or any(source.path.endswith(".idx") for source in task.sources)
+    ]
 
 
 def _encoding(recipe: Recipe, task: TaskFiles, tokenizer: Tokenizer, styles: dict[str, ChatFormat]) -> TaskEncoding:
@@ -212,6 +227,8 @@ def _count(encoded: EncodedBatch, tally: TaskTally, stop_ids: list[int], on_erro
     tally.samples_in += encoded.records
     tally.documents += encoded.documents
     tally.filled += encoded.filled
+    tally.chats = (tally.chats or 0) + encoded.chats
+    tally.examples = first_examples([*tally.examples, *moved(encoded.examples, tally.kept)])
     tally.unread_keys.update(encoded.notes.unread_keys)
     tally.noted.update(encoded.notes.kinds)
     if not tally.stopped:

@@ -8,13 +8,15 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+from mft_megatron.data.chat_templates.examples import first_examples, moved
+from mft_megatron.data.chat_templates.trained_format import merged_sources
 from mft_megatron.data.packing.build_packs import write_packs
 from mft_megatron.data.packing.packing_options import PackingOptions, check_packing_options
 from mft_megatron.data.packing.packs import SPLITS, pack_files
 from mft_megatron.data.storage.arrays import check_files
 from mft_megatron.data.storage.dataset_writer import DatasetWriter, report_full_disk, require_free_space
 from mft_megatron.data.storage.indexed_dataset import IndexedDataset
-from mft_megatron.data.storage.ledger import Ledger, TaskEntry, read_ledger
+from mft_megatron.data.storage.ledger import JsonObject, Ledger, TaskEntry, read_ledger
 from mft_megatron.data.storage.sample_writer import SampleWriter, TaskTally
 from mft_megatron.data.storage.stored_samples import SAMPLES_AT_ONCE, StoredSamples, read_samples, read_stored_samples
 from mft_megatron.errors import InputError
@@ -71,16 +73,24 @@ def merge(prefixes: Sequence[str], output_prefix: Path, options: PackingOptions)
     with report_full_disk(output_prefix), DatasetWriter(output_prefix) as files:
         stored = _copy(ledgers, files)
         entry, notices = write_packs(stored, options, files)
-        stops = sorted({stop for ledger in ledgers.values() for stop in ledger.chat_template["stop_token_ids"]})
         ledger = Ledger(
             tasks=list(stored.tasks),
             tokenizer=first.tokenizer,
-            chat_template={**first.chat_template, "stop_token_ids": stops},
+            chat_template=_chat_template(list(ledgers.values()), [task.name for task in stored.tasks]),
             lengths={str(options.seq_length): entry},
             arrays=files.entries(),
         )
         files.publish(ledger)
     return ledger, notices
+
+
+def _chat_template(ledgers: Sequence[Ledger], names: Sequence[str]) -> JsonObject:
+    """The first data set's chat format, the stop tokens of all, and the templates of all where all are known."""
+    first = {name: value for name, value in ledgers[0].chat_template.items() if name != "sources"}
+    eos = ledgers[0].tokenizer.eos_token_id
+    stops = {stop for ledger in ledgers for stop in ledger.chat_template["stop_token_ids"]} - {eos}
+    sources = merged_sources(ledgers, names)
+    return {**first, "stop_token_ids": [eos, *sorted(stops)], **({} if sources is None else {"sources": sources})}
 
 
 def _resolved(prefixes: Sequence[str]) -> set[Path]:
@@ -140,6 +150,8 @@ def _add_counts(tally: TaskTally, task: TaskEntry, prefix: str) -> None:
     tally.samples_in += task.samples_in
     tally.documents += task.kept if task.documents else 0
     tally.filled += task.filled
+    tally.chats = None if tally.chats is None or task.chats is None else tally.chats + task.chats
+    tally.examples = first_examples([*tally.examples, *moved(task.examples, tally.kept)])
     tally.unread_keys.update(task.unread_keys)
     tally.noted.update(task.noted)
     tally.dropped.update(task.dropped)

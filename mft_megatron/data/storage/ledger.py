@@ -56,6 +56,8 @@ class TaskEntry:
         sources: files that were read.
         unread_keys: records with a key that nothing reads, by the key's path.
         noted: counts of what else the user should know about the records, by kind.
+        chats: samples that were written with the chat format; ``None`` in version 2, where it is not known.
+        examples: prompts of some of the first samples; :mod:`mft_megatron.data.chat_templates.examples`.
     """
 
     name: str
@@ -73,6 +75,8 @@ class TaskEntry:
     sources: list[InputFile]
     unread_keys: dict[str, int] = dataclasses.field(default_factory=dict)
     noted: dict[str, int] = dataclasses.field(default_factory=dict)
+    chats: int | None = None
+    examples: list[JsonObject] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -38,10 +38,12 @@ class TaskTally:
     tokens: int = 0
     supervised_tokens: int = 0
     stopped: bool = False
+    chats: int | None = 0
     dropped: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     unread_keys: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     noted: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     sources: list[InputFile] = dataclasses.field(default_factory=list)
+    examples: list[JsonObject] = dataclasses.field(default_factory=list)
 
     def entry(self) -> TaskEntry:
         """Return the counts as an entry of the ledger."""
@@ -61,6 +63,8 @@ class TaskTally:
             sources=self.sources,
             unread_keys=dict(sorted(self.unread_keys.items())),
             noted=dict(sorted(self.noted.items())),
+            chats=self.chats,
+            examples=self.examples,
         )
 
 

@@ -1,0 +1,120 @@
+"""The chat format that a model was trained with, which travels from the data set to checkpoints and exports.
+
+::
+
+    formats of the tasks ─► Jinja text by task, in the ledger ─► the one of most chats, in each checkpoint ─► export
+"""
+
+import collections
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from mft_megatron.data.storage.ledger import JsonObject, Ledger, TaskEntry
+from mft_megatron.data.tokenizers.tokenizer import Tokenizer
+
+from .formats import ChatFormat
+from .jinja_renderer import TemplateError, renderer
+
+_QUESTION = {"role": "user", "content": "Q"}
+_SYSTEM = {"role": "system", "content": "S"}
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedFormat:
+    """The chat format of most chats of a data set.
+
+    Attributes:
+        name: as ``--chat-template`` names it; "template" is the one that came with the tokenizer.
+        source: text of the Jinja template that writes conversations so; ``None`` where there was no chat.
+        others: names of other formats and the tasks that have them.
+    """
+
+    name: str
+    source: str | None
+    others: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def difference(self) -> str:
+        """Words about tasks that have another format, and how to make them one; empty where there are none."""
+        if not self.others:
+            return ""
+        listed = " and ".join(f"{', '.join(tasks)} with {name}" for name, tasks in self.others.items())
+        return (
+            f"tasks were trained with different chat formats: most chats with {self.name}, {listed}; a server has one, "
+            f"so preprocess all tasks with one --chat-template"
+        )
+
+
+def served_source(style: ChatFormat, tokenizer: Tokenizer, add_bos: bool) -> str:
+    """Write the Jinja template of a format as a server needs it.
+
+    Args:
+        style: the format.
+        tokenizer: of the data set.
+        add_bos: samples begin with the bos token, also where the format does not write it; then the template does.
+    """
+    source, bos = style.source, tokenizer.bos_token
+    if not add_bos or bos is None:
+        return source
+    variables = {"eos_token": tokenizer.end_of_text, "bos_token": bos}
+    for messages in ([_QUESTION], [_SYSTEM, _QUESTION]):
+        try:
+            written = renderer(source).render(messages, None, variables, prompt=True)
+        except TemplateError:  # it may require a system turn
+            continue
+        # the line break after a comment is not written, and the template still begins a line
+        return source if written.startswith(bos) else f"{{{{- bos_token }}}}{{# as in the data #}}\n{source}"
+    return source
+
+
+def chat_sources(
+    tasks: Sequence[TaskEntry], styles: Mapping[str, ChatFormat], tokenizer: Tokenizer, add_bos: bool
+) -> list[JsonObject]:
+    """List for the ledger the templates of tasks that have chats: ``name``, ``source`` and ``tasks`` of each.
+
+    Args:
+        tasks: of the data set.
+        styles: the format of each task, by name of the task.
+        tokenizer: of the data set.
+        add_bos: samples begin with the bos token.
+    """
+    entries: dict[str, JsonObject] = {}
+    for task in tasks:
+        if task.chats:
+            source = served_source(styles[task.name], tokenizer, add_bos)
+            entry = entries.setdefault(source, {"name": styles[task.name].name, "source": source, "tasks": []})
+            entry["tasks"].append(task.name)
+    return list(entries.values())
+
+
+def merged_sources(ledgers: Sequence[Ledger], names: Sequence[str]) -> list[JsonObject] | None:
+    """Merge the templates of several data sets; ``None`` where one of them was made before they were recorded.
+
+    Args:
+        ledgers: of the data sets.
+        names: tasks of the merged data set, in their order.
+    """
+    entries: dict[str, JsonObject] = {}
+    for ledger in ledgers:
+        if "sources" not in ledger.chat_template:
+            return None
+        for entry in ledger.chat_template["sources"]:
+            merged = entries.setdefault(entry["source"], {**entry, "tasks": []})
+            merged["tasks"] = sorted({*merged["tasks"], *entry["tasks"]}, key=names.index)
+    return sorted(entries.values(), key=lambda entry: names.index(entry["tasks"][0]))
+
+
+def trained_format(ledger: Ledger) -> TrainedFormat | None:
+    """Choose the format of most chats of a data set; ``None`` where the data set was made before it was recorded."""
+    sources = ledger.chat_template.get("sources")
+    if sources is None:
+        return None
+    if not sources:
+        return TrainedFormat(ledger.chat_template["name"], None)
+    chats = {task.name: task.chats or 0 for task in ledger.tasks}
+    chosen = max(sources, key=lambda entry: sum(chats.get(task, 0) for task in entry["tasks"]))
+    others: dict[str, list[str]] = collections.defaultdict(list)
+    for entry in sources:
+        if entry is not chosen:
+            others[entry["name"]] += entry["tasks"]
+    return TrainedFormat(chosen["name"], chosen["source"], dict(others))
