@@ -88,6 +88,12 @@ def both(request, tokenizer_folder, llama_like_folder, sentencepiece_model):
     return [load_tokenizer(kind, model, backend) for backend in ("reference", "gigatoken")]
 
 
+def space_before_texts(tokenizer):
+    """Return what a tokenizer of :func:`tokenizer` writes before a text at the beginning of a raw sample."""
+    byte_level = tokenizer.token_id("Ġ") is not None
+    return "" if byte_level else " "
+
+
 def functions():
     """Return functions that are not in the modules."""
     return source_code.functions(seed=7, count=336)

@@ -62,7 +62,8 @@ class BatchedSamples:
         self._texts = texts
         self._arrays: list[np.ndarray] = []
         self._supervised: list[bool] = []
-        # index of the first array of each sample, which is empty unless a bos token is put there
+        # index of the first array of each sample, which is empty unless the sample begins with other tokens than its
+        # segments
         self._firsts: list[int] = []
         # without and with markup: texts to be tokenised, and the indices of their arrays
         self._waiting: tuple[tuple[list[str], list[int]], ...] = (([], []), ([], []))
@@ -71,7 +72,8 @@ class BatchedSamples:
         """Append a sample.
 
         Consecutive texts of one kind are concatenated, so that they are tokenised as in a prompt that is tokenised as a
-        whole. A token that the vocabulary does not have is text.
+        whole. A token that the vocabulary does not have is text. A segment that begins a text, if there is one, is the
+        first that is not empty.
         """
         arrays, supervised = self._arrays, self._supervised
         self._firsts.append(len(arrays))
@@ -79,7 +81,16 @@ class BatchedSamples:
         supervised.append(False)
         pending: str | None = None
         kind = False, False
-        for text, learn, special, markup in segments:
+        for text, learn, special, markup, begins in segments:
+            if begins:
+                arrays[self._firsts[-1]] = self._texts.tokenizer.beginning.ids
+                if not special:
+                    begun = self._texts.tokenizer.beginning.text(text, markup)
+                    if begun is None:
+                        arrays.append(self._texts.tokenizer.beginning.encode(text, markup))
+                        supervised.append(learn)
+                        continue
+                    text = begun
             if special and (token := self._texts.token(text)) is not None:
                 if pending is not None:
                     self._add_text(pending, *kind)
@@ -147,4 +158,4 @@ class BatchedSamples:
         for first, end in zip(self._firsts, [*self._firsts[1:], len(self._arrays)], strict=True):
             begins = next((array[0] for array in self._arrays[first:end] if len(array)), None)
             if begins != token:
-                self._arrays[first] = head
+                self._arrays[first] = np.concatenate([head, self._arrays[first]])

@@ -117,6 +117,8 @@ class Encoder:
             documents.append(conversation.document)
             filled.append(fim_segments is not None)
             chats.append(not conversation.raw)
+            if self._begins_twice(conversation):
+                notes.kinds["two_bos"] += 1
             samples.add(segments)
         try:
             arrays = samples.arrays(self._tokenizer.bos_token_id if encoding.add_bos else None)
@@ -136,6 +138,13 @@ class Encoder:
         return EncodedBatch(
             *(ids, mask, lengths, records, documents_kept, drops, filled_kept, notes, chats_kept, kept_examples)
         )
+
+    def _begins_twice(self, conversation: Conversation) -> bool:
+        """Whether a raw prompt begins with the BOS token that the tokenizer itself puts before it."""
+        tokenizer, prompt = self._tokenizer, conversation.turns[0]
+        if prompt.role != "prompt" or tokenizer.bos_token is None or not prompt.content.startswith(tokenizer.bos_token):
+            return False
+        return tokenizer.bos_token_id in tokenizer.beginning.ids
 
 
 def _fim_segments(conversation: Conversation, fim: Fim) -> list[Segment] | None:

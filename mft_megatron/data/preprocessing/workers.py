@@ -39,10 +39,8 @@ class Workers:
         self._count = count
         self._tokenizer = tokenizer
         self._cache = cache
-        self._fingerprints = {
-            task: f"{tokenizer.fingerprint}/{tokenizer.backend}/{_fingerprint(encoding)}"
-            for task, encoding in encodings.items()
-        }
+        tokens = f"{tokenizer.fingerprint}/{tokenizer.beginning_key}/{tokenizer.backend}"
+        self._fingerprints = {task: f"{tokens}/{_fingerprint(encoding)}" for task, encoding in encodings.items()}
         self._encodings = encodings
         self._pool: concurrent.futures.ProcessPoolExecutor | None = None
 

@@ -9,7 +9,10 @@ import dataclasses
 from collections.abc import Mapping
 
 # what is counted besides keys: name in the ledger → sentence; {n} is the number
-NOTES: dict[str, str] = {}
+NOTES: dict[str, str] = {
+    "two_bos": "raw prompts that begin with the name of the BOS token: {n}; the tokenizer adds one itself, so they "
+    "begin with two, as on a server that gets such a prompt; take it out of them if servers get none",
+}
 
 
 @dataclasses.dataclass

@@ -22,12 +22,14 @@ class Segment(NamedTuple):
         markup: names of special tokens in the text become those tokens. Only the prompt of raw text is markup, so that
             it can be written for fill-in-the-middle. Elsewhere names of tokens are ordinary text, so no turn,
             completion or document can end itself.
+        begins: the sample begins here as the tokenizer's own ``encode`` begins a text, possibly with BOS and a space.
     """
 
     text: str
     supervised: bool
     special: bool = False
     markup: bool = False
+    begins: bool = False
 
 
 def has_reasoning(turn: Turn) -> bool:
@@ -93,7 +95,8 @@ def _empty_answer() -> RecordError:
 def raw_segments(conversation: Conversation, end_of_text: str) -> list[Segment]:
     """Write raw text: the turns unchanged, then the end-of-text token.
 
-    Completions and the end-of-text token are supervised; prompts are markup.
+    Completions and the end-of-text token are supervised; prompts are markup. The first turn that is not empty begins as
+    the tokenizer's own ``encode`` does, because a server encodes a raw prompt with it.
 
     Args:
         conversation: raw text.
@@ -107,9 +110,10 @@ def raw_segments(conversation: Conversation, end_of_text: str) -> list[Segment]:
         raise RecordError("nothing_to_learn", "the completion is excluded from training, so nothing is supervised")
     if not any(turn.content for turn, learn in zip(conversation.turns, supervised, strict=True) if learn):
         raise _empty_answer()
+    first = next(index for index, turn in enumerate(conversation.turns) if turn.content)
     segments = [
-        Segment(turn.content, learn, False, turn.role == "prompt")
-        for turn, learn in zip(conversation.turns, supervised, strict=True)
+        Segment(turn.content, learn, False, turn.role == "prompt", index == first)
+        for index, (turn, learn) in enumerate(zip(conversation.turns, supervised, strict=True))
     ]
     segments.append(Segment(end_of_text, supervised[-1], True))
     return segments

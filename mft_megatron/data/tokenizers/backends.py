@@ -95,7 +95,7 @@ class CheckedBackend:
         """
         self._fast = fast
         self._reference = reference
-        self._names = _Names(names)
+        self._names = Names(names)
         self._first, self._first_characters = FIRST_TEXTS, FIRST_CHARACTERS
 
     def prove(self, texts: Sequence[str] = HARD_TEXTS) -> None:
@@ -176,10 +176,11 @@ class CheckedBackend:
                 raise DifferenceError(index, texts[index])
 
 
-class _Names:
+class Names:
     """Quick test whether a text holds any of many names: most begin alike, and few texts hold that beginning."""
 
     def __init__(self, names: Iterable[str]):
+        """Prepare for ``names``."""
         # some tokenizers write a space as ▁ before they look for names
         spelled = {spelling for name in names if name for spelling in (name, name.replace("▁", " "))}
         by_first_character: dict[str, list[str]] = {}

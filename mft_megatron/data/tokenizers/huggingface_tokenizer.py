@@ -3,13 +3,14 @@
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from mft_megatron.errors import InputError
 
 from .backends import FastBackend
+from .beginnings import never, space_rule
 from .gigatoken_backend import gigatoken_of_json
 from .tokenizer import SpecialToken, Tokenizer
 from .tokenizer_files import read_chat_template, read_json_object
@@ -120,6 +121,39 @@ class HuggingFaceTokenizer(Tokenizer):
         """Return the text of ids, in which added tokens are written by name."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
 
+    @property
+    def beginning_key(self) -> str:
+        """Text of everything besides :attr:`fingerprint` that decides :attr:`beginning`."""
+        return repr([_class_name(self._config), *map(self._config.get, ("legacy", "add_prefix_space"))])
+
+    @functools.cached_property
+    def _own(self) -> Any:
+        """The tokenizer as transformers opens it, which may write a space before texts; a ``tokenizers.Tokenizer``."""
+        import tokenizers
+
+        content = self._file.read_text(encoding="utf-8")
+        own = _as_transformers(content, self._config)
+        if own == _without_leading_space(content):
+            return self._tokenizer
+        opened = tokenizers.Tokenizer.from_str(own)
+        opened.no_truncation()
+        opened.no_padding()
+        return opened
+
+    def _ids_before_texts(self) -> list[int]:
+        if _class_name(self._config) == "CodeLlamaTokenizer":  # adds it whatever the file says
+            return [] if self.bos_token_id is None else [self.bos_token_id]
+        with_tokens, without = (self._tokenizer.encode("a", add_special_tokens=added).ids for added in (True, False))
+        starts = range(len(with_tokens) - len(without) + 1)
+        return with_tokens[: next(start for start in starts if with_tokens[start : start + len(without)] == without)]
+
+    def _space_before_texts(self) -> Callable[[str], bool] | None:
+        return never if self._own is self._tokenizer else space_rule(self._encode_own, self.encode_batch)
+
+    def _encode_own(self, texts: Sequence[str], markup: bool) -> list[list[int]]:
+        self._own.encode_special_tokens = not markup
+        return [encoding.ids for encoding in self._own.encode_batch(list(texts), add_special_tokens=False)]
+
     def _open_fast(self) -> FastBackend:
         return gigatoken_of_json(self._tokenizer.to_str())
 
@@ -129,6 +163,27 @@ class HuggingFaceTokenizer(Tokenizer):
         if isinstance(token, dict):
             token = token.get("content")
         return self._tokenizer.token_to_id(token) if token else None
+
+
+def _class_name(config: Mapping[str, Any]) -> str:
+    """Name of transformers' class for a tokenizer, by its ``tokenizer_config.json``; empty if it names none."""
+    return str(config.get("tokenizer_class") or "").removesuffix("Fast")
+
+
+def _as_transformers(content: str, config: Mapping[str, Any]) -> str:
+    """Change a ``tokenizer.json`` as transformers does when it opens it.
+
+    Its classes for Llama keep vocabulary and merges of the file, but write the space before texts in their own way.
+    """
+    name = _class_name(config)
+    parts = json.loads(content)
+    if name not in ("LlamaTokenizer", "CodeLlamaTokenizer") or '"ByteLevel"' in json.dumps(parts.get("pre_tokenizer")):
+        return content
+    scheme = "always" if name == "LlamaTokenizer" and config.get("legacy") else "first"
+    if config.get("add_prefix_space") is False:
+        scheme = "never"
+    space = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}
+    return json.dumps({**parts, "normalizer": None, "pre_tokenizer": space})
 
 
 def _without_leading_space(content: str) -> str:

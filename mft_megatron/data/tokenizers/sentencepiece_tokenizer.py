@@ -3,15 +3,17 @@
 import functools
 import hashlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from mft_megatron.errors import InputError
 
 from .backends import FastBackend
+from .beginnings import always, never, unless_space
 from .gigatoken_backend import gigatoken_of_sentencepiece
 from .tokenizer import SpecialToken, Tokenizer
-from .tokenizer_files import read_chat_template
+from .tokenizer_files import read_chat_template, read_json_object
 
 _PROBE = "if x:\n\treturn  1\n"
 
@@ -40,6 +42,7 @@ class SentencePieceTokenizer(Tokenizer):
         content = sentencepiece_model_pb2.ModelProto()
         try:
             content.ParseFromString(file.read_bytes())
+            self._writes_space = content.normalizer_spec.add_dummy_prefix
             content.normalizer_spec.add_dummy_prefix = False
             content.normalizer_spec.remove_extra_whitespaces = False
             self._model_proto: bytes = content.SerializeToString()
@@ -128,6 +131,36 @@ class SentencePieceTokenizer(Tokenizer):
             else:
                 run.append(token_id)
         return "".join([*text, self._processor.decode(run)])
+
+    @property
+    def beginning_key(self) -> str:
+        """Text of everything besides :attr:`fingerprint` that decides :attr:`beginning`."""
+        return repr([*map(self._config.get, ("tokenizer_class", "add_bos_token", "add_prefix_space"))])
+
+    @functools.cached_property
+    def _config(self) -> dict[str, Any]:
+        """Content of the ``tokenizer_config.json`` beside the model, by which transformers opens it; empty without."""
+        file = self._file.parent / "tokenizer_config.json"
+        return read_json_object(file) if file.is_file() else {}
+
+    def _ids_before_texts(self) -> list[int]:
+        name = str(self._config.get("tokenizer_class")).removesuffix("Fast")
+        added = self._config.get("add_bos_token", name == "CodeLlamaTokenizer")
+        return [self.bos_token_id] if added and self.bos_token_id is not None else []
+
+    def _space_before_texts(self) -> Callable[[str], bool]:
+        if self._config.get("tokenizer_class") is None:
+            return always if self._writes_space else never
+        return never if self._config.get("add_prefix_space") is False else unless_space
+
+    def _encode_own(self, texts: Sequence[str], markup: bool) -> list[list[int]]:
+        space = self._space_before_texts()
+        named = [markup and self._control_names.match(text) is not None for text in texts]
+        begun = [
+            f" {text}" if text and not name and space(text[0]) else text
+            for text, name in zip(texts, named, strict=True)
+        ]
+        return self.encode_batch(begun, markup)
 
     def _open_fast(self) -> FastBackend:
         return gigatoken_of_sentencepiece(self._model_proto, self._normalises)

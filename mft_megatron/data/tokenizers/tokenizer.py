@@ -2,19 +2,22 @@
 
 Texts arrive in segments. A segment is encoded alone and nothing is added to it; the ids of a sample are the
 concatenated ids of its segments, and they decode to the sample's text. Many tokenizers write a space before every text;
-between segments that would be a space that is not in the data, so it is switched off when they are opened.
+between segments that would be a space that is not in the data, so it is switched off when they are opened. Only raw
+samples begin with it (:mod:`.beginnings`), because a server encodes a raw prompt with the tokenizer's own ``encode``.
 """
 
 import abc
+import functools
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from mft_megatron.errors import InputError
 
-from .backends import REFERENCE, BackendError, CheckedBackend, DifferenceError, FastBackend
+from .backends import REFERENCE, BackendError, CheckedBackend, DifferenceError, FastBackend, Names
+from .beginnings import Beginning
 from .large_texts import LARGE, split_text
 
 
@@ -111,6 +114,29 @@ class Tokenizer(abc.ABC):
     @abc.abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ids, in which special tokens are written by name."""
+
+    @property
+    @abc.abstractmethod
+    def beginning_key(self) -> str:
+        """Text of everything besides :attr:`fingerprint` that decides :attr:`beginning`."""
+
+    @functools.cached_property
+    def beginning(self) -> Beginning:
+        """How the tokenizer's own ``encode`` begins a text."""
+        ids = np.array(self._ids_before_texts(), np.int32)
+        return Beginning(ids, self._space_before_texts(), Names(self.special_tokens), self._encode_own)
+
+    @abc.abstractmethod
+    def _ids_before_texts(self) -> list[int]:
+        """Ids that ``encode`` puts before every text."""
+
+    @abc.abstractmethod
+    def _space_before_texts(self) -> Callable[[str], bool] | None:
+        """One of :data:`.beginnings.RULES`; ``None`` if none of them tells what ``encode`` does."""
+
+    @abc.abstractmethod
+    def _encode_own(self, texts: Sequence[str], markup: bool) -> list[list[int]]:
+        """Encode texts with ``encode``, without the ids that it puts before and after them."""
 
     @abc.abstractmethod
     def _open_fast(self) -> FastBackend:

@@ -14,7 +14,7 @@ from mft_megatron.data.chat_templates.formats import chat_format
 from mft_megatron.data.preprocessing import batched_texts
 from mft_megatron.data.preprocessing.encoding import Encoder, TaskEncoding
 from mft_megatron.data.records.conversation import RecordError
-from mft_megatron.data.records.fim import Fim
+from mft_megatron.data.records.fim import Fim, FimFamily
 from mft_megatron.data.records.record_formats import read_record
 from mft_megatron.data.records.segments import Segment
 from mft_megatron.data.tasks.record_batches import RecordBatch
@@ -22,7 +22,7 @@ from mft_megatron.data.tokenizers import backends
 from mft_megatron.data.tokenizers.backends import BackendMismatch, FastBackend
 from mft_megatron.data.tokenizers.load import load_tokenizer
 from mft_megatron.errors import InputError
-from tests.data.conftest import TASKS, functions
+from tests.data.conftest import TASKS, functions, space_before_texts
 
 
 def naive(tokenizer, segments):
@@ -35,7 +35,9 @@ def naive(tokenizer, segments):
             segment = segment._replace(text=merged.pop().text + segment.text)
         merged.append(segment)
     ids, mask = [], []
-    for text, supervised, special, markup in merged:
+    for text, supervised, special, markup, begins in merged:
+        if begins:  # none of these tokenizers adds BOS
+            text = space_before_texts(tokenizer) + text
         of_segment = [tokenizer.token_id(text)] if special else tokenizer.encode_batch([text], markup)[0]
         ids += of_segment
         mask += [int(supervised)] * len(of_segment)
@@ -194,7 +196,7 @@ def test_fill_in_the_middle_replaces_some_records(tokenizer):
     encoded = encode(tokenizer, map(json.dumps, records), fim=fim)
     assert [tokenizer.decode(ids) for ids, _ in samples_of(encoded)] == [
         "turnedfim",
-        *[f"ab{tokenizer.end_of_text}"] * 2,
+        *[f"{space_before_texts(tokenizer)}ab{tokenizer.end_of_text}"] * 2,
     ]
     assert fim.keys[0] != fim.keys[1] == fim.keys[2]
     assert encoded.filled == 1
@@ -254,7 +256,7 @@ def test_names_of_tokens_count_in_a_raw_prompt_alone(tokenizer):
     number = tokenizer.token_id(name)
     records = [{"prompt": f"a{name}", "completion": "b"}, {"prompt": "a", "completion": f"b{name}c"}]
     records += [{"text": f"a{name}b"}, {"question": f"a{name}", "answer": f"b{name}c"}]
-    for fim in (None, Fim(1.0, 0.5, ("<p>", "<s>", "<m>"), 1, name)):
+    for fim in (None, Fim(1.0, 0.5, FimFamily(("<p>", "<s>", "<m>"), name), 1)):
         samples = samples_of(encode(tokenizer, map(json.dumps, records), fim=fim))
         assert [ids.count(number) for ids, _ in samples] == [2, 1, 1, 1]
 

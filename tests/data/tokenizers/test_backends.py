@@ -262,7 +262,7 @@ names = st.lists(st.text("<|ab▁ ", min_size=1, max_size=4), max_size=6)
 
 @given(names, st.text("<|ab▁ ", max_size=12))
 def test_names_are_found(names, text):
-    searched = backends._Names(names)
+    searched = backends.Names(names)
     inside = any(spelled in text for name in names for spelled in (name, name.replace("▁", " ")))
     assert searched.in_(text) == inside
     assert searched.perhaps_in(text) or not inside

@@ -1,0 +1,261 @@
+"""Raw samples begin with the ids that the tokenizer's own ``encode`` gives, as transformers opens the tokenizer."""
+
+import json
+import shutil
+
+import pytest
+
+from mft_megatron.data.chat_templates.formats import chat_format
+from mft_megatron.data.preprocessing.encoding import Encoder, TaskEncoding
+from mft_megatron.data.records.fim import make_fim
+from mft_megatron.data.records.record_formats import read_record
+from mft_megatron.data.tasks.record_batches import RecordBatch
+from mft_megatron.data.tokenizers.load import load_tokenizer
+from tests import source_code
+
+METASPACE = {"type": "Metaspace", "replacement": "▁", "split": False}
+BOS = {
+    "type": "TemplateProcessing",
+    "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+    "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+}
+BOS_AND_EOS = {
+    **BOS,
+    "single": [*BOS["single"], {"SpecialToken": {"id": "</s>", "type_id": 0}}],
+    "special_tokens": {**BOS["special_tokens"], "</s>": {"id": "</s>", "ids": [2], "tokens": ["</s>"]}},
+}
+NO_NORMALIZER = {"normalizer": None}
+
+# changes of a tokenizer.json like that of Llama 2, and its tokenizer_config.json
+FOLDERS = {
+    "as it is": ({}, {}),
+    "with BOS": ({"post_processor": BOS}, {}),
+    "with BOS and EOS": ({"post_processor": BOS_AND_EOS}, {}),
+    "first": ({**NO_NORMALIZER, "pre_tokenizer": {**METASPACE, "prepend_scheme": "first"}, "post_processor": BOS}, {}),
+    "always": ({**NO_NORMALIZER, "pre_tokenizer": {**METASPACE, "prepend_scheme": "always"}}, {}),
+    "never": ({**NO_NORMALIZER, "pre_tokenizer": {**METASPACE, "prepend_scheme": "never"}}, {}),
+    "Llama": ({"post_processor": BOS}, {"tokenizer_class": "LlamaTokenizerFast"}),
+    "Llama, legacy": ({"post_processor": BOS}, {"tokenizer_class": "LlamaTokenizer", "legacy": True}),
+    "Llama, not legacy": ({"post_processor": BOS}, {"tokenizer_class": "LlamaTokenizer", "legacy": False}),
+    "Llama, no space": ({"post_processor": BOS}, {"tokenizer_class": "LlamaTokenizer", "add_prefix_space": False}),
+    "Llama, no BOS": ({}, {"tokenizer_class": "LlamaTokenizer", "add_bos_token": False}),
+    "CodeLlama": ({"post_processor": BOS}, {"tokenizer_class": "CodeLlamaTokenizer", "legacy": True}),
+    "CodeLlama, BOS by its class": ({}, {"tokenizer_class": "CodeLlamaTokenizerFast"}),
+}
+TEXTS = (
+    *("def f(x):\n    return x\n", "    return x\n", " x", "\n\nx", "\tx", "x", "▁x", "é漢🙂", "\u00a0x"),
+    *("<s>def f", "x</s>y", "x </s> y</s>", "</s>", " <s>x", "1"),
+)
+
+
+def opened(folder, **config):
+    """Open a folder with ours and with transformers."""
+    from transformers import AutoTokenizer
+
+    base = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(base | config))
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def first_ids(tokenizer, *records):
+    """Ids of each record up to its first supervised token, or of all of a text without the end of text."""
+    encoder = Encoder(tokenizer, {"task": TaskEncoding(chat_format("mftcoder", tokenizer))})
+    encoded = encoder.encode("task", RecordBatch("file", 1, [json.dumps(record).encode() for record in records]))
+    assert not encoded.drops
+    ids = []
+    ends = encoded.lengths.cumsum().tolist()
+    for record, start, end in zip(records, [0, *ends], ends, strict=False):
+        learned = encoded.mask[start:end].tolist().index(1)
+        stop = end - 1 if "text" in record else start + learned
+        ids.append(encoded.ids[start:stop].tolist())
+    return ids
+
+
+@pytest.fixture(params=FOLDERS)
+def both(request, llama_like_folder, tmp_path):
+    """A folder opened by ours and by transformers, and whether it puts EOS after texts."""
+    changes, config = FOLDERS[request.param]
+    content = json.loads((llama_like_folder / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps({**content, **changes}))
+    theirs = opened(tmp_path, **config)
+    return load_tokenizer("HuggingFaceTokenizer", tmp_path, "auto"), theirs, "EOS" in request.param
+
+
+def test_raw_prompts_begin_as_transformers_encodes_them(both):
+    ours, theirs, ends = both
+    records = [{"prompt": text, "completion": "def"} for text in TEXTS]
+    expected = [theirs.encode(text) for text in TEXTS]
+    assert first_ids(ours, *records) == [ids[:-1] if ends else ids for ids in expected]
+
+
+def test_documents_and_completions_without_prompt_begin_as_transformers_encodes_them(both):
+    ours, theirs, ends = both
+    texts = [text for text in TEXTS if "<" not in text]  # in documents names of tokens are text
+    expected = [theirs.encode(text)[: -1 if ends else None] for text in texts]
+    assert first_ids(ours, *({"text": text} for text in texts)) == expected
+    encoder = Encoder(ours, {"task": TaskEncoding(chat_format("mftcoder", ours))})
+    for text, ids in zip(texts, expected, strict=True):
+        line = json.dumps({"prompt": "", "completion": text}).encode()
+        encoded = encoder.encode("task", RecordBatch("file", 1, [line]))
+        assert encoded.ids.tolist() == [*ids, ours.eos_token_id]
+        before = len(ours.beginning.ids)
+        assert encoded.mask.tolist() == [0] * before + [1] * (len(ids) - before + 1)
+
+
+def test_the_completion_is_encoded_without_a_space(both):
+    """Prompt and completion stay apart: the ids of the completion do not depend on the prompt."""
+    ours, _, _ = both
+    encoder = Encoder(ours, {"task": TaskEncoding(chat_format("mftcoder", ours))})
+    lines = [json.dumps({"prompt": text, "completion": "return x"}).encode() for text in TEXTS]
+    encoded = encoder.encode("task", RecordBatch("file", 1, lines))
+    (plain,) = ours.encode_batch(["return x"])
+    for end in encoded.lengths.cumsum().tolist():
+        assert encoded.ids[end - len(plain) - 1 : end - 1].tolist() == plain
+
+
+def test_chats_do_not_begin_so(both):
+    ours, _, _ = both
+    encoder = Encoder(ours, {"task": TaskEncoding(chat_format("mftcoder", ours, '{"user": "def"}'))})
+    encoded = encoder.encode("task", RecordBatch("file", 1, [b'{"question": "x", "answer": "y"}']))
+    (plain,) = ours.encode_batch(["defx\n"])
+    assert encoded.ids[: len(plain)].tolist() == plain
+
+
+def test_the_bos_option_adds_no_second_one(both):
+    ours, _, _ = both
+    records = [{"prompt": "def", "completion": "x"}, {"text": "def"}]
+    lines = [json.dumps(record).encode() for record in records]
+    encoder = Encoder(ours, {"task": TaskEncoding(chat_format("mftcoder", ours), add_bos=True)})
+    encoded = encoder.encode("task", RecordBatch("file", 1, lines))
+    for start, length in zip(encoded.lengths.cumsum() - encoded.lengths, encoded.lengths, strict=True):
+        ids = encoded.ids[start : start + length].tolist()
+        assert ids[0] == 1
+        assert ids.count(1) == 1
+
+
+@pytest.mark.parametrize("add_prefix_space", [False, True])
+@pytest.mark.parametrize("bos", [None, "<|endoftext|>"])
+def test_byte_level_tokenizers(tokenizer_folder, tmp_path, add_prefix_space, bos):
+    """Without BOS and space, as in most of these tokenizers, raw samples are encoded as any other text."""
+    folder = shutil.copytree(tokenizer_folder, tmp_path / "copy")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["pre_tokenizer"]["add_prefix_space"] = add_prefix_space
+    if bos is not None:
+        content["post_processor"] = json.loads(json.dumps(BOS).replace("<s>", bos).replace('"ids": [1]', '"ids": [0]'))
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    theirs = opened(folder, bos_token=bos, eos_token="<|endoftext|>", unk_token=None)
+    ours = load_tokenizer("HuggingFaceTokenizer", folder)
+    texts = [text.replace("</s>", "<|im_end|>") for text in TEXTS]
+    ids = first_ids(ours, *({"prompt": text, "completion": "def"} for text in texts))
+    assert ids == [theirs.encode(text) for text in texts]
+    if bos is None and not add_prefix_space:
+        assert ids == ours.encode_batch(texts, markup=True)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"tokenizer_class": "LlamaTokenizer"},
+        {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": False},
+        {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_prefix_space": False},
+        {"tokenizer_class": "CodeLlamaTokenizer"},
+    ],
+)
+def test_sentencepiece_models_beside_a_configuration(train_sentencepiece, tmp_path, config):
+    shutil.copy(train_sentencepiece(normalization_rule_name="identity"), tmp_path / "tokenizer.model")
+    theirs = opened(tmp_path, **config)
+    ours = load_tokenizer("SentencePieceTokenizer", tmp_path, "auto")
+    ids = first_ids(ours, *({"prompt": text, "completion": "def"} for text in TEXTS))
+    assert ids == [theirs.encode(text) for text in TEXTS]
+
+
+def test_a_sentencepiece_model_alone_begins_as_the_library_does(train_sentencepiece):
+    import sentencepiece
+
+    model = train_sentencepiece(normalization_rule_name="identity", remove_extra_whitespaces=False)
+    for prefix, file in ((True, model), (False, _without_prefix(model))):
+        library = sentencepiece.SentencePieceProcessor(model_file=str(file))
+        ours = load_tokenizer("SentencePieceTokenizer", file, "auto")
+        texts = [text for text in TEXTS if "<" not in text]
+        ids = first_ids(ours, *({"prompt": text, "completion": "def"} for text in texts))
+        assert ids == library.encode(texts)
+        assert (ids == ours.encode_batch(texts)) == (not prefix)
+
+
+def _without_prefix(model):
+    from sentencepiece import sentencepiece_model_pb2
+
+    content = sentencepiece_model_pb2.ModelProto()
+    content.ParseFromString(model.read_bytes())
+    content.normalizer_spec.add_dummy_prefix = False
+    other = model.with_name("no_prefix.model")
+    other.write_bytes(content.SerializeToString())
+    return other
+
+
+def test_prompts_that_begin_with_bos_are_counted(both):
+    ours, _, _ = both
+    encoder = Encoder(ours, {"task": TaskEncoding(chat_format("mftcoder", ours))})
+    prompts = ["<s>def", "def", "def<s>", "<s>"]
+    lines = [json.dumps({"prompt": prompt, "completion": "x"}).encode() for prompt in prompts]
+    lines += [b'{"text": "<s>def"}', b'{"question": "<s>", "answer": "x"}']
+    noted = encoder.encode("task", RecordBatch("file", 1, lines)).notes.kinds
+    assert noted == ({"two_bos": 2} if 1 in ours.beginning.ids else {})
+
+
+CODE_LLAMA = ("▁<PRE>", "▁<MID>", "▁<SUF>", "▁<EOT>", "<FILL_ME>")
+
+
+@pytest.fixture(params=["HuggingFaceTokenizer", "SentencePieceTokenizer"])
+def code_llama(request, llama_like_folder, train_sentencepiece, tmp_path):
+    """A tokenizer like that of CodeLlama, opened by ours and by transformers."""
+    if request.param == "HuggingFaceTokenizer":
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(str(llama_like_folder / "tokenizer.json"))
+        tokenizer.add_special_tokens(list(CODE_LLAMA))
+        tokenizer.save(str(tmp_path / "tokenizer.json"))
+    else:
+        model = train_sentencepiece(normalization_rule_name="identity", control_symbols=list(CODE_LLAMA))
+        shutil.copy(model, tmp_path / "tokenizer.model")
+    theirs = opened(tmp_path, tokenizer_class="CodeLlamaTokenizer", fill_token=None)
+    # this class encodes a suffix without a space, as Meta's own does; under some releases its pre-tokenizer adds one
+    theirs._tokenizer.pre_tokenizer.prepend_scheme = "never"
+    return load_tokenizer(request.param, tmp_path, "auto"), theirs
+
+
+@pytest.mark.parametrize("spm", [False, True])
+def test_documents_are_filled_in_as_code_llama_s_tokenizer_does(code_llama, spm):
+    ours, theirs = code_llama
+    fim = make_fim(ours, 1.0, float(spm))
+    encoder = Encoder(ours, {"task": TaskEncoding(chat_format("mftcoder", ours), fim=fim)})
+    compared = 0
+    for text in source_code.functions(seed=3, count=40):
+        encoded = encoder.encode("task", RecordBatch("file", 1, [json.dumps({"text": text}).encode()]))
+        segments = fim.segments(read_record({"text": text}), text.encode())
+        head, tail = (segments[4], segments[2]) if spm else (segments[1], segments[3])
+        assert head.text[0] == " "
+        (middle,) = ours.encode_batch([segments[-2].text])
+        if tail.text:
+            prompt = theirs(head.text[1:], suffix=tail.text, suffix_first=spm).input_ids
+            assert encoded.ids.tolist() == [*prompt, *middle, ours.token_id("▁<EOT>")]
+            compared += 1
+    assert compared > 20
+
+
+@pytest.mark.parametrize("spm", [False, True])
+def test_completions_are_filled_in_after_their_prompt(code_llama, spm):
+    ours, _ = code_llama
+    fim = make_fim(ours, 1.0, float(spm))
+    encoder = Encoder(ours, {"task": TaskEncoding(chat_format("mftcoder", ours), fim=fim)})
+    record = {"prompt": "def f(", "completion": "x):\n    return x\n"}
+    encoded = encoder.encode("task", RecordBatch("file", 1, [json.dumps(record).encode()]))
+    texts = [segment.text for segment in fim.segments(read_record(record), "\0".join(record.values()).encode())]
+    tail, prompt, head, middle = (texts[index] for index in ((2, 4, 5, -2) if spm else (4, 1, 2, -2)))
+    assert (prompt, head + middle + tail) == (" def f(", record["completion"])
+    tail, prompt, head, middle = ours.encode_batch([tail, prompt, head, middle])
+    bos, pre, mid, suf, end = map(ours.token_id, ("<s>", *CODE_LLAMA[:4]))
+    before = [bos, pre, suf, *tail, mid, *prompt, *head] if spm else [bos, pre, *prompt, *head, suf, *tail, mid]
+    assert encoded.ids.tolist() == [*before, *middle, end]
+    assert encoded.mask.tolist() == [0] * len(before) + [1] * (len(middle) + 1)
