@@ -71,12 +71,18 @@ class TextOptions:
         at_most=1,
         aliases=("--fim_rate",),
     )
-    fim_spm_rate: float = option(
-        0.5, "Fraction of these that begin with the suffix (SPM).", at_least=0, at_most=1, aliases=("--fim_spm_rate",)
+    fim_spm_rate: float | None = option(
+        None,
+        "Fraction of these that begin with the suffix (SPM); without it as the model's family was trained: 0.5, and 0 "
+        "for Qwen and DeepSeek.",
+        at_least=0,
+        at_most=1,
+        aliases=("--fim_spm_rate",),
     )
     fim_tokens: str | None = option(
         None,
-        "Prefix, suffix and middle token; recognised automatically for model families that have them.",
+        "Prefix, suffix and middle token; recognised automatically for model families that have them, with the "
+        "family's form and the token that ends the middle.",
         metavar="P,S,M",
     )
 

@@ -70,7 +70,7 @@ class Recipe:
     supervise: str = "all"
     add_bos: bool = False
     fim_rate: float = 0.0
-    fim_spm_rate: float = 0.5
+    fim_spm_rate: float | None = None
     fim_tokens: str | None = None
     on_error: str = "stop"
     workers: int = 1
@@ -132,7 +132,9 @@ def _make(recipe: Recipe, backend: str) -> tuple[Ledger, list[str]]:
                 chat_template={
                     "name": default.name,
                     "fingerprint": default.fingerprint,
-                    "stop_token_ids": stop_token_ids(tokenizer, _formats_of_chats(stored.tasks, style_of)),
+                    "stop_token_ids": stop_token_ids(
+                        tokenizer, _formats_of_chats(stored.tasks, style_of), encodings.values()
+                    ),
                     "sources": chat_sources(stored.tasks, style_of, tokenizer, recipe.add_bos),
                 },
                 lengths={str(recipe.packing.seq_length): entry},
@@ -179,7 +181,8 @@ def describe(encoding: TaskEncoding, recipe: Recipe) -> JsonObject:
         "add_bos": encoding.add_bos,
         "fim_rate": 0.0 if cut is None else cut.rate,
         "fim_spm_rate": None if cut is None else cut.spm_rate,
-        "fim_tokens": None if cut is None else list(cut.tokens),
+        "fim_tokens": None if cut is None else list(cut.family.tokens),
+        "fim_end": None if cut is None else cut.family.end,
     }
 
 
@@ -198,11 +201,10 @@ def _store(
     try:
         with Workers(recipe.workers, tokenizer, encodings, cache) as workers:
             for name, task in recipe.tasks.items():
-                style = encodings[name].style
                 description = describe(encodings[name], recipe)
                 tally = TaskTally(name, description, task.weight, task.sampling, task.overlong)
                 writer.begin(tally)
-                stop = stop_token_ids(tokenizer, [style])
+                stop = stop_token_ids(tokenizer, [encodings[name].style], [encodings[name]])
                 readers = [TaskReader(file) for file in task.files]
                 total = sum(reader.size_on_disk for reader in readers)
                 for reader in readers:
@@ -270,7 +272,8 @@ def _tokenizer_entry(tokenizer: Tokenizer) -> TokenizerEntry:
     )
 
 
-def stop_token_ids(tokenizer: Tokenizer, styles: Iterable[ChatFormat]) -> list[int]:
-    """Ids that end generation: end of text, and the token that ends a turn where the vocabulary has one."""
-    stops = {stop for style in styles if (stop := tokenizer.token_id(style.stop_token)) is not None}
+def stop_token_ids(tokenizer: Tokenizer, styles: Iterable[ChatFormat], encodings: Iterable[TaskEncoding]) -> list[int]:
+    """Ids that end generation: end of text, and where the vocabulary has them tokens that end a turn or a middle."""
+    names = {style.stop_token for style in styles} | {task.fim.family.end for task in encodings if task.fim is not None}
+    stops = {stop for name in names if (stop := tokenizer.token_id(name)) is not None}
     return [tokenizer.eos_token_id, *sorted(stops - {tokenizer.eos_token_id})]

@@ -138,10 +138,10 @@ def _copy(ledgers: dict[str, Ledger], files: DatasetWriter) -> StoredSamples:
 
 
 def _add_counts(tally: TaskTally, task: TaskEntry, prefix: str) -> None:
-    for what in ("encoding", "weight", "sampling", "overlong"):
-        before, here = getattr(tally, what), getattr(task, what)
-        if what == "encoding" and before != here:
-            what, before, here = next((k, before.get(k), here.get(k)) for k in here if before.get(k) != here[k])
+    # an older data set lacks keys of the encoding; their value is None
+    pairs = {key: (tally.encoding.get(key), task.encoding.get(key)) for key in {**tally.encoding, **task.encoding}}
+    pairs |= {what: (getattr(tally, what), getattr(task, what)) for what in ("weight", "sampling", "overlong")}
+    for what, (before, here) in pairs.items():
         if before != here:
             raise InputError(
                 f"--data-path {prefix}: task {task.name} was made with {what} {here}, and with {before} in a data set "

@@ -1,6 +1,7 @@
 """Packing again and merging give the same bytes as preprocessing all tasks in one run."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,19 @@ def test_a_task_in_several_data_sets_has_the_samples_of_all(make_dataset, tmp_pa
     assert opened.tokens[32].tolist() == one.tokens[29].tolist()
     assert opened.task_ids.tolist() == [0] * 32 + [1] * 58
     check(str(tmp_path / "all"), ledger)
+
+
+def test_a_ledger_without_a_later_key_is_merged_where_the_key_means_nothing(make_dataset, tmp_path):
+    prefixes = [make_dataset({"a": TASKS["a"]})[0] for _ in range(2)]
+    path = Path(f"{prefixes[0]}_dataset.json")
+    content = json.loads(path.read_text())
+    assert content["tasks"][0]["encoding"].pop("fim_end") is None
+    path.write_text(json.dumps(content))
+    assert merge(prefixes, tmp_path / "all", OPTIONS)[0].tasks[0].kept == 2 * 29
+    content["tasks"][0]["encoding"]["fim_end"] = "<|endoftext|>"
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"made with fim_end None, and with <\|endoftext\|> in a data set before it"):
+        merge(prefixes, tmp_path / "other", OPTIONS)
 
 
 def test_data_sets_that_cannot_be_merged_are_refused(make_dataset, tmp_path, train_sentencepiece):

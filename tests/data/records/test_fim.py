@@ -8,14 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mft_megatron.data.records.conversation import Conversation, Turn
-from mft_megatron.data.records.fim import KNOWN_TOKENS, SHORTEST, Fim, fim_tokens, make_fim
+from mft_megatron.data.records.fim import FAMILIES, SHORTEST, Fim, FimFamily, fim_family, make_fim
 from mft_megatron.data.records.segments import Segment, raw_segments
 from mft_megatron.errors import InputError
 from tests import source_code
 
 P, S, M, END = "<P>", "<S>", "<M>", "<END>"
+FAMILY = FimFamily((P, S, M), END)
 SOURCE = source_code.module(seed=1, functions=136)
-ALWAYS = {spm: Fim(1.0, float(spm), (P, S, M), 7, END) for spm in (False, True)}
+ALWAYS = {spm: Fim(1.0, float(spm), FAMILY, 7) for spm in (False, True)}
 
 
 def document(text):
@@ -81,7 +82,7 @@ def test_head_and_middle_are_tokenised_separately(conversation):
 
 def test_only_prompts_are_markup_as_without_the_cut():
     for conversation, count in ((document(SOURCE), 0), (completion("a prompt", SOURCE), 1)):
-        markup = [segment for segment in raw_segments(conversation, END) if segment.markup]
+        markup = [segment._replace(begins=False) for segment in raw_segments(conversation, END) if segment.markup]
         assert len(markup) == count
         for spm in (False, True):
             segments = ALWAYS[spm].segments(conversation, b"")
@@ -91,7 +92,7 @@ def test_only_prompts_are_markup_as_without_the_cut():
 def test_rates_are_kept():
     count = 20_000
     for rate, spm_rate in [(0.5, 0.5), (0.9, 0.1), (0.1, 0.9), (1.0, 0.0), (0.0, 0.5), (1.0, 1.0)]:
-        transform = Fim(rate, spm_rate, (P, S, M), 3, END)
+        transform = Fim(rate, spm_rate, FAMILY, 3)
         results = [transform.segments(document("abcdef"), b"%d" % key) for key in range(count)]
         cut = [segments for segments in results if segments is not None]
         spm = sum(segments[1].text == S and segments[1].special for segments in cut)
@@ -113,15 +114,15 @@ def test_every_position_between_characters_is_cut_equally_often():
 
 def test_random_numbers_depend_on_seed_and_key_alone():
     keys = [b"%d" % number for number in range(200)]
-    transform = Fim(0.5, 0.5, (P, S, M), 7, END)
+    transform = Fim(0.5, 0.5, FAMILY, 7)
     results = {key: transform.segments(document(SOURCE), key) for key in keys}
     assert results == {key: transform.segments(document(SOURCE), key) for key in reversed(keys)}
-    other = Fim(0.5, 0.5, (P, S, M), 8, END)
+    other = Fim(0.5, 0.5, FAMILY, 8)
     assert results != {key: other.segments(document(SOURCE), key) for key in keys}
     code = (
-        "from mft_megatron.data.records.fim import Fim\n"
+        "from mft_megatron.data.records.fim import Fim, FimFamily\n"
         "from mft_megatron.data.records.conversation import Conversation, Turn\n"
-        f"fim = Fim(0.5, 0.5, {(P, S, M)}, 7, {END!r})\n"
+        f"fim = Fim(0.5, 0.5, {FAMILY!r}, 7)\n"
         "text = Conversation((Turn('completion', 'abcdef' * 9),), raw=True, document=True)\n"
         "print([fim.segments(text, b'%d' % key) for key in range(200)])"
     )
@@ -151,18 +152,48 @@ class Vocabulary:
         self.token_id = {name: number for number, name in enumerate((END, *names, *plain))}.get
 
 
-@pytest.mark.parametrize("names", KNOWN_TOKENS.values(), ids=KNOWN_TOKENS)
-def test_the_tokens_of_known_models_are_found(names):
-    assert fim_tokens(Vocabulary(*reversed(names))) == names
+# what each family publishes: end token, share of SPM, and what stands before a prefix
+PUBLISHED = {
+    "CodeLlama": ("▁<PRE>", "▁<EOT>", 0.5, " "),
+    "CodeGemma": ("<|fim_prefix|>", "<|file_separator|>", 0.5, ""),
+    "Qwen": ("<|fim_prefix|>", "<|endoftext|>", 0.0, ""),
+    "DeepSeek": ("<｜fim▁begin｜>", "<｜end▁of▁sentence｜>", 0.0, ""),
+    "StarCoder": ("<fim_prefix>", "<|endoftext|>", 0.5, ""),
+    "SantaCoder, Granite": ("<fim-prefix>", "<|endoftext|>", 0.5, ""),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families_are_recognised_by_their_tokens(name):
+    family = FAMILIES[name]
+    first, end, spm_rate, space = PUBLISHED[name]
+    tokenizer = Vocabulary(end, *reversed(family.tokens))
+    fim = make_fim(tokenizer, 1.0)
+    assert fim.family is family
+    assert (family.tokens[0], family.end, fim.spm_rate) == (first, end, spm_rate)
+    assert make_fim(tokenizer, 1.0, spm_rate=0.25).spm_rate == 0.25
+    assert fim_family(tokenizer, ",".join(family.tokens)) is family
+    segments = Fim(1.0, 0.0, family, 1).segments(document("abc"), b"")
+    assert segments[0] == Segment(first, True, True, begins=True)
+    assert segments[1].text.startswith(space)
+    assert segments[1].text.strip() in "abc"
+    assert segments[-1] == Segment(end, True, True)
     with pytest.raises(InputError, match="--fim-tokens PREFIX,SUFFIX,MIDDLE"):
-        fim_tokens(Vocabulary(*names[:2]))
+        fim_family(Vocabulary(*family.tokens[:2]))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_without_the_family_s_end_token_a_middle_ends_with_the_end_of_text(name):
+    family = fim_family(Vocabulary(*FAMILIES[name].tokens))
+    assert (family.tokens, family.end) == (FAMILIES[name].tokens, END)
 
 
 def test_tokens_of_the_option():
-    tokenizer = Vocabulary(P, S, M, *KNOWN_TOKENS["StarCoder"], plain=("a", "def", *KNOWN_TOKENS["CodeLlama"]))
+    code_llama = FAMILIES["CodeLlama"]
+    tokenizer = Vocabulary(P, S, M, *FAMILIES["StarCoder"].tokens, plain=("a", "def", *code_llama.tokens, "▁<EOT>"))
     # a SentencePiece model does not tell that these tokens were added
-    assert fim_tokens(tokenizer, ",".join(KNOWN_TOKENS["CodeLlama"])) == KNOWN_TOKENS["CodeLlama"]
-    assert fim_tokens(tokenizer, "<P>,<S>,<M>") == (P, S, M)
+    assert fim_family(tokenizer, ",".join(code_llama.tokens)) == code_llama
+    assert fim_family(tokenizer, "<P>,<S>,<M>") == FAMILY
     for option_value, message in [
         ("<P>,<S>", "three different"),
         ("<P>,<S>,<P>", "three different"),
@@ -173,12 +204,12 @@ def test_tokens_of_the_option():
         ("<P>,<S>,def", "'def' is ordinary text"),
     ]:
         with pytest.raises(InputError, match=f"--fim-tokens {option_value}: .*{message}"):
-            fim_tokens(tokenizer, option_value)
+            fim_family(tokenizer, option_value)
 
 
 def test_options():
     tokenizer = Vocabulary(P, S, M)
-    assert make_fim(tokenizer, 0.5, 0.25, "<P>,<S>,<M>", 9) == Fim(0.5, 0.25, (P, S, M), 9, END)
+    assert make_fim(tokenizer, 0.5, 0.25, "<P>,<S>,<M>", 9) == Fim(0.5, 0.25, FAMILY, 9)
     for rates, option in (
         ((1.5, 0.5), "--fim-rate 1.5"),
         ((0.5, -0.1), "--fim-spm-rate -0.1"),
@@ -189,7 +220,10 @@ def test_options():
 
 
 def test_fingerprints_of_different_transformations_differ():
-    base = dict(rate=0.5, spm_rate=0.5, tokens=(P, S, M), seed=1, end_of_text=END)
-    changes = [{}, {"rate": 0.6}, {"spm_rate": 0.4}, {"tokens": (S, P, M)}, {"seed": 2}, {"end_of_text": M}]
+    base = dict(rate=0.5, spm_rate=0.5, family=FAMILY, seed=1)
+    changes = [{}, {"rate": 0.6}, {"spm_rate": 0.4}, {"seed": 2}]
+    changes += [
+        {"family": FimFamily(*other)} for other in (((S, P, M), END), ((P, S, M), M), ((P, S, M), END, 0.5, True))
+    ]
     assert len({Fim(**{**base, **change}).fingerprint for change in changes}) == len(changes)
     assert Fim(**base).fingerprint == Fim(**base).fingerprint
