@@ -24,7 +24,7 @@ ORDER = {
     "convert": (*("atomic_folder", "huggingface", "peft", "megatron", "serving", "commands", "background_export"),),
     "arguments": (
         *("values", "groups", "stages|table|megatron_only|without_effect", "checks"),
-        "adapters|start|completion|config_syntax|config_file|reference|command",
+        "adapters|start|completion|config_syntax|config_file|notes|reference|command",
     ),
     "losses": ("segments|coefficients|focal|table|objective", "balancers"),
 }

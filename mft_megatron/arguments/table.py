@@ -157,12 +157,18 @@ class Arguments:
     @property
     def finished(self) -> bool:
         """Whether a job that is started again finds that its run, in its own folder, has taken its last step."""
-        if self.resume is None or self.weights_alone or self.validation.skip_train or self.checkpoint.save is None:
+        if self.weights_alone or self.validation.skip_train or not self.in_own_folder:
             return False
-        of_this_run = os.path.realpath(self.resume.path.parent) == os.path.realpath(self.checkpoint.save)
         steps, consumed = self.progress
         ends_here = self.total_packs is None or consumed == self.total_packs
-        return of_this_run and ends_here and steps == self.training.train_iters
+        return ends_here and steps == self.training.train_iters
+
+    @property
+    def in_own_folder(self) -> bool:
+        """Whether the run starts from a checkpoint in its ``--save`` folder."""
+        if self.resume is None or self.checkpoint.save is None:
+            return False
+        return os.path.realpath(self.resume.path.parent) == os.path.realpath(self.checkpoint.save)
 
     @property
     def optimizer_states(self) -> str:

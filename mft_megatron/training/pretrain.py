@@ -7,6 +7,7 @@
 
 from pathlib import Path
 
+from mft_megatron.arguments.notes import notes
 from mft_megatron.arguments.table import Arguments
 from mft_megatron.data.loading.dataset import PackedDataset
 from mft_megatron.data.storage.ledger import read_ledger
@@ -86,6 +87,8 @@ def pretrain(
             if arguments.validation.skip_train:
                 evaluation.run(trainer, log, progress)
                 return
+            for note in notes(arguments, dataset.split("train").num_packs, "valid" in dataset.splits):
+                log.print(f"note: {note}")
             epochs = EpochProof(arguments, dataset)
             epochs.load(state, log, progress)
             saver = Saver(arguments, dataset, exports)

@@ -137,6 +137,19 @@ def test_the_folder_of_another_run_is_not_overwritten(tmp_path):
     assert resumed(f"--save {folder}/ --load {folder}").resume is not None
 
 
+@pytest.mark.parametrize("words", ["", "--finetune"])
+def test_a_run_that_begins_elsewhere_does_not_replace_checkpoints(tmp_path, words):
+    """A job of a chain would start again at each restart, and lose what the job before it did."""
+    start, own = checkpoint(tmp_path / "start"), tmp_path / "own"
+    command = f"--load {start} --save {own} {words}"
+    assert resumed(command).resume is not None
+    checkpoint(own)
+    with refused(f"--save {own} holds the checkpoints of a run already, and --load {start} would begin again"):
+        resumed(command)
+    assert resumed(f"--load {own} --save {own} {words}").in_own_folder
+    assert resumed(f"{command} --skip-train").validation.skip_train
+
+
 def test_a_restarted_job_recognises_its_folder_by_another_spelling(tmp_path):
     assert parse(f"--save {tmp_path}/run --load {tmp_path}/run/").resume is None
 

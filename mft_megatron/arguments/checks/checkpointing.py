@@ -6,7 +6,7 @@ from mft_megatron.run_folder import CheckpointInfo, is_checkpoint
 
 def check_checkpointing(a: Arguments) -> str | None:
     """Check what is saved and exported, and what the run starts from."""
-    return _saving_problem(a) or _loading_problem(a)
+    return _saving_problem(a) or _folder_problem(a) or _loading_problem(a)
 
 
 def _saving_problem(a: Arguments) -> str | None:
@@ -15,11 +15,6 @@ def _saving_problem(a: Arguments) -> str | None:
         return "--save-interval without --save: give --save DIR"
     if c.save is None and a.training.exit_interval is not None:
         return "--exit-interval without --save would lose the run: give --save DIR"
-    if c.save is not None and c.load is None and is_checkpoint(c.save):
-        return (
-            f"--save {c.save} holds the checkpoints of another run: add --load {c.save} to continue it, or name "
-            "another folder"
-        )
     if c.save is None and (a.training.exit_duration_in_mins is not None or a.training.exit_signal_handler):
         name = "--exit-signal-handler" if a.training.exit_signal_handler else "--exit-duration-in-mins"
         return f"{name} without --save would lose the run: give --save DIR"
@@ -43,6 +38,25 @@ def _saving_problem(a: Arguments) -> str | None:
                 "only checkpoints are exported; change one of them"
             )
     return None
+
+
+def _folder_problem(a: Arguments) -> str | None:
+    """Check that a run does not replace the checkpoints of another one, or its own whenever its job is restarted."""
+    save, load = a.checkpoint.save, a.checkpoint.load
+    if save is None or not is_checkpoint(save):
+        return None
+    if load is None:
+        return (
+            f"--save {save} holds the checkpoints of another run: add --load {save} to continue it, or name another "
+            "folder"
+        )
+    if a.resume is None or a.in_own_folder or a.validation.skip_train:
+        return None
+    without = " without --finetune" if a.checkpoint.finetune else ""
+    return (
+        f"--save {save} holds the checkpoints of a run already, and --load {load} would begin again and replace them: "
+        f"continue with --load {save}{without}, or name another folder"
+    )
 
 
 def _loading_problem(a: Arguments) -> str | None:
