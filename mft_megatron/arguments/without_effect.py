@@ -79,6 +79,8 @@ def _owners(a: Arguments) -> list[tuple[str, object, str]]:
         ("wandb_exp_name", a.logging.wandb_project, "--wandb-project"),
         ("wandb_entity", a.logging.wandb_project, "--wandb-project"),
         ("wandb_save_dir", a.logging.wandb_project, "--wandb-project"),
+        ("add_attention_bias", not network.add_bias_linear, "--disable-bias-linear"),
+        ("add_mlp_bias", not network.add_bias_linear, "--disable-bias-linear"),
         ("num_query_groups", network.group_query_attention, "--group-query-attention"),
         ("lr_wsd_", decay == "WSD", "--lr-decay-style WSD"),
         ("min_lr", decay != "constant", "a decay, and --lr-decay-style constant has none"),

@@ -43,6 +43,8 @@ MODELS = {
         },
     ),
     "llama with biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama with biases in attention": ("Llama", {"attention_bias": True}),
+    "llama with biases in the MLP": ("Llama", {"mlp_bias": True}),
     "qwen2 tied": ("Qwen2", {"tie_word_embeddings": True, "use_mrope": True}),
     "qwen2 windows": (
         "Qwen2",
@@ -63,9 +65,9 @@ MODELS = {
     "qwen3": ("Qwen3", {"head_dim": 32}),
     "mistral": ("Mistral", {"sliding_window": 9, "head_dim": 8}),
     "gemma": ("Gemma", {"num_key_value_heads": 1, "head_dim": 32, "rms_norm_eps": 1e-3}),
-    "gemma in groups": ("Gemma", {"head_dim": 16, "hidden_activation": None}),
+    "gemma in groups": ("Gemma", {"head_dim": 16, "hidden_activation": None, "attention_bias": True}),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "sliding_window": 13, "num_hidden_layers": 2}),
-    "gpt-neox": ("GPTNeoX", {"rope_parameters": {**PLAIN, "partial_rotary_factor": 0.5}}),
+    "gpt-neox": ("GPTNeoX", {"attention_bias": False, "rope_parameters": {**PLAIN, "partial_rotary_factor": 0.5}}),
     "gpt-neox in turn tied": (
         "GPTNeoX",
         {"use_parallel_residual": False, "tie_word_embeddings": True, "hidden_act": "gelu_fast"},

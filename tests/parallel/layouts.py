@@ -24,9 +24,9 @@ SHAPES = {
     "experts but in the first": f"{LLAMA} {UNTIED} {EXPERTS} --moe-layer-freq [0]+[1]*3",
     "Megatron's defaults": SMALL,
     "q/k norm": (
-        f"{LLAMA} --rotary-percent 0.5 --add-qkv-bias --qk-layernorm"  # and biases of q, k and v, and half-rotated
+        f"{LLAMA} --rotary-percent 0.5 --add-attention-bias --qk-layernorm"  # and biases, and half-rotated
     ),
-    "window": f"{LLAMA} {UNTIED} --window-size 20,0 --window-attn-skip-freq 2",
+    "window": f"{LLAMA} {UNTIED} --add-qkv-bias --add-mlp-bias --window-size 20,0 --window-attn-skip-freq 2",
 }
 # q/k norms under tensor parallelism differ by 8e-6 in Megatron-Core itself
 TOLERANCE = {"q/k norm": 1e-5}

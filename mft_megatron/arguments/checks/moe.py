@@ -48,6 +48,8 @@ def check_experts(a: Arguments) -> str | None:
         )
     if n.add_bias_linear:
         return "--num-experts: experts have no bias; add --disable-bias-linear"
+    if n.add_mlp_bias:
+        return "--num-experts: experts have no bias; leave --add-mlp-bias out"
     return _groups_problem(n, n.num_experts)
 
 

@@ -39,10 +39,11 @@ def _check_modules(a: Arguments) -> str | None:
     for module, (there, wanted) in kinds.items():
         if module in modules and not there:
             return f"--recompute-modules {module} wants {wanted}; or leave {module} out"
-    if "mlp" in modules and n.add_bias_linear:
+    if "mlp" in modules and n.mlp_bias:
         return (
             "--recompute-modules mlp with biases: in the backward pass Megatron-Core waits for ever for the bias, an "
-            "output of the recomputed part; give --disable-bias-linear, or leave mlp out"
+            "output of the recomputed part; give --disable-bias-linear without --add-mlp-bias, or leave mlp "
+            "out"
         )
     if "shared_experts" in modules and a.moe.moe_shared_expert_overlap:
         return "--recompute-modules shared_experts does not go with --moe-shared-expert-overlap; leave one of them out"

@@ -101,6 +101,14 @@ class NetworkArguments:
     )
     add_bias_linear: bool = option(True, "No bias in the linear layers.", flag="--disable-bias-linear")
     add_qkv_bias: bool = option(False, "Bias in the query/key/value projection only.")
+    add_attention_bias: bool = option(
+        False,
+        "With --disable-bias-linear: bias in both linear layers of attention all the same, as in a Llama whose "
+        "config.json has attention_bias. Not Megatron's.",
+    )
+    add_mlp_bias: bool = option(
+        False, "With --disable-bias-linear: bias in the linear layers of the MLP all the same. Not Megatron's."
+    )
     qk_layernorm: bool = option(False, "Normalise queries and keys.")
     tie_embeddings: bool = option(
         True,
@@ -156,6 +164,21 @@ class NetworkArguments:
         None, "Total size of the shared experts, which every token goes to. Not given: none.", at_least=1
     )
     moe_shared_expert_gate: bool = option(False, "A sigmoid gate on the shared experts' output.")
+
+    @property
+    def qkv_bias(self) -> bool:
+        """Whether the query/key/value projection has a bias."""
+        return self.attention_bias or self.add_qkv_bias
+
+    @property
+    def attention_bias(self) -> bool:
+        """Whether both linear layers of attention have a bias."""
+        return self.add_bias_linear or self.add_attention_bias
+
+    @property
+    def mlp_bias(self) -> bool:
+        """Whether the linear layers of the MLP have a bias."""
+        return self.add_bias_linear or self.add_mlp_bias
 
     @property
     def gated(self) -> bool:

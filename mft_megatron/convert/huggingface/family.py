@@ -79,6 +79,9 @@ def comparable(architecture: NetworkArguments) -> dict[str, object]:
         content = {name: value for name, value in content.items() if not name.startswith("moe_")}
     elif architecture.moe_ffn_hidden_size is None:
         content["moe_ffn_hidden_size"] = architecture.ffn_hidden_size
+    for name in ("add_bias_linear", "add_attention_bias", "add_qkv_bias", "add_mlp_bias"):
+        del content[name]
+    content |= {name: getattr(architecture, name) for name in ("qkv_bias", "attention_bias", "mlp_bias")}
     content["window_attn_skip_freq"] = windowed_layers(architecture)
     content["window_size"] = architecture.window
     if architecture.swiglu:

@@ -103,8 +103,8 @@ def _layer(a: NetworkArguments, prefix: str, stack: tuple[int, ...], experts: in
     fused = queries + 2 * a.num_query_groups * head
     weights = [
         *_norm(a, attention + "linear_qkv.layer_norm_", stack),
-        *_linear(attention + "linear_qkv", fused, a.hidden_size, a.add_bias_linear or a.add_qkv_bias, stack),
-        *_linear(attention + "linear_proj", a.hidden_size, queries, a.add_bias_linear, stack),
+        *_linear(attention + "linear_qkv", fused, a.hidden_size, a.qkv_bias, stack),
+        *_linear(attention + "linear_proj", a.hidden_size, queries, a.attention_bias, stack),
     ]
     if a.qk_layernorm:
         weights += _norm(a, attention + "q_layernorm.", stack, head) + _norm(a, attention + "k_layernorm.", stack, head)
@@ -127,8 +127,8 @@ def _layer(a: NetworkArguments, prefix: str, stack: tuple[int, ...], experts: in
 def _mlp(a: NetworkArguments, prefix: str, size: int, stack: tuple[int, ...]) -> list[StackedWeight]:
     gated = 2 * size if a.swiglu else size
     return [
-        *_linear(prefix + "linear_fc1", gated, a.hidden_size, a.add_bias_linear, stack),
-        *_linear(prefix + "linear_fc2", a.hidden_size, size, a.add_bias_linear, stack),
+        *_linear(prefix + "linear_fc1", gated, a.hidden_size, a.mlp_bias, stack),
+        *_linear(prefix + "linear_fc2", a.hidden_size, size, a.mlp_bias, stack),
     ]
 
 

@@ -2,6 +2,8 @@
 
 import mft_megatron.mcore.platform.patched  # noqa: F401  (before Megatron-Core)
 
+from typing import Any
+
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -47,8 +49,13 @@ def _layer(config: TransformerConfig, arguments: Arguments, has_experts: bool) -
         )
     if arguments.lora.peft_type == "qlora":
         quantize_layer(layer)
+    attention, mlp = submodules_of(layer.submodules.self_attention), submodules_of(layer.submodules.mlp)
+    if network.add_attention_bias:
+        attention.linear_proj = with_bias(attention.linear_proj)
+    if network.add_mlp_bias:
+        mlp.linear_fc1, mlp.linear_fc2 = with_bias(mlp.linear_fc1), with_bias(mlp.linear_fc2)
     if has_experts:
-        submodules_of(layer.submodules.mlp).router = PackedRouter
+        mlp.router = PackedRouter
         # Megatron-Core stores this norm under the name of the MLP's first matrix, which experts do not have
         layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
     if network.parallel_residual:
@@ -57,8 +64,19 @@ def _layer(config: TransformerConfig, arguments: Arguments, has_experts: bool) -
     for name in ("input_layernorm", "pre_mlp_layernorm"):
         if getattr(layer.submodules, name) is not IdentityOp:
             setattr(layer.submodules, name, norm)
-    attention = submodules_of(layer.submodules.self_attention)
     attention.core_attention = ModuleSpec(PackedAttention, {"backend": arguments.training.attention_backend})
     if network.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = norm
     return layer
+
+
+def with_bias(linear: type) -> type:
+    """Make a class that builds instances of a linear layer with a bias, whatever Megatron-Core asks for.
+
+    Megatron-Core's configuration has one flag for all linear layers but that of queries, keys and values.
+    """
+
+    def build(_: type, *args: Any, **named: Any) -> object:
+        return linear(*args, **{**named, "bias": True})
+
+    return type(f"{linear.__name__}WithBias", (), {"__new__": build})

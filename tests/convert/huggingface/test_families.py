@@ -25,6 +25,7 @@ from tests.ranks import ROOT, run_on_ranks
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers
 NEOX = {"add_bias_linear": True, "rotary_percent": 0.5, "parallel_residual": True, "num_query_groups": 4}
 NEEDED = {"num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads"}
+BIASES = "llama with biases in attention"
 FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "LICENSE")
 
 
@@ -58,9 +59,8 @@ UNEVEN = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --deco
 
 
 def test_logits_on_a_parallel_layout(converted):
-    some = {
-        name: converted[name] for name in ("llama3 tied", "qwen2 windows", "starcoder2", "gpt-neox", "gemma in groups")
-    }
+    names = ("llama3 tied", "qwen2 windows", "starcoder2", "gpt-neox", "gemma in groups", BIASES)
+    some = {name: converted[name] for name in names}
     check_logits(run_on_ranks(4, tiny_models.logit_differences, UNEVEN, 4, some), some)
 
 
@@ -262,7 +262,7 @@ def test_published_configurations_of_gemma_are_one_architecture():
         ({"hidden_activation": "gelu"}, "hidden_activation is 'gelu', which this program cannot express in this"),
         ({"hidden_act": "silu"}, "hidden_act is 'silu', which"),
         ({"hidden_act": None}, "hidden_act is None, which"),
-        ({"attention_bias": True}, "attention_bias is True"),
+        ({"attention_bias": 1}, "attention_bias is 1; it must be true or false"),
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
         ({"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"]}, "Gemma2ForCausalLM is not supported"),
         ({"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}, "Gemma3ForCausalLM is not supported"),
@@ -314,6 +314,11 @@ def test_a_family_is_chosen_by_what_it_can_express():
         ({}, "Llama"),
         ({"add_bias_linear": True}, "Llama"),
         ({"add_qkv_bias": True}, "Qwen2"),
+        ({"add_attention_bias": True}, "Llama"),
+        ({"add_mlp_bias": True}, "Llama"),
+        ({"add_attention_bias": True, "add_mlp_bias": True, "add_qkv_bias": True}, "Llama"),
+        ({"add_attention_bias": True, "qk_layernorm": True}, "Qwen3"),
+        ({"add_attention_bias": True, **gemma}, "Gemma"),
         ({"qk_layernorm": True}, "Qwen3"),
         ({"window_size": "7,0"}, "Mistral"),
         ({"window_size": "7,0", "window_attn_skip_freq": 2, "add_qkv_bias": True}, "Qwen2"),
@@ -325,7 +330,7 @@ def test_a_family_is_chosen_by_what_it_can_express():
     ):
         assert family_for(NetworkArguments(**{**base, **changes})).name == name
     for changes, reason in (
-        ({"qk_layernorm": True, "add_qkv_bias": True}, "Qwen3: add_qkv_bias is True, Qwen3 has False"),
+        ({"qk_layernorm": True, "add_qkv_bias": True}, "Qwen3: qkv_bias is True, Qwen3 has False"),
         ({"normalization": "LayerNorm"}, "Llama: normalization is LayerNorm, Llama has RMSNorm"),
         ({**gelu, "openai_gelu": False}, "StarCoder2: openai_gelu is False, StarCoder2 has True"),
         ({"num_experts": 4, "moe_layer_freq": 2}, "Mixtral: moe_layer_freq is 2, Mixtral has 1"),

@@ -9,7 +9,7 @@ from tests.ranks import run_on_ranks
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers and PEFT
 # targets by model
 CASES = {
-    "llama": ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"),
+    "llama with biases in attention": ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"),
     "qwen2 tied": ("k_proj", "v_proj", "up_proj", "gate_proj", "o_proj", "down_proj"),
     "gpt-neox": ("q_proj", "v_proj", "dense_4h_to_h"),
     "gemma": ("q_proj", "linear_fc1"),

@@ -15,7 +15,7 @@ from tests.command_lines import SHORT_RUN
 from tests.ranks import run_tool, torchrun
 
 SCRIPT = Path(__file__).parent / "layers_of_transformer_engine.py"
-WITH_BIASES = "--normalization LayerNorm --add-qkv-bias --qk-layernorm"
+WITH_BIASES = "--normalization LayerNorm --disable-bias-linear --add-attention-bias --add-mlp-bias --qk-layernorm"
 
 
 def found(process):

@@ -100,23 +100,33 @@ class Flag:
 
 
 class Biases:
-    """Biases in all linear layers or in none, given by several flags that must agree."""
+    """Biases in the linear layers of attention and in those of the MLP: a flag for each, or one for both."""
 
-    def __init__(self, *names: str, default: bool = False):
-        self.names = names
-        self._default = default
+    def __init__(self, attention: str, mlp: str | bool, default: bool = False):
+        """Name the flags.
+
+        Args:
+            attention: flag of the linear layers of attention.
+            mlp: flag of those of the MLP, or whether the whole family has biases there.
+            default: value of a missing flag.
+        """
+        self.names = tuple(dict.fromkeys(name for name in (attention, mlp) if isinstance(name, str)))
+        self._attention, self._mlp, self._default = attention, mlp, default
 
     def read(self, config: Config) -> Fields:
-        """Read the flags; raise ``InputError`` where they differ."""
-        values = {name: flag(config, name, self._default) for name in self.names}
-        if len(set(values.values())) > 1:
-            listed = " and ".join(f"{name} {str(value).lower()}" for name, value in values.items())
-            raise InputError(f"{listed}: biases in some linear layers and not in others cannot be expressed")
-        return {"add_bias_linear": values[self.names[0]]}
+        """Read the flags."""
+        attention = flag(config, self._attention, self._default)
+        mlp = flag(config, self._mlp, self._default) if isinstance(self._mlp, str) else self._mlp
+        return {
+            "add_bias_linear": attention and mlp,
+            "add_attention_bias": attention and not mlp,
+            "add_mlp_bias": mlp and not attention,
+        }
 
     def write(self, architecture: NetworkArguments) -> dict[str, object]:
-        """Write every flag."""
-        return dict.fromkeys(self.names, architecture.add_bias_linear)
+        """Write the flags."""
+        mlp = {self._mlp: architecture.mlp_bias} if isinstance(self._mlp, str) else {}
+        return {**mlp, self._attention: architecture.attention_bias}
 
 
 class Vocabulary:

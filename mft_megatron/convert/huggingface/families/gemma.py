@@ -4,7 +4,7 @@ Gemma 2 and 3 are other architectures: they also normalise the outputs of attent
 """
 
 from mft_megatron.convert.huggingface.config_entries.activation import TanhGelu
-from mft_megatron.convert.huggingface.config_entries.basic import Fixed, Flag, Only, RealNumber, WholeNumber
+from mft_megatron.convert.huggingface.config_entries.basic import Biases, Fixed, Flag, Only, RealNumber, WholeNumber
 from mft_megatron.convert.huggingface.config_entries.heads import Heads
 from mft_megatron.convert.huggingface.config_entries.rope import Rope
 from mft_megatron.convert.huggingface.family import Family
@@ -23,11 +23,10 @@ GEMMA = Family(
             apply_layernorm_1p=True,
             gated_linear_unit=True,
             scale_embeddings_by_hidden_size=True,
-            add_bias_linear=False,
         ),
         TanhGelu("hidden_act", "hidden_activation"),
         RealNumber("norm_epsilon", "rms_norm_eps", 1e-6),
-        Only("attention_bias", False),
+        Biases("attention_bias", mlp=False),
         Only("use_bidirectional_attention", False, None),
         Heads(groups=16, head=256),
         WholeNumber("max_position_embeddings", "max_position_embeddings", 8192),

@@ -44,13 +44,13 @@ def attention_weights(architecture: NetworkArguments) -> tuple[MappedWeight, ...
     weights = [
         MappedWeight(_ATTENTION + "linear_qkv.weight", tuple(f"{name}.weight" for name in hf_qkv), qkv, "hidden")
     ]
-    if architecture.add_bias_linear or architecture.add_qkv_bias:
+    if architecture.qkv_bias:
         weights.append(MappedWeight(_ATTENTION + "linear_qkv.bias", tuple(f"{name}.bias" for name in hf_qkv), qkv))
     for norm in "qk" if architecture.qk_layernorm else "":
         hf_norm = f"{_HF_LAYER}self_attn.{norm}_norm.weight"
         weights.append(MappedWeight(f"{_ATTENTION}{norm}_layernorm.weight", (hf_norm,), whole("head")))
     weights.append(MappedWeight(_ATTENTION + "linear_proj.weight", (hf_out + ".weight",), whole("hidden"), "attention"))
-    if architecture.add_bias_linear:
+    if architecture.attention_bias:
         weights.append(MappedWeight(_ATTENTION + "linear_proj.bias", (hf_out + ".bias",), whole("hidden")))
     return tuple(weights)
 
@@ -60,10 +60,10 @@ def gated_weights(architecture: NetworkArguments) -> tuple[MappedWeight, ...]:
     fc1, fc2 = _LAYER + "mlp.linear_fc1.", _LAYER + "mlp.linear_fc2."
     gate, up, down = (f"{_HF_LAYER}mlp.{name}_proj." for name in ("gate", "up", "down"))
     weights = [MappedWeight(fc1 + "weight", (gate + "weight", up + "weight"), glu("ffn"), "hidden")]
-    if architecture.add_bias_linear:
+    if architecture.mlp_bias:
         weights.append(MappedWeight(fc1 + "bias", (gate + "bias", up + "bias"), glu("ffn")))
     weights.append(MappedWeight(fc2 + "weight", (down + "weight",), whole("hidden"), "ffn"))
-    if architecture.add_bias_linear:
+    if architecture.mlp_bias:
         weights.append(MappedWeight(fc2 + "bias", (down + "bias",), whole("hidden")))
     return tuple(weights)
 

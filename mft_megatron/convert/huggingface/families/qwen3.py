@@ -1,6 +1,6 @@
 """Qwen3: like Llama, with norms of queries and keys, and a separate head size."""
 
-from mft_megatron.convert.huggingface.config_entries.basic import Fixed, Flag, Only, RealNumber, WholeNumber
+from mft_megatron.convert.huggingface.config_entries.basic import Biases, Fixed, Flag, RealNumber, WholeNumber
 from mft_megatron.convert.huggingface.config_entries.heads import Heads
 from mft_megatron.convert.huggingface.config_entries.rope import Rope
 from mft_megatron.convert.huggingface.config_entries.window import WindowOfSomeLayers
@@ -17,8 +17,8 @@ QWEN3 = Family(
         *SHAPE,
         *SWIGLU,
         RealNumber("norm_epsilon", "rms_norm_eps", 1e-6),
-        Fixed(add_bias_linear=False, qk_layernorm=True),
-        Only("attention_bias", False),
+        Fixed(qk_layernorm=True),
+        Biases("attention_bias", mlp=False),
         Heads(groups=32, head=128),
         WholeNumber("max_position_embeddings", "max_position_embeddings", 32768),
         Rope(),

@@ -21,7 +21,7 @@ def _weights(architecture: NetworkArguments) -> tuple[MappedWeight, ...]:
         MappedWeight(_MLP + "linear_fc1.weight", (_HF_MLP + "c_fc.weight",), whole("ffn"), "hidden"),
         MappedWeight(_MLP + "linear_fc2.weight", (_HF_MLP + "c_proj.weight",), whole("hidden"), "ffn"),
     ]
-    if architecture.add_bias_linear:
+    if architecture.mlp_bias:
         weights.append(MappedWeight(_MLP + "linear_fc1.bias", (_HF_MLP + "c_fc.bias",), whole("ffn")))
         weights.append(MappedWeight(_MLP + "linear_fc2.bias", (_HF_MLP + "c_proj.bias",), whole("hidden")))
     return model_weights(architecture, tuple(weights))
@@ -43,7 +43,7 @@ STARCODER2 = Family(
         WholeNumber("max_position_embeddings", "max_position_embeddings", 4096),
         Rope(),
         Window(default=None),
-        Biases("use_bias", default=True),
+        Biases("use_bias", "use_bias", default=True),
         Flag("tie_embeddings", "tie_word_embeddings", True),
     ),
 )
