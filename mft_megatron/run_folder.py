@@ -70,7 +70,8 @@ class CheckpointInfo:
         consumed_samples: packs consumed.
         architecture: the fields of ``NetworkArguments``.
         vocab_size: rows of the vocabulary before padding.
-        tokenizer: the ledger's entry, and ``stop_token_ids``.
+        tokenizer: the ledger's entry, ``stop_token_ids``, and ``chat_template``: the chat format of most chats, with
+            the Jinja text, where the data set records it.
         dataset_hash: the data set; with ``seed`` it identifies the data order that the run follows.
         seed: seed of weights, dropout and data order.
         global_batch_size: packs of a step, after a ramp-up.

@@ -57,6 +57,7 @@ class Exports:
         self._queue: deque[Path] = deque()
         self._running: _Running | None = None
         self._failed: dict[Path, str] = {}
+        self._printed: set[str] = set()
 
     @property
     def waiting(self) -> tuple[Path, ...]:
@@ -160,6 +161,10 @@ class Exports:
             self._begin()
         path, code = str(self._folder(ended.checkpoint)), ended.process.returncode
         if code == 0:
+            notes = [line for line in lines if line.startswith("note: ") and line not in self._printed]
+            for line in notes:
+                print(f"--save-hf: {line}", flush=True)
+            self._printed.update(notes)
             return {"path": path, "seconds": round(time.perf_counter() - ended.start, 3)}
         errors = [line for line in lines if line.startswith("error: ")]
         others = [line for line in lines if not line.startswith("warning: ")]

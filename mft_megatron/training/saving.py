@@ -11,6 +11,7 @@ from typing import Protocol, cast
 
 from mft_megatron.arguments.groups.checkpointing import CheckpointArguments
 from mft_megatron.arguments.table import Arguments
+from mft_megatron.data.chat_templates.trained_format import trained_format
 from mft_megatron.data.loading.dataset import PackedDataset
 from mft_megatron.errors import InputError
 from mft_megatron.mcore.checkpointing import checkpoint
@@ -205,6 +206,7 @@ class Saver:
 
     def _info(self, progress: Progress, ending: bool, best: bool) -> CheckpointInfo:
         a, ledger = self._arguments, self._dataset.ledger
+        trained = trained_format(ledger)
         return CheckpointInfo(
             iteration=progress.step,
             consumed_samples=progress.consumed_samples,
@@ -214,6 +216,7 @@ class Saver:
             tokenizer={
                 **dataclasses.asdict(ledger.tokenizer),
                 "stop_token_ids": ledger.chat_template["stop_token_ids"],
+                **({} if trained is None else {"chat_template": dataclasses.asdict(trained)}),
             },
             dataset_hash=self._dataset.dataset_hash,
             seed=a.initialization.seed,

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
@@ -39,7 +40,8 @@ def checkpoint(model):
 def test_import_training_and_export_change_nothing(model, checkpoint, dataset_prefix, tmp_path, start):
     """Export every weight as it was imported: the learning rate is too small to change one in bf16.
 
-    The first checkpoint is exported during the run and removed afterwards.
+    Of the other files only the chat format is what was trained. The first checkpoint is exported during the run and
+    removed afterwards.
     """
     start_path = model if start == "--hf-checkpoint" else checkpoint
     command_line = (
@@ -75,9 +77,13 @@ def test_import_training_and_export_change_nothing(model, checkpoint, dataset_pr
         after = load_file(folder / "model.safetensors")
         assert before.keys() == after.keys()
         assert all(before[name].equal(after[name]) for name in before)
-        assert {path.name for path in folder.iterdir()} == names
-        for name in names - {"model.safetensors"}:
+        assert {path.name for path in folder.iterdir()} == {*names, "chat_template.jinja"}
+        for name in names - {"model.safetensors", "generation_config.json"}:
             assert (model / name).read_bytes() == (folder / name).read_bytes(), name
+        ledger = json.loads(Path(f"{dataset_prefix}_dataset.json").read_text())
+        assert (folder / "chat_template.jinja").read_text() == ledger["chat_template"]["sources"][0]["source"]
+        assert json.loads((folder / "generation_config.json").read_text()) == {"eos_token_id": [2, 3, 0]}
+    assert process.stdout.count("note: generation_config.json stops at 0, too") == 1  # once for both
 
 
 def test_a_data_set_that_needs_more_tokens_is_refused(checkpoint, dataset_prefix, tmp_path):

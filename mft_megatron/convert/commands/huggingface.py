@@ -68,5 +68,7 @@ def mcore_to_hf(command_line: Sequence[str]) -> None:
     from mft_megatron.convert.huggingface.model_export import export
 
     tokenizer = Path(options.tokenizer_model) if options.tokenizer_model else None
-    family = export(selected, Path(options.hf), tokenizer, shard_bytes)
+    family, lines = export(selected, Path(options.hf), tokenizer, shard_bytes)
+    for line in lines:
+        print(line)
     print(f"{selected.path} -> {options.hf}: {family.name}, iteration {selected.info.iteration}")

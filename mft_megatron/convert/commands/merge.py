@@ -68,12 +68,14 @@ class _Merge:
         adapters: the adapters by their folder.
         trained: the checkpoint that holds the adapters; ``None`` for PEFT folders.
         tokenizer: folder of the tokenizer to write; ``None``: that of ``trained`` or of ``base``.
+        stops: stop tokens that are in PEFT folders.
     """
 
     base: "StoredModel"
     adapters: "Mapping[str, Adapter]"
     trained: CheckpointRef | None
     tokenizer: Path | None
+    stops: tuple[int, ...] = ()
 
 
 def merge_lora(command_line: Sequence[str]) -> None:
@@ -93,7 +95,10 @@ def merge_lora(command_line: Sequence[str]) -> None:
     from mft_megatron.convert.peft.merge import merge
 
     adapters = given.adapters
-    merge(given.base, list(adapters.values()), Path(options.hf), shard_bytes, given.trained, given.tokenizer)
+    target = Path(options.hf)
+    lines = merge(given.base, list(adapters.values()), target, shard_bytes, given.trained, given.tokenizer, given.stops)
+    for line in lines:
+        print(line)
     for folder, adapter in adapters.items():
         print(f"{folder}: {adapter.lora.describe()}")
     merged = next(iter(adapters)) if len(adapters) == 1 else f"{len(adapters)} adapters"
@@ -151,6 +156,7 @@ def _of_peft_folders(folders: Sequence[str], options: MergeOptions) -> _Merge:
         raise InputError("--adapter: --best belongs to --load; leave it out")
     if options.base is None:
         raise InputError("--adapter: give --base, the model")
+    from mft_megatron.convert.huggingface.chat_files import stop_tokens_in
     from mft_megatron.convert.peft.merge import open_base
     from mft_megatron.convert.peft.weight_source import AdapterSource
 
@@ -160,4 +166,5 @@ def _of_peft_folders(folders: Sequence[str], options: MergeOptions) -> _Merge:
         raise InputError("--adapter: a folder is named twice; name each once")
     with_tokenizer = (folder for folder in folders if any((Path(folder) / name).is_file() for name in TOKENIZER_FILES))
     tokenizer = options.tokenizer_model or next(with_tokenizer, None)
-    return _Merge(base, adapters, None, Path(tokenizer) if tokenizer else None)
+    stops = tuple(stop for folder in folders for stop in stop_tokens_in(Path(folder)))
+    return _Merge(base, adapters, None, Path(tokenizer) if tokenizer else None, stops)

@@ -47,7 +47,9 @@ def lora_to_peft(command_line: Sequence[str]) -> None:
     tokenizer = Path(options.tokenizer_model) if options.tokenizer_model else None
     from mft_megatron.convert.peft.adapter_export import export_adapter
 
-    lora = export_adapter(selected, Path(options.hf), tokenizer, options.base_model_name)
+    lora, lines = export_adapter(selected, Path(options.hf), tokenizer, options.base_model_name)
+    for line in lines:
+        print(line)
     print(f"{selected.path} -> {options.hf}: {lora.describe()}, iteration {selected.info.iteration}")
 
 

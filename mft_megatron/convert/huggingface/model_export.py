@@ -4,8 +4,7 @@ Weights stream through memory one at a time into safetensors shards. The folder 
 renamed when it is complete.
 """
 
-import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -14,19 +13,22 @@ from mft_megatron.arguments.groups.network import NetworkArguments
 from mft_megatron.convert.atomic_folder import refuse_content, replacing
 from mft_megatron.convert.huggingface.families.table import family_for
 from mft_megatron.errors import InputError
-from mft_megatron.run_folder import TOKENIZER, CheckpointInfo, CheckpointRef, copy_tokenizer, refuse_adapters
+from mft_megatron.run_folder import TOKENIZER, CheckpointRef, copy_tokenizer, refuse_adapters
 
+from .chat_files import chat_template_of, write_chat_template, write_stop_tokens
 from .family import Family
-from .model_folder import GENERATION, remove_tokenizer, same_tokenizer
+from .model_folder import remove_tokenizer, same_tokenizer
 from .safetensors_writer import write_shards
-from .stored_model import CheckpointModel, StoredModel, special_tokens
+from .stored_model import CheckpointModel, StoredModel
 
 
-def export(checkpoint: CheckpointRef, target: Path, tokenizer: Path | None, shard_bytes: int) -> Family:
+def export(
+    checkpoint: CheckpointRef, target: Path, tokenizer: Path | None, shard_bytes: int
+) -> tuple[Family, list[str]]:
     """Write the model of a checkpoint into the new folder ``target``, in this process alone.
 
     A model that came from Hugging Face gets its configuration back byte by byte, and its tokenizer, unless it was
-    trained with another one.
+    trained with another one. Chat template and stop tokens are those that were trained.
 
     Args:
         checkpoint: the checkpoint.
@@ -35,7 +37,7 @@ def export(checkpoint: CheckpointRef, target: Path, tokenizer: Path | None, shar
         shard_bytes: size at which a new shard is begun.
 
     Returns:
-        the family that the model was written as.
+        the family that the model was written as, and lines that the user should read.
 
     Raises:
         InputError: no family can express the architecture, a weight is missing or left over, the
@@ -44,8 +46,7 @@ def export(checkpoint: CheckpointRef, target: Path, tokenizer: Path | None, shar
     refuse_adapters(checkpoint)
     refuse_content(target, "--hf")
     model = CheckpointModel(checkpoint)
-    write_model(target, model, model.weights(), shard_bytes, checkpoint, tokenizer)
-    return model.family
+    return model.family, write_model(target, model, model.weights(), shard_bytes, checkpoint, tokenizer)
 
 
 def write_model(
@@ -55,7 +56,8 @@ def write_model(
     shard_bytes: int,
     trained: CheckpointRef | None,
     tokenizer: Path | None,
-) -> None:
+    stops: Sequence[int] = (),
+) -> list[str]:
     """Write a Hugging Face folder.
 
     Args:
@@ -63,20 +65,32 @@ def write_model(
         model: the model that gives names, dtypes, shapes and configuration.
         weights: name and content of each weight of ``model.planned()``, in any order.
         shard_bytes: size at which a new shard is begun.
-        trained: checkpoint of the run whose tokenizer and stop tokens are written; ``None``: those of ``model``.
+        trained: checkpoint of the run whose tokenizer, chat template and stop tokens are written; ``None``: those of
+            ``model``.
         tokenizer: folder of tokenizer files to copy instead.
+        stops: more stop tokens.
+
+    Returns:
+        lines that the user should read.
 
     Raises:
         InputError: ``tokenizer`` has no tokenizer files, or a file is damaged.
     """
+    info = model.info if trained is None else trained.info
     with replacing(target) as partial:
-        write_shards(partial, model.planned(), weights, shard_bytes)
         model.write_config(partial)
-        _write_generation_config(trained.info if trained is not None else model.info, partial)
+        lines = write_stop_tokens(info, partial, stops)
+        of_source = chat_template_of(partial)
         if trained is not None:
             write_tokenizer(trained.path.parent, tokenizer, partial)
         elif tokenizer is not None and not same_tokenizer(tokenizer, partial):
             write_tokenizer(partial, tokenizer, partial)
+        if trained is not None or tokenizer is None:
+            lines += write_chat_template(info, partial, of_source)
+        elif of_source not in (None, chat_template_of(partial)):
+            lines.append(f"note: the chat template is that of {tokenizer}, not the one that came with the model")
+        write_shards(partial, model.planned(), weights, shard_bytes)
+    return lines
 
 
 def refuse_export(architecture: NetworkArguments, from_hugging_face: bool) -> None:
@@ -90,16 +104,6 @@ def refuse_export(architecture: NetworkArguments, from_hugging_face: bool) -> No
             family_for(architecture)
         except InputError as error:
             raise InputError(f"--save-hf: {error}") from None
-
-
-def _write_generation_config(info: CheckpointInfo, folder: Path) -> None:
-    """Write the stop tokens of a model that came without a generation configuration and was trained here."""
-    if (folder / GENERATION).is_file():
-        return
-    # a chat model stops at the end of a turn, not only at the end of a text
-    stops = {"eos_token_id": info.tokenizer["stop_token_ids"]} if info.tokenizer.get("stop_token_ids") else {}
-    if tokens := {**special_tokens(info), **stops}:
-        (folder / GENERATION).write_text(json.dumps(tokens, indent=2) + "\n")
 
 
 def write_tokenizer(run: Path, tokenizer: Path | None, folder: Path) -> None:

@@ -15,7 +15,7 @@ from .family import Family
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
-_TEMPLATES = "additional_chat_templates"
+TEMPLATES = "additional_chat_templates"
 _TOKENIZER_PREFIXES = ("tokenizer", "tokenization_", "chat_template")
 _KEPT = (CONFIG, GENERATION, *TOKENIZER_FILES)
 _KEPT_PREFIXES = (*_TOKENIZER_PREFIXES, "LICENSE", "NOTICE")
@@ -84,7 +84,7 @@ def kept_files(folder: Path) -> list[Path]:
         for file in sorted(folder.iterdir())
         if file.is_file() and (file.name in _KEPT or file.name.startswith(_KEPT_PREFIXES))
     ]
-    return files + [file for file in sorted((folder / _TEMPLATES).glob("*")) if file.is_file()]
+    return files + [file for file in sorted((folder / TEMPLATES).glob("*")) if file.is_file()]
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
@@ -114,7 +114,7 @@ def remove_tokenizer(folder: Path) -> None:
     """Remove the tokenizer's files and chat templates."""
     for file in tokenizer_files(folder):
         file.unlink()
-    for templates in folder.glob(_TEMPLATES):
+    for templates in folder.glob(TEMPLATES):
         shutil.rmtree(templates)
 
 

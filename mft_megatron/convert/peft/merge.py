@@ -88,7 +88,8 @@ def merge(
     shard_bytes: int,
     trained: CheckpointRef | None = None,
     tokenizer: Path | None = None,
-) -> None:
+    stops: Sequence[int] = (),
+) -> list[str]:
     """Write the model with its adapters merged into the new folder ``target``, in this process alone.
 
     Args:
@@ -96,16 +97,20 @@ def merge(
         adapters: their products are added to the weight, in fp64.
         target: folder to create; must not exist, or be empty.
         shard_bytes: size at which a new shard is begun.
-        trained: the checkpoint with the adapters; the tokenizer of its run is written. ``None``: they are PEFT folders,
-            and the tokenizer of ``base`` is written.
+        trained: the checkpoint with the adapters; the tokenizer of its run is written, and the chat template and stop
+            tokens that were trained. ``None``: they are PEFT folders, and those of ``base`` are written.
         tokenizer: folder of tokenizer files to copy instead.
+        stops: more stop tokens.
+
+    Returns:
+        lines that the user should read.
 
     Raises:
         InputError: ``target`` has content, or a file is damaged.
     """
     refuse_content(target, "--hf")
     weights = ((name, merged(weight, name, adapters)) for name, weight in base.weights())
-    write_model(target, base, weights, shard_bytes, trained, tokenizer)
+    return write_model(target, base, weights, shard_bytes, trained, tokenizer, stops)
 
 
 def merged(weight: Tensor, hf_name: str, adapters: Sequence[Adapter]) -> Tensor:
