@@ -15,7 +15,7 @@ ORDER = {
     "data": (
         "sample_slices|permutation|_sample_index",
         *("storage", "tokenizers", "records", "chat_templates", "packing", "tasks", "loading", "preprocessing"),
-        "command_options|command|inspect",
+        "command_options|command|inspect|ledger_table",
     ),
     "mcore": (
         *("platform", "parallel", "attention", "moe", "output_layer", "adapters", "model", "optim"),

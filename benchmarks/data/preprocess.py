@@ -178,6 +178,8 @@ def run(contender: Contender, samples: Path, work: Path) -> dict[str, float]:
         offline = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "HF_HOME": str(shim)}
         path = os.pathsep.join(map(str, (shim, *contender.path)))
         environment = {**os.environ, **one_thread, **offline, "PYTHONPATH": path}
+        # compiled modules are kept, as in an installation; the run that measures the start-up writes them
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)
         command = contender.command(samples, Path(results))
         with open(shim / "log", "w+b") as log:
             started = time.perf_counter()

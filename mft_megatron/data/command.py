@@ -1,4 +1,8 @@
-"""The command lines of ``tools/preprocess_data.py``, ``tools/pack_data.py`` and ``tools/inspect_data.py``."""
+"""The command lines of ``tools/preprocess_data.py``, ``tools/pack_data.py`` and ``tools/inspect_data.py``.
+
+Each command imports what it needs when its options have been read, so that ``--help`` and a mistyped option are
+answered at once, and no command waits for the modules of another.
+"""
 
 import contextlib
 import dataclasses
@@ -8,19 +12,18 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mft_megatron.data.packing.packing_options import PackingOptions
-from mft_megatron.data.preprocessing.preprocess import Recipe, preprocess
-from mft_megatron.data.preprocessing.repack import add_length, merge
 from mft_megatron.data.storage.ledger import Ledger, read_ledger
-from mft_megatron.data.tasks.task_file import read_task_file
-from mft_megatron.data.tasks.task_files import TaskFiles, parse_tasks
 from mft_megatron.errors import InputError
 from mft_megatron.options import read_groups, read_options
 
 from .command_options import DataSetOptions, InspectOptions, OutputOptions, PackingArguments, TaskOptions, TextOptions
-from .inspect import check, ledger_table, show_histograms, show_samples
+from .ledger_table import ledger_table
+
+if TYPE_CHECKING:
+    from mft_megatron.data.tasks.task_files import TaskFiles
 
 
 def preprocess_main(command_line: Sequence[str]) -> None:
@@ -28,6 +31,8 @@ def preprocess_main(command_line: Sequence[str]) -> None:
     groups = [("tasks", TaskOptions), ("text", TextOptions), ("packing", PackingArguments), ("output", OutputOptions)]
     options = read_groups(groups, command_line, "preprocess_data.py")
     tasks, output = options[TaskOptions], options[OutputOptions]
+    from mft_megatron.data.preprocessing.preprocess import Recipe, preprocess
+
     recipe = Recipe(
         tasks=_tasks(tasks.task, tasks.task_file),
         on_error=tasks.on_error,
@@ -48,6 +53,8 @@ def pack_main(command_line: Sequence[str]) -> None:
     groups = [("data sets", DataSetOptions), ("packing", PackingArguments)]
     options = read_groups(groups, command_line, "pack_data.py", _previous_packing)
     sets, packing = options[DataSetOptions], options[PackingArguments]
+    from mft_megatron.data.preprocessing.repack import add_length, merge
+
     if sets.output_prefix is None and len(sets.data_path) > 1:
         raise InputError("--data-path: several data sets are merged into a new one; give it an --output-prefix")
     if sets.output_prefix is None:
@@ -64,6 +71,8 @@ def inspect_main(command_line: Sequence[str]) -> None:
     options = read_options(InspectOptions, words, "inspect_data.py", usage="inspect_data.py PREFIX [options]")
     if prefix is None:
         raise InputError("missing argument: give the data set's prefix first; see --help")
+    from .inspect import check, show_histograms, show_samples
+
     ledger = read_ledger(prefix)
     print(ledger_table(ledger))
     if options.check:
@@ -117,7 +126,10 @@ def _sigterm_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _tasks(words: tuple[str, ...] | None, task_file: str | None) -> dict[str, TaskFiles]:
+def _tasks(words: tuple[str, ...] | None, task_file: str | None) -> "dict[str, TaskFiles]":
+    from mft_megatron.data.tasks.task_file import read_task_file
+    from mft_megatron.data.tasks.task_files import parse_tasks
+
     if words is None and task_file is None:
         raise InputError("missing option: give --task or --task-file; see --help")
     tasks = {} if task_file is None else read_task_file(task_file)

@@ -1,4 +1,4 @@
-"""Inspecting a packed data set: its ledger as a table, samples with their mask, lengths, and a complete check."""
+"""Inspecting a packed data set: samples with their mask, lengths, and a complete check."""
 
 import itertools
 from collections.abc import Iterable, Iterator
@@ -10,10 +10,9 @@ import numpy as np
 from mft_megatron.data.loading.dataset import PackedDataset
 from mft_megatron.data.packing.build_packs import build_packs
 from mft_megatron.data.packing.packing_options import PackingOptions
-from mft_megatron.data.packing.packs import SPLITS
 from mft_megatron.data.storage.arrays import check_files
 from mft_megatron.data.storage.indexed_dataset import IndexedDataset
-from mft_megatron.data.storage.ledger import Ledger, LengthEntry
+from mft_megatron.data.storage.ledger import Ledger
 from mft_megatron.data.storage.stored_samples import read_stored_samples
 from mft_megatron.data.tokenizers.load import load_tokenizer
 from mft_megatron.errors import InputError
@@ -22,46 +21,6 @@ from mft_megatron.errors import InputError
 _CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 # beginning and end of supervised text, with colour and without
 MARKS = {True: ("\033[32m", "\033[0m"), False: ("⟦", "⟧")}
-
-
-def ledger_table(ledger: Ledger) -> str:
-    """Write a ledger in aligned columns: for every length the tasks, then the packs."""
-    lines = []
-    for length, entry in ledger.lengths.items():
-        rows: list[tuple[str, ...]] = [("task", "in", "kept", "truncated", "dropped", "tokens", "supervised", *SPLITS)]
-        for task, cut in zip(ledger.tasks, entry.tasks, strict=True):
-            dropped = ", ".join(f"{reason} {n}" for reason, n in (task.dropped | cut.dropped).items()) or "0"
-            numbers = (task.samples_in, cut.kept, cut.truncated)
-            counts = (cut.tokens, cut.supervised_tokens, *cut.splits.values())
-            rows.append((task.name, *map("{:,}".format, numbers), dropped, *map("{:,}".format, counts)))
-        lines += _aligned(rows)
-        lines += _windows_and_uses(ledger, entry)
-        for split, packed in entry.packs.items():
-            lines.append(
-                f"{split}: {packed.samples:,} samples in {packed.packs:,} packs of {length}, "
-                f"{100 * packed.fill:.2f} % filled"
-            )
-    return "\n".join(lines)
-
-
-def _windows_and_uses(ledger: Ledger, entry: LengthEntry) -> Iterator[str]:
-    """Describe each task whose samples were cut into windows, or are not used exactly once."""
-    for task, cut in zip(ledger.tasks, entry.tasks, strict=True):
-        if cut.windowed:
-            left_out = f", {cut.unsupervised_windows:,} without a target left out" if cut.unsupervised_windows else ""
-            yield f"{task.name}: {cut.windowed:,} samples cut into {cut.windows:,} windows{left_out}"
-        if set(cut.uses) - {"1"}:
-            times = ", ".join(f"{n:,} used {time} times" for time, n in cut.uses.items())
-            yield f"{task.name}: in one pass over the training rows, {times}"
-
-
-def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    first = widths.pop(0)
-    return [
-        "  ".join((row[0].ljust(first), *(cell.rjust(width) for cell, width in zip(row[1:], widths, strict=True))))
-        for row in rows
-    ]
 
 
 def show_samples(prefix: str, ledger: Ledger, count: int, colour: bool) -> Iterator[str]:

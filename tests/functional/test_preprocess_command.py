@@ -68,11 +68,44 @@ def test_another_working_folder_gives_the_same_data_set(preprocess, tmp_path, to
     assert hashes[0] == hashes[1]
 
 
-def test_it_starts_without_torch(preprocess):
-    """Start fast: importing torch or transformers takes seconds."""
-    code = "import sys, mft_megatron.data.command; print([m for m in ('torch', 'transformers') if m in sys.modules])"
-    process = run_tool("-c", code)
-    assert process.stdout.strip() == "[]"
+# modules that take long to import, which a small job of one process must not wait for
+SLOW_MODULES = {
+    *("torch", "transformers", "datasets", "jinja2", "yaml", "pyarrow", "zstandard", "sentencepiece"),
+    *("concurrent.futures", "multiprocessing.connection", "numpy.ma"),
+    *("mft_megatron.data.loading", "mft_megatron.data.inspect"),
+}
+PRINT_MODULES = "import sys; print('modules', *sys.modules, file=sys.stderr)"
+
+
+def imported_by(code):
+    process = run_tool("-c", f"{code}\n{PRINT_MODULES}")
+    assert process.returncode == 0, process.stderr
+    return set(process.stderr.splitlines()[-1].split())
+
+
+def test_help_imports_no_library():
+    code = """
+from mft_megatron.data import command
+for main in (command.preprocess_main, command.pack_main, command.inspect_main):
+    try:
+        main(["--help"])
+    except SystemExit as end:
+        assert end.code == 0
+"""
+    modules = imported_by(code)
+    assert "mft_megatron.data.command_options" in modules
+    assert sorted(modules & (SLOW_MODULES | {"numpy", "tokenizers", "gigatoken", "orjson"})) == []
+
+
+def test_a_small_job_imports_what_it_uses(tmp_path, tokenizer_folder):
+    chat = {"messages": [{"role": "user", "content": "Say a."}, {"role": "assistant", "content": "a"}]}
+    for name, record in {"chat": chat, "raw": {"prompt": "def f(", "completion": "x): return x"}}.items():
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(record) + "\n")
+    tasks = [word for name in ("chat", "raw") for word in ("--task", f"{name}={tmp_path / name}.jsonl")]
+    words = ["--tokenizer-model", str(tokenizer_folder), "--seq-length", "64", "--output-prefix", f"{tmp_path}/set"]
+    modules = imported_by(f"from mft_megatron.data.command import preprocess_main\npreprocess_main({tasks + words})")
+    assert {"numpy", "tokenizers", "mft_megatron.data.preprocessing.preprocess"} <= modules
+    assert sorted(modules & SLOW_MODULES) == []
 
 
 BAD_TASKS = {

@@ -5,14 +5,17 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING
 
 from mft_megatron.data.records.conversation import Conversation, Turn
 from mft_megatron.data.records.notes import RecordNotes
 from mft_megatron.data.records.segments import Segment, raw_segments, refuse_reasoning, supervised_turns
-from mft_megatron.data.tokenizers.tokenizer import Tokenizer
 
 from .builtin_templates import chatml_template, mftcoder_template
 from .token_names import names_of_text, names_pattern
+
+if TYPE_CHECKING:
+    from mft_megatron.data.tokenizers.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +95,7 @@ class BuiltInFormat:
 _BEGINNING = "<s>"  # of a marker: one token wherever the vocabulary has it
 
 
-def special_in_markers(markers: Mapping[str, str], tokenizer: Tokenizer) -> frozenset[str]:
+def special_in_markers(markers: Mapping[str, str], tokenizer: "Tokenizer") -> frozenset[str]:
     """Names of special tokens within markers that would be text if the markers were tokenised like content."""
     return names_of_text(tokenizer, [marker.removeprefix(_BEGINNING) for marker in markers.values()])
 

@@ -15,7 +15,6 @@ from mft_megatron.data.tokenizers.tokenizer import Tokenizer
 from mft_megatron.errors import InputError
 
 from .builtin_formats import FORMATS, BuiltInFormat, special_in_markers
-from .jinja_format import template_format
 
 
 class ChatFormat(Protocol):
@@ -75,6 +74,8 @@ def chat_format(name: str, tokenizer: Tokenizer, role_markers: str | None = None
     if name not in FORMATS:
         if role_markers is not None:
             raise InputError("--role-markers: a Jinja template has no role markers; leave them out, or use mftcoder")
+        from .jinja_format import template_format  # jinja2 is needed for templates alone
+
         return template_format(_template(name, tokenizer), name.rsplit("/", 1)[-1], tokenizer, supervise)
     markers = _markers(name, role_markers)
     return BuiltInFormat(name, markers, tokenizer.end_of_text, supervise, special_in_markers(markers, tokenizer))

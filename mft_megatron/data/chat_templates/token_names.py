@@ -3,9 +3,10 @@
 import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from mft_megatron.data.tokenizers.tokenizer import SpecialToken, Tokenizer
+if TYPE_CHECKING:
+    from mft_megatron.data.tokenizers.tokenizer import SpecialToken, Tokenizer
 
 Span = tuple[int, int]  # index of the first character, and of the one after the last
 
@@ -18,7 +19,7 @@ class Name(NamedTuple):
     text: str
 
 
-def names_of_text(tokenizer: Tokenizer, within: Sequence[str] | None = None) -> frozenset[str]:
+def names_of_text(tokenizer: "Tokenizer", within: Sequence[str] | None = None) -> frozenset[str]:
     """Names of special tokens that are ordinary text where they are tokenised like the content of a turn.
 
     A tokenizer also makes some tokens, often ``<think>``, of ordinary text. One character is never broken up.
@@ -39,6 +40,6 @@ def names_pattern(names: tuple[str, ...]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
 
 
-def names_in(text: str, special_tokens: Mapping[str, SpecialToken]) -> Iterator[Name]:
+def names_in(text: str, special_tokens: "Mapping[str, SpecialToken]") -> Iterator[Name]:
     """Find the names of special tokens in a text, from its beginning."""
     return (Name(*match.span(), match.group()) for match in names_pattern(tuple(special_tokens)).finditer(text))

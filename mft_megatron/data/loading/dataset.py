@@ -11,7 +11,8 @@ from typing import TypeAlias
 
 import numpy as np
 
-from mft_megatron.data.packing.packs import SPLITS, pack_files
+from mft_megatron.data.packing.packing_options import SPLITS
+from mft_megatron.data.packing.packs import pack_files
 from mft_megatron.data.sample_slices import NO_SLICES, SampleSlices, ranges
 from mft_megatron.data.storage.arrays import check_files, load_array, load_task_ids
 from mft_megatron.data.storage.indexed_dataset import IndexedDataset

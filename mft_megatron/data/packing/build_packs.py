@@ -17,9 +17,9 @@ from mft_megatron.data.storage.ledger import LengthEntry, PackEntry, TaskCut, Ta
 from mft_megatron.data.storage.stored_samples import StoredSamples
 from mft_megatron.errors import InputError
 
-from .cutting import DROPPED, KEPT, TRUNCATED, WINDOWED, CutSamples, cut_samples
-from .packing_options import PackingOptions, check_packing_options
-from .packs import SPLITS, SplitPacks, concatenate_documents, pack_split
+from .cutting import DROPPED, TRUNCATED, WINDOWED, CutSamples, cut_samples
+from .packing_options import SPLITS, PackingOptions, check_packing_options
+from .packs import SplitPacks, concatenate_documents, pack_split
 from .sampling import task_ratios, uses_of_samples
 from .splitting import assign_splits
 
@@ -150,10 +150,10 @@ def _task_cut(
     options: PackingOptions,
 ) -> TaskCut:
     outcome, concat = cut.outcome[samples], options.padding_mode == "concat"
-    kept = np.isin(outcome, (KEPT, TRUNCATED, WINDOWED)) | concat
+    kept = (outcome <= WINDOWED) | concat
     in_split = np.bincount(split_of_sample[samples][kept], minlength=len(SPLITS))
     trained = split_of_sample[samples] == 0
-    times, samples_used = np.unique(uses[samples][kept & trained], return_counts=True)
+    samples_by_uses = np.bincount(uses[samples][kept & trained])
     # slices are in the order of their samples
     slices = slice(*np.searchsorted(cut.slices.samples, [samples.start, samples.stop]))
     windows = cut.outcome[cut.slices.samples[slices]] == WINDOWED
@@ -167,7 +167,7 @@ def _task_cut(
         unsupervised_windows=0 if concat else int(cut.unsupervised_windows[samples].sum()),
         dropped={} if concat else {name: n for code, name in DROPPED.items() if (n := int((outcome == code).sum()))},
         splits=dict(zip(SPLITS, in_split.tolist(), strict=True)),
-        uses={str(time): int(n) for time, n in zip(times, samples_used, strict=True)},
+        uses={str(times): n for times, n in enumerate(samples_by_uses.tolist()) if n},
     )
 
 

@@ -12,7 +12,8 @@ import numpy as np
 from mft_megatron.data.sample_slices import SampleSlices, ranges, supervised_tokens
 from mft_megatron.data.storage.indexed_dataset import IndexedDataset
 
-OVERLONG = ("drop", "truncate", "truncate-left", "split")
+from .packing_options import OVERLONG
+
 # outcomes of a sample
 KEPT, TRUNCATED, WINDOWED, TOO_LONG, CUT_TO_NOTHING = range(5)
 # names in the ledger of the outcomes that drop a sample
@@ -54,7 +55,7 @@ def cut_samples(
         mask: loss masks, of which only those of overlong samples are read.
         task_ids: uint16 [samples].
         seq_length: tokens of a pack, at least 2.
-        overlong_of_task: a value of :data:`OVERLONG` for each task.
+        overlong_of_task: a value of :data:`.packing_options.OVERLONG` for each task.
     """
     outcome = np.zeros(len(lengths), np.uint8)
     long = np.flatnonzero(lengths > seq_length)
@@ -63,7 +64,9 @@ def cut_samples(
     windows = _windows(long, lengths[long].astype(np.int64), policy, seq_length)
     targets = _supervised_targets(mask, windows)
     empty = targets == 0
-    without_target = np.setdiff1d(windows.samples, windows.samples[~empty])
+    with_target = np.zeros(len(lengths), bool)
+    with_target[windows.samples[~empty]] = True
+    without_target = windows.samples[~with_target[windows.samples]]
     unsupervised = np.bincount(windows.samples[empty], minlength=len(lengths))
     unsupervised[outcome != WINDOWED] = 0
     outcome[without_target] = CUT_TO_NOTHING
@@ -87,7 +90,7 @@ def _windows(samples: np.ndarray, lengths: np.ndarray, policy: np.ndarray, seq_l
     Args:
         samples: int64 [N], indices.
         lengths: int64 [N], tokens.
-        policy: uint8 [N], index into :data:`OVERLONG`.
+        policy: uint8 [N], index into :data:`.packing_options.OVERLONG`.
     """
     step = seq_length - 1
     count = np.select([policy == 0, policy == 3], [0, -(-(lengths - 1) // step)], 1)

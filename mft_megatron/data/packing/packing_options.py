@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from mft_megatron.data.storage.ledger import LengthEntry, TaskEntry
 from mft_megatron.errors import InputError
 
-from .cutting import OVERLONG
-from .packs import PADDING_MODES
+SPLITS = ("train", "valid", "test")
+OVERLONG = ("drop", "truncate", "truncate-left", "split")
+PADDING_MODES = ("pack", "padding", "concat")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,8 +21,8 @@ class PackingOptions:
         seq_length: tokens of a pack.
         split: weights of train, valid and test.
         seed: of the split, of sampling and of the order of documents.
-        overlong: a value of :data:`.cutting.OVERLONG`; a task may have another one.
-        padding_mode: a value of :data:`.packs.PADDING_MODES`.
+        overlong: a value of :data:`OVERLONG`; a task may have another one.
+        padding_mode: a value of :data:`PADDING_MODES`.
         packing: "mixed", or "per-task": a pack has samples of one task only.
         task_sampling: ratio of each task, by name; see :mod:`.sampling`.
         sampling_temperature, sampling_max_epochs, sampling_epochs: see :mod:`.sampling`.

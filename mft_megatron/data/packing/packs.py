@@ -18,9 +18,6 @@ import numpy as np
 from mft_megatron.data import _sample_index
 from mft_megatron.data.sample_slices import SampleSlices, concatenate_slices, ranges
 
-SPLITS = ("train", "valid", "test")
-PADDING_MODES = ("pack", "padding", "concat")
-
 
 @dataclasses.dataclass(frozen=True)
 class SplitPacks:

@@ -4,7 +4,7 @@ import numpy as np
 
 from mft_megatron.data.permutation import named_permutation
 
-from .packs import SPLITS
+from .packing_options import SPLITS
 
 
 def assign_splits(num_samples: int, weights: tuple[float, float, float], seed: int, task: str) -> np.ndarray:

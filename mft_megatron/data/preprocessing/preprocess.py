@@ -13,8 +13,6 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from mft_megatron.data.chat_templates.examples import first_examples, moved
 from mft_megatron.data.chat_templates.formats import ChatFormat, chat_format
 from mft_megatron.data.chat_templates.trained_format import chat_sources, trained_format
@@ -29,7 +27,8 @@ from mft_megatron.data.storage.sample_writer import SampleWriter, TaskTally
 from mft_megatron.data.storage.stored_samples import StoredSamples
 from mft_megatron.data.tasks.reader import TaskReader, files_on_disk
 from mft_megatron.data.tasks.task_files import TaskFiles
-from mft_megatron.data.tokenizers.backends import REFERENCE, BackendMismatch
+from mft_megatron.data.tokenizers.backend_names import REFERENCE
+from mft_megatron.data.tokenizers.backends import BackendMismatch
 from mft_megatron.data.tokenizers.load import load_tokenizer
 from mft_megatron.data.tokenizers.tokenizer import Tokenizer
 from mft_megatron.errors import InputError
@@ -234,7 +233,7 @@ def _count(encoded: EncodedBatch, tally: TaskTally, stop_ids: list[int], on_erro
     tally.unread_keys.update(encoded.notes.unread_keys)
     tally.noted.update(encoded.notes.kinds)
     if not tally.stopped:
-        tally.stopped = bool(encoded.mask[np.isin(encoded.ids, stop_ids)].any())
+        tally.stopped = any(bool(encoded.mask[encoded.ids == stop].any()) for stop in stop_ids)
 
 
 def _refuse_wrong_masks(tally: TaskTally) -> None:

@@ -11,8 +11,8 @@ from pathlib import Path
 from mft_megatron.data.chat_templates.examples import first_examples, moved
 from mft_megatron.data.chat_templates.trained_format import merged_sources
 from mft_megatron.data.packing.build_packs import write_packs
-from mft_megatron.data.packing.packing_options import PackingOptions, check_packing_options
-from mft_megatron.data.packing.packs import SPLITS, pack_files
+from mft_megatron.data.packing.packing_options import SPLITS, PackingOptions, check_packing_options
+from mft_megatron.data.packing.packs import pack_files
 from mft_megatron.data.storage.arrays import check_files
 from mft_megatron.data.storage.dataset_writer import DatasetWriter, report_full_disk, require_free_space
 from mft_megatron.data.storage.indexed_dataset import IndexedDataset

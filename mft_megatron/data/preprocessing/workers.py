@@ -1,14 +1,11 @@
 """Encoding batches in order, in this process or in several; memory holds at most a few batches of each worker."""
 
 import collections
-import concurrent.futures
 import functools
-import multiprocessing
-import multiprocessing.connection
-import multiprocessing.process
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING
 
 from mft_megatron.data.tasks.record_batches import RecordBatch, TokenizedBatch
 from mft_megatron.data.tokenizers.load import load_tokenizer
@@ -19,6 +16,10 @@ from .encoded_batch import EncodedBatch
 from .encoded_cache import EncodedCache
 from .encoding import Encoder, TaskEncoding
 from .pretokenized import samples_of
+
+if TYPE_CHECKING:
+    import multiprocessing.process
+    from concurrent.futures import Future, ProcessPoolExecutor
 
 
 class Workers:
@@ -42,10 +43,13 @@ class Workers:
         tokens = f"{tokenizer.fingerprint}/{tokenizer.beginning_key}/{tokenizer.backend}"
         self._fingerprints = {task: f"{tokens}/{_fingerprint(encoding)}" for task, encoding in encodings.items()}
         self._encodings = encodings
-        self._pool: concurrent.futures.ProcessPoolExecutor | None = None
+        self._pool: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> "Workers":
         if self._count > 1:
+            import concurrent.futures  # not needed by a single process
+            import multiprocessing
+
             tokenizer = self._tokenizer
             self._pool = concurrent.futures.ProcessPoolExecutor(
                 self._count,
@@ -90,10 +94,12 @@ class Workers:
             return functools.partial(self._cached, key, batch, self._encoder.encode(task, batch))
         return functools.partial(self._finished, key, batch, self._pool.submit(_encode_in_worker, task, batch))
 
-    def _finished(self, key: str, batch: RecordBatch, future: concurrent.futures.Future[EncodedBatch]) -> EncodedBatch:
+    def _finished(self, key: str, batch: RecordBatch, future: "Future[EncodedBatch]") -> EncodedBatch:
+        from concurrent.futures import BrokenExecutor
+
         try:
             encoded = future.result()
-        except concurrent.futures.BrokenExecutor:
+        except BrokenExecutor:
             raise InputError(
                 "--workers: a worker process was killed, most likely for memory; give fewer workers"
             ) from None
@@ -114,6 +120,8 @@ _encoder: Encoder
 
 def _start_worker(tokenizer_type: str, tokenizer_model: str, backend: str, encodings: dict[str, TaskEncoding]) -> None:
     global _encoder
+    import multiprocessing
+
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     parent = multiprocessing.parent_process()
     if parent is not None:
@@ -121,8 +129,10 @@ def _start_worker(tokenizer_type: str, tokenizer_model: str, backend: str, encod
     _encoder = Encoder(load_tokenizer(tokenizer_type, tokenizer_model, backend), encodings)
 
 
-def _exit_with(parent: multiprocessing.process.BaseProcess) -> None:
+def _exit_with(parent: "multiprocessing.process.BaseProcess") -> None:
     """Exit when the main process does: if it is killed, it cannot end its workers, which would wait for ever."""
+    import multiprocessing.connection
+
     multiprocessing.connection.wait([parent.sentinel])
     os._exit(1)
 

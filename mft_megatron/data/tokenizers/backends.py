@@ -14,9 +14,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-BACKENDS = ("auto", "hf", "sentencepiece", "gigatoken")
-REFERENCE = "reference"  # stands for hf or sentencepiece, whichever the tokenizer has
-
 # the first texts of a process are all compared, up to these limits; then one of so many
 FIRST_TEXTS = 64
 FIRST_CHARACTERS = 1 << 20

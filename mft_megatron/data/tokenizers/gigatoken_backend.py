@@ -16,33 +16,37 @@ import re
 from typing import Any
 
 from .backends import BackendError, FastBackend, is_backend_fault, shortened
+from .json_members import members_before
 
 # other characters never change under NFC and never combine with a neighbour, in any version of Unicode
-_MAY_CHANGE = re.compile(
+_MAY_CHANGE = (
     "[^\0-\u02ff\u0375-\u037d\u037f-\u0383\u0388-\u0482\u048a-\u0530\u2002-\u20cf\u2100-\u2125\u2127-\u2129"
     "\u212c-\u2328\u232b-\u2adb\u2add-\u2bff\u3000-\u3029\u3030-\u3098\u309b-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
     "\uac00-\ud7a3\ufe0e\ufe0f\uff00-\uffef\U0001f300-\U0001faff]"
 )
-_NOT_ASCII = re.compile("[^\0-\x7f]")
+_NOT_ASCII = "[^\0-\x7f]"
 
 
 def gigatoken_of_json(content: str) -> FastBackend:
     """Open gigatoken with a ``tokenizer.json``, without its added tokens.
 
     Args:
-        content: of the file.
+        content: of the file, as the ``tokenizers`` library writes it: the model at the end, in it the vocabulary.
 
     Raises:
         BackendError: it is not installed or cannot read this tokenizer.
     """
-    parts = json.loads(content)
-    model = parts["model"]
+    before_model = members_before(content, "model")
+    if before_model is None:
+        raise BackendError("its tokenizer.json has no model")
+    settings, model = before_model
+    before_vocabulary, _ = members_before(content, "vocab", model) or ({}, None)
     for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
-        if model.get(name):
+        if before_vocabulary.get(name):
             raise BackendError(f"it does not know {name}")
-    parts["added_tokens"] = []
-    normalises = any(part["type"] != "Replace" for part in _flat(parts.get("normalizer"), "normalizers"))
-    return _open("from_json", json.dumps(parts), _MAY_CHANGE if normalises else None)
+    normalises = any(part["type"] != "Replace" for part in _flat(settings.get("normalizer"), "normalizers"))
+    without_added = json.dumps({**settings, "added_tokens": []})
+    return _open("from_json", f'{without_added[:-1]}, "model": {content[model:]}', _MAY_CHANGE if normalises else None)
 
 
 def gigatoken_of_sentencepiece(model: bytes, normalises: bool) -> FastBackend:
@@ -58,7 +62,7 @@ def gigatoken_of_sentencepiece(model: bytes, normalises: bool) -> FastBackend:
     return _open("from_sentencepiece", model, _NOT_ASCII if normalises else None)
 
 
-def _open(opener: str, content: str | bytes, excluded: re.Pattern[str] | None) -> FastBackend:
+def _open(opener: str, content: str | bytes, excluded: str | None) -> FastBackend:
     try:
         import gigatoken
     except ImportError as error:
@@ -70,7 +74,7 @@ def _open(opener: str, content: str | bytes, excluded: re.Pattern[str] | None) -
             raise
         first_line = str(error).partition("\n")[0]
         raise BackendError(f"it cannot read this tokenizer ({shortened(first_line, 120)})") from None
-    return FastBackend("gigatoken", tokenizer.encode, excluded)
+    return FastBackend("gigatoken", tokenizer.encode, re.compile(excluded) if excluded else None)
 
 
 def _flat(part: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from .beginnings import never, space_rule
 from .gigatoken_backend import gigatoken_of_json
 from .tokenizer import SpecialToken, Tokenizer
 from .tokenizer_files import read_chat_template, read_json_object
+from .tokenizer_json import TokenizerJson, class_name
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -36,7 +37,8 @@ class HuggingFaceTokenizer(Tokenizer):
         if not file.is_file():
             raise InputError(f"--tokenizer-model {model}: no tokenizer.json there; give a Hugging Face folder")
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(_without_leading_space(file.read_text(encoding="utf-8")))
+            content = TokenizerJson.read(file).without_leading_space()
+            self._tokenizer = tokenizers.Tokenizer.from_str(content.text())
         except Exception as error:
             raise InputError(f"{file}: not a tokenizer ({error})") from None
         self._tokenizer.no_truncation()
@@ -124,24 +126,24 @@ class HuggingFaceTokenizer(Tokenizer):
     @property
     def beginning_key(self) -> str:
         """Text of everything besides :attr:`fingerprint` that decides :attr:`beginning`."""
-        return repr([_class_name(self._config), *map(self._config.get, ("legacy", "add_prefix_space"))])
+        return repr([class_name(self._config), *map(self._config.get, ("legacy", "add_prefix_space"))])
 
     @functools.cached_property
     def _own(self) -> Any:
         """The tokenizer as transformers opens it, which may write a space before texts; a ``tokenizers.Tokenizer``."""
         import tokenizers
 
-        content = self._file.read_text(encoding="utf-8")
-        own = _as_transformers(content, self._config)
-        if own == _without_leading_space(content):
+        content = TokenizerJson.read(self._file)
+        own = content.as_transformers(self._config)
+        if own.encodes_like(content.without_leading_space()):
             return self._tokenizer
-        opened = tokenizers.Tokenizer.from_str(own)
+        opened = tokenizers.Tokenizer.from_str(own.text())
         opened.no_truncation()
         opened.no_padding()
         return opened
 
     def _ids_before_texts(self) -> list[int]:
-        if _class_name(self._config) == "CodeLlamaTokenizer":  # adds it whatever the file says
+        if class_name(self._config) == "CodeLlamaTokenizer":  # adds it whatever the file says
             return [] if self.bos_token_id is None else [self.bos_token_id]
         with_tokens, without = (self._tokenizer.encode("a", add_special_tokens=added).ids for added in (True, False))
         starts = range(len(with_tokens) - len(without) + 1)
@@ -163,48 +165,3 @@ class HuggingFaceTokenizer(Tokenizer):
         if isinstance(token, dict):
             token = token.get("content")
         return self._tokenizer.token_to_id(token) if token else None
-
-
-def _class_name(config: Mapping[str, Any]) -> str:
-    """Name of transformers' class for a tokenizer, by its ``tokenizer_config.json``; empty if it names none."""
-    return str(config.get("tokenizer_class") or "").removesuffix("Fast")
-
-
-def _as_transformers(content: str, config: Mapping[str, Any]) -> str:
-    """Change a ``tokenizer.json`` as transformers does when it opens it.
-
-    Its classes for Llama keep vocabulary and merges of the file, but write the space before texts in their own way.
-    """
-    name = _class_name(config)
-    parts = json.loads(content)
-    if name not in ("LlamaTokenizer", "CodeLlamaTokenizer") or '"ByteLevel"' in json.dumps(parts.get("pre_tokenizer")):
-        return content
-    scheme = "always" if name == "LlamaTokenizer" and config.get("legacy") else "first"
-    if config.get("add_prefix_space") is False:
-        scheme = "never"
-    space = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}
-    return json.dumps({**parts, "normalizer": None, "pre_tokenizer": space})
-
-
-def _without_leading_space(content: str) -> str:
-    """Change a ``tokenizer.json`` so that it adds no space before a text and removes none when it decodes."""
-    parts = json.loads(content)
-    changed = {name: _plain(parts.get(name)) for name in ("normalizer", "pre_tokenizer", "decoder")}
-    if all(parts.get(name) == part for name, part in changed.items()):
-        return content
-    return json.dumps({**parts, **changed})
-
-
-def _plain(part: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Remove the handling of a leading space from a normalizer, pre-tokenizer or decoder."""
-    if part is None or part["type"] == "Prepend" or (part["type"] == "Strip" and part.get("content") == " "):
-        return None
-    if part["type"] == "Sequence":
-        (name,) = part.keys() - {"type"}
-        return {**part, name: [plain for inner in part[name] if (plain := _plain(inner)) is not None]}
-    if part["type"] == "Metaspace":
-        kept = {name: value for name, value in part.items() if name != "add_prefix_space"}
-        return {**kept, "prepend_scheme": "never"}
-    if part["type"] == "ByteLevel":
-        return {**part, "add_prefix_space": False}
-    return part

@@ -16,7 +16,8 @@ import numpy as np
 
 from mft_megatron.errors import InputError
 
-from .backends import REFERENCE, BackendError, CheckedBackend, DifferenceError, FastBackend, Names
+from .backend_names import REFERENCE
+from .backends import BackendError, CheckedBackend, DifferenceError, FastBackend, Names
 from .beginnings import Beginning
 from .large_texts import LARGE, split_text
 
@@ -155,7 +156,7 @@ class Tokenizer(abc.ABC):
         """Choose the backend of :meth:`encode_arrays` and describe the choice in ``backend_note``.
 
         Args:
-            backend: one of :data:`~.backends.BACKENDS`, or "reference".
+            backend: one of :data:`~.backend_names.BACKENDS`, or "reference".
 
         Raises:
             InputError: this kind of tokenizer has no such backend, or gigatoken is asked for by name but cannot be used

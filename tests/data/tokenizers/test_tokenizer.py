@@ -209,3 +209,20 @@ def test_a_chat_template_that_is_no_text_is_refused(tokenizer_folder, tmp_path):
     (folder / "chat_template.jinja").write_bytes(b"\xff")
     with pytest.raises(InputError, match=r"chat_template\.jinja: not UTF-8"):
         _ = load_tokenizer("HuggingFaceTokenizer", folder).chat_template
+
+
+@pytest.mark.parametrize("names", [("model",), ("decoder", "model"), ("model", "normalizer")])
+@pytest.mark.parametrize("backend", ["reference", "gigatoken"])
+def test_the_order_of_the_members_of_tokenizer_json_changes_nothing(llama_like_folder, tmp_path, names, backend):
+    """The vocabulary is not read twice where it stands at the end; other programs may write it elsewhere."""
+    shutil.copytree(llama_like_folder, tmp_path / "other")
+    content = json.loads((tmp_path / "other/tokenizer.json").read_text())
+    content = {name: content[name] for name in (*names, *(name for name in content if name not in names))}
+    (tmp_path / "other/tokenizer.json").write_text(json.dumps(content))
+    texts = ["def f(x):\n    return  x", " a", "é\n\n"]
+    one, other = (
+        load_tokenizer("HuggingFaceTokenizer", path, backend) for path in (llama_like_folder, tmp_path / "other")
+    )
+    for ids, same in zip(one.encode_arrays(texts), other.encode_arrays(texts), strict=True):
+        assert ids.tolist() == same.tolist()
+    assert other.decode(other.encode_batch(texts)[1]) == " a"
