@@ -61,6 +61,15 @@ class TextOptions:
     supervise: str = option(
         "all", "Assistant turns that are trained on; a record may exclude turns.", choices=SUPERVISE
     )
+    learn_empty_answers: bool = option(
+        False, "Train on empty answers, too, which teach to stop at once; otherwise they are counted and not learnt."
+    )
+    ignore_keys: str | None = option(
+        None,
+        "Read records as if they did not have these keys: topic, or messages[].topic in turns. They are counted, but "
+        "no note names them.",
+        metavar="KEY,KEY",
+    )
     add_bos: bool = option(False, "Begin every sample with the BOS token, unless it begins with it already.")
     fim_rate: float = option(
         0.0,

@@ -56,6 +56,31 @@ def test_every_record_format(preprocess, tmp_path):
     assert all(cut.kept == 3 and cut.splits == {"train": 2, "valid": 1, "test": 0} for cut in opened.entry.tasks)
 
 
+KEYS = [
+    {"question": "q", "answer": "a", "topic": "x", "source": "y", "images": ["1.jpg"]},
+    {"messages": [{"role": "user", "content": "q", "at": 1}, {"role": "assistant", "content": "a"}] * 2, "topic": "z"},
+    {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": ""}] * 2, "topic": "z"},
+]
+KEYS[2]["messages"][3] = {"role": "assistant", "content": "a"}
+
+
+def test_keys_that_are_not_read_are_counted_and_named_once(preprocess, tmp_path):
+    lines = "".join(json.dumps(record) + "\n" for record in KEYS)
+    process = preprocess({"t": lines}, "--ignore-keys", "source,images,typo", workers=2)
+    assert process.returncode == 0, process.stderr
+    assert [line for line in process.stdout.splitlines() if line.startswith("note: ")][1:] == [
+        "note: task t: 1 record has a key 'messages[].at' that is not read",
+        "note: task t: 3 records have a key 'topic' that is not read",
+        "note: task t: empty answers, which would teach to stop at once, are not learnt: 1; --learn-empty-answers "
+        "learns them",
+        "note: --ignore-keys typo: no record has this key",
+    ]
+    (task,) = PackedDataset.open(tmp_path / "out" / "set", 64).ledger.tasks
+    assert task.unread_keys == {"images": 1, "messages[].at": 1, "source": 1, "topic": 3}
+    assert task.noted == {"empty_answer_not_learnt": 1}
+    assert task.kept == 3
+
+
 def test_another_working_folder_gives_the_same_data_set(preprocess, tmp_path, tokenizer_folder):
     tasks = tmp_path / "tasks"
     assert preprocess(RECORDS).returncode == 0
@@ -166,6 +191,7 @@ BAD_OPTIONS = [
     (("--workers", "0"), {}, "--workers 0"),
     (("--seq-length", "1"), {}, "--seq-length 1"),
     (("--role-markers", "{"), {}, "--role-markers"),
+    (("--ignore-keys", "a,,b"), {}, "--ignore-keys a,,b: give keys with commas between them"),
     (("--chat-template", "alpaca"), {}, "--chat-template"),
     (("stray",), {}, "unexpected argument 'stray'"),
     ((), {"seq_length": None}, "missing option: give --seq-length"),

@@ -29,6 +29,7 @@ class BuiltInFormat:
         supervise: one of :data:`~mft_megatron.data.records.segments.SUPERVISE`.
         special: names of special tokens within the markers, which are these tokens, as in a prompt that a server
             tokenises; :func:`special_in_markers`.
+        learn_empty_answers: empty answers are supervised, too.
     """
 
     name: str
@@ -36,6 +37,7 @@ class BuiltInFormat:
     end_of_text: str
     supervise: str = "all"
     special: frozenset[str] = frozenset()
+    learn_empty_answers: bool = False
 
     @property
     def stop_token(self) -> str:
@@ -49,13 +51,13 @@ class BuiltInFormat:
             RecordError: nothing in it is supervised, or a turn has reasoning, which these formats cannot write.
         """
         if conversation.raw:
-            return raw_segments(conversation, self.end_of_text)
+            return raw_segments(conversation, self.end_of_text, self.learn_empty_answers)
         refuse_reasoning(
             conversation,
             f"which --chat-template {self.name} cannot write; use the model's own template, or move it into the "
             "content",
         )
-        supervised = supervised_turns(conversation, self.supervise)
+        supervised = supervised_turns(conversation, self.supervise, notes, self.learn_empty_answers)
         turns = conversation.turns
         if conversation.tools:
             turns = _with_tools(turns, conversation.tools)
@@ -65,9 +67,11 @@ class BuiltInFormat:
     @property
     def fingerprint(self) -> str:
         """sha256 over everything that decides how a conversation is written."""
-        content = [self.name, dict(self.markers), self.end_of_text, self.supervise]
+        content: list[object] = [self.name, dict(self.markers), self.end_of_text, self.supervise]
         if self.special:
             content.append(sorted(self.special))
+        if self.learn_empty_answers:
+            content.append("learn_empty_answers")
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @property

@@ -52,7 +52,13 @@ class ChatFormat(Protocol):
         """
 
 
-def chat_format(name: str, tokenizer: Tokenizer, role_markers: str | None = None, supervise: str = "all") -> ChatFormat:
+def chat_format(
+    name: str,
+    tokenizer: Tokenizer,
+    role_markers: str | None = None,
+    supervise: str = "all",
+    learn_empty_answers: bool = False,
+) -> ChatFormat:
     """Make the format of ``--chat-template`` with the markers of ``--role-markers``.
 
     Args:
@@ -62,6 +68,7 @@ def chat_format(name: str, tokenizer: Tokenizer, role_markers: str | None = None
         role_markers: JSON object of markers by role; roles are named as here, or human and bot as in MFTCoder. Other
             roles keep the format's marker. Templates have no markers.
         supervise: one of :data:`~mft_megatron.data.records.segments.SUPERVISE`.
+        learn_empty_answers: empty answers are supervised, too.
 
     Raises:
         InputError: an unknown name, a template that cannot be used, markers that are no JSON object of strings, or an
@@ -76,9 +83,11 @@ def chat_format(name: str, tokenizer: Tokenizer, role_markers: str | None = None
             raise InputError("--role-markers: a Jinja template has no role markers; leave them out, or use mftcoder")
         from .jinja_format import template_format  # jinja2 is needed for templates alone
 
-        return template_format(_template(name, tokenizer), name.rsplit("/", 1)[-1], tokenizer, supervise)
+        source, shown = _template(name, tokenizer), name.rsplit("/", 1)[-1]
+        return template_format(source, shown, tokenizer, supervise, learn_empty_answers)
     markers = _markers(name, role_markers)
-    return BuiltInFormat(name, markers, tokenizer.end_of_text, supervise, special_in_markers(markers, tokenizer))
+    special = special_in_markers(markers, tokenizer)
+    return BuiltInFormat(name, markers, tokenizer.end_of_text, supervise, special, learn_empty_answers)
 
 
 _TOKENIZERS_TEMPLATE = "template"  # name of the template that comes with the tokenizer

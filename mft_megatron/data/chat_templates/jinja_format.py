@@ -34,6 +34,7 @@ class TemplateFormat:
         special_tokens: that its text may name.
         guarded: special tokens whose names are ordinary text in a turn.
         supervise: one of :data:`~mft_megatron.data.records.segments.SUPERVISE`.
+        learn_empty_answers: empty answers are supervised, too.
         stop_token: token that ends an assistant's turn. This and the following fields are found by rendering a probe.
         openers: special tokens that open a turn.
         header: text before an assistant's content, if the template writes no generation prompt.
@@ -46,6 +47,7 @@ class TemplateFormat:
     special_tokens: Mapping[str, SpecialToken]
     guarded: frozenset[str]
     supervise: str = "all"
+    learn_empty_answers: bool = False
     stop_token: str = ""
     openers: frozenset[str] = frozenset()
     header: str = ""
@@ -59,6 +61,7 @@ class TemplateFormat:
     def fingerprint(self) -> str:
         """sha256 over everything that decides how a conversation is written."""
         content = [self.name, self.template, dict(self.variables), self.end_of_text, self.supervise]
+        content += ["learn_empty_answers"] if self.learn_empty_answers else []
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def segments(self, conversation: Conversation, notes: RecordNotes | None = None) -> list[Segment]:
@@ -71,8 +74,8 @@ class TemplateFormat:
                 assistant's spans are uncertain.
         """
         if conversation.raw:
-            return raw_segments(conversation, self.end_of_text)
-        supervised = supervised_turns(conversation, self.supervise)
+            return raw_segments(conversation, self.end_of_text, self.learn_empty_answers)
+        supervised = supervised_turns(conversation, self.supervise, notes, self.learn_empty_answers)
         rendering = Rendering(self, conversation)
         spans = rendering.spans(supervised)
         segments = _split(rendering, spans, self.special_tokens)
@@ -81,7 +84,9 @@ class TemplateFormat:
         return segments
 
 
-def template_format(source: str, name: str, tokenizer: Tokenizer, supervise: str = "all") -> TemplateFormat:
+def template_format(
+    source: str, name: str, tokenizer: Tokenizer, supervise: str = "all", learn_empty_answers: bool = False
+) -> TemplateFormat:
     """Make the format of a Jinja template.
 
     Args:
@@ -89,6 +94,7 @@ def template_format(source: str, name: str, tokenizer: Tokenizer, supervise: str
         name: that messages show.
         tokenizer: of the data set.
         supervise: one of :data:`~mft_megatron.data.records.segments.SUPERVISE`.
+        learn_empty_answers: empty answers are supervised, too.
 
     Raises:
         InputError: it is no Jinja template, cannot write a simple conversation, or its tags do not enclose exactly the
@@ -100,7 +106,9 @@ def template_format(source: str, name: str, tokenizer: Tokenizer, supervise: str
     # the name of a token in a turn is broken up, which one character cannot be; so it is text everywhere
     special = {text: token for text, token in tokenizer.special_tokens.items() if len(text) > 1}
     guarded = names_of_text(tokenizer)
-    style = TemplateFormat(name, source, variables, tokenizer.end_of_text, special, guarded, supervise)
+    style = TemplateFormat(
+        name, source, variables, tokenizer.end_of_text, special, guarded, supervise, learn_empty_answers
+    )
     try:
         compiled = renderer(source)
         return dataclasses.replace(style, **_probe(style, compiled))

@@ -43,12 +43,14 @@ class TaskEncoding:
         record_format: a key of :data:`mft_megatron.data.records.record_formats.RECORD_FORMATS`, or "auto".
         fim: how documents are written as fill-in-the-middle; ``None`` for never.
         add_bos: every sample begins with the bos token, once.
+        ignored_keys: paths of keys that records are read without.
     """
 
     style: ChatFormat
     record_format: str = "auto"
     fim: Fim | None = None
     add_bos: bool = False
+    ignored_keys: tuple[str, ...] = ()
 
 
 class Encoder:
@@ -99,7 +101,7 @@ class Encoder:
                 else:
                     records += 1
                     record = line
-                conversation = read_record(record, encoding.record_format, notes)
+                conversation = read_record(record, encoding.record_format, notes, encoding.ignored_keys)
                 fim_segments = None if encoding.fim is None else _fim_segments(conversation, encoding.fim)
                 segments = encoding.style.segments(conversation, notes) if fim_segments is None else fim_segments
             except RecordError as error:

@@ -19,6 +19,7 @@ from mft_megatron.data.chat_templates.trained_format import chat_sources, traine
 from mft_megatron.data.packing.build_packs import write_packs
 from mft_megatron.data.packing.packing_options import PackingOptions, check_packing_options
 from mft_megatron.data.records.fim import make_fim
+from mft_megatron.data.records.ignored_keys import parse_ignored_keys
 from mft_megatron.data.records.notes import note_lines
 from mft_megatron.data.storage.dataset_writer import DatasetWriter, report_full_disk, require_free_space
 from mft_megatron.data.storage.indexed_dataset import token_dtype
@@ -67,6 +68,8 @@ class Recipe:
     chat_template: str = "auto"
     role_markers: str | None = None
     supervise: str = "all"
+    learn_empty_answers: bool = False
+    ignore_keys: str | None = None
     add_bos: bool = False
     fim_rate: float = 0.0
     fim_spm_rate: float | None = None
@@ -113,8 +116,10 @@ def _refuse_output_as_input(recipe: Recipe) -> None:
 def _make(recipe: Recipe, backend: str) -> tuple[Ledger, list[str]]:
     tokenizer = load_tokenizer(recipe.tokenizer_type, recipe.tokenizer_model, backend)
     templates = {recipe.chat_template, *(task.template or recipe.chat_template for task in recipe.tasks.values())}
-    styles = {name: chat_format(name, tokenizer, recipe.role_markers, recipe.supervise) for name in sorted(templates)}
+    how = recipe.role_markers, recipe.supervise, recipe.learn_empty_answers
+    styles = {name: chat_format(name, tokenizer, *how) for name in sorted(templates)}
     encodings = {name: _encoding(recipe, task, tokenizer, styles) for name, task in recipe.tasks.items()}
+    ignored = parse_ignored_keys(recipe.ignore_keys)
     require_free_space(recipe.output_prefix.parent, _bytes_needed(recipe, tokenizer))
     with report_full_disk(recipe.output_prefix), DatasetWriter(recipe.output_prefix) as files:
         cache = EncodedCache(recipe.cache_dir or files.cache_folder)
@@ -122,7 +127,9 @@ def _make(recipe: Recipe, backend: str) -> tuple[Ledger, list[str]]:
             stored = _store(recipe, tokenizer, encodings, files, cache)
             entry, notices = write_packs(stored, recipe.packing, files)
             for task in stored.tasks:
-                notices += note_lines(task.name, task.unread_keys, task.noted)
+                notices += note_lines(task.name, task.unread_keys, task.noted, ignored)
+            seen = {key for task in stored.tasks for key in task.unread_keys}
+            notices += [f"--ignore-keys {key}: no record has this key" for key in ignored if key not in seen]
             default = styles[recipe.chat_template]
             style_of = {name: encoding.style for name, encoding in encodings.items()}
             ledger = Ledger(
@@ -165,7 +172,13 @@ def _formats_of_chats(tasks: Sequence[TaskEntry], style_of: Mapping[str, ChatFor
 def _encoding(recipe: Recipe, task: TaskFiles, tokenizer: Tokenizer, styles: dict[str, ChatFormat]) -> TaskEncoding:
     rate = recipe.fim_rate if task.fim_rate is None else task.fim_rate
     cut = make_fim(tokenizer, rate, recipe.fim_spm_rate, recipe.fim_tokens, recipe.packing.seed) if rate > 0 else None
-    return TaskEncoding(styles[task.template or recipe.chat_template], task.record_format, cut, recipe.add_bos)
+    return TaskEncoding(
+        styles[task.template or recipe.chat_template],
+        task.record_format,
+        cut,
+        recipe.add_bos,
+        parse_ignored_keys(recipe.ignore_keys),
+    )
 
 
 def describe(encoding: TaskEncoding, recipe: Recipe) -> JsonObject:
@@ -182,6 +195,8 @@ def describe(encoding: TaskEncoding, recipe: Recipe) -> JsonObject:
         "fim_spm_rate": None if cut is None else cut.spm_rate,
         "fim_tokens": None if cut is None else list(cut.family.tokens),
         "fim_end": None if cut is None else cut.family.end,
+        "ignore_keys": list(encoding.ignored_keys) or None,
+        "learn_empty_answers": recipe.learn_empty_answers or None,
     }
 
 

@@ -111,7 +111,8 @@ class Workers:
 
 
 def _fingerprint(encoding: TaskEncoding) -> str:
-    return f"{encoding.style.fingerprint}/{encoding.record_format}/{encoding.fim}/{encoding.add_bos}"
+    keys = f"/{encoding.ignored_keys}" if encoding.ignored_keys else ""
+    return f"{encoding.style.fingerprint}/{encoding.record_format}/{encoding.fim}/{encoding.add_bos}{keys}"
 
 
 # of this process, set when it starts

@@ -6,12 +6,15 @@ summed by task, stored in the ledger and named once, at the end of preprocessing
 
 import collections
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 # what is counted besides keys: name in the ledger → sentence; {n} is the number
 NOTES: dict[str, str] = {
     "two_bos": "raw prompts that begin with the name of the BOS token: {n}; the tokenizer adds one itself, so they "
     "begin with two, as on a server that gets such a prompt; take it out of them if servers get none",
+    "empty_answer_not_learnt": "empty answers, which would teach to stop at once, are not learnt: {n}; "
+    "--learn-empty-answers learns them",
+    "marked_turn_not_learnt": "turns of other roles than the assistant that are marked to be learnt, but are not: {n}",
 }
 
 
@@ -29,15 +32,19 @@ class RecordNotes:
     kinds: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
 
 
-def note_lines(task: str, unread_keys: Mapping[str, int], kinds: Mapping[str, int]) -> list[str]:
+def note_lines(
+    task: str, unread_keys: Mapping[str, int], kinds: Mapping[str, int], acknowledged: Collection[str] = ()
+) -> list[str]:
     """Write one line for each count of a task, in the order of the counts.
 
     Args:
         task: its name.
         unread_keys, kinds: as in :class:`RecordNotes`.
+        acknowledged: paths of keys that the user knows of; they have no line.
     """
     lines = [
         f"task {task}: {n:,} {'record has' if n == 1 else 'records have'} a key {key!r} that is not read"
         for key, n in unread_keys.items()
+        if key not in acknowledged
     ]
     return [*lines, *(f"task {task}: {NOTES[kind].format(n=f'{n:,}')}" for kind, n in kinds.items())]

@@ -6,6 +6,7 @@ Segments are tokenised one by one, so the loss mask is exact by construction: no
 from typing import NamedTuple
 
 from .conversation import Conversation, RecordError, Turn
+from .notes import RecordNotes
 
 SUPERVISE = ("all", "last")
 # keys of a turn that hold reasoning beside its content
@@ -52,12 +53,16 @@ def refuse_reasoning(conversation: Conversation, why: str) -> None:
             raise RecordError("reasoning_has_no_place", f"turn {index} has reasoning beside its content, {why}")
 
 
-def supervised_turns(conversation: Conversation, supervise: str) -> list[bool]:
+def supervised_turns(
+    conversation: Conversation, supervise: str, notes: RecordNotes | None = None, learn_empty: bool = False
+) -> list[bool]:
     """Choose the turns of a chat that are supervised.
 
     Args:
         conversation: a chat, not raw text.
         supervise: of :data:`SUPERVISE`: every assistant turn, or only the last; never a turn with ``learn=False``.
+        notes: counts that empty answers beside others are added to, which are not supervised.
+        learn_empty: empty answers are supervised like others.
 
     Returns:
         whether each turn is supervised.
@@ -77,8 +82,17 @@ def supervised_turns(conversation: Conversation, supervise: str) -> list[bool]:
             + " assistant turn is excluded "
             "from training, or there is none",
         )
-    if not any(_says_something(turn) for turn, learn in zip(conversation.turns, supervised, strict=True) if learn):
-        raise _empty_answer()
+    if learn_empty:
+        return supervised
+    turns = conversation.turns
+    empty = [index for index, learn in enumerate(supervised) if learn and not _says_something(turns[index])]
+    if empty:
+        if len(empty) == sum(supervised):
+            raise _empty_answer()
+        for index in empty:
+            supervised[index] = False
+        if notes is not None:
+            notes.kinds["empty_answer_not_learnt"] += len(empty)
     return supervised
 
 
@@ -88,11 +102,13 @@ def _says_something(turn: Turn) -> bool:
 
 def _empty_answer() -> RecordError:
     return RecordError(
-        "empty_answer", "every supervised answer is empty, so the model would only learn to stop at once"
+        "empty_answer",
+        "every supervised answer is empty, so the model would only learn to stop at once; --learn-empty-answers learns "
+        "even that",
     )
 
 
-def raw_segments(conversation: Conversation, end_of_text: str) -> list[Segment]:
+def raw_segments(conversation: Conversation, end_of_text: str, learn_empty: bool = False) -> list[Segment]:
     """Write raw text: the turns unchanged, then the end-of-text token.
 
     Completions and the end-of-text token are supervised; prompts are markup. The first turn that is not empty begins as
@@ -101,6 +117,7 @@ def raw_segments(conversation: Conversation, end_of_text: str) -> list[Segment]:
     Args:
         conversation: raw text.
         end_of_text: name of the end-of-text token.
+        learn_empty: the completion after a prompt may be empty.
 
     Raises:
         RecordError: the completion is excluded from training or empty.
@@ -108,7 +125,10 @@ def raw_segments(conversation: Conversation, end_of_text: str) -> list[Segment]:
     supervised = [turn.role == "completion" and turn.learn for turn in conversation.turns]
     if True not in supervised:
         raise RecordError("nothing_to_learn", "the completion is excluded from training, so nothing is supervised")
-    if not any(turn.content for turn, learn in zip(conversation.turns, supervised, strict=True) if learn):
+    learn_empty = learn_empty and not conversation.document
+    if not learn_empty and not any(
+        turn.content for turn, learn in zip(conversation.turns, supervised, strict=True) if learn
+    ):
         raise _empty_answer()
     first = next(index for index, turn in enumerate(conversation.turns) if turn.content)
     segments = [

@@ -4,29 +4,45 @@ from collections.abc import Mapping
 
 from .conversation import RecordError, ToolCall
 from .json_values import parse_json, require_json, require_text
+from .known_keys import TOOLS
+from .reading import Reading
+
+_TOOLS = frozenset(TOOLS)
+# keys of a call, and of the function inside it
+_CALL_KEYS, _FUNCTION_KEYS = frozenset({"id", "type", "function"}), frozenset({"name", "arguments"})
 
 
-def calls_of_turn(turn: Mapping[str, object]) -> tuple[ToolCall, ...]:
+def calls_of_turn(turn: Mapping[str, object], turns: str, reading: Reading) -> tuple[ToolCall, ...]:
     """Read the calls of a turn from ``tool_calls``, or from ``function_call``, its predecessor for a single call.
 
+    Args:
+        turn: one.
+        turns: path of turns, such as ``messages[]``.
+        reading: that keys of calls are added to which nothing reads.
+
     Raises:
-        RecordError: a call without a name, or with arguments that are no JSON object.
+        RecordError: a call without a name, or with arguments that are no JSON object, or both keys have calls.
     """
-    calls = turn.get("tool_calls")
+    calls, single = turn.get("tool_calls"), turn.get("function_call")
+    if single is not None:
+        if calls:
+            raise RecordError("invalid_tool_call", " has both tool_calls and function_call; keep one")
+        return (_call(single, ".function_call", f"{turns}.function_call", reading),)
     if calls is None:
-        single = turn.get("function_call")
-        return () if single is None else (_call(single, ".function_call"),)
+        return ()
     if not isinstance(calls, list):
         raise RecordError("wrong_type", f".tool_calls must be a list, not {type(calls).__name__}")
-    return tuple(_call(call, f".tool_calls[{index}]") for index, call in enumerate(calls))
+    path = f"{turns}.tool_calls[]"
+    return tuple(_call(call, f".tool_calls[{index}]", path, reading) for index, call in enumerate(calls))
 
 
-def calls_of_text(content: object, name: str) -> tuple[ToolCall, ...]:
+def calls_of_text(content: object, name: str, turns: str, reading: Reading) -> tuple[ToolCall, ...]:
     """Read one call or a list of calls from JSON text, the content of a ``function_call`` turn in ShareGPT.
 
     Args:
         content: of the turn.
-        name: its position in the record, for the error message.
+        name: its position in the turn, for the error message.
+        turns, reading: as in :func:`calls_of_turn`.
 
     Raises:
         RecordError: it is not text, not JSON, or not a call.
@@ -35,17 +51,23 @@ def calls_of_text(content: object, name: str) -> tuple[ToolCall, ...]:
     calls = value if isinstance(value, list) else [value]
     if not calls:
         raise RecordError("invalid_tool_call", f"{name} is an empty list, not a call")
-    return tuple(_call(call, name) for call in calls)
+    return tuple(_call(call, name, f"{turns}{name}", reading) for call in calls)
 
 
-def _call(call: object, name: str) -> ToolCall:
+def _call(call: object, name: str, path: str, reading: Reading) -> ToolCall:
     """Read one call; OpenAI has name and arguments under ``function``, others at the top."""
     if not isinstance(call, dict):
         raise RecordError("invalid_tool_call", f"{name} must be an object with name and arguments")
     if call.get("type") not in (None, "function"):
         raise RecordError("invalid_tool_call", f"{name} is a call of a type other than function")
-    function = call["function"] if isinstance(call.get("function"), dict) else call
+    nested = isinstance(call.get("function"), dict)
+    function = call["function"] if nested else call
     function_name, arguments = function.get("name"), function.get("arguments")
+    known = _CALL_KEYS if nested else _CALL_KEYS | _FUNCTION_KEYS
+    reading.unread += tuple(f"{path}.{key}" for key in call if key not in known and call[key] is not None)
+    if nested:
+        keys = [key for key in function if key not in _FUNCTION_KEYS and function[key] is not None]
+        reading.unread += tuple(f"{path}.function.{key}" for key in keys)
     if not isinstance(function_name, str) or not function_name:
         raise RecordError("invalid_tool_call", f"{name} has no name of a function")
     if isinstance(arguments, str):
@@ -60,18 +82,43 @@ def _call(call: object, name: str) -> ToolCall:
     return read
 
 
-def read_tools(record: Mapping[str, object]) -> tuple[Mapping[str, object], ...]:
-    """Read the ``tools`` that a record declares: a list of objects, or the same as JSON text.
+def read_tools(holder: Mapping[str, object], reading: Reading | None = None) -> tuple[Mapping[str, object], ...]:
+    """Read the declarations of a record or of a turn: ``tools`` or ``functions``, a list, or a list as JSON text.
+
+    A declaration without ``function`` is written as servers send it, ``{"type": "function", "function": …}``.
+
+    Args:
+        holder: the record or the turn.
+        reading: of the record, with the declarations of its turns; ``None`` for a turn.
 
     Raises:
-        RecordError: they are something else.
+        RecordError: they are something else, or differ from one place to another.
     """
-    tools = record.get("tools")
+    if _TOOLS.isdisjoint(holder) and (reading is None or not reading.tools):
+        return ()
+    declared = [(key, _declarations(holder[key], key)) for key in TOOLS if holder.get(key)]
+    if reading is not None:
+        declared.extend(reading.tools)
+    declared = [(name, tools) for name, tools in declared if tools]
+    for name, tools in declared[1:]:
+        if tools != declared[0][1]:
+            raise RecordError("invalid_tools", f"{declared[0][0]} and {name} declare different tools; keep one of them")
+    return declared[0][1] if declared else ()
+
+
+def _declarations(tools: object, name: str) -> tuple[Mapping[str, object], ...]:
     if isinstance(tools, str):
-        tools = parse_json(tools, "tools", "invalid_tools") if tools.strip() else None
+        tools = parse_json(tools, name, "invalid_tools") if tools.strip() else None
     if tools is None:
         return ()
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise RecordError("invalid_tools", "tools must be a list of objects, or such a list as JSON text")
-    require_json(tools, "tools")
-    return tuple(tools)
+        raise RecordError("invalid_tools", f"{name} must be a list of objects, or such a list as JSON text")
+    require_json(tools, name)
+    return tuple(map(_as_sent, tools))
+
+
+def _as_sent(tool: dict[str, object]) -> Mapping[str, object]:
+    """Return a declaration as a server's request has it; one that is no bare function stays unchanged."""
+    if "function" in tool or not isinstance(tool.get("name"), str) or tool.get("type", "function") != "function":
+        return tool
+    return {"type": "function", "function": {key: value for key, value in tool.items() if key != "type"}}

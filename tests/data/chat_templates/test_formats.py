@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from mft_megatron.data.chat_templates.builtin_formats import FORMATS
 from mft_megatron.data.chat_templates.formats import chat_format
 from mft_megatron.data.records.conversation import Conversation, RecordError, Turn
+from mft_megatron.data.records.notes import RecordNotes
 from mft_megatron.data.records.record_formats import read_record
 from mft_megatron.errors import InputError
 from tests.data.chat_templates.segment_text import supervised_text, written
@@ -102,9 +103,26 @@ def test_answers_that_are_all_empty_are_refused(name, record, supervise):
     assert error.value.reason == "empty_answer"
 
 
-def test_an_empty_answer_among_others_stays():
-    segments = format_of("chatml").segments(read_record({"messages": [*ROUND, *ANSWERED]}))
-    assert supervised_text(segments) == "<|im_end|>" * 2 + "A<|im_end|>"
+@pytest.mark.parametrize(("learn", "stops", "counted"), [(False, 0, 2), (True, 2, 0)])
+def test_an_empty_answer_among_others_is_counted_and_learnt_only_if_asked_for(learn, stops, counted):
+    conversation, notes = read_record({"messages": [*ROUND, *ANSWERED]}), RecordNotes()
+    segments = format_of("chatml", learn_empty_answers=learn).segments(conversation, notes)
+    assert supervised_text(segments) == "<|im_end|>" * stops + "A<|im_end|>"
+    assert "".join(segment.text for segment in segments).count("<|im_end|>") == len(conversation.turns)
+    assert notes.kinds["empty_answer_not_learnt"] == counted
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_answers_that_are_all_empty_are_learnt_if_asked_for(name):
+    style = format_of(name, learn_empty_answers=True)
+    assert supervised_text(style.segments(read_record({"messages": ROUND}))) == style.stop_token
+    assert supervised_text(style.segments(read_record({"prompt": "a", "completion": ""}))) == style.end_of_text
+    with pytest.raises(RecordError, match="empty"):
+        style.segments(read_record({"text": ""}))
+    assert style.fingerprint != format_of(name).fingerprint
+
+
+def test_calls_alone_are_no_empty_answer():
     calling = Conversation((Turn("user", "Q"), Turn("assistant", "", tool_calls=(CALL,))))
     assert format_of("chatml").segments(calling)
 
@@ -129,7 +147,8 @@ def test_any_content(name, contents, system, supervise):
             style.segments(conversation)
         assert error.value.reason == "nothing_to_learn"
         return
-    if not "".join(learned).strip():
+    learned = [content for content in learned if content.strip()]
+    if not learned:
         with pytest.raises(RecordError) as error:
             style.segments(conversation)
         assert error.value.reason == "empty_answer"

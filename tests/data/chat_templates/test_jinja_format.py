@@ -200,10 +200,11 @@ def test_any_content(styles, theirs, name, contents):
         return
     segments = style.segments(conversation)
     change = CHANGES.get(name, str)
-    assert supervised_text(segments) == "".join(change(content) + style.stop_token for content in contents[1::2])
+    answers = [content for content in contents[1::2] if content.strip()]
+    assert supervised_text(segments) == "".join(change(content) + style.stop_token for content in answers)
     whole = theirs.apply_chat_template(messages(conversation), chat_template=TEMPLATES[name], tokenize=False)
     assert "".join(segment.text for segment in segments) == whole
-    plain = style.segments(chat(*["x"] * len(contents)))
+    plain = style.segments(chat(*["x" if n % 2 == 0 or text.strip() else "" for n, text in enumerate(contents)]))
     assert [segment for segment in segments if segment.special] == [segment for segment in plain if segment.special]
     assert not any(segment.markup for segment in segments)
 

@@ -237,7 +237,7 @@ def test_every_line_is_accounted_for(tokenizer):
     [
         (b"[\n", r"not JSON \(Expecting value, at character 3\); write one record a line, not an array"),
         (b"  {\n", r"not JSON \(Expecting property name enclosed in double quotes, at character \d\)"),
-        (b'[{"text": "a"}]\n', "a record is a JSON object, not list; write one record a line, not an array"),
+        (b'[{"text": "a"}]\n', "a record is a JSON object, not list; write one record a line, or name the file .json"),
         (
             b'{"text": "a"}\r{"text": "b"}\r',
             r"not JSON \(Extra data, at character 15\); lines end in carriage returns alone here, write line feeds",

@@ -60,7 +60,7 @@ def test_the_mask_marks_the_answers_and_their_stop_tokens_and_nothing_else(token
         return
     encoded = encode(tokenizer, [json.dumps({"messages": messages})], template)
     stop = "<|im_end|>" if template == "chatml" else tokenizer.end_of_text
-    assert supervised_text(tokenizer, encoded) == [answer + stop for _, answer in rounds]
+    assert supervised_text(tokenizer, encoded) == [answer + stop for _, answer in rounds if answer.strip()]
 
 
 @settings(deadline=None, max_examples=60)

@@ -278,10 +278,8 @@ UNREADABLE = [
     ({"messages": [USER, USER, BOT]}, "broken_alternation", r"messages\[1\]"),
     ({"messages": [USER, BOT, BOT]}, "broken_alternation", r"messages\[2\]"),
     ({"messages": [BOT]}, "broken_alternation", r"messages\[0\]"),
-    ({"messages": [SYSTEM, SYSTEM, USER, BOT]}, "broken_alternation", r"messages\[1\]"),
     ({"messages": [SYSTEM, BOT]}, "broken_alternation", r"messages\[1\]"),
-    ({"messages": [USER, BOT, SYSTEM, USER, BOT]}, "broken_alternation", r"messages\[2\]"),
-    ({"messages": [SYSTEM, USER, BOT], "system": "s"}, "broken_alternation", r"messages\[0\]"),
+    ({"messages": [USER, SYSTEM, BOT]}, "broken_alternation", r"messages\[1\]"),
     ({"messages": [USER, REPLY, BOT]}, "broken_alternation", r"messages\[1\]"),
     ({"messages": [USER, BOT, REPLY]}, "broken_alternation", r"messages\[2\]"),
     ({"messages": [USER, CALLING, BOT]}, "broken_alternation", r"messages\[2\].*tool call; expected tool"),
@@ -462,6 +460,7 @@ texts = st.text(max_size=30)
 
 
 @given(st.lists(st.tuples(texts, texts), min_size=1, max_size=4), texts, st.sampled_from(list(RECORD_FORMATS)))
+@settings(deadline=None)
 def test_content_comes_through_as_it_is(rounds, system, format_name):
     (question, answer), earlier = rounds[-1], rounds[:-1]
     names = {"messages": ("user", "assistant"), "chat_rounds": ("human", "bot"), "conversations": ("human", "gpt")}

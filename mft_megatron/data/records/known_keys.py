@@ -1,0 +1,130 @@
+"""Keys that records and turns of other tools have beside their text, by meaning.
+
+A known key is read, or it refuses the record by its name where its meaning cannot be honoured. Others are counted.
+"""
+
+import re
+
+from .conversation import RecordError
+
+# system text, text that a question is asked about, and declarations of tools
+SYSTEM = ("system", "system_prompt", "system_message", "system_instruction")
+PASSAGES = ("input", "context", "passage")
+TOOLS = ("tools", "functions")
+
+# whether a turn, or the whole record, is learnt; True where the flag says so by being false
+FLAGS = {
+    "train": False,
+    "training": False,
+    "trainable": False,
+    "loss": False,
+    "loss_weight": False,
+    "loss_scale": False,
+    "weight": False,
+    "mask": True,
+}
+# whether the answer is a wanted one; a class label, which is text or a number, is another key of the same name
+LABELS = ("label", "kto_tag")
+
+_ONLY_TEXT = "unsupported_content", "cannot be used, only text can be read"
+_PAIR = "preference_pair", "cannot be used: an unwanted answer cannot be trained on; write the wanted one as an answer"
+_WHOLE_TURNS = "unsupported_key", "cannot be used: a turn is learnt as a whole or not at all"
+# keys that cannot be honoured: reason, and rest of the sentence
+REFUSED = {
+    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), _ONLY_TEXT),
+    **dict.fromkeys(("chosen", "rejected", "rejected_response", "rejected_messages"), _PAIR),
+    "chat_template_kwargs": ("unsupported_key", "cannot be used: a template gets no further arguments"),
+}
+REFUSED_IN_TURNS = REFUSED | {
+    "refusal": ("unsupported_key", "cannot be used; write it as the content of the turn"),
+    "train_detail": _WHOLE_TURNS,
+    "training_detail": _WHOLE_TURNS,
+}
+
+# roles that a mask may name
+_UNLEARNT = frozenset({"user", "human", "system", "tool"})
+_OWN_LINE = {
+    f"<{name}>": re.compile(rf"(?:^|\n)\s*<{name}>|<{name}>\s*(?:\n|$)") for name in ("image", "video", "audio")
+}
+
+
+def refused_key(name: str, path: str, reason: str, why: str) -> RecordError:
+    """Make the error of a key that cannot be honoured.
+
+    Args:
+        name: position of the key, in the record or in the turn.
+        path: of the key as ``--ignore-keys`` takes it.
+        reason: name that the record is counted under.
+        why: rest of the sentence that begins with the name.
+    """
+    return RecordError(reason, f"{name} {why}; --ignore-keys {path} reads records as if they did not have it")
+
+
+def is_learnt(key: str, value: object, name: str, path: str) -> bool:
+    """Read a flag of :data:`FLAGS`.
+
+    Args:
+        key: the flag.
+        value: true or false, or 1 or 0.
+        name, path: as in :func:`refused_key`.
+
+    Raises:
+        RecordError: it is something else, for example a weight between 0 and 1.
+    """
+    if not isinstance(value, bool | int | float):
+        why = f"must be true or false, or 1 or 0, not {type(value).__name__}"
+        raise refused_key(name, path, "wrong_type", why)
+    if value not in (0, 1):
+        why = "must be 0 or 1: a token is supervised or not; only tasks have weights"
+        raise refused_key(name, path, "unsupported_weight", why)
+    return bool(value) is not FLAGS[key]
+
+
+def check_record_flag(key: str, value: object) -> None:
+    """Check a flag of :data:`FLAGS` that belongs to a whole record: it must not exclude the answers.
+
+    A ``mask`` may name the roles whose turns are masked, as in NeMo; answers are learnt unless it names the assistant.
+
+    Raises:
+        RecordError: it excludes the answers, or it cannot be read.
+    """
+    if key == "mask" and isinstance(value, str):
+        for role in value.replace(",", " ").split():
+            if role.lower() not in _UNLEARNT:
+                why = f"masks turns of {role[:40]!r}, but answers are learnt"
+                raise refused_key(key, key, "no_learned_turn", why)
+    elif not is_learnt(key, value, key, key):
+        raise refused_key(key, key, "no_learned_turn", "excludes the whole record from training")
+
+
+def is_label(value: object, name: str, path: str) -> bool:
+    """Whether a key of :data:`LABELS` says that the answer is wanted; False for a label of another meaning.
+
+    Args:
+        value: of the key.
+        name, path: as in :func:`refused_key`.
+
+    Raises:
+        RecordError: it says that the answer is not wanted.
+    """
+    if value is False:
+        why = "is false: the answer is not wanted, so it cannot be trained on"
+        raise refused_key(name, path, "unwanted_answer", why)
+    return value is True
+
+
+def refuse_placeholders(text: str, name: str) -> None:
+    """Refuse a question in which a picture, film or sound is to be put: ``<image>`` at its begin, end or on a line.
+
+    The same words are tags of HTML and XML; where one is closed, or stands within a sentence, it is text.
+
+    Raises:
+        RecordError: such a placeholder is in it.
+    """
+    if "<image>" in text or "<video>" in text or "<audio>" in text:
+        for tag, of_a_line in _OWN_LINE.items():
+            if tag in text and f"</{tag[1:]}" not in text and of_a_line.search(text):
+                raise RecordError(
+                    "unsupported_content",
+                    f"{name} has a placeholder {tag}; only text can be read, so remove it or the record",
+                )

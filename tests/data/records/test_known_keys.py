@@ -1,0 +1,405 @@
+"""Keys beside the text: read with their meaning, refused by name, or counted; never passed over silently."""
+
+import copy
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mft_megatron.data.records.conversation import EXTRA_KEYS, RecordError
+from mft_megatron.data.records.ignored_keys import parse_ignored_keys, without_keys
+from mft_megatron.data.records.known_keys import FLAGS, PASSAGES, REFUSED, REFUSED_IN_TURNS, SYSTEM, TOOLS
+from mft_megatron.data.records.notes import RecordNotes
+from mft_megatron.data.records.reading import Reading
+from mft_megatron.data.records.record_formats import RECORD_FORMATS, read_record
+from mft_megatron.errors import InputError
+
+USER, BOT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+HUMAN, GPT = {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}
+CALL = {"name": "f", "arguments": {"x": 1}}
+CALLING = {"from": "function_call", "value": json.dumps(CALL)}
+SEEN = {"from": "observation", "value": "r"}
+BARE = {"name": "f", "description": "d", "parameters": {"type": "object"}}
+SENT = {"type": "function", "function": BARE}
+
+
+def read(record, ignored=()):
+    """Roles with texts, what is learnt, calls, tools, and counts of a record; or the reason of its refusal."""
+    notes = RecordNotes()
+    before = copy.deepcopy(record)
+    try:
+        conversation = read_record(record, "auto", notes, ignored)
+    except RecordError as error:
+        return error.reason, str(error)
+    finally:
+        assert record == before
+    return (
+        [(turn.role, turn.content) for turn in conversation.turns],
+        [turn.learn for turn in conversation.turns if turn.role in ("assistant", "completion")],
+        [call for turn in conversation.turns for call in turn.tool_calls],
+        list(conversation.tools),
+        dict(notes.unread_keys),
+        dict(notes.kinds),
+    )
+
+
+def chat(*texts, learn=None, calls=(), tools=(), unread=(), kinds=()):
+    """The result of :func:`read` for a chat of texts of user and assistant by turns, or of roles with texts."""
+    turns = [text if isinstance(text, tuple) else (("user", "assistant")[n % 2], text) for n, text in enumerate(texts)]
+    learn = [True] * sum(role == "assistant" for role, _ in turns) if learn is None else learn
+    return turns, learn, list(calls), list(tools), dict.fromkeys(unread, 1), dict(kinds)
+
+
+SYSTEM_Q_A = ("system", "s"), ("user", "q"), ("assistant", "a")
+READ = [
+    # MFTCoder
+    (
+        {
+            "id": 0,
+            "data_name": "x",
+            "chat_rounds": [{"role": "human", "content": "q"}, {"role": "bot", "content": "a"}],
+        },
+        chat("q", "a", unread=["id", "data_name"]),
+    ),
+    (
+        {
+            "chat_rounds": [
+                {"role": "human", "content": "q", "chat_round_id": 0},
+                {"role": "bot", "content": "a", "chat_round_id": 1},
+            ]
+        },
+        chat("q", "a", unread=["chat_rounds[].chat_round_id"]),
+    ),
+    # ms-swift
+    (
+        {"query": "q2", "response": "a2", "history": [["q", "a"]], "system": "s"},
+        chat(*SYSTEM_Q_A, ("user", "q2"), ("assistant", "a2")),
+    ),
+    (
+        {"messages": [USER, BOT | {"loss": False}, USER, BOT | {"loss": True}], "channel": "x"},
+        chat("q", "a", "q", "a", learn=[False, True], unread=["channel"]),
+    ),
+    (
+        {
+            "tools": json.dumps([SENT]),
+            "messages": [
+                USER,
+                {"role": "tool_call", "content": json.dumps(CALL)},
+                {"role": "tool_call", "content": json.dumps(CALL)},
+                {"role": "tool_response", "content": "r"},
+                {"role": "tool_response", "content": "r2"},
+                BOT,
+            ],
+        },
+        chat(
+            ("user", "q"),
+            ("assistant", ""),
+            ("tool", "r"),
+            ("tool", "r2"),
+            ("assistant", "a"),
+            calls=[CALL, CALL],
+            tools=[SENT],
+        ),
+    ),
+    ({"messages": [USER, BOT], "images": [], "objects": {}}, chat("q", "a", unread=["objects"])),
+    # LLaMA-Factory
+    ({"instruction": "q", "input": "", "output": "a", "system": "s"}, chat(*SYSTEM_Q_A)),
+    ({"instruction": "q", "input": "i", "output": "a", "kto_tag": True}, chat("q\n\ni", "a")),
+    (
+        {"conversations": [HUMAN, CALLING, SEEN, GPT], "tools": json.dumps([BARE]), "system": "s"},
+        chat(
+            ("system", "s"),
+            ("user", "q"),
+            ("assistant", ""),
+            ("tool", "r"),
+            ("assistant", "a"),
+            calls=[CALL],
+            tools=[SENT],
+        ),
+    ),
+    # axolotl
+    (
+        {"conversations": [HUMAN, GPT | {"weight": 0}, HUMAN | {"weight": None}, GPT | {"weight": 1}]},
+        chat("q", "a", "q", "a", learn=[False, True]),
+    ),
+    (
+        {"messages": [USER | {"training": False}, BOT | {"training": False}, USER, BOT | {"training": True}]},
+        chat("q", "a", "q", "a", learn=[False, True]),
+    ),
+    (
+        {"messages": [USER | {"training": True}, BOT]},
+        chat("q", "a", kinds={"marked_turn_not_learnt": 1}),
+    ),
+    # TRL
+    (
+        {"prompt": [{"role": "system", "content": "s"}, USER], "completion": [BOT], "chat_template_kwargs": {}},
+        chat(*SYSTEM_Q_A),
+    ),
+    ({"prompt": [USER, BOT, USER], "completion": [BOT]}, chat("q", "a", "q", "a", learn=[False, True])),
+    ({"prompt": [USER], "completion": [BOT], "label": True, "tools": [BARE]}, chat("q", "a", tools=[SENT])),
+    # NeMo
+    (
+        {
+            "system": "s",
+            "mask": "User",
+            "type": "VALUE_TO_TEXT",
+            "conversations": [
+                {"from": "User", "value": "q", "label": None},
+                {"from": "Assistant", "value": "a", "label": "quality:4"},
+            ],
+        },
+        chat(*SYSTEM_Q_A, unread=["type", "conversations[].label"]),
+    ),
+    ({"input": "q", "output": "a", "mask": False}, chat("q", "a")),
+    # OpenAI
+    (
+        {
+            "messages": [
+                {"role": "developer", "content": "s"},
+                USER | {"name": "ann"},
+                BOT | {"weight": 0, "refusal": None, "audio": None, "tool_calls": []},
+                USER,
+                BOT | {"weight": 1, "annotations": [1]},
+            ],
+            "parallel_tool_calls": False,
+        },
+        chat(
+            *SYSTEM_Q_A,
+            ("user", "q"),
+            ("assistant", "a"),
+            learn=[False, True],
+            unread=["parallel_tool_calls", "messages[].annotations"],
+        ),
+    ),
+    ({"messages": [USER, BOT], "tools": [{**BARE, "type": "function"}]}, chat("q", "a", tools=[SENT])),
+    ({"messages": [USER, BOT], "functions": [BARE], "tools": [SENT]}, chat("q", "a", tools=[SENT])),
+    (
+        {"messages": [{"role": "system", "content": "s", "functions": [BARE]}, USER, BOT]},
+        chat(*SYSTEM_Q_A, tools=[SENT]),
+    ),
+    ({"messages": [USER, BOT], "tools": [{"type": "web_search"}]}, chat("q", "a", tools=[{"type": "web_search"}])),
+    # Dolly, SQuAD, Orca and others
+    ({"instruction": "q", "context": "", "response": "a", "category": "x"}, chat("q", "a", unread=["category"])),
+    ({"question": "q", "context": "c", "answer": "a"}, chat("q\n\nc", "a")),
+    ({"instruction": "i", "input": "q", "answer": "a"}, chat("i\n\nq", "a")),
+    ({"instruction": "i", "input": "p", "passage": "c", "output": "a"}, chat("i\n\np\n\nc", "a")),
+    ({"system_message": "s", "system": "s", "question": "q", "answer": "a"}, chat(*SYSTEM_Q_A)),
+    # several system turns, of which the one beside the turns may be repeated
+    ({"system": "s", "messages": [{"role": "system", "content": "s"}, USER, BOT]}, chat(*SYSTEM_Q_A)),
+    (
+        {
+            "system_prompt": "s",
+            "messages": [
+                {"role": "system", "content": "s2"},
+                USER,
+                BOT,
+                {"role": "system", "content": "s3"},
+                USER,
+                BOT,
+            ],
+        },
+        chat(("system", "s"), ("system", "s2"), *SYSTEM_Q_A[1:], ("system", "s3"), *SYSTEM_Q_A[1:]),
+    ),
+    # text before calls
+    (
+        {"messages": [USER, BOT, {"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "content": "r"}, BOT]},
+        chat(("user", "q"), ("assistant", "a"), ("tool", "r"), ("assistant", "a"), calls=[CALL]),
+    ),
+    # tags in a question that ask for no picture
+    ({"question": "How does <video> work?", "answer": "a"}, chat("How does <video> work?", "a")),
+    ({"question": "Close it:\n<audio>\n</audio>", "answer": "a"}, chat("Close it:\n<audio>\n</audio>", "a")),
+    # keys of calls
+    (
+        {"messages": [USER, {"role": "assistant", "tool_calls": [{"index": 0, "function": {**CALL, "strict": True}}]}]},
+        chat(
+            "q", "", calls=[CALL], unread=["messages[].tool_calls[].index", "messages[].tool_calls[].function.strict"]
+        ),
+    ),
+]
+
+
+@pytest.mark.parametrize(("record", "expected"), READ)
+def test_known_keys_are_read_and_others_counted(record, expected):
+    assert read(record) == expected
+    assert read(json.loads(json.dumps(record))) == expected
+
+
+def messages(*turns, **more):
+    return {"messages": list(turns), **more}
+
+
+REFUSALS = [
+    (messages(USER, BOT, images=["1.jpg"]), "unsupported_content", "images"),
+    (messages(USER, BOT, image="1.jpg"), "unsupported_content", "image"),
+    ({"conversations": [HUMAN, GPT], "videos": ["v.mp4"]}, "unsupported_content", "videos"),
+    ({"text": "t", "audio": {"path": "x.wav"}}, "unsupported_content", "audio"),
+    (messages(USER | {"images": ["x"]}, BOT), "unsupported_content", "messages[].images"),
+    (messages(USER, BOT, label=False), "unwanted_answer", "label"),
+    ({"prompt": "p", "completion": "c", "label": False}, "unwanted_answer", "label"),
+    ({"instruction": "q", "output": "a", "kto_tag": False}, "unwanted_answer", "kto_tag"),
+    (messages(USER, BOT | {"label": False}), "unwanted_answer", "messages[].label"),
+    ({"prompt": "p", "chosen": "c", "rejected": "r"}, "preference_pair", "chosen"),
+    ({"chosen": [USER, BOT], "rejected": [USER, BOT]}, "preference_pair", "chosen"),
+    (messages(USER, BOT, rejected_response="r"), "preference_pair", "rejected_response"),
+    (messages(USER, BOT, chat_template_kwargs={"x": 1}), "unsupported_key", "chat_template_kwargs"),
+    (messages(USER, BOT, context="c"), "unsupported_key", "context"),
+    (messages(USER, BOT, documents=[{"text": "d"}]), "unsupported_key", "documents"),
+    (messages(USER, BOT, history=[["a", "b"]]), "unsupported_key", "history"),
+    ({"prompt": [USER], "completion": [BOT], "context": "c"}, "unsupported_key", "context"),
+    (messages(USER, BOT | {"refusal": "No."}), "unsupported_key", "messages[].refusal"),
+    (messages(USER, BOT | {"train_detail": [{"train": False}]}), "unsupported_key", "messages[].train_detail"),
+    (messages(USER, BOT | {"loss_weight": 0.5}), "unsupported_weight", "messages[].loss_weight"),
+    (messages(USER, BOT | {"loss_scale": 2}), "unsupported_weight", "messages[].loss_scale"),
+    (messages(USER, BOT | {"weight": float("nan")}), "unsupported_weight", "messages[].weight"),
+    (messages(USER, BOT | {"loss": "false"}), "wrong_type", "messages[].loss"),
+    (messages(USER, BOT | {"mask": "User"}), "wrong_type", "messages[].mask"),
+    (messages(USER, BOT, weight=0.3), "unsupported_weight", "weight"),
+    (messages(USER, BOT, loss=False), "no_learned_turn", "loss"),
+    ({"question": "q", "answer": "a", "training": 0}, "no_learned_turn", "training"),
+    ({"prompt": "p", "completion": "c", "mask": True}, "no_learned_turn", "mask"),
+    (messages(USER, BOT, mask="Assistant"), "no_learned_turn", "mask"),
+    (messages(USER | {"tools": [BARE]}, BOT), "invalid_tools", "messages[].tools"),
+]
+
+
+@pytest.mark.parametrize(("record", "reason", "path"), REFUSALS)
+def test_known_keys_that_cannot_be_honoured_refuse_the_record_by_name(record, reason, path):
+    found, message = read(record)
+    assert found == reason
+    assert message.endswith(f"--ignore-keys {path} reads records as if they did not have it")
+    if "chosen" not in record:
+        assert read(record, (path,))[4] == {path: 1}
+
+
+@pytest.mark.parametrize(
+    ("record", "reason", "message"),
+    [
+        (messages(USER, BOT, system="s", system_prompt="other"), "two_system_texts", "system and system_prompt"),
+        (messages(USER, BOT, tools=[BARE], functions=[BARE, BARE]), "invalid_tools", "tools and functions"),
+        (
+            messages({"role": "system", "content": "s", "tools": [BARE]}, USER, BOT, tools=[{**BARE, "name": "g"}]),
+            "invalid_tools",
+            r"tools and messages\[\]\.tools declare",
+        ),
+        (messages({"role": "system", "content": "s", "tools": "f(x)"}, USER, BOT), "invalid_tools", r"messages\[0\]"),
+        ({"prompt": "p", "completion": "c", "tools": [BARE]}, "unsupported_key", "raw text .*tools"),
+        ({"prompt": "p", "completion": "c", "history": [["a", "b"]]}, "unsupported_key", "raw text .*earlier rounds"),
+        ({"prompt": "p", "completion": "c", "context": "c"}, "unsupported_key", "raw text .*a passage"),
+        ({"prompt": "p", "completion": "c", "system_prompt": "s"}, "system_in_raw_text", "system_prompt"),
+        ({"prompt": "p", "completion": [BOT]}, "wrong_type", "prompt and completion must both"),
+        ({"prompt": [USER], "completion": "c"}, "wrong_type", "prompt and completion must both"),
+        (messages({"role": "user", "content": "<image>\nWho?"}, BOT), "unsupported_content", "placeholder <image>"),
+        ({"instruction": "Who?\n<image>", "output": "a"}, "unsupported_content", "placeholder <image>"),
+        ({"instruction": "Who?", "input": "<video>", "output": "a"}, "unsupported_content", "placeholder <video>"),
+        (
+            messages(USER, BOT | {"loss": False}, {"role": "assistant", "tool_calls": [CALL]}),
+            "broken_alternation",
+            "flags exclude a part",
+        ),
+        (
+            messages(USER, BOT | {"name": "x"}, {"role": "assistant", "tool_calls": [CALL], "name": "y"}),
+            "broken_alternation",
+            "another name",
+        ),
+        (messages(USER, BOT | {"tool_calls": [CALL], "function_call": CALL}), "invalid_tool_call", "both"),
+        (messages(BOT), "broken_alternation", "the chat begins with an answer; put its question before it"),
+        (messages(USER, USER, BOT), "broken_alternation", "the answer between them is missing"),
+        (messages(USER, BOT, BOT), "broken_alternation", "join the two answers"),
+        (messages(USER, BOT, {"role": "tool", "content": "r"}), "broken_alternation", "the call is missing"),
+        (messages(USER, {"role": "assistant", "tool_calls": [CALL]}, BOT), "broken_alternation", "tool's answer"),
+        (messages({"role": "system", "content": "s"}, BOT), "broken_alternation", "question is missing"),
+    ],
+)
+def test_contradictions_and_wrong_orders_name_the_cause(record, reason, message):
+    with pytest.raises(RecordError, match=message) as caught:
+        read_record(record)
+    assert caught.value.reason == reason
+
+
+# ------------------------------------------------------------------------------------------------------ nothing is lost
+
+RECORDS = [record for record, _ in READ]
+KNOWN = {
+    *(key for one in RECORD_FORMATS.values() for group in one.keys_if_named or one.keys for key in group),
+    *("history", "documents", "role", "content", "from", "value", "tool_calls", "function_call", "arguments", "name"),
+    *(*FLAGS, *REFUSED, *REFUSED_IN_TURNS, *SYSTEM, *PASSAGES, *TOOLS, *EXTRA_KEYS, "label", "kto_tag", "id", "type"),
+    *("function", "text"),
+}
+unknown_keys = st.text(st.characters(exclude_categories=["Cs"], exclude_characters=".[],"), min_size=1).filter(
+    lambda key: key not in KNOWN and key == key.strip()
+)
+values = st.text(min_size=1) | st.integers() | st.lists(st.integers(), max_size=2) | st.just({}) | st.booleans()
+
+
+def holders(value, path=""):
+    """Objects of a record whose keys have meanings, with the paths of their keys; declarations are kept whole."""
+    if isinstance(value, dict):
+        yield path, value
+        for key, inner in value.items():
+            if key not in ("tools", "functions", "arguments", "objects", "chat_template_kwargs"):
+                yield from holders(inner, f"{path}.{key}" if path else key)
+    elif isinstance(value, list):
+        for item in value:
+            yield from holders(item, f"{path}[]")
+
+
+@given(st.sampled_from(RECORDS), st.data())
+@settings(deadline=None, max_examples=300)
+def test_any_unknown_key_is_counted_wherever_it_is(record, data):
+    record = json.loads(json.dumps(record))
+    before = read(record)
+    path, holder = data.draw(st.sampled_from(list(holders(record))))
+    key = data.draw(unknown_keys.filter(lambda key: key not in holder))
+    holder[key] = data.draw(values)
+    path = f"{path}.{key}" if path else key
+    assert read(record) == (*before[:4], before[4] | {path: 1}, before[5])
+    # read as if it were not there, but counted
+    assert read(record, (path,)) == (*before[:4], before[4] | {path: 1}, before[5])
+
+
+@given(st.sampled_from(RECORDS), st.sampled_from(sorted(KNOWN)), values, st.data())
+@settings(deadline=None, max_examples=500)
+def test_any_known_key_changes_the_record_or_is_counted_or_refused(record, key, value, data):
+    record = json.loads(json.dumps(record))
+    before = read(record)
+    _, holder = data.draw(st.sampled_from(list(holders(record))))
+    if key in holder:
+        return
+    holder[key] = value
+    after = read(record)
+    says_what_is_done_anyway = key in (*FLAGS, "label", "kto_tag") and isinstance(value, bool | int)
+    empty = not value and not isinstance(value, bool | int)
+    named_in_calls = key in ("id", "type", "name", "arguments") or (key in EXTRA_KEYS)
+    assert after != before or says_what_is_done_anyway or empty or named_in_calls or not value
+
+
+# -------------------------------------------------------------------------------------------------------- --ignore-keys
+
+
+@pytest.mark.parametrize(
+    ("paths", "left", "counted"),
+    [
+        ("a", {"b.c": 1, "d": {"a": 3}, "e": [{"a": 4, "f": 5}, 6, {"f": 7}]}, ("a",)),
+        ("b.c", {"a": 2, "d": {"a": 3}, "e": [{"a": 4, "f": 5}, 6, {"f": 7}]}, ("b.c",)),
+        ("d.a,e[].a", {"a": 2, "b.c": 1, "d": {}, "e": [{"f": 5}, 6, {"f": 7}]}, ("d.a", "e[].a")),
+        ("x,e.a,d[].a,e[].x,a.b", {"a": 2, "b.c": 1, "d": {"a": 3}, "e": [{"a": 4, "f": 5}, 6, {"f": 7}]}, ()),
+    ],
+)
+def test_ignored_keys_are_removed_and_counted(paths, left, counted):
+    record = {"a": 2, "b.c": 1, "d": {"a": 3}, "e": [{"a": 4, "f": 5}, 6, {"f": 7}]}
+    reading = Reading()
+    assert without_keys(record, parse_ignored_keys(paths), reading) == left
+    assert reading.unread == counted
+
+
+@pytest.mark.parametrize("text", ["", "a,", ",", "a,,b", "a,a"])
+def test_ignored_keys_that_cannot_be_read_are_refused(text):
+    with pytest.raises(InputError, match="--ignore-keys"):
+        parse_ignored_keys(text)
+
+
+def test_a_key_that_is_ignored_is_not_read():
+    record = {"text": "t", "messages": [USER, BOT | {"loss": False}]}
+    assert read(record, ("messages",))[0] == [("completion", "t")]
+    assert read(record, ("messages[].loss",)) == chat("q", "a", unread=["messages[].loss", "text"])
