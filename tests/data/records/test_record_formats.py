@@ -456,7 +456,8 @@ def test_the_records_that_are_mutated_are_valid():
     assert all(read_or_refuse(record, "auto") for record in VALID)
 
 
-texts = st.text(max_size=30)
+# a question with a placeholder of a picture is refused
+texts = st.text(max_size=30).filter(lambda text: not {"<image>", "<video>", "<audio>"} & {text.strip()})
 
 
 @given(st.lists(st.tuples(texts, texts), min_size=1, max_size=4), texts, st.sampled_from(list(RECORD_FORMATS)))
