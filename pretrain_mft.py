@@ -84,8 +84,8 @@ def open_start(command_line: "CommandLine") -> "tuple[Start, HuggingFaceSource |
 
         model = HuggingFaceSource(options.hf_checkpoint)
         start = dataclasses.replace(start, hf_model=model.info)
-        if model.note is not None and os.environ.get("RANK", "0") == "0":
-            print(f"note: {model.note}")
+        for note in model.notes if os.environ.get("RANK", "0") == "0" else ():
+            print(f"note: {note}")
     resume = start.resume(options)
     if lora.hf_adapter is not None and resume is not None and reads_adapter(lora, start.checkpoint):
         from mft_megatron.convert.peft.weight_source import AdapterSource

@@ -12,7 +12,7 @@ from .options import (
     load_option,
     new_folder_option,
     parse_size,
-    print_note,
+    print_notes,
     save_option,
     shard_size_option,
     tokenizer_option,
@@ -51,7 +51,7 @@ def hf_to_mcore(command_line: Sequence[str]) -> None:
     model = import_model(Path(options.hf), Path(options.save))
     info = model.info
     print(f"{options.hf} -> {options.save}: {model.family.name}, {info.precision}, vocabulary of {info.vocab_size:,}")
-    print_note(model.note)
+    print_notes(model.notes)
 
 
 def mcore_to_hf(command_line: Sequence[str]) -> None:

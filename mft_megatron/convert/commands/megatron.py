@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mft_megatron.options import option, read_options
 
-from .options import print_note, save_option
+from .options import print_notes, save_option
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,5 +46,5 @@ def megatron_to_mcore(command_line: Sequence[str]) -> None:
     path, info = import_megatron(Path(options.load), Path(options.save), options.vocab_size, hf, options.ckpt_step)
     layers = info.architecture["num_layers"]
     print(f"{path} -> {options.save}: {layers} layers, {info.precision}, vocabulary of {info.vocab_size:,}")
-    if hf is not None:
-        print_note(unread_entries(hf))
+    note = None if hf is None else unread_entries(hf)
+    print_notes([] if note is None else [note])

@@ -16,7 +16,7 @@ from mft_megatron.run_folder import (
     select_checkpoint,
 )
 
-from .options import best_of_load_option, new_folder_option, parse_size, print_note, shard_size_option
+from .options import best_of_load_option, new_folder_option, parse_size, print_notes, shard_size_option
 
 if TYPE_CHECKING:
     from mft_megatron.convert.huggingface.stored_model import StoredModel
@@ -103,7 +103,7 @@ def merge_lora(command_line: Sequence[str]) -> None:
         print(f"{folder}: {adapter.lora.describe()}")
     merged = next(iter(adapters)) if len(adapters) == 1 else f"{len(adapters)} adapters"
     print(f"{given.base.path} with {merged} -> {options.hf}: {given.base.family.name}")
-    print_note(given.base.note)
+    print_notes(given.base.notes)
 
 
 def _of_checkpoint(trained: CheckpointRef, options: MergeOptions) -> _Merge:

@@ -3,6 +3,8 @@
 Like :func:`option`, the functions named ``…_option`` return a dataclass field; their annotation is that of the field.
 """
 
+from collections.abc import Iterable
+
 from mft_megatron.errors import InputError
 from mft_megatron.options import option
 
@@ -51,9 +53,9 @@ def shard_size_option() -> str:
     return option("5GB", "Begin a new safetensors file at this size.")
 
 
-def print_note(note: str | None) -> None:
-    """Print a note for the user, if there is one."""
-    if note is not None:
+def print_notes(notes: Iterable[str]) -> None:
+    """Print notes for the user."""
+    for note in notes:
         print(f"note: {note}")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from mft_megatron.arguments.groups.network import NetworkArguments
 from mft_megatron.convert.huggingface.families.table import family_of, note_on_unread
 from mft_megatron.errors import InputError
+from mft_megatron.git_lfs import refuse_pointer
 from mft_megatron.run_folder import TOKENIZER_FILES
 
 from .config_entries.entry import whole_number
@@ -29,9 +30,20 @@ def read_config(folder: Path) -> dict[str, object]:
     """
     file = folder / CONFIG
     if not file.is_file():
-        reason = f"has no {CONFIG}; give the folder of a model" if folder.is_dir() else "is no folder"
-        raise InputError(f"{folder}: {reason}")
+        raise InputError(f"{folder}: {_no_config(folder)}")
+    refuse_pointer(file)
     return read_object(file, "download it again")
+
+
+def _no_config(folder: Path) -> str:
+    """Why a folder has no ``config.json``, and what to do."""
+    if not folder.is_dir():
+        # a name on the hub has one slash and begins neither here nor at the root
+        hub = len(folder.parts) == 2 and not folder.is_absolute() and folder.parts[0] not in (".", "..")
+        return f"is no folder{f'; to download it, run: hf download {folder} --local-dir DIR' if hub else ''}"
+    if snapshots := sorted(folder.glob(f"snapshots/*/{CONFIG}")):
+        return f"has no {CONFIG}, as it is a folder of the hub's cache; give {snapshots[-1].parent}"
+    return f"has no {CONFIG}; give the folder of a model"
 
 
 def read_object(file: Path, remedy: str) -> dict[str, object]:

@@ -13,6 +13,7 @@ import io
 import json
 import math
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TypedDict
 
@@ -21,12 +22,25 @@ import torch
 from torch import Tensor
 
 from mft_megatron.errors import InputError
+from mft_megatron.git_lfs import refuse_pointer
+from mft_megatron.mcore.checkpointing.finite import refuse_non_finite
 from mft_megatron.mcore.platform.precisions import PRECISIONS
 
 DTYPES = {precision.safetensors: precision.dtype for precision in PRECISIONS}
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 LONGEST_HEADER = 100 * 2**20
+# files in folders without SINGLE and INDEX, and what to do about them; the first that is there counts
+_OTHERS = {
+    "adapter_model.*": "it is an adapter of PEFT, for --hf-adapter and merge-lora: give the model that it belongs to",
+    "model-*-of-*.safetensors": f"download {INDEX}",
+    "consolidated*": "that is the format of its makers' own code; download the safetensors files of transformers",
+    "*.gguf": "that is llama.cpp's format, mostly quantised; download the model that it was made of",
+    "*.bin": (
+        "its weights are no safetensors files; load the model with transformers and write it again with save_pretrained"
+    ),
+}
+_DAMAGED = "the model is damaged: download it again, or take an earlier checkpoint of its training"
 # part of a weight that is in memory at a time
 BLOCK_BYTES = 128 * 2**20
 
@@ -69,13 +83,8 @@ class WeightFiles:
             self._read_index(index)
         elif single.is_file():
             self.weights = read_header(single)
-        elif any(folder.glob("*.bin")):
-            raise InputError(
-                f"{folder}: its weights are no safetensors files; load the model with transformers and write it "
-                "again with save_pretrained"
-            )
         else:
-            raise InputError(f"{folder}: has neither {SINGLE} nor {INDEX}; give the folder of a model")
+            raise InputError(f"{folder}: {_other_weights(folder)}")
 
     def read_into(self, rows: Tensor, name: str, first: int) -> None:
         """Fill ``rows`` with consecutive whole rows of a weight.
@@ -85,7 +94,7 @@ class WeightFiles:
             first: first row of the weight to read.
 
         Raises:
-            InputError: the file has become shorter.
+            InputError: the file has become shorter, or has a NaN or an infinity there.
         """
         stored = self.weights[name]
         file = self._file(stored.file)
@@ -96,6 +105,7 @@ class WeightFiles:
             if not count:
                 raise InputError(f"{stored.file}: ends within {name}; the file is cut off")
             content = content[count:]
+        refuse_non_finite(rows, f"{stored.file}: {name}", _DAMAGED)
 
     def read_block(self, block: Tensor, name: str, first: int, column: int) -> None:
         """Fill ``block`` with consecutive rows of a weight, which may be cut to some columns.
@@ -106,7 +116,7 @@ class WeightFiles:
             column: first column of the weight to read.
 
         Raises:
-            InputError: the file has become shorter.
+            InputError: the file has become shorter, or has a NaN or an infinity there.
         """
         stored = self.weights[name]
         if block.shape[1:] == stored.shape[1:]:
@@ -116,6 +126,7 @@ class WeightFiles:
         whole = np.memmap(stored.file, np.uint8, "r", stored.offset, (stored.shape[0], stored.row_bytes))
         columns = whole[first : first + len(block), column * size : (column + block.shape[1]) * size]
         block.view(torch.uint8).numpy()[:] = columns
+        refuse_non_finite(block, f"{stored.file}: {name}", _DAMAGED)
 
     def close(self) -> None:
         """Close the files; reading opens them again."""
@@ -128,7 +139,16 @@ class WeightFiles:
             self._open[path] = open(path, "rb", buffering=0)  # noqa: SIM115
         return self._open[path]
 
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Give weights other names.
+
+        Args:
+            names: the new name of each weight.
+        """
+        self.weights = {names[name]: stored for name, stored in self.weights.items()}
+
     def _read_index(self, index: Path) -> None:
+        refuse_pointer(index)
         try:
             weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
             names_by_file: dict[str, set[str]] = {}
@@ -149,12 +169,21 @@ class WeightFiles:
             self.weights.update(stored)
 
 
+def _other_weights(folder: Path) -> str:
+    """Describe what a folder without a model's safetensors files has instead, and what to do."""
+    for pattern, problem in _OTHERS.items():
+        if file := next(iter(sorted(folder.glob(pattern))), None):
+            return f"has {file.name} and neither {SINGLE} nor {INDEX}; {problem}"
+    return f"has neither {SINGLE} nor {INDEX}; give the folder of a model"
+
+
 def read_header(path: Path) -> dict[str, StoredWeight]:
     """Read the header of a safetensors file: its weights by name.
 
     Raises:
         InputError: the file has another format, is damaged, or is shorter or longer than its header says.
     """
+    refuse_pointer(path)
     size = path.stat().st_size
     with open(path, "rb") as file:
         start = file.read(8)

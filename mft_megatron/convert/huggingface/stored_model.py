@@ -40,14 +40,14 @@ class StoredModel(Protocol):
         info: its description.
         family: its model family.
         architecture: its sizes.
-        note: a line for the user about entries of ``config.json`` that are not read; ``None`` without any.
+        notes: lines for the user about what was read otherwise than it is stored, or not.
     """
 
     path: Path
     info: CheckpointInfo
     family: Family
     architecture: NetworkArguments
-    note: str | None
+    notes: Sequence[str]
 
     def planned(self) -> list[PlannedWeight]:
         """Name, dtype and shape of every Hugging Face weight, in the order of the model."""
@@ -77,7 +77,8 @@ class FolderModel:
         """
         self._source = source = HuggingFaceSource(folder)
         self.path, self.info = source.folder, source.info
-        self.family, self.architecture, self.note = source.family, source.architecture, source.note
+        self.family, self.architecture = source.family, source.architecture
+        self.notes: Sequence[str] = source.notes
 
     def planned(self) -> list[PlannedWeight]:
         """Name, dtype and shape of every weight, in the order of the model."""
@@ -102,7 +103,7 @@ class FolderModel:
 class CheckpointModel:
     """The model in a checkpoint, without the adapters stored beside it, as a :class:`StoredModel`."""
 
-    note: str | None = None
+    notes: Sequence[str] = ()
 
     def __init__(self, checkpoint: CheckpointRef):
         """Open a checkpoint and check its weights.

@@ -11,6 +11,7 @@ from .family import Family
 from .mapped_weight import names_of
 from .row_layouts import sizes_of
 from .safetensors_reader import WeightFiles, same_content
+from .weight_names import Renaming, find_renaming, has_adapters
 
 # Buffers that old versions of transformers stored although they follow from the configuration.
 COMPUTED_BUFFERS = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
@@ -24,8 +25,13 @@ def refuse_mismatch(files: WeightFiles, family: Family, architecture: NetworkArg
     """
     mapped, sizes = family.weights(architecture), sizes_of(architecture, vocab_size)
     expected = names_of(mapped, architecture)
-    if missing := sorted(expected - files.weights.keys()):
-        raise InputError(f"{files.folder}: {_some(missing)} missing; download the model again")
+    if has_adapters(files.weights):
+        raise InputError(
+            f"{files.folder}: holds adapters of PEFT beside the weights, which are not merged; save the model after "
+            "merge_and_unload(), or save the adapter alone and give it to merge-lora"
+        )
+    if missing := expected - files.weights.keys():
+        raise InputError(f"{files.folder}: {_reason(files, family, architecture, missing)}")
     unknown = {name for name in files.weights.keys() - expected if not name.endswith(COMPUTED_BUFFERS)}
     if architecture.tie_embeddings:
         unknown -= _tied_outputs(files, family, architecture)
@@ -42,6 +48,44 @@ def refuse_mismatch(files: WeightFiles, family: Family, architecture: NetworkArg
                         f"{files.folder}: {name} has the shape {list(stored)}, config.json says {list(shape)}; they "
                         "are of different models"
                     )
+
+
+def renaming_of(files: WeightFiles, family: Family, architecture: NetworkArguments) -> Renaming | None:
+    """The renaming after which a folder holds exactly the weights of its architecture; ``None`` without one."""
+    mapped = family.weights(architecture)
+    expected, (anchor,) = names_of(mapped, architecture), mapped[0].hf_names
+    renaming = find_renaming(files.weights, expected, anchor)
+    return renaming if renaming is not None and expected <= set(renaming.names.values()) else None
+
+
+def _reason(files: WeightFiles, family: Family, architecture: NetworkArguments, missing: set[str]) -> str:
+    """Why weights are missing, by the usual causes, and what to do."""
+    mapped = family.weights(architecture)
+    expected, (anchor,) = names_of(mapped, architecture), mapped[0].hf_names
+    if renaming := find_renaming(files.weights, expected, anchor):
+        if left := sorted(expected - set(renaming.names.values())):
+            return f"{renaming.cause}, and so are the others, but {_some(left)} missing; save the whole model again"
+        return (
+            f"{renaming.cause}, and so are all others, where servers do not find them; hf-to-mcore and --hf-checkpoint "
+            "read them, and what they export has the usual names"
+        )
+    output = next((weight.hf_names[0] for weight in mapped if weight.name == OUTPUT_LAYER), None)
+    if missing == {output}:
+        return (
+            f"{output} is missing; if the output layer is the embedding, set tie_word_embeddings to true in "
+            "config.json, otherwise download the model again"
+        )
+    layers: dict[int, set[str]] = {}
+    for weight in mapped:
+        for index in weight.indices(architecture) if weight.in_layers else ():
+            layers.setdefault(index[0], set()).update(weight.hf_names_at(index))
+    absent = {layer: names for layer, names in layers.items() if names <= missing}
+    if absent and missing == set().union(*absent.values()):
+        return (
+            f"config.json says num_hidden_layers {architecture.num_layers}, and there are no weights of layer "
+            f"{', '.join(map(str, absent))}; correct it, or download the missing files"
+        )
+    return f"{_some(sorted(missing))} missing, which config.json asks for; correct it, or download the model again"
 
 
 def _tied_outputs(files: WeightFiles, family: Family, architecture: NetworkArguments) -> set[str]:

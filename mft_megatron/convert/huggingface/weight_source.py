@@ -1,6 +1,7 @@
 """A Hugging Face folder as a source of weights, for imports and for runs that start from it directly."""
 
 import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from .converted_checkpoint import describe
 from .model_folder import copy_kept_files, read_architecture, unread_entries
 from .row_layouts import sizes_of, slice_blocks
 from .safetensors_reader import WeightFiles
-from .weight_check import refuse_mismatch
+from .weight_check import refuse_mismatch, renaming_of
 
 
 class HuggingFaceSource:
@@ -27,7 +28,7 @@ class HuggingFaceSource:
         sizes: sizes of rows and columns.
         files: the weights in the folder.
         info: description of the model; its precision is that of its largest weight.
-        note: a line for the user about entries of ``config.json`` that are not read; ``None`` without any.
+        notes: lines for the user about entries of ``config.json`` that are not read and weights with other names.
     """
 
     def __init__(self, folder: Path | str):
@@ -41,6 +42,9 @@ class HuggingFaceSource:
         self.mapped = self.family.weights(self.architecture)
         self.sizes = sizes_of(self.architecture, vocab_size)
         with contextlib.closing(WeightFiles(self.folder)) as files:
+            renaming = renaming_of(files, self.family, self.architecture)
+            if renaming is not None:
+                files.rename(renaming.names)
             refuse_mismatch(files, self.family, self.architecture, vocab_size)
             self.files = files
         dtype = model_dtype(
@@ -50,7 +54,8 @@ class HuggingFaceSource:
             )
             for weight in self.mapped
         )
-        self.note = unread_entries(self.folder)
+        renamed = None if renaming is None else f"{self.folder}: {renaming.cause}, and so are all others; they are read"
+        self.notes: Sequence[str] = [note for note in (unread_entries(self.folder), renamed) if note is not None]
         self.info = describe(self.family.architecture, self.architecture, vocab_size, dtype)
         self._by_name = {weight.name: weight for weight in self.mapped}
 

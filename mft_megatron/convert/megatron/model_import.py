@@ -19,6 +19,7 @@ from mft_megatron.convert.huggingface.families.table import family_for
 from mft_megatron.convert.huggingface.family import first_difference
 from mft_megatron.convert.huggingface.model_folder import CONFIG, copy_kept_files, read_architecture
 from mft_megatron.errors import InputError
+from mft_megatron.mcore.checkpointing.finite import refuse_non_finite
 from mft_megatron.mcore.checkpointing.tensor_reader import TensorReader
 from mft_megatron.mcore.checkpointing.tensor_writer import Weight
 from mft_megatron.mcore.checkpointing.vocabulary import EMBEDDING, has_shape
@@ -65,7 +66,7 @@ def import_megatron(
     ]
     dtype = model_dtype((weight.shape, weight.dtype) for weight in weights.values())
     info = describe(_source(hf, architecture), architecture, size, dtype)
-    content = _MegatronSource(reader, weights)
+    content = _MegatronSource(path, reader, weights)
     write_checkpoint(target, info, weights, slices, content, lambda kept: _keep(hf, architecture, size, kept))
     return path, info
 
@@ -139,11 +140,13 @@ def _dtype(reader: TensorReader, weight: StackedWeight) -> torch.dtype:
 class _MegatronSource:
     """A :class:`WeightSource` of whole weights of one layer and expert, without the padding of the vocabulary."""
 
-    def __init__(self, reader: TensorReader, weights: Mapping[str, Weight]):
-        self._reader, self._weights = reader, weights
+    def __init__(self, path: Path, reader: TensorReader, weights: Mapping[str, Weight]):
+        self._path, self._reader, self._weights = path, reader, weights
 
     def read(self, wanted: WeightSlice) -> Tensor:
-        weight = self._reader.read(*_stored_name(self._reader, wanted.name, wanted.index))
+        name, index = _stored_name(self._reader, wanted.name, wanted.index)
+        weight = self._reader.read(name, index)
+        refuse_non_finite(weight, f"{self._path}: {name} {list(index) or ''}", "take an earlier checkpoint")
         return weight[wanted.region].to(self._weights[wanted.name].dtype)
 
 

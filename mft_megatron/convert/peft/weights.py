@@ -23,6 +23,7 @@ from mft_megatron.convert.huggingface.row_layouts import sizes_of
 from mft_megatron.convert.huggingface.safetensors_reader import StoredWeight, read_header
 from mft_megatron.errors import InputError
 from mft_megatron.lora import SOURCES
+from mft_megatron.mcore.checkpointing.finite import refuse_non_finite
 
 from .adapted_weights import linear_weights, module_name
 from .config import WEIGHTS, PeftConfig
@@ -31,6 +32,7 @@ Letter: TypeAlias = Literal["A", "B"]
 LETTERS: tuple[Letter, Letter] = ("A", "B")
 _PREFIX = "base_model.model."
 _KEY = re.compile(rf"{re.escape(_PREFIX)}(?P<module>.+)\.lora_[AB]\.weight")
+_DAMAGED = "the adapter is damaged: take an earlier checkpoint of its training"
 # parts of other keys in such files, and why they are refused
 _REFUSED = {
     "lora_embedding_": "adapters of embeddings cannot be expressed",
@@ -108,12 +110,16 @@ class PeftWeights:
 
     def whole(self, module: str, letter: Letter) -> Tensor:
         """Read A [rank, in] or B [out, rank] of a module."""
-        content: Tensor = self._content.get_tensor(key_of(module, letter))
+        key = key_of(module, letter)
+        content: Tensor = self._content.get_tensor(key)
+        refuse_non_finite(content, f"{self._file}: {key}", _DAMAGED)
         return content
 
     def part(self, module: str, letter: Letter, rows: slice, columns: slice) -> Tensor:
         """Read some rows and columns of A or B of a module."""
-        content: Tensor = self._content.get_slice(key_of(module, letter))[rows, columns]
+        key = key_of(module, letter)
+        content: Tensor = self._content.get_slice(key)[rows, columns]
+        refuse_non_finite(content, f"{self._file}: {key}", _DAMAGED)
         return content
 
     def _every_module(self) -> Mapping[str, HuggingFaceModule]:

@@ -33,12 +33,14 @@ from mft_megatron.lora import is_adapter
 from mft_megatron.losses.focal import TaskStatistics
 from mft_megatron.mcore.optim.checkpointed_state import restore, stored_state, wanted_state
 from mft_megatron.mcore.parallel import process_groups
+from mft_megatron.mcore.parallel.sharded_weights import shards_of
 from mft_megatron.mcore.platform import devices
 from mft_megatron.mcore.platform.releases import accepted
 from mft_megatron.mcore.trainer import Trainer
 from mft_megatron.run_folder import TRACKER, CheckpointInfo, iteration_folder, replace_text, write_info
 
 from .common_state import require_common, write_common
+from .finite import refuse_non_finite
 from .random_state import random_state, set_random_state, sharded_random_state
 from .tensor_reader import TensorReader
 
@@ -250,6 +252,9 @@ def load(path: Path, trainer: Trainer, info: CheckpointInfo, options: Checkpoint
         current = chunk.state_dict()
         kept = current.keys() - loaded["model"][name].keys() if not info.has_base else absent[name]
         chunk.load_state_dict({**loaded["model"][name], **{key: current[key] for key in kept}})
+        for shard in shards_of(chunk):
+            layer = list(shard.global_offset[: shard.prepend_axis_num]) or ""
+            refuse_non_finite(shard.data, f"{path}: {shard.key} {layer}", "take an earlier one with --ckpt-step")
     if whole:
         trainer.scheduler.load_state_dict(loaded["scheduler"])
     if with_optimizer:

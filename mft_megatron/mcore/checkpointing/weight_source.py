@@ -14,6 +14,7 @@ from torch import Tensor
 from mft_megatron.errors import InputError
 from mft_megatron.run_folder import CheckpointInfo
 
+from .finite import refuse_non_finite
 from .tensor_reader import TensorReader
 from .vocabulary import VOCABULARY_WEIGHTS
 
@@ -125,5 +126,6 @@ class CheckpointSource:
                 "checkpoint of another model"
             )
         weight = self._reader.read(name, index)
+        refuse_non_finite(weight, f"{self._path}: {name} {list(index) or ''}", "take an earlier checkpoint")
         self._last = (name, index), weight
         return weight

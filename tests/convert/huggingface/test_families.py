@@ -116,13 +116,13 @@ def test_import_and_export_change_nothing(converted, name, tmp_path):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("name", ["qwen2 tied", "starcoder2"])
 def test_half_precision_stays_as_it_is(name, dtype, tmp_path, monkeypatch):
-    """Every bit of subnormal numbers and infinities is kept, also in slices of a few rows."""
+    """Every bit of subnormal and largest numbers is kept, also in slices of a few rows."""
     from mft_megatron.convert.huggingface import converted_checkpoint, model_import
 
     tiny_models.write_model(name, tmp_path / "hf", dtype)
     (file,) = (tmp_path / "hf").glob("*.safetensors")
-    weights = load_file(file)
-    weights["model.embed_tokens.weight"].view(torch.int16)[:3] = torch.tensor([1, -32768, 0x7F80])[:, None]
+    weights, largest = load_file(file), 0x7F7F if dtype == "bfloat16" else 0x7BFF
+    weights["model.embed_tokens.weight"].view(torch.int16)[:3] = torch.tensor([1, -32768, largest])[:, None]
     tiny_models.save_weights(weights, file)
     monkeypatch.setattr(model_import, "BLOCK_BYTES", 700)
     monkeypatch.setattr(converted_checkpoint, "FILE_BYTES", 2000)

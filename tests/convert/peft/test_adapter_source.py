@@ -237,3 +237,19 @@ def test_damaged_folders(adapter):
 def test_an_adapter_of_another_model(made, adapter):
     _, folder = adapter
     assert "it is the adapter of another model" in refusal(made("gpt-neox")[0], folder)
+
+
+def test_adapters_that_are_not_finite_are_named(made, tmp_path):
+    info, folder = made("llama")
+    shutil.copytree(folder, tmp_path / "adapter")
+    weights = load_file(folder / WEIGHTS)
+    key = "base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight"
+    weights[key][3, 2] = float("nan")
+    save_file(weights, tmp_path / "adapter" / WEIGHTS)
+    source = AdapterSource(str(tmp_path / "adapter"), info)
+    name = "decoder.layers.self_attention.linear_qkv.lora_b"
+    shape = stacked_shapes(source.weights, 2)[name][1:]
+    wanted = [WeightSlice(name, (layer,), (0, 0), shape) for layer in (0, 1)]
+    source.read(wanted[0])
+    for read in (lambda: source.read(wanted[1]), lambda: source.factors("model.layers.1.self_attn.v_proj.weight")):
+        assert f"{WEIGHTS}: {key} has NaN in it, and every loss would be NaN; the adapter is" in refused_call(read)

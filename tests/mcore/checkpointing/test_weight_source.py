@@ -93,3 +93,14 @@ def test_a_vocabulary_that_is_not_whole_is_refused(stored):
     source = CheckpointSource(stored[0], CheckpointInfo(1, 0, {}, 9, {}, "", 1, 8))
     with pytest.raises(InputError, match=r"shape \[8, 6\], at least \[9, 6\] is needed"):
         source.read(WeightSlice(EMBEDDING, (), (0, 0), (4, 6)))
+
+
+def test_weights_that_are_not_finite_are_named(tmp_path):
+    weight = torch.ones(2, 4, 6)
+    weight[1, 3, 5] = float("nan")
+    slices = [WeightSlice(LAYERS, (layer,), (0, 0), (4, 6)) for layer in range(2)]
+    write_weights(tmp_path, {LAYERS: Weight(LAYERS, (2, 4, 6), weight.dtype)}, slices, InMemory({LAYERS: weight}), 200)
+    source = CheckpointSource(tmp_path, CheckpointInfo(1, 0, {}, 5, {}, "", 1, 8))
+    source.read(WeightSlice(LAYERS, (0,), (0, 0), (4, 6)))
+    with pytest.raises(InputError, match=r"linear_fc1.weight \[1\] has NaN in it, and every loss would be NaN; take"):
+        source.read(WeightSlice(LAYERS, (1,), (0, 0), (1, 1)))
