@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from mft_megatron.errors import InputError
+from mft_megatron.git_lfs import refuse_pointer
 
 from .backends import FastBackend
 from .beginnings import never, space_rule
 from .gigatoken_backend import gigatoken_of_json
+from .missing_files import JSON, other_kind, without_json
 from .tokenizer import SpecialToken, Tokenizer
 from .tokenizer_files import read_chat_template, read_json_object
 from .tokenizer_json import TokenizerJson, class_name
@@ -33,14 +35,15 @@ class HuggingFaceTokenizer(Tokenizer):
 
         self.model = str(Path(model).resolve())
         folder = Path(model)
-        file = folder / "tokenizer.json" if folder.is_dir() else folder
+        file = folder / JSON if folder.is_dir() else folder
         if not file.is_file():
-            raise InputError(f"--tokenizer-model {model}: no tokenizer.json there; give a Hugging Face folder")
+            raise InputError(f"--tokenizer-model {model}: {without_json(folder)}")
+        refuse_pointer(file)
         try:
             content = TokenizerJson.read(file).without_leading_space()
             self._tokenizer = tokenizers.Tokenizer.from_str(content.text())
         except Exception as error:
-            raise InputError(f"{file}: not a tokenizer ({error})") from None
+            raise InputError(f"{file}: not a tokenizer ({error}){other_kind(file, self.type)}") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._config: dict[str, Any] = {}

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from mft_megatron.errors import InputError
+from mft_megatron.git_lfs import refuse_pointer
 
 from .backends import FastBackend
 from .beginnings import always, never, unless_space
 from .gigatoken_backend import gigatoken_of_sentencepiece
+from .missing_files import SENTENCEPIECE, other_kind, without_model
 from .tokenizer import SpecialToken, Tokenizer
 from .tokenizer_files import read_chat_template, read_json_object
 
@@ -35,9 +37,10 @@ class SentencePieceTokenizer(Tokenizer):
 
         self.model = str(Path(model).resolve())
         path = Path(model)
-        file = path / "tokenizer.model" if path.is_dir() else path
+        file = path / SENTENCEPIECE if path.is_dir() else path
         if not file.is_file():
-            raise InputError(f"--tokenizer-model {model}: no such file; give a SentencePiece .model")
+            raise InputError(f"--tokenizer-model {model}: {without_model(path)}")
+        refuse_pointer(file)
         self._file = file
         content = sentencepiece_model_pb2.ModelProto()
         try:
@@ -49,7 +52,7 @@ class SentencePieceTokenizer(Tokenizer):
             self._normalises = bool(content.normalizer_spec.precompiled_charsmap)
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=self._model_proto)
         except Exception as error:
-            raise InputError(f"{file}: not a SentencePiece model ({error})") from None
+            raise InputError(f"{file}: not a SentencePiece model ({error}){other_kind(file, self.type)}") from None
         if self._processor.eos_id() < 0:
             raise InputError(f"{file}: has no end-of-text id; train it with one")
         if self.decode(self._processor.encode(_PROBE)) != _PROBE:

@@ -119,7 +119,7 @@ def test_the_fingerprint_is_of_content(tokenizer_folder, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "name", "content", "message"),
     [
-        ("HuggingFaceTokenizer", "nothing", None, "no tokenizer.json"),
+        ("HuggingFaceTokenizer", "nothing", None, "no such file or folder"),
         ("HuggingFaceTokenizer", "tokenizer.json", "{}", "not a tokenizer"),
         ("HuggingFaceTokenizer", "tokenizer.json", "{", "not a tokenizer"),
         ("SentencePieceTokenizer", "nothing", None, "no such file"),
