@@ -14,7 +14,7 @@ from mft_megatron.options import option
 
 @dataclasses.dataclass(frozen=True)
 class TaskOptions:
-    """Files: .jsonl, .jsonl.gz, .jsonl.zst, .parquet, Megatron's .idx with .bin; or folders of them. Records: messages;
+    """Files: .jsonl, .json, both also .gz or .zst, .parquet, Megatron's .idx with .bin; or folders. Records: messages;
     chat_rounds; conversations; instruction(+input)+output; prompt+completion; question+answer; text."""
 
     task: tuple[str, ...] | None = option(

@@ -200,7 +200,11 @@ BAD_OPTIONS = [
     ((), {"tokenizer_model": "nowhere"}, "--tokenizer-model nowhere: no tokenizer.json"),
     ((), {"tokenizer_model": "nowhere", "tokenizer_type": "SentencePieceTokenizer"}, "nowhere: no such file"),
     (("--task", "u=nowhere.jsonl"), {}, "--task u=nowhere.jsonl: no such file"),
-    (("--task", "u=tools"), {}, "--task u=tools: no .jsonl, .jsonl.gz, .jsonl.zst, .parquet or .idx file there"),
+    (
+        ("--task", "u=tools"),
+        {},
+        "--task u=tools: no .jsonl, .json (both also .gz or .zst), .parquet or .idx file there",
+    ),
     (("--task", "nothing"), {}, "give NAME=PATH"),
 ]
 
@@ -286,3 +290,19 @@ def test_a_prefix_that_is_a_folder_or_below_a_file_is_refused(preprocess, tmp_pa
     assert "is a folder" in refusal(preprocess({"t": GOOD * 3}, output_prefix=tmp_path))
     assert "is a folder" in refusal(preprocess({"t": GOOD * 3}, output_prefix=f"{tmp_path}/new/"))
     assert str(tmp_path / "file") in refusal(preprocess({"t": GOOD * 3}, output_prefix=tmp_path / "file" / "x"))
+
+
+def test_a_folder_with_arrays_and_other_files(preprocess, tmp_path):
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    (folder / "b.json").write_text(json.dumps([json.loads(line) for line in RECORDS.values()], indent=1))
+    (folder / "dataset_info.json").write_text('{"b": {"file_name": "b.json"}}')
+    (folder / "README.md").write_text("# Data")
+    words = ("--task", f"t={folder}", "--task", f"u={folder / 'b.json'}")
+    process = preprocess({"a": GOOD}, *words, chat_template="mftcoder")
+    assert process.returncode == 0, process.stderr
+    assert "note: task t: 2 files in its folders not read: README.md, dataset_info.json\n" in process.stdout
+    assert [task.kept for task in PackedDataset.open(tmp_path / "out" / "set", 64).ledger.tasks] == [1, 6, 5]
+    (folder / "b.json").write_text('[{"text": "a"},\n {"text": 3}]')
+    process = preprocess({"a": GOOD}, "--task", f"t={folder}")
+    assert "tasks/b.json: record 2: text must be a string, not int; correct it" in refusal(process)

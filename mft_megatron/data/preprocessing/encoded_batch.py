@@ -8,6 +8,7 @@ import numpy as np
 
 from mft_megatron.data.records.notes import RecordNotes
 from mft_megatron.data.sample_slices import supervised_tokens
+from mft_megatron.data.tasks.record_batches import position
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,12 +20,19 @@ class Drop:
         line: of the record, counted from 1.
         reason: name it is counted under in the ledger.
         message: explanation for the user.
+        of_array: the line is the number of a record of a JSON array.
     """
 
     path: str
     line: int
     reason: str
     message: str
+    of_array: bool = False
+
+    @property
+    def position(self) -> str:
+        """Position of the record as messages show it."""
+        return position(self.path, self.line, self.of_array)
 
 
 @dataclasses.dataclass
@@ -57,7 +65,12 @@ class EncodedBatch:
 
 
 def drop_unsupervised(
-    ids: np.ndarray, mask: np.ndarray, lengths: np.ndarray, path: str, lines: Sequence[int] | range
+    ids: np.ndarray,
+    mask: np.ndarray,
+    lengths: np.ndarray,
+    path: str,
+    lines: Sequence[int] | range,
+    of_array: bool = False,
 ) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], np.ndarray, list[Drop]]:
     """Leave out the samples that have no supervised target.
 
@@ -67,6 +80,7 @@ def drop_unsupervised(
         lengths: int32 [samples].
         path: of the file they were read from.
         lines: line of each sample in the file.
+        of_array: as in :class:`Drop`.
 
     Returns:
         samples: ids, mask and lengths of the samples that are kept.
@@ -75,7 +89,7 @@ def drop_unsupervised(
     """
     kept = supervised_tokens(mask, lengths) > 0
     drops = [
-        Drop(path, lines[index], "no_supervised_token", "no supervised token in it")
+        Drop(path, lines[index], "no_supervised_token", "no supervised token in it", of_array)
         for index in np.flatnonzero(~kept).tolist()
     ]
     if drops:

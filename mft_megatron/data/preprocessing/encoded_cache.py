@@ -62,7 +62,10 @@ class EncodedCache:
                     notes=notes,
                     chats=chats,
                     examples=json.loads(entry["examples"].tobytes()),
-                    drops=[Drop(batch.path, batch.first_line + line, *what) for line, *what in drops],
+                    drops=[
+                        Drop(batch.path, batch.first_line + line, reason, message, batch.of_array)
+                        for line, reason, message in drops
+                    ],
                 )
         except FileNotFoundError:
             return None

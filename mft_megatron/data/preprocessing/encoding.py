@@ -22,7 +22,7 @@ from mft_megatron.data.records.json_values import json_fault
 from mft_megatron.data.records.notes import RecordNotes
 from mft_megatron.data.records.record_formats import read_record
 from mft_megatron.data.records.segments import Segment
-from mft_megatron.data.tasks.record_batches import RecordBatch
+from mft_megatron.data.tasks.record_batches import RecordBatch, position
 from mft_megatron.data.tokenizers.backends import BackendMismatch
 from mft_megatron.data.tokenizers.tokenizer import Tokenizer
 from mft_megatron.errors import InputError
@@ -105,11 +105,12 @@ class Encoder:
                 fim_segments = None if encoding.fim is None else _fim_segments(conversation, encoding.fim)
                 segments = encoding.style.segments(conversation, notes) if fim_segments is None else fim_segments
             except RecordError as error:
-                drops.append(Drop(batch.path, number, error.reason, str(error)))
+                drops.append(Drop(batch.path, number, error.reason, str(error), batch.of_array))
                 continue
             if not (conversation.raw or self._ends_turns[task]):
+                where = position(batch.path, number, batch.of_array)
                 raise InputError(
-                    f"{batch.path}:{number}: a chat record, but the tokenizer has no token {encoding.style.stop_token} "
+                    f"{where}: a chat record, but the tokenizer has no token {encoding.style.stop_token} "
                     f"to end a turn of --chat-template {encoding.style.name} with; use mftcoder, or add the token"
                 )
             if number <= _LINES_OF_EXAMPLES and fim_segments is None:
@@ -125,11 +126,11 @@ class Encoder:
         try:
             arrays = samples.arrays(self._tokenizer.bos_token_id if encoding.add_bos else None)
         except SampleError as error:
+            where = position(batch.path, lines[error.sample], batch.of_array)
             raise BackendMismatch(
-                f"{batch.path}:{lines[error.sample]}: {error} by {self._tokenizer.backend} and "
-                f"{self._tokenizer.reference}"
+                f"{where}: {error} by {self._tokenizer.backend} and {self._tokenizer.reference}"
             ) from None
-        (ids, mask, lengths), kept, unsupervised = drop_unsupervised(*arrays, batch.path, lines)
+        (ids, mask, lengths), kept, unsupervised = drop_unsupervised(*arrays, batch.path, lines, batch.of_array)
         drops = sorted([*drops, *unsupervised], key=lambda drop: drop.line)
         documents_kept, filled_kept, chats_kept = (
             int(np.count_nonzero(kept & np.array(of, bool))) for of in (documents, filled, chats)
@@ -172,4 +173,6 @@ def _likely_cause(line: bytes) -> str:
     """Likely cause of a line that is not JSON; empty where there is none."""
     if b"\r" in line.strip():
         return "; lines end in carriage returns alone here, write line feeds"
-    return "; write one record a line, not an array" if line.lstrip()[:1] == b"[" else ""
+    if line.lstrip()[:1] == b"[":
+        return "; write one record a line, or name the file .json"
+    return "; write the whole record on one line" if line.rstrip()[-1:] in (b"{", b"[", b",", b":") else ""

@@ -26,8 +26,9 @@ from mft_megatron.data.storage.indexed_dataset import token_dtype
 from mft_megatron.data.storage.ledger import JsonObject, Ledger, TaskEntry, TokenizerEntry
 from mft_megatron.data.storage.sample_writer import SampleWriter, TaskTally
 from mft_megatron.data.storage.stored_samples import StoredSamples
-from mft_megatron.data.tasks.reader import TaskReader, files_on_disk
-from mft_megatron.data.tasks.task_files import TaskFiles
+from mft_megatron.data.tasks.reader import TaskReader
+from mft_megatron.data.tasks.task_files import TaskFiles, left_out_lines
+from mft_megatron.data.tasks.tokenized_file import files_on_disk
 from mft_megatron.data.tokenizers.backend_names import REFERENCE
 from mft_megatron.data.tokenizers.backends import BackendMismatch
 from mft_megatron.data.tokenizers.load import load_tokenizer
@@ -126,6 +127,7 @@ def _make(recipe: Recipe, backend: str) -> tuple[Ledger, list[str]]:
         try:
             stored = _store(recipe, tokenizer, encodings, files, cache)
             entry, notices = write_packs(stored, recipe.packing, files)
+            notices += left_out_lines(recipe.tasks.values())
             for task in stored.tasks:
                 notices += note_lines(task.name, task.unread_keys, task.noted, ignored)
             seen = {key for task in stored.tasks for key in task.unread_keys}
@@ -237,7 +239,7 @@ def _count(encoded: EncodedBatch, tally: TaskTally, stop_ids: list[int], on_erro
     for drop in encoded.drops:
         if on_error == "stop":
             raise InputError(
-                f"{drop.path}:{drop.line}: {drop.message}; correct it, or leave such records out with --on-error skip"
+                f"{drop.position}: {drop.message}; correct it, or leave such records out with --on-error skip"
             )
         tally.dropped[drop.reason] += 1
     tally.samples_in += encoded.records

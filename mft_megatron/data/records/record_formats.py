@@ -116,6 +116,11 @@ def read_record(
     return conversation
 
 
+def is_record(value: Mapping[str, object]) -> bool:
+    """Whether an object has the keys of a record in some format."""
+    return _plan(tuple(key for key, inner in value.items() if inner is not None), "auto").read is not None
+
+
 @functools.lru_cache(maxsize=256)  # the records of a file have few different sets of keys
 def _plan(present: tuple[str, ...], format_name: str) -> _Plan:
     """Find the first format that these keys fit, and what becomes of each key."""

@@ -1,4 +1,4 @@
-"""Reading one file of a task, once and in order: lines of JSON, plain or compressed, rows of a table, or tokens.
+"""Reading one file of a task, once and in order: lines of JSON or an array, plain or compressed, a table, or tokens.
 
 Only one batch is in memory at a time, and of a compressed file one block; a line is never cut. The ledger's entry of
 the file is complete when it has been read: bytes and sha256 are those of the file on disk.
@@ -14,8 +14,9 @@ from typing import Any, Protocol
 from mft_megatron.data.storage.ledger import InputFile
 from mft_megatron.errors import InputError
 
+from .json_array import items_of_array, starts_with_array
 from .record_batches import RecordBatch, TokenizedBatch
-from .tokenized_file import TokenizedFile, mask_index
+from .tokenized_file import TokenizedFile, files_on_disk
 
 BATCH_BYTES = 1 << 20
 # limits the number of objects of a batch of tiny records
@@ -37,20 +38,12 @@ class _Decompressor(Protocol):
     def decompress(self, data: bytes, /) -> bytes: ...
 
 
-def files_on_disk(path: Path) -> list[Path]:
-    """Files that are read for ``path``: itself, and for an ``.idx`` its ``.bin`` and the pair of its masks."""
-    if path.suffix != ".idx":
-        return [path]
-    files = [path, path.with_suffix(".bin")]
-    mask = mask_index(path)
-    return [*files, mask, mask.with_suffix(".bin")] if mask else files
-
-
 class TaskReader:
     """Reads one file in batches.
 
-    The end of its name decides how: ``.gz`` and ``.zst`` hold compressed lines, ``.parquet`` rows, ``.idx`` is the
-    index of tokens (see :class:`.tokenized_file.TokenizedFile`); any other file holds lines.
+    The end of its name decides how: ``.gz`` and ``.zst`` are compressed, ``.parquet`` holds rows, ``.idx`` is the
+    index of tokens (see :class:`.tokenized_file.TokenizedFile`); any other file holds lines, and ``.json`` lines or one
+    array.
     """
 
     def __init__(self, path: Path):
@@ -81,12 +74,12 @@ class TaskReader:
         if suffix == ".idx":
             return self._documents(batch_bytes)
         if suffix == ".gz":
-            return self._line_batches(self._decompressed("gzip", _gzip_member, zlib.error), batch_bytes)
+            return self._json_batches(self._decompressed("gzip", _gzip_member, zlib.error), batch_bytes)
         if suffix == ".zst":
             import zstandard
 
-            return self._line_batches(self._decompressed("zstd", _zstd_frame, zstandard.ZstdError), batch_bytes)
-        return self._line_batches(self._blocks(max(batch_bytes, 1)), batch_bytes)
+            return self._json_batches(self._decompressed("zstd", _zstd_frame, zstandard.ZstdError), batch_bytes)
+        return self._json_batches(self._blocks(max(batch_bytes, 1)), batch_bytes)
 
     def entry(self) -> InputFile:
         """Describe the file for the ledger; call it after the last batch."""
@@ -104,7 +97,24 @@ class TaskReader:
         for _ in self._blocks(BATCH_BYTES, path):
             pass
 
-    # ------------------------------------------------------------------------------------------------------------ lines
+    # ------------------------------------------------------------------------------------------------- lines and arrays
+
+    def _json_batches(self, blocks: Iterator[bytes], batch_bytes: int) -> Iterator[RecordBatch]:
+        if ".json" not in self._path.suffixes[-2:]:
+            return self._line_batches(blocks, batch_bytes)
+        is_array, blocks = starts_with_array(blocks)
+        return self._array_batches(blocks, batch_bytes) if is_array else self._line_batches(blocks, batch_bytes)
+
+    def _array_batches(self, blocks: Iterable[bytes], batch_bytes: int) -> Iterator[RecordBatch]:
+        items: list[bytes] = []
+        held = 0
+        for item in items_of_array(blocks, str(self._path)):
+            items.append(item)
+            held += len(item)
+            if held >= batch_bytes or len(items) == BATCH_RECORDS:
+                yield from self._batch(items, of_array=True)
+                items, held = [], 0
+        yield from self._batch(items, of_array=True)
 
     def _decompressed(
         self, kind: str, start: Callable[[], _Decompressor], error_type: type[Exception]
@@ -160,10 +170,10 @@ class TaskReader:
         for start in range(0, len(lines), BATCH_RECORDS):
             yield from self._batch(lines[start : start + BATCH_RECORDS])
 
-    def _batch(self, lines: Sequence[bytes | dict[str, Any]]) -> Iterator[RecordBatch]:
+    def _batch(self, lines: Sequence[bytes | dict[str, Any]], of_array: bool = False) -> Iterator[RecordBatch]:
         if lines:
             self._lines += len(lines)
-            yield RecordBatch(str(self._path), self._lines - len(lines) + 1, list(lines))
+            yield RecordBatch(str(self._path), self._lines - len(lines) + 1, list(lines), of_array)
 
     # ------------------------------------------------------------------------------------------------------------- rows
 

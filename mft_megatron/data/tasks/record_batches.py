@@ -6,6 +6,17 @@ from typing import Any
 import numpy as np
 
 
+def position(path: str, number: int, of_array: bool) -> str:
+    """Write the position of a record as messages show it.
+
+    Args:
+        path: of its file.
+        number: its line, or its number in the array that the file is.
+        of_array: the file is one JSON array.
+    """
+    return f"{path}: record {number}" if of_array else f"{path}:{number}"
+
+
 @dataclasses.dataclass(frozen=True)
 class RecordBatch:
     """Consecutive records of one file.
@@ -15,11 +26,13 @@ class RecordBatch:
         first_line: line of the first record, counted from 1.
         lines: the records; each is bytes as stored in the file, with the line end, or a dict, one row of a parquet
             file.
+        of_array: the file is one JSON array, so records have numbers, not lines.
     """
 
     path: str
     first_line: int
     lines: list[bytes | dict[str, Any]]
+    of_array: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

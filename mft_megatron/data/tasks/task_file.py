@@ -23,7 +23,7 @@ from mft_megatron.data.records.record_formats import RECORD_FORMATS
 from mft_megatron.errors import InputError
 from mft_megatron.suggestions import did_you_mean
 
-from .task_files import TaskFiles, check_task_name, expand_path, unite_files, usable_files
+from .task_files import FoundFiles, TaskFiles, check_task_name, expand_path, unite_files, usable_files
 
 if TYPE_CHECKING:
     import yaml
@@ -101,8 +101,8 @@ def _task(loader: "yaml.SafeLoader", name: str, node: "yaml.Node", path: Path, w
     import yaml
 
     if not isinstance(node, yaml.MappingNode):
-        files = _files(loader.construct_object(node, deep=True), path.parent, where)
-        return TaskFiles(name, tuple(files))
+        found = _files(loader.construct_object(node, deep=True), path.parent, where)
+        return TaskFiles(name, tuple(found.files), left_out=tuple(found.left_out))
     given: dict[str, tuple[Any, str]] = {}
     for key_node, value_node in _pairs(loader, node, where):
         key = str(key_node.value) if isinstance(key_node, yaml.ScalarNode) else "…"
@@ -117,12 +117,12 @@ def _task(loader: "yaml.SafeLoader", name: str, node: "yaml.Node", path: Path, w
     paths = [given.pop(key) for key in ("path", "paths") if key in given]
     if len(paths) != 1:
         raise InputError(f"{where}: give path or paths" + (", not both" if paths else ""))
-    files = _files(paths[0][0], path.parent, paths[0][1])
+    found = _files(paths[0][0], path.parent, paths[0][1])
     settings: dict[str, Any] = {}
     for key, (value, position) in given.items():
         field, check = _SETTINGS[key]
         settings[field] = check(value, f"{position}: {key}", path.parent)
-    return TaskFiles(name, tuple(files), **settings)
+    return TaskFiles(name, tuple(found.files), left_out=tuple(found.left_out), **settings)
 
 
 def _pairs(loader: "yaml.SafeLoader", node: "yaml.MappingNode", where: str) -> list[tuple["yaml.Node", "yaml.Node"]]:
@@ -139,12 +139,13 @@ def _position(path: Path, node: "yaml.Node") -> str:
     return f"{path}:{node.start_mark.line + 1}"
 
 
-def _files(value: object, folder: Path, where: str) -> list[Path]:
+def _files(value: object, folder: Path, where: str) -> FoundFiles:
     """Find the files of a path, or of several paths, each of which may be a pattern."""
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text for text in texts):
         raise InputError(f"{where}: a path is text, paths are a list of texts with at least one")
     files: list[Path] = []
+    left_out: list[Path] = []
     for text in texts:
         if "\0" in text:
             raise InputError(f"{where}: no such file or folder: {text!r}")
@@ -153,16 +154,19 @@ def _files(value: object, folder: Path, where: str) -> list[Path]:
             more = _matching(text, folder, where)
         else:
             more = expand_path(folder / text, where)
-        files = unite_files(files, more, where)
-    return files
+        files = unite_files(files, more.files, where)
+        left_out += more.left_out
+    return FoundFiles(files, left_out)
 
 
-def _matching(pattern: str, folder: Path, where: str) -> list[Path]:
+def _matching(pattern: str, folder: Path, where: str) -> FoundFiles:
     """Find the usable files among those that match a pattern, and below the folders that match."""
     matched = sorted(folder / match for match in glob.glob(pattern, root_dir=folder, recursive=True))
     if not matched:
         raise InputError(f"{where}: no file matches {pattern}")
-    return list(dict.fromkeys(usable_files(matched, f"{where}: {pattern}")))  # ** gives a folder, and what is in it
+    found = usable_files(matched, f"{where}: {pattern}")
+    # ** gives a folder, and what is in it
+    return FoundFiles(list(dict.fromkeys(found.files)), list(dict.fromkeys(found.left_out)))
 
 
 # --------------------------------------------------------------------------------------------------------- the settings

@@ -1,15 +1,20 @@
 """Tasks and the files they are made of, as ``--task NAME=PATH`` gives them; ``task_file.py`` reads them from YAML."""
 
 import dataclasses
+import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from mft_megatron.data.records.record_formats import is_record
 from mft_megatron.errors import InputError
 
-from .tokenized_file import IDS, MASK
+from .tokenized_file import IDS, MASK, files_on_disk
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".idx")
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst", ".parquet", ".idx")
+_KNOWN = ".jsonl, .json (both also .gz or .zst), .parquet or .idx"
+# bytes of a .json file by which it is told whether it holds records
+_START = 1 << 16
 # metrics of --early-stopping-metric, which otherwise names a task
 RESERVED_NAMES = ("macro", "objective")
 
@@ -27,6 +32,7 @@ class TaskFiles:
         sampling: epochs of the task in one pass, above 0.
         overlong: a value of :data:`mft_megatron.data.packing.packing_options.OVERLONG`.
         fim_rate: fraction of documents to be written as fill-in-the-middle, 0 to 1.
+        left_out: files of its folders that are not read.
     """
 
     name: str
@@ -37,6 +43,20 @@ class TaskFiles:
     sampling: float | None = None
     overlong: str | None = None
     fim_rate: float | None = None
+    left_out: tuple[Path, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class FoundFiles:
+    """The files that a path stands for.
+
+    Attributes:
+        files: that can be read.
+        left_out: beside them.
+    """
+
+    files: list[Path]
+    left_out: list[Path] = dataclasses.field(default_factory=list)
 
 
 def parse_tasks(words: tuple[str, ...]) -> dict[str, TaskFiles]:
@@ -49,14 +69,17 @@ def parse_tasks(words: tuple[str, ...]) -> dict[str, TaskFiles]:
         InputError: a word or name is malformed, :func:`expand_path` refuses a path, or a task has a file twice.
     """
     files: dict[str, list[Path]] = {}
+    left_out: dict[str, list[Path]] = {}
     for word in words:
         where = f"--task {word}"
         name, equals, text = word.partition("=")
         if not equals or not name or not text:
             raise InputError(f"{where}: give NAME=PATH")
         check_task_name(name, where)
-        files[name] = unite_files(files.get(name, []), expand_path(Path(text), where), where)
-    return {name: TaskFiles(name, tuple(paths)) for name, paths in files.items()}
+        found = expand_path(Path(text), where)
+        files[name] = unite_files(files.get(name, []), found.files, where)
+        left_out[name] = left_out.get(name, []) + found.left_out
+    return {name: TaskFiles(name, tuple(paths), left_out=tuple(left_out[name])) for name, paths in files.items()}
 
 
 def check_task_name(name: str, where: str) -> None:
@@ -79,7 +102,7 @@ def check_task_name(name: str, where: str) -> None:
         raise InputError(f"{where}: a task cannot be called {name}, which --early-stopping-metric reads otherwise")
 
 
-def expand_path(path: Path, where: str) -> list[Path]:
+def expand_path(path: Path, where: str) -> FoundFiles:
     """Find the files that a path stands for.
 
     These are the path itself; for a folder all readable files in it and below, sorted by path, without hidden ones; for
@@ -96,16 +119,19 @@ def expand_path(path: Path, where: str) -> list[Path]:
         return usable_files([path], where)
     if path.is_file():
         _check_kind(path, where)
-        return [path]
+        return FoundFiles([path])
     for end in (".idx", f"{IDS}.idx"):
         index = path.with_name(path.name + end) if path.name else path
         if index.is_file():
-            return [index]
+            return FoundFiles([index])
     raise InputError(f"{where}: no such file or folder: {path}")
 
 
-def usable_files(paths: Iterable[Path], where: str) -> list[Path]:
-    """Find the readable files among some files and in and below some folders; the others are left out.
+def usable_files(paths: Iterable[Path], where: str) -> FoundFiles:
+    """Find the readable files among some files and in and below some folders.
+
+    A ``.json`` file is readable there if it begins with an array or with a record on a line; metadata of data sets have
+    this ending, too. Files that belong to a readable index are not left out.
 
     Args:
         paths: files and folders.
@@ -120,10 +146,24 @@ def usable_files(paths: Iterable[Path], where: str) -> list[Path]:
         for file in _files_below(path) if path.is_dir() else [path]:
             (files if _is_readable(file, searched=True) else others).append(file)
     if not files:
-        names = ", ".join(file.name for file in others[:5]) or "no file"
-        more = f" and {len(others) - 5} more" if len(others) > 5 else ""
-        raise InputError(f"{where}: no {_known()} file there; there is {names}{more}")
-    return files
+        raise InputError(f"{where}: no {_KNOWN} file there; there is {_listed(others) or 'no file'}")
+    used = {part for file in files if file.suffix == ".idx" for part in files_on_disk(file)}
+    return FoundFiles(files, [file for file in others if file not in used])
+
+
+def left_out_lines(tasks: Iterable[TaskFiles]) -> list[str]:
+    """Write one line for each task whose folders have files that are not read."""
+    return [
+        f"task {task.name}: {len(task.left_out):,} {'file' if len(task.left_out) == 1 else 'files'} in its folders not "
+        f"read: {_listed(task.left_out)}"
+        for task in tasks
+        if task.left_out
+    ]
+
+
+def _listed(files: Sequence[Path]) -> str:
+    more = f" and {len(files) - 5:,} more" if len(files) > 5 else ""
+    return ", ".join(file.name for file in files[:5]) + more
 
 
 def unite_files(before: Iterable[Path], more: Iterable[Path], where: str) -> list[Path]:
@@ -171,8 +211,21 @@ def _is_readable(file: Path, searched: bool = False) -> bool:
         return False
     if searched and file.with_name(f"{file.name.removesuffix(f'{IDS}.idx')}_dataset.json").exists():
         return False
+    if searched and file.name.endswith(".json") and not _holds_records(file):
+        return False
     # the masks are read with the tokens they belong to
     return not (file.name.endswith(f"{MASK}.idx") and _tokens_of(file).exists())
+
+
+def _holds_records(file: Path) -> bool:
+    """Whether a ``.json`` file begins with an array, or with a line that is a record."""
+    try:
+        with open(file, "rb") as opened:
+            start = opened.read(_START).removeprefix(b"\xef\xbb\xbf").lstrip()
+        record = {} if start[:1] == b"[" else json.loads(start.partition(b"\n")[0])
+    except (OSError, ValueError, RecursionError):
+        return False
+    return start[:1] == b"[" or (isinstance(record, dict) and is_record(record))
 
 
 def _tokens_of(mask: Path) -> Path:
@@ -188,9 +241,5 @@ def _check_kind(path: Path, where: str) -> None:
     if path.suffix == ".bin":
         hint = f"; give {path.with_suffix('.idx').name}, its index"
     elif ".json" in path.suffixes:
-        hint = "; one JSON object a line is called .jsonl"
-    raise InputError(f"{where}: {path.name} is of no known kind ({_known()}){hint}")
-
-
-def _known() -> str:
-    return f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
+        hint = "; name a plain file .json or .jsonl"
+    raise InputError(f"{where}: {path.name} is of no known kind ({_KNOWN}){hint}")

@@ -24,6 +24,15 @@ def mask_index(path: Path) -> Path | None:
     return mask if mask.exists() else None
 
 
+def files_on_disk(path: Path) -> list[Path]:
+    """Files that are read for ``path``: itself, and for an ``.idx`` its ``.bin`` and the pair of its masks."""
+    if path.suffix != ".idx":
+        return [path]
+    files = [path, path.with_suffix(".bin")]
+    mask = mask_index(path)
+    return [*files, mask, mask.with_suffix(".bin")] if mask else files
+
+
 class TokenizedFile:
     """The documents of an MMIDIDX index; each is one sample, its sequences concatenated.
 

@@ -43,7 +43,11 @@ chat:
 """
     assert read(folder, text) == {
         "code": TaskFiles("code", (folder / "a.jsonl",), "question_answer", "chatml", 2.0, 0.5, "truncate-left", 0.9),
-        "chat": TaskFiles("chat", (folder / "b.jsonl", folder / "d/e.parquet", folder / "d/f.jsonl.gz")),
+        "chat": TaskFiles(
+            "chat",
+            (folder / "b.jsonl", folder / "d/e.parquet", folder / "d/f.jsonl.gz"),
+            left_out=(folder / "d/notes.txt",),
+        ),
     }
 
 

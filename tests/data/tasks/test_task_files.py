@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from mft_megatron.data.storage.indexed_dataset import IndexedDatasetWriter
 from mft_megatron.data.tasks.reader import TaskReader
 from mft_megatron.data.tasks.record_batches import TokenizedBatch
-from mft_megatron.data.tasks.task_files import TaskFiles, check_task_name, parse_tasks
+from mft_megatron.data.tasks.task_files import TaskFiles, check_task_name, left_out_lines, parse_tasks
 from mft_megatron.errors import InputError
 from tests import source_code
 
@@ -374,9 +374,42 @@ def touch(folder, *names):
 
 def test_a_folder_stands_for_its_files_and_those_below(tmp_path):
     expected = touch(tmp_path, "a.jsonl", "b/c.parquet", "b/d/e.jsonl.gz", "b/f.jsonl.zst", "g.idx", "h_input_ids.idx")
-    touch(tmp_path, "notes.txt", "g.bin", "h_loss_mask.idx", "h_input_ids.bin", "data.json", "x.parquet.part")
+    touch(tmp_path, "g.bin", "h_loss_mask.idx", "h_loss_mask.bin", "h_input_ids.bin")
+    left_out = touch(tmp_path, "b/notes.txt", "data.json", "other.bin", "x.parquet.part")
     touch(tmp_path, ".hidden.jsonl", ".cache/z.jsonl", "b/.git/y.jsonl")
-    assert parse_tasks((f"t={tmp_path}",)) == {"t": TaskFiles("t", tuple(expected))}
+    assert parse_tasks((f"t={tmp_path}",)) == {"t": TaskFiles("t", tuple(expected), left_out=tuple(left_out))}
+
+
+@pytest.mark.parametrize(
+    ("content", "read"),
+    [
+        (b'[{"text": "a"}]', True),
+        (b"\xef\xbb\xbf \r\n[\n]", True),
+        (b'{"text": "a"}\n{"text": "b"}\n', True),
+        (b'\n{"messages": []}', True),
+        (b'{"description": "metadata", "features": {}}', False),
+        (b'{\n  "text": "a"\n}', False),
+        (b'"text"\n', False),
+        (b"", False),
+        (b"\xff", False),
+        (b"{" * 70000, False),
+    ],
+)
+def test_json_files_of_a_folder_are_read_if_they_begin_with_records(tmp_path, content, read):
+    lines, other = touch(tmp_path, "a.jsonl", "b.json")
+    other.write_bytes(content)
+    task = parse_tasks((f"t={tmp_path}",))["t"]
+    assert task == (TaskFiles("t", (lines, other)) if read else TaskFiles("t", (lines,), left_out=(other,)))
+    assert left_out_lines([task]) == ([] if read else ["task t: 1 file in its folders not read: b.json"])
+    # named itself, it is read in any case
+    assert parse_tasks((f"t={other}",))["t"].files == (other,)
+
+
+def test_files_that_are_left_out_are_named_up_to_five(tmp_path):
+    files = tuple(tmp_path / f"{n}.txt" for n in range(1234))
+    assert left_out_lines([TaskFiles("t", (), left_out=files), TaskFiles("u", ())]) == [
+        "task t: 1,234 files in its folders not read: 0.txt, 1.txt, 2.txt, 3.txt, 4.txt and 1,229 more"
+    ]
 
 
 def test_links_to_folders_are_followed_once(tmp_path):
@@ -431,12 +464,12 @@ def test_a_file_that_a_task_has_twice_is_refused(tmp_path):
 
 
 def test_paths_that_cannot_be_read_are_refused_by_name(tmp_path):
-    touch(tmp_path, "a.bin", "a.csv", "a.json", "a_input_ids.idx", "a_loss_mask.idx", "f/x.txt", "f/y.json")
+    touch(tmp_path, "a.bin", "a.csv", "a.json.bz2", "a_input_ids.idx", "a_loss_mask.idx", "f/x.txt", "f/y.json")
     (tmp_path / "empty").mkdir()
-    kinds = r"\.jsonl, \.jsonl\.gz, \.jsonl\.zst, \.parquet or \.idx"
+    kinds = r"\.jsonl, \.json \(both also \.gz or \.zst\), \.parquet or \.idx"
     for name, message in {
         "a.csv": rf"a\.csv is of no known kind \({kinds}\)$",
-        "a.json": "one JSON object a line is called .jsonl",
+        "a.json.bz2": "name a plain file .json or .jsonl",
         "a.bin": r"give a\.idx, its index",
         "a_loss_mask.idx": r"give a_input_ids\.idx",
         "f": rf"no {kinds} file there; there is x\.txt, y\.json",
