@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -55,7 +56,8 @@ def _check(commands, folder):
 
 def test_output_and_failures(models, tmp_path):
     hf = ["--hf", str(models / "model")]
-    (tmp_path / "prompts.txt").write_text('import os\n"def f():\\n    return 1"\n')
+    lines = [f"import module_{number} as short_name_{number}" for number in range(12)]
+    (tmp_path / "prompts.txt").write_text("\n".join([*lines, '"def f():\\n    return 1"']))
     shutil.copytree(models / "model", tmp_path / "model")
     generation = tmp_path / "model" / "generation_config.json"
     generation.write_text('{"eos_token_id": 511}')
@@ -71,7 +73,7 @@ def test_output_and_failures(models, tmp_path):
             [*hf, "--load", str(models / "checkpoint of other")],
             [*hf, "--dtype", "bf16"],
             [*hf, "--tolerance", "1e-9"],
-            [*hf, "--prompts", str(tmp_path / "prompts.txt"), "--max-tokens", "4"],
+            [*hf, "--prompts", str(tmp_path / "prompts.txt"), "--max-tokens", "5"],
             ["--hf", str(tmp_path / "model")],
             [*hf, "--load", str(tmp_path / "run")],
         ],
@@ -94,7 +96,60 @@ def test_output_and_failures(models, tmp_path):
     assert float(low[0].splitlines()[-1].split()[2]) > 1e-2  # bf16 is not fp32
     assert "above --tolerance 1e-09" in strict[1]
     assert from_file[1] is None
-    assert [line.split()[:3] for line in from_file[0].splitlines()[-3:-1]] == [["line", "1", "4"], ["line", "2", "4"]]
+    assert [line.split()[:3] for line in from_file[0].splitlines()[-3:-1]] == [["line", "12", "5"], ["line", "13", "5"]]
     assert "stop tokens wrong; see above, nothing was computed" in wrong[1]
     assert "KL" not in wrong[0]
     assert "vocabulary of 511, " in smaller[1]
+
+
+def test_what_is_served_is_what_was_trained(models, dataset_prefix, tokenizer_folder, tmp_path):
+    """Against the data set: the folder's own template is another one, and that of the data set passes."""
+    from tests.convert import tiny_models
+
+    ledger = json.loads(Path(f"{dataset_prefix}_dataset.json").read_text())
+    # of a Qwen2 transformers changes how a tokenizer splits words, and then the check rightly fails
+    tiny_models.write_model("llama", tmp_path / "exported", tokenizer=tokenizer_folder, vocab_size=511)
+    (tmp_path / "exported" / "chat_template.jinja").write_text(ledger["chat_template"]["sources"][0]["source"])
+    (tmp_path / "exported" / "generation_config.json").write_text('{"eos_token_id": [3, 0]}')
+    shutil.copytree(models / "checkpoint of model", tmp_path / "run")
+    file = tmp_path / "run" / "iter_0000000" / "mft_checkpoint.json"
+    trained = {"name": "mftcoder", "source": "{{ messages[0].content }}", "others": {}}
+    tokenizer = {"stop_token_ids": [3, 9], "chat_template": trained}
+    file.write_text(json.dumps({**json.loads(file.read_text()), "tokenizer": tokenizer}))
+    data = ["--data-path", dataset_prefix]
+    (passed, other, of_run), _ = run_on_ranks(
+        1,
+        _check,
+        [
+            ["--hf", str(tmp_path / "exported"), *data],
+            ["--hf", str(models / "model"), *data],
+            ["--hf", str(tmp_path / "exported"), "--load", str(tmp_path / "run")],
+        ],
+        str(models / "model"),
+    )[0]
+    assert passed[1] is None, passed[0]
+    found = [line.split(maxsplit=1) for line in passed[0].split("\n\n")[0].splitlines()]
+    assert {verdict for verdict, _ in found} == {"ok"}
+    assert sum("a server sends what was trained" in text for _, text in found) == len(ledger["tasks"])
+    assert "trained chat format, trained stop tokens, prompts of " in other[1]
+    assert "wrong; see above, nothing was computed" in other[1]
+    assert f"{dataset_prefix} has chatml: a server sends 'Question?" in other[0].replace("<|im_start|>", "")
+    assert "trained chat format, trained stop tokens wrong" in of_run[1]
+    assert "generation_config.json lacks 9, which ends answers of" in of_run[0]
+
+
+@pytest.mark.parametrize("name", ["gemma", "qwen2 tied"])
+def test_a_folder_without_a_tokenizer(tmp_path, name):
+    """transformers makes an empty one for these models, with which nothing would be compared."""
+    from tests.convert import tiny_models
+
+    tiny_models.write_model(name, tmp_path / "model")
+    for file in (tmp_path / "model").glob("tokenizer*"):
+        file.unlink()
+    (tmp_path / "prompts.txt").write_text("def f():\n" * 20)
+    hf = ["--hf", str(tmp_path / "model")]
+    commands = [hf, [*hf, "--prompts", str(tmp_path / "prompts.txt")]]
+    (plain, with_prompts), _ = run_on_ranks(1, _check, commands, str(tmp_path / "model"))[0]
+    assert "tokenizer              no file of a vocabulary" in plain[0]
+    assert plain[0].splitlines()[-1].split()[:2] == ["total", "128"]
+    assert "--prompts: the folder has no tokenizer to encode them" in with_prompts[1]

@@ -1,11 +1,14 @@
 """``check`` of ``tools/convert_checkpoint.py``: can a server load a folder, and does it compute the trained model?"""
 
 import dataclasses
+import itertools
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
+from mft_megatron.data.chat_templates.trained_format import trained_format
+from mft_megatron.data.storage.ledger import Ledger, read_ledger
 from mft_megatron.errors import InputError
 from mft_megatron.options import option, read_options
 from mft_megatron.run_folder import CheckpointRef, select_checkpoint
@@ -13,6 +16,7 @@ from mft_megatron.run_folder import CheckpointRef, select_checkpoint
 from .options import best_of_load_option, exported_folder_option
 
 if TYPE_CHECKING:
+    from mft_megatron.convert.serving.finding import Finding
     from mft_megatron.convert.serving.logits_check import Difference
     from mft_megatron.convert.serving.prompts import ServedTokenizer
 
@@ -30,10 +34,16 @@ class CheckOptions:
     hf: str = exported_folder_option()
     load: str | None = option(
         None,
-        "Compare the folder with this checkpoint (run folder, or one iter_NNNNNNN) instead of with itself.",
+        "Compare the folder with this checkpoint (run folder, or one iter_NNNNNNN) instead of with itself, and chat "
+        "template and stop tokens with those that were trained.",
         metavar="CKPT",
     )
     best: bool = best_of_load_option()
+    data_path: str | None = option(
+        None,
+        "Data set of the training: prompts of its first samples, as a server sends them, must be the stored ids.",
+        metavar="PREFIX",
+    )
     dtype: str = option("fp32", "Precision of both.", choices=tuple(TOLERANCES))
     prompts: str | None = option(
         None,
@@ -63,9 +73,12 @@ def check(command_line: Sequence[str]) -> None:
     from mft_megatron.convert.serving.prompts import encode, read_prompts
 
     prompts = read_prompts(Path(options.prompts)) if options.prompts else None
+    ledger = None if options.data_path is None else read_ledger(options.data_path)
     tokenizer, reason = _tokenizer(folder)
     wrong = []
-    for finding in folder_check.findings(folder, tokenizer, reason):
+    for finding in itertools.chain(
+        folder_check.findings(folder, tokenizer, reason), _of_training(options, tokenizer, checkpoint, ledger)
+    ):
         print(f"{finding.verdict:<8} {finding.subject:<22} {finding.text}", flush=True)
         wrong += [finding.subject] if finding.verdict == "wrong" else []
     if wrong:
@@ -94,14 +107,48 @@ def _checkpoint(options: CheckOptions) -> CheckpointRef | None:
 
 def _tokenizer(folder: Path) -> "tuple[ServedTokenizer | None, str]":
     """Load the folder's tokenizer as a server would; ``None`` and the reason if that fails."""
+    from mft_megatron.convert.serving.prompts import CHAT, VOCABULARIES, has_vocabulary
+
+    if not has_vocabulary(folder):  # transformers makes an empty tokenizer for some models, and does not fail
+        return None, f"no file of a vocabulary ({', '.join(VOCABULARIES[:3])} …)"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             from transformers import AutoTokenizer
 
-            return AutoTokenizer.from_pretrained(folder), ""
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            # of an empty vocabulary a text is nothing, or one unknown token
+            if len(set(tokenizer(CHAT[0]["content"], add_special_tokens=False)["input_ids"])) < 2:
+                return None, "transformers loads one without a vocabulary; its files are incomplete"
+            return tokenizer, ""
     except Exception as error:  # damaged files fail in many ways
         return None, f"transformers loads none ({(str(error).strip() or type(error).__name__).splitlines()[0][:120]})"
+
+
+def _of_training(
+    options: CheckOptions, tokenizer: "ServedTokenizer | None", checkpoint: CheckpointRef | None, ledger: Ledger | None
+) -> "Iterator[Finding]":
+    """Compare template, stop tokens and prompts with those of the training."""
+    from mft_megatron.convert.huggingface.chat_files import trained_format_of
+    from mft_megatron.convert.serving.finding import Finding
+    from mft_megatron.convert.serving.trained_chat import prompt_findings, stop_finding, template_finding
+
+    origins = []
+    if checkpoint is not None and checkpoint.info.tokenizer:
+        stops = checkpoint.info.tokenizer.get("stop_token_ids") or []
+        origins.append((str(checkpoint.path), trained_format_of(checkpoint.info), stops))
+    if ledger is not None:
+        origins.append((str(options.data_path), trained_format(ledger), ledger.chat_template["stop_token_ids"]))
+    for where, trained, stops in origins:
+        if tokenizer is None:
+            verdict: Literal["note", "wrong"] = "note" if ledger is None else "wrong"
+            yield Finding(verdict, "trained chat format", f"not compared with {where}, as there is no tokenizer")
+            continue
+        yield template_finding(tokenizer, trained, where)
+        if trained is not None:  # before it was recorded, tokens that no answer ended with were listed as well
+            yield stop_finding(Path(options.hf), stops, where)
+    if ledger is not None and tokenizer is not None:
+        yield from prompt_findings(tokenizer, str(options.data_path), ledger)
 
 
 def _report(

@@ -1,10 +1,8 @@
 """Checks of everything that a server reads from a Hugging Face folder, without loading the model."""
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -20,22 +18,8 @@ from mft_megatron.convert.huggingface.weight_check import refuse_mismatch
 from mft_megatron.errors import InputError
 from mft_megatron.mcore.platform.precisions import BY_DTYPE
 
-from .prompts import CHAT, ServedTokenizer
-
-
-@dataclasses.dataclass(frozen=True)
-class Finding:
-    """The result of one check.
-
-    Attributes:
-        verdict: ``ok``; ``missing``: a server can do without; ``wrong``: a server fails; ``note``: worth knowing.
-        subject: the file or feature that was checked.
-        text: the result in words.
-    """
-
-    verdict: Literal["ok", "missing", "wrong", "note"]
-    subject: str
-    text: str
+from .finding import Finding
+from .prompts import CHAT, ServedTokenizer, render
 
 
 def findings(folder: Path, tokenizer: ServedTokenizer | None, reason: str) -> Iterator[Finding]:
@@ -115,11 +99,11 @@ def _tokenizer(tokenizer: ServedTokenizer | None, reason: str, vocab_size: int) 
         yield Finding("wrong", "tokenizer", f"{len(tokenizer):,} tokens, the model has {vocab_size:,}; it is another's")
     else:
         yield Finding("ok", "tokenizer", f"{len(tokenizer):,} tokens")
-    if not getattr(tokenizer, "chat_template", None):
+    if not tokenizer.chat_template:
         yield Finding("missing", "chat template", "a server can complete text, not chat")
         return
     try:
-        text = tokenizer.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
+        text = render(tokenizer, CHAT)
     except Exception as error:  # a template is a program, which may raise anything
         yield Finding("wrong", "chat template", f"cannot be rendered ({' '.join(str(error).split())})")
         return

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -21,10 +21,18 @@ PROMPTS = {
 CHAT = [{"role": "user", "content": "Write a function that reverses a linked list, and test it."}]
 # size of the random texts for a folder without a tokenizer
 RANDOM_TEXTS, RANDOM_TOKENS = 4, 32
+FEWEST_TOKENS = 64  # that a comparison is worth making of
+# files that hold a vocabulary; without any, transformers makes an empty tokenizer for some models
+VOCABULARIES = (
+    *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model"),
+    *("tekken.json", "*.tiktoken"),
+)
 
 
 class ServedTokenizer(Protocol):
     """A tokenizer of transformers, as far as the checks use it."""
+
+    chat_template: str | None
 
     def __len__(self) -> int:
         """Number of tokens, added ones included."""
@@ -35,10 +43,37 @@ class ServedTokenizer(Protocol):
     def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
         """Names of tokens."""
 
-    def apply_chat_template(
-        self, conversation: Sequence[Mapping[str, str]], *, tokenize: bool, add_generation_prompt: bool
-    ) -> str:
-        """Render a conversation."""
+    def decode(self, ids: list[int]) -> str:
+        """Text of ids."""
+
+    def get_chat_template(self, *, tools: Sequence[Mapping[str, Any]] | None) -> str:
+        """The template of a conversation that declares ``tools``."""
+
+    def apply_chat_template(self, conversation: Sequence[Mapping[str, Any]], **options: Any) -> str:
+        """Render a conversation; :func:`render` names the options."""
+
+
+def render(
+    tokenizer: ServedTokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    template: str | None = None,
+) -> str:
+    """Write the prompt of a conversation as a server does.
+
+    Args:
+        tokenizer: of the folder.
+        messages: as in OpenAI's API.
+        tools: that are declared.
+        template: instead of the tokenizer's own.
+    """
+    options = {"tools": tools, "chat_template": template, "tokenize": False, "add_generation_prompt": True}
+    return tokenizer.apply_chat_template(messages, **options)
+
+
+def has_vocabulary(folder: Path) -> bool:
+    """Whether a folder has a file of a tokenizer's vocabulary."""
+    return any(any(folder.glob(name)) for name in VOCABULARIES)
 
 
 def read_prompts(file: Path) -> dict[str, str]:
@@ -73,17 +108,21 @@ def encode(
         prompts: texts by name; ``None``: the built-in ones, and a chat where the tokenizer has a template.
 
     Raises:
-        InputError: a token is not in the vocabulary, or there are no tokens.
+        InputError: a token is not in the vocabulary, a prompt has no tokens, all together have fewer than
+            :data:`FEWEST_TOKENS`, or there are prompts and no tokenizer.
     """
     if tokenizer is None:
+        if prompts is not None:
+            raise InputError("--prompts: the folder has no tokenizer to encode them; leave the option out")
         generator = torch.Generator().manual_seed(1)
-        rows = torch.randint(vocab_size, (RANDOM_TEXTS, min(RANDOM_TOKENS, limit)), generator=generator).tolist()
+        length = min(RANDOM_TOKENS, limit)
+        shape = (-(-RANDOM_TEXTS * RANDOM_TOKENS // length), length)
+        rows = torch.randint(vocab_size, shape, generator=generator).tolist()
         return {f"random {number}": row for number, row in enumerate(rows, 1)}
     texts = PROMPTS if prompts is None else prompts
     encoded = {name: tokenizer(text)["input_ids"][:limit] for name, text in texts.items()}
-    if prompts is None and getattr(tokenizer, "chat_template", None):
-        text = tokenizer.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
-        encoded["chat"] = tokenizer(text, add_special_tokens=False)["input_ids"][:limit]
+    if prompts is None and tokenizer.chat_template:
+        encoded["chat"] = tokenizer(render(tokenizer, CHAT), add_special_tokens=False)["input_ids"][:limit]
     for name, tokens in encoded.items():
         if not tokens:
             raise InputError(f"prompt {name}: the tokenizer makes no tokens of it; leave it out")
@@ -92,4 +131,10 @@ def encode(
                 f"prompt {name}: the tokenizer gives token {max(tokens)}, the vocabulary has {vocab_size}; it is the "
                 "tokenizer of another model"
             )
+    total = sum(map(len, encoded.values()))
+    if total < FEWEST_TOKENS:
+        raise InputError(
+            f"{'--prompts' if prompts else '--max-tokens'}: {total} tokens are too few to tell two models apart; "
+            f"compare at least {FEWEST_TOKENS}, with longer prompts or a larger --max-tokens"
+        )
     return encoded

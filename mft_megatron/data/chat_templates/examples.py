@@ -31,8 +31,9 @@ def example_of(conversation: Conversation, supervise: str, names: frozenset[str]
             conversation with one is no example.
 
     Returns:
-        ``messages`` before the first supervised turn and ``tools``, or ``prompt`` of raw text, or ``document``, the
-        beginning of a document; ``None`` for one that is too long or has a name.
+        ``messages`` before the first supervised turn, ``tools``, and ``followed`` where others follow that turn, which
+        templates may write differently then; or ``prompt`` of raw text, or ``document``, the beginning of a document;
+        ``None`` for one that is too long or has a name.
     """
     example: dict[str, Any]
     if conversation.document:
@@ -44,6 +45,8 @@ def example_of(conversation: Conversation, supervise: str, names: frozenset[str]
         example = {"messages": [message_of(turn) for turn in conversation.turns[:first]]}
         if conversation.tools:
             example["tools"] = list(conversation.tools)
+        if first + 1 < len(conversation.turns):
+            example["followed"] = True
     too_long = sum(map(len, strings_in(example))) > _CHARACTERS or len(json.dumps(example)) > 2 * _CHARACTERS
     return None if too_long or any(map(names_pattern(tuple(names)).search, strings_in(example))) else example
 

@@ -17,7 +17,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 # the result of strftime_now in templates: data must not depend on the day on which they are made
-_TODAY = datetime.datetime(2024, 7, 26)
+TODAY = datetime.datetime(2024, 7, 26)
 
 
 class TemplateEnvironment(ImmutableSandboxedEnvironment):
@@ -38,7 +38,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         del self.globals["lipsum"]
         self.globals.update(
             raise_exception=_raise_exception,
-            strftime_now=_TODAY.strftime,
+            strftime_now=TODAY.strftime,
             dict=lambda *args, **items: dict(*args, **items),
             namespace=_namespace,
         )

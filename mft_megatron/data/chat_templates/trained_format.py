@@ -57,14 +57,22 @@ def served_source(style: ChatFormat, tokenizer: Tokenizer, add_bos: bool) -> str
     if not add_bos or bos is None:
         return source
     variables = {"eos_token": tokenizer.end_of_text, "bos_token": bos}
+    begins = set()
     for messages in ([_QUESTION], [_SYSTEM, _QUESTION]):
         try:
-            written = renderer(source).render(messages, None, variables, prompt=True)
-        except TemplateError:  # it may require a system turn
+            begins.add(renderer(source).render(messages, None, variables, prompt=True).startswith(bos))
+        except TemplateError:  # it may require a system turn, or have no place for one
             continue
+    if begins == {True}:
+        return source
+    if begins == {False}:
         # the line break after a comment is not written, and the template still begins a line
-        return source if written.startswith(bos) else f"{{{{- bos_token }}}}{{# as in the data #}}\n{source}"
-    return source
+        return f"{{{{- bos_token }}}}{{# as in the data #}}\n{source}"
+    text = source.removesuffix("\n")  # which is not written at the end of a template
+    return (
+        f"{{% set written %}}\n{text}{{% endset %}}"
+        '{{- "" if written.startswith(bos_token) else bos_token }}{{- written }}'
+    )
 
 
 def chat_sources(

@@ -71,25 +71,50 @@ class _Letters:
     def convert_ids_to_tokens(self, ids):
         return [chr(number) for number in ids]
 
-    def apply_chat_template(self, messages, tokenize, add_generation_prompt):
-        assert not tokenize
+    def apply_chat_template(self, messages, tokenize, add_generation_prompt, tools, chat_template):
+        assert add_generation_prompt > tokenize
         return self.chat_template.format(messages[0]["content"])
 
 
 def test_prompts(tmp_path):
     tokenizer = _Letters()
-    assert encode(tokenizer, None, 131, 8).keys() == PROMPTS.keys()
+    assert encode(tokenizer, None, 131, 12).keys() == PROMPTS.keys()
     tokenizer.chat_template = "<{}>"
-    encoded = encode(tokenizer, None, 131, 8)
-    assert encoded["chat"] == [ord(letter) for letter in "<Write a"]
-    random = encode(None, None, 50, 8)
-    assert random == encode(None, None, 50, 8)
-    assert {len(text) for text in random.values()} == {8}
-    assert max(map(max, random.values())) < 50
+    encoded = encode(tokenizer, None, 131, 10)
+    assert encoded["chat"] == [ord(letter) for letter in "<Write a f"]
+    for limit, texts in ((8, 16), (256, 4), (1, 128)):
+        random = encode(None, None, 50, limit)
+        assert random == encode(None, None, 50, limit)
+        assert [len(text) for text in random.values()] == [128 // texts] * texts
+        assert max(map(max, random.values())) < 50
     with pytest.raises(InputError, match="gives token 130, the vocabulary has 130"):
         encode(tokenizer, {"one": "é"}, 130, 8)
     with pytest.raises(InputError, match="prompt one: the tokenizer makes no tokens"):
-        encode(tokenizer, {"one": ""}, 131, 8)
+        encode(tokenizer, {"two": "a" * 64, "one": ""}, 131, 64)
+    with pytest.raises(InputError, match="--prompts: the folder has no tokenizer to encode them"):
+        encode(None, {"one": "a"}, 131, 8)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "limit", "tokens"),
+    [
+        ({"1": "a" * 63}, 99, 63),
+        ({"1": "a" * 64}, 99, None),
+        ({"1": "a" * 99}, 63, 63),
+        (None, 10, 60),
+        (None, 11, None),
+    ],
+)
+def test_too_few_tokens_are_no_comparison(prompts, limit, tokens):
+    if tokens is None:
+        assert sum(map(len, encode(_Letters(), prompts, 131, limit).values())) >= 64
+        return
+    option = "--max-tokens" if prompts is None else "--prompts"
+    with pytest.raises(InputError, match=f"{option}: {tokens} tokens are too few to tell two models apart"):
+        encode(_Letters(), prompts, 131, limit)
+
+
+def test_files_of_prompts(tmp_path):
     file = tmp_path / "prompts"
     file.write_text('def f():\n\n"two\\nlines"\n17\n')
     assert read_prompts(file) == {"line 1": "def f():", "line 3": "two\nlines", "line 4": "17"}

@@ -79,12 +79,24 @@ def test_tasks_of_different_formats_are_named(tmp_path, tokenizer_folder):
     assert len(ledger.chat_template["stop_token_ids"]) == 2
 
 
+# begins with the token if the first turn is the system's
+BY_ROLE = """\
+  {% for turn in messages %}
+  {% if turn.role == "system" %}
+{{- bos_token -}}
+  {% endif %}
+{{- turn.role + ":" + turn.content -}}
+  {% endfor %}
+"""
+
+
 @pytest.mark.parametrize(
     ("name", "bos", "written"),
     [
         ("chatml", "<s>", "<s><|im_start|>user\nQ"),
         ("mftcoder", "<s>", "<s>human\nQ"),  # it begins with the token already
         ("mftcoder", "<bos>", "<bos><s>human\nQ"),
+        (BY_ROLE, "<s>", "<s>user:Q"),
         (GEMMA, "<bos>", "<bos><start_of_turn>user\nQ"),
         (PHI3, "<bos>", "<bos><|user|>\nQ"),
         (f"  {UNPROMPTED}", "<s>", "<s><|im_start|>user\nQ"),
@@ -98,6 +110,7 @@ def test_tasks_of_different_formats_are_named(tmp_path, tokenizer_folder):
 )
 def test_a_token_that_data_begin_with_is_in_the_template(tmp_path, name, bos, written):
     tokenizer = load_tokenizer("HuggingFaceTokenizer", save_tokenizer(tmp_path, bos=bos))
+    template = name
     if name not in FORMATS:
         (tmp_path / "own.jinja").write_text(name)
         name = str(tmp_path / "own.jinja")
@@ -107,8 +120,12 @@ def test_a_token_that_data_begin_with_is_in_the_template(tmp_path, name, bos, wr
     if written == "!":
         messages.insert(0, {"role": "system", "content": "S"})
         written = "<s><|im_start|>system\nS"
-    text = renderer(served_source(style, tokenizer, add_bos=True)).render(messages, None, variables)
-    assert text.startswith(written)
+    served = renderer(served_source(style, tokenizer, add_bos=True))
+    assert served.render(messages, None, variables).startswith(written)
+    with_system = [{"role": "system", "content": "S"}, *messages[-1:]]
+    if template != GEMMA:  # which has no such turn
+        whole = renderer(style.source).render(with_system, None, variables)
+        assert served.render(with_system, None, variables) == (whole if whole.startswith(bos) else bos + whole)
     assert served_source(style, tokenizer, add_bos=False) == style.source
 
 
