@@ -1,9 +1,13 @@
 """The exception for errors that the user can correct, and how a command reports it."""
 
+import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from mft_megatron.disk_errors import FULL, explain, is_of_disk
 
 # Seconds that a silent rank leaves the rank that prints the error.
 PATIENCE = 5
@@ -22,6 +26,35 @@ class InputError(Exception):
         self.always = always
 
 
+@contextlib.contextmanager
+def disk_reported(place: Path, consequence: str, remedy: str, always: bool = False) -> Iterator[None]:
+    """Turn a disk that is full or cannot be used, inside the block, into a one-line error.
+
+    Args:
+        place: what is written, for errors that name no file.
+        consequence: what became of it, in words that follow "the disk is full; ".
+        remedy: what to do, in words that follow "free some space, or ".
+        always: as in :class:`InputError`.
+
+    Raises:
+        InputError: there was such an error; other errors stay as they are.
+    """
+    try:
+        yield
+    except OSError as error:
+        if not is_of_disk(error):
+            raise
+        raise InputError(
+            f"{error.filename or place}: {explain(error, place)}; {consequence}. "
+            f"{_sentence(f'free some space, or {remedy}' if error.errno in FULL else remedy)}",
+            always,
+        ) from None
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
 def run_command(main: Callable[[], int | None], quiet: bool = False) -> int:
     """Run a command-line entry; print an :class:`InputError` as one line on stderr.
 
@@ -30,11 +63,11 @@ def run_command(main: Callable[[], int | None], quiet: bool = False) -> int:
         quiet: do not print an error that other processes raise, too; set on all ranks of a machine but one.
 
     Returns:
-        the exit code: the result of ``main``; 2 after an :class:`InputError` or a file that cannot be read or written;
-        130 after an interrupt; 141 if the reader of the output has gone.
+        the exit code: the result of ``main``; 2 after an :class:`InputError` or a file, or the output, that cannot be
+        read or written; 130 after an interrupt; 141 if the reader of the output has gone.
     """
     try:
-        return main() or 0
+        return main() or _finish_output()
     except InputError as error:
         if not quiet or error.always:
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
@@ -44,14 +77,35 @@ def run_command(main: Callable[[], int | None], quiet: bool = False) -> int:
         return 2
     except BrokenPipeError:
         # The reader, such as head, has closed the pipe: prevent a second error when Python flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 141
     except KeyboardInterrupt:
         if not quiet:
             print("interrupted; the same command goes on from what is complete", file=sys.stderr, flush=True)
         return 130
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and not is_of_disk(error):
             raise
-        print(f"error: {error.filename}: {error.strerror}; nothing was completed there", file=sys.stderr, flush=True)
+        where = "the output, or a file without a name" if error.filename is None else os.fsdecode(error.filename)
+        place = "." if error.filename is None else where
+        print(f"error: {where}: {explain(error, place)}; nothing was completed there", file=sys.stderr, flush=True)
+        _finish_output()
         return 2
+
+
+def _finish_output() -> int:
+    """Flush the output, which at Python's exit would be a traceback where the disk is full; returns the exit code."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        print(f"error: the output cannot be written: {explain(error, '.')}", file=sys.stderr, flush=True)
+        _drop_output()
+        return 2
+    return 0
+
+
+def _drop_output() -> None:
+    """Send what Python flushes at its exit nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -17,6 +17,7 @@ The description is written last and renamed into place: a folder without it is a
 The files that name a checkpoint are written after it, and the checkpoints that they name are never removed.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -379,10 +380,21 @@ def copy_tokenizer(model: Path, target: Path) -> bool:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a small text file atomically: a reader sees the old content or the new, never a part."""
+    """Write a small text file atomically: a reader sees the old content or the new, never a part.
+
+    Raises:
+        OSError: it cannot be written; the error names it.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None

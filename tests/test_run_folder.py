@@ -1,7 +1,9 @@
 """Files that name a checkpoint, and checkpoints that may be removed."""
 
 import dataclasses
+import errno
 import json
+import os
 
 import pytest
 
@@ -19,6 +21,7 @@ from mft_megatron.run_folder import (
     read_info,
     record_best,
     remove_checkpoint,
+    replace_text,
     superseded,
     write_info,
 )
@@ -184,3 +187,19 @@ def test_a_checkpoint_of_megatron_lm_is_told_from_an_unfinished_save(tmp_path, n
     (path / "run_config.yaml").write_text("model: {}")
     with pytest.raises(InputError, match="Megatron-Bridge wrote it"):
         latest_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("fault", ["write", "rename"])
+def test_a_small_file_is_replaced_or_as_it_was(tmp_path, monkeypatch, fault):
+    file = tmp_path / "tracker"
+    replace_text(file, "5\n")
+
+    def fail(*arguments):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync" if fault == "write" else "replace", fail)
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        replace_text(file, "6\n")
+    assert caught.value.filename == str(file)
+    assert [path.name for path in tmp_path.iterdir()] == ["tracker"]
+    assert file.read_text() == "5\n"

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from mft_megatron.disk_errors import disk_error, explain
 from mft_megatron.errors import InputError
 
 
@@ -34,7 +35,11 @@ def replacing(target: Path) -> Iterator[Path]:
         os.replace(partial, target)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError) and error.filename is None:
+        disk = disk_error(error) if isinstance(error, Exception) and not isinstance(error, InputError) else None
+        if disk is None and isinstance(error, OSError) and error.filename is None:
+            disk = error
+        if disk is not None:
             # an error while writing to an open file, such as a full disk, names no file
-            raise InputError(f"{target}: {error.strerror}; nothing was completed there") from None
+            where = target if disk.filename is None else disk.filename
+            raise InputError(f"{where}: {explain(disk, target)}; nothing was completed there") from None
         raise

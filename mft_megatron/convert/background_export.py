@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO
 
 from mft_megatron.convert.commands.convert import main
+from mft_megatron.disk_errors import explain
 from mft_megatron.errors import InputError
 from mft_megatron.run_folder import INFO, iteration_folder, latest_checkpoint, read_info
 
@@ -58,6 +59,7 @@ class Exports:
         self._running: _Running | None = None
         self._failed: dict[Path, str] = {}
         self._printed: set[str] = set()
+        self._not_started: list[dict[str, str | float]] = []
 
     @property
     def waiting(self) -> tuple[Path, ...]:
@@ -88,11 +90,10 @@ class Exports:
                 self.add(path)
 
     def poll(self) -> list[dict[str, str | float]]:
-        """Report an export that has ended since the last call: its ``path``, and ``seconds`` or the reason it
-        ``failed``."""
-        if self._running is None or self._running.process.poll() is None:
-            return []
-        return [self._end(self._running)]
+        """Report exports that have ended since the last call: ``path``, and ``seconds`` or the reason it ``failed``."""
+        ended = [] if self._running is None or self._running.process.poll() is None else [self._end(self._running)]
+        not_started, self._not_started = self._not_started, []
+        return ended + not_started
 
     def export_newest(self, run: Path) -> None:
         """Export the newest checkpoint of a run in this process, unless it is exported or waiting already."""
@@ -116,8 +117,8 @@ class Exports:
             print(f"--save-hf: waiting for {names}", flush=True)
         while self._running is not None:
             self._running.process.wait()
-            result = self._end(self._running)
-            print("--save-hf: " + ", ".join(f"{name} {value}" for name, value in result.items()), flush=True)
+            for result in (self._end(self._running), *self.poll()):
+                print("--save-hf: " + ", ".join(f"{name} {value}" for name, value in result.items()), flush=True)
 
     def refuse_failures(self) -> None:
         """Report the exports that failed.
@@ -135,8 +136,16 @@ class Exports:
         return [self._direction, "--load", str(checkpoint), "--hf", str(self._folder(checkpoint))]
 
     def _begin(self) -> None:
-        """Start the first export of the queue."""
-        checkpoint = self._queue.popleft()
+        """Start the first export of the queue that can be started."""
+        while self._queue and self._running is None:
+            checkpoint = self._queue.popleft()
+            try:
+                self._start(checkpoint)
+            except OSError as error:  # no space for its output, no process: that ends the export and not the run
+                reason = explain(error, tempfile.gettempdir() if error.filename is None else error.filename)
+                self._not_started.append(self._failure(checkpoint, reason))
+
+    def _start(self, checkpoint: Path) -> None:
         output = tempfile.TemporaryFile("w+")  # noqa: SIM115  (open as long as the process)
         # the export is a single process without a device
         environment = {name: value for name, value in os.environ.items() if name not in _RANKS}
@@ -169,9 +178,12 @@ class Exports:
         errors = [line for line in lines if line.startswith("error: ")]
         others = [line for line in lines if not line.startswith("warning: ")]
         reason = (errors or others or [""])[-1].removeprefix("error: ") or f"exit code {code}"
-        command = f"{self._program.name} {' '.join(self._command(ended.checkpoint))}"
-        self._failed[ended.checkpoint] = f"{ended.checkpoint} was not exported ({reason}); later {command} will do it"
-        return {"path": path, "failed": reason}
+        return self._failure(ended.checkpoint, reason)
+
+    def _failure(self, checkpoint: Path, reason: str) -> dict[str, str | float]:
+        command = f"{self._program.name} {' '.join(self._command(checkpoint))}"
+        self._failed[checkpoint] = f"{checkpoint} was not exported ({reason}); later {command} will do it"
+        return {"path": str(self._folder(checkpoint)), "failed": reason}
 
     def _stop(self) -> None:
         """End the export in progress, which removes its unfinished folder; kill it if it does not end in time."""

@@ -5,6 +5,7 @@
     data set (refused here if it is damaged) ─► process groups ─► trainer ─► [checkpoint] ─► loop
 """
 
+import contextlib
 from pathlib import Path
 
 from mft_megatron.arguments.notes import notes
@@ -12,7 +13,7 @@ from mft_megatron.arguments.table import Arguments
 from mft_megatron.data.loading.dataset import PackedDataset
 from mft_megatron.data.storage.ledger import read_ledger
 from mft_megatron.data.tokenizers.load import load_tokenizer
-from mft_megatron.errors import InputError
+from mft_megatron.errors import InputError, disk_reported
 from mft_megatron.mcore.model import kernels
 from mft_megatron.mcore.parallel import process_groups
 from mft_megatron.mcore.platform import devices
@@ -64,7 +65,8 @@ def pretrain(
     evaluation = Evaluation(arguments, dataset)
     with process_groups.process_groups(arguments.distributed, arguments.initialization.seed):
         options = arguments.checkpoint
-        log = RunLog(process_groups.is_main(), options.save, arguments.logging)
+        with _run_folder_reported(arguments):
+            log = RunLog(process_groups.is_main(), options.save, arguments.logging)
         try:
             log.print(f"{arguments.world_size} rank(s) on {devices.describe()}")
             if not checked:
@@ -81,7 +83,8 @@ def pretrain(
             if weights_line is not None:
                 log.print(weights_line)
             if options.save is not None and process_groups.is_main():
-                _describe_run(Path(options.save), arguments, dataset, log, sources)
+                with _run_folder_reported(arguments):
+                    _describe_run(Path(options.save), arguments, dataset, log, sources)
             progress, state = resume(arguments, trainer, log, sources)
             evaluation.load(state, log, progress)
             if arguments.validation.skip_train:
@@ -138,6 +141,14 @@ def _refuse_uneven_gathering(arguments: Arguments, dataset: PackedDataset) -> No
             f"--moe-token-dispatcher-type allgather with --expert-model-parallel-size {ranks}: rows of "
             f"{arguments.data.data_path} are padded, so ranks have different numbers of tokens; use alltoall"
         )
+
+
+def _run_folder_reported(arguments: Arguments) -> contextlib.AbstractContextManager[None]:
+    """Turn a run folder that the main process cannot write into a one-line error, before anything is trained."""
+    folder, option = arguments.checkpoint.save, "--save"
+    if folder is None:
+        folder, option = arguments.logging.tensorboard_dir or ".", "--tensorboard-dir"
+    return disk_reported(Path(folder), "nothing was trained", f"choose another {option}", always=True)
 
 
 def _describe_run(folder: Path, arguments: Arguments, dataset: PackedDataset, log: RunLog, sources: Sources) -> None:

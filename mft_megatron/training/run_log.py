@@ -1,20 +1,24 @@
-"""The log of a run: ``metrics.jsonl`` in full precision, TensorBoard, Weights & Biases, and lines on the terminal."""
+"""The log of a run: ``metrics.jsonl`` in full precision, TensorBoard, Weights & Biases, and lines on the terminal.
+
+A log that cannot be written, as on a full disk, does not end a run of weeks: that is said once, in a line, and the run
+continues. Records wait until ``metrics.jsonl`` takes them again; TensorBoard goes on when the run is resumed.
+"""
 
 import json
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 from mft_megatron.arguments.groups.logging import LoggingArguments
+from mft_megatron.disk_errors import explain
 from mft_megatron.errors import InputError
 from mft_megatron.run_folder import METRICS, TENSORBOARD
 
 from .events import EventRecord, event_text
+from .log_sinks.board import Board
+from .log_sinks.record_file import RecordFile
 from .records import EvaluationRecord, StepRecord
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 Record: TypeAlias = StepRecord | EvaluationRecord | EventRecord
 
@@ -31,22 +35,25 @@ class RunLog:
 
         Raises:
             InputError: a project of Weights & Biases is asked for, and wandb is not installed.
+            OSError: a file cannot be opened.
         """
         options = options or LoggingArguments()
         tensorboard_dir = options.tensorboard_dir
         self._active = active
         self._perplexities = options.log_validation_ppl_to_tensorboard
-        self._file: IO[str] | None = None
-        self._board: SummaryWriter | None = None
+        self._file: RecordFile | None = None
+        self._board: Board | None = None
         self._wandb: Any = None
+        self._file_fails = False
         if not active:
             return
         if folder is not None:
             Path(folder).mkdir(parents=True, exist_ok=True)
-            self._file = open(Path(folder) / METRICS, "a")  # noqa: SIM115  (open as long as the run)
+            self._metrics = Path(folder) / METRICS
+            self._file = RecordFile(self._metrics)
             tensorboard_dir = tensorboard_dir or str(Path(folder) / TENSORBOARD)
         if tensorboard_dir is not None:
-            self._board = _open_board(tensorboard_dir, options.tensorboard_queue_size)
+            self._board = Board(tensorboard_dir, options.tensorboard_queue_size)
         if options.wandb_project is not None:
             self._wandb = _start_wandb(options, options.wandb_project, folder)
 
@@ -55,8 +62,7 @@ class RunLog:
         if not self._active:
             return
         if self._file is not None:
-            self._file.write(json.dumps(record, allow_nan=False) + "\n")
-            self._file.flush()
+            self._note_of_file(self._file.write(json.dumps(record, allow_nan=False)))
         if record["kind"] == "valid":
             self.write_scalars(record)
         self.print(_line(record))
@@ -67,32 +73,49 @@ class RunLog:
             return
         scalars = {**dict(_scalars(record)), **(others or {})}
         if self._board is not None:
-            for name, value in scalars.items():
-                if self._perplexities or not name.startswith("valid-perplexity/"):
-                    self._board.add_scalar(name, value, record["step"])
+            shown = {
+                name: value
+                for name, value in scalars.items()
+                if self._perplexities or not name.startswith("valid-perplexity/")
+            }
+            self._note_of_board(self._board, self._board.write(shown, record["step"]))
         if self._wandb is not None:
             self._wandb.log(scalars, step=record["step"])
 
     def print(self, text: str) -> None:
         """Print a line on the terminal alone."""
-        if self._active:
+        if not self._active:
+            return
+        try:
             print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True)
+        except BrokenPipeError:
+            raise
+        except OSError:
+            pass  # the terminal is a file on a full disk; Python keeps the line, and the next one tries again
 
     def close(self) -> None:
-        """Close the file and the boards."""
+        """Close the file and the boards; what cannot be written at last is said in a line."""
         if self._file is not None:
-            self._file.close()
+            error = self._file.close()
+            if error is not None:
+                lost = len(self._file.waiting)
+                self.print(f"note: {self._metrics}: {explain(error, self._metrics)}; {lost} records are lost")
         if self._board is not None:
-            self._board.close()
+            self._note_of_board(self._board, self._board.close())
         if self._wandb is not None:
             self._wandb.finish()
 
+    def _note_of_file(self, error: OSError | None) -> None:
+        """Say once that records have to wait, and once that they are written again."""
+        if error is not None and not self._file_fails:
+            self.print(f"note: {self._metrics}: {explain(error, self._metrics)}; training continues, and records wait")
+        elif error is None and self._file_fails:
+            self.print(f"note: {self._metrics}: can be written again; no record is missing")
+        self._file_fails = error is not None
 
-def _open_board(folder: str, queue_size: int) -> "SummaryWriter":
-    # imported here because it takes long, and most ranks write to no board
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(folder, max_queue=queue_size)
+    def _note_of_board(self, board: Board, reason: str | None) -> None:
+        if reason is not None:
+            self.print(f"note: {board.folder}: {reason}; training continues without TensorBoard")
 
 
 def _start_wandb(options: LoggingArguments, project: str, folder: str | None) -> Any:

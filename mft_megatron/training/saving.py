@@ -13,6 +13,7 @@ from mft_megatron.arguments.groups.checkpointing import CheckpointArguments
 from mft_megatron.arguments.table import Arguments
 from mft_megatron.data.chat_templates.trained_format import trained_format
 from mft_megatron.data.loading.dataset import PackedDataset
+from mft_megatron.disk_errors import explain
 from mft_megatron.errors import InputError
 from mft_megatron.mcore.checkpointing import checkpoint
 from mft_megatron.mcore.checkpointing.load_weights import fill_weights
@@ -147,8 +148,9 @@ class Saver:
 
         def when_complete() -> None:
             seconds = round(time.perf_counter() - start, 3)
-            if best and process_groups.is_main():
-                record_best(folder, progress.step)
+            if best:
+                consequence = "the checkpoint is complete, and not recorded as the best of the run"
+                process_groups.write_on_main(folder, lambda: record_best(folder, progress.step), consequence)
             also = {"best": True} if best else {}
             log.write(event_record(progress, "save", path=str(path), seconds=seconds, **also))
             if self._exports is not None and self._to_export(progress.step):
@@ -192,7 +194,7 @@ class Saver:
             try:
                 remove_checkpoint(path)
             except OSError as error:  # failing to delete an old checkpoint must not stop training
-                log.print(f"{path} is {reason} and cannot be removed ({error}); remove it")
+                log.print(f"{path} is {reason} and cannot be removed ({explain(error, path)}); remove it")
             else:
                 log.write(event_record(progress, "remove", path=str(path), reason=reason))
 
@@ -254,9 +256,11 @@ def remove_exported(options: CheckpointArguments, spared: Collection[Path]) -> N
     """Remove checkpoints that were kept only until their export, after the last one of a run, except ``spared``."""
     interval = options.save_retain_interval
     if options.save is not None and interval is not None and options.save_hf_interval is not None:
-        for path in not_retained(Path(options.save), interval):
-            if path not in spared:
+        for path in (path for path in not_retained(Path(options.save), interval) if path not in spared):
+            try:
                 remove_checkpoint(path)
+            except OSError as error:  # the run and its exports are complete
+                print(f"{path} is exported and cannot be removed ({explain(error, path)}); remove it", flush=True)
 
 
 def refuse_other_data(arguments: Arguments, dataset: PackedDataset) -> None:

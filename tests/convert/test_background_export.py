@@ -1,5 +1,6 @@
 """Exports during a run, by a stand-in program whose duration and result each checkpoint's folder controls."""
 
+import errno
 import json
 import os
 import time
@@ -16,8 +17,8 @@ import json, os, pathlib, signal, sys, time
 signal.signal(signal.SIGTERM, signal.default_int_handler)
 direction, _, checkpoint, _, folder = sys.argv[1:]
 checkpoint = pathlib.Path(checkpoint)
-(checkpoint / "begun").touch()
 try:
+    (checkpoint / "begun").touch()
     while (checkpoint / "slow").exists():
         time.sleep(0.01)
 except KeyboardInterrupt:
@@ -168,3 +169,26 @@ def test_exports_that_an_earlier_job_missed_are_added(exports, tmp_path):
         assert exports.waiting == ()
         exports.catch_up(run, 2, run / "iter_0000006")
         assert exports.waiting == (run / "iter_0000006",)
+
+
+def test_an_export_that_cannot_start_ends_alone(exports, tmp_path, monkeypatch):
+    """No space for its output, or no process: training and the next export go on."""
+    first, second = checkpoint(tmp_path, 2), checkpoint(tmp_path, 4)
+
+    def fail(*words):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def run():
+        with monkeypatch.context() as patch:
+            patch.setattr(module.tempfile, "TemporaryFile", fail)
+            exports.add(first)
+        (result,) = exports.poll()
+        assert result["path"] == str(tmp_path / "out" / first.name)
+        assert str(result["failed"]).startswith("the disk is full (")
+        assert exports.poll() == []
+        assert exports.waiting == (first,)
+        exports.add(second)
+
+    with pytest.raises(InputError, match=r"iter_0000002 was not exported \(the disk is full"):
+        within(exports, run)
+    assert (tmp_path / "out" / second.name / "words.json").exists()

@@ -13,6 +13,7 @@ import yaml
 
 from tests.batches import one_segment
 from tests.command_lines import SMALL
+from tests.full_disk import largest_file
 from tests.made_dataset import batch_of_packs
 from tests.preprocessed_again import preprocess_again
 from tests.ranks import run_forked, run_on_ranks, run_tool, torchrun
@@ -294,6 +295,19 @@ def test_divergence_ends_the_run_without_saving(dataset_prefix, tmp_path):
     words = [*MODEL, *RUN, "--data-path", dataset_prefix, "--save", tmp_path / "run", "--clip-grad", 0, "--lr", "1e30"]
     assert "training has diverged" in refused(*words)
     assert not list((tmp_path / "run").glob("iter_*"))
+
+
+def test_a_full_disk_is_one_line_and_the_run_resumes_from_the_checkpoint_before(run_folder, dataset_prefix, tmp_path):
+    """The files of the run fit, those of a checkpoint do not."""
+    folder = tmp_path / "run"
+    shutil.copytree(run_folder, folder)
+    words = [*RUN, "--data-path", dataset_prefix, "--load", folder, "--save", folder, "--train-iters", 6]
+    with largest_file(200_000):
+        line = refusal(run_tool("pretrain_mft.py", *words))
+    assert f"error: {folder}/iter_0000006: cannot be written (File too large for the file system or for ulimit" in line
+    assert line.endswith("; the previous checkpoint is still the newest of the run")
+    assert (folder / "latest_checkpointed_iteration.txt").read_text().strip() == "5"
+    assert records(folder, "train")[-1]["step"] == 6
 
 
 def damaged(run_folder, target, change):

@@ -1,5 +1,6 @@
 """Opening the data set: who reads how much of it."""
 
+import errno
 import shutil
 from pathlib import Path
 
@@ -28,6 +29,18 @@ def test_the_main_rank_reads_every_byte(damaged):
     with pytest.raises(InputError, match="content differs"):
         pretrain.open_dataset(damaged, main_rank=True)
     assert pretrain.open_dataset(damaged, main_rank=False)[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "named"), [("--save runs", "--save"), ("--tensorboard-dir board", "--tensorboard-dir"), ("", "--tensor")]
+)
+def test_a_run_folder_that_cannot_be_written_ends_the_run_before_training(dataset_prefix, words, named):
+    arguments = parse_arguments(f"{MODEL} --data-path {dataset_prefix} --seq-length 128 {words}".split())
+    with pytest.raises(InputError) as caught, pretrain._run_folder_reported(arguments):
+        raise OSError(errno.EROFS, "Read-only file system", "runs/metrics.jsonl")
+    said = "runs/metrics.jsonl: the file system is read-only; nothing was trained. Choose another "
+    assert str(caught.value).startswith(said + named)
+    assert caught.value.always
 
 
 def test_of_a_large_data_set_it_reads_sizes_only_and_knows_it(damaged, monkeypatch):

@@ -136,6 +136,7 @@ def job(dataset_prefix, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "load", fake_load)
     monkeypatch.setattr(process_groups, "parallel_layout", dict)
     monkeypatch.setattr(process_groups, "is_main", lambda: True)
+    monkeypatch.setattr(process_groups, "any_rank", bool)
     return lambda words="": Job(dataset_prefix, tmp_path / "run", words)
 
 

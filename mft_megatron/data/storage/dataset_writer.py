@@ -5,16 +5,14 @@ to the same prefix reuses.
 """
 
 import contextlib
-import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from mft_megatron.errors import InputError
+from mft_megatron.errors import InputError, disk_reported
 
 from .ledger import ArrayEntry, Ledger, file_sha256, ledger_path, read_ledger
 
@@ -43,7 +41,7 @@ class DatasetWriter:
         self._lock = open(self._lock_path, "w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             self._lock.close()
             raise InputError(f"{self.prefix}: another process is writing this data set; wait for it") from None
         self._remove_unpublished()
@@ -156,25 +154,14 @@ def require_free_space(folder: Path, needed: int) -> None:
         )
 
 
-@contextlib.contextmanager
-def report_full_disk(prefix: Path, option: str = "--output-prefix") -> Iterator[None]:
-    """Turn a full disk inside the block into a one-line error.
+def report_full_disk(prefix: Path, option: str = "--output-prefix") -> contextlib.AbstractContextManager[None]:
+    """Turn a disk that is full or cannot be written, inside the block, into a one-line error.
 
     Args:
         prefix: of the files that are written.
         option: that chooses their folder, for the message.
 
     Raises:
-        InputError: the disk or the user's quota is full.
+        InputError: the disk or the user's quota is full, the disk is read-only or damaged, or permission is denied.
     """
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        free = shutil.disk_usage(prefix.parent if prefix.parent.exists() else ".").free
-        where = error.filename or prefix.parent
-        raise InputError(
-            f"{where}: the disk is full ({free / 1e6:.0f} MB free); nothing was completed. Free some space, or choose "
-            f"another {option}"
-        ) from None
+    return disk_reported(prefix.parent, "nothing was completed", f"choose another {option}")

@@ -28,6 +28,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from torch.distributed.checkpoint.api import CheckpointException
 
 from mft_megatron.arguments.groups.checkpointing import CheckpointArguments
+from mft_megatron.disk_errors import disk_error, explain, writing_fails
 from mft_megatron.errors import InputError
 from mft_megatron.lora import is_adapter
 from mft_megatron.losses.focal import TaskStatistics
@@ -39,7 +40,7 @@ from mft_megatron.mcore.platform.releases import accepted
 from mft_megatron.mcore.trainer import Trainer
 from mft_megatron.run_folder import TRACKER, CheckpointInfo, iteration_folder, replace_text, write_info
 
-from .common_state import require_common, write_common
+from .common_state import STILL_NEWEST, require_common, write_common
 from .finite import refuse_non_finite
 from .random_state import random_state, set_random_state, sharded_random_state
 from .tensor_reader import TensorReader
@@ -67,7 +68,7 @@ class Writer:
         """
         self._options, self._with_base = options, with_base
         self._queue = AsyncCallsQueue() if options.async_save else None
-        self._path = ""
+        self._path = Path()
 
     def save(
         self,
@@ -93,26 +94,28 @@ class Writer:
             the checkpoint's folder, complete unless it is written in the background.
 
         Raises:
-            InputError: the previous checkpoint could not be written in the background, or this one's common state.
+            InputError: this checkpoint, or the previous one in the background, could not be written; on every rank.
         """
         self.finish()
         path = iteration_folder(folder, info.iteration)
-        if process_groups.is_main():
+
+        def begin() -> None:
             shutil.rmtree(path, ignore_errors=True)  # left by an interrupted save, or by a run that is being repeated
             path.mkdir(parents=True)
-        process_groups.barrier()
+
+        def describe() -> None:
+            write_info(path, info)
+            replace_text(folder / TRACKER, f"{info.iteration}\n")
 
         def complete() -> None:
             process_groups.barrier()
-            if process_groups.is_main():
-                write_info(path, info)
-                replace_text(folder / TRACKER, f"{info.iteration}\n")
-            process_groups.barrier()
+            process_groups.write_on_main(path, describe, STILL_NEWEST)
             if when_complete is not None:
                 when_complete()
 
-        self._path = str(path)
-        with trainer.weights.whole(), _quiet():
+        process_groups.write_on_main(path, begin, STILL_NEWEST)
+        self._path = path
+        with _failure_reported(path), trainer.weights.whole(), _quiet():
             state = _state(trainer, self._options, training_state, self._with_base)
             request = dist_checkpointing.save(
                 state,
@@ -149,14 +152,8 @@ class Writer:
     def _complete(self, blocking: bool) -> None:
         if self._queue is None or not self._queue.get_num_unfinalized_calls():
             return
-        try:
-            with _quiet():
-                self._queue.maybe_finalize_async_calls(blocking)
-        except (OSError, CheckpointException) as error:  # torch's is no subclass of Exception
-            raise InputError(
-                f"{self._path}: cannot be written in the background ({_reason(error)}); the previous checkpoint is "
-                "still the newest of the run"
-            ) from error
+        with _failure_reported(self._path, " in the background"), _quiet():
+            self._queue.maybe_finalize_async_calls(blocking)
 
 
 def save(
@@ -316,6 +313,18 @@ def _quiet() -> Iterator[None]:
         warnings.filterwarnings("ignore", message="The argument order of load has been changed")
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
         yield
+
+
+@contextlib.contextmanager
+def _failure_reported(path: Path, how: str = "") -> Iterator[None]:
+    """Turn the failure of Megatron-Core's writers, which every rank learns of, into a one-line error."""
+    try:
+        yield
+    except (OSError, CheckpointException) as error:  # torch's is no subclass of Exception
+        # torch and the writing processes hide why the disk took no more
+        disk = disk_error(error) or writing_fails(path)
+        reason = _reason(error) if disk is None else explain(disk, path)
+        raise InputError(f"{path}: cannot be written{how} ({reason}); {STILL_NEWEST}") from error
 
 
 def _reason(error: BaseException) -> str:

@@ -21,6 +21,8 @@ from mft_megatron.mcore.parallel import process_groups
 
 from .tensor_reader import TensorReader
 
+# the consequence of a save that fails, for messages
+STILL_NEWEST = "the previous checkpoint is still the newest of the run"
 # releases that read the object no longer take a strategy for the file
 _READS_OBJECT = "common_strategy" not in inspect.signature(dist_checkpointing.load).parameters
 
@@ -35,18 +37,13 @@ def write_common(state: dict[str, Any], path: Path) -> None:
     Raises:
         InputError: the file cannot be written; on every rank.
     """
-    problem = None
-    if process_groups.is_main() and not (path / COMMON).exists():
-        _, common = save_preprocess(state, validate_access_integrity=False)
-        try:
+
+    def write() -> None:
+        if not (path / COMMON).exists():
+            _, common = save_preprocess(state, validate_access_integrity=False)
             _write(common, path / COMMON)
-        except OSError as error:
-            problem = error.strerror
-    if process_groups.any_rank(problem is not None):
-        raise InputError(
-            f"{path / COMMON}: cannot be written ({problem or 'on the main rank'}); the previous checkpoint is still "
-            "the newest of the run"
-        )
+
+    process_groups.write_on_main(path / COMMON, write, STILL_NEWEST)
 
 
 def write_no_common(path: Path) -> None:

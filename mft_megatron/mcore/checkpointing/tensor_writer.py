@@ -27,6 +27,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
 
+from mft_megatron.disk_errors import disk_error
+
 from .common_state import write_no_common
 from .weight_source import WeightSlice, WeightSource
 
@@ -70,7 +72,7 @@ def write_weights(
             written = [writer.write_data(plan, planner).wait() for plan in writer.prepare_global_plan(plans)]
         except RuntimeError as error:
             # on a full disk torch.save raises its own error over the OSError that names the cause
-            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+            raise disk_error(error) or error from None
     write_no_common(path)
     save_config(CheckpointingConfig("torch_dist", 1), str(path))
     chunks: dict[str, list[ChunkStorageMetadata]] = {name: [] for name in weights}

@@ -6,7 +6,8 @@ import contextlib
 import datetime
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from mft_megatron.arguments.groups.distributed import DistributedArguments
 from mft_megatron.batch import Ranks
+from mft_megatron.disk_errors import explain
 from mft_megatron.errors import InputError
 from mft_megatron.mcore.platform import devices
 
@@ -135,6 +137,27 @@ def broadcast_from_main(value: Tensor) -> Tensor:
     on_device = value.to(devices.device())
     dist.broadcast(on_device, src=0)
     return on_device.cpu()
+
+
+def write_on_main(place: Path, write: Callable[[], object], consequence: str) -> None:
+    """Write files on the main process alone, while the others wait; a collective of all processes.
+
+    Args:
+        place: the file or folder that is written.
+        write: writes it.
+        consequence: of an error, for the message.
+
+    Raises:
+        InputError: it cannot be written; on every process.
+    """
+    problem = None
+    if is_main():
+        try:
+            write()
+        except OSError as error:
+            problem = f"{error.filename or place}: cannot be written: {explain(error, place)}"
+    if any_rank(problem is not None):
+        raise InputError(f"{problem or f'{place}: cannot be written by the main rank'}; {consequence}")
 
 
 def barrier() -> None:

@@ -1,8 +1,6 @@
 """A wrong or damaged folder is refused in one line, and nothing is left on disk."""
 
-import contextlib
 import json
-import resource
 import shutil
 import struct
 
@@ -16,6 +14,7 @@ from mft_megatron.convert.huggingface.safetensors_reader import WeightFiles
 from mft_megatron.convert.huggingface.safetensors_writer import PlannedWeight, ShardWriter
 from mft_megatron.errors import InputError, run_command
 from tests.convert import tiny_models
+from tests.full_disk import largest_file
 from tests.refusals import refused_call
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers
@@ -264,21 +263,10 @@ def test_a_shard_cut_off_while_it_is_read(model, monkeypatch):
     assert "the file is cut off" in refusal(model)
 
 
-@contextlib.contextmanager
-def full_disk(size):
-    """Let no file grow beyond ``size`` bytes."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 @pytest.mark.parametrize("size", [30, 3000, 100_000])
 def test_a_full_disk_leaves_nothing(model, capsys, size):
     command_line = ["--hf", str(model), "--save", str(model.parent / "checkpoint")]
-    with full_disk(size):
+    with largest_file(size):
         assert run_command(lambda: hf_to_mcore(command_line)) == 2
     assert "File too large" in capsys.readouterr().err
     assert [path.name for path in model.parent.iterdir()] == [model.name]
@@ -287,7 +275,7 @@ def test_a_full_disk_leaves_nothing(model, capsys, size):
 @pytest.mark.parametrize("size", [30, 3000, 100_000])
 def test_a_full_disk_leaves_no_export(whole, tmp_path, capsys, size):
     command_line = ["--load", str(whole / "checkpoint"), "--hf", str(tmp_path / "back")]
-    with full_disk(size):
+    with largest_file(size):
         assert run_command(lambda: mcore_to_hf(command_line)) == 2
     assert "File too large" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
@@ -299,7 +287,7 @@ def test_an_interrupted_export_leaves_nothing(whole, tmp_path, monkeypatch, erro
         raise error
 
     monkeypatch.setattr(ShardWriter, "finish", fail)
-    with pytest.raises((KeyboardInterrupt, OSError)):
+    with pytest.raises((KeyboardInterrupt, InputError)):
         mcore_to_hf(["--load", str(whole / "checkpoint"), "--hf", str(tmp_path / "back")])
     assert not list(tmp_path.iterdir())
 

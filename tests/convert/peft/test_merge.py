@@ -1,7 +1,6 @@
 """Adapters merged into their model: equal to the formula and to PEFT, and nothing else changes."""
 
 import json
-import resource
 import shutil
 
 import pytest
@@ -16,6 +15,7 @@ from mft_megatron.errors import InputError
 from mft_megatron.mcore.checkpointing.tensor_reader import TensorReader
 from mft_megatron.run_folder import HUGGINGFACE, TOKENIZER, content_digest
 from tests.convert import made_adapters, tiny_models
+from tests.full_disk import largest_file
 from tests.refusals import refused_call
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers and PEFT
@@ -309,15 +309,6 @@ def test_a_base_that_is_gone_or_has_changed(cases, tmp_path, capsys):
 
 def test_a_full_disk_leaves_nothing(cases, tmp_path):
     case = cases("qwen2 tied")
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    import signal
-
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
-        with pytest.raises((InputError, OSError)):
-            merge_lora(["--load", str(case.adapters), "--hf", str(tmp_path / "merged")])
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
+    with largest_file(20_000), pytest.raises(InputError, match="File too large"):
+        merge_lora(["--load", str(case.adapters), "--hf", str(tmp_path / "merged")])
     assert list(tmp_path.iterdir()) == []

@@ -75,8 +75,11 @@ def test_a_disk_that_gets_full_is_one_line(tmp_path):
         report_full_disk(tmp_path),
     ):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / "_x.npy"))
-    with pytest.raises(PermissionError), report_full_disk(tmp_path / "set"):
+    said = r"^x: permission denied; .* Choose another --output-prefix"
+    with pytest.raises(InputError, match=said), report_full_disk(tmp_path / "set"):
         raise PermissionError(errno.EACCES, "no", "x")
+    with pytest.raises(FileNotFoundError), report_full_disk(tmp_path / "set"):
+        raise FileNotFoundError(errno.ENOENT, "no", "x")
 
 
 def test_arrays_that_do_not_fit_are_a_full_disk(tmp_path, monkeypatch):

@@ -1,0 +1,89 @@
+"""Errors of the operating system about files, in words for a user."""
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+# a disk or a share of it that can take no more
+FULL: Mapping[int, str] = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "File too large for the file system or for ulimit -f",
+}
+# everything else that is about the place and not about one file
+UNUSABLE: Mapping[int, str] = {
+    errno.EIO: "Input/output error: the device or the connection to it fails",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "permission denied",
+    errno.ESTALE: "the network file system has lost the file",
+    errno.ENXIO: "the device is gone",
+    errno.ENODEV: "the device is gone",
+    errno.ENOTCONN: "the network file system is not connected",
+    errno.ETIMEDOUT: "the network file system does not answer",
+    errno.EHOSTDOWN: "the network file system does not answer",
+    errno.EREMOTEIO: "Input/output error of the network file system",
+}
+
+
+def is_of_disk(error: OSError) -> bool:
+    """Whether the error is about a place that cannot be written or read, and not about one file that is missing."""
+    return error.errno in FULL or error.errno in UNUSABLE
+
+
+def explain(error: OSError, place: Path | str) -> str:
+    """The meaning of an error in words, with the free space where that is the cause.
+
+    Args:
+        error: of the operating system.
+        place: file or folder that was written or read; it need not exist.
+    """
+    number = error.errno or 0
+    if number in FULL:
+        return f"{FULL[number]} ({free_space(place)})"
+    if number in UNUSABLE:
+        return UNUSABLE[number]
+    return error.strerror or str(error) or type(error).__name__
+
+
+def disk_error(error: BaseException) -> OSError | None:
+    """The error of a disk that another error hides: as its cause or context, or in its text, as Rust's libraries do."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and is_of_disk(seen):
+            return seen
+        if found := re.search(r"\(os error (\d+)\)", str(seen)):
+            hidden = OSError(int(found[1]), os.strerror(int(found[1])))
+            return hidden if is_of_disk(hidden) else None
+        seen = seen.__cause__ or seen.__context__
+    return None
+
+
+def writing_fails(folder: Path) -> OSError | None:
+    """Write a mebibyte into a folder and remove it; returns the error, for writers that hide theirs."""
+    file = folder / f".probe.{os.getpid()}"
+    try:
+        try:
+            with open(file, "wb") as stream:
+                stream.write(bytes(1 << 20))
+                stream.flush()
+                os.fsync(stream.fileno())
+        finally:
+            file.unlink(missing_ok=True)
+    except OSError as error:
+        return error
+    return None
+
+
+def free_space(place: Path | str) -> str:
+    """The free space of the file system that holds ``place``, which need not exist."""
+    folder = Path(os.path.abspath(place))
+    try:
+        while not folder.exists():
+            folder = folder.parent
+        return f"{shutil.disk_usage(folder).free / 1e6:,.0f} MB free"
+    except OSError:
+        return "free space unknown"

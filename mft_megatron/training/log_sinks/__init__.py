@@ -1,0 +1,1 @@
+"""Sinks of the log of a run: each may fail without ending the run."""

@@ -1,0 +1,114 @@
+"""Errors of a disk: each is one line with its cause and the right exit code, also where another error hides it."""
+
+import errno
+import os
+import subprocess
+import sys
+
+import pytest
+
+from mft_megatron.disk_errors import disk_error, explain, free_space, writing_fails
+from mft_megatron.errors import InputError, disk_reported, run_command
+from tests.full_disk import largest_file
+from tests.ranks import ROOT
+
+CAUSES = {
+    errno.ENOSPC: "the disk is full (",
+    errno.EDQUOT: "the disk quota is used up (",
+    errno.EFBIG: "File too large for the file system or for ulimit -f (",
+    errno.EIO: "Input/output error: the device or the connection to it fails",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "permission denied",
+    errno.ESTALE: "the network file system has lost the file",
+    errno.ENODEV: "the device is gone",
+    errno.ETIMEDOUT: "the network file system does not answer",
+}
+
+
+def failing(number, *file):
+    def fail():
+        raise OSError(number, os.strerror(number), *file)
+
+    return fail
+
+
+@pytest.mark.parametrize("file", [(), ("runs/x",), (b"runs/x",)])
+@pytest.mark.parametrize("number", CAUSES, ids=errno.errorcode.get)
+def test_a_command_says_the_cause_in_one_line(capsys, number, file):
+    assert run_command(failing(number, *file)) == 2
+    line, where = capsys.readouterr().err, "runs/x" if file else "the output, or a file without a name"
+    assert line.startswith(f"error: {where}: {CAUSES[number]}")
+    assert line.endswith("; nothing was completed there\n")
+    assert line.count("\n") == 1
+
+
+def test_other_errors_of_the_system_are_as_before(capsys):
+    assert run_command(failing(errno.ENOENT, "there")) == 2
+    assert capsys.readouterr().err == "error: there: No such file or directory; nothing was completed there\n"
+    with pytest.raises(ConnectionResetError):
+        run_command(failing(errno.ECONNRESET))
+
+
+@pytest.mark.parametrize("number", CAUSES, ids=errno.errorcode.get)
+def test_a_block_says_what_becomes_of_it_and_what_to_do(tmp_path, number):
+    for file, named in (((), tmp_path), (("other",), "other")):
+        with (
+            pytest.raises(InputError) as caught,
+            disk_reported(tmp_path, "nothing was trained", "choose another --save", True),
+        ):
+            failing(number, *file)()
+        line = str(caught.value)
+        assert line.startswith(f"{named}: {CAUSES[number]}")
+        full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        remedy = "Free some space, or choose another --save" if full else "Choose another --save"
+        assert line.endswith(f"; nothing was trained. {remedy}")
+        assert caught.value.always
+
+
+def test_a_missing_file_is_not_the_disks_fault(tmp_path):
+    with pytest.raises(FileNotFoundError), disk_reported(tmp_path, "", ""):
+        failing(errno.ENOENT, "there")()
+
+
+def test_free_space_of_a_place_that_does_not_exist_yet(tmp_path):
+    assert free_space(tmp_path / "not" / "there") == free_space(tmp_path)
+    assert " MB free" in explain(OSError(errno.ENOSPC, ""), tmp_path / "not")
+    assert explain(OSError("broken off"), tmp_path) == "broken off"
+
+
+def hidden(how):
+    """An error that hides a full disk, as libraries raise it."""
+    error = RuntimeError("unexpected pos 64 vs 0")
+    setattr(error, how, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    return error
+
+
+def test_a_hidden_cause_is_found():
+    for error in (
+        hidden("__cause__"),
+        hidden("__context__"),
+        RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ):
+        assert disk_error(error).errno == errno.ENOSPC
+    for error in (ValueError("no"), FileNotFoundError(errno.ENOENT, "no"), RuntimeError("gone (os error 2)")):
+        assert disk_error(error) is None
+
+
+def test_a_folder_is_tried(tmp_path):
+    assert writing_fails(tmp_path) is None
+    with largest_file(1000):
+        assert writing_fails(tmp_path).errno == errno.EFBIG
+    assert writing_fails(tmp_path / "gone").errno == errno.ENOENT
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("text", ["'short'", "'longer than any buffer' * 9999"])
+def test_output_that_cannot_be_written_is_one_line(text):
+    code = f"import sys\nfrom mft_megatron.errors import run_command\nsys.exit(run_command(lambda: print({text})))"
+    with open("/dev/full", "w") as full:
+        process = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert process.returncode == 2
+    assert process.stderr.startswith("error: the output")
+    assert ": the disk is full (" in process.stderr
+    assert process.stderr.count("\n") == 1
