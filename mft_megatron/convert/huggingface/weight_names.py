@@ -39,6 +39,11 @@ def has_adapters(stored: Iterable[str]) -> bool:
     return any(part in name for name in stored for part in _ADAPTERS)
 
 
+def wrappers_in(name: str) -> list[str]:
+    """The wrappers whose parts a name has, in words."""
+    return [owner for part, owner in _PARTS.items() if part in name.split(".")]
+
+
 def find_renaming(stored: Collection[str], expected: Set[str], anchor: str) -> Renaming | None:
     """Find how to rename all stored weights alike, so that they have the model's names.
 
@@ -63,7 +68,6 @@ def find_renaming(stored: Collection[str], expected: Set[str], anchor: str) -> R
     if not changed or len(set(names.values())) < len(names) or anchor not in names.values():
         return None
     example = changed[0][1]
-    by = [owner for part, owner in _PARTS.items() if part in example.split(".")]
-    by += ["PEFT"] if _PEFT in before else []
+    by = wrappers_in(example) + (["PEFT"] if _PEFT in before else [])
     whom = f", as {' and '.join(by)} names it" if by else ""
     return Renaming(names, f"{names[example]} is stored as {example}{whom}")

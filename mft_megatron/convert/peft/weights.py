@@ -21,6 +21,7 @@ from mft_megatron.convert.huggingface.family import Family
 from mft_megatron.convert.huggingface.mapped_weight import MappedWeight, names_of
 from mft_megatron.convert.huggingface.row_layouts import sizes_of
 from mft_megatron.convert.huggingface.safetensors_reader import StoredWeight, read_header
+from mft_megatron.convert.huggingface.weight_names import wrappers_in
 from mft_megatron.errors import InputError
 from mft_megatron.lora import SOURCES
 from mft_megatron.mcore.checkpointing.finite import refuse_non_finite
@@ -139,6 +140,8 @@ class PeftWeights:
         """
         names = {}
         for key in sorted(self._stored):
+            if cause := _wrapped(key):
+                raise InputError(f"{self._file}: {key}: {cause}; write the adapter with PEFT's save_pretrained")
             match = _KEY.fullmatch(key)
             if match is None:
                 reason = next((text for part, text in _REFUSED.items() if part in key), "not understood")
@@ -189,6 +192,17 @@ class PeftWeights:
                     "every layer"
                 )
         return {module: tuple(sorted(positions[module])) for module in SOURCES if module in positions}
+
+
+def _wrapped(key: str) -> str | None:
+    """Why a key is none that PEFT writes, by the usual causes; ``None`` for others."""
+    if owners := wrappers_in(key):
+        return f"named as {' and '.join(owners)} names it"
+    if re.search(r"\.lora_[AB]\.[^.]+\.weight$", key):
+        return "named as in the state dict of a whole PeftModel"
+    if ".lora_" in key and (not key.startswith(_PREFIX) or key.startswith(_PREFIX * 2)):
+        return f"does not begin with {_PREFIX} once"
+    return None
 
 
 def _header(folder: Path) -> dict[str, StoredWeight]:

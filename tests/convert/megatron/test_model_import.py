@@ -283,12 +283,15 @@ def test_arguments_and_weights_must_agree(checkpoints, tmp_path, changes, reason
     assert re.search(reason, refusal(changed(checkpoints, tmp_path, **changes)))
 
 
-def test_vocabulary_and_configuration_of_a_hugging_face_folder(checkpoints, converted, tmp_path):
+def test_vocabulary_and_configuration_of_a_hugging_face_folder(checkpoints, converted, tmp_path, capsys):
     hf = converted["layer by layer"] / "huggingface"
     source = checkpoints / "layer_by_layer"
     (hf / "tokenizer.json").write_text("of the model")
+    config = json.loads((hf / "config.json").read_text())
+    (hf / "config.json").write_text(json.dumps({**config, "made_up": 1}))
     info = json.loads((convert(source, tmp_path / "one", "--hf", hf) / "iter_0000000/mft_checkpoint.json").read_text())
     assert (info["vocab_size"], info["source"]) == (VOCABULARY, "Qwen2ForCausalLM")
+    assert f"note: {hf}/config.json: made_up: not read, because transformers' Qwen2Config" in capsys.readouterr().out
     assert (tmp_path / "one" / "huggingface" / "tokenizer.json").read_text() == "of the model"
     shutil.copytree(checkpoints / "llama", tmp_path / "llama")
     assert "is another model" in refusal(tmp_path / "llama", "--hf", hf)

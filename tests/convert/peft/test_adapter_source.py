@@ -253,3 +253,24 @@ def test_adapters_that_are_not_finite_are_named(made, tmp_path):
     source.read(wanted[0])
     for read in (lambda: source.read(wanted[1]), lambda: source.factors("model.layers.1.self_attn.v_proj.weight")):
         assert f"{WEIGHTS}: {key} has NaN in it, and every loss would be NaN; the adapter is" in refused_call(read)
+
+
+KEY = "base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight"
+
+
+@pytest.mark.parametrize(
+    ("key", "cause"),
+    [
+        (f"module.{KEY}", "named as DistributedDataParallel names it"),
+        (KEY.replace("layers.1.", "layers.1._orig_mod."), "named as torch.compile names it"),
+        (KEY.replace("lora_B.", "lora_B.default."), "named as in the state dict of a whole PeftModel"),
+        (KEY.removeprefix("base_model.model."), "does not begin with base_model.model. once"),
+        (f"base_model.model.{KEY}", "does not begin with base_model.model. once"),
+    ],
+)
+def test_names_that_peft_does_not_write(adapter, key, cause):
+    info, folder = adapter
+    weights = load_file(folder / WEIGHTS)
+    weights[key] = weights.pop(KEY)
+    save_file(weights, folder / WEIGHTS)
+    assert f"{key}: {cause}; write the adapter with PEFT's save_pretrained" in refusal(info, folder)

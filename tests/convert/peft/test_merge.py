@@ -157,6 +157,7 @@ def test_several_adapters_are_added(cases, tmp_path, capsys):
     assert f"{case.peft}: LoRA of rank 3, alpha 5, on q_proj, v_proj" in out
     assert f"{tmp_path / 'peft'}: LoRA of rank 2, alpha 3, on linear_qkv" in out
     assert f"{case.hf} with 2 adapters -> " in out
+    assert out.count(f"note: {case.hf}/config.json: use_mrope: not read, because transformers' Qwen2Config") == 1
     more = made_adapters.deltas_of(case.info, lora, weights)
     before, after = weights_of(case.hf), weights_of(tmp_path / "merged")
     both = 0
