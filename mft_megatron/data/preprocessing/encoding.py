@@ -16,7 +16,7 @@ import orjson
 from mft_megatron.data.chat_templates.examples import example_of, first_examples
 from mft_megatron.data.chat_templates.formats import ChatFormat
 from mft_megatron.data.chat_templates.token_names import names_of_text
-from mft_megatron.data.records.conversation import Conversation, RecordError
+from mft_megatron.data.records.conversation import Conversation, RecordError, Turn
 from mft_megatron.data.records.fim import Fim
 from mft_megatron.data.records.json_values import json_fault
 from mft_megatron.data.records.notes import RecordNotes
@@ -103,7 +103,7 @@ class Encoder:
                     record = line
                 conversation = read_record(record, encoding.record_format, notes, encoding.ignored_keys)
                 fim_segments = None if encoding.fim is None else _fim_segments(conversation, encoding.fim)
-                segments = encoding.style.segments(conversation, notes) if fim_segments is None else fim_segments
+                segments = _written(encoding.style, conversation, notes) if fim_segments is None else fim_segments
             except RecordError as error:
                 drops.append(Drop(batch.path, number, error.reason, str(error), batch.of_array))
                 continue
@@ -148,6 +148,29 @@ class Encoder:
         if prompt.role != "prompt" or tokenizer.bos_token is None or not prompt.content.startswith(tokenizer.bos_token):
             return False
         return tokenizer.bos_token_id in tokenizer.beginning.ids
+
+
+def _written(style: ChatFormat, conversation: Conversation, notes: RecordNotes) -> list[Segment]:
+    """Write a conversation; where a second or later system turn is why it cannot be written, the error says so."""
+    try:
+        return style.segments(conversation, notes)
+    except RecordError as error:
+        systems = [index for index, turn in enumerate(conversation.turns) if turn.role == "system"]
+        if systems in ([], [0]):
+            raise
+        text = "\n\n".join(conversation.turns[index].content for index in systems)
+        others = [turn for turn in conversation.turns if turn.role != "system"]
+        try:
+            style.segments(dataclasses.replace(conversation, turns=(Turn("system", text), *others)))
+        except RecordError:
+            raise error from None
+        where = "a second system turn" if len(systems) > 1 else "a system turn after others"
+        raise RecordError(
+            error.reason,
+            f"turn {systems[:2][-1]} is {where}, which --chat-template {style.name} does not take "
+            f"({str(error).partition(';')[0]}); put all system text into the first turn, or use a template that takes "
+            "several, such as chatml",
+        ) from None
 
 
 def _fim_segments(conversation: Conversation, fim: Fim) -> list[Segment] | None:

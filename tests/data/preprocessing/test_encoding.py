@@ -22,6 +22,7 @@ from mft_megatron.data.tokenizers import backends
 from mft_megatron.data.tokenizers.backends import BackendMismatch, FastBackend
 from mft_megatron.data.tokenizers.load import load_tokenizer
 from mft_megatron.errors import InputError
+from tests.data.chat_templates.templates import QWEN2, QWEN3, TEMPLATES
 from tests.data.conftest import TASKS, functions, space_before_texts
 
 
@@ -319,3 +320,43 @@ def test_wrong_texts_after_the_first_are_found_among_the_sampled_ones(tokenizer_
     drawn = next(n for n, line in enumerate(lines) if n >= 100 and backends._is_sampled(json.loads(line)["text"]))
     with pytest.raises(BackendMismatch, match=f"^file:{drawn + 1}: "):
         encoder.encode("task", RecordBatch("file", 101, lines[100:]))
+
+
+SYSTEM_TURNS = {
+    "a second system turn": ["s", "s", "u", "a"],
+    "a second system turn later": ["s", "u", "a", "s", "u", "a"],
+    "a system turn after others": ["u", "a", "s", "u", "a"],
+}
+
+
+@pytest.mark.parametrize("turns", SYSTEM_TURNS)
+@pytest.mark.parametrize(("template", "taken"), [(QWEN2, False), (QWEN3, True), ("chatml", True), ("mftcoder", True)])
+def test_system_turns_are_written_or_named_as_the_cause(tokenizer_folder, tmp_path, template, taken, turns):
+    if len(template) > 10:
+        (tmp_path / "own.jinja").write_text(template)
+        template = str(tmp_path / "own.jinja")
+    tokenizer = load_tokenizer("HuggingFaceTokenizer", tokenizer_folder)
+    roles = {"s": "system", "u": "user", "a": "assistant"}
+    messages = [{"role": roles[turn], "content": f"text {n}"} for n, turn in enumerate(SYSTEM_TURNS[turns])]
+    plan = TaskEncoding(chat_format(template, tokenizer))
+    encoded = encode(tokenizer, [json.dumps({"messages": messages})], plan)
+    if taken:
+        assert not encoded.drops
+        text = tokenizer.decode(encoded.ids.tolist())
+        assert [n for n in range(len(messages)) if f"text {n}" in text] == list(range(len(messages)))
+    else:
+        (drop,) = encoded.drops
+        at = SYSTEM_TURNS[turns].index("s", 1)
+        assert drop.message.startswith(f"turn {at} is {turns.removesuffix(' later')}, which --chat-template own.jinja")
+        assert drop.message.endswith(
+            "put all system text into the first turn, or use a template that takes several, such as chatml"
+        )
+
+
+def test_another_cause_than_system_turns_is_not_blamed_on_them(tokenizer_folder, tmp_path):
+    (tmp_path / "own.jinja").write_text(TEMPLATES["gemma"])
+    tokenizer = load_tokenizer("HuggingFaceTokenizer", tokenizer_folder)
+    plan = TaskEncoding(chat_format(str(tmp_path / "own.jinja"), tokenizer))
+    turns = [{"role": role, "content": "x"} for role in ("system", "system", "user", "assistant")]
+    (drop,) = encode(tokenizer, [json.dumps({"messages": turns})], plan).drops
+    assert drop.message == "--chat-template own.jinja refuses it: System role not supported"
