@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from mft_megatron.convert.commands.check import check
 from tests.ranks import run_on_ranks
+from tests.refusals import refused_call
 
 
 @pytest.fixture(scope="module")
@@ -153,3 +155,6 @@ def test_a_folder_without_a_tokenizer(tmp_path, name):
     assert "tokenizer              no file of a vocabulary" in plain[0]
     assert plain[0].splitlines()[-1].split()[:2] == ["total", "128"]
     assert "--prompts: the folder has no tokenizer to encode them" in with_prompts[1]
+    pointer = tmp_path / "model" / "tokenizer.model"
+    pointer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 10\n")
+    assert f"{pointer}: is a pointer of Git LFS" in refused_call(check, hf)

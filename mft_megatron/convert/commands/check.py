@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from mft_megatron.data.chat_templates.trained_format import trained_format
 from mft_megatron.data.storage.ledger import Ledger, read_ledger
 from mft_megatron.errors import InputError
+from mft_megatron.git_lfs import refuse_pointer
 from mft_megatron.options import option, read_options
 from mft_megatron.run_folder import CheckpointRef, select_checkpoint
 
@@ -101,16 +102,25 @@ def _checkpoint(options: CheckOptions) -> CheckpointRef | None:
         return None
     selected = select_checkpoint(options.load, options.best)
     if selected.info.lora is not None:
-        raise InputError(f"--load {options.load}: has adapters; merge them with merge-lora and check that folder alone")
+        raise InputError(
+            f"--load {options.load}: has adapters; merge them with merge-lora and check that folder, with --data-path"
+        )
     return selected
 
 
 def _tokenizer(folder: Path) -> "tuple[ServedTokenizer | None, str]":
-    """Load the folder's tokenizer as a server would; ``None`` and the reason if that fails."""
+    """Load the folder's tokenizer as a server would; ``None`` and the reason if that fails.
+
+    Raises:
+        InputError: a file is a pointer of Git LFS.
+    """
     from mft_megatron.convert.serving.prompts import CHAT, VOCABULARIES, has_vocabulary
 
     if not has_vocabulary(folder):  # transformers makes an empty tokenizer for some models, and does not fail
         return None, f"no file of a vocabulary ({', '.join(VOCABULARIES[:3])} …)"
+    for name in VOCABULARIES:
+        for file in folder.glob(name):
+            refuse_pointer(file)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -62,7 +62,7 @@ def write_chat_template(info: CheckpointInfo, folder: Path, of_source: str | Non
         return lines
     return [
         *lines,
-        f"note: {_JINJA} is the chat format that was trained ({trained.name}), not the one that came with the "
+        f"note: {_JINJA} is the chat format that was trained ({trained.words}), not the one that came with the "
         f"{'tokenizer' if present not in (None, trained.source) else 'model'}",
     ]
 

@@ -61,17 +61,17 @@ def template_finding(tokenizer: ServedTokenizer, trained: TrainedFormat | None, 
     own = tokenizer.chat_template
     if not own:
         return Finding(
-            "wrong", subject, f"{where} has chats ({trained.name}), the folder has no template; export again"
+            "wrong", subject, f"{where} has chats ({trained.words}), the folder has no template; export again"
         )
     if own == trained.source:
-        return Finding("ok", subject, f"{trained.name}, the template is that of {where}")
+        return Finding("ok", subject, f"{trained.words}, as in {where}")
     for messages, tools in _CONVERSATIONS:
         served, expected = (_render_or_refusal(tokenizer, messages, tools, text) for text in (None, trained.source))
         if served != expected:
             return Finding(
-                "wrong", subject, f"{where} has {trained.name}: {_first_difference(served, expected)}; export again"
+                "wrong", subject, f"{where} has {trained.words}: {_first_difference(served, expected)}; export again"
             )
-    return Finding("ok", subject, f"{trained.name}, the template writes what that of {where} writes")
+    return Finding("ok", subject, f"{trained.words}, written as in {where}")
 
 
 def stop_finding(folder: Path, stops: Sequence[int], where: str) -> Finding:

@@ -34,15 +34,24 @@ class TrainedFormat:
     others: dict[str, list[str]] = dataclasses.field(default_factory=dict)
 
     @property
+    def words(self) -> str:
+        """The name as a user knows it."""
+        return _words(self.name)
+
+    @property
     def difference(self) -> str:
         """Words about tasks that have another format, and how to make them one; empty where there are none."""
         if not self.others:
             return ""
-        listed = " and ".join(f"{', '.join(tasks)} with {name}" for name, tasks in self.others.items())
+        listed = " and ".join(f"{', '.join(tasks)} with {_words(name)}" for name, tasks in self.others.items())
         return (
-            f"tasks were trained with different chat formats: most chats with {self.name}, {listed}; a server has one, "
-            f"so preprocess all tasks with one --chat-template"
+            f"tasks were trained with different chat formats: most chats with {self.words}, {listed}; a server has "
+            "one, so preprocess all tasks with one --chat-template"
         )
+
+
+def _words(name: str) -> str:
+    return "the tokenizer's template" if name == "template" else name
 
 
 def served_source(style: ChatFormat, tokenizer: Tokenizer, add_bos: bool) -> str:

@@ -95,7 +95,7 @@ def test_the_own_template_of_a_model(made, family):
     assert {name: verdict for name, (verdict, _) in results.items()} == dict.fromkeys(("chat", "raw", "read"), "ok")
     assert results["chat"][1].startswith(f"{2 + len(more)} prompts, ")
     finding = template_finding(tokenizer, trained_format(ledger), "the run")
-    assert (finding.verdict, finding.text) == ("ok", "template, the template is that of the run")
+    assert (finding.verdict, finding.text) == ("ok", "the tokenizer's template, as in the run")
 
 
 MARKERS = '{"user": "### Question:\\n", "assistant": "### Answer:\\n"}'
