@@ -152,6 +152,7 @@ def test_several_adapters_are_added(cases, tmp_path, capsys):
     )
     lora_to_peft(["--load", str(tmp_path / "other"), "--hf", str(tmp_path / "peft")])
     words = ("--adapter", case.peft, tmp_path / "peft", "--base", case.hf, "--hf", tmp_path / "merged")
+    capsys.readouterr()
     merge_lora(list(map(str, words)))
     out = capsys.readouterr().out
     assert f"{case.peft}: LoRA of rank 3, alpha 5, on q_proj, v_proj" in out
