@@ -5,6 +5,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+# tokens whose supervised ones are counted at a time
+_TOKENS_AT_ONCE = 1 << 18
+
 
 class SampleSlices(NamedTuple):
     """P slices of samples as parallel arrays.
@@ -62,7 +65,17 @@ def supervised_tokens(mask: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         int64 [N].
     """
     targets, some = np.zeros(len(lengths), np.int64), lengths > 0
-    starts = (np.cumsum(lengths, dtype=np.int64) - lengths)[some]
-    if len(starts):
-        targets[some] = np.add.reduceat(mask, starts, dtype=np.int64) - mask[starts]
+    ends = np.cumsum(lengths[some], dtype=np.int64)
+    starts = ends - lengths[some]
+    counts = np.empty(len(starts), np.int64)
+    first = 0
+    while first < len(starts):  # in blocks, because reduceat copies what it sums up as int64
+        last = max(first + 1, int(np.searchsorted(ends, starts[first] + _TOKENS_AT_ONCE, "right")))
+        block = mask[starts[first] : ends[last - 1]]
+        if last == first + 1:
+            counts[first] = np.count_nonzero(block)
+        else:
+            counts[first:last] = np.add.reduceat(block, starts[first:last] - starts[first], dtype=np.int64)
+        first = last
+    targets[some] = counts - mask[starts]
     return targets

@@ -19,7 +19,7 @@ KEPT, TRUNCATED, WINDOWED, TOO_LONG, CUT_TO_NOTHING = range(5)
 # names in the ledger of the outcomes that drop a sample
 DROPPED = {TOO_LONG: "overlong", CUT_TO_NOTHING: "truncated_to_nothing"}
 # memory holds the masks of so many tokens at a time
-_TOKENS_AT_ONCE = 1 << 24
+_TOKENS_AT_ONCE = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)

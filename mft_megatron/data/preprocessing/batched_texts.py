@@ -118,7 +118,7 @@ class BatchedSamples:
         self._supervised.append(learn)
 
     def arrays(self, bos: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Tokenise the texts.
+        """Tokenise the texts and hand over the samples; the batch is empty then.
 
         Args:
             bos: id that every sample begins with, unsupervised; added to samples that do not begin with it.
@@ -138,8 +138,10 @@ class BatchedSamples:
             return np.empty(0, np.int32), np.empty(0, np.uint8), np.empty(0, np.int32)
         if bos is not None:
             self._begin_with(bos)
-        counts = np.fromiter(map(len, self._arrays), np.int64, len(self._arrays))
-        ids = np.concatenate(self._arrays, dtype=np.int32, casting="unsafe")
+        arrays, self._arrays = self._arrays, []
+        counts = np.fromiter(map(len, arrays), np.int64, len(arrays))
+        ids = np.concatenate(arrays, dtype=np.int32, casting="unsafe")
+        arrays.clear()  # memory holds the ids of a large batch once
         mask = np.repeat(np.array(self._supervised, np.uint8), counts)
         return ids, mask, np.add.reduceat(counts, self._firsts).astype(np.int32)
 
@@ -152,6 +154,7 @@ class BatchedSamples:
         for index, text, ids in zip(indices, texts, ids_of_texts, strict=True):
             self._arrays[index] = ids
             self._texts.keep(text, markup, ids)
+        texts.clear()
 
     def _begin_with(self, token: int) -> None:
         head = np.array([token], np.int32)

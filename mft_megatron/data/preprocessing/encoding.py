@@ -53,6 +53,29 @@ class TaskEncoding:
     ignored_keys: tuple[str, ...] = ()
 
 
+@dataclasses.dataclass
+class _ReadRecords:
+    """Records of a batch that are used, and what is known of each.
+
+    Attributes:
+        samples: of these records.
+        lines: of these records in the file.
+        documents: whether it is a document.
+        filled: whether it is written as fill-in-the-middle.
+        chats: whether it is a chat.
+        examples: with the index of their sample.
+        notes: of all records of the batch.
+    """
+
+    samples: BatchedSamples
+    lines: list[int] = dataclasses.field(default_factory=list)
+    documents: list[bool] = dataclasses.field(default_factory=list)
+    filled: list[bool] = dataclasses.field(default_factory=list)
+    chats: list[bool] = dataclasses.field(default_factory=list)
+    examples: list[tuple[int, dict[str, Any]]] = dataclasses.field(default_factory=list)
+    notes: RecordNotes = dataclasses.field(default_factory=RecordNotes)
+
+
 class Encoder:
     """Encodes batches of records of several tasks with one tokenizer."""
 
@@ -82,65 +105,68 @@ class Encoder:
             BackendMismatch: the tokenizer's fast backend tokenises a text otherwise than its reference.
         """
         encoding = self._tasks[task]
-        samples = BatchedSamples(self._texts)
+        read = _ReadRecords(BatchedSamples(self._texts))
         drops: list[Drop] = []
-        lines: list[int] = []
-        documents: list[bool] = []
-        filled: list[bool] = []
-        chats: list[bool] = []
-        examples: list[tuple[int, dict[str, Any]]] = []
         records = 0
-        notes = RecordNotes()
         for number, line in enumerate(batch.lines, batch.first_line):
+            if isinstance(line, bytes) and (not line or line.isspace()):
+                continue
+            records += 1
             try:
-                if isinstance(line, bytes):
-                    if not line or line.isspace():
-                        continue
-                    records += 1
-                    record = _parse(line)
-                else:
-                    records += 1
-                    record = line
-                conversation = read_record(record, encoding.record_format, notes, encoding.ignored_keys)
-                fim_segments = None if encoding.fim is None else _fim_segments(conversation, encoding.fim)
-                segments = _written(encoding.style, conversation, notes) if fim_segments is None else fim_segments
+                self._read(task, batch, number, line, read)
             except RecordError as error:
                 drops.append(Drop(batch.path, number, error.reason, str(error), batch.of_array))
-                continue
-            if not (conversation.raw or self._ends_turns[task]):
-                where = position(batch.path, number, batch.of_array)
-                raise InputError(
-                    f"{where}: a chat record, but the tokenizer has no token {encoding.style.stop_token} "
-                    f"to end a turn of --chat-template {encoding.style.name} with; use mftcoder, or add the token"
-                )
-            if number <= _LINES_OF_EXAMPLES and fim_segments is None:
-                example = example_of(conversation, encoding.style.supervise, self._names_of_text)
-                examples += [] if example is None else [(len(lines), example)]
-            lines.append(number)
-            documents.append(conversation.document)
-            filled.append(fim_segments is not None)
-            chats.append(not conversation.raw)
-            if self._begins_twice(conversation):
-                notes.kinds["two_bos"] += 1
-            samples.add(segments)
         try:
-            arrays = samples.arrays(self._tokenizer.bos_token_id if encoding.add_bos else None)
+            arrays = read.samples.arrays(self._tokenizer.bos_token_id if encoding.add_bos else None)
         except SampleError as error:
-            where = position(batch.path, lines[error.sample], batch.of_array)
+            where = position(batch.path, read.lines[error.sample], batch.of_array)
             raise BackendMismatch(
                 f"{where}: {error} by {self._tokenizer.backend} and {self._tokenizer.reference}"
             ) from None
-        (ids, mask, lengths), kept, unsupervised = drop_unsupervised(*arrays, batch.path, lines, batch.of_array)
+        (ids, mask, lengths), kept, unsupervised = drop_unsupervised(*arrays, batch.path, read.lines, batch.of_array)
         drops = sorted([*drops, *unsupervised], key=lambda drop: drop.line)
         documents_kept, filled_kept, chats_kept = (
-            int(np.count_nonzero(kept & np.array(of, bool))) for of in (documents, filled, chats)
+            int(np.count_nonzero(kept & np.array(of, bool))) for of in (read.documents, read.filled, read.chats)
         )
         kept_examples = first_examples(
-            {"sample": int(np.count_nonzero(kept[:sample])), **example} for sample, example in examples if kept[sample]
+            {"sample": int(np.count_nonzero(kept[:sample])), **example}
+            for sample, example in read.examples
+            if kept[sample]
         )
         return EncodedBatch(
-            *(ids, mask, lengths, records, documents_kept, drops, filled_kept, notes, chats_kept, kept_examples)
+            *(ids, mask, lengths, records, documents_kept, drops, filled_kept, read.notes, chats_kept, kept_examples)
         )
+
+    def _read(
+        self, task: str, batch: RecordBatch, number: int, line: bytes | dict[str, Any], read: "_ReadRecords"
+    ) -> None:
+        """Read one record and append its sample; when it returns, memory holds the texts of the sample alone.
+
+        Raises:
+            RecordError: it cannot be used.
+            InputError: as :meth:`encode`.
+        """
+        encoding = self._tasks[task]
+        record = _parse(line) if isinstance(line, bytes) else line
+        conversation = read_record(record, encoding.record_format, read.notes, encoding.ignored_keys)
+        fim_segments = None if encoding.fim is None else _fim_segments(conversation, encoding.fim)
+        segments = _written(encoding.style, conversation, read.notes) if fim_segments is None else fim_segments
+        if not (conversation.raw or self._ends_turns[task]):
+            raise InputError(
+                f"{position(batch.path, number, batch.of_array)}: a chat record, but the tokenizer has no token "
+                f"{encoding.style.stop_token} to end a turn of --chat-template {encoding.style.name} with; use "
+                "mftcoder, or add the token"
+            )
+        if number <= _LINES_OF_EXAMPLES and fim_segments is None:
+            example = example_of(conversation, encoding.style.supervise, self._names_of_text)
+            read.examples += [] if example is None else [(len(read.lines), example)]
+        read.lines.append(number)
+        read.documents.append(conversation.document)
+        read.filled.append(fim_segments is not None)
+        read.chats.append(not conversation.raw)
+        if self._begins_twice(conversation):
+            read.notes.kinds["two_bos"] += 1
+        read.samples.add(segments)
 
     def _begins_twice(self, conversation: Conversation) -> bool:
         """Whether a raw prompt begins with the BOS token that the tokenizer itself puts before it."""

@@ -144,29 +144,32 @@ class TaskReader:
                 yield block[start : start + _DECOMPRESSED_BYTES]
 
     def _line_batches(self, blocks: Iterable[bytes], batch_bytes: int) -> Iterator[RecordBatch]:
-        unread: list[bytes] = []  # blocks that are in no batch yet
-        held, ended = 0, False  # bytes in them, and whether a line ends in them
+        unread, ended = bytearray(), False  # what is in no batch yet, and whether a line ends in it
         for block in blocks:
-            end = block.rfind(b"\n") + 1
-            ended = ended or end > 0
-            held += len(block)
-            if held < batch_bytes or not ended:
-                unread.append(block)
+            start = len(unread)
+            large = start >= batch_bytes and not ended  # a line that is a batch alone
+            ended = ended or b"\n" in block
+            unread += block
+            if len(unread) < batch_bytes or not ended:
                 continue
-            if not end:  # the last line ends in an earlier block
-                whole = b"".join([*unread, block])
-                end, block, unread = whole.rfind(b"\n") + 1, whole, []
-            unread.append(block[:end])
-            yield from self._batches_of_lines(b"".join(unread))
-            unread = [block[end:]]
-            held, ended = len(unread[0]), False
-        if held:
-            yield from self._batches_of_lines(b"".join(unread))
+            end = (unread.find(b"\n", start) if large else unread.rfind(b"\n")) + 1
+            with memoryview(unread) as view:
+                content = bytes(view[:end])
+            del unread[:end]
+            ended = large and b"\n" in unread
+            yield from self._batches_of_lines(content)
+        content = bytes(unread)
+        unread.clear()
+        yield from self._batches_of_lines(content)
 
     def _batches_of_lines(self, content: bytes) -> Iterator[RecordBatch]:
         if self._lines == 0:
             content = content.removeprefix(_BOM)
+        if content.find(b"\n", 0, -1) < 0:  # a line may be very large, and memory holds it once
+            yield from self._batch([content] if content else [])
+            return
         lines = io.BytesIO(content).readlines()  # splits at \n alone
+        del content
         for start in range(0, len(lines), BATCH_RECORDS):
             yield from self._batch(lines[start : start + BATCH_RECORDS])
 

@@ -119,8 +119,8 @@ class HuggingFaceTokenizer(Tokenizer):
     def encode_batch(self, texts: Sequence[str], markup: bool = False) -> list[list[int]]:
         """Encode texts; in ``markup``, names of added tokens become those tokens."""
         self._tokenizer.encode_special_tokens = not markup
-        # encode_batch_fast, which leaves out the offsets, is slower
-        return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+        # without offsets, whose computation takes half of the time for a large text
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ids, in which added tokens are written by name."""

@@ -1,6 +1,6 @@
 """Splitting a text that is too large for a tokenizer, at positions where that does not change its ids.
 
-The ``tokenizers`` library needs about 150 bytes of memory for each character of a text that it encodes. A position is
+The ``tokenizers`` library needs up to 200 bytes of memory for each character of a text that it encodes. A position is
 taken as a border only after a test: the text on both sides, encoded as one, must give the same ids as each side alone.
 A stretch without such a position, for example a single endless word, stays whole.
 """
@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-LARGE = 1 << 20  # characters; longer texts are split
-PART = 1 << 19  # characters of a part, which then extends to the next border
-TESTED = 2048  # characters on each side of a border that are encoded for the test
+LARGE = 1 << 19  # characters; longer texts are split
+PART = 1 << 18  # characters of a part, which then extends to the next border
+TESTED = 1024  # characters on each side of a border that are encoded for the test
 _SEARCHED = 1 << 16  # characters that are searched for a border at a time
 _TRIED = 4  # positions of each kind that are tested among them
 

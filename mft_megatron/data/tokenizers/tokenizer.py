@@ -8,18 +8,20 @@ samples begin with it (:mod:`.beginnings`), because a server encodes a raw promp
 
 import abc
 import functools
-import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from mft_megatron.data.storage.indexed_dataset import token_dtype
 from mft_megatron.errors import InputError
 
 from .backend_names import REFERENCE
 from .backends import BackendError, CheckedBackend, DifferenceError, FastBackend, Names
 from .beginnings import Beginning
 from .large_texts import LARGE, split_text
+
+_NO_IDS = np.empty(0, np.int32)
 
 
 class SpecialToken(NamedTuple):
@@ -185,7 +187,7 @@ class Tokenizer(abc.ABC):
     def encode_arrays(self, texts: Sequence[str], markup: bool = False) -> list[np.ndarray]:
         """Encode texts as :meth:`encode_batch` does, with the chosen backend.
 
-        Memory does not grow with the length of a text, except for the ids themselves.
+        Memory does not grow with the length of a text, except for the ids.
 
         Args:
             texts: to encode.
@@ -198,21 +200,26 @@ class Tokenizer(abc.ABC):
             DifferenceError: the fast backend and the reference differ on one of the texts.
         """
         encode = self._encode_reference if self._checked is None else self._checked.encode
-        if max(map(len, texts), default=0) <= LARGE:
+        ids: list[np.ndarray] = [_NO_IDS] * len(texts)
+        small = [index for index, text in enumerate(texts) if len(text) <= LARGE]
+        if len(small) == len(texts):
             return encode(texts, markup)
-        parts: list[str] = []
-        text_of_part: list[int] = []
-        for index, text in enumerate(texts):
-            for part in split_text(text, lambda tested: self.encode_batch(tested, markup)):
-                parts.append(part)
-                text_of_part.append(index)
         try:
-            ids = encode(parts, markup)
+            for index, text_ids in zip(small, encode([texts[index] for index in small], markup), strict=True):
+                ids[index] = text_ids
         except DifferenceError as difference:
-            difference.position = text_of_part[difference.position]
+            difference.position = small[difference.position]
             raise
-        starts = np.searchsorted(text_of_part, range(len(texts) + 1))
-        return [np.concatenate(ids[start:end]) for start, end in itertools.pairwise(starts)]
+        dtype = token_dtype(self.vocab_size)
+        for index in sorted(set(range(len(texts))) - set(small)):
+            parts = split_text(texts[index], lambda tested: self.encode_batch(tested, markup))
+            try:
+                # one part at a time: memory does not hold the parts beside the text
+                ids[index] = np.concatenate([encode([part], markup)[0].astype(dtype) for part in parts])
+            except DifferenceError as difference:
+                difference.position = index
+                raise
+        return ids
 
     def _encode_reference(self, texts: Sequence[str], markup: bool) -> list[np.ndarray]:
         ids: list[np.ndarray] = []

@@ -3,6 +3,7 @@
 import json
 import pickle
 import re
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from mft_megatron.data.tokenizers.backends import BackendMismatch, FastBackend
 from mft_megatron.data.tokenizers.load import load_tokenizer
 from mft_megatron.errors import InputError
 from tests.data.chat_templates.templates import QWEN2, QWEN3, TEMPLATES
-from tests.data.conftest import TASKS, functions, space_before_texts
+from tests.data.conftest import SOURCES, TASKS, functions, space_before_texts
 
 
 def naive(tokenizer, segments):
@@ -360,3 +361,20 @@ def test_another_cause_than_system_turns_is_not_blamed_on_them(tokenizer_folder,
     turns = [{"role": role, "content": "x"} for role in ("system", "system", "user", "assistant")]
     (drop,) = encode(tokenizer, [json.dumps({"messages": turns})], plan).drops
     assert drop.message == "--chat-template own.jinja refuses it: System role not supported"
+
+
+def test_memory_holds_a_large_record_a_few_times(tokenizer_folder):
+    """A copy of its text while that is tokenised, then ids and mask: nothing else grows with the record."""
+    tokenizer = load_tokenizer("HuggingFaceTokenizer", tokenizer_folder, "gigatoken")
+    encoder = Encoder(tokenizer, {"t": TaskEncoding(chat_format("mftcoder", tokenizer))})
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "".join(SOURCES) * 16}]
+    size = len(turns[1]["content"])
+    encoder.encode("t", RecordBatch("f", 1, [{"messages": turns[:1] * 2}]))  # what is opened at the first record
+    tracemalloc.start()
+    try:
+        encoded = encoder.encode("t", RecordBatch("f", 1, [{"messages": turns}]))
+        held, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held < 5.2 * len(encoded.ids)
+    assert peak < 1.5 * size + 9 * len(encoded.ids)

@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+import unittest.mock
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from mft_megatron.data import sample_slices
 from mft_megatron.data.chat_templates.formats import chat_format
 from mft_megatron.data.loading.dataset import PackedDataset
 from mft_megatron.data.preprocessing.encoding import Encoder, TaskEncoding
@@ -125,10 +127,13 @@ def test_bytes_that_are_no_utf8(tokenizer):
     assert [(drop.line, drop.reason) for drop in drops] == [(42, "invalid_utf8")]
 
 
-@given(st.lists(st.lists(st.integers(0, 1), max_size=6), max_size=8))
-def test_supervised_tokens_leave_out_the_first(masks):
+@given(st.lists(st.lists(st.integers(0, 1), max_size=6), max_size=8), st.integers(1, 20))
+def test_supervised_tokens_leave_out_the_first(masks, tokens_at_once):
     flat = np.array([value for mask in masks for value in mask], np.uint8)
     lengths = np.array([len(mask) for mask in masks], np.int32)
+    with unittest.mock.patch.object(sample_slices, "_TOKENS_AT_ONCE", tokens_at_once):
+        got = supervised_tokens(flat, lengths)
+    assert got.tolist() == [sum(mask[1:]) for mask in masks]
     assert supervised_tokens(flat, lengths).tolist() == [sum(mask[1:]) for mask in masks]
 
 

@@ -107,6 +107,24 @@ def test_lines_longer_than_a_batch_stay_whole(tmp_path, suffix):
     assert lines_of(write_lines(tmp_path, suffix, b"".join(lines)), 1000) == lines
 
 
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+@pytest.mark.parametrize("end", [b"", b"\n"])
+def test_a_large_line_is_a_batch_alone_and_in_memory_once(tmp_path, suffix, end):
+    large, small = os.urandom(2_000_000).hex().encode(), b"a\n" * 70_000
+    path = write_lines(tmp_path, suffix, b"".join([small, large, b"\n", small, large, end]))
+    held = []
+    tracemalloc.start()
+    try:
+        for batch in TaskReader(path).batches(100_000):
+            if len(batch.lines[0]) > 10:
+                assert len(batch.lines) == 1
+                held.append(tracemalloc.get_traced_memory()[0])
+    finally:
+        tracemalloc.stop()
+    assert len(held) == 2
+    assert max(held) < 1.2 * len(large)
+
+
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
 def test_concatenated_members_are_one_file(tmp_path, suffix):
     half = CONTENT[: len(CONTENT) // 2]
