@@ -1,6 +1,7 @@
 """Comparison of the weights in a Hugging Face folder with the architecture of its ``config.json``."""
 
 import dataclasses
+import re
 from collections.abc import Sequence
 
 from mft_megatron.arguments.groups.network import NetworkArguments
@@ -15,6 +16,8 @@ from .weight_names import Renaming, find_renaming, has_adapters
 
 # Buffers that old versions of transformers stored although they follow from the configuration.
 COMPUTED_BUFFERS = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
+# Beginnings of the names of heads that reward models and classifiers have beside the output layer.
+HEADS = ("v_head.", "value_head.", "reward_head.", "regression_head.", "score.", "classifier.")
 
 
 def refuse_mismatch(files: WeightFiles, family: Family, architecture: NetworkArguments, vocab_size: int) -> None:
@@ -31,14 +34,12 @@ def refuse_mismatch(files: WeightFiles, family: Family, architecture: NetworkArg
             "merge_and_unload(), or save the adapter alone and give it to merge-lora"
         )
     if missing := expected - files.weights.keys():
-        raise InputError(f"{files.folder}: {_reason(files, family, architecture, missing)}")
+        raise InputError(f"{files.folder}: {_why_missing(files, family, architecture, missing)}")
     unknown = {name for name in files.weights.keys() - expected if not name.endswith(COMPUTED_BUFFERS)}
     if architecture.tie_embeddings:
         unknown -= _tied_outputs(files, family, architecture)
     if unknown:
-        raise InputError(
-            f"{files.folder}: {_some(sorted(unknown))} not known in this architecture; the model is of another one"
-        )
+        raise InputError(f"{files.folder}: {_some(sorted(unknown))} {_why_unknown(family, architecture, unknown)}")
     for weight in mapped:
         for index in weight.indices(architecture):
             for name, shape in zip(weight.hf_names_at(index), weight.hf_shapes(sizes), strict=True):
@@ -58,7 +59,7 @@ def renaming_of(files: WeightFiles, family: Family, architecture: NetworkArgumen
     return renaming if renaming is not None and expected <= set(renaming.names.values()) else None
 
 
-def _reason(files: WeightFiles, family: Family, architecture: NetworkArguments, missing: set[str]) -> str:
+def _why_missing(files: WeightFiles, family: Family, architecture: NetworkArguments, missing: set[str]) -> str:
     """Why weights are missing, by the usual causes, and what to do."""
     mapped = family.weights(architecture)
     expected, (anchor,) = names_of(mapped, architecture), mapped[0].hf_names
@@ -86,6 +87,19 @@ def _reason(files: WeightFiles, family: Family, architecture: NetworkArguments, 
             f"{', '.join(map(str, absent))}; correct it, or download the missing files"
         )
     return f"{_some(sorted(missing))} missing, which config.json asks for; correct it, or download the model again"
+
+
+def _why_unknown(family: Family, architecture: NetworkArguments, unknown: set[str]) -> str:
+    """Why weights are not known, by the usual causes, and what to do; follows their names and "are"."""
+    flags = sorted(name for name in family.entry_names() if name.endswith("_bias"))
+    if flags and all(name.endswith(".bias") for name in unknown):
+        return f"stored, and config.json says that there are none; set {' and '.join(flags)} to what the model has"
+    layers = {name: re.search(r"\.layers\.(\d+)\.", name) for name in unknown}
+    if all(match is not None and int(match[1]) >= architecture.num_layers for match in layers.values()):
+        return f"stored, and config.json says num_hidden_layers {architecture.num_layers}; correct it"
+    if all(name.startswith(HEADS) for name in unknown):
+        return "of a head for another task, which would be lost; save the model without it"
+    return "not known in this architecture; the model is of another one"
 
 
 def _tied_outputs(files: WeightFiles, family: Family, architecture: NetworkArguments) -> set[str]:

@@ -98,7 +98,7 @@ def change_config(model, **changes):
         ),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling and rope_parameters say different things"),
         ({"num_hidden_layers": 4}, "config.json says num_hidden_layers 4, and there are no weights of layer 3"),
-        ({"num_hidden_layers": 2}, "not known in this architecture"),
+        ({"num_hidden_layers": 2}, "6 more are stored, and config.json says num_hidden_layers 2; correct it"),
         ({"vocab_size": 132}, "embed_tokens.weight has the shape [131, 48], config.json says [132, 48]"),
         ({"head_dim": 8}, "self_attn.q_proj.weight has the shape [64, 48], config.json says [32, 48]"),
         ({"tie_word_embeddings": True}, "lm_head.weight differs from model.embed_tokens.weight"),

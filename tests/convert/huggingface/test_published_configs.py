@@ -80,8 +80,8 @@ def test_entries_are_judged_by_the_class_of_transformers(model_type):
 
 def test_code_of_the_models_own_is_said_not_to_run():
     family = family_of(LLAMA)
-    note = note_on_unread({**LLAMA, "auto_map": {"AutoConfig": "configuration.Own"}, "made_up": 1}, family)
-    assert "made_up: not read, because transformers' LlamaConfig has no such entry" in note
+    note = note_on_unread({**LLAMA, "auto_map": {"AutoConfig": "configuration.Own"}, "made\nup": 1}, family)
+    assert "made up: not read, because transformers' LlamaConfig has no such entry" in note
     assert "auto_map: names code of the model's own, which is not run" in note
 
 

@@ -127,6 +127,10 @@ def drop(*parts):
     return lambda weights: {name: w for name, w in weights.items() if not any(part in name for part in parts)}
 
 
+def more(*names):
+    return lambda weights: {**weights, **{name: torch.zeros(3) for name in names}}
+
+
 def with_adapters(weights):
     renamed = {f"base_model.model.{name.replace('q_proj.', 'q_proj.base_layer.')}": w for name, w in weights.items()}
     return {**renamed, "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight": torch.zeros(2, 48)}
@@ -143,6 +147,23 @@ def with_adapters(weights):
         (
             lambda weights: {name.removeprefix("model."): w for name, w in drop("lm_head")(weights).items()},
             "model.embed_tokens.weight is stored as embed_tokens.weight, and so are the others, but lm_head.weight is",
+        ),
+        (more("v_head.summary.weight"), "v_head.summary.weight is of a head for another task, which would be lost"),
+        (
+            more("score.weight", "lm_tail.weight"),
+            "lm_tail.weight, score.weight are not known in this architecture",
+        ),
+        (
+            more("model.layers.0.mlp.up_proj.bias", "model.layers.1.self_attn.o_proj.bias"),
+            "are stored, and config.json says that there are none; set attention_bias and mlp_bias to what the model",
+        ),
+        (
+            more("model.layers.3.mlp.up_proj.weight", "model.layers.12.mlp.up_proj.weight"),
+            "are stored, and config.json says num_hidden_layers 3; correct it",
+        ),
+        (
+            more("model.layers.3.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.zeros"),
+            "are not known in this architecture; the model is of another one",
         ),
         (drop("lm_head"), "lm_head.weight is missing; if the output layer is the embedding, set tie_word_embeddings"),
         (drop("layers.2."), "config.json says num_hidden_layers 3, and there are no weights of layer 2; correct it"),

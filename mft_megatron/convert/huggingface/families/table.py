@@ -48,7 +48,7 @@ def note_on_unread(config: Config, family: Family) -> str | None:
     unread = judge(family.model_type, _not_understood(config, family)).unread
     sentences = []
     if others := [name for name in unread if name != CODE]:
-        names = ", ".join(others)
+        names = ", ".join(" ".join(name.split()) for name in others)
         sentences.append(f"{names}: not read, because transformers' {class_name(family.model_type)} has no such entry")
     if CODE in unread:
         sentences.append(
