@@ -29,6 +29,7 @@ from typing import Any
 
 import yaml
 
+from mft_megatron.checkpoint_files import remedy
 from mft_megatron.common_state import read_args, read_common
 from mft_megatron.errors import InputError
 from mft_megatron.lora import Lora
@@ -135,6 +136,10 @@ class CheckpointInfo:
         return self.source not in ("", OF_NO_FAMILY)
 
 
+class DamagedCheckpointError(InputError):
+    """A checkpoint is unfinished or damaged; another one may be whole."""
+
+
 @dataclasses.dataclass(frozen=True)
 class CheckpointRef:
     """The folder and the description of a checkpoint, or of a Hugging Face model that is read like one."""
@@ -162,9 +167,9 @@ def latest_checkpoint(folder: Path | str, option: str = "--load") -> CheckpointR
     """
     folder = Path(folder)
     if folder.name.startswith("iter_") and folder.is_dir():
-        return CheckpointRef(folder, read_info(folder, option))
-    absent, remedy = "no checkpoint was completed there", f"give a folder that --save wrote, or leave {option} out"
-    return _named_checkpoint(folder, TRACKER, option, absent, remedy)
+        return _described(folder, option)
+    absent, otherwise = "no checkpoint was completed there", f"give a folder that --save wrote, or leave {option} out"
+    return _named_checkpoint(folder, TRACKER, option, absent, otherwise)
 
 
 def checkpoint_of(folder: Path | str, iteration: int, option: str = "--load") -> CheckpointRef:
@@ -177,7 +182,7 @@ def checkpoint_of(folder: Path | str, iteration: int, option: str = "--load") ->
     if not path.is_dir():
         there = ", ".join(sorted(found.name for found in Path(folder).glob("iter_*"))) or "no checkpoint"
         raise InputError(f"{option} {folder} --ckpt-step {iteration}: {path} does not exist; there is {there}")
-    return CheckpointRef(path, read_info(path, option))
+    return _described(path, option)
 
 
 def best_checkpoint(folder: Path | str, option: str = "--load") -> CheckpointRef:
@@ -186,8 +191,11 @@ def best_checkpoint(folder: Path | str, option: str = "--load") -> CheckpointRef
     Raises:
         InputError: no best checkpoint was kept, or it is unfinished or has another format.
     """
-    absent, remedy = "no best checkpoint was kept there", "give the folder of a run that kept one, or take its newest"
-    return _named_checkpoint(Path(folder), BEST, option, absent, remedy)
+    absent, otherwise = (
+        "no best checkpoint was kept there",
+        "give the folder of a run that kept one, or take its newest",
+    )
+    return _named_checkpoint(Path(folder), BEST, option, absent, otherwise)
 
 
 def select_checkpoint(folder: Path | str, best: bool, option: str = "--load") -> CheckpointRef:
@@ -208,7 +216,7 @@ def refuse_adapters(checkpoint: CheckpointRef) -> None:
         )
 
 
-def _named_checkpoint(folder: Path, file_name: str, option: str, absent: str, remedy: str) -> CheckpointRef:
+def _named_checkpoint(folder: Path, file_name: str, option: str, absent: str, otherwise: str) -> CheckpointRef:
     """Return the checkpoint whose iteration is in a file of ``folder``.
 
     Args:
@@ -216,12 +224,12 @@ def _named_checkpoint(folder: Path, file_name: str, option: str, absent: str, re
         file_name: name of the file with the iteration.
         option: the option that gave the folder, for messages.
         absent: what a missing file means, for messages.
-        remedy: what to do then.
+        otherwise: what to do then.
     """
     file = folder / file_name
     if not file.is_file():
         what = "does not exist" if not folder.exists() else f"has no {file_name}, so {absent}"
-        raise InputError(f"{option} {folder}: {what}; {remedy}")
+        raise InputError(f"{option} {folder}: {what}; {otherwise}")
     text = file.read_text().strip()
     if text == "release" and is_of_megatron(folder / text):
         return CheckpointRef(folder / text, read_info(folder / text, option))
@@ -229,8 +237,23 @@ def _named_checkpoint(folder: Path, file_name: str, option: str, absent: str, re
         raise InputError(f"{file}: {text!r} is not an iteration number; write the number of an existing iter_ folder")
     path = iteration_folder(folder, int(text))
     if not path.is_dir():
-        raise InputError(f"{file} names iteration {text}, but {path} does not exist; correct the number in it")
-    return CheckpointRef(path, read_info(path, option))
+        raise InputError(
+            f"{file} names iteration {text}, but {path} does not exist; correct the number in it; "
+            f"{remedy(path, option, INFO)}"
+        )
+    return _described(path, option)
+
+
+def _described(path: Path, option: str) -> CheckpointRef:
+    """Return the checkpoint ``path``; of a damaged one the error names the newest whole one beside it.
+
+    Raises:
+        InputError: as :func:`read_info`.
+    """
+    try:
+        return CheckpointRef(path, read_info(path, option))
+    except DamagedCheckpointError as error:
+        raise InputError(f"{error}; {remedy(path, option, INFO)}") from None
 
 
 def record_best(folder: Path, iteration: int) -> None:
@@ -310,7 +333,8 @@ def read_info(path: Path, option: str = "--load") -> CheckpointInfo:
     """Read the description of the checkpoint in ``path``.
 
     Raises:
-        InputError: it is missing (an unfinished save), unreadable, or has another version.
+        DamagedCheckpointError: it is missing (an unfinished save), or unreadable.
+        InputError: it has another version, or another program wrote the checkpoint.
     """
     file = path / INFO
     try:
@@ -327,9 +351,9 @@ def read_info(path: Path, option: str = "--load") -> CheckpointInfo:
                 f"{option} {path}: Megatron-LM or Megatron-Bridge wrote it; convert it first: "
                 f"tools/convert_checkpoint.py megatron-to-mcore --load {path} --save CKPT"
             ) from None
-        raise InputError(f"{option} {path}: no {INFO}, so this save was never finished; use another one") from None
+        raise DamagedCheckpointError(f"{option} {path}: no {INFO}, so this save was never finished") from None
     except (ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{file}: not a checkpoint description ({error}); the file is damaged") from None
+        raise DamagedCheckpointError(f"{file}: not a checkpoint description ({error}); the file is damaged") from None
     return info
 
 

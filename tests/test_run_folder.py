@@ -151,7 +151,7 @@ def test_an_export_takes_the_newest_or_the_best(tmp_path, monkeypatch, words, ex
 
     def export(checkpoint, *_):
         exported.append((checkpoint.path, checkpoint.info.iteration))
-        return LLAMA
+        return LLAMA, []
 
     monkeypatch.setattr("mft_megatron.convert.huggingface.model_export.export", export)
     mcore_to_hf(["--load", str(tmp_path / "run"), "--hf", str(tmp_path / "hf"), *words])

@@ -28,6 +28,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from torch.distributed.checkpoint.api import CheckpointException
 
 from mft_megatron.arguments.groups.checkpointing import CheckpointArguments
+from mft_megatron.checkpoint_files import damage, remedy
 from mft_megatron.disk_errors import disk_error, explain, writing_fails
 from mft_megatron.errors import InputError
 from mft_megatron.lora import is_adapter
@@ -38,7 +39,7 @@ from mft_megatron.mcore.parallel.sharded_weights import shards_of
 from mft_megatron.mcore.platform import devices
 from mft_megatron.mcore.platform.releases import accepted
 from mft_megatron.mcore.trainer import Trainer
-from mft_megatron.run_folder import TRACKER, CheckpointInfo, iteration_folder, replace_text, write_info
+from mft_megatron.run_folder import INFO, TRACKER, CheckpointInfo, iteration_folder, replace_text, write_info
 
 from .common_state import STILL_NEWEST, require_common, write_common
 from .finite import refuse_non_finite
@@ -243,6 +244,9 @@ def load(path: Path, trainer: Trainer, info: CheckpointInfo, options: Checkpoint
                 state["optimizer"] = wanted_state(trainer.optimizer, model_state, stored["steps"])
             loaded = dist_checkpointing.load(state, str(path), sharded_strategy=_load_strategy(path, options))
     except (Exception, CheckpointException) as error:  # torch's is no subclass of Exception
+        if (problem := damage(path)) is not None:
+            said = f"{path}: {problem}; the checkpoint is damaged; {remedy(path, '--load', INFO)}"
+            raise InputError(said, always=True) from error
         rank = torch.distributed.get_rank()
         raise InputError(f"{path}: rank {rank} cannot load it ({_reason(error)})", always=True) from error
     for name, chunk in _named_chunks(trainer):

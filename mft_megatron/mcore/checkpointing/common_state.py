@@ -15,9 +15,11 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 
+from mft_megatron.checkpoint_files import remedy
 from mft_megatron.common_state import COMMON, ENTRY
 from mft_megatron.errors import InputError
 from mft_megatron.mcore.parallel import process_groups
+from mft_megatron.run_folder import INFO
 
 from .tensor_reader import TensorReader
 
@@ -71,7 +73,7 @@ def require_common(path: Path, reader: TensorReader) -> None:
     if (path / COMMON).is_file():
         return
     if not reader.has_entry(ENTRY):
-        raise InputError(f"{path}: {COMMON} is missing; the checkpoint is damaged")
+        raise InputError(f"{path}: {COMMON} is missing; the checkpoint is damaged; {remedy(path, '--load', INFO)}")
     if not _READS_OBJECT:
         raise InputError(
             f"{path}: {COMMON} is missing, and the installed Megatron-Core reads nothing else; restore the file, or "

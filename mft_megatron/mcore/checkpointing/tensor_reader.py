@@ -24,9 +24,11 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from mft_megatron.checkpoint_files import damage, remedy
 from mft_megatron.common_state import INDEX
 from mft_megatron.errors import InputError
 from mft_megatron.inert_pickle import Inert, InertUnpickler
+from mft_megatron.run_folder import INFO
 
 # what an index is made of; other names in it, such as those of save plans, are not needed
 _CLASSES = (
@@ -78,9 +80,8 @@ class TensorReader:
             if not isinstance(self._metadata, Metadata):
                 raise TypeError("it holds no index of torch")
         except Exception as error:  # a pickle can fail in any way
-            raise InputError(
-                f"{path}: its index .metadata cannot be read ({error}); the checkpoint is damaged"
-            ) from None
+            how = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
+            raise InputError(f"{path}: its index {INDEX} {how}; the checkpoint is damaged; {_remedy(path)}") from None
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
         self._tensors = {
             name: entry
@@ -125,8 +126,13 @@ class TensorReader:
         try:
             self._reader.read_data(plan, planner).wait()
         except Exception as error:
-            raise InputError(f"{self._path}: cannot be read ({error}); the checkpoint is damaged") from None
+            problem = damage(self._path) or f"cannot be read ({error})"
+            raise InputError(f"{self._path}: {problem}; the checkpoint is damaged; {_remedy(self._path)}") from None
         return planner.weight()
+
+
+def _remedy(path: Path) -> str:
+    return remedy(path, "--load", INFO if (path / INFO).is_file() else None)
 
 
 class _WeightPlanner(LoadPlanner):
