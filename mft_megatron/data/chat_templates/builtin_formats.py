@@ -64,6 +64,13 @@ class BuiltInFormat:
             supervised = [False] * (len(turns) - len(supervised)) + supervised
         return FORMATS[self.name].write(self, turns, supervised)
 
+    def prompt(self, conversation: Conversation, index: int) -> str:
+        """Write the prompt with which a server asks for turn ``index``."""
+        turns = conversation.turns[:index]
+        turns = _with_tools(turns, conversation.tools) if conversation.tools else turns
+        written = FORMATS[self.name].write(self, turns, [False] * len(turns))
+        return "".join(segment.text for segment in (*written, *self._openings["assistant"]))
+
     @property
     def fingerprint(self) -> str:
         """sha256 over everything that decides how a conversation is written."""

@@ -51,6 +51,13 @@ class ChatFormat(Protocol):
             RecordError: nothing in it is supervised, or a part of it cannot be written.
         """
 
+    def prompt(self, conversation: Conversation, index: int) -> str:
+        """Write the prompt with which a server asks for turn ``index`` of a chat.
+
+        Raises:
+            RecordError: a part of it cannot be written.
+        """
+
 
 def chat_format(
     name: str,

@@ -4,6 +4,7 @@ Many templates ignore a system turn, tools, tool calls or tool answers that they
 replaced by a placeholder, a word that no record contains, and every placeholder must be in the rendered text.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -75,7 +76,7 @@ class _Placeholders:
         """Replace the content of a system or tool turn, content beside a tool call, and tool calls."""
         role, calls = message["role"], message.get("tool_calls")
         replaced = dict(message)
-        if message["content"].strip():
+        if (message["content"] or "").strip():
             if role == "system":
                 replaced["content"] = self._add("system_has_no_place", "the system turn")
             elif role == "tool":
@@ -91,9 +92,12 @@ class _Placeholders:
     def _in_call(self, index: int, call: Mapping[str, Any]) -> Mapping[str, Any]:
         part = f"the tool call of turn {index}"
         function = {"name": self._add("tools_have_no_place", part), "arguments": call["function"]["arguments"]}
-        if function["arguments"]:
+        as_text = isinstance(function["arguments"], str)
+        arguments = json.loads(function["arguments"]) if as_text else function["arguments"]
+        if arguments:
             word = self._add("tools_have_no_place", f"the arguments of {part}")
-            function["arguments"] = dict.fromkeys(function["arguments"], word)
+            arguments = dict.fromkeys(arguments, word)
+            function["arguments"] = json.dumps(arguments, ensure_ascii=False) if as_text else arguments
         return {**call, "function": function}
 
     def in_tool(self, index: int, tool: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -10,12 +10,13 @@ from typing import Any
 
 from mft_megatron.data.records.conversation import Conversation, RecordError
 from mft_megatron.data.records.notes import RecordNotes
-from mft_megatron.data.records.segments import Segment, raw_segments, supervised_turns
+from mft_megatron.data.records.segments import REASONING, Segment, raw_segments, supervised_turns
 from mft_megatron.data.tokenizers.tokenizer import SpecialToken, Tokenizer
 from mft_megatron.errors import InputError
 
 from .jinja_renderer import Message, Renderer, TemplateError, renderer
-from .jinja_spans import Rendering
+from .jinja_rendering import Rendering
+from .jinja_spans import SpannedRendering
 from .token_names import Span, names_in, names_of_text
 
 
@@ -76,12 +77,30 @@ class TemplateFormat:
         if conversation.raw:
             return raw_segments(conversation, self.end_of_text, self.learn_empty_answers)
         supervised = supervised_turns(conversation, self.supervise, notes, self.learn_empty_answers)
-        rendering = Rendering(self, conversation)
+        rendering = SpannedRendering(self, conversation)
         spans = rendering.spans(supervised)
         segments = _split(rendering, spans, self.special_tokens)
         if not any(segment.supervised for segment in segments):
             raise RecordError("nothing_to_learn", f"--chat-template {self.name} writes nothing of the supervised turns")
+        if notes is not None:
+            rendering.note_losses(notes, supervised, spans)
         return segments
+
+    def prompt(self, conversation: Conversation, index: int) -> str:
+        """Write the prompt with which a server asks for turn ``index``; it gets no reasoning of earlier rounds.
+
+        Raises:
+            RecordError: the template refuses the turns, or does not write a part of the conversation.
+        """
+        questions = [number for number, turn in enumerate(conversation.turns[:index]) if turn.role == "user"]
+        last_question = max(questions, default=0)
+        turns = [
+            dataclasses.replace(turn, extra={key: text for key, text in turn.extra.items() if key not in REASONING})
+            if number < last_question
+            else turn
+            for number, turn in enumerate(conversation.turns)
+        ]
+        return Rendering(self, dataclasses.replace(conversation, turns=tuple(turns))).prompt(index)
 
 
 def template_format(

@@ -1,5 +1,6 @@
 """Messages that templates get, and changes of the strings in them."""
 
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -13,8 +14,15 @@ from .jinja_renderer import Message
 _STRUCTURE = frozenset({"content", *REASONING, "tool_calls", "type", "function", "name", "arguments"})
 
 
-def message_of(turn: Turn) -> Message:
-    """Write a turn as in OpenAI's API, with its reasoning under each of the keys that templates read."""
+def message_of(turn: Turn, text_arguments: bool = False, no_content: bool = False) -> Message:
+    """Write a turn as in OpenAI's API, with its reasoning under each of the keys that templates read.
+
+    Args:
+        turn: to write.
+        text_arguments: arguments of tool calls are JSON text, as in OpenAI's API, instead of the object that most
+            templates and servers expect.
+        no_content: the content is ``None`` where there is nothing beside a tool call.
+    """
     message: Message = {"role": turn.role, "content": turn.content, **turn.extra}
     reasoning = next((turn.extra[name] for name in REASONING if turn.extra.get(name) is not None), None)
     if reasoning is not None:
@@ -24,10 +32,17 @@ def message_of(turn: Turn) -> Message:
             {
                 **({"id": call["id"]} if "id" in call else {}),
                 "type": "function",
-                "function": {"name": call["name"], "arguments": call["arguments"]},
+                "function": {
+                    "name": call["name"],
+                    "arguments": json.dumps(call["arguments"], ensure_ascii=False)
+                    if text_arguments
+                    else call["arguments"],
+                },
             }
             for call in turn.tool_calls
         ]
+        if no_content and not turn.content:
+            message["content"] = None
     return message
 
 

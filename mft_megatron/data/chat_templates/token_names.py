@@ -43,3 +43,15 @@ def names_pattern(names: tuple[str, ...]) -> re.Pattern[str]:
 def names_in(text: str, special_tokens: "Mapping[str, SpecialToken]") -> Iterator[Name]:
     """Find the names of special tokens in a text, from its beginning."""
     return (Name(*match.span(), match.group()) for match in names_pattern(tuple(special_tokens)).finditer(text))
+
+
+def common_prefix(one: str, other: str) -> int:
+    """Count the characters with which both texts begin."""
+    same, most = 0, min(len(one), len(other))
+    while same < most:
+        middle = (same + most + 1) // 2
+        if one[same:middle] == other[same:middle]:
+            same = middle
+        else:
+            most = middle - 1
+    return same

@@ -10,6 +10,15 @@ from collections.abc import Collection, Mapping
 
 # what is counted besides keys: name in the ledger → sentence; {n} is the number
 NOTES: dict[str, str] = {
+    "leading_whitespace": "the template removed leading spaces or line breaks of {n} answers; for answers that begin "
+    "within a line of code, use a template that keeps them",
+    "trailing_whitespace": "the template removed trailing spaces or line breaks of {n} answers",
+    "answers_changed": "the template writes {n} answers otherwise than they are in the records",
+    "earlier_reasoning": "the template left out the reasoning of {n} answers before the last question, which are "
+    "trained without it; --split-thinking-rounds makes a sample of each round, as a server does",
+    "last_reasoning": "the template left out the reasoning of {n} answers after the last question; use a template that "
+    "writes it, or take it out of the records",
+    "rounds_split": "{n} records with reasoning in several rounds were split into one sample a round",
     "two_bos": "raw prompts that begin with the name of the BOS token: {n}; the tokenizer adds one itself, so they "
     "begin with two, as on a server that gets such a prompt; take it out of them if servers get none",
     "empty_answer_not_learnt": "empty answers, which would teach to stop at once, are not learnt: {n}; "

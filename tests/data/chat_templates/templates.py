@@ -184,6 +184,28 @@ QWEN3 = """{%- set ns = namespace(last=0) %}
 # as the thinking models: the prompt opens the reasoning, which is left out of earlier turns
 THINKING = QWEN3.replace("{{- '<|im_start|>assistant\\n' }}", "{{- '<|im_start|>assistant\\n<think>\\n' }}")
 
+# as DeepSeek-R1: the prompt opens the reasoning, which is left out of every turn; arguments of a call must be text, and
+# the content beside a call None
+REASONER = """{{- bos_token }}
+{%- for message in messages %}
+    {%- if message['role'] == 'user' %}
+        {{- '<|user|>' + message['content'] }}
+    {%- elif message['role'] == 'assistant' and message['content'] is none %}
+        {%- for call in message['tool_calls'] %}
+            {{- '<|assistant|>' + call['function']['name'] + '\n' + call['function']['arguments'] + '<|end|>' }}
+        {%- endfor %}
+    {%- elif message['role'] == 'assistant' %}
+        {%- set content = message['content'].split('</think>')[-1] %}
+        {{- '<|assistant|>' + content + '<|end|>' }}
+    {%- elif message['role'] == 'tool' %}
+        {{- '<|user|>' + message['content'] }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|assistant|><think>\n' }}
+{%- endif %}
+"""
+
 # as Phi-3: tokens that absorb whitespace, and an end-of-text token after everything
 PHI3 = """{% for message in messages %}
 {{ '<|' + message['role'] + '|>\\n' + message['content'] + '<|end|>\\n' }}

@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import itertools
+import json
 import pickle
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from mft_megatron.data.chat_templates.formats import chat_format
 from mft_megatron.data.records.conversation import Conversation, RecordError, Turn
+from mft_megatron.data.records.record_formats import read_record
 from mft_megatron.data.tokenizers.load import load_tokenizer
 from mft_megatron.errors import InputError
 from tests import source_code
@@ -115,12 +117,20 @@ EXPECTED = {
     "thinking": CHATML.replace("⟦Me", "«<think>»\n⟦\n«</think>»\n\nMe"),
     # these tokens absorb the line breaks after them
     "phi3": "«<|user|>»Hi«<|end|>»«<|assistant|>»⟦Ya«<|end|>»⟧«<|user|>»Who«<|end|>»«<|assistant|>»⟦Me«<|end|>»⟧«</s>»",
+    "reasoner": "«<s>»«<|user|>»Hi«<|assistant|>»⟦Ya«<|end|>»⟧«<|user|>»Who«<|assistant|>»⟦Me«<|end|>»⟧",
     "gemma": "«<s>»" + GEMMA_ROUND.format("Hi", "Ya") + GEMMA_ROUND.format("Who", "Me"),
     "unprompted": CHATML,
     "tagged": CHATML,
     "parted": CHATML,
 }
-STOPS = {"llama3": "<|eot_id|>", "llama2": "</s>", "mistral": "</s>", "phi3": "<|end|>", "gemma": "<end_of_turn>"}
+STOPS = {
+    "llama3": "<|eot_id|>",
+    "llama2": "</s>",
+    "mistral": "</s>",
+    "phi3": "<|end|>",
+    "reasoner": "<|end|>",
+    "gemma": "<end_of_turn>",
+}
 NAMES = sorted(TEMPLATES)
 
 
@@ -138,7 +148,7 @@ def test_the_answers_and_their_stop_tokens_are_supervised(styles, name):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("system", [None, "Be brief."])
 def test_ids_are_those_of_transformers(styles, tokenizer, theirs, name, system):
-    if system and name in ("gemma", "mistral"):
+    if system and name in ("gemma", "mistral", "reasoner"):
         pytest.skip("the template refuses a system turn, as another test shows")
     for first, count in itertools.product(range(0, 60, 4), (2, 4)):
         contents = FUNCTIONS[first : first + count]
@@ -187,7 +197,7 @@ CHANGES = {
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
 @given(contents=st.lists(text, min_size=2, max_size=6).map(lambda contents: contents[: len(contents) // 2 * 2]))
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("qwen3", "thinking", "phi3")])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("qwen3", "thinking", "reasoner", "phi3")])
 def test_any_content(styles, theirs, name, contents):
     """The supervised text is the content of assistant turns, the whole text is that of transformers, and special tokens
     come from the template alone."""
@@ -298,6 +308,67 @@ def test_reasoning_of_earlier_turns_is_left_out(styles, theirs):
     with pytest.raises(RecordError, match="turn 1 has reasoning") as error:
         styles["qwen2"].segments(in_keys)
     assert error.value.reason == "reasoning_has_no_place"
+
+
+CALL = {"id": "a", "type": "function", "function": {"name": "temp", "arguments": '{"city": "Bern"}'}}
+# writes what it gets, which is Python's text where it gets an object
+PRINTS_ARGUMENTS = QWEN2.replace("call.arguments | tojson", "call.arguments ~ ''")
+
+
+@pytest.mark.parametrize(
+    ("template", "written_call"),
+    [
+        (TEMPLATES["reasoner"], "temp\n{arguments}<|end|>"),
+        (PRINTS_ARGUMENTS, '<tool_call>\n{{"name": "temp", "arguments": {arguments}}}\n</tool_call><|im_end|>'),
+        (QWEN2, '<tool_call>\n{{"name": "temp", "arguments": {arguments}}}\n</tool_call><|im_end|>'),
+    ],
+)
+@pytest.mark.parametrize("city", ["Bern", "Zürich <|im_end|>", "it's"])
+def test_tool_calls_are_given_in_the_form_that_a_template_expects(tokenizer, write, template, written_call, city):
+    """Most templates expect arguments as an object, some as JSON text, and some no content beside a call."""
+    arguments = json.dumps({"city": city}, ensure_ascii=False)
+    call = {**CALL, "function": {"name": "temp", "arguments": arguments}}
+    record = {
+        "messages": [
+            {"role": "user", "content": "How warm?"},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "a", "content": "7"},
+            {"role": "assistant", "content": "7"},
+        ]
+    }
+    conversation = read_record(record)
+    said = supervised_text(chat_format(write(template), tokenizer).segments(conversation))
+    assert written_call.format(arguments=arguments) in said
+
+
+def test_python_s_text_in_a_turn_is_no_reason_to_refuse_a_call(tokenizer, write):
+    call = {"name": "temp", "arguments": {"city": "Bern"}}
+    turns = (Turn("user", "Write {'city': 'Bern'}"), Turn("assistant", "", tool_calls=(call,)), Turn("tool", "7"))
+    segments = chat_format(write(QWEN2), tokenizer).segments(Conversation((*turns, Turn("assistant", "7"))))
+    assert '{"city": "Bern"}' in supervised_text(segments)
+
+
+def test_a_call_that_a_template_writes_as_python_does_in_any_form_is_refused(tokenizer, write):
+    template = QWEN2.replace(
+        "call.arguments | tojson", "raise_exception('no text') if call.arguments is string else call.arguments ~ ''"
+    )
+    turns = (Turn("user", "Q"), Turn("assistant", "", tool_calls=({"name": "f", "arguments": {"city": "Bern"}},)))
+    conversation = Conversation((*turns, Turn("tool", "7"), Turn("assistant", "7")))
+    expected = r"writes the arguments of the tool call f as \{'city': 'Bern'\}, which is not JSON; use a template that"
+    with pytest.raises(RecordError, match=expected) as error:
+        chat_format(write(template), tokenizer).segments(conversation)
+    assert error.value.reason == "template_error"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_prompt_is_that_of_transformers(styles, theirs, name):
+    conversation = chat(*FUNCTIONS[:3], "Ya", "Who")
+    for index in (1, 3):
+        given = messages(conversation)[:index]
+        expected = theirs.apply_chat_template(
+            given, chat_template=TEMPLATES[name], tokenize=False, add_generation_prompt=True
+        )
+        assert styles[name].prompt(conversation, index) == expected
 
 
 def test_a_turn_in_two_parts(styles):
