@@ -70,6 +70,11 @@ class TextOptions:
         "no note names them.",
         metavar="KEY,KEY",
     )
+    split_thinking_rounds: bool = option(
+        False,
+        "Make one sample of each round of a chat with reasoning in earlier rounds, as a server gives it to the model: "
+        "the history without reasoning, then the round with its own.",
+    )
     add_bos: bool = option(False, "Begin every sample with the BOS token, unless it begins with it already.")
     fim_rate: float = option(
         0.0,

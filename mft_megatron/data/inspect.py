@@ -115,7 +115,8 @@ def check(prefix: str, ledger: Ledger) -> None:
         )
         expected = (task.kept, task.tokens, task.supervised_tokens)
         _agree(f"task {task.name}: samples, tokens, supervised tokens", counted, expected)
-        _agree(f"task {task.name}: kept and dropped", task.kept + sum(task.dropped.values()), task.samples_in)
+        samples = task.samples_in + task.added
+        _agree(f"task {task.name}: kept and dropped", task.kept + sum(task.dropped.values()), samples)
     for length, entry in ledger.lengths.items():
         packs, counts, _ = build_packs(stored, PackingOptions.from_entry(entry, f"{prefix}_dataset.json"))
         _agree(f"{prefix}: counts at length {length}", counts, entry)

@@ -50,6 +50,7 @@ class EncodedBatch:
         notes: what the user should know about the records that were read.
         chats: number of samples written with the chat format.
         examples: of :mod:`mft_megatron.data.chat_templates.examples`; ``sample`` is the index in the batch.
+        added: number of samples beyond one a record, before any was dropped.
     """
 
     ids: np.ndarray
@@ -62,6 +63,7 @@ class EncodedBatch:
     notes: RecordNotes = dataclasses.field(default_factory=RecordNotes)
     chats: int = 0
     examples: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    added: int = 0
 
 
 def drop_unsupervised(

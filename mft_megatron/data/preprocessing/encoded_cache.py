@@ -49,7 +49,7 @@ class EncodedCache:
         """Read the entry of a batch; ``None`` where there is none or it is damaged."""
         try:
             with open(self._path(key), "rb") as file, np.load(file) as entry:
-                records, documents, filled, chats = entry["counts"].tolist()
+                records, documents, filled, chats, added = entry["counts"].tolist()
                 drops = json.loads(entry["drops"].tobytes())
                 notes = RecordNotes(*map(collections.Counter, json.loads(entry["notes"].tobytes())))
                 encoded = EncodedBatch(
@@ -61,6 +61,7 @@ class EncodedCache:
                     filled=filled,
                     notes=notes,
                     chats=chats,
+                    added=added,
                     examples=json.loads(entry["examples"].tobytes()),
                     drops=[
                         Drop(batch.path, batch.first_line + line, reason, message, batch.of_array)
@@ -92,7 +93,7 @@ class EncodedCache:
                     ids=encoded.ids,
                     mask=encoded.mask,
                     lengths=encoded.lengths,
-                    counts=np.array([encoded.records, encoded.documents, encoded.filled, encoded.chats]),
+                    counts=np.array([encoded.records, encoded.documents, encoded.filled, encoded.chats, encoded.added]),
                     drops=_as_bytes(drops),
                     examples=_as_bytes(encoded.examples),
                     notes=_as_bytes([encoded.notes.unread_keys, encoded.notes.kinds]),

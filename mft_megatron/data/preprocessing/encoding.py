@@ -21,6 +21,7 @@ from mft_megatron.data.records.fim import Fim
 from mft_megatron.data.records.json_values import json_fault
 from mft_megatron.data.records.notes import RecordNotes
 from mft_megatron.data.records.record_formats import read_record
+from mft_megatron.data.records.rounds import split_rounds
 from mft_megatron.data.records.segments import Segment
 from mft_megatron.data.tasks.record_batches import RecordBatch, position
 from mft_megatron.data.tokenizers.backends import BackendMismatch
@@ -44,6 +45,7 @@ class TaskEncoding:
         fim: how documents are written as fill-in-the-middle; ``None`` for never.
         add_bos: every sample begins with the bos token, once.
         ignored_keys: paths of keys that records are read without.
+        split_thinking_rounds: a conversation with reasoning in several rounds becomes a sample of each round.
     """
 
     style: ChatFormat
@@ -51,20 +53,22 @@ class TaskEncoding:
     fim: Fim | None = None
     add_bos: bool = False
     ignored_keys: tuple[str, ...] = ()
+    split_thinking_rounds: bool = False
 
 
 @dataclasses.dataclass
 class _ReadRecords:
-    """Records of a batch that are used, and what is known of each.
+    """Samples of the records of a batch that are used, and what is known of each.
 
     Attributes:
-        samples: of these records.
-        lines: of these records in the file.
+        samples: the samples.
+        lines: of their records in the file.
         documents: whether it is a document.
         filled: whether it is written as fill-in-the-middle.
         chats: whether it is a chat.
         examples: with the index of their sample.
         notes: of all records of the batch.
+        added: samples beyond one a record.
     """
 
     samples: BatchedSamples
@@ -74,6 +78,7 @@ class _ReadRecords:
     chats: list[bool] = dataclasses.field(default_factory=list)
     examples: list[tuple[int, dict[str, Any]]] = dataclasses.field(default_factory=list)
     notes: RecordNotes = dataclasses.field(default_factory=RecordNotes)
+    added: int = 0
 
 
 class Encoder:
@@ -134,39 +139,69 @@ class Encoder:
             if kept[sample]
         )
         return EncodedBatch(
-            *(ids, mask, lengths, records, documents_kept, drops, filled_kept, read.notes, chats_kept, kept_examples)
+            *(ids, mask, lengths, records, documents_kept, drops, filled_kept, read.notes, chats_kept, kept_examples),
+            added=read.added,
         )
 
     def _read(
         self, task: str, batch: RecordBatch, number: int, line: bytes | dict[str, Any], read: "_ReadRecords"
     ) -> None:
-        """Read one record and append its sample; when it returns, memory holds the texts of the sample alone.
+        """Read one record and append its samples; when it returns, memory holds their texts alone.
 
         Raises:
             RecordError: it cannot be used.
             InputError: as :meth:`encode`.
         """
         encoding = self._tasks[task]
-        record = _parse(line) if isinstance(line, bytes) else line
-        conversation = read_record(record, encoding.record_format, read.notes, encoding.ignored_keys)
-        fim_segments = None if encoding.fim is None else _fim_segments(conversation, encoding.fim)
-        segments = _written(encoding.style, conversation, read.notes) if fim_segments is None else fim_segments
-        if not (conversation.raw or self._ends_turns[task]):
-            raise InputError(
-                f"{position(batch.path, number, batch.of_array)}: a chat record, but the tokenizer has no token "
-                f"{encoding.style.stop_token} to end a turn of --chat-template {encoding.style.name} with; use "
-                "mftcoder, or add the token"
-            )
-        if number <= _LINES_OF_EXAMPLES and fim_segments is None:
-            example = example_of(conversation, encoding.style.supervise, self._names_of_text)
-            read.examples += [] if example is None else [(len(read.lines), example)]
-        read.lines.append(number)
-        read.documents.append(conversation.document)
-        read.filled.append(fim_segments is not None)
-        read.chats.append(not conversation.raw)
-        if self._begins_twice(conversation):
-            read.notes.kinds["two_bos"] += 1
-        read.samples.add(segments)
+        written = self._written(parse_record(line), encoding, read.notes)
+        read.added += len(written) - 1
+        for conversation, segments, filled in written:
+            if not (conversation.raw or self._ends_turns[task]):
+                raise InputError(
+                    f"{position(batch.path, number, batch.of_array)}: a chat record, but the tokenizer has no token "
+                    f"{encoding.style.stop_token} to end a turn of --chat-template {encoding.style.name} with; use "
+                    "mftcoder, or add the token"
+                )
+            if number <= _LINES_OF_EXAMPLES and not filled:
+                example = example_of(conversation, encoding.style.supervise, self._names_of_text)
+                read.examples += [] if example is None else [(len(read.lines), example)]
+            read.lines.append(number)
+            read.documents.append(conversation.document)
+            read.filled.append(filled)
+            read.chats.append(not conversation.raw)
+            read.samples.add(segments)
+
+    def _written(
+        self, record: Any, encoding: TaskEncoding, notes: RecordNotes
+    ) -> list[tuple[Conversation, list[Segment], bool]]:
+        """Write a record as samples: the conversation of each, its segments, and whether it is fill-in-the-middle.
+
+        Raises:
+            RecordError: the record cannot be used.
+        """
+        conversations = read_conversations(record, encoding, notes)
+        if len(conversations) == 1:
+            (conversation,) = conversations
+            filled = None if encoding.fim is None else _fim_segments(conversation, encoding.fim)
+            if filled is not None:
+                return [(conversation, filled, True)]
+            segments = _written(encoding.style, conversation, notes)
+            if self._begins_twice(conversation):
+                notes.kinds["two_bos"] += 1
+            return [(conversation, segments, False)]
+        of_record = RecordNotes()  # a record of which one round cannot be used is left out, and not noted
+        written: list[tuple[Conversation, list[Segment], bool]] = []
+        for conversation in conversations:
+            try:
+                written.append((conversation, _written(encoding.style, conversation, of_record), False))
+            except RecordError as error:
+                if error.reason != "empty_answer" or (not written and conversation is conversations[-1]):
+                    raise
+                learned = (turn.role == "assistant" and turn.learn for turn in conversation.turns)
+                of_record.kinds["empty_answer_not_learnt"] += sum(learned)
+        notes.kinds.update(of_record.kinds)
+        notes.kinds["rounds_split"] += 1
+        return written
 
     def _begins_twice(self, conversation: Conversation) -> bool:
         """Whether a raw prompt begins with the BOS token that the tokenizer itself puts before it."""
@@ -199,13 +234,37 @@ def _written(style: ChatFormat, conversation: Conversation, notes: RecordNotes) 
         ) from None
 
 
+def read_conversations(record: Any, encoding: TaskEncoding, notes: RecordNotes | None = None) -> list[Conversation]:
+    """Read the conversations that become samples of a record: one, or one of each round with reasoning.
+
+    Args:
+        record: parsed.
+        encoding: of its task.
+        notes: counts that the record is added to.
+
+    Raises:
+        RecordError: the record cannot be used.
+    """
+    conversation = read_record(record, encoding.record_format, notes, encoding.ignored_keys)
+    if encoding.split_thinking_rounds and encoding.style.supervise != "last":
+        return split_rounds(conversation)
+    return [conversation]
+
+
 def _fim_segments(conversation: Conversation, fim: Fim) -> list[Segment] | None:
     # the content alone decides, so that the same record is written alike in every file
     key = "\0".join([turn.content for turn in conversation.turns]).encode()
     return fim.segments(conversation, key)
 
 
-def _parse(line: bytes) -> Any:
+def parse_record(line: Any) -> Any:
+    """Parse a line of JSON; return a row of a table as it is.
+
+    Raises:
+        RecordError: the line is not JSON.
+    """
+    if not isinstance(line, bytes):
+        return line
     try:
         return orjson.loads(line)
     except orjson.JSONDecodeError:

@@ -18,6 +18,7 @@ from mft_megatron.data.chat_templates.formats import ChatFormat, chat_format
 from mft_megatron.data.chat_templates.trained_format import chat_sources, trained_format
 from mft_megatron.data.packing.build_packs import write_packs
 from mft_megatron.data.packing.packing_options import PackingOptions, check_packing_options
+from mft_megatron.data.records.conversation import Conversation, Turn
 from mft_megatron.data.records.fim import make_fim
 from mft_megatron.data.records.ignored_keys import parse_ignored_keys
 from mft_megatron.data.records.notes import note_lines
@@ -38,6 +39,7 @@ from mft_megatron.errors import InputError
 from .encoded_batch import EncodedBatch
 from .encoded_cache import EncodedCache
 from .encoding import TaskEncoding
+from .generation_prompts import GenerationPrompts
 from .workers import Workers
 
 # bytes of text per byte of the file, roughly
@@ -72,6 +74,7 @@ class Recipe:
     learn_empty_answers: bool = False
     ignore_keys: str | None = None
     add_bos: bool = False
+    split_thinking_rounds: bool = False
     fim_rate: float = 0.0
     fim_spm_rate: float | None = None
     fim_tokens: str | None = None
@@ -125,9 +128,12 @@ def _make(recipe: Recipe, backend: str) -> tuple[Ledger, list[str]]:
     with report_full_disk(recipe.output_prefix), DatasetWriter(recipe.output_prefix) as files:
         cache = EncodedCache(recipe.cache_dir or files.cache_folder)
         try:
-            stored = _store(recipe, tokenizer, encodings, files, cache)
+            prompts = {name: GenerationPrompts(name, tokenizer, encoding) for name, encoding in encodings.items()}
+            stored = _store(recipe, tokenizer, encodings, prompts, files, cache)
             entry, notices = write_packs(stored, recipe.packing, files)
             notices += left_out_lines(recipe.tasks.values())
+            notices += _chosen_formats(recipe, tokenizer, encodings, stored.tasks)
+            notices += [watched.note for watched in prompts.values() if watched.note is not None]
             for task in stored.tasks:
                 notices += note_lines(task.name, task.unread_keys, task.noted, ignored)
             seen = {key for task in stored.tasks for key in task.unread_keys}
@@ -180,6 +186,7 @@ def _encoding(recipe: Recipe, task: TaskFiles, tokenizer: Tokenizer, styles: dic
         cut,
         recipe.add_bos,
         parse_ignored_keys(recipe.ignore_keys),
+        recipe.split_thinking_rounds,
     )
 
 
@@ -193,6 +200,7 @@ def describe(encoding: TaskEncoding, recipe: Recipe) -> JsonObject:
         "supervise": recipe.supervise,
         "format": encoding.record_format,
         "add_bos": encoding.add_bos,
+        "split_thinking_rounds": encoding.split_thinking_rounds or None,
         "fim_rate": 0.0 if cut is None else cut.rate,
         "fim_spm_rate": None if cut is None else cut.spm_rate,
         "fim_tokens": None if cut is None else list(cut.family.tokens),
@@ -209,8 +217,32 @@ def _bytes_needed(recipe: Recipe, tokenizer: Tokenizer) -> int:
     return 2 * (token_dtype(tokenizer.vocab_size).itemsize + 1) * text // BYTES_A_TOKEN
 
 
+def _chosen_formats(
+    recipe: Recipe, tokenizer: Tokenizer, encodings: Mapping[str, TaskEncoding], tasks: Sequence[TaskEntry]
+) -> list[str]:
+    """Name the format that ``auto`` chose for chats because the tokenizer has no template."""
+    automatic = [
+        task.name
+        for task in tasks
+        if task.chats and (recipe.tasks[task.name].template or recipe.chat_template) == "auto"
+    ]
+    if tokenizer.chat_template is not None or not automatic:
+        return []
+    style = encodings[automatic[0]].style
+    opening = style.prompt(Conversation((Turn("user", "…"),)), 1)
+    return [
+        f"the tokenizer has no chat template, so the chats of {', '.join(automatic)} are written as {style.name} does "
+        f"({opening!r}); choose another format with --chat-template"
+    ]
+
+
 def _store(
-    recipe: Recipe, tokenizer: Tokenizer, encodings: dict[str, TaskEncoding], files: DatasetWriter, cache: EncodedCache
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    encodings: dict[str, TaskEncoding],
+    prompts: Mapping[str, GenerationPrompts],
+    files: DatasetWriter,
+    cache: EncodedCache,
 ) -> StoredSamples:
     """Write the samples of all tasks."""
     writer = SampleWriter(files, tokenizer.vocab_size)
@@ -224,7 +256,7 @@ def _store(
                 readers = [TaskReader(file) for file in task.files]
                 total = sum(reader.size_on_disk for reader in readers)
                 for reader in readers:
-                    for encoded in workers.encode(name, reader.batches()):
+                    for encoded in workers.encode(name, prompts[name].watch(reader.batches())):
                         _count(encoded, tally, stop, recipe.on_error)
                         writer.add(encoded.ids, encoded.mask, encoded.lengths)
                         recipe.progress(name, sum(other.bytes_read for other in readers), total)
@@ -245,6 +277,7 @@ def _count(encoded: EncodedBatch, tally: TaskTally, stop_ids: list[int], on_erro
     tally.samples_in += encoded.records
     tally.documents += encoded.documents
     tally.filled += encoded.filled
+    tally.added += encoded.added
     tally.chats = (tally.chats or 0) + encoded.chats
     tally.examples = first_examples([*tally.examples, *moved(encoded.examples, tally.kept)])
     tally.unread_keys.update(encoded.notes.unread_keys)

@@ -150,6 +150,7 @@ def _add_counts(tally: TaskTally, task: TaskEntry, prefix: str) -> None:
     tally.samples_in += task.samples_in
     tally.documents += task.kept if task.documents else 0
     tally.filled += task.filled
+    tally.added += task.added
     tally.chats = None if tally.chats is None or task.chats is None else tally.chats + task.chats
     tally.examples = first_examples([*tally.examples, *moved(task.examples, tally.kept)])
     tally.unread_keys.update(task.unread_keys)

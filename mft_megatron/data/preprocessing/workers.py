@@ -111,8 +111,8 @@ class Workers:
 
 
 def _fingerprint(encoding: TaskEncoding) -> str:
-    keys = f"/{encoding.ignored_keys}" if encoding.ignored_keys else ""
-    return f"{encoding.style.fingerprint}/{encoding.record_format}/{encoding.fim}/{encoding.add_bos}{keys}"
+    options = (encoding.record_format, encoding.fim, encoding.add_bos, encoding.split_thinking_rounds)
+    return "/".join(map(str, (encoding.style.fingerprint, *options, *encoding.ignored_keys)))
 
 
 # of this process, set when it starts

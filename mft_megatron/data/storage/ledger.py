@@ -40,13 +40,13 @@ class InputFile:
 
 @dataclasses.dataclass(frozen=True)
 class TaskEntry:
-    """Samples of a task as they were tokenised; ``samples_in == kept + sum(dropped.values())``.
+    """Samples of a task as they were tokenised; ``samples_in + added == kept + sum(dropped.values())``.
 
     Attributes:
         name: of the task.
         samples_in: records that were read.
         kept: samples that are stored.
-        dropped: records left out, by reason.
+        dropped: records left out, by reason; of a record that was split, each sample counts.
         tokens: of kept samples.
         supervised_tokens: targets of kept samples; the first token of a sample is no target.
         documents: all samples are documents, in which every token is supervised.
@@ -58,6 +58,7 @@ class TaskEntry:
         noted: counts of what else the user should know about the records, by kind.
         chats: samples that were written with the chat format; ``None`` in version 2, where it is not known.
         examples: prompts of some of the first samples; :mod:`mft_megatron.data.chat_templates.examples`.
+        added: samples beyond one a record, which splitting rounds made.
     """
 
     name: str
@@ -77,6 +78,7 @@ class TaskEntry:
     noted: dict[str, int] = dataclasses.field(default_factory=dict)
     chats: int | None = None
     examples: list[JsonObject] = dataclasses.field(default_factory=list)
+    added: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

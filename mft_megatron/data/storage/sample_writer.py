@@ -35,6 +35,7 @@ class TaskTally:
     kept: int = 0
     documents: int = 0
     filled: int = 0
+    added: int = 0
     tokens: int = 0
     supervised_tokens: int = 0
     stopped: bool = False
@@ -65,6 +66,7 @@ class TaskTally:
             noted=dict(sorted(self.noted.items())),
             chats=self.chats,
             examples=self.examples,
+            added=self.added,
         )
 
 

@@ -1,5 +1,6 @@
 """Records to a data set: masks, counts, refusals, and the same result with any number of workers."""
 
+import dataclasses
 import itertools
 import json
 import shutil
@@ -14,15 +15,22 @@ from tokenizers import Tokenizer
 
 from mft_megatron.data import sample_slices
 from mft_megatron.data.chat_templates.formats import chat_format
+from mft_megatron.data.inspect import check
 from mft_megatron.data.loading.dataset import PackedDataset
+from mft_megatron.data.packing.packing_options import PackingOptions
 from mft_megatron.data.preprocessing.encoding import Encoder, TaskEncoding
+from mft_megatron.data.preprocessing.preprocess import Recipe, preprocess
+from mft_megatron.data.preprocessing.repack import merge
 from mft_megatron.data.records.fim import FAMILIES
 from mft_megatron.data.sample_slices import supervised_tokens
 from mft_megatron.data.storage.indexed_dataset import IndexedDataset
 from mft_megatron.data.tasks.reader import TaskReader
 from mft_megatron.data.tasks.record_batches import RecordBatch
+from mft_megatron.data.tasks.task_files import TaskFiles
+from mft_megatron.data.tokenizers.load import load_tokenizer
 from mft_megatron.errors import InputError
-from tests.data.conftest import space_before_texts
+from tests.data.chat_templates.templates import QWEN3, SPECIAL, save_tokenizer
+from tests.data.conftest import space_before_texts, write_task
 
 
 def encode(tokenizer, lines, template="chatml", first_line=1):
@@ -173,6 +181,79 @@ def test_the_token_that_ends_a_middle_is_a_stop_token(make_dataset, tokenizer_fo
         assert {int(IndexedDataset(f"{prefix}_loss_mask")[sample][-1]) for sample in range(3)} == {1}
 
 
+def test_a_ledger_with_split_rounds_adds_up(make_dataset, tmp_path):
+    """Samples made by splitting are counted, so that records and samples still agree exactly."""
+    template = tmp_path / "qwen3.jinja"
+    template.write_text(QWEN3)
+    rounds = [turn for n in range(3) for turn in ({"role": "user", "content": f"{n}?"}, thought(f"{n}"))]
+    records = [
+        {"messages": rounds},
+        {"messages": rounds[:2]},
+        {"messages": [*rounds[:2], {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]},
+        {"messages": [*rounds[:3], {**thought("<|im_end|>"), "content": 1}]},  # left out as a whole
+        {"text": "x"},
+    ] * 4
+    options = dict(records={"t": records}, chat_template=str(template), on_error="skip", split=(1.0, 0.0, 0.0))
+    prefix, ledger = make_dataset(split_thinking_rounds=True, **options)
+    (task,) = ledger.tasks
+    assert (task.samples_in, task.added, task.kept, task.dropped) == (20, 12, 28, {"wrong_type": 4})
+    assert task.samples_in + task.added == task.kept + sum(task.dropped.values())
+    assert task.noted == {"rounds_split": 8}
+    assert task.chats == 24
+    check(prefix, ledger)
+    tokenizer = load_tokenizer(ledger.tokenizer.type, ledger.tokenizer.model)
+    opened = PackedDataset.open(prefix, 256)
+    first, second, third = (tokenizer.decode(opened.tokens[sample].tolist()) for sample in range(3))
+    turn, end = "<|im_start|>{}\n{}<|im_end|>\n", "<think>\nwhy\n</think>\n\n"
+    assert first == turn.format("user", "0?") + turn.format("assistant", f"{end}0")
+    history = turn.format("user", "0?") + turn.format("assistant", "0") + turn.format("user", "1?")
+    assert second == history + turn.format("assistant", f"{end}1")
+    last = turn.format("assistant", "1") + turn.format("user", "2?") + turn.format("assistant", f"{end}2")
+    assert third == history + last
+    masks = IndexedDataset(f"{prefix}_loss_mask")
+    learned = [tokenizer.decode(opened.tokens[n][np.asarray(masks[n]) == 1].tolist()) for n in range(3)]
+    assert learned == [f"{end}{n}<|im_end|>" for n in range(3)]
+    _, whole = make_dataset(**options)
+    (task,) = whole.tasks
+    assert (task.samples_in, task.added, task.kept) == (20, 0, 16)
+    assert task.noted == {"earlier_reasoning": 12}
+    # merged, the counts are sums
+    merged, _ = merge([prefix, make_dataset(split_thinking_rounds=True, **options)[0]], tmp_path / "m", PACKING)
+    assert (merged.tasks[0].added, merged.tasks[0].kept) == (24, 56)
+    assert make_dataset(split_thinking_rounds=True, supervise="last", **options)[1].tasks[0].added == 0
+
+
+def thought(answer):
+    return {"role": "assistant", "content": answer, "reasoning_content": "why"}
+
+
+PACKING = PackingOptions(seq_length=256, split=(1.0, 0.0, 0.0))
+
+
+@pytest.mark.parametrize(("tokenizer_has", "chosen"), [((), "mftcoder"), (("<|im_end|>",), "chatml")])
+def test_the_format_that_auto_chooses_without_a_template_is_named(make_dataset, tmp_path, tokenizer_has, chosen):
+    folder = save_tokenizer(tmp_path / "tokenizer", drop=set(SPECIAL) - {"</s>", "<s>", "<|im_start|>", *tokenizer_has})
+    chats = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    records = {"qa": [chats] * 3, "raw": [{"text": "x"}] * 3, "named": [chats] * 3}
+    tasks = {
+        name: TaskFiles(name, (write_task(tmp_path, name, lines),), template="mftcoder" if name == "named" else None)
+        for name, lines in records.items()
+    }
+    recipe = Recipe(tasks, "HuggingFaceTokenizer", str(folder), tmp_path / "set", PACKING)
+    (note,) = [note for note in preprocess(recipe)[1] if "no chat template" in note]
+    opening = {
+        "mftcoder": "<s>human\\n…\\n<s>bot\\n",
+        "chatml": "<|im_start|>user\\n…<|im_end|>\\n<|im_start|>assistant\\n",
+    }
+    assert note == (
+        f"the tokenizer has no chat template, so the chats of qa are written as {chosen} does ('{opening[chosen]}'); "
+        "choose another format with --chat-template"
+    )
+    for changed in ({"chat_template": chosen}, {"tasks": {"raw": tasks["raw"]}}):
+        _, notices = preprocess(dataclasses.replace(recipe, **changed))
+        assert not any("no chat template" in notice for notice in notices)
+
+
 def test_truncation_keeps_every_sample_and_counts_it(make_dataset):
     dropped, truncated = (make_dataset(overlong=way)[1].lengths["256"].tasks for way in ("drop", "truncate"))
     for one, other in zip(dropped, truncated, strict=True):
@@ -199,8 +280,6 @@ def test_samples_are_stored_by_task_in_the_order_of_their_files(make_dataset):
     opened = PackedDataset.open(prefix, 256)
     assert opened.tasks == ("b", "a")
     assert opened.task_ids.tolist() == [0] * 20 + [1] * 20
-    from mft_megatron.data.tokenizers.load import load_tokenizer
-
     decode = load_tokenizer(ledger.tokenizer.type, ledger.tokenizer.model).decode
     expected = [f"{name} {i}<|endoftext|>" for name in "ba" for i in range(20)]
     assert [decode(opened.tokens[sample].tolist()) for sample in range(40)] == expected

@@ -1,0 +1,123 @@
+"""Comparing what stands before trained answers with the prompt that a server gives a model.
+
+A server renders the turns so far with ``add_generation_prompt`` and tokenises the text as a whole. Training has the
+whole conversation, cut in segments. Both must have the same tokens before an answer; the first chats of each task show
+whether they have.
+"""
+
+import itertools
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+from mft_megatron.data.chat_templates.jinja_messages import message_of, strings_in
+from mft_megatron.data.chat_templates.token_names import common_prefix, names_in, names_of_text, names_pattern
+from mft_megatron.data.records.conversation import Conversation, RecordError
+from mft_megatron.data.records.segments import supervised_turns
+from mft_megatron.data.tasks.record_batches import RecordBatch, TokenizedBatch
+from mft_megatron.data.tokenizers.tokenizer import Tokenizer
+
+from .batched_texts import BatchedSamples, KnownTexts
+from .encoding import TaskEncoding, parse_record, read_conversations
+
+LINES, CHATS = 64, 8  # of a task that are looked at
+_SHOWN = 32  # characters of a prompt in a note, before the difference and after it
+
+
+class GenerationPrompts:
+    """Compares the prompts of a task's first chats.
+
+    Attributes:
+        note: a line about the first difference; ``None`` where there is none.
+    """
+
+    def __init__(self, task: str, tokenizer: Tokenizer, encoding: TaskEncoding):
+        """Prepare for a task.
+
+        Args:
+            task: its name.
+            tokenizer: of the data set.
+            encoding: of the task.
+        """
+        self.note: str | None = None
+        self._task = task
+        self._tokenizer = tokenizer
+        self._encoding = encoding
+        self._lines = self._chats = 0
+
+    def watch(self, batches: Iterable[RecordBatch | TokenizedBatch]) -> Iterator[RecordBatch | TokenizedBatch]:
+        """Pass batches on, and look at the first chats in them."""
+        for batch in batches:
+            if isinstance(batch, RecordBatch) and self._lines < LINES:
+                for number, line in itertools.islice(enumerate(batch.lines, batch.first_line), LINES - self._lines):
+                    self._look_at(line, f"{batch.path}:{number}")
+                self._lines += len(batch.lines)
+            yield batch
+
+    def _look_at(self, line: object, where: str) -> None:
+        if self.note is not None or self._chats >= CHATS:
+            return
+        try:
+            for conversation in read_conversations(parse_record(line), self._encoding):
+                if not conversation.raw and not self._names_a_token(conversation):
+                    self._chats += 1
+                    self.note = self.note or self._difference(conversation, where)
+        except RecordError:
+            return  # which is counted, or ends the program, when the record is encoded
+
+    def _names_a_token(self, conversation: Conversation) -> bool:
+        """Whether a turn has the name of a token, which is text in a sample and that token in a server's prompt."""
+        pattern = names_pattern(tuple(names_of_text(self._tokenizer)))
+        strings = strings_in([*map(message_of, conversation.turns), *conversation.tools])
+        return any(pattern.search(text) for text in strings)
+
+    def _difference(self, conversation: Conversation, where: str) -> str | None:
+        style, tokenizer = self._encoding.style, self._tokenizer
+        samples = BatchedSamples(KnownTexts(tokenizer))
+        samples.add(style.segments(conversation))
+        ids, mask, _ = samples.arrays(tokenizer.bos_token_id if self._encoding.add_bos else None)
+        starts = np.flatnonzero(np.diff(mask, prepend=np.uint8(0)) == 1).tolist()
+        answers = [index for index, learn in enumerate(supervised_turns(conversation, style.supervise)) if learn]
+        for first, (start, answer) in enumerate(zip(starts, answers, strict=False)):
+            served = tokenizer.beginning.encode(style.prompt(conversation, answer), markup=True)
+            if self._encoding.add_bos and served[:1].tolist() != [tokenizer.bos_token_id]:
+                served = np.insert(served, 0, ids[0])
+            trained = ids[:start]
+            if not np.array_equal(served, trained):
+                note = self._describe(tokenizer.decode(served), tokenizer.decode(trained), first == 0)
+                if note is not None:
+                    return f"task {self._task}: {note} ({where})"
+            if len(starts) != len(answers):  # a turn in several parts
+                break
+        return None
+
+    def _describe(self, served: str, trained: str, first: bool) -> str | None:
+        """Describe how two prompts differ, and what to do; ``None`` if only tokens of the history do."""
+        # after an answer the same text may have other tokens, and tokens may absorb whitespace of the answer
+        if not first and "".join(served.split()) == "".join(trained.split()):
+            return None
+        if served == trained:
+            return f"a server's prompt has other tokens than trained ones for {served[-_SHOWN:]!r}"
+        same = common_prefix(served, trained)
+        if same < min(len(served), len(trained)):
+            parts = (repr(text[max(0, same - _SHOWN) : same + _SHOWN]) for text in (served, trained))
+            return "a server's prompt has {}, trained prompts have {}".format(*parts)
+        opening = max((name.start for name in names_in(served[:same], self._tokenizer.special_tokens)), default=0)
+        ends = (repr(text[max(opening, same - _SHOWN) :]) for text in (served, trained))
+        remedy = _remedy(served[same:], trained[same:])
+        return "a server's prompt ends in {}, trained answers begin after {}; {}".format(*ends, remedy)
+
+
+def _remedy(more: str, less: str) -> str:
+    """Say what to do about text that only a server's prompt ends in (``more``), or only a trained one (``less``)."""
+    if "think" in more:
+        return (
+            f"a model that thinks is given {more!r} before each answer: give answers their reasoning, with a template "
+            "that writes it and --split-thinking-rounds where a record has several rounds, or serve without thinking"
+        )
+    if more:
+        return "let trained answers begin with what follows it, or give a --chat-template without it"
+    return (
+        f"servers then ask the model to write {less!r}, which is not trained; give a --chat-template that writes it if "
+        "add_generation_prompt is set"
+    )

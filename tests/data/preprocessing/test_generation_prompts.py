@@ -1,0 +1,164 @@
+"""The prompt that a server renders is compared with what stands before trained answers."""
+
+import json
+
+import pytest
+
+from mft_megatron.data.chat_templates.formats import chat_format
+from mft_megatron.data.preprocessing import generation_prompts
+from mft_megatron.data.preprocessing.encoding import TaskEncoding
+from mft_megatron.data.preprocessing.generation_prompts import GenerationPrompts
+from mft_megatron.data.tasks.record_batches import RecordBatch
+from mft_megatron.data.tokenizers.load import load_tokenizer
+from tests.data.chat_templates.templates import QWEN2, TEMPLATES, save_tokenizer
+
+
+def chat(*contents, reasoning=None):
+    """A record of questions and answers by turns."""
+    turns = [{"role": ("user", "assistant")[n % 2], "content": content} for n, content in enumerate(contents)]
+    for turn in turns[1::2]:
+        turn.update({} if reasoning is None else {"reasoning_content": reasoning})
+    return {"messages": turns}
+
+
+ONE, TWO = chat("2+2?", "4"), chat("2+2?", "4", "And 3+3?", "6")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_tokenizer(tmp_path_factory.mktemp("prompts") / "tokenizer")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return load_tokenizer("HuggingFaceTokenizer", folder)
+
+
+@pytest.fixture
+def note(tokenizer, tmp_path):
+    """A function that watches records and returns the note."""
+
+    def note(template, *records, opened=tokenizer, **options):
+        if template in TEMPLATES or "{" in template:
+            path = tmp_path / "given.jinja"
+            path.write_text(TEMPLATES.get(template, template))
+            template = str(path)
+        encoding = TaskEncoding(chat_format(template, opened), **options)
+        watched = GenerationPrompts("qa", opened, encoding)
+        batches = [
+            RecordBatch(
+                "file", 1, [record if isinstance(record, bytes) else json.dumps(record).encode() for record in records]
+            )
+        ]
+        assert list(watched.watch(batches)) == batches
+        return watched.note
+
+    return note
+
+
+EQUAL = ["qwen2", "llama3", "llama2", "mistral", "qwen3", "phi3", "gemma", "tagged", "chatml", "mftcoder"]
+
+
+@pytest.mark.parametrize("template", EQUAL)
+def test_most_templates_give_the_same_prompt(note, template):
+    assert note(template, ONE, TWO, chat("  f(x)\n", "\n\n    return 1\n", "\n", " x", "y", "z")) is None
+    assert note(template, TWO, add_bos=True) is None
+
+
+ENDS = "task qa: a server's prompt ends in {}, trained answers begin after {}; {}"
+THINKS = (
+    "a model that thinks is given '<think>\\n' before each answer: give answers their reasoning, with a template that "
+    "writes it and --split-thinking-rounds where a record has several rounds, or serve without thinking (file:{})"
+)
+UNWRITTEN = (
+    "servers then ask the model to write '<|im_start|>assistant\\n', which is not trained; give a --chat-template that "
+    "writes it if add_generation_prompt is set (file:1)"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "records", "expected"),
+    [
+        (
+            "reasoner",
+            [ONE],
+            ENDS.format("'<|assistant|><think>\\n'", "'<|assistant|>'", THINKS.format(1)),
+        ),
+        # the template writes the tags in the last round, but not in the first
+        ("thinking", [ONE], None),
+        ("thinking", [chat("2+2?", "4", reasoning="two twos")], None),
+        (
+            "thinking",
+            [ONE, TWO],
+            ENDS.format("'<|im_start|>assistant\\n<think>\\n'", "'<|im_start|>assistant\\n'", THINKS.format(2)),
+        ),
+        ("unprompted", [ONE], ENDS.format("'<|im_end|>\\n'", "'<|im_end|>\\n<|im_start|>assistant\\n'", UNWRITTEN)),
+        (
+            QWEN2[: -len("{%- endif %}\n")].replace("assistant\\n' }}\n", "assistant\\nSure, ' }}\n")
+            + "{%- endif %}\n",
+            [ONE],
+            ENDS.format(
+                "'<|im_start|>assistant\\nSure, '",
+                "'<|im_start|>assistant\\n'",
+                "let trained answers begin with what follows it, or give a --chat-template without it (file:1)",
+            ),
+        ),
+    ],
+)
+def test_notes(note, template, records, expected):
+    assert note(template, *records) == expected
+
+
+def test_a_difference_within_the_prompt_is_shown_in_both(note):
+    loud = QWEN2.replace("+ message.content +", "+ message.content + ('!' if add_generation_prompt else '') +")
+    served, trained = note(loud, ONE).split(", trained prompts have ")
+    assert served.startswith("task qa: a server's prompt has ")
+    assert "2+2?!<|im_end|>" in served
+    assert "2+2?<|im_end|>" in trained
+
+
+def test_rounds_that_are_split_have_the_prompt_of_a_server(note):
+    record = chat("2+2?", "4", "3+3?", "6", reasoning="why")
+    assert "<think>" in note("thinking", record)
+    assert note("thinking", record, split_thinking_rounds=True) is None
+    # a template that writes all reasoning, which no server gets back
+    keeps = QWEN2.replace("+ message.content +", "+ (message.reasoning_content or '') + message.content +")
+    assert "why" in note(keeps, record)
+    assert note(keeps, record, split_thinking_rounds=True) is None
+
+
+def test_what_is_not_a_chat_is_passed_over(note):
+    raw = [{"text": "a"}, {"prompt": "a", "completion": "b"}, b"{", b"", {"unheard": "of"}, {"messages": []}]
+    assert note("reasoner", *raw) is None
+    assert note("reasoner", *raw, ONE).endswith("(file:7)")
+    # the name of a token in a turn is text in a sample and that token in a server's prompt
+    assert note("qwen2", chat("<|im_end|>", "<|im_start|>")) is None
+
+
+def test_only_the_first_chats_are_looked_at(note, monkeypatch):
+    monkeypatch.setattr(generation_prompts, "CHATS", 3)
+    monkeypatch.setattr(generation_prompts, "LINES", 5)
+    raw = {"text": "a"}
+    assert note("thinking", ONE, ONE, TWO) is not None
+    assert note("thinking", ONE, ONE, ONE, TWO) is None
+    assert note("thinking", raw, raw, raw, raw, TWO) is not None
+    assert note("thinking", raw, raw, raw, raw, raw, TWO) is None
+
+
+def test_tools_are_in_both_prompts(note):
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]}
+    turns = [
+        {"role": "user", "content": "Q"},
+        call,
+        {"role": "tool", "content": "7"},
+        {"role": "assistant", "content": "7"},
+    ]
+    record = {"messages": turns, "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}]}
+    for template in ("qwen2", "chatml", "mftcoder"):
+        assert note(template, record) is None
+
+
+def test_a_space_that_the_tokenizer_writes_into_a_prompt_is_noted(note, llama_like_folder):
+    """This tokenizer writes a space after every special token; samples have none there."""
+    opened = load_tokenizer("HuggingFaceTokenizer", llama_like_folder)
+    assert note("mftcoder", ONE, opened=opened).startswith("task qa: a server's prompt has '<s> human")
