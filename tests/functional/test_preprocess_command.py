@@ -66,7 +66,8 @@ KEYS[2]["messages"][3] = {"role": "assistant", "content": "a"}
 
 def test_keys_that_are_not_read_are_counted_and_named_once(preprocess, tmp_path):
     lines = "".join(json.dumps(record) + "\n" for record in KEYS)
-    process = preprocess({"t": lines}, "--ignore-keys", "source,images,typo", workers=2)
+    options = ("--ignore-keys", "source,images,typo", "--chat-template", "chatml")
+    process = preprocess({"t": lines}, *options, workers=2)
     assert process.returncode == 0, process.stderr
     assert [line for line in process.stdout.splitlines() if line.startswith("note: ")][1:] == [
         "note: task t: 1 record has a key 'messages[].at' that is not read",

@@ -5,7 +5,9 @@ whole conversation, cut in segments. Both must have the same tokens before an an
 whether they have.
 """
 
+import functools
 import itertools
+import re
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -67,9 +69,12 @@ class GenerationPrompts:
 
     def _names_a_token(self, conversation: Conversation) -> bool:
         """Whether a turn has the name of a token, which is text in a sample and that token in a server's prompt."""
-        pattern = names_pattern(tuple(names_of_text(self._tokenizer)))
         strings = strings_in([*map(message_of, conversation.turns), *conversation.tools])
-        return any(pattern.search(text) for text in strings)
+        return any(self._names.search(text) for text in strings)
+
+    @functools.cached_property
+    def _names(self) -> re.Pattern[str]:
+        return names_pattern(tuple(names_of_text(self._tokenizer)))
 
     def _difference(self, conversation: Conversation, where: str) -> str | None:
         style, tokenizer = self._encoding.style, self._tokenizer

@@ -130,7 +130,7 @@ def raw_segments(conversation: Conversation, end_of_text: str, learn_empty: bool
         turn.content for turn, learn in zip(conversation.turns, supervised, strict=True) if learn
     ):
         raise _empty_answer()
-    first = next(index for index, turn in enumerate(conversation.turns) if turn.content)
+    first = next((index for index, turn in enumerate(conversation.turns) if turn.content), None)
     segments = [
         Segment(turn.content, learn, False, turn.role == "prompt", index == first)
         for index, (turn, learn) in enumerate(zip(conversation.turns, supervised, strict=True))

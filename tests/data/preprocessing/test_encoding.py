@@ -23,7 +23,7 @@ from mft_megatron.data.tokenizers import backends
 from mft_megatron.data.tokenizers.backends import BackendMismatch, FastBackend
 from mft_megatron.data.tokenizers.load import load_tokenizer
 from mft_megatron.errors import InputError
-from tests.data.chat_templates.templates import QWEN2, QWEN3, TEMPLATES
+from tests.data.chat_templates.templates import QWEN2, QWEN3, TEMPLATES, save_tokenizer
 from tests.data.conftest import SOURCES, TASKS, functions, space_before_texts
 
 
@@ -378,3 +378,21 @@ def test_memory_holds_a_large_record_a_few_times(tokenizer_folder):
         tracemalloc.stop()
     assert held < 5.2 * len(encoded.ids)
     assert peak < 1.5 * size + 9 * len(encoded.ids)
+
+
+def test_rounds_with_an_empty_answer_are_left_out_of_a_split_record(tmp_path):
+    """As in a record that is not split: the empty answer is counted, and the other rounds are used."""
+    tokenizer = load_tokenizer("HuggingFaceTokenizer", save_tokenizer(tmp_path / "tokenizer", QWEN3))
+    plan = TaskEncoding(chat_format("auto", tokenizer), split_thinking_rounds=True)
+
+    def rounds(*answers):
+        question = {"role": "user", "content": "Q"}
+        return json.dumps({"messages": [turn for answer in answers for turn in (question, answer)]})
+
+    good = {"role": "assistant", "content": "A", "reasoning_content": "R"}
+    empty = {"role": "assistant", "content": " "}
+    unused = {"role": "assistant", "content": "A", "reasoning_content": "R", "train": False}
+    encoded = encode(tokenizer, [rounds(good, empty, good, empty), rounds(good, good), rounds(unused, empty)], plan)
+    assert (encoded.records, encoded.added, len(encoded.lengths)) == (3, 2, 4)
+    assert [(drop.line, drop.reason) for drop in encoded.drops] == [(3, "empty_answer")]
+    assert encoded.notes.kinds == {"rounds_split": 2, "empty_answer_not_learnt": 2}
