@@ -198,7 +198,7 @@ BAD_OPTIONS = [
     ((), {"seq_length": None}, "missing option: give --seq-length"),
     ((), {"tokenizer_model": None}, "missing option: give --tokenizer-model"),
     ((), {"output_prefix": None}, "missing option: give --output-prefix"),
-    ((), {"tokenizer_model": "nowhere"}, "--tokenizer-model nowhere: no tokenizer.json"),
+    ((), {"tokenizer_model": "nowhere"}, "--tokenizer-model nowhere: no such file or folder"),
     ((), {"tokenizer_model": "nowhere", "tokenizer_type": "SentencePieceTokenizer"}, "nowhere: no such file"),
     (("--task", "u=nowhere.jsonl"), {}, "--task u=nowhere.jsonl: no such file"),
     (

@@ -37,6 +37,10 @@ class ChatFormat(Protocol):
         """Turns that are supervised, of :data:`~mft_megatron.data.records.segments.SUPERVISE`."""
 
     @property
+    def learn_empty_answers(self) -> bool:
+        """Whether empty answers are supervised, too."""
+
+    @property
     def fingerprint(self) -> str:
         """sha256 over everything that decides how a conversation is written."""
 

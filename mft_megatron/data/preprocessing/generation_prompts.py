@@ -82,7 +82,13 @@ class GenerationPrompts:
         samples.add(style.segments(conversation))
         ids, mask, _ = samples.arrays(tokenizer.bos_token_id if self._encoding.add_bos else None)
         starts = np.flatnonzero(np.diff(mask, prepend=np.uint8(0)) == 1).tolist()
-        answers = [index for index, learn in enumerate(supervised_turns(conversation, style.supervise)) if learn]
+        answers = [
+            index
+            for index, learn in enumerate(
+                supervised_turns(conversation, style.supervise, learn_empty=style.learn_empty_answers)
+            )
+            if learn
+        ]
         for first, (start, answer) in enumerate(zip(starts, answers, strict=False)):
             served = tokenizer.beginning.encode(style.prompt(conversation, answer), markup=True)
             if self._encoding.add_bos and served[:1].tolist() != [tokenizer.bos_token_id]:
