@@ -1,4 +1,4 @@
-"""What templates leave out of answers is counted: whitespace around them, and reasoning."""
+"""Parts of answers that templates leave out are counted: whitespace around them, and reasoning."""
 
 import pytest
 

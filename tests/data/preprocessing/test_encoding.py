@@ -381,7 +381,7 @@ def test_memory_holds_a_large_record_a_few_times(tokenizer_folder):
 
 
 def test_rounds_with_an_empty_answer_are_left_out_of_a_split_record(tmp_path):
-    """As in a record that is not split: the empty answer is counted, and the other rounds are used."""
+    """The empty answer is counted, and the other rounds are used, as in a record that is not split."""
     tokenizer = load_tokenizer("HuggingFaceTokenizer", save_tokenizer(tmp_path / "tokenizer", QWEN3))
     plan = TaskEncoding(chat_format("auto", tokenizer), split_thinking_rounds=True)
 
