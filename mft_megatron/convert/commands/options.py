@@ -45,7 +45,11 @@ def exported_folder_option() -> str:
 
 def tokenizer_option() -> str | None:
     """Declare ``--tokenizer-model``, the tokenizer of an export."""
-    return option(None, "Folder of tokenizer files to copy. Not given: tokenizer/ of the run folder.", metavar="DIR")
+    return option(
+        None,
+        "Folder of tokenizer files to copy; the chat template is what was trained. Not given: tokenizer/ of the run.",
+        metavar="DIR",
+    )
 
 
 def shard_size_option() -> str:

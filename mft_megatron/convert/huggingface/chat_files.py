@@ -50,7 +50,7 @@ def write_chat_template(info: CheckpointInfo, folder: Path, of_source: str | Non
     if trained is None:
         return [
             "note: whether the chat template of the export is the one that was trained is not known, since the data "
-            "were preprocessed before chat formats were recorded; preprocess and train again to have it here"
+            "were tokens already or were preprocessed before chat formats were recorded; compare the two yourself"
         ]
     if trained.source is None:
         return []

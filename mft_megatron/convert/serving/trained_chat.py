@@ -53,9 +53,7 @@ def template_finding(tokenizer: ServedTokenizer, trained: TrainedFormat | None, 
     """
     subject = "trained chat format"
     if trained is None:
-        return Finding(
-            "note", subject, f"{where} does not record it: the data were preprocessed before it was recorded"
-        )
+        return Finding("note", subject, f"{where} does not record it: its data are older, or were tokens already")
     if trained.source is None:
         return Finding("ok", subject, f"no chat was trained ({where})")
     own = tokenizer.chat_template

@@ -136,6 +136,8 @@ def _markers(name: str, role_markers: str | None) -> dict[str, str]:
         raise InputError(f"--role-markers {role_markers}: give a JSON object of strings, one a role")
     for role, text in changed.items():
         role = {"human": "user", "bot": "assistant"}.get(role, role)
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise InputError(f"--role-markers: the marker of {role} holds half a surrogate pair; write the character")
         if role not in markers:
             raise InputError(f"--role-markers: unknown role {role!r}; known: {', '.join(markers)}, human, bot")
         markers[role] = text

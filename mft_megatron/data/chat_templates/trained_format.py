@@ -104,6 +104,11 @@ def chat_sources(
     return list(entries.values())
 
 
+def has_tokenized_files(task: TaskEntry) -> bool:
+    """Whether files of a task were tokens already, which may be chats in a format that is not known."""
+    return any(source.path.endswith(".idx") for source in task.sources)
+
+
 def merged_sources(ledgers: Sequence[Ledger], names: Sequence[str]) -> list[JsonObject] | None:
     """Merge the templates of several data sets; ``None`` where one of them was made before they were recorded.
 
@@ -122,9 +127,14 @@ def merged_sources(ledgers: Sequence[Ledger], names: Sequence[str]) -> list[Json
 
 
 def trained_format(ledger: Ledger) -> TrainedFormat | None:
-    """Choose the format of most chats of a data set; ``None`` where the data set was made before it was recorded."""
+    """Choose the format of most chats of a data set.
+
+    Returns:
+        the format; ``None`` where it is not known, because the data set was made before it was recorded, or has no
+        chats but files that were tokens already.
+    """
     sources = ledger.chat_template.get("sources")
-    if sources is None:
+    if sources is None or (not sources and any(map(has_tokenized_files, ledger.tasks))):
         return None
     if not sources:
         return TrainedFormat(ledger.chat_template["name"], None)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from mft_megatron.data.chat_templates.examples import first_examples, moved
 from mft_megatron.data.chat_templates.formats import ChatFormat, chat_format
-from mft_megatron.data.chat_templates.trained_format import chat_sources, trained_format
+from mft_megatron.data.chat_templates.trained_format import chat_sources, has_tokenized_files, trained_format
 from mft_megatron.data.packing.build_packs import write_packs
 from mft_megatron.data.packing.packing_options import PackingOptions, check_packing_options
 from mft_megatron.data.records.conversation import Conversation, Turn
@@ -170,11 +170,7 @@ def _make(recipe: Recipe, backend: str) -> tuple[Ledger, list[str]]:
 
 def _formats_of_chats(tasks: Sequence[TaskEntry], style_of: Mapping[str, ChatFormat]) -> list[ChatFormat]:
     """Formats of the tasks that have chats, or files that were tokens already, which may be chats."""
-    return [
-        style_of[task.name]
-        for task in tasks
-        if task.chats or any(source.path.endswith(".idx") for source in task.sources)
-    ]
+    return [style_of[task.name] for task in tasks if task.chats or has_tokenized_files(task)]
 
 
 def _encoding(recipe: Recipe, task: TaskFiles, tokenizer: Tokenizer, styles: dict[str, ChatFormat]) -> TaskEncoding:

@@ -270,6 +270,7 @@ def test_role_markers():
         ("{", "not JSON"),
         ("[]", "JSON object"),
         ('{"user": 1}', "of strings"),
+        ('{"user": "Q \\ud83d:"}', "marker of user holds half a surrogate pair"),
         ('{"robot": "x"}', "robot.*known: system"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
@@ -52,6 +53,16 @@ def test_data_that_were_made_before_are_not_known(make_dataset, tmp_path):
     merged, _ = merge([other, prefix], tmp_path / "all", OPTIONS)
     assert trained_format(merged) is None
     assert [(task.name, task.chats) for task in merged.tasks] == [("b", 40), ("a", None)]
+
+
+def test_tokens_that_are_given_may_be_chats(make_dataset):
+    """Their format is not known; the stop token of the chosen one counts, as before."""
+    prefix, _ = make_dataset({"a": CHAT}, chat_template="chatml")
+    tasks = {"a": TaskFiles("a", (Path(f"{prefix}_input_ids.idx"),))}
+    _, ledger = make_dataset({"a": CHAT}, tasks=tasks, chat_template="chatml")
+    assert ledger.tasks[0].chats == 0
+    assert trained_format(ledger) is None
+    assert len(ledger.chat_template["stop_token_ids"]) == 2
 
 
 def test_the_format_of_most_chats_is_chosen(make_dataset, tmp_path):
