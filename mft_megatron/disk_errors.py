@@ -84,6 +84,6 @@ def free_space(place: Path | str) -> str:
     try:
         while not folder.exists():
             folder = folder.parent
-        return f"{shutil.disk_usage(folder).free / 1e6:,.0f} MB free"
+        return f"{shutil.disk_usage(folder).free / 1e6:,.0f} MB free now"
     except OSError:
         return "free space unknown"
