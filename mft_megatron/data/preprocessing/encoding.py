@@ -30,6 +30,7 @@ from mft_megatron.errors import InputError
 
 from .batched_texts import BatchedSamples, KnownTexts, SampleError
 from .encoded_batch import Drop, EncodedBatch, drop_unsupervised
+from .prompt_spaces import with_prompt_spaces
 
 # of a file: examples are taken from these, so that other batches need not look for any
 _LINES_OF_EXAMPLES = 64
@@ -169,7 +170,7 @@ class Encoder:
             read.documents.append(conversation.document)
             read.filled.append(filled)
             read.chats.append(not conversation.raw)
-            read.samples.add(segments)
+            read.samples.add(segments if conversation.raw else with_prompt_spaces(segments, self._tokenizer))
 
     def _written(
         self, record: Any, encoding: TaskEncoding, notes: RecordNotes

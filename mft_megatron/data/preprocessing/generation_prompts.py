@@ -21,6 +21,7 @@ from mft_megatron.data.tokenizers.tokenizer import Tokenizer
 
 from .batched_texts import BatchedSamples, KnownTexts
 from .encoding import TaskEncoding, parse_record, read_conversations
+from .prompt_spaces import with_prompt_spaces
 
 LINES, CHATS = 64, 8  # of a task that are looked at
 _SHOWN = 32  # characters of a prompt in a note, before the difference and after it
@@ -79,7 +80,7 @@ class GenerationPrompts:
     def _difference(self, conversation: Conversation, where: str) -> str | None:
         style, tokenizer = self._encoding.style, self._tokenizer
         samples = BatchedSamples(KnownTexts(tokenizer))
-        samples.add(style.segments(conversation))
+        samples.add(with_prompt_spaces(style.segments(conversation), tokenizer))
         ids, mask, _ = samples.arrays(tokenizer.bos_token_id if self._encoding.add_bos else None)
         starts = np.flatnonzero(np.diff(mask, prepend=np.uint8(0)) == 1).tolist()
         answers = [

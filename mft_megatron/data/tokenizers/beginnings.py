@@ -46,12 +46,14 @@ class Beginning:
     Attributes:
         ids: int32 [k], tokens before every text, mostly none or BOS.
         space: whether a space is written before a text, by its first character; ``None`` if that depends on more.
+        after_tokens: such a space is also written after each special token in a text.
         names: of added tokens, beside which a tokenizer may write spaces, too.
         own: the tokenizer's own encoding.
     """
 
     ids: np.ndarray
     space: Callable[[str], bool] | None
+    after_tokens: bool
     names: Names
     own: OwnEncode
 

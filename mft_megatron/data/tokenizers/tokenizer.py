@@ -126,8 +126,12 @@ class Tokenizer(abc.ABC):
     @functools.cached_property
     def beginning(self) -> Beginning:
         """How the tokenizer's own ``encode`` begins a text."""
-        ids = np.array(self._ids_before_texts(), np.int32)
-        return Beginning(ids, self._space_before_texts(), Names(self.special_tokens), self._encode_own)
+        ids, space = np.array(self._ids_before_texts(), np.int32), self._space_before_texts()
+        after_tokens = False
+        if space is not None and space("a"):
+            (after,) = self._encode_own([f"{self.end_of_text}a"], True)
+            after_tokens = after == [self.eos_token_id, *self.encode_batch([" a"])[0]]
+        return Beginning(ids, space, after_tokens, Names(self.special_tokens), self._encode_own)
 
     @abc.abstractmethod
     def _ids_before_texts(self) -> list[int]:

@@ -27,7 +27,7 @@ from tests.data.chat_templates.templates import QWEN2, QWEN3, TEMPLATES, save_to
 from tests.data.conftest import SOURCES, TASKS, functions, space_before_texts
 
 
-def naive(tokenizer, segments):
+def naive(tokenizer, segments, chat=False):
     """Ids and mask of one sample: consecutive segments of one kind are concatenated, then encoded one by one."""
     merged = []
     for segment in segments:
@@ -37,9 +37,13 @@ def naive(tokenizer, segments):
             segment = segment._replace(text=merged.pop().text + segment.text)
         merged.append(segment)
     ids, mask = [], []
+    # none of these tokenizers adds BOS; of those that write a space before a text, one writes it after each token, too
+    opens = chat
     for text, supervised, special, markup, begins in merged:
-        if begins:  # none of these tokenizers adds BOS
+        if begins or (opens and text and not (special or supervised)):
             text = space_before_texts(tokenizer) + text
+        if text:
+            opens = chat and special and tokenizer.type == "HuggingFaceTokenizer"
         of_segment = [tokenizer.token_id(text)] if special else tokenizer.encode_batch([text], markup)[0]
         ids += of_segment
         mask += [int(supervised)] * len(of_segment)
@@ -47,7 +51,8 @@ def naive(tokenizer, segments):
 
 
 def naive_batch(tokenizer, plan, records):
-    samples = [naive(tokenizer, plan.style.segments(read_record(record, plan.record_format))) for record in records]
+    read = [read_record(record, plan.record_format) for record in records]
+    samples = [naive(tokenizer, plan.style.segments(one), chat=not one.raw) for one in read]
     return [(ids, mask) for ids, mask in samples if any(mask[1:])]
 
 

@@ -158,7 +158,10 @@ def test_tools_are_in_both_prompts(note):
         assert note(template, record) is None
 
 
-def test_a_space_that_the_tokenizer_writes_into_a_prompt_is_noted(note, llama_like_folder):
-    """This tokenizer writes a space after every special token; samples have none there."""
+@pytest.mark.parametrize("markers", [None, '{"user": "USER: ", "assistant": "</s>BOT: "}'])
+def test_spaces_that_a_tokenizer_writes_into_prompts_are_in_samples_too(tokenizer, llama_like_folder, markers):
+    """This tokenizer writes a space before a text and after every special token."""
     opened = load_tokenizer("HuggingFaceTokenizer", llama_like_folder)
-    assert note("mftcoder", ONE, opened=opened).startswith("task qa: a server's prompt has '<s> human")
+    watched = GenerationPrompts("qa", opened, TaskEncoding(chat_format("mftcoder", opened, markers)))
+    list(watched.watch([RecordBatch("file", 1, [json.dumps(record).encode() for record in (ONE, TWO)])]))
+    assert watched.note is None

@@ -98,8 +98,7 @@ def test_a_question_is_tokenised_as_in_a_prompt_tokenised_whole(tokenizer):
     record = {"messages": [{"role": "user", "content": "  f(x);\n"}, {"role": "assistant", "content": " 1"}]}
     encoded = encode(tokenizer, [json.dumps(record)], "mftcoder")
     prompt = encoded.ids[: int(np.argmax(encoded.mask))].tolist()
-    (whole,) = tokenizer.encode_batch(["<s>human\n  f(x);\n\n<s>bot\n"], markup=True)
-    assert prompt == whole
+    assert prompt == tokenizer.beginning.encode("<s>human\n  f(x);\n\n<s>bot\n", markup=True).tolist()
 
 
 def test_tokenised_by_sample_and_by_batch_alike(tokenizer):

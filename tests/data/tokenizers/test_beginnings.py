@@ -114,12 +114,26 @@ def test_the_completion_is_encoded_without_a_space(both):
         assert encoded.ids[end - len(plain) - 1 : end - 1].tolist() == plain
 
 
-def test_chats_do_not_begin_so(both):
-    ours, _, _ = both
-    encoder = Encoder(ours, {"task": TaskEncoding(chat_format("mftcoder", ours, '{"user": "def"}'))})
-    encoded = encoder.encode("task", RecordBatch("file", 1, [b'{"question": "x", "answer": "y"}']))
-    (plain,) = ours.encode_batch(["defx\n"])
-    assert encoded.ids[: len(plain)].tolist() == plain
+CHATS = [
+    # markers that begin with a token, and markers that are text alone
+    ({}, "<s>human\n{}\n<s>bot\n"),
+    ({"user": "USER: ", "assistant": "ASSISTANT: "}, "USER: {}\nASSISTANT: "),
+    ({"user": "</s> USER: ", "assistant": "</s>ASSISTANT: "}, "</s> USER: {}\n</s>ASSISTANT: "),
+]
+
+
+@pytest.mark.parametrize(("markers", "prompt"), CHATS)
+@pytest.mark.parametrize("question", ["def f(x):", "  x", "\n\n", "漢"])
+def test_prompts_of_chats_are_those_of_transformers(both, markers, prompt, question):
+    """A server renders the prompt and tokenises it without BOS, which is the template's part."""
+    ours, theirs, _ = both
+    encoder = Encoder(ours, {"task": TaskEncoding(chat_format("mftcoder", ours, json.dumps(markers)))})
+    record = json.dumps({"question": question, "answer": "return x"}).encode()
+    encoded = encoder.encode("task", RecordBatch("file", 1, [record]))
+    learned = int(encoded.mask.argmax())
+    assert encoded.ids[:learned].tolist() == theirs.encode(prompt.format(question), add_special_tokens=False)
+    (answer,) = ours.encode_batch(["return x"])
+    assert encoded.ids[learned : learned + len(answer) + 1].tolist() == [*answer, ours.eos_token_id]
 
 
 def test_the_bos_option_adds_no_second_one(both):
