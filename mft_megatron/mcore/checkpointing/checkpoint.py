@@ -253,9 +253,7 @@ def load(path: Path, trainer: Trainer, info: CheckpointInfo, options: Checkpoint
         current = chunk.state_dict()
         kept = current.keys() - loaded["model"][name].keys() if not info.has_base else absent[name]
         chunk.load_state_dict({**loaded["model"][name], **{key: current[key] for key in kept}})
-        for shard in shards_of(chunk):
-            layer = list(shard.global_offset[: shard.prepend_axis_num]) or ""
-            refuse_non_finite(shard.data, f"{path}: {shard.key} {layer}", "take an earlier one with --ckpt-step")
+    process_groups.raise_on_all_ranks(_non_finite(path, trainer))
     if whole:
         trainer.scheduler.load_state_dict(loaded["scheduler"])
     if with_optimizer:
@@ -269,6 +267,18 @@ def load(path: Path, trainer: Trainer, info: CheckpointInfo, options: Checkpoint
         statistics = {name: value.to(devices.device()) for name, value in loaded["statistics"].items()}
         trainer.statistics = TaskStatistics(**statistics)
     return loaded.get("training", {}) if whole else {}
+
+
+def _non_finite(path: Path, trainer: Trainer) -> str | None:
+    """Refuse weights that are not finite: the message, or ``None``."""
+    try:
+        for _, chunk in _named_chunks(trainer):
+            for shard in shards_of(chunk):
+                layer = list(shard.global_offset[: shard.prepend_axis_num]) or ""
+                refuse_non_finite(shard.data, f"{path}: {shard.key} {layer}", "take an earlier one with --ckpt-step")
+    except InputError as error:
+        return str(error)
+    return None
 
 
 def _named_chunks(trainer: Trainer) -> Iterator[tuple[str, GPTModel]]:

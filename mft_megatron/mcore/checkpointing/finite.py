@@ -7,7 +7,7 @@ from mft_megatron.errors import InputError
 
 
 def refuse_non_finite(content: Tensor, where: str, remedy: str) -> None:
-    """Check a part of a weight; it costs a tenth of the time of copying it.
+    """Check a part of a weight, in one pass over it.
 
     Args:
         content: any shape, of a floating-point dtype, on any device.
@@ -22,4 +22,4 @@ def refuse_non_finite(content: Tensor, where: str, remedy: str) -> None:
     least, most = torch.aminmax(content.detach())  # both are NaN where an element is
     if not torch.stack((least, most)).isfinite().all():
         kind = "NaN" if content.isnan().any() else "an infinity"
-        raise InputError(f"{where} has {kind} in it, and every loss would be NaN; {remedy}", always=True)
+        raise InputError(f"{where} has {kind} in it, and every loss would be NaN; {remedy}")

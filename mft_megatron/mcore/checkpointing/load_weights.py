@@ -13,8 +13,10 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
+from mft_megatron.errors import InputError
 from mft_megatron.lora import is_adapter
 from mft_megatron.mcore.adapters.quantized_linear import quantized_shards
+from mft_megatron.mcore.parallel import process_groups
 from mft_megatron.mcore.parallel.sharded_weights import shards_of
 from mft_megatron.mcore.trainer import Trainer
 
@@ -22,9 +24,14 @@ from .weight_source import WeightSlice, WeightSource
 
 
 def fill_weights(trainer: Trainer, source: WeightSource, adapters: bool = False) -> None:
-    """Fill the weights of the trainer's model as :func:`fill_model` does, and the optimizer's copies of them."""
+    """Fill the weights of the trainer's model as :func:`fill_model` does, and the optimizer's copies of them.
+
+    A collective of all ranks, which all raise what one of them cannot read.
+    """
+    tried = _Tried(source)
     for chunk in trainer.chunks:
-        fill_model(chunk.module, source, adapters)
+        fill_model(chunk.module, tried, adapters)
+    process_groups.raise_on_all_ranks(tried.refusal)
     trainer.optimizer.reload_model_params()
 
 
@@ -46,6 +53,27 @@ def fill_model(model: GPTModel, source: WeightSource, adapters: bool = False) ->
     if not adapters:
         for name, layer, shards in quantized_shards(model):
             layer.hold_weight(_read_shards(shards, source), name.rpartition(".")[2])
+
+
+class _Tried:
+    """A source that gives zeros from its first refusal on, because other ranks wait for this one.
+
+    Attributes:
+        refusal: the message of the refusal; ``None`` without one.
+    """
+
+    def __init__(self, source: WeightSource):
+        self._source = source
+        self.refusal: str | None = None
+
+    def read(self, wanted: WeightSlice) -> Tensor:
+        """Read one slice."""
+        if self.refusal is None:
+            try:
+                return self._source.read(wanted)
+            except InputError as error:
+                self.refusal = str(error)
+        return torch.zeros(wanted.shape)
 
 
 def slice_of(shard: ShardedTensor) -> WeightSlice:

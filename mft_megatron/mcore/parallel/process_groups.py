@@ -132,6 +132,22 @@ def any_rank(value: bool) -> bool:
     return sum_over_world(torch.tensor(int(value), device=devices.device())).item() > 0
 
 
+def raise_on_all_ranks(refusal: str | None) -> None:
+    """Raise on every rank what a rank refuses, so that none waits for another; a collective of all ranks.
+
+    Args:
+        refusal: the message of this rank; ``None`` without one.
+
+    Raises:
+        InputError: a rank has a message: the first one, the same on all ranks.
+    """
+    if not any_rank(refusal is not None):
+        return
+    refusals: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(refusals, refusal)
+    raise InputError(next(message for message in refusals if message is not None))
+
+
 def broadcast_from_main(value: Tensor) -> Tensor:
     """Send the main process's CPU tensor, of any shape and dtype, to every process; returns it."""
     on_device = value.to(devices.device())

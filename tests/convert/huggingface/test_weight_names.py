@@ -205,6 +205,36 @@ def test_a_rank_that_reads_some_columns_finds_them_too(model):
         files.read_block(torch.empty(48, 40), name, 0, 40)
 
 
+def refusals_of_a_run(hf, layout, world_size):
+    """The message with which each rank refuses the weights of a Hugging Face folder."""
+    from mft_megatron.arguments.command import parse_arguments
+    from mft_megatron.convert.huggingface.weight_source import HuggingFaceSource
+    from mft_megatron.mcore.checkpointing.load_weights import fill_weights
+    from mft_megatron.mcore.parallel import process_groups
+    from mft_megatron.mcore.trainer import Trainer
+
+    source = HuggingFaceSource(hf)
+    argv = tiny_models.argv_for(f"--hf-checkpoint {hf} {layout}")
+    arguments = parse_arguments(argv, world_size, None, source.info)
+    with process_groups.process_groups(arguments.distributed, seed=3):
+        trainer = Trainer(arguments, source.info.vocab_size, 1)
+        return refused_call(fill_weights, trainer, source)
+
+
+@pytest.mark.parametrize("peft", ["none", "qlora"])
+def test_all_ranks_say_the_same_of_what_one_reads(tmp_path, peft):
+    """One rank of two has the row, and with 4 bits both compute together while they read."""
+    model, name = tmp_path / "hf", "model.layers.1.mlp.down_proj.weight"
+    tiny_models.write_model("llama", model, hidden_size=64, intermediate_size=128, num_attention_heads=8)
+    weights = load_file(model / "model.safetensors")
+    weights[name][5, 3] = float("nan")
+    tiny_models.save_weights(weights, model / "model.safetensors")
+    layout = f"--tensor-model-parallel-size 2 --peft-type {peft}"
+    first, second = run_on_ranks(2, refusals_of_a_run, str(model), layout, 2)
+    assert first == second
+    assert f"{name} has NaN in it" in first
+
+
 def test_a_checkpoint_that_is_not_finite_is_named(model, tmp_path, monkeypatch):
     """A run with a checkpoint that was written before its weights were checked, or by another program."""
     name = "model.layers.1.mlp.down_proj.weight"
