@@ -1,6 +1,7 @@
 """The exception for errors that the user can correct, and how a command reports it."""
 
 import contextlib
+import io
 import os
 import sys
 import time
@@ -66,6 +67,9 @@ def run_command(main: Callable[[], int | None], quiet: bool = False) -> int:
         the exit code: the result of ``main``; 2 after an :class:`InputError` or a file, or the output, that cannot be
         read or written; 130 after an interrupt; 141 if the reader of the output has gone.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # text of the user's data, which a terminal may be unable to show, must not end a command
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return main() or _finish_output()
     except InputError as error:

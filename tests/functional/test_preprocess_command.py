@@ -1,5 +1,6 @@
 """tools/preprocess_data.py and tools/inspect_data.py as a user runs them: one whole pass, and every bad input."""
 
+import io
 import json
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from mft_megatron.data.loading.dataset import PackedDataset
+from mft_megatron.errors import run_command
 from tests.ranks import ROOT, run_tool
 from tests.refusals import refusal
 
@@ -307,3 +309,10 @@ def test_a_folder_with_arrays_and_other_files(preprocess, tmp_path):
     (folder / "b.json").write_text('[{"text": "a"},\n {"text": 3}]')
     process = preprocess({"a": GOOD}, "--task", f"t={folder}")
     assert "tasks/b.json: record 2: text must be a string, not int; correct it" in refusal(process)
+
+
+def test_text_that_a_terminal_cannot_show_ends_no_command(monkeypatch):
+    output = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", output)
+    assert run_command(lambda: print("note: a key 'é'")) == 0
+    assert output.buffer.getvalue() == rb"note: a key '\xe9'" + b"\n"

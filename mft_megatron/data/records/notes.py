@@ -25,6 +25,8 @@ NOTES: dict[str, str] = {
     "--learn-empty-answers learns them",
     "marked_turn_not_learnt": "turns of other roles than the assistant that are marked to be learnt, but are not: {n}",
 }
+# lines about the keys of a task, and characters of a key in them
+_MOST_LINES, _LONGEST = 20, 80
 
 
 @dataclasses.dataclass
@@ -51,9 +53,16 @@ def note_lines(
         unread_keys, kinds: as in :class:`RecordNotes`.
         acknowledged: paths of keys that the user knows of; they have no line.
     """
+    shown = [key for key in unread_keys if key not in acknowledged]
     lines = [
-        f"task {task}: {n:,} {'record has' if n == 1 else 'records have'} a key {key!r} that is not read"
-        for key, n in unread_keys.items()
-        if key not in acknowledged
+        f"task {task}: {n:,} {'record has' if n == 1 else 'records have'} a key {_shortened(key)!r} that is not read"
+        for key, n in ((key, unread_keys[key]) for key in shown[:_MOST_LINES])
     ]
+    if len(shown) > _MOST_LINES:
+        others = len(shown) - _MOST_LINES
+        lines.append(f"task {task}: {others:,} more keys are not read; the ledger counts the records of each")
     return [*lines, *(f"task {task}: {NOTES[kind].format(n=f'{n:,}')}" for kind, n in kinds.items())]
+
+
+def _shortened(key: str) -> str:
+    return key if len(key) <= _LONGEST else f"{key[:_LONGEST]}…"

@@ -110,7 +110,8 @@ def read_record(
     conversation = plan.read(record, plan.keys, reading)
     if notes is not None:
         for key in dict.fromkeys(plan.unread + reading.unread) if reading.unread else plan.unread:
-            notes.unread_keys[key] += 1
+            # half a surrogate pair has no form in the ledger
+            notes.unread_keys[key if key.isascii() else key.encode(errors="backslashreplace").decode()] += 1
         if reading.kinds:
             notes.kinds.update(reading.kinds)
     return conversation

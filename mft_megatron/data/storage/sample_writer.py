@@ -14,6 +14,8 @@ from .indexed_dataset import IndexedDataset, IndexedDatasetWriter, token_dtype
 from .ledger import InputFile, JsonObject, TaskEntry
 from .stored_samples import StoredSamples
 
+# keys that nothing reads, of a task in the ledger, and the name of the count of all others
+MOST_KEYS, OTHER_KEYS = 1000, "(other keys)"
 MOST_TASKS = np.iinfo(TASK_ID_DTYPE).max + 1
 
 
@@ -62,12 +64,22 @@ class TaskTally:
             sampling=self.sampling,
             overlong=self.overlong,
             sources=self.sources,
-            unread_keys=dict(sorted(self.unread_keys.items())),
+            unread_keys=_most_frequent(self.unread_keys),
             noted=dict(sorted(self.noted.items())),
             chats=self.chats,
             examples=self.examples,
             added=self.added,
         )
+
+
+def _most_frequent(counts: collections.Counter[str]) -> dict[str, int]:
+    """Sort counts by key; the rarest of very many, as where data are keys, are one count."""
+    if len(counts) <= MOST_KEYS:
+        return dict(sorted(counts.items()))
+    first = sorted(counts, key=lambda key: (-counts[key], key))[:MOST_KEYS]
+    return {key: counts[key] for key in sorted(first)} | {
+        OTHER_KEYS: counts.total() - sum(counts[key] for key in first)
+    }
 
 
 class SampleWriter:

@@ -358,6 +358,14 @@ def test_any_unknown_key_is_counted_wherever_it_is(record, data):
     assert read(record, (path,)) == (*before[:4], before[4] | {path: 1}, before[5])
 
 
+@pytest.mark.parametrize(
+    ("key", "path"), [("\ud800", "\\ud800"), ("", ""), ("\n", "\n"), ("é\U0001f600", "é\U0001f600")]
+)
+def test_odd_keys_are_counted_by_paths_that_can_be_written(key, path):
+    assert read(messages(USER, BOT, **{key: 1}))[4] == {path: 1}
+    assert read(messages(USER | {key: 1}, BOT))[4] == {f"messages[].{path}": 1}
+
+
 @given(st.sampled_from(RECORDS), st.sampled_from(sorted(KNOWN)), values, st.data())
 @settings(deadline=None, max_examples=500)
 def test_any_known_key_changes_the_record_or_is_counted_or_refused(record, key, value, data):

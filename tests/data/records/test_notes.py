@@ -17,3 +17,10 @@ def test_each_count_is_one_line(monkeypatch):
 @pytest.mark.parametrize("kind", notes.NOTES)
 def test_each_sentence_says_the_number(kind):
     assert "123" in notes.NOTES[kind].format(n="123")
+
+
+def test_very_many_and_very_long_keys_stay_readable():
+    lines = notes.note_lines("qa", {f"{n:02}" + "x" * 1000: 1 for n in range(32)}, {}, {"00" + "x" * 1000})
+    assert len(lines) == 21
+    assert lines[0] == f"task qa: 1 record has a key '01{'x' * 78}…' that is not read"
+    assert lines[20] == "task qa: 11 more keys are not read; the ledger counts the records of each"

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from mft_megatron.data.storage import sample_writer
 from mft_megatron.data.storage.ledger import FORMAT_VERSION, file_sha256, read_ledger
+from mft_megatron.data.storage.sample_writer import TaskTally
 from mft_megatron.errors import InputError
 
 
@@ -91,3 +93,11 @@ def test_a_ledger_of_version_2_is_read_and_keeps_its_hash(dataset_with_ledger, t
     old = read_ledger(tmp_path / "old")
     assert old == dataclasses.replace(dataset_with_ledger[1], format_version=2)
     assert old.dataset_hash(256) != dataset_with_ledger[1].dataset_hash(256)  # runs that resume recognise it by this
+
+
+def test_very_many_keys_that_nothing_reads_are_one_count(monkeypatch):
+    tally = TaskTally("t", {})
+    tally.unread_keys.update({"often": 9, "b": 2, "a": 2, "c": 1, "d": 1})
+    assert tally.entry().unread_keys == {"a": 2, "b": 2, "c": 1, "d": 1, "often": 9}
+    monkeypatch.setattr(sample_writer, "MOST_KEYS", 2)
+    assert list(tally.entry().unread_keys.items()) == [("a", 2), ("often", 9), ("(other keys)", 4)]
