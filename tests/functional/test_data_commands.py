@@ -19,6 +19,7 @@ from mft_megatron.data.command import inspect_main, pack_main, preprocess_main
 from mft_megatron.data.loading.dataset import PackedDataset
 from mft_megatron.data.tokenizers.load import load_tokenizer
 from mft_megatron.errors import run_command
+from tests.data.chat_templates.templates import TEMPLATES, save_tokenizer
 from tests.made_dataset import batch_of_packs
 from tests.ranks import ROOT
 
@@ -207,6 +208,48 @@ def test_the_template_of_the_tokenizer_is_used(command, tmp_path):
     code, output = command.preprocess("--task", task, "--chat-template", "alpaca")
     assert code == 2
     assert "--chat-template alpaca" in output
+
+
+def test_what_a_reasoning_model_is_not_trained_on_is_named(command):
+    """Each count is one line; a sample of each round leaves nothing out, and begins where a server's prompt ends."""
+    command.tokenizer = save_tokenizer(command.folder / "thinking", TEMPLATES["thinking"])
+    rounds = [
+        turn
+        for number in range(3)
+        for turn in (
+            {"role": "user", "content": f"{number}?"},
+            {"role": "assistant", "content": f"    {number}", "reasoning_content": f"It is {number}."},
+        )
+    ]
+    tasks = ("--task", f"qa={command.write('qa.jsonl', [{'messages': rounds}] * 4)}")
+    notes = {}
+    for split in ((), ("--split-thinking-rounds",)):
+        code, output = command.preprocess(*tasks, *split, length=128)
+        assert code == 0, output
+        notes[bool(split)] = [line for line in output.splitlines() if line.startswith("note: task qa")]
+        (task,) = command.open(length=128).ledger.tasks
+        assert task.samples_in + task.added == task.kept + sum(task.dropped.values()) == (12 if split else 4)
+        code, output = command.run(inspect_main, command.folder / "set", "--check")
+        assert code == 0, output
+    prompt, left_out = notes[False]
+    assert prompt.startswith(
+        "note: task qa: a server's prompt ends in '<|im_start|>assistant\\n<think>\\n', trained answers begin after "
+        "'<|im_start|>assistant\\n'; a model that thinks is given '<think>\\n' before each answer: "
+    )
+    assert left_out.startswith(
+        "note: task qa: the template left out the reasoning of 8 answers before the last question"
+    )
+    assert notes[True] == [
+        "note: task qa: 4 records with reasoning in several rounds were split into one sample a round"
+    ]
+    # beside a template that trims, an answer's leading spaces are named
+    (command.folder / "trims.jinja").write_text(TEMPLATES["gemma"])
+    spaces = [{"question": "Complete:\ndef f(x):\n", "answer": "    return 0\n"}] * 3
+    words = ("--task", f"code={command.write('code.jsonl', spaces)}", "--chat-template", command.folder / "trims.jinja")
+    code, output = command.preprocess(*words)
+    assert code == 0, output
+    assert "note: task code: the template removed leading spaces or line breaks of 3 answers; " in output
+    assert command.open().ledger.tasks[0].noted == {"leading_whitespace": 3, "trailing_whitespace": 3}
 
 
 def test_supervised_turns(command):

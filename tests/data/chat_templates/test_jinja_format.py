@@ -360,6 +360,26 @@ def test_a_call_that_a_template_writes_as_python_does_in_any_form_is_refused(tok
     assert error.value.reason == "template_error"
 
 
+FUNCTION = {"name": "temp", "description": "in °C", "parameters": {"type": "object", "properties": {"city": {}}}}
+
+
+@pytest.mark.parametrize(
+    "declared", [FUNCTION, {"type": "function", "function": FUNCTION}, {"type": "function", **FUNCTION}]
+)
+@pytest.mark.parametrize("as_text", [False, True])
+@pytest.mark.parametrize("name", ["qwen2", "mistral", "chatml", "mftcoder"])
+def test_declared_tools_are_written_as_a_server_sends_them(tokenizer, theirs, write, name, declared, as_text):
+    style = chat_format(write(TEMPLATES[name]) if name in TEMPLATES else name, tokenizer)
+    turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+    conversation = read_record({"messages": turns, "tools": json.dumps([declared]) if as_text else [declared]})
+    sent = {"type": "function", "function": FUNCTION}
+    options = {"chat_template": style.source, "tokenize": False}
+    whole = theirs.apply_chat_template(turns, tools=[sent], **options)
+    assert "".join(segment.text for segment in style.segments(conversation)) == whole
+    prompt = theirs.apply_chat_template(turns[:1], tools=[sent], add_generation_prompt=True, **options)
+    assert style.prompt(conversation, 1) == prompt
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_prompt_is_that_of_transformers(styles, theirs, name):
     conversation = chat(*FUNCTIONS[:3], "Ya", "Who")
