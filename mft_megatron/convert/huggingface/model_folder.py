@@ -31,7 +31,6 @@ def read_config(folder: Path) -> dict[str, object]:
     file = folder / CONFIG
     if not file.is_file():
         raise InputError(f"{folder}: {_no_config(folder)}")
-    refuse_pointer(file)
     return read_object(file, "download it again")
 
 
@@ -55,6 +54,7 @@ def read_object(file: Path, remedy: str) -> dict[str, object]:
     Raises:
         InputError: the file is not a JSON object.
     """
+    refuse_pointer(file)
     try:
         content = json.loads(file.read_text())
     except ValueError as error:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mft_megatron.errors import InputError
+from mft_megatron.git_lfs import refuse_pointer
 
 
 def read_json_object(file: Path) -> dict[str, Any]:
@@ -13,6 +14,7 @@ def read_json_object(file: Path) -> dict[str, Any]:
     Raises:
         InputError: the file is not JSON, or JSON of another kind.
     """
+    refuse_pointer(file)
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -32,6 +34,7 @@ def read_chat_template(folder: Path) -> str | None:
     """
     alone, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     if alone.is_file():
+        refuse_pointer(alone)
         try:
             return alone.read_text(encoding="utf-8")
         except ValueError as error:

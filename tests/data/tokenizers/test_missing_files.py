@@ -1,6 +1,7 @@
 """Folders without the file of the tokenizer that was asked for: the message says what is there and what to do."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -45,16 +46,23 @@ def test_folders(tmp_path, kind, files, reason):
 
 
 @pytest.mark.parametrize(
-    ("kind", "name", "reason"),
+    ("kind", "name"),
     [
-        (HF, "tokenizer.json", "is a pointer of Git LFS, not the file itself; in its folder run 'git lfs install' and"),
-        (SPM, "tokenizer.model", "is a pointer of Git LFS, not the file itself; in its folder run 'git lfs install'"),
+        (HF, "tokenizer.json"),
+        (HF, "tokenizer_config.json"),
+        (HF, "special_tokens_map.json"),
+        (HF, "chat_template.jinja"),
+        (SPM, "tokenizer.model"),
+        (SPM, "chat_template.jinja"),
     ],
 )
-def test_pointers_of_git_lfs(tmp_path, kind, name, reason):
-    (tmp_path / name).write_text(POINTER)
-    for path in (tmp_path, tmp_path / name):
-        assert f"{tmp_path / name}: {reason}" in refused_call(load_tokenizer, kind, path)
+def test_pointers_of_git_lfs(tokenizer_folder, sentencepiece_model, tmp_path, kind, name):
+    folder = shutil.copytree(tokenizer_folder, tmp_path / "tokenizer")
+    shutil.copyfile(sentencepiece_model, folder / "tokenizer.model")
+    (folder / name).write_text(POINTER)
+    for path in (folder, folder / ("tokenizer.json" if kind == HF else "tokenizer.model")):
+        line = refused_call(lambda path=path: load_tokenizer(kind, path).chat_template)
+        assert line.startswith(f"{folder / name}: is a pointer of Git LFS, not the file itself; in its folder run 'git")
 
 
 def test_files_of_the_other_kind(tokenizer_folder, sentencepiece_model):
