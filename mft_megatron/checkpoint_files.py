@@ -44,17 +44,17 @@ def damage(path: Path) -> str | None:
     return None
 
 
-def remedy(path: Path, option: str, description: str | None) -> str:
+def remedy(path: Path, description: str | None) -> str:
     """The sentence that names the newest whole checkpoint beside a damaged one, and how to load it.
 
     Args:
-        path: folder of the damaged checkpoint, ``iter_NNNNNNN`` in a run folder; it need not exist.
-        option: that names a checkpoint.
+        path: folder of the damaged checkpoint, ``iter_NNNNNNN`` in a run folder, or a file beside it; it need
+            not exist.
         description: a file that a whole checkpoint has besides those of its index, if any.
     """
     others = sorted((other for other in path.parent.glob("iter_*") if other.is_dir() and other != path), reverse=True)
     for other in others:
         if (description is None or (other / description).is_file()) and damage(other) is None:
             step = other.name.removeprefix("iter_").lstrip("0") or "0"
-            return f"{other.name} is whole: give {option} {other}, or when training --ckpt-step {step}"
+            return f"{other.name} is whole: give {other} instead, or with --load in training --ckpt-step {step}"
     return "none of the other checkpoints beside it is whole" if others else "there is no other checkpoint beside it"

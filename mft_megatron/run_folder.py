@@ -234,12 +234,14 @@ def _named_checkpoint(folder: Path, file_name: str, option: str, absent: str, ot
     if text == "release" and is_of_megatron(folder / text):
         return CheckpointRef(folder / text, read_info(folder / text, option))
     if not text.isdecimal():
-        raise InputError(f"{file}: {text!r} is not an iteration number; write the number of an existing iter_ folder")
+        raise InputError(
+            f"{file}: {text!r} is not an iteration number; write the number of an existing iter_ folder; "
+            f"{remedy(file, INFO)}"
+        )
     path = iteration_folder(folder, int(text))
     if not path.is_dir():
         raise InputError(
-            f"{file} names iteration {text}, but {path} does not exist; correct the number in it; "
-            f"{remedy(path, option, INFO)}"
+            f"{file} names iteration {text}, but {path} does not exist; correct the number in it; {remedy(path, INFO)}"
         )
     return _described(path, option)
 
@@ -253,7 +255,7 @@ def _described(path: Path, option: str) -> CheckpointRef:
     try:
         return CheckpointRef(path, read_info(path, option))
     except DamagedCheckpointError as error:
-        raise InputError(f"{error}; {remedy(path, option, INFO)}") from None
+        raise InputError(f"{error}; {remedy(path, INFO)}") from None
 
 
 def record_best(folder: Path, iteration: int) -> None:

@@ -76,39 +76,50 @@ def test_damage_is_named(tmp_path, case):
 def test_the_newest_whole_checkpoint_is_named(tmp_path):
     paths = [whole(tmp_path, iteration) for iteration in (5, 10, 20, 30, 40)]
     newest = paths[-1]
-    assert remedy(newest, "--load", INFO) == (
-        f"iter_0000030 is whole: give --load {paths[3]}, or when training --ckpt-step 30"
+    assert remedy(newest, INFO) == (
+        f"iter_0000030 is whole: give {paths[3]} instead, or with --load in training --ckpt-step 30"
     )
     harm(paths[3], "an end")
     (paths[2] / INFO).unlink()  # a save that was never finished
-    assert remedy(newest, "--load", INFO).startswith("iter_0000010 is whole: give --load ")
-    assert remedy(newest, "--load", None).startswith("iter_0000020 is whole: give --load ")
+    assert remedy(newest, INFO).startswith("iter_0000010 is whole: give /")
+    assert remedy(newest, None).startswith("iter_0000020 is whole: give /")
     for path in paths[:2]:
         harm(path, "a file")
-    assert remedy(newest, "--load", INFO) == "none of the other checkpoints beside it is whole"
+    assert remedy(newest, INFO) == "none of the other checkpoints beside it is whole"
     for path in paths[:-1]:
         shutil.rmtree(path)
-    assert remedy(newest, "--load", INFO) == "there is no other checkpoint beside it"
+    assert remedy(newest, INFO) == "there is no other checkpoint beside it"
 
 
-@pytest.mark.parametrize("case", ["unfinished", "damaged", "gone"])
+UNUSABLE = {
+    "unfinished": "was never finished",
+    "damaged": "is damaged",
+    "gone": "correct the number in it",
+    "no number": "iter_ folder",
+}
+
+
+@pytest.mark.parametrize("case", UNUSABLE)
 def test_a_newest_checkpoint_that_cannot_be_loaded_names_the_one_before(tmp_path, case):
     before, newest = whole(tmp_path), whole(tmp_path, 10)
     (tmp_path / TRACKER).write_text("10\n")
     if case == "gone":
         shutil.rmtree(newest)
+    elif case == "no number":
+        (tmp_path / TRACKER).write_text("")
     elif case == "damaged":
         (newest / INFO).write_text(json.dumps({"iteration": 10})[:-3])
     else:
         (newest / INFO).unlink()
-    said = {"unfinished": "was never finished", "damaged": "is damaged", "gone": "correct the number in it"}[case]
+    whole_one = newest.name if case == "no number" else before.name
     calls = [lambda: latest_checkpoint(tmp_path)]
-    if case != "gone":
+    if case in ("unfinished", "damaged"):
         calls += [lambda: latest_checkpoint(newest), lambda: checkpoint_of(tmp_path, 10)]
     for call in calls:
         with pytest.raises(InputError) as caught:
             call()
         line = str(caught.value)
-        assert line.endswith(f"{said}; iter_0000005 is whole: give --load {before}, or when training --ckpt-step 5")
+        there = f"{whole_one} is whole: give {tmp_path / whole_one} instead"
+        assert line.endswith(f"{UNUSABLE[case]}; {there}, or with --load in training --ckpt-step {int(whole_one[5:])}")
         assert "\n" not in line
     assert checkpoint_of(tmp_path, 5).path == latest_checkpoint(before).path == before

@@ -51,7 +51,7 @@ def test_exactly_one_length_is_given():
         parse("")
     with refused("--train-iters 10 and --num-train-epochs 2 both say how long the run is; give one of them"):
         parse("--train-iters 10 --num-train-epochs 2")
-    for epochs, text in (("0", "above 0"), ("-1", "above 0"), ("nan", "finite"), ("inf", "finite")):
+    for epochs, text in (("0", "above 0"), ("-1", "above 0"), ("nan", "finite"), ("inf", "finite"), ("1e7", "at most")):
         with refused(f"--num-train-epochs {float(epochs)}: must be", text):
             parse(f"--num-train-epochs {epochs}")
 

@@ -58,6 +58,7 @@ class TrainingArguments:
         "a resume. Schedules that count from --train-iters then count the steps of these epochs. The last step has the "
         "packs that remain, so that after 3 epochs every sample was used exactly 3 times. Not Megatron's.",
         above=0,
+        at_most=1_000_000,
         metavar="E",
     )
     check_for_nan_in_loss_and_grad: bool = option(

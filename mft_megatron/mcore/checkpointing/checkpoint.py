@@ -245,7 +245,7 @@ def load(path: Path, trainer: Trainer, info: CheckpointInfo, options: Checkpoint
             loaded = dist_checkpointing.load(state, str(path), sharded_strategy=_load_strategy(path, options))
     except (Exception, CheckpointException) as error:  # torch's is no subclass of Exception
         if (problem := damage(path)) is not None:
-            said = f"{path}: {problem}; the checkpoint is damaged; {remedy(path, '--load', INFO)}"
+            said = f"{path}: {problem}; the checkpoint is damaged; {remedy(path, INFO)}"
             raise InputError(said, always=True) from error
         rank = torch.distributed.get_rank()
         raise InputError(f"{path}: rank {rank} cannot load it ({_reason(error)})", always=True) from error

@@ -73,7 +73,7 @@ def require_common(path: Path, reader: TensorReader) -> None:
     if (path / COMMON).is_file():
         return
     if not reader.has_entry(ENTRY):
-        raise InputError(f"{path}: {COMMON} is missing; the checkpoint is damaged; {remedy(path, '--load', INFO)}")
+        raise InputError(f"{path}: {COMMON} is missing; the checkpoint is damaged; {remedy(path, INFO)}")
     if not _READS_OBJECT:
         raise InputError(
             f"{path}: {COMMON} is missing, and the installed Megatron-Core reads nothing else; restore the file, or "

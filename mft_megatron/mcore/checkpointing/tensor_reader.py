@@ -132,7 +132,7 @@ class TensorReader:
 
 
 def _remedy(path: Path) -> str:
-    return remedy(path, "--load", INFO if (path / INFO).is_file() else None)
+    return remedy(path, INFO if (path / INFO).is_file() else None)
 
 
 class _WeightPlanner(LoadPlanner):
