@@ -284,4 +284,8 @@ def _likely_cause(line: bytes) -> str:
         return "; lines end in carriage returns alone here, write line feeds"
     if line.lstrip()[:1] == b"[":
         return "; write one record a line, or name the file .json"
-    return "; write the whole record on one line" if line.rstrip()[-1:] in (b"{", b"[", b",", b":") else ""
+    return (
+        "; a record is one line, or one item of an array in a .json file"
+        if line.rstrip()[-1:] in (b"{", b"[", b",", b":")
+        else ""
+    )

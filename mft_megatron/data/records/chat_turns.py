@@ -92,6 +92,7 @@ def read_chat(
     before = "system" if read else ""
     beside = len(read)
     assistant = learns = False
+    flags: set[str] = set()  # that exclude an answer
     for key in keys:
         turns = record[key]
         if not isinstance(turns, list) or not turns:
@@ -104,6 +105,8 @@ def read_chat(
                 raise RecordError(error.reason, f"{key}[{index}]{error}") from None
             role = now.role
             if role == "assistant":
+                if not now.learn:
+                    flags.update(flag for flag in FLAGS if turn.get(flag) is not None)
                 if key != keys[-1]:
                     now = dataclasses.replace(now, learn=False)
                 if before in ("assistant", "tool call") and now.tool_calls and not now.content:
@@ -112,15 +115,16 @@ def read_chat(
                 assistant, learns = True, learns or now.learn
             if role not in _FOLLOWERS[before]:
                 raise _wrong_order(f"{key}[{index}]", before, role)
-            if beside and len(read) == 1 and now == read[0]:
-                continue
+            if beside and len(read) == 1 and role == "system" and now.content == read[0].content:
+                read.clear()
             read.append(now)
             before = "tool call" if now.tool_calls else role
     where = " and ".join(keys)
     if not assistant:
         raise RecordError("no_assistant_turn", f"{where}: no assistant turn, so there is nothing to learn")
     if not learns:
-        raise RecordError("no_learned_turn", f"{where}: a flag excludes every assistant turn from training")
+        why = f"{', '.join(sorted(flags))} in every assistant turn" if flags else f"no assistant turn in {keys[-1]}"
+        raise RecordError("no_learned_turn", f"{where}: {why}, so there is nothing to learn")
     return Conversation(tuple(read), tools=read_tools(record, reading))
 
 

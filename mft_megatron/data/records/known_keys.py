@@ -22,6 +22,7 @@ FLAGS = {
     "loss_scale": False,
     "weight": False,
     "mask": True,
+    "masked": True,
 }
 # whether the answer is a wanted one; a class label, which is text or a number, is another key of the same name
 LABELS = ("label", "kto_tag")

@@ -195,7 +195,8 @@ def _question_answer(record: Record, keys: list[str], reading: Reading) -> Conve
     question, answer = keys
     if _are_turns(record, question, answer):
         return read_chat(record, keys, _MESSAGES, reading)
-    return _rounds(record, ["instruction", question, *(key for key in PASSAGES if key != question)], answer, reading)
+    first = ["instruction"] if record.get("instruction") else []
+    return _rounds(record, [*first, question, *(key for key in PASSAGES if key != question)], answer, reading)
 
 
 def _rounds(record: Record, asked: Iterable[str], answer: str, reading: Reading) -> Conversation:

@@ -245,7 +245,7 @@ def test_every_line_is_accounted_for(tokenizer):
         (b"[\n", r"not JSON \(Expecting value, at character 3\); write one record a line, or name the file .json"),
         (
             b"  {\n",
-            r"not JSON \(Expecting property name .*, at character \d\); write the whole record on one line",
+            r"not JSON \(Expecting property name .*\); a record is one line, or one item of an array in a .json file",
         ),
         (b'[{"text": "a"}]\n', "a record is a JSON object, not list; write one record a line, or name the file .json"),
         (

@@ -201,6 +201,11 @@ READ = [
         },
         chat(("system", "s"), ("system", "s2"), *SYSTEM_Q_A[1:], ("system", "s3"), *SYSTEM_Q_A[1:]),
     ),
+    (
+        {"system": "s", "messages": [{"role": "system", "content": "s", "name": "n"}, USER, BOT]},
+        chat(*SYSTEM_Q_A),
+    ),
+    ({"instruction": "", "input": "q", "answer": "a"}, chat("q", "a")),
     # text before calls
     (
         {"messages": [USER, BOT, {"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "content": "r"}, BOT]},
@@ -303,6 +308,21 @@ def test_known_keys_that_cannot_be_honoured_refuse_the_record_by_name(record, re
             "another name",
         ),
         (messages(USER, BOT | {"tool_calls": [CALL], "function_call": CALL}), "invalid_tool_call", "both"),
+        (
+            messages(USER, BOT | {"loss": False, "mask": None}),
+            "no_learned_turn",
+            "messages: loss in every assistant",
+        ),
+        (
+            {"prompt": [USER, BOT, USER], "completion": [{"role": "user", "content": "q"}]},
+            "broken_alternation",
+            "the answer between them is missing",
+        ),
+        (
+            {"prompt": [USER, BOT], "completion": [USER]},
+            "no_learned_turn",
+            "prompt and completion: no assistant turn in completion, so",
+        ),
         (messages(BOT), "broken_alternation", "the chat begins with an answer; put its question before it"),
         (messages(USER, USER, BOT), "broken_alternation", "the answer between them is missing"),
         (messages(USER, BOT, BOT), "broken_alternation", "join the two answers"),
