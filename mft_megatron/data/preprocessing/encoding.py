@@ -170,7 +170,9 @@ class Encoder:
             read.documents.append(conversation.document)
             read.filled.append(filled)
             read.chats.append(not conversation.raw)
-            read.samples.add(segments if conversation.raw else with_prompt_spaces(segments, self._tokenizer))
+            read.samples.add(
+                segments if conversation.raw else with_prompt_spaces(segments, self._tokenizer, encoding.add_bos)
+            )
 
     def _written(
         self, record: Any, encoding: TaskEncoding, notes: RecordNotes

@@ -80,20 +80,17 @@ class GenerationPrompts:
     def _difference(self, conversation: Conversation, where: str) -> str | None:
         style, tokenizer = self._encoding.style, self._tokenizer
         samples = BatchedSamples(KnownTexts(tokenizer))
-        samples.add(with_prompt_spaces(style.segments(conversation), tokenizer))
+        samples.add(with_prompt_spaces(style.segments(conversation), tokenizer, self._encoding.add_bos))
         ids, mask, _ = samples.arrays(tokenizer.bos_token_id if self._encoding.add_bos else None)
         starts = np.flatnonzero(np.diff(mask, prepend=np.uint8(0)) == 1).tolist()
-        answers = [
-            index
-            for index, learn in enumerate(
-                supervised_turns(conversation, style.supervise, learn_empty=style.learn_empty_answers)
-            )
-            if learn
-        ]
+        supervised = supervised_turns(conversation, style.supervise, learn_empty=style.learn_empty_answers)
+        answers = [index for index, learn in enumerate(supervised) if learn]
+        bos = tokenizer.bos_token if self._encoding.add_bos else None
         for first, (start, answer) in enumerate(zip(starts, answers, strict=False)):
-            served = tokenizer.beginning.encode(style.prompt(conversation, answer), markup=True)
-            if self._encoding.add_bos and served[:1].tolist() != [tokenizer.bos_token_id]:
-                served = np.insert(served, 0, ids[0])
+            prompt = style.prompt(conversation, answer)
+            if bos is not None and not prompt.startswith(bos):  # the exported template writes it, too
+                prompt = bos + prompt
+            served = tokenizer.beginning.encode(prompt, markup=True)
             trained = ids[:start]
             if not np.array_equal(served, trained):
                 note = self._describe(tokenizer.decode(served), tokenizer.decode(trained), first == 0)

@@ -11,18 +11,19 @@ from mft_megatron.data.tokenizers.beginnings import never
 from mft_megatron.data.tokenizers.tokenizer import Tokenizer
 
 
-def with_prompt_spaces(segments: Sequence[Segment], tokenizer: Tokenizer) -> Sequence[Segment]:
+def with_prompt_spaces(segments: Sequence[Segment], tokenizer: Tokenizer, add_bos: bool) -> Sequence[Segment]:
     """Write the spaces of a prompt into the segments of a chat.
 
     Args:
         segments: of the whole sample.
         tokenizer: of the data set.
+        add_bos: the sample begins with BOS also where its segments do not.
     """
     beginning = tokenizer.beginning
     if beginning.space is never:
         return segments
     written: list[Segment] = []
-    opens = True  # the next text is written with a space
+    opens = beginning.after_tokens or not add_bos  # the next text is written with a space
     for segment in segments:
         if segment.special and tokenizer.token_id(segment.text) is not None:
             opens = beginning.after_tokens

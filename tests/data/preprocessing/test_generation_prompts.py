@@ -1,6 +1,7 @@
 """The prompt that a server renders is compared with what stands before trained answers."""
 
 import json
+import shutil
 
 import pytest
 
@@ -158,10 +159,18 @@ def test_tools_are_in_both_prompts(note):
         assert note(template, record) is None
 
 
+@pytest.mark.parametrize("add_bos", [False, True])
+@pytest.mark.parametrize("tokenizer_class", ["PreTrainedTokenizerFast", "LlamaTokenizer"])
 @pytest.mark.parametrize("markers", [None, '{"user": "USER: ", "assistant": "</s>BOT: "}'])
-def test_spaces_that_a_tokenizer_writes_into_prompts_are_in_samples_too(tokenizer, llama_like_folder, markers):
-    """This tokenizer writes a space before a text and after every special token."""
-    opened = load_tokenizer("HuggingFaceTokenizer", llama_like_folder)
-    watched = GenerationPrompts("qa", opened, TaskEncoding(chat_format("mftcoder", opened, markers)))
+def test_spaces_that_a_tokenizer_writes_into_prompts_are_in_samples_too(
+    llama_like_folder, tmp_path, markers, tokenizer_class, add_bos
+):
+    """These tokenizers write a space before a text, and one of them after every special token."""
+    config = json.loads((llama_like_folder / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": tokenizer_class}))
+    shutil.copy(llama_like_folder / "tokenizer.json", tmp_path)
+    opened = load_tokenizer("HuggingFaceTokenizer", tmp_path)
+    encoding = TaskEncoding(chat_format("mftcoder", opened, markers), add_bos=add_bos)
+    watched = GenerationPrompts("qa", opened, encoding)
     list(watched.watch([RecordBatch("file", 1, [json.dumps(record).encode() for record in (ONE, TWO)])]))
     assert watched.note is None

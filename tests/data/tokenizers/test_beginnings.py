@@ -72,14 +72,15 @@ def first_ids(tokenizer, *records):
     return ids
 
 
-@pytest.fixture(params=FOLDERS)
-def both(request, llama_like_folder, tmp_path):
+@pytest.fixture(scope="module", params=FOLDERS)
+def both(request, llama_like_folder, tmp_path_factory):
     """A folder opened by ours and by transformers, and whether it puts EOS after texts."""
     changes, config = FOLDERS[request.param]
     content = json.loads((llama_like_folder / "tokenizer.json").read_text())
-    (tmp_path / "tokenizer.json").write_text(json.dumps({**content, **changes}))
-    theirs = opened(tmp_path, **config)
-    return load_tokenizer("HuggingFaceTokenizer", tmp_path, "auto"), theirs, "EOS" in request.param
+    folder = tmp_path_factory.mktemp("variant")
+    (folder / "tokenizer.json").write_text(json.dumps({**content, **changes}))
+    theirs = opened(folder, **config)
+    return load_tokenizer("HuggingFaceTokenizer", folder, "auto"), theirs, "EOS" in request.param
 
 
 def test_raw_prompts_begin_as_transformers_encodes_them(both):
@@ -122,18 +123,22 @@ CHATS = [
 ]
 
 
-@pytest.mark.parametrize(("markers", "prompt"), CHATS)
-@pytest.mark.parametrize("question", ["def f(x):", "  x", "\n\n", "漢"])
-def test_prompts_of_chats_are_those_of_transformers(both, markers, prompt, question):
+@pytest.mark.parametrize("add_bos", [False, True])
+def test_prompts_of_chats_are_those_of_transformers(both, add_bos):
     """A server renders the prompt and tokenises it without BOS, which is the template's part."""
     ours, theirs, _ = both
-    encoder = Encoder(ours, {"task": TaskEncoding(chat_format("mftcoder", ours, json.dumps(markers)))})
-    record = json.dumps({"question": question, "answer": "return x"}).encode()
-    encoded = encoder.encode("task", RecordBatch("file", 1, [record]))
-    learned = int(encoded.mask.argmax())
-    assert encoded.ids[:learned].tolist() == theirs.encode(prompt.format(question), add_special_tokens=False)
     (answer,) = ours.encode_batch(["return x"])
-    assert encoded.ids[learned : learned + len(answer) + 1].tolist() == [*answer, ours.eos_token_id]
+    for markers, prompt in CHATS:
+        encoding = TaskEncoding(chat_format("mftcoder", ours, json.dumps(markers)), add_bos=add_bos)
+        encoder = Encoder(ours, {"task": encoding})
+        if add_bos and not prompt.startswith("<s>"):
+            prompt = f"<s>{prompt}"
+        for question in ("def f(x):", "  x", "\n\n", "漢"):
+            record = json.dumps({"question": question, "answer": "return x"}).encode()
+            encoded = encoder.encode("task", RecordBatch("file", 1, [record]))
+            learned = int(encoded.mask.argmax())
+            assert encoded.ids[:learned].tolist() == theirs.encode(prompt.format(question), add_special_tokens=False)
+            assert encoded.ids[learned : learned + len(answer) + 1].tolist() == [*answer, ours.eos_token_id]
 
 
 def test_the_bos_option_adds_no_second_one(both):
