@@ -30,6 +30,11 @@ DTYPES = {precision.safetensors: precision.dtype for precision in PRECISIONS}
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 LONGEST_HEADER = 100 * 2**20
+# Buffers that old versions of transformers stored although they follow from the configuration: masks, and angles.
+COMPUTED_BUFFERS = (
+    *(".attention.bias", ".attention.masked_bias"),
+    *(".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached"),
+)
 # files in folders without SINGLE and INDEX, and what to do about them; the first that is there counts
 _OTHERS = {
     "adapter_model.*": "it is an adapter of PEFT, for --hf-adapter and merge-lora: give the model that it belongs to",
@@ -153,6 +158,8 @@ class WeightFiles:
             weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
             names_by_file: dict[str, set[str]] = {}
             for name, file in weight_map.items():
+                if name.endswith(COMPUTED_BUFFERS):
+                    continue
                 names_by_file.setdefault(file, set()).add(name)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{index}: not an index of weights ({error}); download it again") from None
@@ -178,7 +185,7 @@ def _other_weights(folder: Path) -> str:
 
 
 def read_header(path: Path) -> dict[str, StoredWeight]:
-    """Read the header of a safetensors file: its weights by name.
+    """Read the header of a safetensors file: its weights by name, without computed buffers.
 
     Raises:
         InputError: the file has another format, is damaged, or is shorter or longer than its header says.
@@ -193,7 +200,11 @@ def read_header(path: Path) -> dict[str, StoredWeight]:
         try:
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
-            weights = {name: _stored_weight(path, name, entry, 8 + length) for name, entry in header.items()}
+            weights = {
+                name: _stored_weight(path, name, entry, 8 + length)
+                for name, entry in header.items()
+                if not name.endswith(COMPUTED_BUFFERS)
+            }
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path}: its header is damaged ({error}); download it again") from None
     data_size = max((entry["data_offsets"][1] for entry in header.values()), default=0)
@@ -207,7 +218,10 @@ def _stored_weight(path: Path, name: str, entry: _HeaderEntry, data: int) -> Sto
     shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
     dtype = DTYPES.get(entry["dtype"])
     if dtype is None:
-        raise InputError(f"{path}: {name} is {entry['dtype']}; only {', '.join(DTYPES)} can be converted")
+        remedy = "load the model with transformers in fp32 and write it again with save_pretrained"
+        if entry["dtype"] != "F64":
+            remedy = "if the model is quantised, take the one that it was made of"
+        raise InputError(f"{path}: {name} is {entry['dtype']}; only {', '.join(DTYPES)} can be converted; {remedy}")
     if end - begin != math.prod(shape) * dtype.itemsize or begin < 0:
         raise ValueError(f"{name} has {end - begin} bytes for {shape}")
     return StoredWeight(path, dtype, shape, data + begin)

@@ -14,8 +14,6 @@ from .row_layouts import sizes_of
 from .safetensors_reader import WeightFiles, same_content
 from .weight_names import Renaming, find_renaming, has_adapters
 
-# Buffers that old versions of transformers stored although they follow from the configuration.
-COMPUTED_BUFFERS = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
 # Beginnings of the names of heads that reward models and classifiers have beside the output layer.
 HEADS = ("v_head.", "value_head.", "reward_head.", "regression_head.", "score.", "classifier.")
 
@@ -35,7 +33,7 @@ def refuse_mismatch(files: WeightFiles, family: Family, architecture: NetworkArg
         )
     if missing := expected - files.weights.keys():
         raise InputError(f"{files.folder}: {_why_missing(files, family, architecture, missing)}")
-    unknown = {name for name in files.weights.keys() - expected if not name.endswith(COMPUTED_BUFFERS)}
+    unknown = files.weights.keys() - expected
     if architecture.tie_embeddings:
         unknown -= _tied_outputs(files, family, architecture)
     if unknown:

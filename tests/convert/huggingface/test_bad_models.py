@@ -315,6 +315,41 @@ def test_buffers_that_old_versions_stored_are_ignored(model):
     hf_to_mcore(["--hf", str(model), "--save", str(model.parent / "checkpoint")])
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.float16, torch.int64, torch.float64])
+@pytest.mark.parametrize("in_shards", [False, True])
+def test_masks_and_angles_of_published_gpt_neox_models_are_ignored(tmp_path, dtype, in_shards):
+    """Pythia's files have them, in dtypes that weights do not have."""
+    model, part = tmp_path / "hf", "gpt_neox.layers.1.attention."
+    tiny_models.write_model("gpt-neox in turn tied", model)
+    weights = load_file(model / "model.safetensors")
+    masks = {part + "bias": torch.ones(1, 1, 8, 8), part + "masked_bias": torch.ones(())}
+    masks |= {part + "rotary_emb.inv_freq": torch.ones(4), part + "rotary_emb.cos_cached": torch.ones(9, 4)}
+    weights |= {name: buffer.to(dtype) for name, buffer in masks.items()}
+    tiny_models.save_weights(weights, model / "model.safetensors")
+    if in_shards:
+        (model / "model.safetensors").rename(model / "model-00001-of-00001.safetensors")
+        index = {"weight_map": dict.fromkeys(weights, "model-00001-of-00001.safetensors")}
+        (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    hf_to_mcore(["--hf", str(model), "--save", str(tmp_path / "checkpoint")])
+    mcore_to_hf(["--load", str(tmp_path / "checkpoint"), "--hf", str(tmp_path / "back")])
+    assert load_file(tmp_path / "back" / "model.safetensors").keys() == weights.keys() - masks.keys()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "remedy"),
+    [
+        (torch.int32, "weight is I32; only F32, BF16, F16 can be converted; if the model is quantised, take the one"),
+        (
+            torch.float64,
+            "weight is F64; only F32, BF16, F16 can be converted; load the model with transformers",
+        ),
+    ],
+)
+def test_weights_of_other_dtypes(model, dtype, remedy):
+    change_weights(model, lambda w: w.update({"model.embed_tokens.weight": torch.ones(131, 48, dtype=dtype)}))
+    assert remedy in refusal(model)
+
+
 def test_an_export_of_another_models_configuration_is_refused(whole, tmp_path):
     shutil.copytree(whole / "checkpoint", tmp_path / "checkpoint")
     kept = tmp_path / "checkpoint" / "huggingface"
