@@ -36,7 +36,7 @@ FOREIGN = {
     "torchrun": "--nproc-per-node --standalone --nnodes --rdzv-id --rdzv-backend --rdzv-endpoint",
     "pip": "--no-build-isolation --no-deps --dry-run --format --index-url --no-index --find-links",
     "venv": "--system-site-packages",
-    "Slurm": "--nodes --ntasks-per-node --gpus-per-node --cpus-per-task --time --container-image",
+    "Slurm": "--nodes --ntasks-per-node --gpus-per-node --cpus-per-task --time --container-image --array --dependency",
     "docker": "--build-arg --gpus --ipc",
     "servers": """--tensor-parallel-size --served-model-name --enable-lora --max-lora-rank --lora-modules
         --generation-config --dtype --model-path --tp-size --lora-paths --model-id --port""",

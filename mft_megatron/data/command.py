@@ -23,6 +23,7 @@ from .command_options import DataSetOptions, InspectOptions, OutputOptions, Pack
 from .ledger_table import ledger_table
 
 if TYPE_CHECKING:
+    from mft_megatron.data.preprocessing.part_entry import PartEntry
     from mft_megatron.data.tasks.task_files import TaskFiles
 
 
@@ -31,7 +32,10 @@ def preprocess_main(command_line: Sequence[str]) -> None:
     groups = [("tasks", TaskOptions), ("text", TextOptions), ("packing", PackingArguments), ("output", OutputOptions)]
     options = read_groups(groups, command_line, "preprocess_data.py")
     tasks, output = options[TaskOptions], options[OutputOptions]
-    from mft_megatron.data.preprocessing.preprocess import Recipe, preprocess
+    from mft_megatron.data.preprocessing.part_entry import parse_part
+    from mft_megatron.data.preprocessing.parts import preprocess_part
+    from mft_megatron.data.preprocessing.preprocess import preprocess
+    from mft_megatron.data.preprocessing.recipe import Recipe
 
     recipe = Recipe(
         tasks=_tasks(tasks.task, tasks.task_file),
@@ -43,9 +47,14 @@ def preprocess_main(command_line: Sequence[str]) -> None:
         progress=_show_progress if sys.stderr.isatty() else lambda task, done, total: None,
         **dataclasses.asdict(options[TextOptions]),
     )
+    part = None if output.part is None else parse_part(output.part)
     with _sigterm_interrupts():
-        ledger, notices = preprocess(recipe)
-    _report(ledger, notices, output.output_prefix)
+        if part is None:
+            ledger, notices = preprocess(recipe)
+            _report(ledger, notices, output.output_prefix)
+        else:
+            entry, notices = preprocess_part(recipe, part)
+            _report_part(entry, notices, output.output_prefix)
 
 
 def pack_main(command_line: Sequence[str]) -> None:
@@ -53,11 +62,15 @@ def pack_main(command_line: Sequence[str]) -> None:
     groups = [("data sets", DataSetOptions), ("packing", PackingArguments)]
     options = read_groups(groups, command_line, "pack_data.py", _previous_packing)
     sets, packing = options[DataSetOptions], options[PackingArguments]
+    from mft_megatron.data.preprocessing.part_entry import has_parts
+    from mft_megatron.data.preprocessing.parts import merge_parts
     from mft_megatron.data.preprocessing.repack import add_length, merge
 
     if sets.output_prefix is None and len(sets.data_path) > 1:
         raise InputError("--data-path: several data sets are merged into a new one; give it an --output-prefix")
-    if sets.output_prefix is None:
+    if sets.output_prefix is None and has_parts(sets.data_path[0]):
+        ledger, notices = merge_parts(sets.data_path[0], packing.parsed())
+    elif sets.output_prefix is None:
         ledger, notices = add_length(sets.data_path[0], packing.parsed())
     else:
         ledger, notices = merge(sets.data_path, _output_prefix(sets.output_prefix), packing.parsed())
@@ -94,13 +107,20 @@ def _previous_packing(given: Mapping[str, Any]) -> dict[str, Any]:
     """
     if "data_path" not in given:
         return {}
+    from mft_megatron.data.preprocessing.part_entry import has_parts
+    from mft_megatron.data.preprocessing.parts import packing_of_parts
+
     prefix = given["data_path"][0]
-    first_length = next(iter(read_ledger(prefix).lengths.values()))
-    options = dataclasses.asdict(PackingOptions.from_entry(first_length, prefix))
+    parts = "output_prefix" not in given and has_parts(prefix)
+    if parts:
+        previous = packing_of_parts(prefix)
+    else:
+        previous = PackingOptions.from_entry(next(iter(read_ledger(prefix).lengths.values())), prefix)
+    options = dataclasses.asdict(previous)
     options["split"] = ",".join(map(repr, options["split"]))
     options["task_sampling"] = tuple(f"{name}={ratio}" for name, ratio in options["task_sampling"].items()) or None
     sampling = [name for name in options if "sampling" in name]
-    left_out = {"seq_length"}
+    left_out = set() if parts else {"seq_length"}
     if given.get("padding_mode") == "concat" or any(name in given for name in sampling):
         left_out.update(sampling)  # sampling options depend on each other
     return {name: value for name, value in options.items() if value is not None and name not in left_out}
@@ -111,6 +131,14 @@ def _report(ledger: Ledger, notices: Sequence[str], prefix: str) -> None:
     for notice in notices:
         print(f"note: {notice}")
     print(f"wrote {prefix}_dataset.json and {len(ledger.arrays)} files beside it")
+
+
+def _report_part(entry: "PartEntry", notices: Sequence[str], prefix: str) -> None:
+    number, count = entry.part.number, entry.part.count
+    print(f"part {number} of {count}: {len(entry.sizes):,} of {sum(entry.batches.values()):,} batches of the input")
+    for notice in notices:
+        print(f"note: {notice}")
+    print(f"when all parts are there, merge them: pack_data.py --data-path {prefix}")
 
 
 @contextlib.contextmanager

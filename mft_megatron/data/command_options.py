@@ -164,6 +164,12 @@ class OutputOptions:
     output_prefix: str = option(
         None, "Where to write: files PREFIX_… and the ledger PREFIX_dataset.json.", metavar="PREFIX", required=True
     )
+    part: str | None = option(
+        None,
+        "Tokenise part I of N of the input alone, with I from 1 to N, for example in a job array; when all parts are "
+        "there, pack_data.py --data-path PREFIX makes the data set that one process would have made.",
+        metavar="I/N",
+    )
     workers: int = option(1, "Processes that tokenise; the result does not depend on it.", at_least=1)
     cache_dir: str | None = option(
         None,
@@ -175,8 +181,9 @@ class OutputOptions:
 
 @dataclasses.dataclass(frozen=True)
 class DataSetOptions:
-    """Stored samples are packed without tokenising. One data set: for one more length, or the same with other options.
-    Several: merged into a new one. Packing options that are not given are those the first data set was packed with."""
+    """Stored samples are packed without tokenising. One data set: for one more length, or the same with other options;
+    or its parts, made with --part, are merged. Several: merged into a new one. Packing options that are not given are
+    those the first data set or its parts were made with."""
 
     data_path: tuple[str, ...] = option(None, "Data sets, by their --output-prefix.", metavar="PREFIX", required=True)
     output_prefix: str | None = option(

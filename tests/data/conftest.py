@@ -7,7 +7,8 @@ import pytest
 
 from mft_megatron.data.loading.dataset import PackedDataset
 from mft_megatron.data.packing.packing_options import PackingOptions
-from mft_megatron.data.preprocessing.preprocess import Recipe, preprocess
+from mft_megatron.data.preprocessing.preprocess import preprocess
+from mft_megatron.data.preprocessing.recipe import Recipe
 from mft_megatron.data.tasks.task_files import TaskFiles
 from mft_megatron.data.tokenizers.load import load_tokenizer
 from tests import source_code

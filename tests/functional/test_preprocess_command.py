@@ -163,6 +163,21 @@ def test_bad_input_is_refused_in_one_line_and_writes_nothing(preprocess, tmp_pat
     assert {path.name for path in tmp_path.iterdir()} == {"tasks"}
 
 
+def test_parts_are_merged_into_the_data_set_of_one_process(preprocess, tmp_path):
+    whole, parts = tmp_path / "whole/set", tmp_path / "out/set"
+    assert preprocess(RECORDS, output_prefix=whole).returncode == 0
+    for number in (1, 2):
+        process = preprocess(RECORDS, "--part", f"{number}/2")
+        assert process.returncode == 0, process.stderr
+        assert f"merge them: pack_data.py --data-path {parts}" in process.stdout
+    assert "give I/N" in preprocess(RECORDS, "--part", "0/2").stderr
+    process = run_tool("tools/pack_data.py", "--data-path", parts)
+    assert process.returncode == 0, process.stderr
+    assert "2 parts were merged" in process.stdout
+    written = [{path.name: path.read_bytes() for path in prefix.parent.iterdir()} for prefix in (whole, parts)]
+    assert written[0] == written[1]
+
+
 def test_skipped_records_are_counted_by_reason(preprocess, tmp_path):
     bad = [line for line, _ in list(BAD_TASKS.values())[:11]]
     content = b"\n".join(line if isinstance(line, bytes) else line.encode() for line in bad)

@@ -191,7 +191,8 @@ def without_validation(dataset_prefix, tokenizer_folder, tmp_path_factory):
 
 def _preprocessed(prefix, tokenizer_folder, output, more_tasks, split):
     from mft_megatron.data.packing.packing_options import PackingOptions
-    from mft_megatron.data.preprocessing.preprocess import Recipe, preprocess
+    from mft_megatron.data.preprocessing.preprocess import preprocess
+    from mft_megatron.data.preprocessing.recipe import Recipe
     from mft_megatron.data.tasks.task_files import TaskFiles
 
     files = {name: Path(prefix).with_name(f"{name}.jsonl") for name in ("completion", "explain", "write", "read")}

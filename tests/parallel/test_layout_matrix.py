@@ -110,7 +110,8 @@ def test_tasks_are_missing_wherever_they_can(dataset_prefix):
 def same_samples(dataset_prefix, tokenizer_folder, tmp_path_factory):
     """Prefixes of the same few samples, by name: packed for 128 tokens, for 192, and one sample per row."""
     from mft_megatron.data.packing.packing_options import PackingOptions
-    from mft_megatron.data.preprocessing.preprocess import Recipe, preprocess
+    from mft_megatron.data.preprocessing.preprocess import preprocess
+    from mft_megatron.data.preprocessing.recipe import Recipe
     from mft_megatron.data.preprocessing.repack import add_length
     from mft_megatron.data.tasks.task_files import TaskFiles
 

@@ -13,6 +13,7 @@ import os
 import pickle
 import shutil
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -48,26 +49,8 @@ class EncodedCache:
     def read(self, key: str, batch: RecordBatch) -> EncodedBatch | None:
         """Read the entry of a batch; ``None`` where there is none or it is damaged."""
         try:
-            with open(self._path(key), "rb") as file, np.load(file) as entry:
-                records, documents, filled, chats, added = entry["counts"].tolist()
-                drops = json.loads(entry["drops"].tobytes())
-                notes = RecordNotes(*map(collections.Counter, json.loads(entry["notes"].tobytes())))
-                encoded = EncodedBatch(
-                    ids=entry["ids"],
-                    mask=entry["mask"],
-                    lengths=entry["lengths"],
-                    records=records,
-                    documents=documents,
-                    filled=filled,
-                    notes=notes,
-                    chats=chats,
-                    added=added,
-                    examples=json.loads(entry["examples"].tobytes()),
-                    drops=[
-                        Drop(batch.path, batch.first_line + line, reason, message, batch.of_array)
-                        for line, reason, message in drops
-                    ],
-                )
+            with open(self._path(key), "rb") as file:
+                encoded = read_encoded(file, batch.path, batch.first_line, batch.of_array)
         except FileNotFoundError:
             return None
         except Exception:  # an entry that is damaged in any way is made again
@@ -84,20 +67,10 @@ class EncodedCache:
         """
         path = self._path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
-        drops = [[drop.line - batch.first_line, drop.reason, drop.message] for drop in encoded.drops]
         unfinished = path.with_suffix(f".{os.getpid()}.tmp")
         try:
             with report_full_disk(path, "--cache-dir or --output-prefix"), open(unfinished, "wb") as file:
-                np.savez(
-                    file,
-                    ids=encoded.ids,
-                    mask=encoded.mask,
-                    lengths=encoded.lengths,
-                    counts=np.array([encoded.records, encoded.documents, encoded.filled, encoded.chats, encoded.added]),
-                    drops=_as_bytes(drops),
-                    examples=_as_bytes(encoded.examples),
-                    notes=_as_bytes([encoded.notes.unread_keys, encoded.notes.kinds]),
-                )
+                write_encoded(file, encoded, batch.first_line)
             os.replace(unfinished, path)
         except BaseException:
             unfinished.unlink(missing_ok=True)
@@ -109,6 +82,56 @@ class EncodedCache:
 
     def _path(self, key: str) -> Path:
         return self._folder / key[:2] / f"{key}.npz"
+
+
+def write_encoded(file: BinaryIO, encoded: EncodedBatch, first_line: int) -> None:
+    """Write a batch in the format of the cache.
+
+    Args:
+        file: that is empty.
+        encoded: the batch.
+        first_line: of its records; the entry does not depend on where in a file the records are.
+    """
+    np.savez(
+        file,
+        ids=encoded.ids,
+        mask=encoded.mask,
+        lengths=encoded.lengths,
+        counts=np.array([encoded.records, encoded.documents, encoded.filled, encoded.chats, encoded.added]),
+        drops=_as_bytes([[drop.line - first_line, drop.reason, drop.message] for drop in encoded.drops]),
+        examples=_as_bytes(encoded.examples),
+        notes=_as_bytes([encoded.notes.unread_keys, encoded.notes.kinds]),
+    )
+
+
+def read_encoded(file: BinaryIO, path: str, first_line: int, of_array: bool) -> EncodedBatch:
+    """Read a batch that :func:`write_encoded` wrote; its checksums are compared.
+
+    Args:
+        file: that holds it alone.
+        path, first_line, of_array: where the records of the batch are, as in :class:`.encoded_batch.Drop`.
+
+    Raises:
+        Exception: of any kind, where the file is damaged.
+    """
+    with np.load(file) as entry:
+        records, documents, filled, chats, added = entry["counts"].tolist()
+        return EncodedBatch(
+            ids=entry["ids"],
+            mask=entry["mask"],
+            lengths=entry["lengths"],
+            records=records,
+            documents=documents,
+            filled=filled,
+            notes=RecordNotes(*map(collections.Counter, json.loads(entry["notes"].tobytes()))),
+            chats=chats,
+            added=added,
+            examples=json.loads(entry["examples"].tobytes()),
+            drops=[
+                Drop(path, first_line + line, reason, message, of_array)
+                for line, reason, message in json.loads(entry["drops"].tobytes())
+            ],
+        )
 
 
 def _as_bytes(value: object) -> np.ndarray:

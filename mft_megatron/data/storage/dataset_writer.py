@@ -8,13 +8,14 @@ import contextlib
 import fcntl
 import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
 
 from mft_megatron.errors import InputError, disk_reported
 
-from .ledger import ArrayEntry, Ledger, file_sha256, ledger_path, read_ledger
+from .ledger import ArrayEntry, Ledger, file_sha256, read_ledger
 
 
 class DatasetWriter:
@@ -90,12 +91,22 @@ class DatasetWriter:
 
     def publish(self, ledger: Ledger) -> None:
         """Rename all files to their final names, the ledger last; meanwhile there is no data set, never a mixed one."""
-        target = ledger_path(self.prefix)
-        with open(self.new("_dataset.json"), "w", encoding="utf-8") as file:
-            file.write(ledger.to_json())
+        stale = self._files_of_previous_ledger() - set(self._suffixes) - set(self._kept)
+        self.publish_with("_dataset.json", ledger.to_json(), stale)
+
+    def publish_with(self, last: str, description: str, stale: Collection[str] = ()) -> None:
+        """Rename all files to their final names; a file that describes the others is the last.
+
+        Args:
+            last: suffix of that file.
+            description: its content.
+            stale: suffixes of files to delete.
+        """
+        target = Path(f"{self.prefix}{last}")
+        with open(self.new(last), "w", encoding="utf-8") as file:
+            file.write(description)
             file.flush()
             os.fsync(file.fileno())
-        stale = self._files_of_previous_ledger() - set(self._suffixes) - set(self._kept)
         if any(Path(f"{self.prefix}{suffix}").exists() for suffix in self._suffixes[:-1]):
             target.unlink(missing_ok=True)  # files are only added otherwise, and the previous data set stays valid
         for suffix in self._suffixes:

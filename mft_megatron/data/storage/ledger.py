@@ -5,6 +5,7 @@ keys of the file.
 """
 
 import dataclasses
+import glob
 import hashlib
 import json
 from pathlib import Path
@@ -238,6 +239,11 @@ def read_ledger(prefix: str | Path) -> Ledger:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        if next(path.parent.glob(f"{glob.escape(Path(prefix).name)}.part-*-of-*_part.json"), None) is not None:
+            raise InputError(
+                f"--data-path {prefix}: there are only parts of the data set; merge them with tools/pack_data.py "
+                f"--data-path {prefix}"
+            ) from None
         raise InputError(
             f"--data-path {prefix}: no ledger {path.name} there; give the --output-prefix of tools/preprocess_data.py"
         ) from None

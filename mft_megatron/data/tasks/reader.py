@@ -9,7 +9,7 @@ import io
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from mft_megatron.data.storage.ledger import InputFile
 from mft_megatron.errors import InputError
@@ -24,6 +24,15 @@ BATCH_RECORDS = 1 << 12
 # compressed bytes that are read at a time, and that are decompressed at a time
 _READ_BYTES, _DECOMPRESSED_BYTES = 1 << 16, 1 << 12
 _BOM = b"\xef\xbb\xbf"
+
+
+# whether the next batch is taken
+Takes: TypeAlias = Callable[[], bool]
+
+
+def every_batch() -> bool:
+    """Take the next batch, whichever it is."""
+    return True
 
 
 class _Decompressor(Protocol):
@@ -46,9 +55,14 @@ class TaskReader:
     array.
     """
 
-    def __init__(self, path: Path):
-        """Remember the file; it is opened when batches are read."""
-        self._path = path
+    def __init__(self, path: Path, takes: Takes = every_batch):
+        """Remember the file; it is opened when batches are read.
+
+        Args:
+            path: of the file.
+            takes: called for each batch in order; those for which it is false are read and counted, but not returned.
+        """
+        self._path, self._takes = path, takes
         self._digest = hashlib.sha256()
         self._size = self._lines = 0
 
@@ -176,6 +190,8 @@ class TaskReader:
     def _batch(self, lines: Sequence[bytes | dict[str, Any]], of_array: bool = False) -> Iterator[RecordBatch]:
         if lines:
             self._lines += len(lines)
+            if not self._takes():
+                return
             yield RecordBatch(str(self._path), self._lines - len(lines) + 1, list(lines), of_array)
 
     # ------------------------------------------------------------------------------------------------------------- rows
@@ -200,12 +216,23 @@ class TaskReader:
             while True:
                 try:
                     batch = next(batches, None)
-                    rows = [] if batch is None else batch.to_pylist(maps_as_pydicts="strict")
+                    rows = self._taken_rows(batch)
                 except damage as error:
                     raise self._unreadable(f"cannot be read from row {self._lines + 1} on", error) from None
                 if batch is None:
                     return
-                yield from self._batch([_without_nulls(row) for row in rows])
+                if rows is not None:
+                    yield RecordBatch(
+                        str(self._path), self._lines - len(rows) + 1, [_without_nulls(row) for row in rows]
+                    )
+
+    def _taken_rows(self, batch: Any) -> list[dict[str, Any]] | None:
+        """Rows of a table of pyarrow as dicts; ``None`` if there are none, or they are not taken."""
+        if batch is None or not batch.num_rows:
+            return None
+        rows: list[dict[str, Any]] | None = batch.to_pylist(maps_as_pydicts="strict") if self._takes() else None
+        self._lines += batch.num_rows
+        return rows
 
     def _unreadable(self, what: str, error: Exception) -> InputError:
         reason = " ".join(str(error).split())[:160] or type(error).__name__
@@ -219,7 +246,8 @@ class TaskReader:
             self._hash_whole(path)
         for batch in tokenized.batches(batch_bytes):
             self._lines += len(batch.lengths)
-            yield batch
+            if self._takes():
+                yield batch
 
 
 def _gzip_member() -> _Decompressor:

@@ -16,7 +16,8 @@ from mft_megatron.convert.serving.trained_chat import (
 )
 from mft_megatron.data.chat_templates.trained_format import TrainedFormat, trained_format
 from mft_megatron.data.packing.packing_options import PackingOptions
-from mft_megatron.data.preprocessing.preprocess import Recipe, preprocess
+from mft_megatron.data.preprocessing.preprocess import preprocess
+from mft_megatron.data.preprocessing.recipe import Recipe
 from mft_megatron.data.tasks.task_files import TaskFiles
 from mft_megatron.run_folder import CheckpointInfo
 from tests.data.chat_templates.templates import (

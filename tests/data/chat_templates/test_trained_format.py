@@ -11,7 +11,8 @@ from mft_megatron.data.chat_templates.formats import chat_format
 from mft_megatron.data.chat_templates.jinja_renderer import renderer
 from mft_megatron.data.chat_templates.trained_format import served_source, trained_format
 from mft_megatron.data.packing.packing_options import PackingOptions
-from mft_megatron.data.preprocessing.preprocess import Recipe, preprocess
+from mft_megatron.data.preprocessing.preprocess import preprocess
+from mft_megatron.data.preprocessing.recipe import Recipe
 from mft_megatron.data.preprocessing.repack import merge
 from mft_megatron.data.storage.ledger import ledger_path, read_ledger
 from mft_megatron.data.tasks.task_files import TaskFiles

@@ -19,7 +19,8 @@ from mft_megatron.data.inspect import check
 from mft_megatron.data.loading.dataset import PackedDataset
 from mft_megatron.data.packing.packing_options import PackingOptions
 from mft_megatron.data.preprocessing.encoding import Encoder, TaskEncoding
-from mft_megatron.data.preprocessing.preprocess import Recipe, preprocess
+from mft_megatron.data.preprocessing.preprocess import preprocess
+from mft_megatron.data.preprocessing.recipe import Recipe
 from mft_megatron.data.preprocessing.repack import merge
 from mft_megatron.data.records.fim import FAMILIES
 from mft_megatron.data.sample_slices import supervised_tokens

@@ -1,0 +1,100 @@
+"""The input of a data set as samples, task by task: read from its files and encoded."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Protocol
+
+from mft_megatron.data.storage.ledger import InputFile
+from mft_megatron.data.tasks.reader import Takes, TaskReader, every_batch
+from mft_megatron.errors import InputError
+
+from .encoded_batch import EncodedBatch
+from .encoded_cache import EncodedCache
+from .generation_prompts import GenerationPrompts
+from .recipe import Prepared, Recipe
+from .workers import Workers
+
+
+class EncodedInput(Protocol):
+    """The input of all tasks as samples; tasks are read in their order."""
+
+    def batches(self, name: str) -> Iterator[EncodedBatch]:
+        """Read the samples of a task, in the order of its files."""
+
+    def sources(self, name: str) -> list[InputFile]:
+        """Describe the files of a task; call it after the last batch."""
+
+    @property
+    def notes(self) -> Mapping[str, str]:
+        """Lines for the user about tasks, by task; complete after the last batch."""
+
+
+class ReadInput:
+    """Input that is read from the files of the tasks and encoded; use it in a ``with`` statement.
+
+    Attributes:
+        reused: number of batches that had been encoded before.
+    """
+
+    def __init__(self, recipe: Recipe, prepared: Prepared, cache_folder: Path, takes: Takes = every_batch):
+        """Prepare to read.
+
+        Args:
+            recipe: of the data set.
+            prepared: what it names.
+            cache_folder: for encoded batches, if the recipe has none; removed at the end.
+            takes: called for each batch of the input in order; batches for which it is false are not encoded.
+        """
+        self._recipe, self._takes = recipe, takes
+        self._cache = EncodedCache(recipe.cache_dir or cache_folder)
+        self._workers = Workers(recipe.workers, prepared.tokenizer, prepared.encodings, self._cache)
+        self._prompts = {
+            name: GenerationPrompts(name, prepared.tokenizer, encoding) for name, encoding in prepared.encodings.items()
+        }
+        self._sources: dict[str, list[InputFile]] = {}
+
+    def __enter__(self) -> "ReadInput":
+        self._workers.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        self._workers.__exit__()
+        interrupted = kind is not None and not issubclass(kind, Exception)
+        if self._recipe.cache_dir is None and not interrupted:
+            self._cache.remove()
+
+    @property
+    def reused(self) -> int:
+        """Number of batches that had been encoded before."""
+        return self._cache.reused
+
+    @property
+    def notes(self) -> Mapping[str, str]:
+        """Lines for the user about the prompts of tasks, by task; complete after the last batch."""
+        return {name: watched.note for name, watched in self._prompts.items() if watched.note is not None}
+
+    def batches(self, name: str) -> Iterator[EncodedBatch]:
+        """Read the samples of a task, in the order of its files.
+
+        Raises:
+            InputError: a file cannot be read, or a record cannot be used and is not to be skipped.
+            BackendMismatch: the tokenizer's fast backend tokenises a text otherwise than its reference.
+        """
+        readers = [TaskReader(file, self._takes) for file in self._recipe.tasks[name].files]
+        total = sum(reader.size_on_disk for reader in readers)
+        for reader in readers:
+            for encoded in self._workers.encode(name, self._prompts[name].watch(reader.batches())):
+                _refuse_drops(encoded, self._recipe.on_error)
+                yield encoded
+                self._recipe.progress(name, sum(other.bytes_read for other in readers), total)
+        self._sources[name] = [reader.entry() for reader in readers]
+
+    def sources(self, name: str) -> list[InputFile]:
+        """Describe the files of a task; call it after the last batch."""
+        return self._sources[name]
+
+
+def _refuse_drops(encoded: EncodedBatch, on_error: str) -> None:
+    if encoded.drops and on_error == "stop":
+        drop = encoded.drops[0]
+        raise InputError(f"{drop.position}: {drop.message}; correct it, or leave such records out with --on-error skip")
