@@ -84,10 +84,15 @@ def inspect_main(command_line: Sequence[str]) -> None:
     options = read_options(InspectOptions, words, "inspect_data.py", usage="inspect_data.py PREFIX [options]")
     if prefix is None:
         raise InputError("missing argument: give the data set's prefix first; see --help")
+    from mft_megatron.data.records.notes import note_lines
+
     from .inspect import check, show_histograms, show_samples
 
     ledger = read_ledger(prefix)
     print(ledger_table(ledger))
+    for task in ledger.tasks:
+        for line in note_lines(task.name, task.unread_keys, task.noted, task.encoding.get("ignore_keys") or ()):
+            print(f"note: {line}")
     if options.check:
         check(prefix, ledger)
         print("check: every hash, count and pack agrees with the ledger")

@@ -71,7 +71,10 @@ def test_keys_that_are_not_read_are_counted_and_named_once(preprocess, tmp_path)
     options = ("--ignore-keys", "source,images,typo", "--chat-template", "chatml")
     process = preprocess({"t": lines}, *options, workers=2)
     assert process.returncode == 0, process.stderr
-    assert [line for line in process.stdout.splitlines() if line.startswith("note: ")][1:] == [
+    notes = [line for line in process.stdout.splitlines() if line.startswith("note: ")]
+    inspected = run_tool("tools/inspect_data.py", tmp_path / "out" / "set", "--samples", "0").stdout.splitlines()
+    assert [line for line in inspected if line.startswith("note: ")] == notes[1:-1]
+    assert notes[1:] == [
         "note: task t: 1 record has a key 'messages[].at' that is not read",
         "note: task t: 3 records have a key 'topic' that is not read",
         "note: task t: empty answers, which would teach to stop at once, are not learnt: 1; --learn-empty-answers "

@@ -61,7 +61,10 @@ def note_lines(
     if len(shown) > _MOST_LINES:
         others = len(shown) - _MOST_LINES
         lines.append(f"task {task}: {others:,} more keys are not read; the ledger counts the records of each")
-    return [*lines, *(f"task {task}: {NOTES[kind].format(n=f'{n:,}')}" for kind, n in kinds.items())]
+    return [
+        *lines,
+        *(f"task {task}: {NOTES.get(kind, f'{kind}: {{n}}').format(n=f'{n:,}')}" for kind, n in kinds.items()),
+    ]
 
 
 def _shortened(key: str) -> str:

@@ -14,6 +14,10 @@ def test_each_count_is_one_line(monkeypatch):
     ]
 
 
+def test_kinds_of_a_later_version_are_shown_by_name():
+    assert notes.note_lines("qa", {}, {"a kind of later": 3}) == ["task qa: a kind of later: 3"]
+
+
 @pytest.mark.parametrize("kind", notes.NOTES)
 def test_each_sentence_says_the_number(kind):
     assert "123" in notes.NOTES[kind].format(n="123")
