@@ -28,6 +28,9 @@ UNUSABLE: Mapping[int, str] = {
     errno.EREMOTEIO: "Input/output error of the network file system",
 }
 
+# what is found out behind another error
+HIDDEN = (*FULL, errno.EIO, errno.EROFS)
+
 
 def is_of_disk(error: OSError) -> bool:
     """Whether the error is about a place that cannot be written or read, and not about one file that is missing."""
@@ -50,14 +53,21 @@ def explain(error: OSError, place: Path | str) -> str:
 
 
 def disk_error(error: BaseException) -> OSError | None:
-    """The error of a disk that another error hides: as its cause or context, or in its text, as Rust's libraries do."""
+    """The error of a disk that an error is or hides; ``None`` if it is of another kind.
+
+    Libraries hide it as their error's cause or context, or in its text: ``[Errno 28]``, as in an error of several files
+    that :mod:`shutil` copies, or ``(os error 28)``, as Rust's do. A permission is not hidden: who asked for one that is
+    missing may have gone on.
+    """
+    if isinstance(error, OSError) and is_of_disk(error):
+        return error
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, OSError) and is_of_disk(seen):
+        if isinstance(seen, OSError) and seen.errno in HIDDEN:
             return seen
-        if found := re.search(r"\(os error (\d+)\)", str(seen)):
-            hidden = OSError(int(found[1]), os.strerror(int(found[1])))
-            return hidden if is_of_disk(hidden) else None
+        found = re.search(r"(?:\[Errno|\(os error) (\d+)", str(seen))
+        if found and int(found[1]) in HIDDEN:
+            return OSError(int(found[1]), os.strerror(int(found[1])))
         seen = seen.__cause__ or seen.__context__
     return None
 

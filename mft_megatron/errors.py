@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from mft_megatron.disk_errors import FULL, explain, is_of_disk
+from mft_megatron.disk_errors import FULL, disk_error, explain, is_of_disk
 
 # Seconds that a silent rank leaves the rank that prints the error.
 PATIENCE = 5
@@ -43,11 +43,12 @@ def disk_reported(place: Path, consequence: str, remedy: str, always: bool = Fal
     try:
         yield
     except OSError as error:
-        if not is_of_disk(error):
+        disk = disk_error(error)
+        if disk is None:
             raise
         raise InputError(
-            f"{error.filename or place}: {explain(error, place)}; {consequence}. "
-            f"{_sentence(f'free some space, or {remedy}' if error.errno in FULL else remedy)}",
+            f"{disk.filename or place}: {explain(disk, place)}; {consequence}. "
+            f"{_sentence(f'free some space, or {remedy}' if disk.errno in FULL else remedy)}",
             always,
         ) from None
 
@@ -88,6 +89,7 @@ def run_command(main: Callable[[], int | None], quiet: bool = False) -> int:
             print("interrupted; the same command goes on from what is complete", file=sys.stderr, flush=True)
         return 130
     except OSError as error:
+        error = disk_error(error) or error
         if error.filename is None and not is_of_disk(error):
             raise
         where = "the output, or a file without a name" if error.filename is None else os.fsdecode(error.filename)

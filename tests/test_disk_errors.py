@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 
@@ -85,14 +86,38 @@ def hidden(how):
 
 
 def test_a_hidden_cause_is_found():
+    asked = ValueError("no")
+    asked.__context__ = PermissionError(errno.EACCES, "Permission denied")
     for error in (
         hidden("__cause__"),
         hidden("__context__"),
+        RuntimeError("Worker failure: [Errno 28] No space left on device"),
+        shutil.Error([("a", "b", "[Errno 28] No space left on device: 'b'")]),
         RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
     ):
         assert disk_error(error).errno == errno.ENOSPC
-    for error in (ValueError("no"), FileNotFoundError(errno.ENOENT, "no"), RuntimeError("gone (os error 2)")):
+    for error in (ValueError("no"), FileNotFoundError(errno.ENOENT, "no"), RuntimeError("gone (os error 2)"), asked):
         assert disk_error(error) is None
+
+
+def test_several_files_that_cannot_be_copied_are_one_line(tmp_path, capsys):
+    """shutil collects their errors in one without a number."""
+    folder = tmp_path / "from"
+    folder.mkdir()
+    for name in "ab":
+        (folder / name).write_bytes(bytes(100))
+
+    def copy():
+        with largest_file(50):
+            shutil.copytree(folder, tmp_path / "to")
+
+    assert run_command(copy) == 2
+    line = capsys.readouterr().err
+    assert "File too large for the file system or for ulimit -f (" in line
+    assert line.count("\n") == 1
+    shutil.rmtree(tmp_path / "to")
+    with pytest.raises(InputError, match=f"^{tmp_path}: File too large"), disk_reported(tmp_path, "x", "y"):
+        copy()
 
 
 def test_a_folder_is_tried(tmp_path):

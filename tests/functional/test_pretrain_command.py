@@ -268,21 +268,28 @@ def test_resuming_on_other_data_is_refused(run_folder, dataset_prefix, tmp_path)
 
 
 def test_one_process_without_torchrun_exits_and_restarts_with_the_same_command(dataset_prefix, tmp_path):
+    """Its length is in epochs: 19 packs, of which 3 remain for the fifth step."""
     folder = tmp_path / "run"
-    command = [*MODEL, *RUN, "--data-path", dataset_prefix, "--save", folder, "--load", folder, "--exit-interval", 3]
+    packs = json.loads(Path(f"{dataset_prefix}_dataset.json").read_text())["lengths"]["128"]["packs"]["train"]["packs"]
+    run = " ".join(RUN).replace("--train-iters 5", f"--num-train-epochs {18.5 / packs} --lr-decay-iters 4").split()
+    command = [*MODEL, *run, "--data-path", dataset_prefix, "--save", folder, "--load", folder, "--exit-interval", 3]
     for expected in ("3", "5"):
         process = run_tool("pretrain_mft.py", *command)
         assert process.returncode == 0, process.stderr
+        assert ": 19 packs, 5 steps" in process.stdout
+        assert "note: --lr-decay-iters 4 and --min-lr 0: the last 1 of 5 steps change nothing" in process.stdout
         assert (folder / "latest_checkpointed_iteration.txt").read_text().strip() == expected
     assert [record["step"] for record in records(folder, "train")] == [1, 2, 3, 4, 5]
+    assert records(folder, "train")[-1]["global_batch_size"] == 3
     assert [record["event"] for record in records(folder, "event")] == ["save", "exit", "load", "save"]
     # a chain of jobs starts the finished one again, and only its export is left to do
     process = run_forked("pretrain_mft.py", *command, "--save-hf", tmp_path / "hf")
     assert process.returncode == 0, process.stderr
-    assert f"{folder}: this run is finished, at iteration 5; train on with a larger --train-iters" in process.stdout
+    finished = f"{folder}: this run is finished, at iteration 5; train on with a larger --num-train-epochs"
+    assert finished in process.stdout
     assert (tmp_path / "hf" / "iter_0000005" / "config.json").is_file()
     assert len(records(folder, "event")) == 4
-    assert "already at iteration 5; raise it" in refused(*command, "--train-iters", 4)
+    assert "epochs already; raise it" in refused(*command, "--num-train-epochs", 18 / packs)
     assert "already at iteration 5; raise it" in refused(*RUN, "--data-path", dataset_prefix, "--load", folder)
 
 
