@@ -8,11 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mft_megatron.arguments.table import Arguments
+from mft_megatron.data.chat_templates.trained_format import trained_format
 from mft_megatron.data.loading.dataset import PackedDataset
 from mft_megatron.data.tokenizers.load import TOKENIZERS, load_tokenizer
 from mft_megatron.data.tokenizers.tokenizer import Tokenizer
+from mft_megatron.data.tokenizers.tokenizer_files import read_chat_template
 from mft_megatron.errors import InputError
-from mft_megatron.run_folder import HUGGINGFACE, TOKENIZER
+from mft_megatron.run_folder import HUGGINGFACE, TOKENIZER, CheckpointInfo, CheckpointRef
 
 FILES = {"HuggingFaceTokenizer": "tokenizer.json", "SentencePieceTokenizer": "tokenizer.model"}
 # tokenizers with one vocabulary differ in how they split these: spaces, line breaks, digits, signs, scripts, case
@@ -37,14 +39,10 @@ def check_model_tokenizer(arguments: Arguments, dataset: PackedDataset) -> str:
     """
     if arguments.resume is None or arguments.resume.info.dataset_hash == dataset.dataset_hash:
         return ""
-    start = arguments.base or arguments.resume
-    info = start.info
+    folder, info = _model(arguments, arguments.resume)
     made_with, prefix = dataset.ledger.tokenizer, arguments.data.data_path
     if info.tokenizer.get("fingerprint") == made_with.fingerprint:
         return ""
-    folder = start.path
-    if not (arguments.starts_from_hf or arguments.reads_hf):
-        folder = folder.parent / (TOKENIZER if info.tokenizer else HUGGINGFACE)
     present = [kind for kind in TOKENIZERS if (folder / FILES[kind]).is_file()]
     unknown = f"whether {prefix} was made with the model's tokenizer is not known: "
     if not present:
@@ -65,6 +63,39 @@ def check_model_tokenizer(arguments: Arguments, dataset: PackedDataset) -> str:
     names = sorted(data.special_tokens.keys() - model.special_tokens.keys())
     added = f"; it has more special tokens: {', '.join(names)}" if names else ""
     return f"the data set's tokenizer is another one than the model's in {folder}, with the same ids for texts{added}"
+
+
+def chat_format_line(arguments: Arguments, dataset: PackedDataset) -> str:
+    """A line for the log where the chats of the data set are written otherwise than the model was trained with.
+
+    Returns:
+        the line; empty where both are the same, or one of them has none or is not known.
+    """
+    trained = trained_format(dataset.ledger)
+    if arguments.resume is None or arguments.resume.info.dataset_hash == dataset.dataset_hash:
+        return ""
+    folder, info = _model(arguments, arguments.resume)
+    if trained is None or trained.source is None:
+        return ""
+    recorded = info.tokenizer.get("chat_template")
+    try:
+        before = read_chat_template(folder) if recorded is None else recorded["source"]
+    except InputError:  # which matters to servers only
+        return ""
+    if before in (None, trained.source):
+        return ""
+    return (
+        f"the chats of {arguments.data.data_path} are written as {trained.words}, and the model in {folder} has "
+        "another chat template; exports of this run will have that of the data"
+    )
+
+
+def _model(arguments: Arguments, resume: CheckpointRef) -> tuple[Path, CheckpointInfo]:
+    """The folder with the tokenizer of the model that a run starts from, and the description of the model."""
+    start = arguments.base or resume
+    if arguments.starts_from_hf or arguments.reads_hf:
+        return start.path, start.info
+    return start.path.parent / (TOKENIZER if start.info.tokenizer else HUGGINGFACE), start.info
 
 
 def _data_tokenizer(arguments: Arguments, dataset: PackedDataset, model_folder: Path) -> Tokenizer:

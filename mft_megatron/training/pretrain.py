@@ -23,7 +23,7 @@ from mft_megatron.run_folder import CONFIG, effective_configuration, replace_tex
 from .epochs import EpochProof
 from .evaluation import Evaluation
 from .loop import train
-from .model_tokenizer import check_model_tokenizer
+from .model_tokenizer import chat_format_line, check_model_tokenizer
 from .run_log import RunLog
 from .saving import (
     NO_SOURCES,
@@ -57,7 +57,7 @@ def pretrain(
     """
     dataset, checked = open_dataset(arguments, main_rank)
     _check_tokenizer(arguments, dataset)
-    tokenizer_line = check_model_tokenizer(arguments, dataset) if main_rank else ""
+    model_lines = [check_model_tokenizer(arguments, dataset), chat_format_line(arguments, dataset)] if main_rank else []
     refuse_other_data(arguments, dataset)
     _refuse_uneven_gathering(arguments, dataset)
     if arguments.validation.skip_train and "valid" not in dataset.splits:
@@ -71,8 +71,8 @@ def pretrain(
             log.print(f"{arguments.world_size} rank(s) on {devices.describe()}")
             if not checked:
                 log.print("large data set: sizes of its files are checked, contents by tools/inspect_data.py --check")
-            if tokenizer_line:
-                log.print(tokenizer_line)
+            for line in filter(None, model_lines):
+                log.print(line)
             trainer = Trainer(arguments, model_vocab_size(arguments, dataset), len(dataset.tasks))
             log.print(_summary(arguments, dataset, trainer))
             if arguments.total_packs is not None:

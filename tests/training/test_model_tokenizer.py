@@ -9,7 +9,7 @@ import pytest
 
 from mft_megatron.data.tokenizers.load import load_tokenizer
 from mft_megatron.run_folder import CheckpointRef
-from mft_megatron.training.model_tokenizer import check_model_tokenizer, difference
+from mft_megatron.training.model_tokenizer import chat_format_line, check_model_tokenizer, difference
 from tests.refusals import refused_call
 
 
@@ -42,6 +42,40 @@ def check(model, data, *, run=None, tokenizer_model=None, kind="HuggingFaceToken
     )
     ledger = SimpleNamespace(tokenizer=entry)
     return check_model_tokenizer(arguments, SimpleNamespace(dataset_hash="d", ledger=ledger))
+
+
+OWN = "{{ messages }}"
+
+
+@pytest.mark.parametrize(
+    ("of_model", "recorded", "sources", "named"),
+    [
+        (OWN, None, ["{{ other }}"], True),
+        (OWN, None, [OWN], False),
+        (None, None, [OWN], False),
+        (OWN, None, [], False),
+        (OWN, None, None, False),
+        (OWN, OWN, ["{{ other }}"], True),
+        ("{{ unused }}", OWN, [OWN], False),
+        (OWN, "{{ trained before }}", [OWN], True),
+        ("\udcff", None, [OWN], False),  # damaged
+    ],
+)
+def test_chats_in_another_format_than_the_model_s_are_named(tmp_path, of_model, recorded, sources, named):
+    if of_model is not None:
+        (tmp_path / "chat_template.jinja").write_text(of_model, errors="surrogateescape")
+    tokenizer = {} if recorded is None else {"chat_template": {"name": "own", "source": recorded, "others": {}}}
+    model = CheckpointRef(tmp_path, SimpleNamespace(dataset_hash="", tokenizer=tokenizer))
+    arguments = SimpleNamespace(resume=model, base=None, starts_from_hf=True, data=SimpleNamespace(data_path="DATA"))
+    listed = [{"name": "mftcoder", "source": source, "tasks": ["a"]} for source in sources or ()]
+    template = {"name": "mftcoder"} if sources is None else {"name": "mftcoder", "sources": listed}
+    ledger = SimpleNamespace(chat_template=template, tasks=[SimpleNamespace(name="a", chats=1, sources=[])])
+    line = chat_format_line(arguments, SimpleNamespace(dataset_hash="d", ledger=ledger))
+    expected = (
+        f"the chats of DATA are written as mftcoder, and the model in {tmp_path} has another chat template; exports"
+    )
+    assert line.startswith(expected) if named else line == ""
+    assert chat_format_line(arguments, SimpleNamespace(dataset_hash="", ledger=ledger)) == ""
 
 
 def refusal(*folders, **others):
