@@ -36,6 +36,8 @@ def read_config(folder: Path) -> dict[str, object]:
 
 def _no_config(folder: Path) -> str:
     """Why a folder has no ``config.json``, and what to do."""
+    if folder.is_file():
+        return f"is a file; give its folder, {folder.parent}"
     if not folder.is_dir():
         # a name on the hub has one slash and begins neither here nor at the root
         hub = len(folder.parts) == 2 and not folder.is_absolute() and folder.parts[0] not in (".", "..")

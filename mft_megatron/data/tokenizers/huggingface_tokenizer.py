@@ -13,7 +13,7 @@ from mft_megatron.git_lfs import refuse_pointer
 from .backends import FastBackend
 from .beginnings import never, space_rule
 from .gigatoken_backend import gigatoken_of_json
-from .missing_files import JSON, other_kind, without_json
+from .missing_files import JSON, remedy_for, without_json
 from .tokenizer import SpecialToken, Tokenizer
 from .tokenizer_files import read_chat_template, read_json_object
 from .tokenizer_json import TokenizerJson, class_name
@@ -43,7 +43,7 @@ class HuggingFaceTokenizer(Tokenizer):
             content = TokenizerJson.read(file).without_leading_space()
             self._tokenizer = tokenizers.Tokenizer.from_str(content.text())
         except Exception as error:
-            raise InputError(f"{file}: not a tokenizer ({error}){other_kind(file, self.type)}") from None
+            raise InputError(f"{file}: not a tokenizer ({error}){remedy_for(file, self.type)}") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._config: dict[str, Any] = {}

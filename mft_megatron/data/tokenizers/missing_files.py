@@ -1,5 +1,6 @@
 """Folders and files that are no tokenizer of the kind that was asked for: what they are instead, and what to do."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,8 +37,8 @@ def without_model(model: Path) -> str:
     return f"no {SENTENCEPIECE} there; give a SentencePiece .model"
 
 
-def other_kind(file: Path, kind: str) -> str:
-    """The remedy where a file is a tokenizer of another kind, by its name; empty where it is not.
+def remedy_for(file: Path, kind: str) -> str:
+    """The remedy by the usual causes where a file cannot be read; empty for others.
 
     Args:
         file: that could not be read.
@@ -45,7 +46,16 @@ def other_kind(file: Path, kind: str) -> str:
     """
     if kind == "SentencePieceTokenizer" and file.suffix == ".json":
         return f"; leave --tokenizer-type {kind} out"
-    return f"; {_AS_SENTENCEPIECE}" if kind == "HuggingFaceTokenizer" and file.suffix == ".model" else ""
+    if kind == "SentencePieceTokenizer":
+        return ""
+    if file.suffix == ".model":
+        return f"; {_AS_SENTENCEPIECE}"
+    try:
+        whole = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        return "; download it again"
+    newer = isinstance(whole, dict) and "model" in whole
+    return "; a newer version of the library may have written it: pip install --upgrade tokenizers" if newer else ""
 
 
 def _elsewhere(model: Path, name: str) -> str | None:

@@ -13,7 +13,7 @@ from mft_megatron.git_lfs import refuse_pointer
 from .backends import FastBackend
 from .beginnings import always, never, unless_space
 from .gigatoken_backend import gigatoken_of_sentencepiece
-from .missing_files import SENTENCEPIECE, other_kind, without_model
+from .missing_files import SENTENCEPIECE, remedy_for, without_model
 from .tokenizer import SpecialToken, Tokenizer
 from .tokenizer_files import read_chat_template, read_json_object
 
@@ -52,7 +52,7 @@ class SentencePieceTokenizer(Tokenizer):
             self._normalises = bool(content.normalizer_spec.precompiled_charsmap)
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=self._model_proto)
         except Exception as error:
-            raise InputError(f"{file}: not a SentencePiece model ({error}){other_kind(file, self.type)}") from None
+            raise InputError(f"{file}: not a SentencePiece model ({error}){remedy_for(file, self.type)}") from None
         if self._processor.eos_id() < 0:
             raise InputError(f"{file}: has no end-of-text id; train it with one")
         if self.decode(self._processor.encode(_PROBE)) != _PROBE:

@@ -283,6 +283,8 @@ def test_a_folder_of_the_cache_and_a_name_on_the_hub(model, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     line = refused_call(hf_to_mcore, ["--hf", "org/name", "--save", "checkpoint"])
     assert "org/name: is no folder; to download it, run: hf download org/name --local-dir DIR" in line
+    line = refused_call(hf_to_mcore, ["--hf", str(snapshot / "config.json"), "--save", "checkpoint"])
+    assert line.endswith(f"config.json: is a file; give its folder, {snapshot}")
     line = refused_call(hf_to_mcore, ["--hf", "name", "--save", "checkpoint"])
     assert line.endswith("name: is no folder")
     assert json.loads((snapshot / "config.json").read_text())["model_type"] == "llama"

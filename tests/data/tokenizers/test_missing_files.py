@@ -72,6 +72,20 @@ def test_files_of_the_other_kind(tokenizer_folder, sentencepiece_model):
     assert line.endswith("; leave --tokenizer-type SentencePieceTokenizer out")
 
 
+def test_files_that_are_cut_off_or_too_new(tokenizer_folder, tmp_path):
+    text = (tokenizer_folder / "tokenizer.json").read_text()
+    file = tmp_path / "tokenizer.json"
+    file.write_text(text[:-100])
+    assert refused_call(load_tokenizer, HF, file).endswith("; download it again")
+    content = json.loads(text)
+    content["model"]["type"] = "OfTheFuture"
+    file.write_text(json.dumps(content))
+    line = refused_call(load_tokenizer, HF, file)
+    assert line.endswith("; a newer version of the library may have written it: pip install --upgrade tokenizers")
+    file.write_text("{}")
+    assert refused_call(load_tokenizer, HF, file).endswith(")")
+
+
 def test_names_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for kind in (HF, SPM):

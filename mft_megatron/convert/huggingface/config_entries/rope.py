@@ -53,6 +53,11 @@ class Rope:
         theta = present.pop("rope_theta", self._theta if base is None else base)
         if present.pop("partial_rotary_factor", 1.0) != 1.0:
             raise InputError("partial_rotary_factor: heads of this family are rotated as a whole")
+        if "attn_factor" in present:
+            raise InputError(
+                "rotary scaling: transformers does not read attn_factor, and other programs do, so that they compute "
+                "different models; remove it, or give attention_factor, the factor on cosines and sines, instead"
+            )
         if kind == "default":
             if present:
                 raise InputError(f"rope_parameters: unknown {', '.join(sorted(present))}")
