@@ -1,12 +1,13 @@
 """The samples of a batch as token arrays; all texts of the batch are tokenised in one call."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 import numpy as np
 
 from mft_megatron.data.records.segments import Segment
 from mft_megatron.data.tokenizers.backends import DifferenceError
-from mft_megatron.data.tokenizers.tokenizer import Tokenizer
+from mft_megatron.data.tokenizers.beginnings import Beginning
 
 # ids of texts up to this many characters are kept: role names, line breaks, short answers
 _SHORT = 32
@@ -26,10 +27,24 @@ class SampleError(Exception):
         self.sample = sample
 
 
+class TextEncoder(Protocol):
+    """The part of a :class:`~mft_megatron.data.tokenizers.tokenizer.Tokenizer` that samples need."""
+
+    @property
+    def beginning(self) -> Beginning:
+        """How the tokenizer's own ``encode`` begins a text."""
+
+    def token_id(self, token: str) -> int | None:
+        """Id of a token by its name; ``None`` if the vocabulary does not have it."""
+
+    def encode_arrays(self, texts: Sequence[str], markup: bool = False) -> list[np.ndarray]:
+        """Encode texts; nothing is added to them. Returns ids of each text, an integer array [tokens]."""
+
+
 class KnownTexts:
     """Ids of token names and of short texts, kept from batch to batch; arrays of any integer type."""
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: TextEncoder):
         """Start with no text; ``tokenizer`` makes the ids."""
         self.tokenizer = tokenizer
         self._tokens: dict[str, np.ndarray | None] = {}

@@ -8,7 +8,7 @@ whether they have.
 import functools
 import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -24,7 +24,20 @@ from .encoding import TaskEncoding, parse_record, read_conversations
 from .prompt_spaces import with_prompt_spaces
 
 LINES, CHATS = 64, 8  # of a task that are looked at
+LONGEST = 1 << 16  # characters of a chat that is looked at: a prompt is short beside some records
 _SHOWN = 32  # characters of a prompt in a note, before the difference and after it
+
+
+class _Reference:
+    """A tokenizer without its fast backend, which is compared with the first texts that are encoded for samples."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.beginning = tokenizer.beginning
+        self.token_id = tokenizer.token_id
+        self._encode = tokenizer.encode_batch
+
+    def encode_arrays(self, texts: Sequence[str], markup: bool = False) -> list[np.ndarray]:
+        return [np.array(ids, np.int32) for ids in self._encode(texts, markup)]
 
 
 class GenerationPrompts:
@@ -58,20 +71,20 @@ class GenerationPrompts:
             yield batch
 
     def _look_at(self, line: object, where: str) -> None:
-        if self.note is not None or self._chats >= CHATS:
+        if self.note is not None or self._chats >= CHATS or (isinstance(line, bytes) and len(line) > LONGEST):
             return
         try:
             for conversation in read_conversations(parse_record(line), self._encoding):
-                if not conversation.raw and not self._names_a_token(conversation):
+                if not conversation.raw and self._is_comparable(conversation):
                     self._chats += 1
                     self.note = self.note or self._difference(conversation, where)
         except RecordError:
             return  # which is counted, or ends the program, when the record is encoded
 
-    def _names_a_token(self, conversation: Conversation) -> bool:
-        """Whether a turn has the name of a token, which is text in a sample and that token in a server's prompt."""
-        strings = strings_in([*map(message_of, conversation.turns), *conversation.tools])
-        return any(self._names.search(text) for text in strings)
+    def _is_comparable(self, conversation: Conversation) -> bool:
+        """Whether a chat is short and no turn has the name of a token, which is that token in a server's prompt."""
+        strings = list(strings_in([*map(message_of, conversation.turns), *conversation.tools]))
+        return sum(map(len, strings)) <= LONGEST and not any(map(self._names.search, strings))
 
     @functools.cached_property
     def _names(self) -> re.Pattern[str]:
@@ -79,7 +92,7 @@ class GenerationPrompts:
 
     def _difference(self, conversation: Conversation, where: str) -> str | None:
         style, tokenizer = self._encoding.style, self._tokenizer
-        samples = BatchedSamples(KnownTexts(tokenizer))
+        samples = BatchedSamples(KnownTexts(_Reference(tokenizer)))
         samples.add(with_prompt_spaces(style.segments(conversation), tokenizer, self._encoding.add_bos))
         ids, mask, _ = samples.arrays(tokenizer.bos_token_id if self._encoding.add_bos else None)
         starts = np.flatnonzero(np.diff(mask, prepend=np.uint8(0)) == 1).tolist()
@@ -109,12 +122,24 @@ class GenerationPrompts:
             return f"a server's prompt has other tokens than trained ones for {served[-_SHOWN:]!r}"
         same = common_prefix(served, trained)
         if same < min(len(served), len(trained)):
-            parts = (repr(text[max(0, same - _SHOWN) : same + _SHOWN]) for text in (served, trained))
-            return "a server's prompt has {}, trained prompts have {}".format(*parts)
+            parts = (_cut(text, same - _SHOWN, same + _SHOWN) for text in (served, trained))
+            return "a server's prompt has {}, trained prompts have {}; {}".format(*parts, _OTHERWISE)
         opening = max((name.start for name in names_in(served[:same], self._tokenizer.special_tokens)), default=0)
-        ends = (repr(text[max(opening, same - _SHOWN) :]) for text in (served, trained))
+        ends = (_cut(text, max(opening, same - _SHOWN)) for text in (served, trained))
         remedy = _remedy(served[same:], trained[same:])
         return "a server's prompt ends in {}, trained answers begin after {}; {}".format(*ends, remedy)
+
+
+_OTHERWISE = (
+    "give a --chat-template that writes the same with add_generation_prompt as before an answer, and "
+    "--split-thinking-rounds where it writes reasoning of earlier rounds"
+)
+
+
+def _cut(text: str, start: int, end: int | None = None) -> str:
+    """Quote a part of a text that begins at ``start``, which may be before the text."""
+    shown = text[max(0, start) : end]
+    return repr(shown if start <= 0 or shown.startswith("<") else f"…{shown}")
 
 
 def _remedy(more: str, less: str) -> str:

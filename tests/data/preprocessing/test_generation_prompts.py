@@ -136,6 +136,16 @@ def test_what_is_not_a_chat_is_passed_over(note):
     assert note("qwen2", chat("<|im_end|>", "<|im_start|>")) is None
 
 
+def test_large_records_are_passed_over(note, tokenizer):
+    large = chat("2+2?", "4" * generation_prompts.LONGEST)
+    assert note("reasoner", large) is None
+    assert note("reasoner", large, ONE).endswith("(file:2)")
+    encoding = TaskEncoding(chat_format("chatml", tokenizer))
+    watched = GenerationPrompts("qa", tokenizer, encoding)
+    watched._look_at(large, "row")  # of a parquet file
+    assert watched._chats == 0
+
+
 def test_only_the_first_chats_are_looked_at(note, monkeypatch):
     monkeypatch.setattr(generation_prompts, "CHATS", 3)
     monkeypatch.setattr(generation_prompts, "LINES", 5)
