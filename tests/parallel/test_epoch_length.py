@@ -11,6 +11,7 @@ from tests.run_records import events
 
 PACKS = 17
 PIPELINE = "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2 --micro-batch-size 1"
+OVERLAP = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 30001"
 # options, size of each step, shape, and parallel layout of two ranks, all with rows that stay empty in the last step
 RUNS = {
     "whole": ("--num-train-epochs 2", [8, 8, 8, 8, 2], "llama", "--micro-batch-size 2"),
@@ -26,13 +27,13 @@ RUNS = {
         "--mft-normalization micro-batch",
         [4, 4, 8, 1],
         "llama",
-        "--micro-batch-size 1",
+        f"--micro-batch-size 1 {OVERLAP}",
     ),
     "experts": (
         "--num-train-epochs 1 --moe-z-loss-coeff 1e-2 --moe-aux-loss-coeff 1e-1",
         [8, 8, 1],
         "experts",
-        "--micro-batch-size 2",
+        "--micro-batch-size 2 --expert-model-parallel-size 2",
     ),
 }
 OPTIONS = "--log-interval 1 --eval-iters 0 --lr-decay-style linear --lr-warmup-fraction 0.5 --min-lr 1e-4"
