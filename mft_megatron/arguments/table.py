@@ -144,7 +144,7 @@ class Arguments:
         epochs = self.training.num_train_epochs
         if epochs is None or self.epoch_packs is None:
             return None
-        # of the decimal number that was given: in floating point 0.7 · 10 is more than 7
+        # of the decimal number that was given: in floating point 0.07 · 100 is more than 7
         return math.ceil(fractions.Fraction(repr(epochs)) * self.epoch_packs)
 
     @property

@@ -27,9 +27,9 @@ def parse(extra, packs=17, base=SHORT_RUN, world_size=1):
         ("--num-train-epochs 0.5 --global-batch-size 8", 17, 9, 2),
         ("--num-train-epochs 1e-9", 17, 1, 1),
         ("--num-train-epochs 3", 1, 3, 2),
-        # in floating point 0.7 · 10 is 7.000000000000001, 0.3 · 1000 less than 300
-        ("--num-train-epochs 0.7 --global-batch-size 2", 10, 7, 4),
-        ("--num-train-epochs 0.29 --global-batch-size 2", 100, 29, 15),
+        # in floating point 0.07 · 100 is 7.000000000000001, 1.1 · 10 is 11.000000000000002
+        ("--num-train-epochs 0.07 --global-batch-size 2", 100, 7, 4),
+        ("--num-train-epochs 1.1 --global-batch-size 2", 10, 11, 6),
         ("--num-train-epochs 1e3 --global-batch-size 2", 10**9, 10**12, 5 * 10**11),
         ("--num-train-epochs 2 --rampup-batch-size 4 4 24 --global-batch-size 12", 17, 34, 6),
         ("--num-train-epochs 1 --step-batch-size-schedule 0:4,1K:8", 17, 17, 4),

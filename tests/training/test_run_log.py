@@ -93,7 +93,9 @@ def test_records_that_are_lost_are_counted_at_the_end(tmp_path, capsys):
     assert "; 3 records are lost" in capsys.readouterr().out
 
 
-def test_a_board_that_fails_ends_alone(tmp_path, capfd):
+def test_a_board_that_fails_ends_alone(tmp_path, monkeypatch):
+    reported = []
+    monkeypatch.setattr(threading, "excepthook", reported.append)
     before = threading.excepthook
     board = Board(str(tmp_path), 1)
     reason, step = None, 0
@@ -105,8 +107,23 @@ def test_a_board_that_fails_ends_alone(tmp_path, capfd):
     assert reason.startswith("File too large")
     assert board.write({"loss": 1.0}, step) is None
     assert board.close() is None
-    assert threading.excepthook is before
-    assert capfd.readouterr().err == ""
+    assert threading.excepthook == before
+    assert reported == []
+
+
+def test_errors_of_other_threads_are_reported_as_before(tmp_path, monkeypatch):
+    reported = []
+    monkeypatch.setattr(threading, "excepthook", lambda failed: reported.append(failed.exc_value))
+    board, error = Board(str(tmp_path), 1), OSError(errno.ENOSPC, "")
+
+    def fail():
+        raise error
+
+    thread = threading.Thread(target=fail)
+    thread.start()
+    thread.join()
+    assert reported == [error]
+    assert board.close() is None
 
 
 def test_a_board_that_fails_at_its_end(tmp_path, capfd):
