@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from mft_megatron.convert.huggingface.families.table import note_on_unread
 from mft_megatron.convert.huggingface.model_folder import (
     CONFIG,
     GENERATION,
@@ -36,6 +37,8 @@ def findings(folder: Path, tokenizer: ServedTokenizer | None, reason: str) -> It
         yield Finding("wrong", CONFIG, str(error))
         return
     yield Finding("ok", CONFIG, f"{family.architecture}, {architecture.num_layers} layers, vocabulary {vocab_size:,}")
+    if unread := note_on_unread(read_config(folder), family):
+        yield Finding("note", "entries", f"{unread}; other servers may read it")
     try:
         with contextlib.closing(WeightFiles(folder)) as files:
             refuse_mismatch(files, family, architecture, vocab_size)
