@@ -197,7 +197,7 @@ class TaskReader:
     # ------------------------------------------------------------------------------------------------------------- rows
 
     def _rows(self, batch_bytes: int) -> Iterator[RecordBatch]:
-        """Rows of a parquet file as dicts, without fields that are null, at any depth, and without columns of times."""
+        """Rows of a parquet file as dicts, without fields that are null, at any depth, and with times as text."""
         import pyarrow
         from pyarrow import parquet
 
@@ -208,11 +208,7 @@ class TaskReader:
         except damage as error:
             raise self._unreadable("damaged, or not a parquet file", error) from None
         with table:
-            # no record format has a time, and one in nanoseconds has no Python type
-            schema = table.schema_arrow
-            names = [field.name for field in schema if not pyarrow.types.is_temporal(field.type)]
-            columns = None if len(names) == len(schema) else names
-            batches = table.iter_batches(_rows_of(table.metadata, batch_bytes), columns=columns, use_threads=False)
+            batches = table.iter_batches(_rows_of(table.metadata, batch_bytes), use_threads=False)
             while True:
                 try:
                     batch = next(batches, None)
@@ -230,7 +226,9 @@ class TaskReader:
         """Rows of a table of pyarrow as dicts; ``None`` if there are none, or they are not taken."""
         if batch is None or not batch.num_rows:
             return None
-        rows: list[dict[str, Any]] | None = batch.to_pylist(maps_as_pydicts="strict") if self._takes() else None
+        rows: list[dict[str, Any]] | None = None
+        if self._takes():
+            rows = _with_times_as_text(batch).to_pylist(maps_as_pydicts="strict")
         self._lines += batch.num_rows
         return rows
 
@@ -264,6 +262,22 @@ def _rows_of(metadata: Any, batch_bytes: int) -> int:
     """Number of rows of a parquet file that have about ``batch_bytes``; ``metadata`` as pyarrow reads it."""
     size = sum(metadata.row_group(index).total_byte_size for index in range(metadata.num_row_groups))
     return max(1, min(batch_bytes * metadata.num_rows // max(size, 1), 1 << 16))
+
+
+def _with_times_as_text(batch: Any) -> Any:
+    """Return a table of pyarrow whose times are text or numbers: one in nanoseconds has no Python type."""
+    import pyarrow
+
+    times = [index for index, field in enumerate(batch.schema) if pyarrow.types.is_temporal(field.type)]
+    if not times:
+        return batch
+    columns = list(batch.columns)
+    for index in times:
+        try:
+            columns[index] = columns[index].cast(pyarrow.string())
+        except pyarrow.ArrowException:  # the machine does not know the time zone
+            columns[index] = columns[index].cast(pyarrow.int64())
+    return pyarrow.RecordBatch.from_arrays(columns, names=batch.schema.names)
 
 
 def _without_nulls(value: Any) -> Any:

@@ -214,7 +214,11 @@ READ = [
     # tags in a question that ask for no picture
     ({"question": "How does <video> work?", "answer": "a"}, chat("How does <video> work?", "a")),
     ({"question": "Close it:\n<audio>\n</audio>", "answer": "a"}, chat("Close it:\n<audio>\n</audio>", "a")),
-    # keys of calls
+    # keys of parts and of calls
+    (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "q", "cache_control": {"ttl": 1}}]}, BOT]},
+        chat("q", "a", unread=["messages[].content[].cache_control"]),
+    ),
     (
         {"messages": [USER, {"role": "assistant", "tool_calls": [{"index": 0, "function": {**CALL, "strict": True}}]}]},
         chat(

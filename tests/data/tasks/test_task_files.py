@@ -232,13 +232,23 @@ def test_maps_are_dicts_and_an_empty_table_has_no_batch(tmp_path):
     check_entry(reader, tmp_path / "none.parquet", 0)
 
 
-def test_columns_of_times_are_left_out(tmp_path):
+def test_times_in_tables_are_text(tmp_path):
     import pyarrow
     from pyarrow import parquet
 
     times = {unit: pyarrow.array([1_234_567_891], pyarrow.timestamp(unit)) for unit in ("ns", "s")}
+    times["nowhere"] = pyarrow.array([1_234_567_891], pyarrow.timestamp("us", "Atlantis/Poseidonis"))
+    times["null"] = pyarrow.array([None], pyarrow.date32())
     parquet.write_table(pyarrow.table({"a.b": ["x"], **times, "turns": [[{"role": "user"}]]}), tmp_path / "a.parquet")
-    assert lines_of(tmp_path / "a.parquet") == [{"a.b": "x", "turns": [{"role": "user"}]}]
+    assert lines_of(tmp_path / "a.parquet") == [
+        {
+            "a.b": "x",
+            "ns": "1970-01-01 00:00:01.234567891",
+            "s": "2009-02-13 23:31:31.000",
+            "nowhere": 1_234_567_891,
+            "turns": [{"role": "user"}],
+        }
+    ]
 
 
 @pytest.mark.parametrize("damage", ["empty", "plain", "cut", "no footer", "flipped"])
