@@ -240,7 +240,8 @@ def test_what_a_reasoning_model_is_not_trained_on_is_named(command):
         "note: task qa: the template left out the reasoning of 8 answers before the last question"
     )
     assert notes[True] == [
-        "note: task qa: 4 records with reasoning in several rounds were split into one sample a round"
+        "note: task qa: 4 records with reasoning in several rounds were split into one sample a round; rounds of a "
+        "record may come into different splits"
     ]
     # beside a template that trims, an answer's leading spaces are named
     (command.folder / "trims.jinja").write_text(TEMPLATES["gemma"])

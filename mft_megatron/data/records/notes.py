@@ -18,7 +18,8 @@ NOTES: dict[str, str] = {
     "trained without it; --split-thinking-rounds makes a sample of each round, as a server does",
     "last_reasoning": "the template left out the reasoning of {n} answers after the last question; use a template that "
     "writes it, or take it out of the records",
-    "rounds_split": "{n} records with reasoning in several rounds were split into one sample a round",
+    "rounds_split": "{n} records with reasoning in several rounds were split into one sample a round; rounds of a "
+    "record may come into different splits",
     "two_bos": "raw prompts that begin with the name of the BOS token: {n}; the tokenizer adds one itself, so they "
     "begin with two, as on a server that gets such a prompt; take it out of them if servers get none",
     "empty_answer_not_learnt": "empty answers, which would teach to stop at once, are not learnt: {n}; "
