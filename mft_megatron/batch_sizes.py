@@ -47,6 +47,14 @@ class BatchSizes:
             steps, consumed = steps + more, consumed + more * size
         return steps
 
+    def consumed(self, start: int, steps: int) -> int:
+        """Number of consumed packs after ``steps`` steps that begin after ``start`` consumed packs."""
+        consumed = start
+        for border, size in zip([*self.starts[1:], None], self.sizes, strict=True):
+            taken = steps if border is None else min(max(-(-(border - consumed) // size), 0), steps)
+            consumed, steps = consumed + taken * size, steps - taken
+        return consumed
+
     def _index(self, consumed_samples: int) -> int:
         return bisect.bisect_right(self.starts, consumed_samples) - 1
 

@@ -63,6 +63,7 @@ def test_the_number_of_steps_is_that_of_the_run(later, first, start, length):
         consumed += sizes.after(consumed)
         steps += 1
     assert sizes.steps(start, start + length) == steps
+    assert sizes.consumed(start, steps) == consumed
 
 
 PAIRS = st.dictionaries(st.integers(1, 50), st.integers(1, 99), max_size=6)

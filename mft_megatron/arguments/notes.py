@@ -9,13 +9,14 @@ from .table import Arguments
 LONG_RUN = 1000
 
 
-def notes(a: Arguments, training_packs: int, has_validation: bool) -> list[str]:
+def notes(a: Arguments, training_packs: int, has_validation: bool, on_gpu: bool = False) -> list[str]:
     """List the settings of a run that trains that are probably not meant.
 
     Args:
         a: complete and checked.
         training_packs: of the data set.
         has_validation: whether it has a validation split.
+        on_gpu: whether the run computes on GPUs.
     """
     return [
         *_saving(a),
@@ -23,6 +24,7 @@ def notes(a: Arguments, training_packs: int, has_validation: bool) -> list[str]:
         *_validation(a, has_validation),
         *_batches(a, training_packs),
         *_dropout(a),
+        *_precision(a, on_gpu),
     ]
 
 
@@ -97,3 +99,8 @@ def _dropout(a: Arguments) -> Iterator[str]:
             f"--hidden-dropout {rates[0]:g} and --attention-dropout {rates[1]:g} (0.1 is Megatron's default): models "
             "from Hugging Face are usually trained with 0"
         )
+
+
+def _precision(a: Arguments, on_gpu: bool) -> Iterator[str]:
+    if on_gpu and a.precision.name == "fp32":
+        yield "neither --bf16 nor --fp16: fp32 takes twice the memory on a GPU, and several times as long"

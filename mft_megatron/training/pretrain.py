@@ -75,8 +75,7 @@ def pretrain(
                 log.print(line)
             trainer = Trainer(arguments, model_vocab_size(arguments, dataset), len(dataset.tasks))
             log.print(_summary(arguments, dataset, trainer))
-            if arguments.total_packs is not None:
-                log.print(_length(arguments, arguments.total_packs))
+            log.print(_length(arguments, dataset.split("train").num_packs))
             log.print(kernels.describe(arguments, trainer.chunks[0].config))
             data_weights = [task.weight for task in dataset.ledger.tasks]
             weights_line = data_weights_text(arguments.multi_task, dataset.tasks, data_weights)
@@ -90,7 +89,8 @@ def pretrain(
             if arguments.validation.skip_train:
                 evaluation.run(trainer, log, progress)
                 return
-            for note in notes(arguments, dataset.split("train").num_packs, "valid" in dataset.splits):
+            on_gpu = devices.device().type == "cuda"
+            for note in notes(arguments, dataset.split("train").num_packs, "valid" in dataset.splits, on_gpu):
                 log.print(f"note: {note}")
             epochs = EpochProof(arguments, dataset)
             epochs.load(state, log, progress)
@@ -158,10 +158,14 @@ def _describe_run(folder: Path, arguments: Arguments, dataset: PackedDataset, lo
     keep_tokenizer(folder, arguments.data.tokenizer_model or dataset.ledger.tokenizer.model, log)
 
 
-def _length(arguments: Arguments, packs: int) -> str:
-    """A line for the log: the length of a run of ``--num-train-epochs``."""
-    training = arguments.training
-    return f"--num-train-epochs {training.num_train_epochs:g}: {packs:,} packs, {training.train_iters:,} steps"
+def _length(arguments: Arguments, epoch_packs: int) -> str:
+    """A line for the log: steps, packs and epochs of the whole run."""
+    epochs, steps = arguments.training.num_train_epochs, arguments.training.train_iters
+    if arguments.total_packs is not None:
+        return f"--num-train-epochs {epochs:g}: {arguments.total_packs:,} packs, {steps:,} steps"
+    before, consumed = arguments.progress
+    packs = arguments.batch_sizes.consumed(consumed, max(steps - before, 0))
+    return f"--train-iters {steps}: {packs:,} packs, {packs / epoch_packs:.2f} epochs"
 
 
 def _summary(arguments: Arguments, dataset: PackedDataset, trainer: Trainer) -> str:

@@ -69,3 +69,9 @@ def test_dropout_of_a_model_from_hugging_face(tmp_path):
     assert note.startswith("--hidden-dropout 0.1 and --attention-dropout 0.1 (0.1 is Megatron's default): models from")
     assert notes(parse("--finetune --attention-dropout 0 --hidden-dropout 0", base=words), 20, True) == []
     assert notes(parse("", base=words), 20, True) == []
+
+
+def test_single_precision_on_a_gpu():
+    (note,) = notes(parse(GOOD), 20, has_validation=True, on_gpu=True)
+    assert note.startswith("neither --bf16 nor --fp16: fp32 takes twice the memory on a GPU")
+    assert notes(parse(f"{GOOD} --bf16"), 20, has_validation=True, on_gpu=True) == []

@@ -39,6 +39,8 @@ def run_folder(tmp_path_factory, dataset_prefix):
     process = torchrun(4, "pretrain_mft.py", *words)
     assert process.returncode == 0, process.stderr
     assert "step 5 | validation" in process.stdout
+    packs = json.loads(Path(f"{dataset_prefix}_dataset.json").read_text())["lengths"]["128"]["packs"]["train"]["packs"]
+    assert f"--train-iters 5: 20 packs, {20 / packs:.2f} epochs" in process.stdout
     return folder
 
 
