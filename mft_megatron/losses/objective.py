@@ -245,7 +245,8 @@ class Objective:
         factor_K = factors.loss_K
         if self.per_micro_batch:
             tokens_K, samples_K = counts(*_ids(batch), len(factor_K))
-            factor_K = self.loss.task_factors(tokens_K, samples_K, factors.weight_K) * factors.micro_batch_weight
+            factor_K = self.loss.task_factors(tokens_K, samples_K, factors.weight_K)
+            factor_K = factor_K * (factors.micro_batch_weight * _filled(batch))
         coefficient_BS = coefficients(factor_K, *_ids(batch), self.loss.sample_means)
         if factors.probability_K is None:
             return coefficient_BS, None
@@ -255,3 +256,8 @@ class Objective:
 def _ids(batch: Batch[Tensor]) -> tuple[Tensor, Tensor, Tensor, int]:
     """Task, sample and mask of each token, [B, S], and how many samples there are."""
     return batch.task_ids_BS, batch.sample_ids_BS, batch.loss_mask_BS, batch.num_segments
+
+
+def _filled(batch: Batch[Tensor]) -> Tensor | float:
+    """The part of a micro-batch's rows that hold a pack; the others fill up the last step of a run of epochs."""
+    return 1.0 if batch.lengths_B is None else (batch.lengths_B > 0).double().mean()

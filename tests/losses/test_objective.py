@@ -1,5 +1,7 @@
 """Every loss against docs/LOSSES.md in numpy, against finite differences, and against itself cut differently."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -186,6 +188,23 @@ def test_micro_batch_normalisation_is_the_mean_of_micro_batches(mode):
         expected.append(reference_loss(mode, by_sample(*arrays, loss[row : row + 1]), WEIGHTS))
     assert total == pytest.approx(np.mean(expected), rel=1e-12)
     assert total != pytest.approx(reference_loss(mode, by_sample(sample_ids, task_ids, mask, loss), WEIGHTS), rel=1e-3)
+
+
+@pytest.mark.parametrize("mode", LOSSES[:4])
+def test_micro_batch_normalisation_counts_rows_that_are_not_empty(mode):
+    """Three packs in micro-batches of two rows: the second has an empty row, and they count 2/3 and 1/3."""
+    objective, weights = Objective(mode, per_micro_batch=True), torch.tensor(WEIGHTS, dtype=torch.float64)
+    ones_K = torch.ones(4)
+    factors = objective.before_step(ones_K, ones_K, weights, TaskStatistics.none(4), num_micro_batches=3 / 2)
+    total, expected = 0.0, []
+    for seed, rows in ((6, 2), (7, 1)):
+        *arrays, loss = random_batch(seed, rows=rows)
+        expected += [reference_loss(mode, by_sample(*arrays, loss), WEIGHTS)] * rows
+        empty = ((0, 2 - rows), (0, 0))
+        batch = as_batch(*(np.pad(array, empty) for array in arrays))
+        batch = dataclasses.replace(batch, lengths_B=torch.tensor([40] * rows + [0] * (2 - rows)))
+        total += objective.contribution(factors, batch, torch.from_numpy(np.pad(loss, empty)).double())[0].item()
+    assert total == pytest.approx(np.mean(expected), rel=1e-12)
 
 
 @pytest.mark.parametrize("mode", FOCAL)
