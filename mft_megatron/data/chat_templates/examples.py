@@ -11,6 +11,7 @@ from typing import Any
 from mft_megatron.data.records.conversation import Conversation
 from mft_megatron.data.records.segments import supervised_turns
 
+from .formats import ChatFormat
 from .jinja_messages import message_of, strings_in
 from .token_names import names_pattern
 
@@ -21,12 +22,12 @@ _CHARACTERS = 6000  # of the JSON text of an example; a longer one is left out
 _DOCUMENT = 200  # characters of a document, which has no prompt
 
 
-def example_of(conversation: Conversation, supervise: str, names: frozenset[str]) -> dict[str, Any] | None:
+def example_of(conversation: Conversation, style: ChatFormat, names: frozenset[str]) -> dict[str, Any] | None:
     """Write the prompt of a sample as an example.
 
     Args:
         conversation: of the sample.
-        supervise: turns that are supervised, of :data:`~mft_megatron.data.records.segments.SUPERVISE`.
+        style: the format of its task.
         names: special tokens whose names in a turn are text in the sample and tokens to a server, so that a
             conversation with one is no example.
 
@@ -41,7 +42,8 @@ def example_of(conversation: Conversation, supervise: str, names: frozenset[str]
     elif conversation.raw:
         example = {"prompt": "".join(turn.content for turn in conversation.turns if turn.role == "prompt")}
     else:
-        first = supervised_turns(conversation, supervise).index(True)
+        supervised = supervised_turns(conversation, style.supervise, learn_empty=style.learn_empty_answers)
+        first = supervised.index(True)
         example = {"messages": [message_of(turn) for turn in conversation.turns[:first]]}
         if conversation.tools:
             example["tools"] = list(conversation.tools)

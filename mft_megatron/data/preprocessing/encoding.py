@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import orjson
 
-from mft_megatron.data.chat_templates.examples import example_of, first_examples
+from mft_megatron.data.chat_templates.examples import FIRST, example_of, first_examples
 from mft_megatron.data.chat_templates.formats import ChatFormat
 from mft_megatron.data.chat_templates.token_names import names_of_text
 from mft_megatron.data.records.conversation import Conversation, RecordError, Turn
@@ -31,9 +31,6 @@ from mft_megatron.errors import InputError
 from .batched_texts import BatchedSamples, KnownTexts, SampleError
 from .encoded_batch import Drop, EncodedBatch, drop_unsupervised
 from .prompt_spaces import with_prompt_spaces
-
-# of a file: examples are taken from these, so that other batches need not look for any
-_LINES_OF_EXAMPLES = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,8 +160,8 @@ class Encoder:
                     f"{encoding.style.stop_token} to end a turn of --chat-template {encoding.style.name} with; use "
                     "mftcoder, or add the token"
                 )
-            if number <= _LINES_OF_EXAMPLES and not filled:
-                example = example_of(conversation, encoding.style.supervise, self._names_of_text)
+            if len(read.lines) < FIRST and not filled:  # of each batch, wherever in a file it is
+                example = example_of(conversation, encoding.style, self._names_of_text)
                 read.examples += [] if example is None else [(len(read.lines), example)]
             read.lines.append(number)
             read.documents.append(conversation.document)

@@ -8,9 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mft_megatron.data.chat_templates.examples import FIRST, MOST, first_examples, moved
+from mft_megatron.data.chat_templates.formats import chat_format
 from mft_megatron.data.packing.packing_options import PackingOptions
+from mft_megatron.data.preprocessing.encoding import Encoder, TaskEncoding
 from mft_megatron.data.preprocessing.repack import merge
 from mft_megatron.data.storage.indexed_dataset import IndexedDataset
+from mft_megatron.data.tasks.record_batches import RecordBatch
 from mft_megatron.data.tokenizers.load import load_tokenizer
 
 OPTIONS = PackingOptions(256, split=(1, 0, 0))
@@ -86,3 +89,22 @@ def test_examples_of_parts_are_those_of_the_whole(samples, border):
 @pytest.mark.parametrize("sample", [FIRST - 1, FIRST])
 def test_only_first_samples_are_examples(sample):
     assert bool(first_examples([{"sample": sample, "prompt": ""}])) == (sample < FIRST)
+
+
+def test_a_batch_has_the_same_examples_wherever_it_is_in_a_file(tokenizer_folder):
+    tokenizer = load_tokenizer("HuggingFaceTokenizer", tokenizer_folder)
+    encoder = Encoder(tokenizer, {"chat": TaskEncoding(chat_format("chatml", tokenizer))})
+    lines = [json.dumps(record).encode() for record in CHATS]
+    first, later = (encoder.encode("chat", RecordBatch("a", line, lines)) for line in (1, 4097))
+    assert first.examples == later.examples != []
+
+
+def test_an_empty_answer_that_is_learnt_is_an_example(make_dataset):
+    empty = {"messages": [ROUNDS[0], {"role": "assistant", "content": ""}]}
+    _, ledger = make_dataset(
+        {"chat": [empty, {"messages": [*empty["messages"], *ROUNDS[2:]]}]}, learn_empty_answers=True
+    )
+    (task,) = ledger.tasks
+    assert task.kept == 2
+    assert [example["messages"] for example in task.examples] == [ASKED[:1]] * 2
+    assert [example.get("followed") for example in task.examples] == [None, True]
