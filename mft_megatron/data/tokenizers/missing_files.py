@@ -7,7 +7,7 @@ from pathlib import Path
 JSON, SENTENCEPIECE = "tokenizer.json", "tokenizer.model"
 _CONFIG = "tokenizer_config.json"
 _AS_SENTENCEPIECE = "give --tokenizer-type SentencePieceTokenizer"
-# formats that transformers does not convert, by pattern, and whose they are
+# formats of other libraries by pattern, and whose they are
 _FOREIGN = {"tekken.json": "mistral-common's", "*.tiktoken": "tiktoken's"}
 
 
@@ -38,7 +38,7 @@ def without_model(model: Path) -> str:
 
 
 def remedy_for(file: Path, kind: str) -> str:
-    """The remedy by the usual causes where a file cannot be read; empty for others.
+    """Suggest a remedy by the usual causes where a file cannot be read; empty for others.
 
     Args:
         file: that could not be read.
