@@ -85,8 +85,8 @@ class TextOptions:
     )
     fim_spm_rate: float | None = option(
         None,
-        "Fraction of these that begin with the suffix (SPM); without it as the model's family was trained: 0.5, and 0 "
-        "for Qwen and DeepSeek.",
+        "Fraction of these that begin with the suffix (SPM); without it as the model's family was trained: 0.5, 0 for "
+        "Qwen and DeepSeek, 1 for Codestral.",
         at_least=0,
         at_most=1,
         aliases=("--fim_spm_rate",),

@@ -4,6 +4,7 @@
 
     PSM   <prefix> head <suffix> tail <middle> middle <end>      prefix, suffix, middle
     SPM   <prefix> <suffix> tail <middle> head middle <end>      suffix first; as StarCoder and Megatron write it
+          <suffix> tail <prefix> head middle <end>               as Mistral's models have it, which have no PSM
 
 Each family of models has its own tokens, and a server stops at its own end token: :data:`FAMILIES`. The random numbers
 depend on the seed and the record's key alone, not on the order of records or the process.
@@ -13,7 +14,9 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator
+from typing import Literal
 
+from mft_megatron.data.tokenizers.beginnings import never
 from mft_megatron.data.tokenizers.tokenizer import Tokenizer
 from mft_megatron.errors import InputError
 
@@ -29,18 +32,22 @@ class FimFamily:
         tokens: names of the tokens before prefix, suffix and middle.
         end: name of the token after the middle.
         spm_rate: fraction of SPM with which the family was trained, 0 where only PSM is published.
-        space: a space is written before the prefix, because its first word is tokenised like any other.
+        space: whether a space is written before the prefix, so that its first word is tokenised like any other:
+            "never", "always", or "as encode": before one that is not empty, where the tokenizer's own ``encode`` begins
+            a text with a space.
+        without_middle: the form of SPM without the token before the middle.
     """
 
     tokens: tuple[str, str, str]
     end: str
     spm_rate: float = 0.5
-    space: bool = False
+    space: Literal["never", "always", "as encode"] = "never"
+    without_middle: bool = False
 
 
 # a tokenizer is of the first family whose tokens it has, the end token included if one has all four
 FAMILIES = {
-    "CodeLlama": FimFamily(("▁<PRE>", "▁<SUF>", "▁<MID>"), "▁<EOT>", space=True),
+    "CodeLlama": FimFamily(("▁<PRE>", "▁<SUF>", "▁<MID>"), "▁<EOT>", space="always"),
     "CodeGemma": FimFamily(("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"), "<|file_separator|>"),
     # the same end token for base and instruct models, whose end-of-text token differs
     "Qwen": FimFamily(("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"), "<|endoftext|>", spm_rate=0.0),
@@ -49,6 +56,9 @@ FAMILIES = {
         ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"), "<｜end▁of▁sentence｜>", spm_rate=0.0
     ),
     "StarCoder": FimFamily(("<fim_prefix>", "<fim_suffix>", "<fim_middle>"), "<|endoftext|>"),
+    "Codestral, Mistral": FimFamily(
+        ("[PREFIX]", "[SUFFIX]", "[MIDDLE]"), "</s>", spm_rate=1.0, space="as encode", without_middle=True
+    ),
     "SantaCoder, Granite": FimFamily(("<fim-prefix>", "<fim-suffix>", "<fim-middle>"), "<|endoftext|>"),
 }
 SHORTEST = 3  # characters of the shortest text that is cut
@@ -93,17 +103,20 @@ class Fim:
         first, second = sorted(cut * (len(text) + 1) // _RANDOM_VALUES for cut in cuts)
         texts = [Segment(turn.content, False, False, True) for turn in conversation.turns[:-1]]
         texts.append(Segment(text[:first], conversation.document))
-        if self.family.space:
-            texts[0] = texts[0]._replace(text=f" {texts[0].text}")
+        opening = next((index for index, one in enumerate(texts) if one.text), -1)
+        if self.family.space == "always" or (self.family.space == "as encode" and opening >= 0):
+            texts[opening] = texts[opening]._replace(text=f" {texts[opening].text}")
         middle = Segment(text[first:second], True)
         tail = Segment(text[second:], conversation.document)
         start, hole, fill = (Segment(name, conversation.document, True) for name in self.family.tokens)
-        start = start._replace(begins=True)
         end = Segment(self.family.end, True, True)
         if spm < self.spm_rate * _RANDOM_VALUES:
+            before = [hole, tail, start] if self.family.without_middle else [start, hole, tail, fill]
             # the empty segment between head and middle keeps them from being tokenised as one text
-            return [start, hole, tail, fill, *texts, Segment("", not conversation.document), middle, end]
-        return [start, *texts, hole, tail, fill, middle, end]
+            written = [*before, *texts, Segment("", not conversation.document), middle, end]
+        else:
+            written = [start, *texts, hole, tail, fill, middle, end]
+        return [written[0]._replace(begins=True), *written[1:]]
 
     @property
     def fingerprint(self) -> str:
@@ -127,6 +140,10 @@ def make_fim(
         InputError: a rate that is not a probability, or tokens as in :func:`fim_family`.
     """
     family = fim_family(tokenizer, tokens)
+    if family.without_middle and spm_rate not in (None, family.spm_rate):
+        raise InputError(f"--fim-spm-rate {spm_rate}: models with {family.tokens[1]} have SPM alone; leave it out")
+    if family.space == "as encode" and tokenizer.beginning.space is never:
+        family = dataclasses.replace(family, space="never")
     spm_rate = family.spm_rate if spm_rate is None else spm_rate
     for option, value in (("--fim-rate", rate), ("--fim-spm-rate", spm_rate)):
         if not 0 <= value <= 1:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from mft_megatron.data.records.conversation import Conversation, Turn
 from mft_megatron.data.records.fim import FAMILIES, SHORTEST, Fim, FimFamily, fim_family, make_fim
 from mft_megatron.data.records.segments import Segment, raw_segments
+from mft_megatron.data.tokenizers.beginnings import Beginning, always
 from mft_megatron.errors import InputError
 from tests import source_code
 
@@ -146,6 +147,7 @@ def test_records_that_stay_unchanged(conversation):
 
 class Vocabulary:
     end_of_text = END
+    beginning = Beginning(None, always, False, None, None)
 
     def __init__(self, *names, plain=()):
         self.special_tokens = dict.fromkeys(names)
@@ -159,6 +161,7 @@ PUBLISHED = {
     "Qwen": ("<|fim_prefix|>", "<|endoftext|>", 0.0, ""),
     "DeepSeek": ("<｜fim▁begin｜>", "<｜end▁of▁sentence｜>", 0.0, ""),
     "StarCoder": ("<fim_prefix>", "<|endoftext|>", 0.5, ""),
+    "Codestral, Mistral": ("[PREFIX]", "</s>", 1.0, " "),
     "SantaCoder, Granite": ("<fim-prefix>", "<|endoftext|>", 0.5, ""),
 }
 
@@ -171,8 +174,12 @@ def test_families_are_recognised_by_their_tokens(name):
     fim = make_fim(tokenizer, 1.0)
     assert fim.family is family
     assert (family.tokens[0], family.end, fim.spm_rate) == (first, end, spm_rate)
-    assert make_fim(tokenizer, 1.0, spm_rate=0.25).spm_rate == 0.25
     assert fim_family(tokenizer, ",".join(family.tokens)) is family
+    if family.without_middle:
+        with pytest.raises(InputError, match=r"--fim-spm-rate 0.25: models with \[SUFFIX\] have SPM alone"):
+            make_fim(tokenizer, 1.0, spm_rate=0.25)
+        return
+    assert make_fim(tokenizer, 1.0, spm_rate=0.25).spm_rate == 0.25
     segments = Fim(1.0, 0.0, family, 1).segments(document("abc"), b"")
     assert segments[0] == Segment(first, True, True, begins=True)
     assert segments[1].text.startswith(space)
@@ -223,7 +230,7 @@ def test_fingerprints_of_different_transformations_differ():
     base = dict(rate=0.5, spm_rate=0.5, family=FAMILY, seed=1)
     changes = [{}, {"rate": 0.6}, {"spm_rate": 0.4}, {"seed": 2}]
     changes += [
-        {"family": FimFamily(*other)} for other in (((S, P, M), END), ((P, S, M), M), ((P, S, M), END, 0.5, True))
+        {"family": FimFamily(*other)} for other in (((S, P, M), END), ((P, S, M), M), ((P, S, M), END, 0.5, "always"))
     ]
     assert len({Fim(**{**base, **change}).fingerprint for change in changes}) == len(changes)
     assert Fim(**base).fingerprint == Fim(**base).fingerprint

@@ -269,6 +269,11 @@ def test_completions_are_filled_in_after_their_prompt(code_llama, spm):
     fim = make_fim(ours, 1.0, float(spm))
     encoder = Encoder(ours, {"task": TaskEncoding(chat_format("mftcoder", ours), fim=fim)})
     record = {"prompt": "def f(", "completion": "x):\n    return x\n"}
+    # without a prompt the space belongs to the first word of the completion
+    empty = read_record({"prompt": "", "completion": "xyz"})
+    heads = {tuple(one.text for one in fim.segments(empty, b"%d" % key))[4 if spm else 1 :][:2] for key in range(20)}
+    assert {prompt for prompt, _ in heads} == {""}
+    assert {head[:1] for _, head in heads} == {" "}
     encoded = encoder.encode("task", RecordBatch("file", 1, [json.dumps(record).encode()]))
     texts = [segment.text for segment in fim.segments(read_record(record), "\0".join(record.values()).encode())]
     tail, prompt, head, middle = (texts[index] for index in ((2, 4, 5, -2) if spm else (4, 1, 2, -2)))
@@ -278,3 +283,28 @@ def test_completions_are_filled_in_after_their_prompt(code_llama, spm):
     before = [bos, pre, suf, *tail, mid, *prompt, *head] if spm else [bos, pre, *prompt, *head, suf, *tail, mid]
     assert encoded.ids.tolist() == [*before, *middle, end]
     assert encoded.mask.tolist() == [0] * len(before) + [1] * (len(middle) + 1)
+
+
+MISTRAL = ("[PREFIX]", "[SUFFIX]", "[MIDDLE]")
+
+
+@pytest.mark.parametrize("space", [True, False])
+def test_mistral_s_models_have_the_suffix_first_and_no_middle_token(train_sentencepiece, tmp_path, space):
+    """A text to fill in is BOS [SUFFIX] tail [PREFIX] head; the head alone begins as ``encode`` begins a text."""
+    model = train_sentencepiece(normalization_rule_name="identity", control_symbols=list(MISTRAL))
+    shutil.copy(model if space else _without_prefix(model), tmp_path / "tokenizer.model")
+    (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": true}')
+    ours = load_tokenizer("SentencePieceTokenizer", tmp_path)
+    fim = make_fim(ours, 1.0)
+    encoder = Encoder(ours, {"task": TaskEncoding(chat_format("mftcoder", ours), fim=fim)})
+    prefix, suffix = map(ours.token_id, MISTRAL[:2])
+    for text in source_code.functions(seed=3, count=20):
+        encoded = encoder.encode("task", RecordBatch("file", 1, [json.dumps({"text": text}).encode()]))
+        tail, head, middle = (fim.segments(read_record({"text": text}), text.encode())[n].text for n in (1, 3, -2))
+        assert head.removeprefix(" " if space else "") + middle + tail == text
+        tail, head, middle = ours.encode_batch([tail, head, middle])
+        assert encoded.ids.tolist() == [1, suffix, *tail, prefix, *head, *middle, ours.eos_token_id]
+    record = read_record({"prompt": "", "completion": "abc"})
+    heads = {fim.segments(record, b"%d" % key)[4].text for key in range(20)}
+    assert "" in heads  # an empty prefix has no space
+    assert {head[:1] for head in heads - {""}} == ({" "} if space else {"a"})
