@@ -83,8 +83,10 @@ def write_model(
         of_source = chat_template_of(partial)
         if trained is not None:
             write_tokenizer(trained.path.parent, tokenizer, partial)
-        elif tokenizer is not None and not same_tokenizer(tokenizer, partial):
-            write_tokenizer(partial, tokenizer, partial)
+        elif tokenizer is not None:
+            same_template = chat_template_of(tokenizer) in (None, of_source)
+            if not (same_template and same_tokenizer(tokenizer, partial)):
+                write_tokenizer(partial, tokenizer, partial)
         if trained is not None or tokenizer is None:
             lines += write_chat_template(info, partial, of_source)
         elif of_source not in (None, chat_template_of(partial)):
