@@ -76,7 +76,8 @@ def _most_frequent(counts: collections.Counter[str]) -> dict[str, int]:
     """Sort counts by key; the rarest of very many, as where data are keys, are one count."""
     if len(counts) <= MOST_KEYS:
         return dict(sorted(counts.items()))
-    first = sorted(counts, key=lambda key: (-counts[key], key))[:MOST_KEYS]
+    # others that a merged data set has counted remain others
+    first = sorted(counts.keys() - {OTHER_KEYS}, key=lambda key: (-counts[key], key))[:MOST_KEYS]
     return {key: counts[key] for key in sorted(first)} | {
         OTHER_KEYS: counts.total() - sum(counts[key] for key in first)
     }
