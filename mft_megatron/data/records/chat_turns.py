@@ -18,7 +18,7 @@ from .known_keys import (
     refused_key,
 )
 from .reading import Reading
-from .tool_calls import calls_of_text, calls_of_turn, read_tools
+from .tool_calls import calls_of_text, calls_of_turn, read_declarations, read_tools
 
 # roles that may follow a role; "tool call" is an assistant turn that calls a tool
 _FOLLOWERS = {
@@ -231,7 +231,7 @@ def _checked_keys(
         elif value and role != "system":
             raise refused_key(name, path, "invalid_tools", f"is in a turn of {role}; declare tools beside the turns")
         elif value:
-            reading.tools += ((path, read_tools({key: value})),)
+            reading.tools += ((path, read_declarations(value, name)),)
     return learn
 
 

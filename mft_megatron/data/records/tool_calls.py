@@ -82,31 +82,38 @@ def _call(call: object, name: str, path: str, reading: Reading) -> ToolCall:
     return read
 
 
-def read_tools(holder: Mapping[str, object], reading: Reading | None = None) -> tuple[Mapping[str, object], ...]:
-    """Read the declarations of a record or of a turn: ``tools`` or ``functions``, a list, or a list as JSON text.
-
-    A declaration without ``function`` is written as servers send it, ``{"type": "function", "function": …}``.
+def read_tools(record: Mapping[str, object], reading: Reading) -> tuple[Mapping[str, object], ...]:
+    """Read the declarations of a record: ``tools`` or ``functions`` beside its turns, or in one of them.
 
     Args:
-        holder: the record or the turn.
-        reading: of the record, with the declarations of its turns; ``None`` for a turn.
+        record: one.
+        reading: findings in it, with the declarations of its turns.
 
     Raises:
         RecordError: they are something else, or differ from one place to another.
     """
-    if _TOOLS.isdisjoint(holder) and (reading is None or not reading.tools):
+    if _TOOLS.isdisjoint(record) and not reading.tools:
         return ()
-    declared = [(key, _declarations(holder[key], key)) for key in TOOLS if holder.get(key)]
-    if reading is not None:
-        declared.extend(reading.tools)
-    declared = [(name, tools) for name, tools in declared if tools]
+    beside = [(key, read_declarations(record[key], key)) for key in TOOLS if record.get(key)]
+    declared = [(name, tools) for name, tools in (*beside, *reading.tools) if tools]
     for name, tools in declared[1:]:
         if tools != declared[0][1]:
             raise RecordError("invalid_tools", f"{declared[0][0]} and {name} declare different tools; keep one of them")
     return declared[0][1] if declared else ()
 
 
-def _declarations(tools: object, name: str) -> tuple[Mapping[str, object], ...]:
+def read_declarations(tools: object, name: str) -> tuple[Mapping[str, object], ...]:
+    """Read declarations of tools: a list, or a list as JSON text.
+
+    A declaration without ``function`` is written as servers send it, ``{"type": "function", "function": …}``.
+
+    Args:
+        tools: from the record.
+        name: position in the record, for the error message.
+
+    Raises:
+        RecordError: they are something else.
+    """
     if isinstance(tools, str):
         tools = parse_json(tools, name, "invalid_tools") if tools.strip() else None
     if tools is None:

@@ -303,6 +303,7 @@ UNREADABLE = [
     ({"messages": [USER, BOT], "tools": {"name": "f"}}, "invalid_tools", "tools must be a list"),
     ({"messages": [USER, BOT], "tools": ["f"]}, "invalid_tools", "tools must be a list"),
     ({"messages": [USER, BOT], "tools": [{"name": "\ud83d"}]}, "invalid_text", "tools"),
+    ({"messages": [{**SYSTEM, "tools": "f"}, USER, BOT]}, "invalid_tools", r"messages\[0\]\.tools is not JSON"),
     ({"messages": [USER, BOT], "system": 1}, "wrong_type", "system"),
     ({"messages": [USER, BOT | {"train": "no"}]}, "wrong_type", r"\[1\].train"),
     ({"messages": [USER, BOT | {"weight": 0.5}]}, "unsupported_weight", r"\[1\].weight must be 0 or 1.*supervised"),
