@@ -78,7 +78,7 @@ def test_a_full_disk_ends_all_ranks_with_a_line(dataset_prefix, tmp_path, option
     file, rest = "iter_0000002/common.pt", "; the previous checkpoint is still the newest of the run"
     assert said[0].startswith(f"{tmp_path}/{file}: cannot be written: the disk is full (")
     assert said[0].endswith(f" MB free now){rest}")
-    assert said[1] == f"{tmp_path}/{file}: cannot be written by the main rank{rest}"
+    assert said[1] == said[0]
     with pytest.raises(InputError, match="no checkpoint was completed there"):
         latest_checkpoint(tmp_path)
 

@@ -171,9 +171,8 @@ def write_on_main(place: Path, write: Callable[[], object], consequence: str) ->
         try:
             write()
         except OSError as error:
-            problem = f"{error.filename or place}: cannot be written: {explain(error, place)}"
-    if any_rank(problem is not None):
-        raise InputError(f"{problem or f'{place}: cannot be written by the main rank'}; {consequence}")
+            problem = f"{error.filename or place}: cannot be written: {explain(error, place)}; {consequence}"
+    raise_on_all_ranks(problem)
 
 
 def barrier() -> None:

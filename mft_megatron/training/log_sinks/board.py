@@ -2,12 +2,8 @@
 
 import threading
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from mft_megatron.disk_errors import explain
-
-if TYPE_CHECKING:
-    pass
 
 
 class Board:
