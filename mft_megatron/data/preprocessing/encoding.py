@@ -53,6 +53,12 @@ class TaskEncoding:
     ignored_keys: tuple[str, ...] = ()
     split_thinking_rounds: bool = False
 
+    @property
+    def fingerprint(self) -> str:
+        """Text of every field, which decide together how a record becomes samples."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return repr({**fields, "style": self.style.fingerprint})
+
 
 @dataclasses.dataclass
 class _ReadRecords:

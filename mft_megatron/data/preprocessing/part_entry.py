@@ -55,7 +55,7 @@ class PartEntry:
     Attributes:
         part: which one.
         recipe: of the data set.
-        fingerprint: of the tokenizer.
+        tokenizer: its :attr:`~mft_megatron.data.tokenizers.tokenizer.Tokenizer.encoding_key`.
         backend: that tokenised.
         encodings: everything that decides how the records of each task become samples, by task.
         batches: number of batches of each task, in all parts.
@@ -67,7 +67,7 @@ class PartEntry:
 
     part: Part
     recipe: JsonObject
-    fingerprint: str
+    tokenizer: str
     backend: str
     encodings: dict[str, JsonObject]
     batches: dict[str, int]
@@ -148,7 +148,7 @@ def _read_entry(part: Part, file: Path) -> PartEntry:
 
 def _refuse_different(first: PartEntry, other: PartEntry, prefix: str | Path) -> None:
     where = f"--data-path {prefix}: part {other.part.number} of {other.part.count}"
-    if other.fingerprint != first.fingerprint:
+    if other.tokenizer != first.tokenizer:
         raise InputError(f"{where} was made with another tokenizer than part 1; run it again")
     recipes = ({**entry.recipe, "tokenizer_model": ""} for entry in (first, other))
     for before, here in (tuple(recipes), (first.encodings, other.encodings)):

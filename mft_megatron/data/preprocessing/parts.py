@@ -90,7 +90,7 @@ def _write_part(recipe: Recipe, part: Part, backend: str) -> tuple[PartEntry, li
         described = PartEntry(
             part=part,
             recipe=_recipe_json(recipe),
-            fingerprint=prepared.tokenizer.fingerprint,
+            tokenizer=prepared.tokenizer.encoding_key,
             backend=prepared.tokenizer.backend,
             encodings=_encodings(recipe, prepared),
             batches=batches,
@@ -154,8 +154,8 @@ def merge_parts(prefix: str, options: PackingOptions) -> tuple[Ledger, list[str]
     recipe = dataclasses.replace(_recipe(parts[0], Path(prefix)), packing=options)
     check_packing_options(options)
     prepared = prepare(recipe, REFERENCE)
-    made_with = prepared.tokenizer.fingerprint, _encodings(recipe, prepared)
-    if made_with != (parts[0].fingerprint, parts[0].encodings):
+    made_with = prepared.tokenizer.encoding_key, _encodings(recipe, prepared)
+    if made_with != (parts[0].tokenizer, parts[0].encodings):
         raise InputError(
             f"--data-path {prefix}: {recipe.tokenizer_model} or a chat template has changed since the parts were made; "
             "put it back, or run all parts again"

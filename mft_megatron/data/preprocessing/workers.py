@@ -40,8 +40,8 @@ class Workers:
         self._count = count
         self._tokenizer = tokenizer
         self._cache = cache
-        tokens = f"{tokenizer.fingerprint}/{tokenizer.beginning_key}/{tokenizer.backend}"
-        self._fingerprints = {task: f"{tokens}/{_fingerprint(encoding)}" for task, encoding in encodings.items()}
+        tokens = f"{tokenizer.encoding_key}/{tokenizer.backend}"
+        self._fingerprints = {task: f"{tokens}/{encoding.fingerprint}" for task, encoding in encodings.items()}
         self._encodings = encodings
         self._pool: ProcessPoolExecutor | None = None
 
@@ -108,11 +108,6 @@ class Workers:
     def _cached(self, key: str, batch: RecordBatch, encoded: EncodedBatch) -> EncodedBatch:
         self._cache.write(key, batch, encoded)
         return encoded
-
-
-def _fingerprint(encoding: TaskEncoding) -> str:
-    options = (encoding.record_format, encoding.fim, encoding.add_bos, encoding.split_thinking_rounds)
-    return "/".join(map(str, (encoding.style.fingerprint, *options, *encoding.ignored_keys)))
 
 
 # of this process, set when it starts

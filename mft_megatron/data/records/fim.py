@@ -12,7 +12,6 @@ depend on the seed and the record's key alone, not on the order of records or th
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Iterator
 from typing import Literal
 
@@ -117,11 +116,6 @@ class Fim:
         else:
             written = [start, *texts, hole, tail, fill, middle, end]
         return [written[0]._replace(begins=True), *written[1:]]
-
-    @property
-    def fingerprint(self) -> str:
-        """sha256 over all fields, which decide how a record is cut."""
-        return hashlib.sha256(json.dumps(dataclasses.astuple(self)).encode()).hexdigest()
 
 
 def make_fim(

@@ -123,6 +123,11 @@ class Tokenizer(abc.ABC):
     def beginning_key(self) -> str:
         """Text of everything besides :attr:`fingerprint` that decides :attr:`beginning`."""
 
+    @property
+    def encoding_key(self) -> str:
+        """Text of everything that decides the ids of samples."""
+        return f"{self.fingerprint}/{self.beginning_key}"
+
     @functools.cached_property
     def beginning(self) -> Beginning:
         """How the tokenizer's own ``encode`` begins a text."""

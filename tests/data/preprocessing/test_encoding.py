@@ -1,5 +1,6 @@
 """Batches become the ids and masks that encoding segment by segment gives, with every tokenizer and backend."""
 
+import dataclasses
 import json
 import pickle
 import re
@@ -401,3 +402,22 @@ def test_rounds_with_an_empty_answer_are_left_out_of_a_split_record(tmp_path):
     assert (encoded.records, encoded.added, len(encoded.lengths)) == (3, 2, 4)
     assert [(drop.line, drop.reason) for drop in encoded.drops] == [(3, "empty_answer")]
     assert encoded.notes.kinds == {"rounds_split": 2, "empty_answer_not_learnt": 2}
+
+
+def test_fingerprints_of_different_encodings_differ():
+    style = BuiltInFormat("chatml", {"user": "u"}, "</s>")
+    fim = Fim(0.5, 0.5, FimFamily(("<P>", "<S>", "<M>"), "<E>"), seed=1)
+    family = dataclasses.replace(fim.family, end="<F>")
+    changes = {
+        "style": [dataclasses.replace(style, supervise="last"), dataclasses.replace(style, learn_empty_answers=True)],
+        "record_format": ["messages"],
+        "fim": [fim, *(dataclasses.replace(fim, **change) for change in ({"seed": 2}, {"family": family}))],
+        "add_bos": [True],
+        "ignored_keys": [("a",), ("a", "b"), ("a/b",), ("a', 'b",)],
+        "split_thinking_rounds": [True],
+    }
+    assert list(changes) == [field.name for field in dataclasses.fields(TaskEncoding)]
+    base = TaskEncoding(style)
+    others = [dataclasses.replace(base, **{name: value}) for name, values in changes.items() for value in values]
+    assert len({encoding.fingerprint for encoding in (base, *others)}) == 1 + len(others)
+    assert base.fingerprint == TaskEncoding(dataclasses.replace(style)).fingerprint

@@ -164,7 +164,7 @@ WRONG_PARTS = {
     "cut off": (cut_off, "part-2-of-3_batches.bin: missing or damaged"),
     "of another version": (changed_description(lambda part: part.update(format_version=0)), "a part of version 0"),
     "incomplete": (changed_description(lambda part: part.pop("sizes")), "damaged"),
-    "another tokenizer": (changed_description(lambda part: part.update(fingerprint="0")), "another tokenizer"),
+    "another tokenizer": (changed_description(lambda part: part.update(tokenizer="0")), "another tokenizer"),
     "another backend": (
         changed_description(lambda part: part.update(backend="hf")),
         "tokenised by hf and part 1 by giga",
@@ -214,6 +214,18 @@ def test_a_chat_template_that_changed_after_the_parts_is_refused(inputs, tmp_pat
     run_part(words, tmp_path / "set", "1/1")
     (tmp_path / "own.jinja").write_text(QWEN2 + "{# changed #}")
     with pytest.raises(InputError, match="a chat template has changed since the parts were made"):
+        pack_main(["--data-path", str(tmp_path / "set")])
+
+
+def test_a_tokenizer_that_begins_texts_otherwise_is_refused(inputs, tokenizer_folder, tmp_path):
+    words = list(inputs)
+    folder = shutil.copytree(tokenizer_folder, tmp_path / "tokenizer")
+    words[words.index("--tokenizer-model") + 1] = str(folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    for number, name in ((1, None), (2, "CodeLlamaTokenizer")):
+        (folder / "tokenizer_config.json").write_text(json.dumps({**config, "tokenizer_class": name}))
+        run_part(words, tmp_path / "set", f"{number}/2")
+    with pytest.raises(InputError, match="part 2 of 2 was made with another tokenizer than part 1"):
         pack_main(["--data-path", str(tmp_path / "set")])
 
 

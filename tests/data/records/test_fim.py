@@ -224,13 +224,3 @@ def test_options():
     ):
         with pytest.raises(InputError, match=option):
             make_fim(tokenizer, *rates, tokens="<P>,<S>,<M>")
-
-
-def test_fingerprints_of_different_transformations_differ():
-    base = dict(rate=0.5, spm_rate=0.5, family=FAMILY, seed=1)
-    changes = [{}, {"rate": 0.6}, {"spm_rate": 0.4}, {"seed": 2}]
-    changes += [
-        {"family": FimFamily(*other)} for other in (((S, P, M), END), ((P, S, M), M), ((P, S, M), END, 0.5, "always"))
-    ]
-    assert len({Fim(**{**base, **change}).fingerprint for change in changes}) == len(changes)
-    assert Fim(**base).fingerprint == Fim(**base).fingerprint
