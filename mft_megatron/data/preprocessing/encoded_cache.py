@@ -24,7 +24,7 @@ from mft_megatron.data.tasks.record_batches import RecordBatch
 from .encoded_batch import Drop, EncodedBatch
 
 # raise it when the same records are encoded otherwise than before
-VERSION = 5
+VERSION = 6
 
 
 class EncodedCache:
@@ -94,8 +94,8 @@ def write_encoded(file: BinaryIO, encoded: EncodedBatch, first_line: int) -> Non
     """
     np.savez(
         file,
-        ids=encoded.ids,
-        mask=encoded.mask,
+        ids=encoded.ids.astype(np.uint16) if encoded.ids.max(initial=0) < 1 << 16 else encoded.ids,
+        mask=np.packbits(encoded.mask),
         lengths=encoded.lengths,
         counts=np.array([encoded.records, encoded.documents, encoded.filled, encoded.chats, encoded.added]),
         drops=_as_bytes([[drop.line - first_line, drop.reason, drop.message] for drop in encoded.drops]),
@@ -116,9 +116,10 @@ def read_encoded(file: BinaryIO, path: str, first_line: int, of_array: bool) -> 
     """
     with np.load(file) as entry:
         records, documents, filled, chats, added = entry["counts"].tolist()
+        ids = entry["ids"].astype(np.int32)
         return EncodedBatch(
-            ids=entry["ids"],
-            mask=entry["mask"],
+            ids=ids,
+            mask=np.unpackbits(entry["mask"], count=len(ids)),
             lengths=entry["lengths"],
             records=records,
             documents=documents,

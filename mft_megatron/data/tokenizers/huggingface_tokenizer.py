@@ -40,8 +40,8 @@ class HuggingFaceTokenizer(Tokenizer):
             raise InputError(f"--tokenizer-model {model}: {without_json(folder)}")
         refuse_pointer(file)
         try:
-            content = TokenizerJson.read(file).without_leading_space()
-            self._tokenizer = tokenizers.Tokenizer.from_str(content.text())
+            content = TokenizerJson.read(file)
+            self._tokenizer = tokenizers.Tokenizer.from_str(content.without_leading_space().text())
         except Exception as error:
             raise InputError(f"{file}: not a tokenizer ({error}){remedy_for(file, self.type)}") from None
         self._tokenizer.no_truncation()
@@ -50,7 +50,7 @@ class HuggingFaceTokenizer(Tokenizer):
         for name in ("special_tokens_map.json", "tokenizer_config.json"):
             if (file.parent / name).is_file():
                 self._config.update(read_json_object(file.parent / name))
-        self._file = file
+        self._file, self._settings = file, content.without_model()
 
     @functools.cached_property
     def vocab_size(self) -> int:
@@ -136,10 +136,9 @@ class HuggingFaceTokenizer(Tokenizer):
         """The tokenizer as transformers opens it, which may write a space before texts; a ``tokenizers.Tokenizer``."""
         import tokenizers
 
-        content = TokenizerJson.read(self._file)
-        own = content.as_transformers(self._config)
-        if own.encodes_like(content.without_leading_space()):
+        if self._settings.as_transformers(self._config).encodes_like(self._settings.without_leading_space()):
             return self._tokenizer
+        own = TokenizerJson.read(self._file).as_transformers(self._config)
         opened = tokenizers.Tokenizer.from_str(own.text())
         opened.no_truncation()
         opened.no_padding()

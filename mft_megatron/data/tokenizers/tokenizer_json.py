@@ -41,6 +41,10 @@ class TokenizerJson:
         """Write the content as JSON."""
         return json.dumps(self.settings)[:-1] + self.end
 
+    def without_model(self) -> "TokenizerJson":
+        """Return the settings that decide how texts are encoded and decoded, alone."""
+        return TokenizerJson({name: self.settings.get(name) for name in _DECIDING}, "}")
+
     def encodes_like(self, other: "TokenizerJson") -> bool:
         """Whether texts have the same ids as with other settings of the same file."""
         return all(self.settings.get(name) == other.settings.get(name) for name in ("normalizer", "pre_tokenizer"))

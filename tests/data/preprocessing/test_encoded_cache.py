@@ -1,6 +1,7 @@
 """Cached batches are read by content, and never when they are damaged or of another content."""
 
 import collections
+import dataclasses
 import json
 
 import numpy as np
@@ -46,6 +47,17 @@ def test_an_entry_is_read_as_it_was_written_with_the_lines_of_the_new_batch(tmp_
     assert cache.reused == 2
     cache.remove()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("largest", [0, 65535, 65536, 2**31 - 1])
+@pytest.mark.parametrize("length", [0, 2, 8, 13])
+def test_any_ids_and_masks_are_read_as_they_were_written(tmp_path, largest, length):
+    cache = EncodedCache(tmp_path)
+    ids = np.full(length, largest, np.int32)
+    mask = (np.arange(length) % 3 == 1).astype(np.uint8)
+    encoded = dataclasses.replace(ENCODED, ids=ids, mask=mask, lengths=np.array([length], np.int32))
+    cache.write("key", BATCH, encoded)
+    assert_same(cache.read("key", BATCH), encoded)
 
 
 def test_other_content_and_other_encodings_have_other_keys():

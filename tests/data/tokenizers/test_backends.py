@@ -282,6 +282,13 @@ def test_characters_that_count_as_stable_are_stable():
             assert any(may_change.match(part) for part in decomposed[1:])
 
 
+def test_long_texts_that_differ_in_length_or_at_an_end_are_sampled_apart():
+    middle = "x" * 300
+    texts = [text for n in range(5000) for text in (f"{n}{middle}", f"{middle}{n}", middle + "x" * n)]
+    sampled = [sum(map(backends._is_sampled, texts[kind::3])) for kind in range(3)]
+    assert all(0.3 < count / (5000 / backends.SAMPLED_ONE_IN) < 2 for count in sampled)
+
+
 def test_a_mismatch_can_be_pickled():
     mismatch = pickle.loads(pickle.dumps(BackendMismatch("file:3: words")))
     assert str(mismatch) == "file:3: words"
