@@ -3,8 +3,6 @@
 A known key is read, or it refuses the record by its name where its meaning cannot be honoured. Others are counted.
 """
 
-import re
-
 from .conversation import RecordError
 
 # system text, text that a question is asked about, and declarations of tools
@@ -44,9 +42,6 @@ REFUSED_IN_TURNS = REFUSED | {
 
 # roles that a mask may name
 _UNLEARNT = frozenset({"user", "human", "system", "tool"})
-_OWN_LINE = {
-    f"<{name}>": re.compile(rf"(?:^|\n)\s*<{name}>|<{name}>\s*(?:\n|$)") for name in ("image", "video", "audio")
-}
 
 
 def refused_key(name: str, path: str, reason: str, why: str) -> RecordError:
@@ -115,16 +110,19 @@ def is_label(value: object, name: str, path: str) -> bool:
 
 
 def refuse_placeholders(text: str, name: str) -> None:
-    """Refuse a question in which a picture, film or sound is to be put: ``<image>`` at its begin, end or on a line.
+    """Refuse a question in which a picture, film or sound is to be put.
 
-    The same words are tags of HTML and XML; where one is closed, or stands within a sentence, it is text.
+    ``<image>`` at an end of a line is such a placeholder, ``<video>`` and ``<audio>`` at an end of the text. The same
+    words are tags of HTML and XML: where one is closed, or stands within a sentence, it is text.
 
     Raises:
-        RecordError: such a placeholder is in it.
+        RecordError: a placeholder is in it.
     """
     if "<" in text and ("<image>" in text or "<video>" in text or "<audio>" in text):
-        for tag, of_a_line in _OWN_LINE.items():
-            if tag in text and f"</{tag[1:]}" not in text and of_a_line.search(text):
+        for tag in ("<image>", "<video>", "<audio>"):
+            lines = text.splitlines() if tag == "<image>" else [text]
+            at_an_end = any(tag in (line.strip()[: len(tag)], line.strip()[-len(tag) :]) for line in lines)
+            if at_an_end and f"</{tag[1:]}" not in text:
                 raise RecordError(
                     "unsupported_content",
                     f"{name} has a placeholder {tag}; only text can be read, so remove it or the record",

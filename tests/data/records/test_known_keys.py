@@ -214,6 +214,8 @@ READ = [
     # tags in a question that ask for no picture
     ({"question": "How does <video> work?", "answer": "a"}, chat("How does <video> work?", "a")),
     ({"question": "Close it:\n<audio>\n</audio>", "answer": "a"}, chat("Close it:\n<audio>\n</audio>", "a")),
+    ({"question": "Go on:\n<video>\n  <source", "answer": "a"}, chat("Go on:\n<video>\n  <source", "a")),
+    ({"question": "<image >\n<image/> x<image>y", "answer": "a"}, chat("<image >\n<image/> x<image>y", "a")),
     # keys of parts and of calls
     (
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "q", "cache_control": 1}]}, BOT]},
@@ -300,6 +302,9 @@ def test_known_keys_that_cannot_be_honoured_refuse_the_record_by_name(record, re
         ({"prompt": [USER], "completion": "c"}, "wrong_type", "prompt and completion must both"),
         (messages({"role": "user", "content": "<image>\nWho?"}, BOT), "unsupported_content", "placeholder <image>"),
         ({"instruction": "Who?\n<image>", "output": "a"}, "unsupported_content", "placeholder <image>"),
+        ({"question": "1\n <image> left\n3", "answer": "a"}, "unsupported_content", "placeholder <image>"),
+        ({"question": "1\nleft: <image> \r\n3", "answer": "a"}, "unsupported_content", "placeholder <image>"),
+        ({"question": " <audio> What is it?", "answer": "a"}, "unsupported_content", "placeholder <audio>"),
         ({"instruction": "Who?", "input": "<video>", "output": "a"}, "unsupported_content", "placeholder <video>"),
         (
             messages(USER, BOT | {"loss": False}, {"role": "assistant", "tool_calls": [CALL]}),
