@@ -16,7 +16,7 @@ from mft_megatron.data.chat_templates.jinja_messages import message_of, strings_
 from mft_megatron.data.chat_templates.token_names import common_prefix, names_in, names_of_text, names_pattern
 from mft_megatron.data.records.conversation import Conversation, RecordError
 from mft_megatron.data.records.segments import supervised_turns
-from mft_megatron.data.tasks.record_batches import RecordBatch, TokenizedBatch
+from mft_megatron.data.tasks.record_batches import RecordBatch, TokenizedBatch, position
 from mft_megatron.data.tokenizers.tokenizer import Tokenizer
 
 from .batched_texts import BatchedSamples, KnownTexts
@@ -66,7 +66,7 @@ class GenerationPrompts:
         for batch in batches:
             if isinstance(batch, RecordBatch) and self._lines < LINES:
                 for number, line in itertools.islice(enumerate(batch.lines, batch.first_line), LINES - self._lines):
-                    self._look_at(line, f"{batch.path}:{number}")
+                    self._look_at(line, position(batch.path, number, batch.of_array))
                 self._lines += len(batch.lines)
             yield batch
 

@@ -39,18 +39,15 @@ def tokenizer(folder):
 def note(tokenizer, tmp_path):
     """A function that watches records and returns the note."""
 
-    def note(template, *records, opened=tokenizer, **options):
+    def note(template, *records, opened=tokenizer, of_array=False, **options):
         if template in TEMPLATES or "{" in template:
             path = tmp_path / "given.jinja"
             path.write_text(TEMPLATES.get(template, template))
             template = str(path)
         encoding = TaskEncoding(chat_format(template, opened), **options)
         watched = GenerationPrompts("qa", opened, encoding)
-        batches = [
-            RecordBatch(
-                "file", 1, [record if isinstance(record, bytes) else json.dumps(record).encode() for record in records]
-            )
-        ]
+        lines = [record if isinstance(record, bytes) else json.dumps(record).encode() for record in records]
+        batches = [RecordBatch("file", 1, lines, of_array)]
         assert list(watched.watch(batches)) == batches
         return watched.note
 
@@ -132,6 +129,7 @@ def test_what_is_not_a_chat_is_passed_over(note):
     raw = [{"text": "a"}, {"prompt": "a", "completion": "b"}, b"{", b"", {"unheard": "of"}, {"messages": []}]
     assert note("reasoner", *raw) is None
     assert note("reasoner", *raw, ONE).endswith("(file:7)")
+    assert note("reasoner", *raw, ONE, of_array=True).endswith("(file: record 7)")
     # the name of a token in a turn is text in a sample and that token in a server's prompt
     assert note("qwen2", chat("<|im_end|>", "<|im_start|>")) is None
 
