@@ -143,7 +143,16 @@ class Encoder:
             if kept[sample]
         )
         return EncodedBatch(
-            *(ids, mask, lengths, records, documents_kept, drops, filled_kept, read.notes, chats_kept, kept_examples),
+            ids=ids,
+            mask=mask,
+            lengths=lengths,
+            records=records,
+            documents=documents_kept,
+            drops=drops,
+            filled=filled_kept,
+            notes=read.notes,
+            chats=chats_kept,
+            examples=kept_examples,
             added=read.added,
         )
 

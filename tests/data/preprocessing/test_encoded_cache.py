@@ -22,17 +22,21 @@ ENCODED = EncodedBatch(
     records=2,
     documents=0,
     drops=[Drop("a", 12, "wrong_type", "text must be a string")],
+    filled=1,
     notes=RecordNotes(collections.Counter({"topic": 2, "messages[].ä": 1}), collections.Counter(kind=3)),
+    chats=4,
+    examples=[{"sample": 0, "prompt": "ä\ud83d"}],
+    added=5,
 )
 BATCH = RecordBatch("a", 11, [b'{"text": "x"}\n', b'{"text": 3}\n'])
 
 
 def assert_same(one, other):
-    for name in ("ids", "mask", "lengths"):
-        np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
-        assert getattr(one, name).dtype == getattr(other, name).dtype
-    for name in ("records", "documents", "filled", "drops", "notes"):
-        assert getattr(one, name) == getattr(other, name)
+    for field in dataclasses.fields(EncodedBatch):
+        first, second = getattr(one, field.name), getattr(other, field.name)
+        np.testing.assert_equal(first, second)
+        assert type(first) is type(second)
+        assert getattr(first, "dtype", None) == getattr(second, "dtype", None)
 
 
 def test_an_entry_is_read_as_it_was_written_with_the_lines_of_the_new_batch(tmp_path):
