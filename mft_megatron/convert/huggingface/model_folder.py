@@ -83,11 +83,11 @@ def read_architecture(folder: Path) -> tuple[Family, NetworkArguments, int]:
 def unread_entries(folder: Path) -> str | None:
     """Name the entries of ``config.json`` that are not read, for a note to the user; ``None`` without any.
 
-    Raises:
-        InputError: :func:`read_architecture` refuses the folder.
+    Args:
+        folder: of a model that :func:`read_architecture` accepts.
     """
-    family = read_architecture(folder)[0]
-    note = note_on_unread(read_config(folder), family)
+    config = read_config(folder)
+    note = note_on_unread(config, family_of(config))
     return None if note is None else f"{folder / CONFIG}: {note}"
 
 

@@ -37,7 +37,8 @@ def findings(folder: Path, tokenizer: ServedTokenizer | None, reason: str) -> It
         yield Finding("wrong", CONFIG, str(error))
         return
     yield Finding("ok", CONFIG, f"{family.architecture}, {architecture.num_layers} layers, vocabulary {vocab_size:,}")
-    if unread := note_on_unread(read_config(folder), family):
+    config = read_config(folder)
+    if unread := note_on_unread(config, family):
         yield Finding("note", "entries", f"{unread}; other servers may read it")
     try:
         with contextlib.closing(WeightFiles(folder)) as files:
@@ -48,7 +49,6 @@ def findings(folder: Path, tokenizer: ServedTokenizer | None, reason: str) -> It
     names = {stored.file.name for stored in files.weights.values()}
     yield Finding("ok", "weights", f"{len(files.weights):,} in {len(names)} safetensors files, of the shapes expected")
     yield Finding("ok", "vocabulary", f"{vocab_size:,} rows, none is padding of a parallel layout")
-    config = read_config(folder)
     yield _dtype(config, {stored.dtype for stored in files.weights.values()})
     yield from _stop_tokens(folder, config, tokenizer, vocab_size)
     yield from _tokenizer(tokenizer, reason, vocab_size)

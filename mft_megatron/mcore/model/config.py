@@ -51,7 +51,7 @@ def _transformer_config(arguments: Arguments) -> TransformerConfig:
         layernorm_zero_centered_gamma=network.apply_layernorm_1p,
         rotary_interleaved=network.rotary_interleaved,
         add_bias_linear=network.add_bias_linear,
-        add_qkv_bias=network.add_qkv_bias or network.add_attention_bias,
+        add_qkv_bias=network.qkv_bias,
         qk_layernorm=network.qk_layernorm,
         gated_linear_unit=network.gated,
         activation_func=activation(network),
