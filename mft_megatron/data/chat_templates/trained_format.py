@@ -50,6 +50,12 @@ class TrainedFormat:
         )
 
 
+def difference_notes(ledger: Ledger) -> list[str]:
+    """Write the line of :attr:`TrainedFormat.difference` for a data set; none where there is nothing to say."""
+    trained = trained_format(ledger)
+    return [trained.difference] if trained is not None and trained.difference else []
+
+
 def _words(name: str) -> str:
     return "the tokenizer's template" if name == "template" else name
 

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from mft_megatron.data.chat_templates.examples import first_examples, moved
 from mft_megatron.data.chat_templates.formats import ChatFormat
-from mft_megatron.data.chat_templates.trained_format import chat_sources, has_tokenized_files, trained_format
+from mft_megatron.data.chat_templates.trained_format import chat_sources, difference_notes, has_tokenized_files
 from mft_megatron.data.packing.build_packs import write_packs
 from mft_megatron.data.packing.packing_options import check_packing_options
 from mft_megatron.data.records.conversation import Conversation, Turn
@@ -147,9 +147,7 @@ def write_data_set(
         arrays=files.entries(),
     )
     files.publish(ledger)
-    if (trained := trained_format(ledger)) is not None and trained.difference:
-        notices.append(trained.difference)
-    return ledger, notices
+    return ledger, [*notices, *difference_notes(ledger)]
 
 
 def _chosen_formats(recipe: Recipe, prepared: Prepared, tasks: Sequence[TaskEntry]) -> list[str]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mft_megatron.data.chat_templates.examples import first_examples, moved
-from mft_megatron.data.chat_templates.trained_format import merged_sources
+from mft_megatron.data.chat_templates.trained_format import difference_notes, merged_sources
 from mft_megatron.data.packing.build_packs import write_packs
 from mft_megatron.data.packing.packing_options import SPLITS, PackingOptions, check_packing_options
 from mft_megatron.data.packing.packs import pack_files
@@ -81,7 +81,7 @@ def merge(prefixes: Sequence[str], output_prefix: Path, options: PackingOptions)
             arrays=files.entries(),
         )
         files.publish(ledger)
-    return ledger, notices
+    return ledger, [*notices, *difference_notes(ledger)]
 
 
 def _chat_template(ledgers: Sequence[Ledger], names: Sequence[str]) -> JsonObject:

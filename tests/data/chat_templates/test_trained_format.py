@@ -71,8 +71,9 @@ def test_the_format_of_most_chats_is_chosen(make_dataset, tmp_path):
     chatml, mftcoder = {"a": CHAT[:30]}, {"b": CHAT[:20], "c": CHAT[:15], "d": RAW}
     first, _ = make_dataset(chatml, chat_template="chatml")
     second, _ = make_dataset(mftcoder, chat_template="mftcoder")
-    ledger, _ = merge([first, second], tmp_path / "all", OPTIONS)
+    ledger, notices = merge([first, second], tmp_path / "all", OPTIONS)
     trained = trained_format(ledger)
+    assert notices == [trained.difference]
     assert (trained.name, trained.others) == ("mftcoder", {"chatml": ["a"]})
     assert trained.source == read_ledger(second).chat_template["sources"][0]["source"]
     assert "most chats with mftcoder, a with chatml; " in trained.difference
