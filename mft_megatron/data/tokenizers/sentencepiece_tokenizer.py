@@ -16,6 +16,7 @@ from .gigatoken_backend import gigatoken_of_sentencepiece
 from .missing_files import SENTENCEPIECE, remedy_for, without_model
 from .tokenizer import SpecialToken, Tokenizer
 from .tokenizer_files import read_chat_template, read_json_object
+from .tokenizer_json import LLAMA_CLASSES, class_name
 
 _PROBE = "if x:\n\treturn  1\n"
 
@@ -63,7 +64,8 @@ class SentencePieceTokenizer(Tokenizer):
             )
         control = [token_id for token_id in range(self.vocab_size) if self._processor.is_control(token_id)]
         self._control = {self._processor.id_to_piece(token_id): token_id for token_id in control}
-        self._control_names = re.compile("|".join(map(re.escape, sorted(self._control, key=len, reverse=True))))
+        names = "|".join(map(re.escape, sorted(self._control, key=len, reverse=True))) or "(?!)"
+        self._control_names, self._named_parts = re.compile(names), re.compile(f"({names})")
 
     @property
     def vocab_size(self) -> int:
@@ -138,7 +140,7 @@ class SentencePieceTokenizer(Tokenizer):
     @property
     def beginning_key(self) -> str:
         """Text of everything besides :attr:`fingerprint` that decides :attr:`beginning`."""
-        return repr([*map(self._config.get, ("tokenizer_class", "add_bos_token", "add_prefix_space"))])
+        return repr([*map(self._config.get, ("tokenizer_class", "add_bos_token", "add_prefix_space", "legacy"))])
 
     @functools.cached_property
     def _config(self) -> dict[str, Any]:
@@ -146,24 +148,31 @@ class SentencePieceTokenizer(Tokenizer):
         file = self._file.parent / "tokenizer_config.json"
         return read_json_object(file) if file.is_file() else {}
 
+    @property
+    def _class_name(self) -> str:
+        return class_name(self._config)
+
     def _ids_before_texts(self) -> list[int]:
-        name = str(self._config.get("tokenizer_class")).removesuffix("Fast")
-        added = self._config.get("add_bos_token", name == "CodeLlamaTokenizer")
+        added = self._config.get("add_bos_token", self._class_name == "CodeLlamaTokenizer")
         return [self.bos_token_id] if added and self.bos_token_id is not None else []
 
     def _space_before_texts(self) -> Callable[[str], bool]:
-        if self._config.get("tokenizer_class") is None:
+        if self._class_name not in LLAMA_CLASSES:
             return always if self._writes_space else never
         return never if self._config.get("add_prefix_space") is False else unless_space
 
     def _encode_own(self, texts: Sequence[str], markup: bool) -> list[list[int]]:
         space = self._space_before_texts()
-        named = [markup and self._control_names.match(text) is not None for text in texts]
-        begun = [
-            f" {text}" if text and not name and space(text[0]) else text
-            for text, name in zip(texts, named, strict=True)
-        ]
-        return self.encode_batch(begun, markup)
+        every = self._class_name == "LlamaTokenizer" and bool(self._config.get("legacy"))  # also after each token
+
+        def begun(text: str) -> str:
+            parts = self._named_parts.split(text) if markup else [text]
+            for index in range(0, len(parts) if every else 1, 2):
+                part = parts[index]
+                parts[index] = f" {part}" if part and space(part[0]) else part
+            return "".join(parts)
+
+        return self.encode_batch([begun(text) for text in texts], markup)
 
     def _open_fast(self) -> FastBackend:
         return gigatoken_of_sentencepiece(self._model_proto, self._normalises)

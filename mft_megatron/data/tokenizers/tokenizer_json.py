@@ -11,6 +11,9 @@ from .json_members import members_before
 # settings that decide how a text is encoded or decoded, besides the model
 _DECIDING = ("normalizer", "pre_tokenizer", "decoder")
 
+# transformers' classes that write the space before a text in their own way
+LLAMA_CLASSES = ("LlamaTokenizer", "CodeLlamaTokenizer")
+
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerJson:
@@ -63,7 +66,7 @@ class TokenizerJson:
             config: content of ``tokenizer_config.json``.
         """
         name = class_name(config)
-        llama = name in ("LlamaTokenizer", "CodeLlamaTokenizer")
+        llama = name in LLAMA_CLASSES
         if not llama or '"ByteLevel"' in json.dumps(self.settings.get("pre_tokenizer")):
             return self
         scheme = "always" if name == "LlamaTokenizer" and config.get("legacy") else "first"

@@ -26,6 +26,7 @@ BOS_AND_EOS = {
     "special_tokens": {**BOS["special_tokens"], "</s>": {"id": "</s>", "ids": [2], "tokens": ["</s>"]}},
 }
 NO_NORMALIZER = {"normalizer": None}
+SPACES_ALONE = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
 
 # changes of a tokenizer.json like that of Llama 2, and its tokenizer_config.json
 FOLDERS = {
@@ -40,6 +41,7 @@ FOLDERS = {
     "Llama, not legacy": ({"post_processor": BOS}, {"tokenizer_class": "LlamaTokenizer", "legacy": False}),
     "Llama, no space": ({"post_processor": BOS}, {"tokenizer_class": "LlamaTokenizer", "add_prefix_space": False}),
     "Llama, no BOS": ({}, {"tokenizer_class": "LlamaTokenizer", "add_bos_token": False}),
+    "Gemma": ({"normalizer": SPACES_ALONE, "post_processor": BOS}, {"tokenizer_class": "GemmaTokenizerFast"}),
     "CodeLlama": ({"post_processor": BOS}, {"tokenizer_class": "CodeLlamaTokenizer", "legacy": True}),
     "CodeLlama, BOS by its class": ({}, {"tokenizer_class": "CodeLlamaTokenizerFast"}),
 }
@@ -178,11 +180,15 @@ def test_byte_level_tokenizers(tokenizer_folder, tmp_path, add_prefix_space, bos
         {"tokenizer_class": "LlamaTokenizer"},
         {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": False},
         {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_prefix_space": False},
+        {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": True},
+        {"tokenizer_class": "GemmaTokenizer", "add_bos_token": True},
         {"tokenizer_class": "CodeLlamaTokenizer"},
     ],
 )
 def test_sentencepiece_models_beside_a_configuration(train_sentencepiece, tmp_path, config):
-    shutil.copy(train_sentencepiece(normalization_rule_name="identity"), tmp_path / "tokenizer.model")
+    model = train_sentencepiece(normalization_rule_name="identity")
+    gemma = config["tokenizer_class"] == "GemmaTokenizer"  # whose models write no space
+    shutil.copy(_without_prefix(model) if gemma else model, tmp_path / "tokenizer.model")
     theirs = opened(tmp_path, **config)
     ours = load_tokenizer("SentencePieceTokenizer", tmp_path, "auto")
     ids = first_ids(ours, *({"prompt": text, "completion": "def"} for text in TEXTS))
