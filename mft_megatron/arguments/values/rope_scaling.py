@@ -49,7 +49,7 @@ def read_rope_scaling(entries: Mapping[str, Any]) -> RopeScaling:
         ValueError: a kind or entry is unknown, or an entry is missing or out of range.
     """
     kind = entries.get("rope_type")
-    if kind not in _ENTRIES:
+    if not isinstance(kind, str) or kind not in _ENTRIES:
         raise ValueError(f"rope_type {kind!r}: give one of {', '.join(_ENTRIES)}")
     unknown = [name for name in entries if name not in ("rope_type", "factor", *_ENTRIES[kind])]
     if unknown:

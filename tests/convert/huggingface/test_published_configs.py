@@ -78,6 +78,27 @@ def test_entries_are_judged_by_the_class_of_transformers(model_type):
         assert judge(model_type, {name: value}).refused == [name]
 
 
+ODD = [None, True, 0, -1, 2.5, float("nan"), "x", [], [1], {}, {"a": 1}, {"rope_type": [1]}, {"type": "linear"}]
+
+
+def said_of(config):
+    """The refusal of a configuration, or the note on it."""
+    try:
+        family = family_of(config)
+        family.read_config(config)
+        return note_on_unread(config, family) or ""
+    except InputError as refusal:
+        return str(refusal)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_any_value_is_read_or_refused_in_one_line(model_type):
+    entries = next(line["entries"] for line in CONVERTED.values() if line["entries"]["model_type"] == model_type)
+    for name in sorted({name for line in LINES for name in line["entries"]} | READ_OF_ANY_CLASS.keys()):
+        for value in ODD:
+            assert "\n" not in said_of({**entries, name: value})
+
+
 def test_code_of_the_models_own_is_said_not_to_run():
     family = family_of(LLAMA)
     note = note_on_unread({**LLAMA, "auto_map": {"AutoConfig": "configuration.Own"}, "made\nup": 1}, family)
