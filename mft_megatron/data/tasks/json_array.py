@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from mft_megatron.errors import InputError
 
 _SPACE = b" \t\r\n"
-_BOM = b"\xef\xbb\xbf"
+BOM = b"\xef\xbb\xbf"
 # up to the next bracket, or to a string that does not end in the buffer
 _TO_BRACKET = re.compile(rb'[^"{}\[\]]*(?:"[^"\\]*(?:\\.[^"\\]*)*"[^"{}\[\]]*)*', re.DOTALL)
 # up to the end of a string, or to a backslash at the end of the buffer
@@ -23,9 +23,9 @@ def starts_with_array(blocks: Iterator[bytes]) -> tuple[bool, Iterator[bytes]]:
     read = b""
     for block in blocks:
         read += block
-        if len(read) >= len(_BOM) and read.removeprefix(_BOM).lstrip(_SPACE):
+        if len(read) >= len(BOM) and read.removeprefix(BOM).lstrip(_SPACE):
             break
-    return read.removeprefix(_BOM).lstrip(_SPACE)[:1] == b"[", itertools.chain([read] if read else [], blocks)
+    return read.removeprefix(BOM).lstrip(_SPACE)[:1] == b"[", itertools.chain([read] if read else [], blocks)
 
 
 def items_of_array(blocks: Iterable[bytes], path: str) -> Iterator[bytes]:

@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeAlias
 from mft_megatron.data.storage.ledger import InputFile
 from mft_megatron.errors import InputError
 
-from .json_array import items_of_array, starts_with_array
+from .json_array import BOM, items_of_array, starts_with_array
 from .record_batches import RecordBatch, TokenizedBatch
 from .tokenized_file import TokenizedFile, files_on_disk
 
@@ -23,7 +23,6 @@ BATCH_BYTES = 1 << 20
 BATCH_RECORDS = 1 << 12
 # compressed bytes that are read at a time, and that are decompressed at a time
 _READ_BYTES, _DECOMPRESSED_BYTES = 1 << 16, 1 << 12
-_BOM = b"\xef\xbb\xbf"
 
 
 # whether the next batch is taken
@@ -178,7 +177,7 @@ class TaskReader:
 
     def _batches_of_lines(self, content: bytes) -> Iterator[RecordBatch]:
         if self._lines == 0:
-            content = content.removeprefix(_BOM)
+            content = content.removeprefix(BOM)
         if content.find(b"\n", 0, -1) < 0:  # a line may be very large, and memory holds it once
             yield from self._batch([content] if content else [])
             return

@@ -9,11 +9,12 @@ from pathlib import Path
 from mft_megatron.data.records.record_formats import is_record
 from mft_megatron.errors import InputError
 
+from .json_array import BOM, starts_with_array
 from .tokenized_file import IDS, MASK, files_on_disk
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst", ".parquet", ".idx")
 _KNOWN = ".jsonl, .json (both also .gz or .zst), .parquet or .idx"
-# bytes of a .json file by which it is told whether it holds records
+# bytes of a .json file by which it is told whether it begins with an array
 _START = 1 << 16
 # metrics of --early-stopping-metric, which otherwise names a task
 RESERVED_NAMES = ("macro", "objective")
@@ -221,11 +222,14 @@ def _holds_records(file: Path) -> bool:
     """Whether a ``.json`` file begins with an array, or with a line that is a record."""
     try:
         with open(file, "rb") as opened:
-            start = opened.read(_START).removeprefix(b"\xef\xbb\xbf").lstrip()
-        record = {} if start[:1] == b"[" else json.loads(start.partition(b"\n")[0])
+            start = opened.read(_START)
+            if starts_with_array(iter([start]))[0]:
+                return True
+            lines = start.removeprefix(BOM).lstrip()
+            record = json.loads(lines.partition(b"\n")[0] if b"\n" in lines else lines + opened.readline())
     except (OSError, ValueError, RecursionError):
         return False
-    return start[:1] == b"[" or (isinstance(record, dict) and is_record(record))
+    return isinstance(record, dict) and is_record(record)
 
 
 def _tokens_of(mask: Path) -> Path:

@@ -415,6 +415,7 @@ def test_a_folder_stands_for_its_files_and_those_below(tmp_path):
         (b"\xef\xbb\xbf \r\n[\n]", True),
         (b'{"text": "a"}\n{"text": "b"}\n', True),
         (b'\n{"messages": []}', True),
+        (b'\n{"text": "' + b"a" * 70000 + b'"}\n{"text": "b"}', True),
         (b'{"description": "metadata", "features": {}}', False),
         (b'{\n  "text": "a"\n}', False),
         (b'"text"\n', False),
