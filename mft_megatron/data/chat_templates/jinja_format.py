@@ -11,6 +11,7 @@ from typing import Any
 from mft_megatron.data.records.conversation import Conversation, RecordError
 from mft_megatron.data.records.notes import RecordNotes
 from mft_megatron.data.records.segments import REASONING, Segment, raw_segments, supervised_turns
+from mft_megatron.data.tokenizers.beginnings import is_space
 from mft_megatron.data.tokenizers.tokenizer import SpecialToken, Tokenizer
 from mft_megatron.errors import InputError
 
@@ -198,19 +199,15 @@ def _split(rendering: Rendering, spans: list[Span], special_tokens: Mapping[str,
         if token.lstrip:
             limit = index - 1 - supervised
             limit = max(written, borders[limit] if limit >= 0 else 0)
-            while start > limit and _is_space(text[start - 1]):
+            while start > limit and is_space(text[start - 1]):
                 start -= 1
         if token.rstrip:
             limit = index + supervised
             limit = borders[limit] if limit < len(borders) else len(text)
-            while end < limit and _is_space(text[end]):
+            while end < limit and is_space(text[end]):
                 end += 1
         write(written, start)
         segments.append(Segment(name.text, supervised, True))
         written = end
     write(written, len(text))
     return segments
-
-
-def _is_space(character: str) -> bool:
-    return character.isspace() and character not in "\x1c\x1d\x1e\x1f"  # which Unicode does not count as space

@@ -200,7 +200,7 @@ class Encoder:
             filled = None if encoding.fim is None else _fim_segments(conversation, encoding.fim)
             if filled is not None:
                 return [(conversation, filled, True)]
-            segments = _written(encoding.style, conversation, notes)
+            segments = _segments(encoding.style, conversation, notes)
             if self._begins_twice(conversation):
                 notes.kinds["two_bos"] += 1
             return [(conversation, segments, False)]
@@ -208,7 +208,7 @@ class Encoder:
         written: list[tuple[Conversation, list[Segment], bool]] = []
         for conversation in conversations:
             try:
-                written.append((conversation, _written(encoding.style, conversation, of_record), False))
+                written.append((conversation, _segments(encoding.style, conversation, of_record), False))
             except RecordError as error:
                 if error.reason != "empty_answer" or (not written and conversation is conversations[-1]):
                     raise
@@ -226,7 +226,7 @@ class Encoder:
         return tokenizer.bos_token_id in tokenizer.beginning.ids
 
 
-def _written(style: ChatFormat, conversation: Conversation, notes: RecordNotes) -> list[Segment]:
+def _segments(style: ChatFormat, conversation: Conversation, notes: RecordNotes) -> list[Segment]:
     """Write a conversation; where a second or later system turn is why it cannot be written, the error says so."""
     try:
         return style.segments(conversation, notes)

@@ -8,7 +8,7 @@ whether they have.
 import functools
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -34,10 +34,7 @@ class _Reference:
     def __init__(self, tokenizer: Tokenizer):
         self.beginning = tokenizer.beginning
         self.token_id = tokenizer.token_id
-        self._encode = tokenizer.encode_batch
-
-    def encode_arrays(self, texts: Sequence[str], markup: bool = False) -> list[np.ndarray]:
-        return [np.array(ids, np.int32) for ids in self._encode(texts, markup)]
+        self.encode_arrays = tokenizer.encode_reference
 
 
 class GenerationPrompts:

@@ -15,6 +15,11 @@ from .backends import Names
 OwnEncode = Callable[[Sequence[str], bool], list[list[int]]]
 
 
+def is_space(character: str) -> bool:
+    """Whether Unicode counts a character as whitespace, as the ``tokenizers`` library does; Python counts four more."""
+    return character.isspace() and character not in "\x1c\x1d\x1e\x1f"
+
+
 def never(first: str) -> bool:
     """No space, as in most byte-level tokenizers."""
     return False
@@ -27,7 +32,7 @@ def unless_space(first: str) -> bool:
 
 def unless_whitespace(first: str) -> bool:
     """A space unless the text begins with whitespace, as byte-level tokenizers with ``add_prefix_space`` do."""
-    return not first.isspace() or first in "\x1c\x1d\x1e\x1f"  # which Unicode does not count as space
+    return not is_space(first)
 
 
 def always(first: str) -> bool:

@@ -181,7 +181,7 @@ class Tokenizer(abc.ABC):
                 f"--tokenizer-backend {backend}: cannot read a {self.type}; give auto, {self.reference} or gigatoken"
             )
         try:
-            checked = CheckedBackend(self._open_fast(), self._encode_reference, self.special_tokens)
+            checked = CheckedBackend(self._open_fast(), self.encode_reference, self.special_tokens)
             checked.prove()
         except BackendError as refusal:
             if backend == "gigatoken":
@@ -208,7 +208,7 @@ class Tokenizer(abc.ABC):
         Raises:
             DifferenceError: the fast backend and the reference differ on one of the texts.
         """
-        encode = self._encode_reference if self._checked is None else self._checked.encode
+        encode = self.encode_reference if self._checked is None else self._checked.encode
         ids: list[np.ndarray] = [_NO_IDS] * len(texts)
         small = [index for index, text in enumerate(texts) if len(text) <= LARGE]
         if len(small) == len(texts):
@@ -230,7 +230,8 @@ class Tokenizer(abc.ABC):
                 raise
         return ids
 
-    def _encode_reference(self, texts: Sequence[str], markup: bool) -> list[np.ndarray]:
+    def encode_reference(self, texts: Sequence[str], markup: bool = False) -> list[np.ndarray]:
+        """Encode texts as :meth:`encode_batch` does, with the reference; returns ids of each, int32 [tokens]."""
         ids: list[np.ndarray] = []
         start = characters = 0
         for end, text in enumerate(texts, 1):  # in small batches, because it needs much memory for each text of a batch
