@@ -154,6 +154,8 @@ def _turn(turn: object, role_names: Mapping[str, str], sharegpt: bool, turns: st
         raise RecordError("wrong_type", f" must be an object with role and content, not {type(turn).__name__}")
     role_key, content_key = ("from", "value") if sharegpt and "from" in turn else ("role", "content")
     role = _role(turn, role_key, role_names)
+    if role == "system" and turn[role_key] == "developer":
+        reading.kinds += ("developer_turn",)
     content = turn.get(content_key)
     if role == "user" and type(content) is str:
         refuse_placeholders(content, f".{content_key}")

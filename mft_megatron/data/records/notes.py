@@ -24,6 +24,8 @@ NOTES: dict[str, str] = {
     "begin with two, as on a server that gets such a prompt; take it out of them if servers get none",
     "empty_answer_not_learnt": "empty answers, which would teach to stop at once, are not learnt: {n}; "
     "--learn-empty-answers learns them",
+    "developer_turn": "turns of the role developer are written as system turns: {n}; let clients of a server send the "
+    "role system, as most chat templates leave out turns of developer, or refuse them",
     "marked_turn_not_learnt": "turns of other roles than the assistant that are marked to be learnt, but are not: {n}",
 }
 # lines about the keys of a task, and characters of a key in them

@@ -170,6 +170,7 @@ READ = [
             ("assistant", "a"),
             learn=[False, True],
             unread=["parallel_tool_calls", "messages[].annotations"],
+            kinds={"developer_turn": 1},
         ),
     ),
     ({"messages": [USER, BOT], "tools": [{**BARE, "type": "function"}]}, chat("q", "a", tools=[SENT])),

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mft_megatron.data.records.conversation import EXTRA_KEYS, Conversation, RecordError, Turn
+from mft_megatron.data.records.notes import RecordNotes
 from mft_megatron.data.records.record_formats import RECORD_FORMATS, read_record
 
 
@@ -36,8 +37,12 @@ def test_messages():
 
 
 def test_other_names_of_openai_roles():
+    """Few chat templates write turns of developer, so a server must get them as system turns: a note says so."""
     turns = turns_of(("developer", "s"), ("user", "q"), ("assistant", "a"))
-    assert read_record({"messages": turns}) == chat(("system", "s"), ("user", "q"), ("assistant", "a"))
+    notes = RecordNotes()
+    assert read_record({"messages": turns}, notes=notes) == chat(("system", "s"), ("user", "q"), ("assistant", "a"))
+    assert read_record({"messages": [{"role": "system", "content": "s"}, *turns[1:]]}, notes=notes)
+    assert notes.kinds == {"developer_turn": 1}
 
 
 @pytest.mark.parametrize(("user", "bot"), [("human", "bot"), ("user", "assistant"), ("human", "gpt")])
