@@ -50,7 +50,15 @@ def data_seed(split):
 
     The seed is searched for because the order of the data depends on every detail of their preprocessing.
     """
-    return next((seed for seed in range(1, 3000) if lacks_tasks(plans_of(split, seed), split)), 1)
+    seeds = (seed for seed in range(1, 3000) if begins_well(plans_of(split, seed, steps=1)[0], split))
+    return next((seed for seed in seeds if lacks_tasks(plans_of(split, seed), split)), 1)
+
+
+def begins_well(plan, split):
+    """Whether the first step has all tasks, and packs that differ in their number of samples; quick, for most seeds."""
+    if not plan.supervised_tokens_K.all():
+        return False
+    return len({split.counts(plan.packs_G[[row]])[1].sum() for row in range(len(plan.packs_G))}) > 1
 
 
 def plans_of(split, seed, steps=5):
