@@ -44,6 +44,8 @@ def _no_config(folder: Path) -> str:
         return f"is no folder{f'; to download it, run: hf download {folder} --local-dir DIR' if hub else ''}"
     if snapshots := sorted(folder.glob(f"snapshots/*/{CONFIG}")):
         return f"has no {CONFIG}, as it is a folder of the hub's cache; give {snapshots[-1].parent}"
+    if exports := sorted(folder.glob(f"iter_*/{CONFIG}")):
+        return f"has no {CONFIG}, as it holds the exports of a run; give one of them, such as {exports[-1].parent}"
     return f"has no {CONFIG}; give the folder of a model"
 
 
