@@ -84,7 +84,7 @@ def contenders(options: argparse.Namespace) -> dict[str, Contender]:
                 *("--output-prefix", str(results / "set")),
             ]
 
-        return Contender(command, lambda results, printed: _in_ledger(results / "set_dataset.json"))
+        return Contender(command, lambda results, printed: _in_ledger(results / "set_dataset.json"), (ROOT,))
 
     def bare(name: str, model: Path = folder, module: str | None = None) -> Contender:
         python = next((python for python in (sys.executable, peer) if python and _has(python, module or name)), None)
@@ -178,7 +178,7 @@ def run(contender: Contender, samples: Path, work: Path) -> dict[str, float]:
         offline = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "HF_HOME": str(shim)}
         path = os.pathsep.join(map(str, (shim, *contender.path)))
         environment = {**os.environ, **one_thread, **offline, "PYTHONPATH": path}
-        # compiled modules are kept, as in an installation; the run that measures the start-up writes them
+        # compiled modules are kept, as in an installation
         environment.pop("PYTHONDONTWRITEBYTECODE", None)
         command = contender.command(samples, Path(results))
         with open(shim / "log", "w+b") as log:
@@ -212,7 +212,8 @@ def measure(options: argparse.Namespace) -> dict[str, dict]:
         results[name] = {"missing": contender.missing}
         if contender.missing is None:
             try:
-                results[name]["startup"] = run(contender, few, options.work)["cpu"]  # this warms disk caches, too
+                run(contender, few, options.work)  # this warms disk caches, and compiles modules
+                results[name]["startup"] = run(contender, few, options.work)["cpu"]
                 running[name] = contender
             except RuntimeError as error:
                 results[name]["missing"] = str(error)
