@@ -2,9 +2,10 @@
 
 A server renders the turns so far with ``add_generation_prompt`` and tokenises the text as a whole. Training has the
 whole conversation, cut in segments. Both must have the same tokens before an answer; the first chats of each task show
-whether they have.
+whether they have: some of each shape, as tools, reasoning or more rounds are written differently.
 """
 
+import collections
 import functools
 import itertools
 import re
@@ -15,7 +16,7 @@ import numpy as np
 from mft_megatron.data.chat_templates.jinja_messages import message_of, strings_in
 from mft_megatron.data.chat_templates.token_names import common_prefix, names_in, names_of_text, names_pattern
 from mft_megatron.data.records.conversation import Conversation, RecordError
-from mft_megatron.data.records.segments import supervised_turns
+from mft_megatron.data.records.segments import REASONING, supervised_turns
 from mft_megatron.data.tasks.record_batches import RecordBatch, TokenizedBatch, position
 from mft_megatron.data.tokenizers.tokenizer import Tokenizer
 
@@ -23,7 +24,7 @@ from .batched_texts import BatchedSamples, KnownTexts
 from .encoding import TaskEncoding, parse_record, read_conversations
 from .prompt_spaces import with_prompt_spaces
 
-LINES, CHATS = 64, 8  # of a task that are looked at
+LINES, CHATS = 512, 4  # of a task that are looked at, and chats of one shape among them
 LONGEST = 1 << 16  # characters of a chat that is looked at: a prompt is short beside some records
 _SHOWN = 32  # characters of a prompt in a note, before the difference and after it
 
@@ -56,7 +57,8 @@ class GenerationPrompts:
         self._task = task
         self._tokenizer = tokenizer
         self._encoding = encoding
-        self._lines = self._chats = 0
+        self._lines = 0
+        self._chats: collections.Counter[tuple[bool, ...]] = collections.Counter()  # by shape
 
     def watch(self, batches: Iterable[RecordBatch | TokenizedBatch]) -> Iterator[RecordBatch | TokenizedBatch]:
         """Pass batches on, and look at the first chats in them."""
@@ -68,12 +70,13 @@ class GenerationPrompts:
             yield batch
 
     def _look_at(self, line: object, where: str) -> None:
-        if self.note is not None or self._chats >= CHATS or (isinstance(line, bytes) and len(line) > LONGEST):
+        if self.note is not None or (isinstance(line, bytes) and len(line) > LONGEST):
             return
         try:
             for conversation in read_conversations(parse_record(line), self._encoding):
-                if not conversation.raw and self._is_comparable(conversation):
-                    self._chats += 1
+                shape = _shape(conversation)
+                if not conversation.raw and self._chats[shape] < CHATS and self._is_comparable(conversation):
+                    self._chats[shape] += 1
                     self.note = self.note or self._difference(conversation, where)
         except RecordError:
             return  # which is counted, or ends the program, when the record is encoded
@@ -125,6 +128,13 @@ class GenerationPrompts:
         ends = (_cut(text, max(opening, same - _SHOWN)) for text in (served, trained))
         remedy = _remedy(served[same:], trained[same:])
         return "a server's prompt ends in {}, trained answers begin after {}; {}".format(*ends, remedy)
+
+
+def _shape(conversation: Conversation) -> tuple[bool, ...]:
+    """Tell chats apart that templates write differently: by parts that they have."""
+    roles = [turn.role for turn in conversation.turns]
+    reasoning = any(key in turn.extra for turn in conversation.turns for key in REASONING)
+    return "system" in roles, roles.count("user") > 1, "tool" in roles, bool(conversation.tools), reasoning
 
 
 _OTHERWISE = (

@@ -141,17 +141,25 @@ def test_large_records_are_passed_over(note, tokenizer):
     encoding = TaskEncoding(chat_format("chatml", tokenizer))
     watched = GenerationPrompts("qa", tokenizer, encoding)
     watched._look_at(large, "row")  # of a parquet file
-    assert watched._chats == 0
+    assert not +watched._chats
 
 
-def test_only_the_first_chats_are_looked_at(note, monkeypatch):
+def test_only_the_first_chats_of_each_shape_are_looked_at(note, monkeypatch):
     monkeypatch.setattr(generation_prompts, "CHATS", 3)
     monkeypatch.setattr(generation_prompts, "LINES", 5)
-    raw = {"text": "a"}
-    assert note("thinking", ONE, ONE, TWO) is not None
-    assert note("thinking", ONE, ONE, ONE, TWO) is None
-    assert note("thinking", raw, raw, raw, raw, TWO) is not None
-    assert note("thinking", raw, raw, raw, raw, raw, TWO) is None
+    added = "('!' if add_generation_prompt and '3' in {} else '')"  # of which a server's prompt has more
+    loud = QWEN2.replace("+ message.content +", f"+ message.content + {added.format('message.content')} +")
+    three, raw = chat("3+3?", "6"), {"text": "a"}
+    assert note(loud, ONE, ONE, three) is not None
+    assert note(loud, ONE, ONE, ONE, three) is None
+    for other in (TWO, chat("3", "4", reasoning=""), {**three, "tools": [{"name": "f"}]}):
+        assert note(loud, ONE, ONE, ONE, other) is not None
+    first = "messages[0]['content']"
+    loud = QWEN2.replace(f"{first} + '<", f"{first} + {added.format(first)} + '<")
+    system = {"messages": [{"role": "system", "content": "3"}, *ONE["messages"]]}
+    assert note(loud, ONE, ONE, ONE, system) is not None
+    assert note(loud, raw, raw, raw, raw, system) is not None
+    assert note(loud, raw, raw, raw, raw, raw, system) is None
 
 
 def test_tools_are_in_both_prompts(note):
