@@ -96,7 +96,8 @@ def read_chat(
     for key in keys:
         turns = record[key]
         if not isinstance(turns, list) or not turns:
-            raise RecordError("wrong_type", f"{key} must be a list of turns with at least one turn")
+            hint = ", not text; write the list itself" if isinstance(turns, str) else ""
+            raise RecordError("wrong_type", f"{key} must be a list of turns with at least one turn{hint}")
         path = f"{key}[]"
         for index, turn in enumerate(turns):
             try:

@@ -22,7 +22,7 @@ FLAGS = {
     "mask": True,
     "masked": True,
 }
-# whether the answer is a wanted one; a class label, which is text or a number, is another key of the same name
+# whether the answer is a wanted one; a class label, which is other text or a number, is another key of the same name
 LABELS = ("label", "kto_tag")
 
 _ONLY_TEXT = "unsupported_content", "cannot be used, only text can be read"
@@ -103,7 +103,7 @@ def is_label(value: object, name: str, path: str) -> bool:
     Raises:
         RecordError: it says that the answer is not wanted.
     """
-    if value is False:
+    if value is False or (isinstance(value, str) and value.strip().lower() == "false"):
         why = "is false: the answer is not wanted, so it cannot be trained on"
         raise refused_key(name, path, "unwanted_answer", why)
     return value is True

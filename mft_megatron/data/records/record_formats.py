@@ -259,14 +259,20 @@ _ROUND = ("history", *PASSAGES, *SYSTEM, *TOOLS)
 # parts that raw text cannot have
 _CHAT_ONLY = {"a system text": SYSTEM, "tools": TOOLS, "earlier rounds": ("history",), "a passage": PASSAGES}
 _REFUSED_BESIDE_TURNS = dict.fromkeys(("history", "context", "passage", "documents"), _BESIDE_TURNS)
+_REFUSED_BESIDE_QUESTIONS = {"documents": ("unsupported_key", "cannot be used; put the text into the question")}
 
 RECORD_FORMATS: dict[str, RecordFormat] = {
     "messages": RecordFormat(_messages, (("messages",),), None, _CHAT, _REFUSED_BESIDE_TURNS),
     "chat_rounds": RecordFormat(_chat_rounds, (("chat_rounds",),), None, _CHAT, _REFUSED_BESIDE_TURNS),
     "conversations": RecordFormat(_conversations, (("conversations",),), None, _CHAT, _REFUSED_BESIDE_TURNS),
-    "instruction": RecordFormat(_instruction, (("instruction",), ("output", "response")), also=_ROUND),
+    "instruction": RecordFormat(
+        _instruction, (("instruction",), ("output", "response")), also=_ROUND, refused=_REFUSED_BESIDE_QUESTIONS
+    ),
     "prompt_completion": RecordFormat(
-        _prompt_completion, (("prompt",), ("completion", "response", "answer")), also=_ROUND
+        _prompt_completion,
+        (("prompt",), ("completion", "response", "answer")),
+        also=_ROUND,
+        refused=_REFUSED_BESIDE_QUESTIONS,
     ),
     "question_answer": RecordFormat(
         _question_answer,
@@ -274,6 +280,7 @@ RECORD_FORMATS: dict[str, RecordFormat] = {
         # named by the task, it also reads as a chat what would be raw text
         (("question", "query", "input", "prompt"), ("answer", "response", "output", "completion")),
         also=("instruction", *_ROUND),
+        refused=_REFUSED_BESIDE_QUESTIONS,
     ),
     "text": RecordFormat(_document, (("text",),)),
 }
@@ -302,6 +309,9 @@ _CONVERSATIONS = {
     "System": "system",
     "User": "user",
     "Assistant": "assistant",
+    "bot": "assistant",
+    "developer": "system",
+    "function": "tool",
     "function_call": "function_call",
     "tool_call": "function_call",
     "tool": "tool",

@@ -52,7 +52,7 @@ def test_chat_rounds_of_mftcoder(user, bot):
     assert read_record({"id": 0, "data_name": "x", "chat_rounds": rounds}) == expected
 
 
-@pytest.mark.parametrize(("user", "bot"), [("human", "gpt"), ("user", "assistant")])
+@pytest.mark.parametrize(("user", "bot"), [("human", "gpt"), ("user", "assistant"), ("human", "bot")])
 @pytest.mark.parametrize("keys", [{"role": "from", "content": "value"}, {}])
 def test_conversations_of_sharegpt(user, bot, keys):
     turns = turns_of(("system", ""), (user, ODD), (bot, ODD), (user, "?"), (bot, ""), **keys)
@@ -190,7 +190,7 @@ def test_a_tool_call_beside_text_and_the_old_function_call():
     assert read[3] == Turn("assistant", "", tool_calls=({"name": "f", "arguments": {}},))
 
 
-@pytest.mark.parametrize("reply", ["observation", "tool", "function_response"])
+@pytest.mark.parametrize("reply", ["observation", "tool", "function", "function_response"])
 @pytest.mark.parametrize("several", [False, True])
 def test_tool_calls_of_sharegpt(reply, several):
     call = {"name": "f", "arguments": {"x": 1}}
