@@ -88,6 +88,8 @@ def _validation(a: Arguments, has_validation: bool) -> Iterator[str]:
 
 def _batches(a: Arguments, training_packs: int) -> Iterator[str]:
     largest = max(a.batch_sizes.sizes)
+    if a.total_packs is not None:  # no step has more
+        largest = min(largest, a.total_packs)
     if largest > training_packs:
         yield f"a batch of {largest} packs holds some of the {training_packs} training packs more than once"
 

@@ -2,8 +2,10 @@
 
 import pytest
 
+from mft_megatron.arguments.command import parse_arguments
 from mft_megatron.arguments.notes import notes
 from tests.arguments.command_line import WITHOUT_SHAPE, checkpoint, parse, resumed
+from tests.command_lines import SHORT_RUN
 
 GOOD = "--save run --save-interval 5"
 # options, and the beginning of the only note
@@ -69,6 +71,16 @@ def test_dropout_of_a_model_from_hugging_face(tmp_path):
     assert note.startswith("--hidden-dropout 0.1 and --attention-dropout 0.1 (0.1 is Megatron's default): models from")
     assert notes(parse("--finetune --attention-dropout 0 --hidden-dropout 0", base=words), 20, True) == []
     assert notes(parse("", base=words), 20, True) == []
+
+
+def test_the_only_batch_of_an_epoch_holds_no_pack_twice():
+    words = f"{SHORT_RUN.replace('--train-iters 10', '')} {GOOD} --global-batch-size 22 --num-train-epochs"
+
+    def found(epochs):
+        return notes(parse_arguments(f"{words} {epochs}".split(), training_packs=lambda *data: 20), 20, True)
+
+    assert [note for note in found(1) if "a batch of" in note] == []
+    assert [note for note in found(1.05) if note.startswith("a batch of 21 packs holds some of the 20 training packs")]
 
 
 def test_single_precision_on_a_gpu():
