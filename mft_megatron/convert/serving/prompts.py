@@ -80,12 +80,16 @@ def read_prompts(file: Path) -> dict[str, str]:
     """Read one prompt a line, named by its line number; a line that is a JSON string may contain line breaks.
 
     Raises:
-        InputError: the file does not exist or has no prompt.
+        InputError: the file does not exist, is no text or has no prompt.
     """
     if not file.is_file():
         raise InputError(f"--prompts {file}: does not exist; give a text file with one prompt a line")
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(f"--prompts {file}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
     prompts = {}
-    for number, line in enumerate(file.read_text().splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         try:
             content = json.loads(line)
         except ValueError:

@@ -122,6 +122,9 @@ def test_files_of_prompts(tmp_path):
     for wrong in (file, tmp_path / "none"):
         with pytest.raises(InputError, match="one prompt a line"):
             read_prompts(wrong)
+    file.write_bytes("é".encode("utf-16"))
+    with pytest.raises(InputError, match=r"prompts: not UTF-8 \(byte 0\); save it as UTF-8"):
+        read_prompts(file)
 
 
 @pytest.fixture(scope="module")
