@@ -9,7 +9,7 @@ from mft_megatron.arguments.groups.network import NetworkArguments
 from mft_megatron.convert.huggingface.families.table import family_of, note_on_unread
 from mft_megatron.errors import InputError
 from mft_megatron.git_lfs import refuse_pointer
-from mft_megatron.run_folder import TOKENIZER_FILES
+from mft_megatron.run_folder import INFO, TOKENIZER_FILES, TRACKER
 
 from .config_entries.entry import whole_number
 from .family import Family
@@ -46,6 +46,8 @@ def _no_config(folder: Path) -> str:
         return f"has no {CONFIG}, as it is a folder of the hub's cache; give {snapshots[-1].parent}"
     if exports := sorted(folder.glob(f"iter_*/{CONFIG}")):
         return f"has no {CONFIG}, as it holds the exports of a run; give one of them, such as {exports[-1].parent}"
+    if (folder / TRACKER).is_file() or (folder / INFO).is_file():
+        return f"has no {CONFIG}, as it holds checkpoints; export one with convert_checkpoint.py mcore-to-hf --load"
     return f"has no {CONFIG}; give the folder of a model"
 
 

@@ -288,7 +288,12 @@ def test_a_folder_of_the_cache_and_a_name_on_the_hub(model, tmp_path, monkeypatc
     line = refused_call(hf_to_mcore, ["--hf", "name", "--save", "checkpoint"])
     assert line.endswith("name: is no folder")
     assert json.loads((snapshot / "config.json").read_text())["model_type"] == "llama"
-    # where --save-hf wrote
+    # where --save and --save-hf wrote
+    for name in ("latest_checkpointed_iteration.txt", "mft_checkpoint.json"):
+        file = tmp_path / name[:6] / name
+        file.parent.mkdir()
+        file.touch()
+        assert "as it holds checkpoints; export one with convert_checkpoint.py mcore-to-hf" in refusal(file.parent)
     for iteration in (8, 16):
         shutil.copytree(snapshot, tmp_path / "exports" / f"iter_{iteration:07}")
     assert f"holds the exports of a run; give one of them, such as {tmp_path}/exports/iter_0000016" in refusal(
