@@ -24,6 +24,8 @@ LAYOUTS = {
     "CP2 PP2 VPP2": (4, f"{CP2} --pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2"),
 }
 WEIGHTS = (1.0, 2.0, 0.5, 3.0)
+# tokens of a row of 128 with which the last of four ranks, which has positions 48 to 79, has padding alone
+PADDING_ALONE = 48
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +63,8 @@ def _steps(prefix, extra, world_size, modes):
 
     step.to_device, step.WIDTH_MULTIPLE = keep, 128  # so that all rows have the full width
     with process_groups.process_groups(arguments.distributed, arguments.initialization.seed):
-        plan = plan_step(split, seed=1, global_batch_size=4, consumed_samples=0)
+        plans = (plan_step(split, seed=seed, global_batch_size=4, consumed_samples=0) for seed in range(1, 1000))
+        plan = next(plan for plan in plans if plan.costs_G.min() <= PADDING_ALONE)
         for mode in modes:
             trainer = Trainer(arguments_for(prefix, f"{extra} {mode}", world_size), dataset.vocab_size, 4)
             report = trainer.train_step(split, plan, np.ones(4))
