@@ -150,15 +150,20 @@ def _refuse_different(first: PartEntry, other: PartEntry, prefix: str | Path) ->
     where = f"--data-path {prefix}: part {other.part.number} of {other.part.count}"
     if other.tokenizer != first.tokenizer:
         raise InputError(f"{where} was made with another tokenizer than part 1; run it again")
-    recipes = ({**entry.recipe, "tokenizer_model": ""} for entry in (first, other))
-    for before, here in (tuple(recipes), (first.encodings, other.encodings)):
+    recipes = _without_paths(first.recipe), _without_paths(other.recipe)
+    for before, here in (recipes, (first.encodings, other.encodings)):
         if list(before.get("tasks", before)) != list(here.get("tasks", here)):
             raise InputError(f"{where} was made from other tasks than part 1, or in another order; run it again")
         difference = _difference(before, here)
         if difference is not None:
             raise InputError(f"{where} was made with {difference}; run it again with the options of part 1")
     for name, sources in first.sources.items():
-        for before_file, file in zip(sources, other.sources[name], strict=False):
+        if len(sources) != len(other.sources[name]):
+            raise InputError(
+                f"{where} read {len(other.sources[name])} files for task {name}, and part 1 {len(sources)}; run all "
+                "parts again"
+            )
+        for before_file, file in zip(sources, other.sources[name], strict=True):
             if dataclasses.replace(before_file, path="") != dataclasses.replace(file, path=""):
                 raise InputError(
                     f"{where}: {file.path} was another file ({file.size} bytes, sha256 {file.sha256[:12]}…) than for "
@@ -171,6 +176,15 @@ def _refuse_different(first: PartEntry, other: PartEntry, prefix: str | Path) ->
             f"{where} was tokenised by {other.backend} and part 1 by {first.backend}; run all parts with "
             "--tokenizer-backend hf or sentencepiece"
         )
+
+
+def _without_paths(recipe: JsonObject) -> JsonObject:
+    """Leave out where files are, which machines may differ in, and which others are beside them, as those of parts."""
+    tasks = {
+        name: {what: value for what, value in task.items() if what not in ("files", "left_out")}
+        for name, task in recipe["tasks"].items()
+    }
+    return {**recipe, "tokenizer_model": "", "tasks": tasks}
 
 
 def _difference(before: Any, here: Any, name: str = "") -> str | None:

@@ -109,6 +109,15 @@ def test_a_part_may_be_empty(inputs, tmp_path):
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
 
 
+def test_the_files_of_parts_may_be_in_the_folder_of_their_task(tokenizer_folder, tmp_path):
+    (tmp_path / "t.jsonl").write_bytes(lines_of(TASKS["complete"](CODE)))
+    words = ["--task", f"t={tmp_path}", "--tokenizer-model", str(tokenizer_folder), "--seq-length", "99"]
+    for number in (1, 2):
+        run_part(words, tmp_path / "set", f"{number}/2")
+    pack_main(["--data-path", str(tmp_path / "set")])
+    assert read_ledger(tmp_path / "set").tasks[0].kept == len(CODE)
+
+
 def test_other_packing_options_are_those_of_one_process(inputs, whole, tmp_path):
     other = [*inputs, "--seq-length", "64"]  # the last one counts
     (tmp_path / "other").mkdir()
@@ -182,6 +191,10 @@ WRONG_PARTS = {
     "a changed file": (
         changed_description(lambda part: part["sources"]["chat"][0].update(sha256="0" * 64)),
         "c.jsonl.zst was another file",
+    ),
+    "another file": (
+        changed_description(lambda part: part["sources"]["chat"].append(part["sources"]["chat"][0])),
+        "part 2 of 3 read 3 files for task chat, and part 1 2",
     ),
     "other batches": (changed_description(lambda part: part["batches"].update(f=100)), "counts other batches"),
 }
