@@ -287,9 +287,19 @@ def parse_record(line: Any) -> Any:
     try:
         return json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise RecordError("invalid_utf8", f"not UTF-8 (byte {error.start} of the line)") from None
+        cause = next((cause for start, cause in _OTHER_BEGINNINGS.items() if line.startswith(start)), "")
+        raise RecordError("invalid_utf8", f"not UTF-8 (byte {error.start} of the line){cause}") from None
     except (RecursionError, ValueError) as error:
         raise RecordError("invalid_json", f"not JSON{json_fault(error)}{_likely_cause(line)}") from None
+
+
+# how files begin that are not text in UTF-8
+_OTHER_BEGINNINGS = {
+    b"\x1f\x8b": "; the file is compressed, give its name the ending .gz",
+    b"\x28\xb5\x2f\xfd": "; the file is compressed, give its name the ending .zst",
+    b"\xff\xfe": "; the file is UTF-16, save it as UTF-8",
+    b"\xfe\xff": "; the file is UTF-16, save it as UTF-8",
+}
 
 
 def _likely_cause(line: bytes) -> str:
@@ -298,8 +308,6 @@ def _likely_cause(line: bytes) -> str:
         return "; lines end in carriage returns alone here, write line feeds"
     if line.lstrip()[:1] == b"[":
         return "; write one record a line, or name the file .json"
-    return (
-        "; a record is one line, or one item of an array in a .json file"
-        if line.rstrip()[-1:] in (b"{", b"[", b",", b":")
-        else ""
-    )
+    if line.rstrip()[-1:] in (b"{", b"[", b",", b":"):
+        return "; a record is one line, or one item of an array in a .json file"
+    return "" if line.lstrip()[:1] == b"{" else "; a record is a JSON object"

@@ -1,6 +1,7 @@
 """Batches become the ids and masks that encoding segment by segment gives, with every tokenizer and backend."""
 
 import dataclasses
+import gzip
 import json
 import pickle
 import re
@@ -253,6 +254,11 @@ def test_every_line_is_accounted_for(tokenizer):
             b'{"text": "a"}\r{"text": "b"}\r',
             r"not JSON \(Extra data, at character 15\); lines end in carriage returns alone here, write line feeds",
         ),
+        (b'"a", "b"', r"not JSON \(Extra data, at character 4\); a record is a JSON object"),
+        (b"text\n", r"not JSON \(Expecting value, at character 1\); a record is a JSON object"),
+        (gzip.compress(b'{"text": "a"}'), r"not UTF-8 \(byte 1 of the line\); the file is compressed, .* ending \.gz"),
+        (b"\x28\xb5\x2f\xfd\x04", r"not UTF-8 \(byte 1 of the line\); the file is compressed, .* ending \.zst"),
+        ('{"text": "a"}'.encode("utf-16"), r"not UTF-8 \(byte 0 of the line\); the file is UTF-16, save it as UTF-8"),
         (b'{"n": ' + b"1" * 5000 + b"}\r\n", r"not JSON that can be read \(a whole number of more than 4300 digits\)"),
         (b"[" * 100_000 + b"\r\n", r"not JSON that can be read \(nested too deeply\); write one record a line.*"),
     ],
