@@ -14,7 +14,7 @@ from mft_megatron.data.storage.indexed_dataset import IndexedDataset
 
 from .packing_options import OVERLONG
 
-# outcomes of a sample
+# outcomes of a sample; those up to WINDOWED keep it
 KEPT, TRUNCATED, WINDOWED, TOO_LONG, CUT_TO_NOTHING = range(5)
 # names in the ledger of the outcomes that drop a sample
 DROPPED = {TOO_LONG: "overlong", CUT_TO_NOTHING: "truncated_to_nothing"}

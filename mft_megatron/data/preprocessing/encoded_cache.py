@@ -41,7 +41,8 @@ class EncodedCache:
 
     def key(self, batch: RecordBatch, fingerprint: str) -> str:
         """Key of a batch; ``fingerprint`` represents everything that decides how it is encoded."""
-        digest = hashlib.sha256(f"{VERSION}/{fingerprint}/{len(batch.lines)}/".encode())
+        # lines are cut after line breaks, items of an array at brackets, so the same bytes may be other records
+        digest = hashlib.sha256(f"{VERSION}/{fingerprint}/{batch.of_array}/{len(batch.lines)}/".encode())
         lines = [line for line in batch.lines if isinstance(line, bytes)]
         digest.update(b"".join(lines) if len(lines) == len(batch.lines) else pickle.dumps(batch.lines))
         return digest.hexdigest()

@@ -70,6 +70,8 @@ def test_other_content_and_other_encodings_have_other_keys():
     keys = [cache.key(BATCH, "how"), cache.key(BATCH, "else"), cache.key(rows, "how")]
     others = [b"x\n"], [b"y\n"], [b"x\n", b"\n"], [b"\n", b"x\n"], []
     keys += [cache.key(RecordBatch("a", 1, lines), "how") for lines in others]
+    cuts = ([b"{\n", b"}{}"], False), ([b"{\n}", b"{}"], True)
+    keys += [cache.key(RecordBatch("a", 1, lines, of_array), "how") for lines, of_array in cuts]
     assert len(set(keys)) == len(keys)
 
 
