@@ -159,6 +159,8 @@ def _probe(style: TemplateFormat, compiled: Renderer) -> dict[str, Any]:
     written = whole.rfind(_ANSWERS[1])
     if written < 0:
         raise TemplateError("it leaves out the content of assistant turns")
+    if not all(question in whole for question in _QUESTIONS):
+        raise TemplateError("it leaves out the content of user turns")
     stop = next((name.text for name in names if name.start > written), style.end_of_text)
     asked, prompted = render(messages[:-3]), render(messages[:-3], prompt=True)
     openers = frozenset(name.text for name in names_in(prompted, style.special_tokens)) - {stop}

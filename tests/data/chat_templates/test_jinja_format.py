@@ -458,6 +458,12 @@ def test_a_macro_moves_no_span(tokenizer, write, theirs):
         ("{{ raise_exception('not today') }}", "not today"),
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
         ("no turn at all", "leaves out the content of assistant turns"),
+        # as one made for content in parts: a text has none
+        (
+            "{% for turn in messages %}{{ turn.content if turn.role == 'assistant' else turn.content[0].text }}"
+            "<|im_end|>{% endfor %}",
+            "leaves out the content of user turns",
+        ),
         (TAGS_OF_LAST, "do not enclose"),
         (TAGGED.replace("== 'assistant'", "== 'user'"), "do not enclose"),
         ("{% generation %}", "endgeneration"),
