@@ -79,7 +79,7 @@ def test_keys_that_are_not_read_are_counted_and_named_once(preprocess, tmp_path)
         "note: task t: 3 records have a key 'topic' that is not read",
         "note: task t: empty answers, which would teach to stop at once, are not learnt: 1; --learn-empty-answers "
         "learns them",
-        "note: --ignore-keys typo: no record has this key",
+        "note: --ignore-keys typo: no record that is used has this key",
     ]
     (task,) = PackedDataset.open(tmp_path / "out" / "set", 64).ledger.tasks
     assert task.unread_keys == {"images": 1, "messages[].at": 1, "source": 1, "topic": 3}

@@ -129,7 +129,7 @@ def write_data_set(
     for task in stored.tasks:
         notices += note_lines(task.name, task.unread_keys, task.noted, ignored)
     seen = {key for task in stored.tasks for key in task.unread_keys}
-    notices += [f"--ignore-keys {key}: no record has this key" for key in ignored if key not in seen]
+    notices += [f"--ignore-keys {key}: no record that is used has this key" for key in ignored if key not in seen]
     default = prepared.styles[recipe.chat_template]
     style_of = {name: encoding.style for name, encoding in prepared.encodings.items()}
     ledger = Ledger(

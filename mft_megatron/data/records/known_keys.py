@@ -103,10 +103,11 @@ def is_label(value: object, name: str, path: str) -> bool:
     Raises:
         RecordError: it says that the answer is not wanted.
     """
-    if value is False or (isinstance(value, str) and value.strip().lower() == "false"):
+    text = value.strip().lower() if isinstance(value, str) else ""  # a table's booleans may have become text
+    if value is False or text == "false":
         why = "is false: the answer is not wanted, so it cannot be trained on"
         raise refused_key(name, path, "unwanted_answer", why)
-    return value is True
+    return value is True or text == "true"
 
 
 def refuse_placeholders(text: str, name: str) -> None:

@@ -138,6 +138,7 @@ READ = [
     ),
     ({"prompt": [USER, BOT, USER], "completion": [BOT]}, chat("q", "a", "q", "a", learn=[False, True])),
     ({"prompt": [USER], "completion": [BOT], "label": True, "tools": [BARE]}, chat("q", "a", tools=[SENT])),
+    ({"messages": [USER, BOT], "label": "True", "kto_tag": "true"}, chat("q", "a")),
     # NeMo
     (
         {
