@@ -28,8 +28,8 @@ UNUSABLE: Mapping[int, str] = {
     errno.EREMOTEIO: "Input/output error of the network file system",
 }
 
-# what is found out behind another error
-HIDDEN = (*FULL, errno.EIO, errno.EROFS)
+# errors of files alone, also where they name none or are behind another one; sockets and devices have the others, too
+OF_FILES = (*FULL, errno.EIO, errno.EROFS, errno.ESTALE)
 
 
 def is_of_disk(error: OSError) -> bool:
@@ -63,10 +63,10 @@ def disk_error(error: BaseException) -> OSError | None:
         return error
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, OSError) and seen.errno in HIDDEN:
+        if isinstance(seen, OSError) and seen.errno in OF_FILES:
             return seen
         found = re.search(r"(?:\[Errno|\(os error) (\d+)", str(seen))
-        if found and int(found[1]) in HIDDEN:
+        if found and int(found[1]) in OF_FILES:
             return OSError(int(found[1]), os.strerror(int(found[1])))
         seen = seen.__cause__ or seen.__context__
     return None

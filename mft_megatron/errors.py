@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from mft_megatron.disk_errors import FULL, disk_error, explain, is_of_disk
+from mft_megatron.disk_errors import FULL, OF_FILES, disk_error, explain
 
 # Seconds that a silent rank leaves the rank that prints the error.
 PATIENCE = 5
@@ -90,7 +90,7 @@ def run_command(main: Callable[[], int | None], quiet: bool = False) -> int:
         return 130
     except OSError as error:
         error = disk_error(error) or error
-        if error.filename is None and not is_of_disk(error):
+        if error.filename is None and error.errno not in OF_FILES:
             raise
         where = "the output, or a file without a name" if error.filename is None else os.fsdecode(error.filename)
         place = "." if error.filename is None else where
