@@ -99,6 +99,24 @@ def test_any_value_is_read_or_refused_in_one_line(model_type):
             assert "\n" not in said_of({**entries, name: value})
 
 
+ORIGINAL = "original_max_position_embeddings"
+
+
+@pytest.mark.parametrize("given", [{ORIGINAL: 24}, {}])
+@pytest.mark.parametrize(
+    "scaling", [{"rope_type": "yarn"}, {"rope_type": "llama3", "low_freq_factor": 1.5, "high_freq_factor": 3.0}]
+)
+def test_the_original_context_beside_a_scaling_must_be_that_of_the_scaling(scaling, given):
+    """transformers 5 prefers the one beside it; 4 does not read that."""
+    entries = {**LLAMA, "rope_scaling": {"factor": 8.0, **scaling, **given}}
+    read = given.get(ORIGINAL, LLAMA["max_position_embeddings"])
+    assert said_of({**entries, ORIGINAL: read}) == said_of(entries) == ""
+    theirs = AutoConfig.for_model(**copy.deepcopy(entries), **{ORIGINAL: 12})
+    ROPE_INIT_FUNCTIONS[scaling["rope_type"]](theirs, "cpu")
+    assert theirs.rope_parameters[ORIGINAL] == 12
+    assert f"{ORIGINAL} is 12, but the rotary scaling has {read}" in said_of({**entries, ORIGINAL: 12})
+
+
 def test_code_of_the_models_own_is_said_not_to_run():
     family = family_of(LLAMA)
     note = note_on_unread({**LLAMA, "auto_map": {"AutoConfig": "configuration.Own"}, "made\nup": 1}, family)

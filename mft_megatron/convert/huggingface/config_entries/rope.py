@@ -13,6 +13,8 @@ from .entry import Config, Fields
 _Reading = tuple[object, str | None]
 # entries of published scalings that no release of transformers reads
 _UNREAD = ("finetuned",)
+# transformers 5 prefers this entry beside a scaling to that of the scaling, transformers 4 does not read it
+_ORIGINAL = "original_max_position_embeddings"
 
 
 class Rope:
@@ -21,7 +23,7 @@ class Rope:
     Each version ignores the other's entries silently, so both are written, and where both are present they must agree.
     """
 
-    names: tuple[str, ...] = ("rope_theta", "rope_scaling", "rope_parameters")
+    names: tuple[str, ...] = ("rope_theta", "rope_scaling", "rope_parameters", _ORIGINAL)
 
     def __init__(self, theta: float = 10000.0):
         self._theta = theta
@@ -63,9 +65,14 @@ class Rope:
                 raise InputError(f"rope_parameters: unknown {', '.join(sorted(present))}")
             return theta, None
         if kind in ("yarn", "llama3"):
-            present.setdefault("original_max_position_embeddings", config.get("max_position_embeddings"))
+            present.setdefault(_ORIGINAL, config.get("max_position_embeddings"))
+            if config.get(_ORIGINAL, present[_ORIGINAL]) != present[_ORIGINAL]:
+                raise InputError(
+                    f"{_ORIGINAL} is {config[_ORIGINAL]!r}, but the rotary scaling has {present[_ORIGINAL]!r}: "
+                    "releases of transformers differ in which they read; give the right one in the scaling alone"
+                )
         else:
-            present.pop("original_max_position_embeddings", None)
+            present.pop(_ORIGINAL, None)
         try:
             return theta, read_rope_scaling({"rope_type": kind, **present}).as_text()
         except ValueError as error:
