@@ -98,9 +98,8 @@ class Encoder:
         self._tasks = tasks
         self._ends_turns = {name: tokenizer.token_id(task.style.stop_token) is not None for name, task in tasks.items()}
         self._texts = KnownTexts(tokenizer)
-        for name, task in tasks.items():
-            if task.add_bos and tokenizer.bos_token_id is None:
-                raise InputError(f"task {name}: samples are to begin with a bos token, but the tokenizer names none")
+        if tokenizer.bos_token_id is None and any(task.add_bos for task in tasks.values()):
+            raise InputError("--add-bos: the tokenizer names no BOS token; leave the option out, or name one to it")
 
     @functools.cached_property
     def _names_of_text(self) -> frozenset[str]:

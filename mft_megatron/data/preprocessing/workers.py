@@ -46,6 +46,8 @@ class Workers:
         self._pool: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> "Workers":
+        # in this process also where others encode: what no worker could encode is refused here, in one line
+        self._encoder = Encoder(self._tokenizer, self._encodings)
         if self._count > 1:
             import concurrent.futures  # not needed by a single process
             import multiprocessing
@@ -57,8 +59,6 @@ class Workers:
                 _start_worker,
                 (tokenizer.type, tokenizer.model, tokenizer.backend, dict(self._encodings)),
             )
-        else:
-            self._encoder = Encoder(self._tokenizer, self._encodings)
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -16,6 +16,7 @@ from mft_megatron.data.chat_templates.builtin_formats import BuiltInFormat
 from mft_megatron.data.chat_templates.formats import chat_format
 from mft_megatron.data.preprocessing import batched_texts
 from mft_megatron.data.preprocessing.encoding import Encoder, TaskEncoding
+from mft_megatron.data.preprocessing.workers import Workers
 from mft_megatron.data.records.conversation import RecordError
 from mft_megatron.data.records.fim import Fim, FimFamily
 from mft_megatron.data.records.record_formats import read_record
@@ -177,8 +178,9 @@ def test_bos_without_such_a_token_is_refused(tokenizer_folder):
     if tokenizer.bos_token_id is not None:
         pytest.fail("the fixture has a bos token now; take another")
     plan = TaskEncoding(chat_format("chatml", tokenizer), add_bos=True)
-    with pytest.raises(InputError, match="task code: samples are to begin with a bos token"):
-        Encoder(tokenizer, {"code": plan})
+    for count in (1, 2):
+        with pytest.raises(InputError, match=r"^--add-bos: the tokenizer names no BOS token; leave"):
+            Workers(count, tokenizer, {"code": plan}, cache=None).__enter__()
 
 
 class HalfFim:
