@@ -32,6 +32,9 @@ def inputs(tmp_path_factory, tokenizer_folder):
     folder = tmp_path_factory.mktemp("inputs")
     records = {name: make(CODE) for name, make in TASKS.items()}
     records["chat"][3]["topic"] = "functions"
+    for record in records["chat"][:40:3]:
+        for turn in record["messages"][2::2]:
+            turn["content"] = f"<think>why</think>{turn['content']}"
     (folder / "a.jsonl").write_bytes(lines_of(records["complete"]) + b"{\n\n" + lines_of([{"text": 3}, {"text": ""}]))
     (folder / "b.jsonl.gz").write_bytes(gzip.compress(lines_of(records["complete"][::-1])))
     (folder / "c.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(lines_of(records["chat"])))
@@ -51,7 +54,7 @@ def inputs(tmp_path_factory, tokenizer_folder):
     }
     tasks = [word for name, paths in files.items() for path in paths for word in ("--task", f"{name}={folder / path}")]
     words = "--seq-length 96 --split 80,20,0 --overlong split --on-error skip --fim-rate 0.5 --seed 7"
-    fim = ("--fim-tokens", "<|pad|>,<|im_start|>,<|im_end|>")
+    fim = ("--split-thinking-rounds", "--fim-tokens", "<|pad|>,<|im_start|>,<|im_end|>")
     options = (
         "--tokenizer-model",
         str(tokenizer_folder),
@@ -96,6 +99,9 @@ def test_merged_parts_are_the_data_set_of_one_process(inputs, whole, tmp_path, c
     assert len(ledger.tasks) == 4
     assert sum(sum(task.dropped.values()) for task in ledger.tasks) == 3
     assert ledger.tasks[1].unread_keys == {"topic": 1}
+    assert ledger.tasks[1].added == ledger.tasks[1].noted["rounds_split"] > 10
+    assert ledger.tasks[1].chats == ledger.tasks[1].kept
+    assert len(ledger.tasks[1].examples) > 1
     assert ledger.tasks[0].filled > 20
 
 
