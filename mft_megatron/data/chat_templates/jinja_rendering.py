@@ -177,8 +177,24 @@ class Rendering:
         )
 
     def prompt(self, index: int) -> str:
-        """Render the turns before one and the generation prompt, as a server does; names in turns are not broken up."""
-        return self.unguard(self._render(self._messages[:index], prompt=True))
+        """Render the turns before one and the generation prompt, as a server does; names in turns are not broken up.
+
+        Newer versions of transformers (5.23) remove the keys of a message that are ``None``, such as a content beside
+        calls, before the template sees it; older ones do not.
+
+        Raises:
+            RecordError: the template refuses these turns.
+        """
+        messages = [{key: part for key, part in turn.items() if part is not None} for turn in self._messages[:index]]
+        try:
+            return self.unguard(self._render(messages, prompt=True))
+        except RecordError as error:
+            self._render(self._messages[:index], prompt=True)  # raises the same where this is not the reason
+            raise RecordError(
+                error.reason,
+                f"{error}, as newer versions of transformers (5.23) remove the content of a turn with calls where it "
+                "is null; let the template test 'not message.content' instead of 'is none'",
+            ) from None
 
     def mismatch(self, fault: str) -> RecordError:
         """Make the error for a conversation whose assistant spans are uncertain; ``fault`` says why."""

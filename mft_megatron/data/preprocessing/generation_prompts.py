@@ -100,7 +100,10 @@ class GenerationPrompts:
         answers = [index for index, learn in enumerate(supervised) if learn]
         bos = tokenizer.bos_token if self._encoding.add_bos else None
         for first, (start, answer) in enumerate(zip(starts, answers, strict=False)):
-            prompt = style.prompt(conversation, answer)
+            try:
+                prompt = style.prompt(conversation, answer)
+            except RecordError as error:
+                return f"task {self._task}: a server cannot write the prompt of turn {answer}: {error} ({where})"
             if bos is not None and not prompt.startswith(bos):  # the exported template writes it, too
                 prompt = bos + prompt
             served = tokenizer.beginning.encode(prompt, markup=True)

@@ -6,9 +6,11 @@ import shutil
 import pytest
 
 from mft_megatron.data.chat_templates.formats import chat_format
+from mft_megatron.data.chat_templates.jinja_messages import message_of
 from mft_megatron.data.preprocessing import generation_prompts
 from mft_megatron.data.preprocessing.encoding import TaskEncoding
 from mft_megatron.data.preprocessing.generation_prompts import GenerationPrompts
+from mft_megatron.data.records.record_formats import read_record
 from mft_megatron.data.tasks.record_batches import RecordBatch
 from mft_megatron.data.tokenizers.load import load_tokenizer
 from tests.data.chat_templates.templates import QWEN2, TEMPLATES, save_tokenizer
@@ -123,6 +125,49 @@ def test_rounds_that_are_split_have_the_prompt_of_a_server(note):
     keeps = QWEN2.replace("+ message.content +", "+ (message.reasoning_content or '') + message.content +")
     assert "why" in note(keeps, record)
     assert note(keeps, record, split_thinking_rounds=True) is None
+
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
+CALLS = {
+    "messages": [
+        {"role": "user", "content": "2+2?"},
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "tool", "content": "4"},
+        {"role": "assistant", "content": "It is 4."},
+    ]
+}
+REASONER = TEMPLATES["reasoner"].replace("<think>\n", "")
+
+
+def test_a_content_of_null_is_removed_as_by_newer_transformers(note):
+    told = note(REASONER, CALLS)
+    assert told.startswith("task qa: a server cannot write the prompt of turn 3: --chat-template ")
+    assert "has no attribute 'content', as newer versions of transformers (5.23) remove the content of a turn" in told
+    assert told.endswith("let the template test 'not message.content' instead of 'is none' (file:1)")
+    assert note(REASONER, ONE) is None
+    assert note(REASONER.replace("message['content'] is none", "not message['content']"), CALLS) is None
+    # what is refused for another reason has no such words
+    refuses = "{% if add_generation_prompt and messages[-1].role == 'tool' %}{{ raise_exception('No.') }}{% endif %}"
+    told = note(refuses + REASONER, CALLS)
+    assert told.startswith("task qa: a server cannot write the prompt of turn 3: ")
+    assert told.endswith("refuses it: No. (file:1)")
+
+
+def test_the_prompt_of_calls_is_that_of_transformers(folder, tokenizer, tmp_path):
+    """A content of null beside calls becomes what the installed version of transformers makes of it."""
+    transformers = pytest.importorskip("transformers")
+    source = "{% for m in messages %}{{ m.content is none }}|{{ m.content is defined }};{% endfor %}"
+    path = tmp_path / "given.jinja"
+    calls = "(message['content'] is none or message['content'] is not defined)"
+    path.write_text(REASONER.replace("message['content'] is none", calls) + source)
+    conversation = read_record(CALLS, "auto")
+    ours = chat_format(str(path), tokenizer).prompt(conversation, 3)
+    messages = [message_of(turn, True) | ({"content": None} if turn.tool_calls else {}) for turn in conversation.turns]
+    theirs = transformers.AutoTokenizer.from_pretrained(folder).apply_chat_template(
+        messages[:3], chat_template=path.read_text(), tokenize=False, add_generation_prompt=True
+    )
+    assert "False|False" in ours
+    assert ours in (theirs, theirs.replace("True|True", "False|False"))  # older versions keep the key
 
 
 def test_what_is_not_a_chat_is_passed_over(note):
