@@ -52,6 +52,24 @@ def explain(error: OSError, place: Path | str) -> str:
     return error.strerror or str(error) or type(error).__name__
 
 
+def named_file(error: OSError) -> str | None:
+    """The file that an error names: of a copy's two files the written one where the disk can take no more."""
+    name = error.filename if error.filename2 is None or error.errno not in FULL else error.filename2
+    return os.fsdecode(name) if isinstance(name, (str, bytes)) else None
+
+
+def failure(error: OSError, place: Path | str, consequence: str) -> str:
+    """Words about an error, in a line: the file, the cause and the consequence.
+
+    Args:
+        error: of the operating system.
+        place: what is written or read, for errors that name no file.
+        consequence: what became of it.
+    """
+    where = named_file(error) or place
+    return f"{where}: {explain(error, where)}; {consequence}"
+
+
 def disk_error(error: BaseException) -> OSError | None:
     """The error of a disk that an error is or hides; ``None`` if it is of another kind.
 

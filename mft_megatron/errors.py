@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from mft_megatron.disk_errors import FULL, OF_FILES, disk_error, explain
+from mft_megatron.disk_errors import FULL, OF_FILES, disk_error, explain, failure, named_file
 
 # Seconds that a silent rank leaves the rank that prints the error.
 PATIENCE = 5
@@ -31,8 +31,10 @@ class InputError(Exception):
 def disk_reported(place: Path, consequence: str, remedy: str, always: bool = False) -> Iterator[None]:
     """Turn a disk that is full or cannot be used, inside the block, into a one-line error.
 
+    The remedy is left out where the error names a file outside the place, such as one that is read there.
+
     Args:
-        place: what is written, for errors that name no file.
+        place: what is written: a folder, or a file for errors that name none.
         consequence: what became of it, in words that follow "the disk is full; ".
         remedy: what to do, in words that follow "free some space, or ".
         always: as in :class:`InputError`.
@@ -46,15 +48,22 @@ def disk_reported(place: Path, consequence: str, remedy: str, always: bool = Fal
         disk = disk_error(error)
         if disk is None:
             raise
-        raise InputError(
-            f"{disk.filename or place}: {explain(disk, place)}; {consequence}. "
-            f"{_sentence(f'free some space, or {remedy}' if disk.errno in FULL else remedy)}",
-            always,
-        ) from None
+        remedies = [
+            *(["free some space"] if disk.errno in FULL else []),
+            *([remedy] if _concerns(disk, place) else []),
+        ]
+        advice = ", or ".join(remedies)
+        line = failure(disk, place, consequence) + (f". {advice[0].upper()}{advice[1:]}" if advice else "")
+        raise InputError(line, always) from None
 
 
-def _sentence(text: str) -> str:
-    return text[:1].upper() + text[1:]
+def _concerns(error: OSError, place: Path) -> bool:
+    """Whether an error may be about a place: it names no file, or one in the place or above it."""
+    name = named_file(error)
+    if name is None:
+        return True
+    file, folder = Path(os.path.abspath(name)), Path(os.path.abspath(place))
+    return file.is_relative_to(folder) or folder.is_relative_to(file)
 
 
 def run_command(main: Callable[[], int | None], quiet: bool = False) -> int:
@@ -92,9 +101,8 @@ def run_command(main: Callable[[], int | None], quiet: bool = False) -> int:
         error = disk_error(error) or error
         if error.filename is None and error.errno not in OF_FILES:
             raise
-        where = "the output, or a file without a name" if error.filename is None else os.fsdecode(error.filename)
-        place = "." if error.filename is None else where
-        print(f"error: {where}: {explain(error, place)}; nothing was completed there", file=sys.stderr, flush=True)
+        line = failure(error, "the output, or a file without a name", "nothing was completed there")
+        print(f"error: {line}", file=sys.stderr, flush=True)
         _finish_output()
         return 2
 

@@ -62,18 +62,38 @@ def test_other_errors_of_the_system_are_as_before(capsys):
 
 @pytest.mark.parametrize("number", CAUSES, ids=errno.errorcode.get)
 def test_a_block_says_what_becomes_of_it_and_what_to_do(tmp_path, number):
-    for file, named in (((), tmp_path), (("other",), "other")):
+    inside, above = str(tmp_path / "x" / "y"), str(tmp_path.parent)
+    for file, named in (((), tmp_path), ((inside,), inside), ((os.path.relpath(inside),), ""), ((above,), above)):
         with (
             pytest.raises(InputError) as caught,
             disk_reported(tmp_path, "nothing was trained", "choose another --save", True),
         ):
             failing(number, *file)()
         line = str(caught.value)
-        assert line.startswith(f"{named}: {CAUSES[number]}")
+        assert line.startswith(f"{named or file[0]}: {CAUSES[number]}")
         full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         remedy = "Free some space, or choose another --save" if full else "Choose another --save"
         assert line.endswith(f"; nothing was trained. {remedy}")
         assert caught.value.always
+
+
+@pytest.mark.parametrize("number", CAUSES, ids=errno.errorcode.get)
+def test_a_file_that_is_read_from_elsewhere_gets_no_remedy_for_the_place(tmp_path, number):
+    target = tmp_path / "run"
+    with pytest.raises(InputError) as caught, disk_reported(target, "nothing was trained", "choose another --save"):
+        failing(number, f"{target}-base/tokenizer.json")()
+    line = str(caught.value)
+    assert line.startswith(f"{target}-base/tokenizer.json: {CAUSES[number]}")
+    full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    assert line.endswith("; nothing was trained" + (". Free some space" if full else ""))
+
+
+def test_of_a_copy_the_file_is_named_that_the_disk_cannot_take(tmp_path):
+    """shutil names both files of a copy."""
+    copy = str(tmp_path / "copy")
+    for number, named in ((errno.ENOSPC, copy), (errno.EIO, "source")):
+        with pytest.raises(InputError, match=f"^{named}: "), disk_reported(tmp_path, "x", "choose another y"):
+            failing(number, "source", None, copy)()
 
 
 def test_a_missing_file_is_not_the_disks_fault(tmp_path):

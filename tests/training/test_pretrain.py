@@ -32,15 +32,33 @@ def test_the_main_rank_reads_every_byte(damaged):
 
 
 @pytest.mark.parametrize(
-    ("words", "named"), [("--save runs", "--save"), ("--tensorboard-dir board", "--tensorboard-dir"), ("", "--tensor")]
+    ("words", "folder", "named"),
+    [
+        ("--save runs", "runs", "--save"),
+        ("--tensorboard-dir board", "board", "--tensorboard-dir"),
+        ("", ".", "--tensorboard-dir"),
+    ],
 )
-def test_a_run_folder_that_cannot_be_written_ends_the_run_before_training(dataset_prefix, words, named):
+def test_a_run_folder_that_cannot_be_written_ends_the_run_before_training(dataset_prefix, words, folder, named):
     arguments = parse_arguments(f"{MODEL} --data-path {dataset_prefix} --seq-length 128 {words}".split())
     with pytest.raises(InputError) as caught, pretrain._run_folder_reported(arguments):
-        raise OSError(errno.EROFS, "Read-only file system", "runs/metrics.jsonl")
-    said = "runs/metrics.jsonl: the file system is read-only; nothing was trained. Choose another "
+        raise OSError(errno.EROFS, "Read-only file system", f"{folder}/x")
+    said = f"{folder}/x: the file system is read-only; nothing was trained. Choose another "
     assert str(caught.value).startswith(said + named)
     assert caught.value.always
+
+
+def test_a_tokenizer_that_cannot_be_read_is_not_the_fault_of_the_run_folder(dataset_prefix, tmp_path, monkeypatch):
+    arguments = parse_arguments(f"{MODEL} --data-path {dataset_prefix} --seq-length 128 --save {tmp_path}".split())
+    dataset, _ = pretrain.open_dataset(arguments, main_rank=False)
+
+    def copy(source, target):
+        raise PermissionError(errno.EACCES, "Permission denied", str(source))
+
+    monkeypatch.setattr(shutil, "copyfile", copy)
+    with pytest.raises(InputError) as caught, pretrain._run_folder_reported(arguments):
+        pretrain._describe_run(tmp_path, arguments, dataset, None, None)
+    assert str(caught.value).endswith("tokenizer.json: permission denied; nothing was trained")
 
 
 def test_of_a_large_data_set_it_reads_sizes_only_and_knows_it(damaged, monkeypatch):

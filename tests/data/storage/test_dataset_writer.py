@@ -75,9 +75,9 @@ def test_a_disk_that_gets_full_is_one_line(tmp_path):
         report_full_disk(tmp_path),
     ):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / "_x.npy"))
-    said = r"^x: permission denied; .* Choose another --output-prefix"
+    said = rf"^{tmp_path}/x: permission denied; .* Choose another --output-prefix"
     with pytest.raises(InputError, match=said), report_full_disk(tmp_path / "set"):
-        raise PermissionError(errno.EACCES, "no", "x")
+        raise PermissionError(errno.EACCES, "no", str(tmp_path / "x"))
     with pytest.raises(FileNotFoundError), report_full_disk(tmp_path / "set"):
         raise FileNotFoundError(errno.ENOENT, "no", "x")
 
