@@ -89,8 +89,13 @@ def write_model(
                 write_tokenizer(partial, tokenizer, partial)
         if trained is not None or tokenizer is None:
             lines += write_chat_template(info, partial, of_source)
-        elif of_source not in (None, chat_template_of(partial)):
-            lines.append(f"note: the chat template is that of {tokenizer}, not the one that came with the model")
+        elif of_source not in (None, present := chat_template_of(partial)):
+            lines.append(
+                f"note: {tokenizer} has no chat template, and that of the model is left out with its tokenizer; to "
+                "serve the export with it, copy it there"
+                if present is None
+                else f"note: the chat template is that of {tokenizer}, not the one that came with the model"
+            )
         write_shards(partial, model.planned(), weights, shard_bytes)
     return lines
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from mft_megatron.convert.commands.huggingface import hf_to_mcore
 from mft_megatron.convert.commands.merge import merge_lora
 from mft_megatron.convert.commands.peft import lora_to_peft
+from mft_megatron.convert.huggingface.chat_files import chat_template_of
 from mft_megatron.convert.peft import merge
 from mft_megatron.errors import InputError
 from mft_megatron.mcore.checkpointing.tensor_reader import TensorReader
@@ -209,6 +210,32 @@ def test_the_tokenizer_of_a_peft_folder(cases, tmp_path, in_peft_folder, by_opti
     expected = "third" if by_option else "adapter's" if in_peft_folder else (case.hf / "tokenizer.json").read_text()
     assert (tmp_path / "merged" / "tokenizer.json").read_text() == expected
     assert (tmp_path / "merged" / "tokenizer_config.json").exists() != in_peft_folder
+
+
+@pytest.mark.parametrize(
+    ("template", "same_tokens", "said", "exported"),
+    [
+        (None, False, "peft has no chat template, and that of the model is left out", None),
+        (None, True, None, "of the model"),
+        ("other", False, "the chat template is that of", "other"),
+        ("other", True, "the chat template is that of", "other"),
+        ("of the model", False, None, "of the model"),
+    ],
+)
+def test_the_chat_template_of_a_peft_folder(cases, tmp_path, capsys, template, same_tokens, said, exported):
+    case = cases("qwen2 tied")
+    shutil.copytree(case.peft, tmp_path / "peft")
+    shutil.copytree(case.hf, tmp_path / "hf")
+    (tmp_path / "hf" / "chat_template.jinja").write_text("of the model")
+    tokens = (case.hf / "tokenizer.json").read_text() if same_tokens else "others"
+    (tmp_path / "peft" / "tokenizer.json").write_text(tokens)
+    if template is not None:
+        (tmp_path / "peft" / "chat_template.jinja").write_text(template)
+    words = ("--adapter", tmp_path / "peft", "--base", tmp_path / "hf", "--hf", tmp_path / "merged")
+    merge_lora(list(map(str, words)))
+    assert chat_template_of(tmp_path / "merged") == exported
+    lines = [line for line in capsys.readouterr().out.splitlines() if "chat template" in line]
+    assert [said in line for line in lines] == [True] * bool(said)
 
 
 def test_stop_tokens_of_a_model_without_generation_configuration(cases, tmp_path):
