@@ -74,13 +74,14 @@ def pretrain(
             for line in filter(None, model_lines):
                 log.print(line)
             trainer = Trainer(arguments, model_vocab_size(arguments, dataset), len(dataset.tasks))
-            log.print(_summary(arguments, dataset, trainer))
-            log.print(_length(arguments, dataset.split("train").num_packs))
-            log.print(kernels.describe(arguments, trainer.chunks[0].config))
-            data_weights = [task.weight for task in dataset.ledger.tasks]
-            weights_line = data_weights_text(arguments.multi_task, dataset.tasks, data_weights)
-            if weights_line is not None:
-                log.print(weights_line)
+            lines = [
+                _summary(arguments, dataset, trainer),
+                _length(arguments, dataset.split("train").num_packs),
+                kernels.describe(arguments, trainer.chunks[0].config),
+                data_weights_text(arguments.multi_task, dataset.tasks, [task.weight for task in dataset.ledger.tasks]),
+            ]
+            for line in filter(None, lines):
+                log.print(line)
             if options.save is not None and process_groups.is_main():
                 with _run_folder_reported(arguments):
                     _describe_run(Path(options.save), arguments, dataset, log, sources)
@@ -158,8 +159,10 @@ def _describe_run(folder: Path, arguments: Arguments, dataset: PackedDataset, lo
     keep_tokenizer(folder, arguments.data.tokenizer_model or dataset.ledger.tokenizer.model, log)
 
 
-def _length(arguments: Arguments, epoch_packs: int) -> str:
-    """A line for the log: steps, packs and epochs of the whole run."""
+def _length(arguments: Arguments, epoch_packs: int) -> str | None:
+    """A line for the log: steps, packs and epochs of the whole run; none where nothing is trained."""
+    if arguments.validation.skip_train:
+        return None
     epochs, steps = arguments.training.num_train_epochs, arguments.training.train_iters
     if arguments.total_packs is not None:
         return f"--num-train-epochs {epochs:g}: {arguments.total_packs:,} packs, {steps:,} steps"

@@ -1,5 +1,6 @@
 """Opening the data set: who reads how much of it."""
 
+import dataclasses
 import errno
 import shutil
 from pathlib import Path
@@ -59,6 +60,13 @@ def test_a_tokenizer_that_cannot_be_read_is_not_the_fault_of_the_run_folder(data
     with pytest.raises(InputError) as caught, pretrain._run_folder_reported(arguments):
         pretrain._describe_run(tmp_path, arguments, dataset, None, None)
     assert str(caught.value).endswith("tokenizer.json: permission denied; nothing was trained")
+
+
+def test_the_length_of_a_run_that_does_not_train_is_not_said(dataset_prefix):
+    arguments = parse_arguments(f"{MODEL} --data-path {dataset_prefix} --seq-length 128".split())
+    assert pretrain._length(arguments, 2) == "--train-iters 1: 1 packs, 0.50 epochs"
+    validation = dataclasses.replace(arguments.validation, skip_train=True)
+    assert pretrain._length(dataclasses.replace(arguments, validation=validation), 2) is None
 
 
 def test_of_a_large_data_set_it_reads_sizes_only_and_knows_it(damaged, monkeypatch):
