@@ -1,5 +1,6 @@
 """Chat template and stop tokens of an export: those that were trained, whatever the tokenizer came with."""
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -17,9 +18,15 @@ _JINJA, _OLD, _TOKENIZER_CONFIG = "chat_template.jinja", "chat_template.json", "
 
 
 def trained_format_of(info: CheckpointInfo) -> TrainedFormat | None:
-    """The chat format that a checkpoint was trained with; ``None`` where it is not recorded."""
+    """The chat format that a checkpoint was trained with; ``None`` where it is not recorded.
+
+    Fields of later versions are left out.
+    """
     recorded = info.tokenizer.get("chat_template")
-    return None if recorded is None else TrainedFormat(**recorded)
+    if recorded is None:
+        return None
+    known = {field.name for field in dataclasses.fields(TrainedFormat)}
+    return TrainedFormat(**{name: value for name, value in recorded.items() if name in known})
 
 
 def chat_template_of(folder: Path) -> str | None:

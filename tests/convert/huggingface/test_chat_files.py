@@ -8,6 +8,7 @@ import pytest
 from mft_megatron.convert.huggingface.chat_files import (
     chat_template_of,
     stop_tokens_in,
+    trained_format_of,
     write_chat_template,
     write_stop_tokens,
 )
@@ -102,6 +103,14 @@ def test_differences_are_named(tmp_path):
     (line,) = write_chat_template(info_of(OWN), tmp_path, of_source="another")
     assert "not the one that came with the model" in line
     assert write_chat_template(info_of(OWN), tmp_path, of_source=OWN) == []
+
+
+def test_fields_of_a_later_version_are_left_out():
+    info = info_of(TRAINED)
+    before = trained_format_of(info)
+    info.tokenizer["chat_template"]["language"] = "of later versions"
+    assert trained_format_of(info) == before
+    assert before.source == TRAINED
 
 
 @pytest.mark.parametrize(
