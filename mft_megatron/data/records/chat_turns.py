@@ -25,7 +25,7 @@ _FOLLOWERS = {
     "": ("system", "user"),
     "system": ("user", "system"),
     "user": ("assistant",),
-    "assistant": ("user", "system"),
+    "assistant": ("user", "system", "tool"),
     "tool call": ("tool",),
     "tool": ("tool", "assistant"),
 }
@@ -40,7 +40,7 @@ _CAUSES = {
     ("tool call", "user"): "the tool's answer is missing; add a turn of tool after the call, or end the chat there",
     ("tool", "user"): "the assistant's answer is missing; add it, or end the chat there",
 }
-_NO_CALL = "the call is missing; a turn of tool follows an answer with tool_calls, or a turn of function_call"
+_NO_CALL = "the call is missing; a turn of tool follows an answer, which calls the tool"
 _OTHER_ORDER = "put the turns into this order"
 _SYSTEM = frozenset(SYSTEM)
 # the role of a turn whose content is calls as JSON text
@@ -75,7 +75,8 @@ def read_chat(
 
     The order must be: user and assistant by turns, each user's turn after any number of system turns. An assistant turn
     that calls tools is followed by tool turns, then by the assistant again; text and then calls in consecutive turns of
-    the assistant are one turn. The last turn may be a user's. A system text beside the turns comes first; where the
+    the assistant are one turn. Tool turns may also follow an answer whose text holds the calls, which is counted. The
+    last turn may be a user's. A system text beside the turns comes first; where the
     first turn repeats it, it is one turn.
 
     Args:
@@ -116,6 +117,8 @@ def read_chat(
                 assistant, learns = True, learns or now.learn
             if role not in _FOLLOWERS[before]:
                 raise _wrong_order(f"{key}[{index}]", before, role)
+            if role == "tool" and before == "assistant":
+                reading.kinds += ("tool_turn_without_call",)
             if beside and len(read) == 1 and role == "system" and now.content == read[0].content:
                 read.clear()
             read.append(now)

@@ -27,6 +27,8 @@ NOTES: dict[str, str] = {
     "developer_turn": "turns of the role developer are written as system turns: {n}; let clients of a server send the "
     "role system, as most chat templates leave out turns of developer, or refuse them",
     "marked_turn_not_learnt": "turns of other roles than the assistant that are marked to be learnt, but are not: {n}",
+    "tool_turn_without_call": "answers before a tool's turn that have no tool_calls: {n}; calls written in their text "
+    "are learnt as text, as the model is to write them",
 }
 # lines about the keys of a task, and characters of a key in them
 _MOST_LINES, _LONGEST = 20, 80

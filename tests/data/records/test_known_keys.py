@@ -213,6 +213,54 @@ READ = [
         {"messages": [USER, BOT, {"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "content": "r"}, BOT]},
         chat(("user", "q"), ("assistant", "a"), ("tool", "r"), ("assistant", "a"), calls=[CALL]),
     ),
+    # calls that are written in the text (Hermes, ToolBench, ToolACE)
+    (
+        {
+            "conversations": [
+                HUMAN,
+                {"from": "gpt", "value": "<tool_call>f</tool_call>"},
+                {"from": "tool", "value": "r"},
+                GPT,
+            ]
+        },
+        chat(
+            "q",
+            "<tool_call>f</tool_call>",
+            ("tool", "r"),
+            ("assistant", "a"),
+            kinds={"tool_turn_without_call": 1},
+        ),
+    ),
+    (
+        {
+            "conversations": [
+                {"from": "system", "value": "s"},
+                {"from": "user", "value": "q"},
+                {"from": "assistant", "value": "a"},
+                {"from": "function", "value": "r"},
+                {"from": "assistant", "value": "a"},
+                {"from": "function", "value": "r"},
+            ]
+        },
+        chat(
+            *SYSTEM_Q_A,
+            ("tool", "r"),
+            ("assistant", "a"),
+            ("tool", "r"),
+            kinds={"tool_turn_without_call": 2},
+        ),
+    ),
+    (
+        {"messages": [USER, BOT, {"role": "tool", "content": "r"}, {"role": "tool", "content": "r"}, BOT, USER, BOT]},
+        chat(
+            *SYSTEM_Q_A[1:],
+            ("tool", "r"),
+            ("tool", "r"),
+            ("assistant", "a"),
+            *SYSTEM_Q_A[1:],
+            kinds={"tool_turn_without_call": 1},
+        ),
+    ),
     # tags in a question that ask for no picture
     ({"question": "How does <video> work?", "answer": "a"}, chat("How does <video> work?", "a")),
     ({"question": "Close it:\n<audio>\n</audio>", "answer": "a"}, chat("Close it:\n<audio>\n</audio>", "a")),
@@ -343,7 +391,7 @@ def test_known_keys_that_cannot_be_honoured_refuse_the_record_by_name(record, re
         (messages(BOT), "broken_alternation", "the chat begins with an answer; put its question before it"),
         (messages(USER, USER, BOT), "broken_alternation", "the answer between them is missing"),
         (messages(USER, BOT, BOT), "broken_alternation", "join the two answers"),
-        (messages(USER, BOT, {"role": "tool", "content": "r"}), "broken_alternation", "the call is missing"),
+        (messages(USER, {"role": "tool", "content": "r"}, BOT), "broken_alternation", "the call is missing"),
         (messages(USER, {"role": "assistant", "tool_calls": [CALL]}, BOT), "broken_alternation", "tool's answer"),
         (messages({"role": "system", "content": "s"}, BOT), "broken_alternation", "question is missing"),
     ],
