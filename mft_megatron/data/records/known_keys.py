@@ -13,6 +13,8 @@ TOOLS = ("tools", "functions")
 # whether a turn, or the whole record, is learnt; True where the flag says so by being false
 FLAGS = {
     "train": False,
+    "train_on_turn": False,
+    "learn": False,
     "training": False,
     "trainable": False,
     "loss": False,
@@ -21,6 +23,10 @@ FLAGS = {
     "weight": False,
     "mask": True,
     "masked": True,
+    "is_masked": True,
+    "ignore": True,
+    "no_train": True,
+    "skip": True,
 }
 # whether the answer is a wanted one; a class label, which is other text or a number, is another key of the same name
 LABELS = ("label", "kto_tag")

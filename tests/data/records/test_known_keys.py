@@ -329,6 +329,22 @@ REFUSALS = [
 ]
 
 
+SAYS_LEARNT = {
+    **dict.fromkeys(("train", "training", "trainable", "train_on_turn", "learn", "loss", "loss_weight"), True),
+    **dict.fromkeys(("loss_scale", "weight"), True),
+    **dict.fromkeys(("mask", "masked", "is_masked", "ignore", "no_train", "skip"), False),
+}
+
+
+@pytest.mark.parametrize("flag", sorted({*FLAGS, *SAYS_LEARNT}))
+@pytest.mark.parametrize("value", [True, False, 1, 0])
+def test_each_flag_decides_about_its_turn_and_refuses_a_record_that_it_excludes(flag, value):
+    learnt = bool(value) is SAYS_LEARNT[flag]
+    assert read(messages(USER, BOT | {flag: value}, USER, BOT)) == chat("q", "a", "q", "a", learn=[learnt, True])
+    whole = read(messages(USER, BOT, **{flag: value}))
+    assert whole == chat("q", "a") if learnt else whole[0] == "no_learned_turn"
+
+
 @pytest.mark.parametrize(("record", "reason", "path"), REFUSALS)
 def test_known_keys_that_cannot_be_honoured_refuse_the_record_by_name(record, reason, path):
     found, message = read(record)
