@@ -23,7 +23,8 @@ def whole(folder, iteration=5):
     else:
         shutil.copytree(folder / "iter_0000005", path)
         return path
-    stored = {("a", 0): ("__0_0.distcp", 0, 60), ("a", 1): ("__0_0.distcp", 60, 40), ("b", 0): ("__1_0.distcp", 0, 30)}
+    # an index is in no order of places
+    stored = {("a", 1): ("__0_0.distcp", 60, 40), ("a", 0): ("__0_0.distcp", 0, 60), ("b", 0): ("__1_0.distcp", 0, 30)}
     index = {MetadataIndex(name, (row,)): _StorageInfo(*where) for (name, row), where in stored.items()}
     (path / ".metadata").write_bytes(pickle.dumps(Metadata({}, storage_data=index)))
     (path / "__0_0.distcp").write_bytes(bytes(100))

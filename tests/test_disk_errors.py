@@ -107,10 +107,10 @@ def test_free_space_of_a_place_that_does_not_exist_yet(tmp_path):
     assert explain(OSError("broken off"), tmp_path) == "broken off"
 
 
-def hidden(how):
-    """An error that hides a full disk, as libraries raise it."""
+def hidden(how, number=errno.ENOSPC):
+    """An error that hides one of a disk, as libraries raise it."""
     error = RuntimeError("unexpected pos 64 vs 0")
-    setattr(error, how, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    setattr(error, how, OSError(number, os.strerror(number)))
     return error
 
 
@@ -125,6 +125,9 @@ def test_a_hidden_cause_is_found():
         RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
     ):
         assert disk_error(error).errno == errno.ENOSPC
+    for number in (errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS):
+        for error in (hidden("__context__", number), RuntimeError(f"not written: [Errno {number}] …")):
+            assert disk_error(error).errno == number
     for error in (ValueError("no"), FileNotFoundError(errno.ENOENT, "no"), RuntimeError("gone (os error 2)"), asked):
         assert disk_error(error) is None
 

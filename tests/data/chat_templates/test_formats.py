@@ -12,6 +12,7 @@ from mft_megatron.data.chat_templates.formats import chat_format
 from mft_megatron.data.records.conversation import Conversation, RecordError, Turn
 from mft_megatron.data.records.notes import RecordNotes
 from mft_megatron.data.records.record_formats import read_record
+from mft_megatron.data.records.segments import REASONING, supervised_turns
 from mft_megatron.errors import InputError
 from tests.data.chat_templates.segment_text import supervised_text, written
 from tests.data.chat_templates.templates import QWEN2
@@ -125,6 +126,16 @@ def test_answers_that_are_all_empty_are_learnt_if_asked_for(name):
 def test_calls_alone_are_no_empty_answer():
     calling = Conversation((Turn("user", "Q"), Turn("assistant", "", tool_calls=(CALL,))))
     assert format_of("chatml").segments(calling)
+
+
+@pytest.mark.parametrize("key", REASONING)
+def test_reasoning_alone_is_no_empty_answer(key):
+    turns = Turn("user", "Q"), Turn("assistant", "", extra={key: "why"}), Turn("user", "Q"), Turn("assistant", "A")
+    for conversation in (Conversation(turns), Conversation(turns[:2])):
+        notes = RecordNotes()
+        learned = [index % 2 == 1 for index in range(len(conversation.turns))]
+        assert supervised_turns(conversation, "all", notes) == learned
+        assert not notes.kinds
 
 
 turns = st.lists(

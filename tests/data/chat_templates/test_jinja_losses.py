@@ -67,6 +67,8 @@ def test_whitespace_is_counted_by_answer(noted):
     turns = [turn for answer in ("  a", "b", " c ", "  a") for turn in asked(answer)]
     assert noted("llama3", *turns) == {"leading_whitespace": 3, "trailing_whitespace": 1}
     assert noted("trimming, tagged", *turns) == {"leading_whitespace": 3, "trailing_whitespace": 1}
+    # another answer that has the same text with its spaces does not stand for it
+    assert noted("llama3", *asked("  a"), *asked("if x:\n  a")) == LEADING
     # only supervised answers count, and nothing that is asked
     assert noted("llama3", *turns, supervise="last") == {"leading_whitespace": 1}
     assert noted("llama3", *turns[:4], *asked(" c ", learn=False), *turns[:2]) == {"leading_whitespace": 2}

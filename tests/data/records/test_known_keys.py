@@ -364,6 +364,14 @@ def test_known_keys_that_cannot_be_honoured_refuse_the_record_by_name(record, re
             "invalid_tools",
             r"tools and messages\[\]\.tools declare",
         ),
+        # the third place of three
+        (
+            messages(
+                {"role": "system", "content": "s", "tools": [BARE, BARE]}, USER, BOT, tools=[BARE], functions=[BARE]
+            ),
+            "invalid_tools",
+            r"tools and messages\[\]\.tools declare",
+        ),
         (messages({"role": "system", "content": "s", "tools": "f(x)"}, USER, BOT), "invalid_tools", r"messages\[0\]"),
         ({"prompt": "p", "completion": "c", "tools": [BARE]}, "unsupported_key", "raw text .*tools"),
         ({"prompt": "p", "completion": "c", "history": [["a", "b"]]}, "unsupported_key", "raw text .*earlier rounds"),

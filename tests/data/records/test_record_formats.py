@@ -190,6 +190,15 @@ def test_a_tool_call_beside_text_and_the_old_function_call():
     assert read[3] == Turn("assistant", "", tool_calls=({"name": "f", "arguments": {}},))
 
 
+def test_text_and_calls_in_two_turns_keep_the_keys_of_both():
+    said = {"role": "assistant", "content": "I look.", "reasoning_content": "why"}
+    calling = {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {}}], "name": "bot"}
+    read = read_record({"messages": [USER, said, calling]}).turns
+    call = {"name": "f", "arguments": {}}
+    extra = {"reasoning_content": "why", "name": "bot"}
+    assert read[1:] == (Turn("assistant", "I look.", tool_calls=(call,), extra=extra),)
+
+
 @pytest.mark.parametrize("reply", ["observation", "tool", "function", "function_response"])
 @pytest.mark.parametrize("several", [False, True])
 def test_tool_calls_of_sharegpt(reply, several):

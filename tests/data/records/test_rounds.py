@@ -44,6 +44,11 @@ CALL = ({"name": "f", "arguments": {}},)
             (Q1, answer("<think>\nr\n</think>\n\na"), Q2, answer("s</think>b")),
             [(Q1, answer("<think>\nr\n</think>\n\na")), (Q1, history("a"), Q2, answer("s</think>b"))],
         ),
+        # an answer that speaks of the tag: servers' templates write what follows its last one
+        (
+            (Q1, answer("<think>r</think>x</think>\n\na"), Q2, answer("b")),
+            [(Q1, answer("<think>r</think>x</think>\n\na")), (Q1, history("a"), Q2, answer("b"))],
+        ),
         # a round with calls stays whole; its reasoning stays only in its own sample
         (
             (Q1, answer("", "r", tool_calls=CALL), Turn("tool", "t"), answer("a", "s"), Q2, answer("b")),
