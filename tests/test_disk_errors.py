@@ -125,7 +125,7 @@ def test_a_hidden_cause_is_found():
         RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
     ):
         assert disk_error(error).errno == errno.ENOSPC
-    for number in (errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS):
+    for number in (errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE):
         for error in (hidden("__context__", number), RuntimeError(f"not written: [Errno {number}] …")):
             assert disk_error(error).errno == number
     for error in (ValueError("no"), FileNotFoundError(errno.ENOENT, "no"), RuntimeError("gone (os error 2)"), asked):

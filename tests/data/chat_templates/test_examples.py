@@ -7,11 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mft_megatron.data.chat_templates.examples import FIRST, MOST, first_examples, moved
+from mft_megatron.data.chat_templates.examples import FIRST, MOST, example_of, first_examples, moved
 from mft_megatron.data.chat_templates.formats import chat_format
 from mft_megatron.data.packing.packing_options import PackingOptions
 from mft_megatron.data.preprocessing.encoding import Encoder, TaskEncoding
 from mft_megatron.data.preprocessing.repack import merge
+from mft_megatron.data.records.conversation import Conversation, Turn
 from mft_megatron.data.storage.indexed_dataset import IndexedDataset
 from mft_megatron.data.tasks.record_batches import RecordBatch
 from mft_megatron.data.tokenizers.load import load_tokenizer
@@ -71,6 +72,14 @@ def test_merged_parts_have_the_examples_of_the_whole(make_dataset, tmp_path):
     _, whole = make_dataset({"chat": CHATS[3:7] + CHATS[5:]})
     assert merged.tasks[0].examples == whole.tasks[0].examples
     assert merged.tasks[0].chats == whole.tasks[0].chats
+
+
+@pytest.mark.parametrize(("turns", "followed"), [(ASKED, None), (ROUNDS[:3], True), (ROUNDS, True)])
+def test_an_answer_that_any_turn_follows_is_of_another_shape(tokenizer_folder, turns, followed):
+    style = chat_format("chatml", load_tokenizer("HuggingFaceTokenizer", tokenizer_folder))
+    conversation = Conversation(tuple(Turn(turn["role"], turn["content"]) for turn in turns))
+    example = example_of(conversation, style, frozenset({"<s>"}))
+    assert (example["messages"], example.get("followed")) == (ASKED[:1], followed)
 
 
 shapes = st.sampled_from("abcdef").map(lambda role: {"messages": [{"role": role}]})

@@ -80,6 +80,18 @@ def test_the_format_of_most_chats_is_chosen(make_dataset, tmp_path):
     assert trained_format(read_ledger(first)).name == "chatml"
 
 
+def test_chats_of_one_format_in_several_data_sets_count_together(make_dataset, tmp_path):
+    names = {"a": "chatml", "b": "mftcoder", "c": "chatml"}
+    prefixes = [
+        make_dataset({task: CHAT[: 30 if name == "mftcoder" else 20]}, chat_template=name)[0]
+        for task, name in names.items()
+    ]
+    ledger, _ = merge(prefixes, tmp_path / "all", OPTIONS)
+    sources = ledger.chat_template["sources"]
+    assert [(source["name"], source["tasks"]) for source in sources] == [("chatml", ["a", "c"]), ("mftcoder", ["b"])]
+    assert (trained_format(ledger).name, trained_format(ledger).others) == ("chatml", {"mftcoder": ["b"]})
+
+
 def test_tasks_of_different_formats_are_named(tmp_path, tokenizer_folder):
     files = {name: (write_task(tmp_path, name, records),) for name, records in {"a": CHAT, "b": CHAT[:20]}.items()}
     tasks = {"a": TaskFiles("a", files["a"]), "b": TaskFiles("b", files["b"], template="mftcoder")}

@@ -49,6 +49,10 @@ def test_an_entry_is_read_as_it_was_written_with_the_lines_of_the_new_batch(tmp_
     assert cache.key(elsewhere, "how") == key
     assert cache.read(key, elsewhere).drops == [Drop("b", 102, "wrong_type", "text must be a string")]
     assert cache.reused == 2
+    of_array = RecordBatch("a", 11, BATCH.lines, True)
+    cache.write(cache.key(of_array, "how"), of_array, ENCODED)
+    (drop,) = cache.read(cache.key(of_array, "how"), of_array).drops
+    assert drop.position == "a: record 12"
     cache.remove()
     assert list(tmp_path.iterdir()) == []
 

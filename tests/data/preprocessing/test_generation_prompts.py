@@ -13,7 +13,7 @@ from mft_megatron.data.preprocessing.generation_prompts import GenerationPrompts
 from mft_megatron.data.records.record_formats import read_record
 from mft_megatron.data.tasks.record_batches import RecordBatch
 from mft_megatron.data.tokenizers.load import load_tokenizer
-from tests.data.chat_templates.templates import QWEN2, TEMPLATES, save_tokenizer
+from tests.data.chat_templates.templates import PARTED, QWEN2, TEMPLATES, save_tokenizer
 
 
 def chat(*contents, reasoning=None):
@@ -168,6 +168,11 @@ def test_the_prompt_of_calls_is_that_of_transformers(folder, tokenizer, tmp_path
     )
     assert "False|False" in ours
     assert ours in (theirs, theirs.replace("True|True", "False|False"))  # older versions keep the key
+
+
+def test_only_the_first_part_of_a_turn_is_behind_a_prompt(note):
+    prompted = PARTED + "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
+    assert note(prompted, chat("2+2?", "4", "3+3?", "6", reasoning="why")) is None
 
 
 def test_what_is_not_a_chat_is_passed_over(note):

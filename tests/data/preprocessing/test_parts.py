@@ -1,6 +1,8 @@
 """Parts of the input that are tokenised apart give, merged, byte for byte the data set of one process."""
 
+import dataclasses
 import gzip
+import io
 import json
 import shutil
 
@@ -11,12 +13,13 @@ import zstandard
 from pyarrow import parquet
 
 from mft_megatron.data.command import inspect_main, pack_main, preprocess_main
+from mft_megatron.data.preprocessing.encoded_cache import read_encoded, write_encoded
 from mft_megatron.data.preprocessing.part_entry import Part, parse_part, read_parts
 from mft_megatron.data.storage.indexed_dataset import IndexedDatasetWriter
 from mft_megatron.data.storage.ledger import read_ledger
 from mft_megatron.data.tasks.reader import TaskReader
 from mft_megatron.errors import InputError
-from tests.data.chat_templates.templates import QWEN2
+from tests.data.chat_templates.templates import QWEN2, UNPROMPTED
 from tests.data.conftest import TASKS, functions
 
 CODE = functions()[:150]
@@ -134,6 +137,43 @@ def test_other_packing_options_are_those_of_one_process(inputs, whole, tmp_path)
     assert contents(tmp_path / "parts") == contents(tmp_path / "other")
 
 
+def test_the_note_about_prompts_is_that_of_one_process(tokenizer_folder, tmp_path, small_batches, capsys):
+    """Each part finds a difference in its own first chats; the first one of the whole is printed."""
+    (tmp_path / "t.jsonl").write_bytes(lines_of(TASKS["chat"](CODE)))
+    (tmp_path / "own.jinja").write_text(UNPROMPTED)
+    words = ["--task", f"t={tmp_path / 't.jsonl'}", "--tokenizer-model", str(tokenizer_folder), "--seq-length", "99"]
+    words += ["--chat-template", str(tmp_path / "own.jinja")]
+
+    def notes():
+        return [line for line in capsys.readouterr().out.splitlines() if "a server's prompt" in line]
+
+    preprocess_main([*words, "--output-prefix", str(tmp_path / "whole")])
+    (whole,) = notes()
+    for number in (1, 2, 3):
+        run_part(words, tmp_path / "set", f"{number}/3")
+    of_parts = notes()
+    assert len(set(of_parts)) == 3
+    pack_main(["--data-path", str(tmp_path / "set")])
+    assert notes() == [whole] == of_parts[:1]
+
+
+def test_templates_named_in_one_folder_are_found_from_another(tokenizer_folder, tmp_path, monkeypatch):
+    for name in ("there", "elsewhere"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "there")
+    (tmp_path / "there/t.jsonl").write_bytes(lines_of(TASKS["chat"](CODE)))
+    for name in ("task", "all"):
+        (tmp_path / f"there/{name}.jinja").write_text(QWEN2 + f"{{# {name} #}}")
+    tasks = [{"name": "t", "path": "t.jsonl", "template": "task.jinja"}, {"name": "u", "path": "t.jsonl"}]
+    (tmp_path / "there/tasks.yaml").write_text(json.dumps(tasks))
+    words = ["--task-file", "tasks.yaml", "--tokenizer-model", str(tokenizer_folder), "--seq-length", "99"]
+    run_part([*words, "--chat-template", "all.jinja"], tmp_path / "set", "1/1")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    pack_main(["--data-path", str(tmp_path / "set")])
+    sources = read_ledger(tmp_path / "set").chat_template["sources"]
+    assert [(source["tasks"], source["source"][-9:-3]) for source in sources] == [(["t"], "# task"), (["u"], "{# all")]
+
+
 def changed_description(change):
     def edit(prefix):
         path = prefix.with_name(f"{prefix.name}.part-2-of-3_part.json")
@@ -149,6 +189,16 @@ def damaged(prefix):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
+
+
+def of_other_content(prefix):
+    """Batches of the same sizes that can be read, as another run of the part may have left them."""
+    path = prefix.with_name(f"{prefix.name}.part-2-of-3_batches.bin")
+    size, content = read_parts(prefix)[1].sizes[0], path.read_bytes()
+    batch = read_encoded(io.BytesIO(content[:size]), "", 0, False)
+    write_encoded(other := io.BytesIO(), dataclasses.replace(batch, ids=batch.ids[::-1]), 0)
+    path.write_bytes(other.getvalue() + content[size:])
+    assert len(other.getvalue()) == size
 
 
 def cut_off(prefix):
@@ -176,6 +226,7 @@ WRONG_PARTS = {
     "of another job": (of_another_count, "there are parts of 3 and of 4"),
     "the same one twice": (renamed, "holds part 1 of 3"),
     "damaged": (damaged, "part-2-of-3_batches.bin: missing or damaged"),
+    "of other content": (of_other_content, "part-2-of-3_batches.bin: missing or damaged"),
     "cut off": (cut_off, "part-2-of-3_batches.bin: missing or damaged"),
     "of another version": (changed_description(lambda part: part.update(format_version=0)), "a part of version 0"),
     "incomplete": (changed_description(lambda part: part.pop("sizes")), "damaged"),

@@ -274,6 +274,13 @@ def test_the_workers_do_not_change_a_byte(make_dataset, monkeypatch):
     assert files_of(make_dataset(workers=3)[0]) == files_of(alone)
 
 
+def test_a_stop_token_that_only_the_first_batch_has_is_enough(make_dataset, monkeypatch):
+    monkeypatch.setattr(TaskReader.batches, "__defaults__", (1,))  # each record is a batch
+    answered, bad = {"instruction": "q", "output": "a"}, {"instruction": "q"}
+    _, ledger = make_dataset({"t": [answered] * 3 + [bad]}, on_error="skip")
+    assert (ledger.tasks[0].kept, ledger.tasks[0].dropped) == (3, {"unknown_shape": 1})
+
+
 def test_samples_are_stored_by_task_in_the_order_of_their_files(make_dataset):
     records = {name: [{"text": f"{name} {i}"} for i in range(20)] for name in "ba"}
     prefix, ledger = make_dataset(records)

@@ -86,6 +86,17 @@ def test_a_task_in_several_data_sets_has_the_samples_of_all(make_dataset, tmp_pa
     check(str(tmp_path / "all"), ledger)
 
 
+def test_counts_of_a_task_in_several_data_sets_are_summed(make_dataset, tmp_path):
+    turns = [{"role": "developer", "content": "s"}, {"role": "user", "content": "q"}]
+    answered = {"messages": [*turns, {"role": "assistant", "content": "a"}], "topic": "t"}
+    halves = [answered] * 2 + [{"messages": turns}], [answered] * 3 + [{**answered, "source": "s"}]
+    prefixes = [make_dataset({"a": records}, on_error="skip")[0] for records in halves]
+    (merged,) = merge(prefixes, tmp_path / "all", OPTIONS)[0].tasks
+    (whole,) = make_dataset({"a": halves[0] + halves[1]}, on_error="skip")[1].tasks
+    assert (merged.noted, merged.unread_keys) == ({"developer_turn": 6}, {"source": 1, "topic": 6})
+    assert dataclasses.replace(merged, sources=whole.sources) == whole
+
+
 def test_a_ledger_without_a_later_key_is_merged_where_the_key_means_nothing(make_dataset, tmp_path):
     prefixes = [make_dataset({"a": TASKS["a"]})[0] for _ in range(2)]
     path = Path(f"{prefixes[0]}_dataset.json")
