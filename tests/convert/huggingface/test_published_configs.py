@@ -117,6 +117,21 @@ def test_the_original_context_beside_a_scaling_must_be_that_of_the_scaling(scali
     assert f"{ORIGINAL} is 12, but the rotary scaling has {read}" in said_of({**entries, ORIGINAL: 12})
 
 
+@pytest.mark.parametrize(
+    ("name", "old", "value"), [("rope_theta", "rotary_emb_base", 5e5), ("partial_rotary_factor", "rotary_pct", 0.5)]
+)
+def test_names_that_transformers_does_not_read_in_gpt_neox_must_agree_with_those_it_reads(name, old, value):
+    entries = {**CONVERTED["gpt-neox-20b"]["entries"]}
+    del entries[old]
+    assert AutoConfig.for_model(**entries, **{name: value}).rope_parameters[name] != value
+    assert f"it computes with {10000.0 if name == 'rope_theta' else 0.25}; give the right one as {old}" in said_of(
+        {**entries, name: value}
+    )
+    for agreeing in ({old: value}, {"rope_parameters": {"rope_type": "default", name: value}}):
+        assert said_of({**entries, **agreeing, name: value}) == said_of({**entries, **agreeing}) == ""
+    assert "it must be a number" in said_of({**entries, old: -1})
+
+
 def test_code_of_the_models_own_is_said_not_to_run():
     family = family_of(LLAMA)
     note = note_on_unread({**LLAMA, "auto_map": {"AutoConfig": "configuration.Own"}, "made\nup": 1}, family)

@@ -96,23 +96,33 @@ class PartialRope(Rope):
         parameters = config.get("rope_parameters") or {}
         if not isinstance(parameters, Mapping):
             raise InputError(f"rope_parameters is {parameters!r}; it must be an object")
-        entries = dict(parameters)
-        percents = _present(
-            entries.pop("partial_rotary_factor", None), config.get("rotary_pct"), config.get("partial_rotary_factor")
-        ) or [self._PERCENT]
-        bases = _present(config.get("rope_theta"), config.get("rotary_emb_base"))
-        if any(value != values[0] for values in (percents, bases) for value in values):
-            raise InputError(
-                "rotary_pct, rotary_emb_base and rope_parameters say different things; correct one of them"
-            )
-        percent = percents[0]
-        if not isinstance(percent, int | float):
-            raise InputError(f"rotary_pct is {percent!r}; it must be a number")
-        rope = super().read({**config, "rope_parameters": entries, "rope_theta": bases[0] if bases else None})
-        scaling = rope["rope_scaling"]
-        if percent < 1 and isinstance(scaling, str) and "yarn" in scaling:
+        scaling = config.get("rope_scaling") or {}
+        spellings = [entries for entries in (parameters, scaling) if isinstance(entries, Mapping)]
+        base = self._only(config, spellings, "rotary_emb_base", "rope_theta", self._theta)
+        percent = self._only(config, spellings, "rotary_pct", "partial_rotary_factor", self._PERCENT)
+        if not isinstance(percent, int | float) or not 0 < percent <= 1:
+            raise InputError(f"rotary_pct is {percent!r}; it must be a number above 0, at most 1")
+        entries = {name: value for name, value in parameters.items() if name != "partial_rotary_factor"}
+        rope = super().read({**config, "rope_parameters": entries, "rope_theta": base})
+        if percent < 1 and "yarn" in str(rope["rope_scaling"]):
             raise InputError("rotary scaling: yarn of a part of each head cannot be expressed")
         return {**rope, "rotary_percent": float(percent)}
+
+    @staticmethod
+    def _only(config: Config, spellings: list[Mapping[str, object]], old: str, name: str, default: float) -> object:
+        """The value that transformers computes with; ``name`` outside the two spellings is not read, and must agree."""
+        read = [
+            value for value in (*(entries.get(name) for entries in spellings), config.get(old)) if value is not None
+        ]
+        if any(value != read[0] for value in read):
+            raise InputError(f"{old} and the {name} of rope_parameters say different things; correct one of them")
+        value, beside = read[0] if read else default, config.get(name)
+        if beside is not None and beside != value:
+            raise InputError(
+                f"{name} is {beside!r}, which transformers does not read in this family: it computes with {value!r}; "
+                f"give the right one as {old}, and remove {name}"
+            )
+        return value
 
     def write(self, architecture: NetworkArguments) -> dict[str, object]:
         """Write both spellings, and GPT-NeoX's names."""
@@ -134,7 +144,3 @@ def _scaling_entries(architecture: NetworkArguments) -> dict[str, object]:
 def _parameters(architecture: NetworkArguments) -> dict[str, object]:
     """The value of ``rope_parameters``."""
     return {**_scaling_entries(architecture), "rope_theta": float(architecture.rotary_base)}
-
-
-def _present(*values: object) -> list[object]:
-    return [value for value in values if value is not None]
