@@ -6,6 +6,7 @@
 """
 
 import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from mft_megatron.arguments.notes import notes
@@ -65,7 +66,7 @@ def pretrain(
     evaluation = Evaluation(arguments, dataset)
     with process_groups.process_groups(arguments.distributed, arguments.initialization.seed):
         options = arguments.checkpoint
-        with _run_folder_reported(arguments):
+        with _reported_on_all_ranks(), _run_folder_reported(arguments):
             log = RunLog(process_groups.is_main(), options.save, arguments.logging)
         try:
             log.print(f"{arguments.world_size} rank(s) on {devices.describe()}")
@@ -82,8 +83,8 @@ def pretrain(
             ]
             for line in filter(None, lines):
                 log.print(line)
-            if options.save is not None and process_groups.is_main():
-                with _run_folder_reported(arguments):
+            with _reported_on_all_ranks(), _run_folder_reported(arguments):
+                if options.save is not None and process_groups.is_main():
                     _describe_run(Path(options.save), arguments, dataset, log, sources)
             progress, state = resume(arguments, trainer, log, sources)
             evaluation.load(state, log, progress)
@@ -149,7 +150,18 @@ def _run_folder_reported(arguments: Arguments) -> contextlib.AbstractContextMana
     folder, option = arguments.checkpoint.save, "--save"
     if folder is None:
         folder, option = arguments.logging.tensorboard_dir or ".", "--tensorboard-dir"
-    return disk_reported(Path(folder), "nothing was trained", f"choose another {option}", always=True)
+    return disk_reported(Path(folder), "nothing was trained", f"choose another {option}")
+
+
+@contextlib.contextmanager
+def _reported_on_all_ranks() -> Iterator[None]:
+    """Raise an error of the main process on every rank, so that none waits for it; a collective of all ranks."""
+    refusal = None
+    try:
+        yield
+    except InputError as error:
+        refusal = str(error)
+    process_groups.raise_on_all_ranks(refusal)
 
 
 def _describe_run(folder: Path, arguments: Arguments, dataset: PackedDataset, log: RunLog, sources: Sources) -> None:

@@ -9,7 +9,9 @@ import pytest
 
 from mft_megatron.arguments.command import parse_arguments
 from mft_megatron.errors import InputError
+from mft_megatron.mcore.parallel import process_groups
 from mft_megatron.training import pretrain
+from tests.ranks import run_on_ranks
 
 MODEL = "--num-layers 2 --hidden-size 32 --num-attention-heads 2 --micro-batch-size 1 --train-iters 1 --lr 1"
 
@@ -46,7 +48,24 @@ def test_a_run_folder_that_cannot_be_written_ends_the_run_before_training(datase
         raise OSError(errno.EROFS, "Read-only file system", f"{folder}/x")
     said = f"{folder}/x: the file system is read-only; nothing was trained. Choose another "
     assert str(caught.value).startswith(said + named)
-    assert caught.value.always
+
+
+def refusal_of_the_main_rank(words):
+    """Return the refusal that this rank of two gets where the main one alone cannot write the run folder."""
+    arguments = parse_arguments(words.split(), 2)
+    with process_groups.process_groups(arguments.distributed, seed=1):
+        try:
+            with pretrain._reported_on_all_ranks(), pretrain._run_folder_reported(arguments):
+                if process_groups.is_main():
+                    raise OSError(errno.EROFS, "Read-only file system", "runs/metrics.jsonl")
+        except InputError as error:
+            return str(error)
+
+
+def test_no_rank_waits_for_a_main_one_that_cannot_write_the_run_folder(dataset_prefix):
+    words = f"{MODEL} --data-path {dataset_prefix} --seq-length 128 --save runs"
+    said = "runs/metrics.jsonl: the file system is read-only; nothing was trained. Choose another --save"
+    assert run_on_ranks(2, refusal_of_the_main_rank, words) == [said, said]
 
 
 def test_a_tokenizer_that_cannot_be_read_is_not_the_fault_of_the_run_folder(dataset_prefix, tmp_path, monkeypatch):
