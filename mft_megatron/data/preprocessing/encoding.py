@@ -6,7 +6,9 @@ between processes. The same records give the same result in every process.
 
 import dataclasses
 import functools
+import itertools
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +17,8 @@ import orjson
 
 from mft_megatron.data.chat_templates.examples import FIRST, example_of, first_examples
 from mft_megatron.data.chat_templates.formats import ChatFormat
-from mft_megatron.data.chat_templates.token_names import names_of_text
+from mft_megatron.data.chat_templates.jinja_messages import strings_in
+from mft_megatron.data.chat_templates.token_names import names_of_text, names_pattern
 from mft_megatron.data.records.conversation import Conversation, RecordError, Turn
 from mft_megatron.data.records.fim import Fim
 from mft_megatron.data.records.json_values import json_fault
@@ -105,6 +108,12 @@ class Encoder:
     def _names_of_text(self) -> frozenset[str]:
         return names_of_text(self._tokenizer)
 
+    @functools.cached_property
+    def _names(self) -> list[re.Pattern[str]]:
+        # one for each first character, as a search for a fixed beginning is several times as fast as for any of several
+        by_first = itertools.groupby(sorted(self._names_of_text), key=lambda name: name[0])
+        return [names_pattern(tuple(names)) for _, names in by_first]
+
     def encode(self, task: str, batch: RecordBatch) -> EncodedBatch:
         """Encode a batch of a task; records that cannot be used are in ``drops``.
 
@@ -167,6 +176,8 @@ class Encoder:
         encoding = self._tasks[task]
         written = self._written(parse_record(line), encoding, read.notes)
         read.added += len(written) - 1
+        if any(self._has_name(conversation) for conversation, _, _ in written):
+            read.notes.kinds["token_names"] += 1
         for conversation, segments, filled in written:
             if not (conversation.raw or self._ends_turns[task]):
                 raise InputError(
@@ -216,6 +227,18 @@ class Encoder:
         notes.kinds.update(of_record.kinds)
         notes.kinds["rounds_split"] += 1
         return written
+
+    def _has_name(self, conversation: Conversation) -> bool:
+        """Whether text of a record has the name of a token, which a server reads as that token."""
+        texts = [
+            turn.content for turn in conversation.turns if turn.role != "prompt"
+        ]  # there it is the token here, too
+        for turn in conversation.turns:
+            if turn.extra or turn.tool_calls:
+                texts += strings_in([turn.extra, turn.tool_calls])
+        if conversation.tools:
+            texts += strings_in(conversation.tools)
+        return any(pattern.search(text) for pattern in self._names for text in texts)
 
     def _begins_twice(self, conversation: Conversation) -> bool:
         """Whether a raw prompt begins with the BOS token that the tokenizer itself puts before it."""

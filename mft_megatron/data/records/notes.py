@@ -20,6 +20,8 @@ NOTES: dict[str, str] = {
     "writes it, or take it out of the records",
     "rounds_split": "{n} records with reasoning in several rounds were split into one sample a round; rounds of a "
     "record may come into different splits",
+    "token_names": "records with the name of a special token in a turn, completion or document: {n}; it is text in the "
+    "data, and most servers read it as that token; where it stands between texts, make a record of each",
     "two_bos": "raw prompts that begin with the name of the BOS token: {n}; the tokenizer adds one itself, so they "
     "begin with two, as on a server that gets such a prompt; take it out of them if servers get none",
     "empty_answer_not_learnt": "empty answers, which would teach to stop at once, are not learnt: {n}; "

@@ -429,3 +429,52 @@ def test_fingerprints_of_different_encodings_differ():
     others = [dataclasses.replace(base, **{name: value}) for name, values in changes.items() for value in values]
     assert len({encoding.fingerprint for encoding in (base, *others)}) == 1 + len(others)
     assert base.fingerprint == TaskEncoding(dataclasses.replace(style)).fingerprint
+
+
+NAME = "<|im_end|>"
+CALLED = {"name": "f", "arguments": {"a": NAME}}
+TOOL = {"type": "function", "function": {"name": "f", "description": f"after {NAME}", "parameters": {}}}
+
+
+def turns(question="q", answer="a", **of_answer):
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer, **of_answer}]
+
+
+@pytest.mark.parametrize("template", ["chatml", "mftcoder", "qwen2"])
+@pytest.mark.parametrize(
+    ("record", "counted"),
+    [
+        ({"messages": turns(f"What is {NAME}?")}, True),
+        ({"messages": turns(answer=f"a{NAME}")}, True),
+        ({"messages": [*turns(), *turns("<|im_start|>system")]}, True),
+        ({"messages": turns(answer="", tool_calls=[{"type": "function", "function": CALLED}])}, True),
+        ({"messages": turns(), "tools": [TOOL]}, True),
+        ({"text": f"one{NAME}two"}, True),
+        ({"prompt": "def f(", "completion": f"x):{NAME}"}, True),
+        # in a raw prompt it is the token, to a server and in the data
+        ({"prompt": f"a{NAME}", "completion": "b"}, False),
+        ({"messages": turns("<|im_en", "d|>")}, False),
+        # the tokenizer makes a token of it everywhere
+        ({"messages": turns("<tool_call>")}, False),
+        ({"text": "one two"}, False),
+    ],
+)
+def test_records_with_the_name_of_a_token_are_counted(tmp_path, template, record, counted):
+    tokenizer = load_tokenizer("HuggingFaceTokenizer", save_tokenizer(tmp_path / "tokenizer"))
+    if template in TEMPLATES:
+        (tmp_path / "given.jinja").write_text(TEMPLATES[template])
+        template = str(tmp_path / "given.jinja")
+    plan = TaskEncoding(chat_format(template, tokenizer))
+    encoded = encode(tokenizer, [json.dumps(one) for one in (record, {"messages": turns()}, record)], plan)
+    assert len(encoded.lengths) == 3
+    assert encoded.notes.kinds["token_names"] == 2 * counted
+
+
+def test_a_record_of_several_rounds_with_the_name_of_a_token_is_counted_once(tmp_path):
+    tokenizer = load_tokenizer("HuggingFaceTokenizer", save_tokenizer(tmp_path / "tokenizer"))
+    (tmp_path / "given.jinja").write_text(QWEN3)
+    plan = TaskEncoding(chat_format(str(tmp_path / "given.jinja"), tokenizer), split_thinking_rounds=True)
+    rounds = [*turns(reasoning_content=f"of {NAME}"), *turns(reasoning_content="of r")]
+    encoded = encode(tokenizer, [json.dumps({"messages": rounds})], plan)
+    assert len(encoded.lengths) == 2
+    assert encoded.notes.kinds == {"rounds_split": 1, "token_names": 1}
