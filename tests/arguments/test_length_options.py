@@ -81,6 +81,9 @@ def test_a_configuration_of_the_run_is_read_again_and_overridden(tmp_path):
     assert parse(again, base="") == a
     longer = parse(f"{again} --num-train-epochs 3", base="")
     assert (longer.training.train_iters, longer.learning_rate.lr_decay_iters) == (7, 7)
+    other = parse("--num-train-epochs 2 --global-batch-size 8 --lr-decay-iters 3")
+    path.write_text(effective_configuration(other.as_options(), 1))
+    assert parse(again, base="") == other  # a decay that was given is not that of the run's length
     counted = parse(f"{again} --train-iters 4", base="")
     assert (counted.training.num_train_epochs, counted.training.train_iters) == (None, 4)
     file = tmp_path / "counted.json"

@@ -12,7 +12,7 @@ from mft_megatron.convert.commands.huggingface import hf_to_mcore, mcore_to_hf
 from mft_megatron.convert.huggingface import safetensors_reader
 from mft_megatron.convert.huggingface.families.table import FAMILIES
 from mft_megatron.convert.huggingface.mapped_weight import names_of
-from mft_megatron.convert.huggingface.weight_names import find_renaming
+from mft_megatron.convert.huggingface.weight_names import find_renaming, has_adapters
 from mft_megatron.errors import InputError
 from tests.convert import tiny_models
 from tests.ranks import run_on_ranks
@@ -121,6 +121,22 @@ def test_a_server_does_not_find_renamed_weights(model, capsys):
     with pytest.raises((InputError, SystemExit)):
         check(["--hf", str(model)])
     assert "as PEFT names it, and so are all others, where servers do not find them" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("part", "found"),
+    [
+        ("self_attn.q_proj.lora_A.default.weight", True),
+        ("self_attn.q_proj.lora_B.weight", True),
+        ("embed_tokens.lora_embedding_A", True),
+        ("self_attn.q_proj.lora_magnitude_vector", True),
+        ("self_attn.q_proj.base_layer.weight", True),
+        ("lm_head.modules_to_save.default.weight", True),
+        ("self_attn.q_proj.weight", False),
+    ],
+)
+def test_each_kind_of_an_adapter_s_weights_is_known(part, found):
+    assert has_adapters(["model.norm.weight", f"base_model.model.model.layers.0.{part}"]) == found
 
 
 def drop(*parts):
