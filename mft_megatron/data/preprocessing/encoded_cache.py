@@ -24,7 +24,7 @@ from mft_megatron.data.tasks.record_batches import RecordBatch
 from .encoded_batch import Drop, EncodedBatch
 
 # raise it when the same records are encoded otherwise than before
-VERSION = 6
+VERSION = 7
 
 
 class EncodedCache:

@@ -21,7 +21,7 @@ from mft_megatron.data.chat_templates.jinja_messages import strings_in
 from mft_megatron.data.chat_templates.token_names import names_of_text, names_pattern
 from mft_megatron.data.records.conversation import Conversation, RecordError, Turn
 from mft_megatron.data.records.fim import Fim
-from mft_megatron.data.records.json_values import json_fault
+from mft_megatron.data.records.json_values import json_fault, refuse_repeated_keys
 from mft_megatron.data.records.notes import RecordNotes
 from mft_megatron.data.records.record_formats import read_record
 from mft_megatron.data.records.rounds import split_rounds
@@ -34,6 +34,9 @@ from mft_megatron.errors import InputError
 from .batched_texts import BatchedSamples, KnownTexts, SampleError
 from .encoded_batch import Drop, EncodedBatch, drop_unsupervised
 from .prompt_spaces import with_prompt_spaces
+
+# records of each batch that are looked at for repeated keys: those that write them do so in all records
+_LOOKED_AT = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +133,8 @@ class Encoder:
                 continue
             records += 1
             try:
+                if records <= _LOOKED_AT:
+                    refuse_repeated_keys(line)
                 self._read(task, batch, number, line, read)
             except RecordError as error:
                 drops.append(Drop(batch.path, number, error.reason, str(error), batch.of_array))

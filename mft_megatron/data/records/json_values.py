@@ -1,8 +1,10 @@
 """Checked reading of the JSON values in a record; every error names the value's position in the record."""
 
+import collections
 import json
 import sys
 from collections.abc import Mapping
+from typing import Any
 
 from .conversation import RecordError
 
@@ -54,6 +56,35 @@ def parse_json(text: str, name: str, reason: str) -> object:
         return json.loads(text)
     except (RecursionError, ValueError) as error:
         raise RecordError(reason, f"{name} is not JSON{json_fault(error)}") from None
+
+
+# records longer than this are not looked at for repeated keys, as they would be in memory once more
+_LONGEST_CHECKED = 1 << 20
+
+
+def refuse_repeated_keys(line: Any) -> None:
+    """Refuse a record of which an object has a key twice: JSON's readers take the last one without a word.
+
+    Args:
+        line: the record as JSON; one that is long, is not JSON or is a row of a table passes.
+
+    Raises:
+        RecordError: a key is in an object twice.
+    """
+    if not isinstance(line, bytes) or len(line) > _LONGEST_CHECKED:
+        return
+    repeated: list[str] = []
+
+    def look(pairs: list[tuple[str, object]]) -> None:
+        if len(dict(pairs)) < len(pairs):
+            repeated.append(collections.Counter(key for key, _ in pairs).most_common(1)[0][0])
+
+    try:
+        json.loads(line, object_pairs_hook=look)
+    except (RecursionError, ValueError):
+        return  # the reader's error says more
+    if repeated:
+        raise RecordError("repeated_key", f"the key {repeated[0][:40]!r} is in an object twice; keep one of the two")
 
 
 def json_fault(error: RecursionError | ValueError) -> str:

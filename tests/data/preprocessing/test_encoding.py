@@ -234,6 +234,21 @@ BAD_LINES = {
 }
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"text": "t", "k": "a", "k": "b"}',
+        b'{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "k": 1, "k": 1}]}',
+        b'{"text": "t", "meta": {"x": [{"\\u006b": 1, "k": null}]}}',
+    ],
+)
+def test_a_repeated_key_refuses_the_first_records_of_a_batch(tokenizer, line):
+    good = b'{"text": "k", "meta": [{"k": "k"}, {"k": "\\"k\\": 1, \\"k\\": 2"}]}'
+    encoded = encode(tokenizer, [good, b" ", line, *[good] * 14, line])
+    message = "the key 'k' is in an object twice; keep one of the two"
+    assert [(drop.line, drop.reason, drop.message) for drop in encoded.drops] == [(3, "repeated_key", message)]
+
+
 def test_every_line_is_accounted_for(tokenizer):
     good = b'{"prompt": "a", "completion": "b"}\r\n'
     encoded = encode(tokenizer, [b"", good, b" \t\r\n", *BAD_LINES, good])
