@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mft_megatron.data.chat_templates.trained_format import TrainedFormat
-from mft_megatron.data.tokenizers.tokenizer_files import read_chat_template, read_json_object
+from mft_megatron.data.tokenizers.tokenizer_files import read_chat_template
 from mft_megatron.errors import InputError
+from mft_megatron.json_files import read_json_object
 from mft_megatron.run_folder import CheckpointInfo
 
-from .model_folder import CONFIG, GENERATION, TEMPLATES, read_object
+from .model_folder import CONFIG, GENERATION, TEMPLATES
 from .stored_model import special_tokens
 
 _JINJA, _OLD, _TOKENIZER_CONFIG = "chat_template.jinja", "chat_template.json", "tokenizer_config.json"
@@ -109,7 +110,7 @@ def write_stop_tokens(info: CheckpointInfo, folder: Path, also: Sequence[int] = 
         if tokens := {**special_tokens(info), **({"eos_token_id": stops} if stops else {})}:
             file.write_text(json.dumps(tokens, indent=2) + "\n")
         return []
-    content = read_object(file, "write it again")
+    content = read_json_object(file, "write it again")
     before = stop_tokens_in(folder, content)
     added = [stop for stop in stops if stop not in before]
     if not added:
@@ -133,10 +134,10 @@ def stop_tokens_in(folder: Path, generation: Mapping[str, object] | None = None)
     """
     if generation is None:
         file = folder / GENERATION
-        generation = read_object(file, "write it again") if file.is_file() else {}
+        generation = read_json_object(file, "write it again") if file.is_file() else {}
     eos = generation.get("eos_token_id")
     if eos is None and (folder / CONFIG).is_file():
-        eos = read_object(folder / CONFIG, "write it again").get("eos_token_id")
+        eos = read_json_object(folder / CONFIG, "write it again").get("eos_token_id")
     return eos if isinstance(eos, list) else [eos] if isinstance(eos, int) else []
 
 

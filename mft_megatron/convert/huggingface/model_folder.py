@@ -1,6 +1,5 @@
 """Files of a Hugging Face model besides its weights: read, and kept byte by byte until the model is exported again."""
 
-import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 from mft_megatron.arguments.groups.network import NetworkArguments
 from mft_megatron.convert.huggingface.families.table import family_of, note_on_unread
 from mft_megatron.errors import InputError
-from mft_megatron.git_lfs import refuse_pointer
+from mft_megatron.json_files import read_json_object
 from mft_megatron.run_folder import INFO, TOKENIZER_FILES, TRACKER
 
 from .config_entries.entry import whole_number
@@ -31,7 +30,7 @@ def read_config(folder: Path) -> dict[str, object]:
     file = folder / CONFIG
     if not file.is_file():
         raise InputError(f"{folder}: {_no_config(folder)}")
-    return read_object(file, "download it again")
+    return read_json_object(file, "download it again")
 
 
 def _no_config(folder: Path) -> str:
@@ -49,25 +48,6 @@ def _no_config(folder: Path) -> str:
     if (folder / TRACKER).is_file() or (folder / INFO).is_file():
         return f"has no {CONFIG}, as it holds checkpoints; export one with convert_checkpoint.py mcore-to-hf --load"
     return f"has no {CONFIG}; give the folder of a model"
-
-
-def read_object(file: Path, remedy: str) -> dict[str, object]:
-    """Read a JSON file that must be an object.
-
-    Args:
-        remedy: what the user can do about a damaged file.
-
-    Raises:
-        InputError: the file is not a JSON object.
-    """
-    refuse_pointer(file)
-    try:
-        content = json.loads(file.read_text())
-    except ValueError as error:
-        raise InputError(f"{file}: not JSON ({error}); {remedy}") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{file}: not a JSON object; {remedy}")
-    return content
 
 
 def read_architecture(folder: Path) -> tuple[Family, NetworkArguments, int]:

@@ -155,7 +155,7 @@ class WeightFiles:
     def _read_index(self, index: Path) -> None:
         refuse_pointer(index)
         try:
-            weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             names_by_file: dict[str, set[str]] = {}
             for name, file in weight_map.items():
                 if name.endswith(COMPUTED_BUFFERS):

@@ -36,7 +36,7 @@ def read_model_section(file: Path) -> Mapping[str, object]:
         InputError: the file is damaged or has no such section.
     """
     try:
-        content = yaml.safe_load(file.read_text())
+        content = yaml.safe_load(file.read_bytes())
     except yaml.YAMLError as error:
         raise InputError(f"{RUN_CONFIG} is damaged ({' '.join(str(error).split())})") from None
     section = content.get("model") if isinstance(content, dict) else None

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
-from mft_megatron.convert.huggingface.model_folder import read_object
 from mft_megatron.errors import InputError
+from mft_megatron.json_files import read_json_object
 from mft_megatron.lora import Lora
 
 from .adapted_weights import AdaptedMatrix
@@ -143,7 +143,7 @@ def read_config(folder: Path) -> PeftConfig:
     if not file.is_file():
         problem = f"has no {CONFIG}" if folder.is_dir() else "is no folder"
         raise InputError(f"{folder}: {problem}; give the folder of a PEFT adapter")
-    content = read_object(file, "write the adapter again")
+    content = read_json_object(file, "write the adapter again")
     try:
         _refuse_inexpressible(content)
         return _read(content)

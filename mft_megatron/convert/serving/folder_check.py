@@ -12,11 +12,11 @@ from mft_megatron.convert.huggingface.model_folder import (
     GENERATION,
     read_architecture,
     read_config,
-    read_object,
 )
 from mft_megatron.convert.huggingface.safetensors_reader import WeightFiles
 from mft_megatron.convert.huggingface.weight_check import refuse_mismatch
 from mft_megatron.errors import InputError
+from mft_megatron.json_files import read_json_object
 from mft_megatron.mcore.platform.precisions import BY_DTYPE
 
 from .finding import Finding
@@ -72,7 +72,7 @@ def _stop_tokens(
         yield Finding("missing", GENERATION, f"servers then stop at the eos_token_id of {CONFIG}")
     else:
         try:
-            generation = read_object(file, "write it again")
+            generation = read_json_object(file, "write it again")
         except InputError as error:
             yield Finding("wrong", GENERATION, str(error))
             return

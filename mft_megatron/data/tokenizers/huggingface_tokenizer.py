@@ -9,13 +9,14 @@ from typing import Any, cast
 
 from mft_megatron.errors import InputError
 from mft_megatron.git_lfs import refuse_pointer
+from mft_megatron.json_files import read_json_object
 
 from .backends import FastBackend
 from .beginnings import never, space_rule
 from .gigatoken_backend import gigatoken_of_json
 from .missing_files import JSON, remedy_for, without_json
 from .tokenizer import SpecialToken, Tokenizer
-from .tokenizer_files import read_chat_template, read_json_object
+from .tokenizer_files import read_chat_template
 from .tokenizer_json import TokenizerJson, class_name
 
 

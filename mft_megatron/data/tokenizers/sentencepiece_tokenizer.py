@@ -9,13 +9,14 @@ from typing import Any
 
 from mft_megatron.errors import InputError
 from mft_megatron.git_lfs import refuse_pointer
+from mft_megatron.json_files import read_json_object
 
 from .backends import FastBackend
 from .beginnings import always, never, unless_space
 from .gigatoken_backend import gigatoken_of_sentencepiece
 from .missing_files import SENTENCEPIECE, remedy_for, without_model
 from .tokenizer import SpecialToken, Tokenizer
-from .tokenizer_files import read_chat_template, read_json_object
+from .tokenizer_files import read_chat_template
 from .tokenizer_json import LLAMA_CLASSES, class_name
 
 _PROBE = "if x:\n\treturn  1\n"

@@ -1,27 +1,10 @@
-"""Small files beside a tokenizer: JSON objects and the chat template."""
+"""The chat template beside a tokenizer."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 from mft_megatron.errors import InputError
 from mft_megatron.git_lfs import refuse_pointer
-
-
-def read_json_object(file: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        InputError: the file is not JSON, or JSON of another kind.
-    """
-    refuse_pointer(file)
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{file}: not JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{file}: not a JSON object")
-    return content
+from mft_megatron.json_files import read_json_object
 
 
 def read_chat_template(folder: Path) -> str | None:
