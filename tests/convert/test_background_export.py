@@ -32,6 +32,8 @@ if (checkpoint / "bad").exists():
 if (checkpoint / "killed").exists():
     print("warning: a newer release", flush=True)
     os.abort()
+print("converted")
+print("note: the stop tokens differ")
 words = [direction, sys.argv[3], os.environ.get("RANK"), os.environ["CUDA_VISIBLE_DEVICES"]]
 os.makedirs(folder)
 pathlib.Path(folder, "words.json").write_text(json.dumps(words))
@@ -89,6 +91,14 @@ def test_one_after_the_other(exports, tmp_path):
         words = json.loads((tmp_path / "out" / path.name / "words.json").read_text())
         assert words == ["mcore-to-hf", str(path), None, ""]
     assert os.environ["RANK"] == "0"
+
+
+def test_a_note_of_several_exports_is_printed_once(exports, tmp_path, capfd):
+    within(exports, lambda: [exports.add(checkpoint(tmp_path, number)) for number in (2, 4, 6)])
+    output = capfd.readouterr().out
+    assert output.count("--save-hf: note: the stop tokens differ\n") == 1
+    assert output.count("seconds") == 3
+    assert "converted" not in output
 
 
 def test_a_failure_is_reported_and_later_exports_go_on(exports, tmp_path, capfd):

@@ -291,6 +291,39 @@ def test_completions_are_filled_in_after_their_prompt(code_llama, spm):
     assert encoded.mask.tolist() == [0] * len(before) + [1] * (len(middle) + 1)
 
 
+LLAMA = {"tokenizer_class": "LlamaTokenizer", "legacy": True}
+
+
+@pytest.mark.parametrize("kind", ["HuggingFaceTokenizer", "SentencePieceTokenizer"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tokenizer_class": "CodeLlamaTokenizer"},
+        {"tokenizer_class": "GemmaTokenizer"},
+        {"legacy": False},
+        {"add_prefix_space": False},
+        {"add_bos_token": True},
+    ],
+)
+def test_samples_that_begin_otherwise_are_of_another_key(
+    llama_like_folder, sentencepiece_model, tmp_path, kind, change
+):
+    """Cached batches are found by the key, and parts of a data set are compared by it."""
+    keys, samples = [], []
+    for name, config in (("before", LLAMA), ("after", {**LLAMA, **change})):
+        folder = shutil.copytree(llama_like_folder, tmp_path / name)
+        shutil.copy(sentencepiece_model, folder / "tokenizer.model")
+        file = folder / "tokenizer_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **config}))
+        tokenizer = load_tokenizer(kind, folder)
+        keys.append(tokenizer.encoding_key)
+        samples.append(first_ids(tokenizer, *({"text": text} for text in ("x", " x", "</s>y"))))
+        samples[-1] += first_ids(tokenizer, {"prompt": "a</s>b", "completion": "c"})
+    # only the class of SentencePiece reads the last of these keys
+    assert (samples[0] != samples[1]) == ("add_bos_token" not in change or kind == "SentencePieceTokenizer")
+    assert keys[0] != keys[1] or samples[0] == samples[1]
+
+
 MISTRAL = ("[PREFIX]", "[SUFFIX]", "[MIDDLE]")
 
 
