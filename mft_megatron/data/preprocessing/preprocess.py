@@ -237,4 +237,5 @@ def _tokenizer_entry(tokenizer: Tokenizer) -> TokenizerEntry:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        beginning_key=tokenizer.beginning_key,
     )

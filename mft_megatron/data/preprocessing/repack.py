@@ -105,6 +105,14 @@ def _refuse_different(ledgers: dict[str, Ledger], output_prefix: Path) -> None:
                 f"--data-path {prefix}: made with another tokenizer ({ledger.tokenizer.model}) than {first_prefix} "
                 f"({first.tokenizer.model}); preprocess one of them again"
             )
+    known = [(prefix, ledger.tokenizer) for prefix, ledger in ledgers.items() if ledger.tokenizer.beginning_key]
+    for prefix, tokenizer in known:
+        if tokenizer.beginning_key != known[0][1].beginning_key:
+            raise InputError(
+                f"--data-path {prefix}: its tokenizer ({tokenizer.model}) begins texts otherwise than that of "
+                f"{known[0][0]} ({known[0][1].model}), by the tokenizer_config.json beside each; preprocess one of "
+                "them again"
+            )
     for prefix in ledgers:
         if Path(prefix).resolve() == output_prefix.resolve():
             raise InputError(f"--output-prefix {output_prefix}: is one of the data sets to merge; choose a new one")

@@ -89,6 +89,7 @@ class TokenizerEntry:
     Attributes:
         model: path of the tokenizer when the data set was made.
         fingerprint: sha256 of its content.
+        beginning_key: text of everything else that decides how texts begin; ``None`` where it is not known.
     """
 
     type: str
@@ -98,6 +99,7 @@ class TokenizerEntry:
     bos_token_id: int | None
     eos_token_id: int
     pad_token_id: int
+    beginning_key: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ from .gigatoken_backend import gigatoken_of_json
 from .missing_files import JSON, remedy_for, without_json
 from .tokenizer import SpecialToken, Tokenizer
 from .tokenizer_files import read_chat_template
-from .tokenizer_json import TokenizerJson, class_name
+from .tokenizer_json import LLAMA_CLASSES, TokenizerJson, class_name
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -130,7 +130,10 @@ class HuggingFaceTokenizer(Tokenizer):
     @property
     def beginning_key(self) -> str:
         """Text of everything besides :attr:`fingerprint` that decides :attr:`beginning`."""
-        return repr([class_name(self._config), *map(self._config.get, ("legacy", "add_prefix_space"))])
+        name = class_name(self._config)
+        if name not in LLAMA_CLASSES:
+            return repr([])
+        return repr([name, bool(self._config.get("legacy")), self._config.get("add_prefix_space") is False])
 
     @functools.cached_property
     def _own(self) -> Any:

@@ -141,7 +141,10 @@ class SentencePieceTokenizer(Tokenizer):
     @property
     def beginning_key(self) -> str:
         """Text of everything besides :attr:`fingerprint` that decides :attr:`beginning`."""
-        return repr([*map(self._config.get, ("tokenizer_class", "add_bos_token", "add_prefix_space", "legacy"))])
+        llama = self._class_name if self._class_name in LLAMA_CLASSES else ""
+        never_space = self._config.get("add_prefix_space") is False
+        rules = [llama, bool(self._config.get("legacy")), never_space] if llama else []
+        return repr([*rules, bool(self._ids_before_texts())])
 
     @functools.cached_property
     def _config(self) -> dict[str, Any]:

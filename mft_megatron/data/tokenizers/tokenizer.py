@@ -121,7 +121,7 @@ class Tokenizer(abc.ABC):
     @property
     @abc.abstractmethod
     def beginning_key(self) -> str:
-        """Text of everything besides :attr:`fingerprint` that decides :attr:`beginning`."""
+        """Text of everything besides :attr:`fingerprint` that decides :attr:`beginning`; equal where that is equal."""
 
     @property
     def encoding_key(self) -> str:

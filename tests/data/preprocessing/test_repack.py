@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,32 @@ def test_a_ledger_without_a_later_key_is_merged_where_the_key_means_nothing(make
     path.write_text(json.dumps(content))
     with pytest.raises(InputError, match=r"made with fim_end None, and with <\|endoftext\|> in a data set before it"):
         merge(prefixes, tmp_path / "other", OPTIONS)
+
+
+def test_data_sets_whose_tokenizers_begin_texts_otherwise_are_not_merged(make_dataset, tokenizer_folder, tmp_path):
+    def made(name, **changes):
+        folder = shutil.copytree(tokenizer_folder, tmp_path / name)
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        (folder / "tokenizer_config.json").write_text(json.dumps({**config, **changes}))
+        return make_dataset({name: TASKS["a"]}, tokenizer_model=str(folder))[0]
+
+    plain, same = made("plain"), made("same", tokenizer_class="GPT2TokenizerFast", legacy=False)
+    llama, same_llama, legacy = (
+        made(name, tokenizer_class="LlamaTokenizer", **changes)
+        for name, changes in (("llama", {}), ("same_llama", {"legacy": False}), ("legacy", {"legacy": True}))
+    )
+    for number, prefixes in enumerate(([plain, same], [llama, same_llama])):
+        assert len(merge(prefixes, tmp_path / f"all{number}", OPTIONS)[0].tasks) == 2
+    for prefixes in ([plain, llama], [llama, legacy]):
+        with pytest.raises(InputError, match=r"begins texts otherwise than that of .*; preprocess one of them again"):
+            merge(prefixes, tmp_path / "other", OPTIONS)
+    path = Path(f"{plain}_dataset.json")
+    content = json.loads(path.read_text())
+    del content["tokenizer"]["beginning_key"]  # of a data set that was made before it was known
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match="begins texts otherwise"):
+        merge([plain, llama, legacy], tmp_path / "other", OPTIONS)
+    assert len(merge([plain, llama], tmp_path / "older", OPTIONS)[0].tasks) == 2
 
 
 def test_data_sets_that_cannot_be_merged_are_refused(make_dataset, tmp_path, train_sentencepiece):
