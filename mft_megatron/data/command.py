@@ -62,16 +62,20 @@ def pack_main(command_line: Sequence[str]) -> None:
     groups = [("data sets", DataSetOptions), ("packing", PackingArguments)]
     options = read_groups(groups, command_line, "pack_data.py", _previous_packing)
     sets, packing = options[DataSetOptions], options[PackingArguments]
-    from mft_megatron.data.preprocessing.part_entry import has_parts
+    from mft_megatron.data.preprocessing.merged_parts import merged_parts
+    from mft_megatron.data.preprocessing.part_entry import delete_parts, has_parts
     from mft_megatron.data.preprocessing.parts import merge_parts
     from mft_megatron.data.preprocessing.repack import add_length, merge
 
     if sets.output_prefix is None and len(sets.data_path) > 1:
         raise InputError("--data-path: several data sets are merged into a new one; give it an --output-prefix")
-    if sets.output_prefix is None and has_parts(sets.data_path[0]):
-        ledger, notices = merge_parts(sets.data_path[0], packing.parsed())
-    elif sets.output_prefix is None:
-        ledger, notices = add_length(sets.data_path[0], packing.parsed())
+    if sets.output_prefix is None:
+        merged = merged_parts(sets.data_path[0])
+        make = merge_parts if has_parts(sets.data_path[0]) and not merged else add_length
+        ledger, notices = make(sets.data_path[0], packing.parsed())
+        if merged:
+            delete_parts(sets.data_path[0], merged)
+            notices.append(f"the data set had been merged before; {len(merged)} parts that were left were deleted")
     else:
         ledger, notices = merge(sets.data_path, _output_prefix(sets.output_prefix), packing.parsed())
     _report(ledger, notices, sets.output_prefix or sets.data_path[0])
@@ -112,12 +116,13 @@ def _previous_packing(given: Mapping[str, Any]) -> dict[str, Any]:
     """
     if "data_path" not in given:
         return {}
+    from mft_megatron.data.preprocessing.merged_parts import merged_parts
     from mft_megatron.data.preprocessing.part_entry import has_parts
     from mft_megatron.data.preprocessing.parts import packing_of_parts
 
     prefix = given["data_path"][0]
     parts = "output_prefix" not in given and has_parts(prefix)
-    if parts:
+    if parts and not merged_parts(prefix):
         previous = packing_of_parts(prefix)
     else:
         previous = PackingOptions.from_entry(next(iter(read_ledger(prefix).lengths.values())), prefix)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -84,11 +85,11 @@ class PartEntry:
 
 def has_parts(prefix: str | Path) -> bool:
     """Whether there are parts of the data set ``prefix``."""
-    return bool(_found(Path(prefix)))
+    return bool(found_parts(Path(prefix)))
 
 
-def _found(prefix: Path) -> dict[Part, Path]:
-    """Descriptions of the parts of a data set."""
+def found_parts(prefix: Path) -> dict[Part, Path]:
+    """Find the descriptions of the parts of a data set."""
     name = re.compile(re.escape(prefix.name) + r"\.part-([0-9]+)-of-([0-9]+)" + re.escape(DESCRIPTION))
     files = os.listdir(prefix.parent) if prefix.parent.is_dir() else []
     matches = [match for file in sorted(files) if (match := name.fullmatch(file))]
@@ -102,7 +103,7 @@ def read_parts(prefix: str | Path) -> list[PartEntry]:
         InputError: a part is missing, damaged, of another version, or made from other input or with other options than
             the first.
     """
-    found = _found(Path(prefix))
+    found = found_parts(Path(prefix))
     counts = sorted({part.count for part in found})
     if len(counts) != 1:
         raise InputError(
@@ -116,13 +117,25 @@ def read_parts(prefix: str | Path) -> list[PartEntry]:
             f"--data-path {prefix}: part {missing[0]} of {counts[0]} is missing{more}; run preprocess_data.py --part "
             f"{missing[0]}/{counts[0]} with the options of the others, or delete parts that an earlier job left"
         )
-    parts = [_read_entry(part, file) for part, file in sorted(found.items())]
+    parts = [read_part(part, file) for part, file in sorted(found.items())]
     for other in parts[1:]:
         _refuse_different(parts[0], other, prefix)
     return parts
 
 
-def _read_entry(part: Part, file: Path) -> PartEntry:
+def delete_parts(prefix: str | Path, parts: Iterable[Part]) -> None:
+    """Delete the files of parts, the descriptions last, so that an interrupted deletion can be found and finished."""
+    for part in parts:
+        for suffix in (BATCHES, DESCRIPTION):
+            Path(f"{part.prefix(Path(prefix))}{suffix}").unlink(missing_ok=True)
+
+
+def read_part(part: Part, file: Path) -> PartEntry:
+    """Read the description of a part.
+
+    Raises:
+        InputError: it is damaged, of another version, or of another part.
+    """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         versions = content.pop("format"), content.pop("format_version")

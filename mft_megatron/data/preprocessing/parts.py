@@ -32,7 +32,7 @@ from mft_megatron.errors import InputError
 
 from .encoded_batch import EncodedBatch
 from .encoded_cache import read_encoded, write_encoded
-from .part_entry import BATCHES, DESCRIPTION, Part, PartEntry, read_parts
+from .part_entry import BATCHES, DESCRIPTION, Part, PartEntry, delete_parts, read_parts
 from .preprocess import with_reference_if_wrong, write_data_set
 from .read_input import ReadInput
 from .recipe import Prepared, Recipe, bytes_needed, describe, prepare
@@ -167,9 +167,7 @@ def merge_parts(prefix: str, options: PackingOptions) -> tuple[Ledger, list[str]
         _PartsInput(Path(prefix), parts) as encoded,
     ):
         ledger, notices = write_data_set(recipe, prepared, encoded, files)
-    for entry in parts:
-        for suffix in (DESCRIPTION, BATCHES):
-            Path(f"{entry.part.prefix(Path(prefix))}{suffix}").unlink(missing_ok=True)
+    delete_parts(prefix, [entry.part for entry in parts])
     return ledger, [*notices, f"{len(parts)} parts were merged, and their files deleted"]
 
 

@@ -101,6 +101,11 @@ class TokenizerEntry:
     pad_token_id: int
     beginning_key: str | None = None
 
+    @property
+    def encoding_key(self) -> str:
+        """Text of everything that decides the ids of samples, as of the tokenizer itself."""
+        return f"{self.fingerprint}/{self.beginning_key}"
+
 
 @dataclasses.dataclass(frozen=True)
 class PackEntry:

@@ -108,6 +108,56 @@ def test_merged_parts_are_the_data_set_of_one_process(inputs, whole, tmp_path, c
     assert ledger.tasks[0].filled > 20
 
 
+def test_parts_that_an_interrupted_merge_left_are_deleted(inputs, tmp_path, small_batches, capsys):
+    prefix = tmp_path / "set"
+    for number in (1, 2):
+        run_part(inputs, prefix, f"{number}/2")
+    parts = contents(tmp_path)
+    pack_main(["--data-path", str(prefix), "--padding-mode", "padding"])
+    pack_main(["--data-path", str(prefix), "--seq-length", "64"])
+    whole, ledger = contents(tmp_path), read_ledger(prefix)
+    for left in (sorted(parts), [name for name in parts if "part-2" in name], ["set.part-1-of-2_part.json"]):
+        for name in left:
+            (tmp_path / name).write_bytes(parts[name])
+        pack_main(["--data-path", str(prefix)])  # the merge's command again, without its options
+        assert "merged before; " in capsys.readouterr().out
+        now = contents(tmp_path)
+        assert read_ledger(prefix) == ledger
+        assert {**now, "set_dataset.json": whole["set_dataset.json"]} == whole
+    for name, content in parts.items():
+        (tmp_path / name).write_bytes(content)
+    pack_main(["--data-path", str(prefix), "--seq-length", "48"])
+    assert list(read_ledger(prefix).lengths) == ["96", "64", "48"]
+    assert not parts.keys() & contents(tmp_path).keys()
+
+
+def test_parts_of_other_input_than_a_newer_data_set_are_refused(inputs, tmp_path):
+    other = list(inputs)
+    other[other.index("--fim-rate") + 1] = "0"
+    run_part(other, tmp_path / "set", "1/1")
+    preprocess_main([*inputs, "--output-prefix", str(tmp_path / "set")])
+    before = contents(tmp_path)
+    with pytest.raises(InputError, match=r"beside the data set are older parts of other input, .* delete set_dataset"):
+        pack_main(["--data-path", str(tmp_path / "set"), "--seq-length", "64"])
+    assert contents(tmp_path) == before
+    run_part(other, tmp_path / "set", "1/1")  # made again, they are newer and replace the data set
+    pack_main(["--data-path", str(tmp_path / "set")])
+    assert read_ledger(tmp_path / "set").tasks[0].filled == 0
+
+
+def test_a_damaged_data_set_is_made_again_from_its_parts(inputs, tmp_path):
+    prefix = tmp_path / "set"
+    run_part(inputs, prefix, "1/1")
+    parts = contents(tmp_path)
+    pack_main(["--data-path", str(prefix)])
+    whole = contents(tmp_path)
+    for name, content in parts.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "set_input_ids.bin").write_bytes(b"")
+    pack_main(["--data-path", str(prefix)])
+    assert contents(tmp_path) == whole
+
+
 def test_a_part_may_be_empty(inputs, tmp_path):
     (tmp_path / "whole").mkdir()
     preprocess_main([*inputs, "--output-prefix", str(tmp_path / "whole/set")])
