@@ -7,7 +7,7 @@ nothing is stripped, mapped or concatenated unless a format says so.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from .chat_turns import read_chat, read_system
 from .conversation import ROLES, Conversation, RecordError, Turn
@@ -27,6 +27,7 @@ from .known_keys import (
 )
 from .notes import RecordNotes
 from .reading import Reading
+from .segments import REASONING
 from .tool_calls import read_tools
 
 Record = Mapping[str, object]
@@ -194,13 +195,14 @@ def _question_answer(record: Record, keys: list[str], reading: Reading) -> Conve
     """A chat of one round, with the keys that may stand beside an instruction; an instruction comes first."""
     question, answer = keys
     if _are_turns(record, question, answer):
+        _refuse_beside_turns(record, {"instruction", "history", *PASSAGES, *REASONING} - set(keys))
         return read_chat(record, keys, _MESSAGES, reading)
     first = ["instruction"] if record.get("instruction") else []
     return _rounds(record, [*first, question, *(key for key in PASSAGES if key != question)], answer, reading)
 
 
 def _rounds(record: Record, asked: Iterable[str], answer: str, reading: Reading) -> Conversation:
-    """A chat whose last question is the text of the keys ``asked`` that are there."""
+    """A chat whose last question is the text of the keys ``asked`` that are there; reasoning is the last answer's."""
     texts = [require_text(record[key], key) for key in asked if record.get(key) is not None]
     question = "\n\n".join(texts[:1] + [text for text in texts[1:] if text])
     turns = read_system(record)
@@ -210,7 +212,14 @@ def _rounds(record: Record, asked: Iterable[str], answer: str, reading: Reading)
         for side, role in enumerate(("user", "assistant")):
             turns.append(Turn(role, require_text(pair[side], f"history[{index}][{side}]")))
     refuse_placeholders(question, "the question")
-    turns += (Turn("user", question), Turn("assistant", require_text(record[answer], answer)))
+    reasoning = {}
+    for key in REASONING:
+        value = record.get(key)
+        if value is not None and not isinstance(value, str):
+            raise refused_key(key, key, "wrong_type", f"must be the answer's reasoning, not {type(value).__name__}")
+        if value:
+            reasoning[key] = require_text(value, key)
+    turns += (Turn("user", question), Turn("assistant", require_text(record[answer], answer), extra=reasoning))
     return Conversation(tuple(turns), tools=read_tools(record, reading))
 
 
@@ -219,9 +228,7 @@ def _prompt_completion(record: Record, keys: list[str], reading: Reading) -> Con
     fill-in-the-middle tasks. Two lists of turns are a chat, of which only the completion is trained on, as in TRL."""
     prompt, completion = keys
     if _are_turns(record, prompt, completion):
-        for key in ("history", *PASSAGES):
-            if record.get(key):
-                raise refused_key(key, key, *_BESIDE_TURNS)
+        _refuse_beside_turns(record, {"history", *PASSAGES})
         return read_chat(record, keys, _MESSAGES, reading)
     turns = (
         Turn("prompt", require_text(record[prompt], prompt)),
@@ -237,6 +244,13 @@ def _prompt_completion(record: Record, keys: list[str], reading: Reading) -> Con
                         "read the record as a chat of one round, format question_answer",
                     )
     return Conversation(turns, raw=True)
+
+
+def _refuse_beside_turns(record: Record, keys: Collection[str]) -> None:
+    """Refuse keys whose text would have no position beside lists of turns."""
+    for key in record:
+        if key in keys and record[key]:
+            raise refused_key(key, key, *_BESIDE_TURNS)
 
 
 def _are_turns(record: Record, prompt: str, completion: str) -> bool:
@@ -255,7 +269,8 @@ def _document(record: Record, keys: list[str], reading: Reading) -> Conversation
 
 _BESIDE_TURNS = "unsupported_key", "cannot be used beside turns; put it into a turn"
 _CHAT = SYSTEM + TOOLS
-_ROUND = ("history", *PASSAGES, *SYSTEM, *TOOLS)
+_RAW = ("history", *PASSAGES, *SYSTEM, *TOOLS)
+_ROUND = (*_RAW, *REASONING)
 # parts that raw text cannot have
 _CHAT_ONLY = {"a system text": SYSTEM, "tools": TOOLS, "earlier rounds": ("history",), "a passage": PASSAGES}
 _REFUSED_BESIDE_TURNS = dict.fromkeys(("history", "context", "passage", "documents"), _BESIDE_TURNS)
@@ -271,7 +286,7 @@ RECORD_FORMATS: dict[str, RecordFormat] = {
     "prompt_completion": RecordFormat(
         _prompt_completion,
         (("prompt",), ("completion", "response", "answer")),
-        also=_ROUND,
+        also=_RAW,
         refused=_REFUSED_BESIDE_QUESTIONS,
     ),
     "question_answer": RecordFormat(

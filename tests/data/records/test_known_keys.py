@@ -329,6 +329,26 @@ REFUSALS = [
 ]
 
 
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+@pytest.mark.parametrize("question", ["instruction", "question", "input"])
+def test_reasoning_beside_question_and_answer_is_that_of_the_answer(key, question):
+    record = {question: "q", "output": "a", key: "r", "history": [["q", "a"]]}
+    notes = RecordNotes()
+    turns = read_record(record, "auto", notes).turns
+    assert [turn.extra for turn in turns] == [{}, {}, {}, {key: "r"}]
+    assert not notes.unread_keys
+    assert read_record({question: "q", "output": "a", key: ""}).turns[1].extra == {}
+    assert read({question: "q", "output": "a", key: True})[0] == "wrong_type"
+    assert read({"prompt": "p", "completion": "c", key: "r"})[4] == {key: 1}
+
+
+@pytest.mark.parametrize("key", ["instruction", "history", "context", "reasoning"])
+def test_text_beside_a_question_and_an_answer_that_are_lists_of_turns_is_refused(key):
+    record = {"question": [USER], "answer": [BOT]}
+    assert read(record) == chat("q", "a")
+    assert read({**record, key: ["x"]})[0] == "unsupported_key"
+
+
 SAYS_LEARNT = {
     **dict.fromkeys(("train", "training", "trainable", "train_on_turn", "learn", "loss", "loss_weight"), True),
     **dict.fromkeys(("loss_scale", "weight"), True),
