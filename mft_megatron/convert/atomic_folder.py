@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from mft_megatron.disk_errors import disk_error, explain
+from mft_megatron.disk_errors import disk_error, failure
 from mft_megatron.errors import InputError
 
 
@@ -40,6 +40,5 @@ def replacing(target: Path) -> Iterator[Path]:
             disk = error
         if disk is not None:
             # an error while writing to an open file, such as a full disk, names no file
-            where = target if disk.filename is None else disk.filename
-            raise InputError(f"{where}: {explain(disk, target)}; nothing was completed there") from None
+            raise InputError(failure(disk, target, "nothing was completed there")) from None
         raise
