@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeAlias
 
 from mft_megatron.data.storage.ledger import InputFile
 from mft_megatron.errors import InputError
+from mft_megatron.git_lfs import refuse_pointer
 
 from .json_array import BOM, items_of_array, starts_with_array
 from .record_batches import RecordBatch, TokenizedBatch
@@ -79,8 +80,11 @@ class TaskReader:
         """Read the file, about ``batch_bytes`` at a time and at least one line, row or document.
 
         Raises:
-            InputError: the file is damaged or truncated; the message names it.
+            InputError: the file is damaged or truncated, or a pointer of Git LFS; the message names it.
         """
+        for file in files_on_disk(self._path):
+            if file.is_file():
+                refuse_pointer(file)
         suffix = self._path.suffix
         if suffix == ".parquet":
             return self._rows(batch_bytes)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mft_megatron.data.records.record_formats import is_record
 from mft_megatron.errors import InputError
+from mft_megatron.git_lfs import refuse_pointer
 
 from .json_array import BOM, starts_with_array
 from .tokenized_file import IDS, MASK, files_on_disk
@@ -139,7 +140,7 @@ def usable_files(paths: Iterable[Path], where: str) -> FoundFiles:
         where: where they are given, for the message.
 
     Raises:
-        InputError: none of them can be read.
+        InputError: none of them can be read, or a ``.json`` file is a pointer of Git LFS.
     """
     files: list[Path] = []
     others: list[Path] = []
@@ -219,8 +220,9 @@ def _is_readable(file: Path, searched: bool = False) -> bool:
 
 
 def _holds_records(file: Path) -> bool:
-    """Whether a ``.json`` file begins with an array, or with a line that is a record."""
+    """Whether a ``.json`` file begins with an array, or with a line that is a record; refuses a pointer of Git LFS."""
     try:
+        refuse_pointer(file)
         with open(file, "rb") as opened:
             start = opened.read(_START)
             if starts_with_array(iter([start]))[0]:

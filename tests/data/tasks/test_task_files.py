@@ -20,6 +20,7 @@ from mft_megatron.data.tasks.record_batches import TokenizedBatch
 from mft_megatron.data.tasks.task_files import TaskFiles, check_task_name, left_out_lines, parse_tasks
 from mft_megatron.errors import InputError
 from tests import source_code
+from tests.refusals import refused_call
 
 TEXTS = [source_code.module(seed, functions=40) for seed in range(5)]
 RECORDS = [{"text": line, "n": number} for text in TEXTS for number, line in enumerate(text.splitlines())]
@@ -506,3 +507,35 @@ def test_paths_that_cannot_be_read_are_refused_by_name(tmp_path):
     }.items():
         with pytest.raises(InputError, match=f"--task t={tmp_path / name}: .*{message}"):
             parse_tasks((f"t={tmp_path / name}",))
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4540516344\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "pointer"),
+    [
+        *(
+            (f"a{suffix}", f"a{suffix}")
+            for suffix in (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".parquet", ".idx")
+        ),
+        ("a_input_ids.idx", "a_input_ids.bin"),
+        ("a_input_ids.idx", "a_loss_mask.idx"),
+        ("a_input_ids.idx", "a_loss_mask.bin"),
+    ],
+)
+def test_pointers_of_git_lfs_are_named(tmp_path, name, pointer):
+    if name != pointer:
+        for part in ("a_input_ids", "a_loss_mask"):
+            write_index(tmp_path / part, [[1], [0, 1]])
+    (tmp_path / pointer).write_text(POINTER)
+    line = refused_call(lambda: list(TaskReader(tmp_path / name).batches()))
+    assert line.startswith(
+        f"{tmp_path / pointer}: is a pointer of Git LFS, not the file itself; in its folder run 'git"
+    )
+
+
+def test_a_pointer_of_git_lfs_in_a_folder_is_not_left_out(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(CONTENT)
+    (tmp_path / "b.json").write_text(POINTER)
+    assert "b.json: is a pointer of Git LFS" in refused_call(parse_tasks, (f"x={tmp_path}",))
