@@ -1,5 +1,6 @@
 """Checkpoints that a run keeps, also when it is interrupted; and the tokenizer's files in its folder."""
 
+import dataclasses
 import json
 import random
 from pathlib import Path
@@ -153,6 +154,26 @@ def test_the_best_checkpoint_stays_until_a_better_one_is_there(job, capsys):
     assert "iter_0000010 | reason no longer the best checkpoint" in lines[2]
     assert lines[1].endswith("best True")
     assert "best True" not in lines[3]
+
+
+def test_a_checkpoint_says_what_its_data_were_trained_with(job):
+    """An export writes the template and the stop tokens that are recorded here."""
+    run = job()
+    ledger = run.saver._dataset.ledger
+    first, second = (task.name for task in ledger.tasks[:2])
+    sources = [
+        {"name": "chatml", "source": "{{ c }}", "tasks": [first]},
+        {"name": "own", "source": "{{ o }}", "tasks": [second]},
+    ]
+    run.saver._dataset.ledger = dataclasses.replace(
+        ledger,
+        tasks=[dataclasses.replace(task, chats=number) for number, task in enumerate(ledger.tasks)],
+        chat_template={"name": "chatml", "fingerprint": "0", "stop_token_ids": [5, 9], "sources": sources},
+    )
+    run.step(10, ending=True)
+    recorded = latest_checkpoint(run.folder).info.tokenizer
+    assert recorded["stop_token_ids"] == [5, 9]
+    assert recorded["chat_template"] == {"name": "own", "source": "{{ o }}", "others": {"chatml": [first]}}
 
 
 def test_what_was_asked_for_is_never_removed(job):
