@@ -153,6 +153,7 @@ READ = [
         chat(*SYSTEM_Q_A, unread=["type", "conversations[].label"]),
     ),
     ({"input": "q", "output": "a", "mask": False}, chat("q", "a")),
+    ({"input": "q", "output": "a", "mask": "System, human user,TOOL"}, chat("q", "a")),
     # OpenAI
     (
         {
@@ -175,6 +176,11 @@ READ = [
         ),
     ),
     ({"messages": [USER, BOT], "tools": [{**BARE, "type": "function"}]}, chat("q", "a", tools=[SENT])),
+    # what is declared as no function is sent as it is
+    (
+        {"messages": [USER, BOT], "tools": [{**BARE, "type": "custom"}]},
+        chat("q", "a", tools=[{**BARE, "type": "custom"}]),
+    ),
     ({"messages": [USER, BOT], "functions": [BARE], "tools": [SENT]}, chat("q", "a", tools=[SENT])),
     (
         {"messages": [{"role": "system", "content": "s", "functions": [BARE]}, USER, BOT]},
