@@ -5,13 +5,14 @@
 
 import ast
 import copy
+import inspect
 import json
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from transformers import AutoConfig
+from transformers import AutoConfig, modeling_rope_utils
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -72,6 +73,7 @@ def test_entries_are_judged_by_the_class_of_transformers(model_type):
     fields = {name: getattr(default, name) for name in ("chunk_size_feed_forward", "is_encoder_decoder", "use_cache")}
     assert judge(model_type, fields) == judge(model_type, {})
     changed = {"chunk_size_feed_forward": 4, "is_encoder_decoder": 1, "use_cache": 1, "base_model_tp_plan": {}}
+    changed |= {"default_theta": 500.0, "_rope_type_labels": ["rope_theta"]}
     assert judge(model_type, changed).refused == sorted(changed)
     assert judge(model_type, {"layer_types": ["full_attention"] * 2, "is_causal": True}) == judge(model_type, {})
     for name, value in (("is_causal", False), ("is_causal", None), ("per_layer_config", {"0": {"head_dim": 4}})):
@@ -139,15 +141,21 @@ def test_code_of_the_models_own_is_said_not_to_run():
     assert "auto_map: names code of the model's own, which is not run" in note
 
 
-def names_read(file):
-    """Names of entries that a file of transformers reads of a configuration."""
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.Attribute) and ast.unparse(node.value).endswith("config"):
+def names_read(tree, owner="config"):
+    """Names of entries that code of transformers reads of a configuration, which is called ``owner`` there."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value).endswith(owner):
             yield node.attr
         if isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr"):
             read_of, name = node.args[:2]
-            if ast.unparse(read_of).endswith("config") and isinstance(name, ast.Constant):
+            if ast.unparse(read_of).endswith(owner) and isinstance(name, ast.Constant):
                 yield name.value
+
+
+def names_read_by_the_rotary_mixin():
+    """Names that the base class of configurations for rotary embeddings reads of itself, except its own attributes."""
+    mixin = modeling_rope_utils.RotaryEmbeddingConfigMixin
+    return set(names_read(ast.parse(inspect.getsource(mixin)), "self")) - vars(mixin).keys()
 
 
 # methods and properties, what a caller sets, and what only heads of other tasks or additional predictions read
@@ -156,6 +164,7 @@ HARMLESS = """
     standardize_rope_params validate_rope nested_rope_parameter_keys num_labels name_or_path rope_scaling
     ignore_keys_at_rope_validation
 """.split()
+READ_BY_THE_FAMILIES = "rope_theta partial_rotary_factor original_max_position_embeddings".split()
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -164,9 +173,13 @@ def test_no_other_entry_changes_what_transformers_computes(model_type):
     root = Path(transformers.__file__).parent
     files = [root / f"{name}.py" for name in ("masking_utils", "modeling_rope_utils", "cache_utils")]
     files += [root / "models" / model_type / f"modeling_{model_type}.py", root / "integrations" / "sdpa_attention.py"]
-    read = {name for file in files for name in names_read(file)}
+    read = {name for file in files for name in names_read(ast.parse(file.read_text()))}
     assert {"is_causal", "layer_types"} <= read
-    assert read <= known_names(model_type) | READ_OF_ANY_CLASS.keys() | set(HARMLESS)
+    of_the_mixin = names_read_by_the_rotary_mixin()
+    assert {"partial_rotary_factor", "original_max_position_embeddings"} <= of_the_mixin
+    known = known_names(model_type) | READ_OF_ANY_CLASS.keys() | set(HARMLESS)
+    assert read <= known
+    assert of_the_mixin <= known | set(READ_BY_THE_FAMILIES)
 
 
 SHAPE = {"num_layers": 1, "hidden_size": 8, "ffn_hidden_size": 8, "num_attention_heads": 2, "kv_channels": 4}

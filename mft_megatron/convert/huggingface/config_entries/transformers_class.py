@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 # Entries that transformers' shared code reads of any configuration, whether its class knows them or not, with the value
 # that changes nothing: masks and caches, rotary positions, and where weights are read from.
 READ_OF_ANY_CLASS: Mapping[str, object] = {
+    "_rope_type_labels": None,
     "is_causal": True,
     "attention_chunk_size": None,
     "compression_config": None,
