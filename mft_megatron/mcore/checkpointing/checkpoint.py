@@ -41,7 +41,7 @@ from mft_megatron.mcore.platform.releases import accepted
 from mft_megatron.mcore.trainer import Trainer
 from mft_megatron.run_folder import INFO, TRACKER, CheckpointInfo, iteration_folder, replace_text, write_info
 
-from .common_state import STILL_NEWEST, require_common, write_common
+from .common_state import if_it_fails, require_common, write_common
 from .finite import refuse_non_finite
 from .random_state import random_state, set_random_state, sharded_random_state
 from .tensor_reader import TensorReader
@@ -110,11 +110,11 @@ class Writer:
 
         def complete() -> None:
             process_groups.barrier()
-            process_groups.write_on_main(path, describe, STILL_NEWEST)
+            process_groups.write_on_main(path, describe, if_it_fails(path))
             if when_complete is not None:
                 when_complete()
 
-        process_groups.write_on_main(path, begin, STILL_NEWEST)
+        process_groups.write_on_main(path, begin, if_it_fails(path))
         self._path = path
         with _failure_reported(path), trainer.weights.whole(), _quiet():
             state = _state(trainer, self._options, training_state, self._with_base)
@@ -338,7 +338,7 @@ def _failure_reported(path: Path, how: str = "") -> Iterator[None]:
         # torch and the writing processes hide why the disk took no more
         disk = disk_error(error) or writing_fails(path)
         reason = _reason(error) if disk is None else explain(disk, path)
-        raise InputError(f"{path}: cannot be written{how} ({reason}); {STILL_NEWEST}") from error
+        raise InputError(f"{path}: cannot be written{how} ({reason}); {if_it_fails(path)}") from error
 
 
 def _reason(error: BaseException) -> str:

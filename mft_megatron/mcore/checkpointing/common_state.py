@@ -19,14 +19,19 @@ from mft_megatron.checkpoint_files import remedy
 from mft_megatron.common_state import COMMON, ENTRY
 from mft_megatron.errors import InputError
 from mft_megatron.mcore.parallel import process_groups
-from mft_megatron.run_folder import INFO
+from mft_megatron.run_folder import INFO, TRACKER
 
 from .tensor_reader import TensorReader
 
-# the consequence of a save that fails, for messages
-STILL_NEWEST = "the previous checkpoint is still the newest of the run"
 # releases that read the object no longer take a strategy for the file
 _READS_OBJECT = "common_strategy" not in inspect.signature(dist_checkpointing.load).parameters
+
+
+def if_it_fails(path: Path) -> str:
+    """The consequence for the run when the checkpoint ``path``, a folder in the run's, cannot be written."""
+    if (path.parent / TRACKER).is_file():
+        return "the previous checkpoint is still the newest of the run"
+    return f"no checkpoint was completed in {path.parent}, so nothing can be resumed from there yet"
 
 
 def write_common(state: dict[str, Any], path: Path) -> None:
@@ -45,7 +50,7 @@ def write_common(state: dict[str, Any], path: Path) -> None:
             _, common = save_preprocess(state, validate_access_integrity=False)
             _write(common, path / COMMON)
 
-    process_groups.write_on_main(path / COMMON, write, STILL_NEWEST)
+    process_groups.write_on_main(path / COMMON, write, if_it_fails(path))
 
 
 def write_no_common(path: Path) -> None:
