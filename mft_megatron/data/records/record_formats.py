@@ -194,10 +194,13 @@ def _instruction(record: Record, keys: list[str], reading: Reading) -> Conversat
 def _question_answer(record: Record, keys: list[str], reading: Reading) -> Conversation:
     """A chat of one round, with the keys that may stand beside an instruction; an instruction comes first."""
     question, answer = keys
+    if question == "problem" and answer != "solution" and record.get("solution") is not None:
+        why = f"stands beside {answer}, and both may be the answer to learn"
+        raise refused_key("solution", "solution", "two_answers", why)
     if _are_turns(record, question, answer):
         _refuse_beside_turns(record, {"instruction", "history", *PASSAGES, *REASONING} - set(keys))
         return read_chat(record, keys, _MESSAGES, reading)
-    first = ["instruction"] if record.get("instruction") else []
+    first = ["instruction"] if record.get("instruction") and question != "instruction" else []
     return _rounds(record, [*first, question, *(key for key in PASSAGES if key != question)], answer, reading)
 
 
@@ -267,6 +270,8 @@ def _document(record: Record, keys: list[str], reading: Reading) -> Conversation
     return Conversation((Turn("completion", require_text(record[text], text)),), raw=True, document=True)
 
 
+_QUESTIONS = ("question", "query", "problem", "input", "instruction")
+_ANSWERS = ("answer", "response", "output", "solution", "completion")
 _BESIDE_TURNS = "unsupported_key", "cannot be used beside turns; put it into a turn"
 _CHAT = SYSTEM + TOOLS
 _RAW = ("history", *PASSAGES, *SYSTEM, *TOOLS)
@@ -281,7 +286,12 @@ RECORD_FORMATS: dict[str, RecordFormat] = {
     "chat_rounds": RecordFormat(_chat_rounds, (("chat_rounds",),), None, _CHAT, _REFUSED_BESIDE_TURNS),
     "conversations": RecordFormat(_conversations, (("conversations",),), None, _CHAT, _REFUSED_BESIDE_TURNS),
     "instruction": RecordFormat(
-        _instruction, (("instruction",), ("output", "response")), also=_ROUND, refused=_REFUSED_BESIDE_QUESTIONS
+        _instruction,
+        (("instruction",), ("output", "response")),
+        # others are read as question and answer, where a question beside an instruction counts
+        (("instruction",), ("output", "response", "answer", "completion")),
+        also=_ROUND,
+        refused=_REFUSED_BESIDE_QUESTIONS,
     ),
     "prompt_completion": RecordFormat(
         _prompt_completion,
@@ -291,13 +301,15 @@ RECORD_FORMATS: dict[str, RecordFormat] = {
     ),
     "question_answer": RecordFormat(
         _question_answer,
-        (("question", "query", "input"), ("answer", "response", "output")),
+        (_QUESTIONS, _ANSWERS),
         # named by the task, it also reads as a chat what would be raw text
-        (("question", "query", "input", "prompt"), ("answer", "response", "output", "completion")),
+        ((*_QUESTIONS[:-1], "prompt", _QUESTIONS[-1]), _ANSWERS),
         also=("instruction", *_ROUND),
         refused=_REFUSED_BESIDE_QUESTIONS,
     ),
     "text": RecordFormat(_document, (("text",),)),
+    # after the others, as it is a text beside them in some data
+    "conversation": RecordFormat(_conversations, (("conversation",),), None, _CHAT, _REFUSED_BESIDE_TURNS),
 }
 
 # each format's names of roles
@@ -320,6 +332,9 @@ _CONVERSATIONS = {
     "human": "user",
     "user": "user",
     "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
     "assistant": "assistant",
     "System": "system",
     "User": "user",

@@ -219,6 +219,20 @@ READ = [
         {"messages": [USER, BOT, {"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "content": "r"}, BOT]},
         chat(("user", "q"), ("assistant", "a"), ("tool", "r"), ("assistant", "a"), calls=[CALL]),
     ),
+    # names of other shapes
+    ({"problem": "q", "solution": "a", "source": "x"}, chat("q", "a", unread=["source"])),
+    ({"problem": "q", "answer": "a", "solution": None}, chat("q", "a")),
+    ({"question": "q", "solution": "a", "problem": "p"}, chat("q", "a", unread=["problem"])),
+    ({"question": "q", "solution": "s", "answer": "a"}, chat("q", "a", unread=["solution"])),
+    ({"problem": "q", "input": "i", "output": "a"}, chat("q\n\ni", "a")),
+    ({"instruction": "q", "answer": "a"}, chat("q", "a")),
+    ({"instruction": "q", "completion": "a", "input": None}, chat("q", "a")),
+    ({"instruction": "i", "question": "q", "answer": "a", "context": "c"}, chat("i\n\nq\n\nc", "a")),
+    ({"instruction": "i", "problem": "q", "solution": "a"}, chat("i\n\nq", "a")),
+    ({"conversation": [HUMAN, {"from": "bing", "value": "a"}], "system": "s"}, chat(*SYSTEM_Q_A)),
+    ({"conversation": [USER, BOT]}, chat("q", "a")),
+    ({"conversation": "A: hello", "question": "q", "answer": "a"}, chat("q", "a", unread=["conversation"])),
+    ({"conversations": [HUMAN, GPT | {"from": "chatgpt"}, HUMAN, GPT | {"from": "bard"}]}, chat("q", "a", "q", "a")),
     # calls that are written in the text (Hermes, ToolBench, ToolACE)
     (
         {
@@ -332,6 +346,8 @@ REFUSALS = [
     ({"prompt": "p", "completion": "c", "mask": True}, "no_learned_turn", "mask"),
     (messages(USER, BOT, mask="Assistant"), "no_learned_turn", "mask"),
     (messages(USER | {"tools": [BARE]}, BOT), "invalid_tools", "messages[].tools"),
+    ({"problem": "q", "solution": "s", "answer": "a"}, "two_answers", "solution"),
+    ({"problem": "q", "solution": "s", "output": "a", "input": "i"}, "two_answers", "solution"),
 ]
 
 

@@ -93,8 +93,8 @@ def test_prompt_and_completion(answer):
     assert read_record({"prompt": ODD, answer: ODD}) == raw(("prompt", ODD), ("completion", ODD))
 
 
-@pytest.mark.parametrize("question", ["question", "query", "input"])
-@pytest.mark.parametrize("answer", ["answer", "response", "output"])
+@pytest.mark.parametrize("question", ["question", "query", "input", "problem", "instruction"])
+@pytest.mark.parametrize("answer", ["answer", "response", "output", "solution", "completion"])
 def test_question_and_answer_are_a_chat(question, answer):
     assert read_record({question: ODD, answer: "b"}) == chat(("user", ODD), ("assistant", "b"))
 
@@ -119,6 +119,7 @@ def test_the_first_format_of_the_table_wins():
         "conversations": a_chat,
         "chat_rounds": a_chat,
         "messages": a_chat,
+        "conversation": a_chat,
     }
     firsts = {
         "messages": chat(("user", "m"), ("assistant", "n")),
@@ -128,6 +129,7 @@ def test_the_first_format_of_the_table_wins():
         "prompt_completion": raw(("prompt", "p"), ("completion", "c")),
         "question_answer": chat(("user", "q"), ("assistant", "a")),
         "text": raw(("completion", "t"), document=True),
+        "conversation": chat(("user", "m"), ("assistant", "n")),
     }
     assert list(firsts) == list(RECORD_FORMATS)
     for format_name, expected in firsts.items():
@@ -144,6 +146,8 @@ def test_keys_that_are_null_do_not_count():
 def test_a_prompt_is_a_question_where_the_format_says_so():
     record = {"prompt": "a", "completion": "b", "system": "s"}
     assert read_record(record, "question_answer") == chat(("system", "s"), ("user", "a"), ("assistant", "b"))
+    record = {"prompt": "a", "instruction": "i", "completion": "b"}
+    assert read_record(record, "question_answer") == chat(("user", "i\n\na"), ("assistant", "b"))
     assert read_record({"prompt": "a", "answer": "b"}, "question_answer") == chat(("user", "a"), ("assistant", "b"))
 
 
@@ -286,7 +290,7 @@ UNREADABLE = [
     ({"messages": [{"role": None, "content": "b"}]}, "unknown_role", "NoneType"),
     ({"messages": [{"role": "human", "content": "b"}]}, "unknown_role", "human"),
     ({"chat_rounds": [{"role": "observation", "content": "b"}]}, "unknown_role", "observation.*human, bot"),
-    ({"conversations": [{"from": "bing", "value": "b"}]}, "unknown_role", r"conversations\[0\] has .*bing"),
+    ({"conversations": [{"from": "llama", "value": "b"}]}, "unknown_role", r"conversations\[0\] has .*llama"),
     ({"messages": [USER]}, "no_assistant_turn", "messages"),
     ({"messages": [USER, BOT | {"train": False}]}, "no_learned_turn", "messages"),
     ({"messages": [USER, USER, BOT]}, "broken_alternation", r"messages\[1\]"),
@@ -353,7 +357,7 @@ def test_unreadable_records_name_the_reason(record, reason, message):
         ({"text": "a"}, "messages", "no key messages"),
         ({"instruction": "a", "result": "b"}, "instruction", "no key output or response.*'instruction', 'result'"),
         ({"completion": "a"}, "prompt_completion", "no key prompt,"),
-        ({"prompt": "a"}, "question_answer", "no key answer or response or output or completion"),
+        ({"prompt": "a"}, "question_answer", "no key answer or response or output or solution or completion"),
         ({}, "text", "no key text"),
     ],
 )
@@ -479,9 +483,10 @@ texts = st.text(max_size=30).filter(lambda text: not {"<image>", "<video>", "<au
 def test_content_comes_through_as_it_is(rounds, system, format_name):
     (question, answer), earlier = rounds[-1], rounds[:-1]
     names = {"messages": ("user", "assistant"), "chat_rounds": ("human", "bot"), "conversations": ("human", "gpt")}
+    names["conversation"] = names["conversations"]
     expected = [text for pair in rounds for text in pair]
     if format_name in names:
-        keys = {"role": "from", "content": "value"} if format_name == "conversations" else {}
+        keys = {"role": "from", "content": "value"} if format_name.startswith("conversation") else {}
         user, bot = names[format_name]
         turns = turns_of(*(turn for one, other in rounds for turn in ((user, one), (bot, other))), **keys)
         record = {format_name: [*turns_of(("system", system), **keys), *turns]}
