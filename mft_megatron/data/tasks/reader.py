@@ -4,6 +4,7 @@ Only one batch is in memory at a time, and of a compressed file one block; a lin
 the file is complete when it has been read: bytes and sha256 are those of the file on disk.
 """
 
+import contextlib
 import hashlib
 import io
 import zlib
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 from mft_megatron.data.storage.ledger import InputFile
+from mft_megatron.disk_errors import failure
 from mft_megatron.errors import InputError
 from mft_megatron.git_lfs import refuse_pointer
 
@@ -84,7 +86,8 @@ class TaskReader:
         """
         for file in files_on_disk(self._path):
             if file.is_file():
-                refuse_pointer(file)
+                with _failure_reported(file):
+                    refuse_pointer(file)
         suffix = self._path.suffix
         if suffix == ".parquet":
             return self._rows(batch_bytes)
@@ -104,7 +107,8 @@ class TaskReader:
 
     def _blocks(self, size: int, path: Path | None = None) -> Iterator[bytes]:
         """Read the file, or another one of its files, in blocks of ``size`` bytes, counted and hashed."""
-        with open(path or self._path, "rb", buffering=0) as file:
+        path = path or self._path
+        with _failure_reported(path), open(path, "rb", buffering=0) as file:
             while block := file.read(size):
                 self._digest.update(block)
                 self._size += len(block)
@@ -249,6 +253,15 @@ class TaskReader:
             self._lines += len(batch.lengths)
             if self._takes():
                 yield batch
+
+
+@contextlib.contextmanager
+def _failure_reported(path: Path) -> Iterator[None]:
+    """Turn a file that cannot be read into a one-line error, which would be one of the data set that is written."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(failure(error, path, "the file cannot be read")) from None
 
 
 def _gzip_member() -> _Decompressor:

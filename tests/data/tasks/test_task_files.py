@@ -1,7 +1,9 @@
 """Files of tasks: every kind is read whole, in order and in batches; damaged files are reported; paths become tasks."""
 
+import errno
 import gzip
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -14,7 +16,10 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mft_megatron import git_lfs
+from mft_megatron.data.storage.dataset_writer import report_full_disk
 from mft_megatron.data.storage.indexed_dataset import IndexedDatasetWriter
+from mft_megatron.data.tasks import reader as reader_module
 from mft_megatron.data.tasks.reader import TaskReader
 from mft_megatron.data.tasks.record_batches import TokenizedBatch
 from mft_megatron.data.tasks.task_files import TaskFiles, check_task_name, left_out_lines, parse_tasks
@@ -539,3 +544,28 @@ def test_a_pointer_of_git_lfs_in_a_folder_is_not_left_out(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(CONTENT)
     (tmp_path / "b.json").write_text(POINTER)
     assert "b.json: is a pointer of Git LFS" in refused_call(parse_tasks, (f"x={tmp_path}",))
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+@pytest.mark.parametrize("fails", ["at once", "while it is read"])
+def test_a_file_that_cannot_be_read_is_not_the_fault_of_the_output_beside_it(tmp_path, monkeypatch, suffix, fails):
+    path = write_lines(tmp_path, suffix)
+
+    class Failing(io.FileIO):
+        def read(self, size=-1):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def opened(file, *words, **named):
+        if fails == "at once":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(file))
+        return Failing(file)
+
+    def read():
+        with report_full_disk(tmp_path / "set"):
+            return list(TaskReader(path).batches())
+
+    monkeypatch.setattr(git_lfs if fails == "at once" else reader_module, "open", opened, raising=False)
+    cause = (
+        "permission denied" if fails == "at once" else "Input/output error: the device or the connection to it fails"
+    )
+    assert refused_call(read) == f"{path}: {cause}; the file cannot be read"
