@@ -4,12 +4,12 @@ By the ids of texts, not by name or bytes: one tokenizer can be written in sever
 to it for the data. If a text had other ids for the model than in the data, training would read the data as noise.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 
 from mft_megatron.arguments.table import Arguments
 from mft_megatron.data.chat_templates.trained_format import trained_format
 from mft_megatron.data.loading.dataset import PackedDataset
+from mft_megatron.data.tokenizers.differences import tokenizer_difference
 from mft_megatron.data.tokenizers.load import TOKENIZERS, load_tokenizer
 from mft_megatron.data.tokenizers.tokenizer import Tokenizer
 from mft_megatron.data.tokenizers.tokenizer_files import read_chat_template
@@ -17,14 +17,6 @@ from mft_megatron.errors import InputError
 from mft_megatron.run_folder import HUGGINGFACE, TOKENIZER, CheckpointInfo, CheckpointRef
 
 FILES = {"HuggingFaceTokenizer": "tokenizer.json", "SentencePieceTokenizer": "tokenizer.model"}
-# tokenizers with one vocabulary differ in how they split these: spaces, line breaks, digits, signs, scripts, case
-TEXTS = (
-    "def f(x_1, *args):\n\treturn  x_1 + 12345678.90e-10\n\n\n        # 3.14159 != 0x7fff\r\n",
-    " a  b   c    d     e\t\t\tf \n \n\n  g",
-    "HTTPServer's don't I'LL camelCase snake_case SHOUTING 2026-01-31T23:59:59Z",
-    "naïve café Ångström Straße Ελληνικά Русский текст 中文分词测试 日本語のテキスト 한국어 العربية עברית हिन्दी",
-    "½ × ≠ → ∀x∈ℝ 👩‍💻🚀 e\u0301 \u00a0\u200b\ufeff ﬁ Ⅷ ...;;;:::!!!???===>>>{{{}}}</div>\\\\\"'`~@#$%^&*",
-)
 
 
 def check_model_tokenizer(arguments: Arguments, dataset: PackedDataset) -> str:
@@ -54,7 +46,7 @@ def check_model_tokenizer(arguments: Arguments, dataset: PackedDataset) -> str:
     if (model.type, model.fingerprint) == (made_with.type, made_with.fingerprint):
         return ""
     data = _data_tokenizer(arguments, dataset, folder)
-    found = difference(model, data)
+    found = tokenizer_difference(model, data, ("the model", "the data"))
     if found is not None:
         raise InputError(
             f"{folder}: the model's tokenizer is another one than {prefix} was made with: {found}. Preprocess the data "
@@ -113,36 +105,3 @@ def _data_tokenizer(arguments: Arguments, dataset: PackedDataset, model_folder: 
             f"or preprocess the data with --tokenizer-model {model_folder}"
         )
     return tokenizer
-
-
-def difference(model: Tokenizer, data: Tokenizer) -> str | None:
-    """The first text or special token that has other ids in the data set's tokenizer than in the model's, in words.
-
-    The text of every token is encoded by both, so that a vocabulary in another order, a merge or a rule that one of
-    them lacks is seen. Special tokens that only one of them has are ignored: their names are text to both.
-
-    Returns:
-        ``None`` if there is none.
-    """
-    for name in sorted(model.special_tokens.keys() & data.special_tokens.keys()):
-        model_id, data_id = model.special_tokens[name].id, data.special_tokens[name].id
-        if model_id != data_id:
-            return f"{name} is {model_id} in the model and {data_id} in the data"
-    texts = list(dict.fromkeys((*TEXTS, *_token_texts(model), *_token_texts(data))))
-    for text, model_ids, data_ids in zip(texts, model.encode_batch(texts), data.encode_batch(texts), strict=True):
-        if model_ids != data_ids:
-            return f"{text[:30]!r} is {_first_ids(model_ids)} to the model and {_first_ids(data_ids)} in the data"
-    return None
-
-
-def _token_texts(tokenizer: Tokenizer) -> Iterator[str]:
-    """The text of each token, and the names of special ones."""
-    special = {token.id for token in tokenizer.special_tokens.values()}
-    yield from tokenizer.special_tokens
-    for token_id in range(tokenizer.vocab_size):
-        if token_id not in special and (text := tokenizer.decode([token_id])):
-            yield text
-
-
-def _first_ids(ids: list[int]) -> str:
-    return " ".join(map(str, ids[:4])) + (" …" if len(ids) > 4 else "")

@@ -117,7 +117,8 @@ def test_what_is_served_is_what_was_trained(models, dataset_prefix, tokenizer_fo
     shutil.copytree(models / "checkpoint of model", tmp_path / "run")
     file = tmp_path / "run" / "iter_0000000" / "mft_checkpoint.json"
     trained = {"name": "mftcoder", "source": "{{ messages[0].content }}", "others": {}}
-    tokenizer = {"stop_token_ids": [3, 9], "chat_template": trained}
+    of_data = {**ledger["tokenizer"], "fingerprint": "of files that are gone"}
+    tokenizer = {**of_data, "stop_token_ids": [3, 9], "chat_template": trained}
     file.write_text(json.dumps({**json.loads(file.read_text()), "tokenizer": tokenizer}))
     data = ["--data-path", dataset_prefix]
     (passed, other, of_run), _ = run_on_ranks(
@@ -133,11 +134,13 @@ def test_what_is_served_is_what_was_trained(models, dataset_prefix, tokenizer_fo
     assert passed[1] is None, passed[0]
     found = [line.split(maxsplit=1) for line in passed[0].split("\n\n")[0].splitlines()]
     assert {verdict for verdict, _ in found} == {"ok"}
+    assert ["ok", f"trained tokenizer      that of {dataset_prefix}"] in found
     assert sum("a server sends what was trained" in text for _, text in found) == len(ledger["tasks"])
     assert "trained chat format, trained stop tokens, prompts of " in other[1]
     assert "wrong; see above, nothing was computed" in other[1]
     assert f"{dataset_prefix} has chatml: a server sends 'Question?" in other[0].replace("<|im_start|>", "")
     assert "trained chat format, trained stop tokens wrong" in of_run[1]
+    assert "note     trained tokenizer      its files are not byte by byte those of " in of_run[0]
     assert "generation_config.json lacks 9, which ends answers of" in of_run[0]
 
 

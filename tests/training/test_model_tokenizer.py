@@ -7,9 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from mft_megatron.data.tokenizers.differences import tokenizer_difference
 from mft_megatron.data.tokenizers.load import load_tokenizer
 from mft_megatron.run_folder import CheckpointRef
-from mft_megatron.training.model_tokenizer import chat_format_line, check_model_tokenizer, difference
+from mft_megatron.training.model_tokenizer import chat_format_line, check_model_tokenizer
 from tests.refusals import refused_call
 
 
@@ -147,11 +148,11 @@ def move_special(content):
     ("edit", "words"),
     [
         (swap_two, " in the data. Preprocess the data with --tokenizer-type HuggingFaceTokenizer --tokenizer-model "),
-        (lose_last_merge, " to the model and 499 in the data"),
-        (single_spaces, "to the model and"),
-        (lower, "to the model and"),
+        (lose_last_merge, " in the model and 499 in the data"),
+        (single_spaces, "in the model and"),
+        (lower, "in the model and"),
         (move_special, "<|im_end|> is 2 in the model and 3 in the data"),
-        (add_tokens("return", special=False), " to the model and "),
+        (add_tokens("return", special=False), " in the model and "),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -237,10 +238,11 @@ def test_both_kinds_of_one_vocabulary(tmp_path):
     (data / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", "bos_token": "<s>"}))
     assert check(folder, data).endswith("with the same ids for texts; it has more special tokens: <unk>")
     change(data, lambda content: content["model"]["merges"].reverse())
-    assert "to the model and" in refusal(folder, data)
+    assert "in the model and" in refusal(folder, data)
 
 
 def test_the_texts_of_a_difference_are_short(tokenizer_folder, model):
     change(model, single_spaces)
-    found = difference(*(load_tokenizer("HuggingFaceTokenizer", folder) for folder in (model, tokenizer_folder)))
+    both = (load_tokenizer("HuggingFaceTokenizer", folder) for folder in (model, tokenizer_folder))
+    found = tokenizer_difference(*both, ("the model", "the data"))
     assert len(found) < 120

@@ -5,14 +5,14 @@ import itertools
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from mft_megatron.data.chat_templates.trained_format import trained_format
+from mft_megatron.data.chat_templates.trained_format import TrainedFormat, trained_format
 from mft_megatron.data.storage.ledger import Ledger, read_ledger
 from mft_megatron.errors import InputError
 from mft_megatron.git_lfs import refuse_pointer
 from mft_megatron.options import option, read_options
-from mft_megatron.run_folder import CheckpointRef, select_checkpoint
+from mft_megatron.run_folder import TOKENIZER, CheckpointRef, select_checkpoint
 
 from .options import best_of_load_option, exported_folder_option
 
@@ -35,8 +35,8 @@ class CheckOptions:
     hf: str = exported_folder_option()
     load: str | None = option(
         None,
-        "Compare the folder with this checkpoint (run folder, or one iter_NNNNNNN) instead of with itself, and chat "
-        "template and stop tokens with those that were trained.",
+        "Compare the folder with this checkpoint (run folder, or one iter_NNNNNNN) instead of with itself, and "
+        "tokenizer, chat template and stop tokens with those that were trained.",
         metavar="CKPT",
     )
     best: bool = best_of_load_option()
@@ -138,22 +138,30 @@ def _tokenizer(folder: Path) -> "tuple[ServedTokenizer | None, str]":
 def _of_training(
     options: CheckOptions, tokenizer: "ServedTokenizer | None", checkpoint: CheckpointRef | None, ledger: Ledger | None
 ) -> "Iterator[Finding]":
-    """Compare template, stop tokens and prompts with those of the training."""
+    """Compare tokenizer, template, stop tokens and prompts with those of the training."""
     from mft_megatron.convert.huggingface.chat_files import trained_format_of
     from mft_megatron.convert.serving.finding import Finding
     from mft_megatron.convert.serving.trained_chat import prompt_findings, stop_finding, template_finding
+    from mft_megatron.convert.serving.trained_tokenizer import tokenizer_finding
 
-    origins = []
+    origins: list[tuple[str, TrainedFormat | None, Sequence[int], Mapping[str, Any], Path]] = []
+    recorded: Mapping[str, Any]
     if checkpoint is not None and checkpoint.info.tokenizer:
-        stops = checkpoint.info.tokenizer.get("stop_token_ids") or []
-        origins.append((str(checkpoint.path), trained_format_of(checkpoint.info), stops))
+        recorded, kept = checkpoint.info.tokenizer, checkpoint.path.parent / TOKENIZER
+        stops = recorded.get("stop_token_ids") or []
+        origins.append((str(checkpoint.path), trained_format_of(checkpoint.info), stops, recorded, kept))
     if ledger is not None:
-        origins.append((str(options.data_path), trained_format(ledger), ledger.chat_template["stop_token_ids"]))
-    for where, trained, stops in origins:
+        recorded, kept = dataclasses.asdict(ledger.tokenizer), Path(ledger.tokenizer.model)
+        stops = ledger.chat_template["stop_token_ids"]
+        origins.append((str(options.data_path), trained_format(ledger), stops, recorded, kept))
+    for where, trained, stops, recorded, kept in origins:
         if tokenizer is None:
             verdict: Literal["note", "wrong"] = "note" if ledger is None else "wrong"
             yield Finding(verdict, "trained chat format", f"not compared with {where}, as there is no tokenizer")
             continue
+        if "fingerprint" in recorded:
+            originals = [kept, Path(recorded["model"])]
+            yield tokenizer_finding(Path(options.hf), recorded["type"], recorded["fingerprint"], originals, where)
         yield template_finding(tokenizer, trained, where)
         if trained is not None:  # before it was recorded, tokens that no answer ended with were listed as well
             yield stop_finding(Path(options.hf), stops, where)
