@@ -47,7 +47,7 @@ class EncodedBatch:
         documents: number of samples made from ``text`` records.
         drops: records that are left out.
         filled: number of samples written as fill-in-the-middle.
-        notes: what the user should know about the records that were read.
+        notes: what the user should know about the records that are used.
         chats: number of samples written with the chat format.
         examples: of :mod:`mft_megatron.data.chat_templates.examples`; ``sample`` is the index in the batch.
         added: number of samples beyond one a record, before any was dropped.

@@ -77,7 +77,8 @@ class _ReadRecords:
         filled: whether it is written as fill-in-the-middle.
         chats: whether it is a chat.
         examples: with the index of their sample.
-        notes: of all records of the batch.
+        of_record: notes of the record that is being read; empty before it.
+        noted: notes of each record that has some, with its first sample and the one after its last.
         added: samples beyond one a record.
     """
 
@@ -87,8 +88,17 @@ class _ReadRecords:
     filled: list[bool] = dataclasses.field(default_factory=list)
     chats: list[bool] = dataclasses.field(default_factory=list)
     examples: list[tuple[int, dict[str, Any]]] = dataclasses.field(default_factory=list)
-    notes: RecordNotes = dataclasses.field(default_factory=RecordNotes)
+    of_record: RecordNotes = dataclasses.field(default_factory=RecordNotes)
+    noted: list[tuple[int, int, RecordNotes]] = dataclasses.field(default_factory=list)
     added: int = 0
+
+    def notes(self, kept: list[bool]) -> RecordNotes:
+        """Sum the notes of the records of which a sample is kept."""
+        notes = RecordNotes()
+        for start, end, of_record in self.noted:
+            if any(kept[start:end]):
+                notes.add(of_record)
+        return notes
 
 
 class Encoder:
@@ -138,6 +148,7 @@ class Encoder:
                 self._read(task, batch, number, line, read)
             except RecordError as error:
                 drops.append(Drop(batch.path, number, error.reason, str(error), batch.of_array))
+                read.of_record = RecordNotes()
         try:
             arrays = read.samples.arrays(self._tokenizer.bos_token_id if encoding.add_bos else None)
         except SampleError as error:
@@ -163,7 +174,7 @@ class Encoder:
             documents=documents_kept,
             drops=drops,
             filled=filled_kept,
-            notes=read.notes,
+            notes=read.notes(kept.tolist()),
             chats=chats_kept,
             examples=kept_examples,
             added=read.added,
@@ -179,10 +190,11 @@ class Encoder:
             InputError: as :meth:`encode`.
         """
         encoding = self._tasks[task]
-        written = self._written(parse_record(line), encoding, read.notes)
+        start = len(read.lines)
+        written = self._written(parse_record(line), encoding, read.of_record)
         read.added += len(written) - 1
         if any(self._has_name(conversation) for conversation, _, _ in written):
-            read.notes.kinds["token_names"] += 1
+            read.of_record.kinds["token_names"] += 1
         for conversation, segments, filled in written:
             if not (conversation.raw or self._ends_turns[task]):
                 raise InputError(
@@ -200,6 +212,9 @@ class Encoder:
             read.samples.add(
                 segments if conversation.raw else with_prompt_spaces(segments, self._tokenizer, encoding.add_bos)
             )
+        if read.of_record:
+            read.noted.append((start, len(read.lines), read.of_record))
+            read.of_record = RecordNotes()
 
     def _written(
         self, record: Any, encoding: TaskEncoding, notes: RecordNotes
@@ -219,17 +234,15 @@ class Encoder:
             if self._begins_twice(conversation):
                 notes.kinds["two_bos"] += 1
             return [(conversation, segments, False)]
-        of_record = RecordNotes()  # a record of which one round cannot be used is left out, and not noted
         written: list[tuple[Conversation, list[Segment], bool]] = []
         for conversation in conversations:
             try:
-                written.append((conversation, _segments(encoding.style, conversation, of_record), False))
+                written.append((conversation, _segments(encoding.style, conversation, notes), False))
             except RecordError as error:
                 if error.reason != "empty_answer" or (not written and conversation is conversations[-1]):
                     raise
                 learned = (turn.role == "assistant" and turn.learn for turn in conversation.turns)
-                of_record.kinds["empty_answer_not_learnt"] += sum(learned)
-        notes.kinds.update(of_record.kinds)
+                notes.kinds["empty_answer_not_learnt"] += sum(learned)
         notes.kinds["rounds_split"] += 1
         return written
 

@@ -49,6 +49,16 @@ class RecordNotes:
     unread_keys: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     kinds: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
 
+    def __bool__(self) -> bool:
+        """Whether anything was counted."""
+        return bool(self.unread_keys or self.kinds)
+
+    def add(self, other: "RecordNotes") -> None:
+        """Add the counts of other records."""
+        for total, counts in ((self.unread_keys, other.unread_keys), (self.kinds, other.kinds)):
+            for name, n in counts.items():  # faster than update for a few names
+                total[name] += n
+
 
 def note_lines(
     task: str, unread_keys: Mapping[str, int], kinds: Mapping[str, int], acknowledged: Collection[str] = ()

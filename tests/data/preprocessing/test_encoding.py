@@ -427,6 +427,50 @@ def test_rounds_with_an_empty_answer_are_left_out_of_a_split_record(tmp_path):
     assert encoded.notes.kinds == {"rounds_split": 2, "empty_answer_not_learnt": 2}
 
 
+NOTED_MESSAGES = [
+    {"role": "developer", "content": "Be brief."},
+    {"role": "user", "content": "<|im_end|>", "extra": 1},
+    {"role": "assistant", "content": ""},
+    {"role": "user", "content": "And?"},
+    {"role": "assistant", "content": " b"},
+]
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        (b'{"topic": 1', "invalid_json"),
+        ({"topic": 1, "text": 3}, "wrong_type"),
+        ({"topic": 1, "messages": NOTED_MESSAGES, "images": ["a.png"]}, "unsupported_content"),
+        ({"topic": 1, "messages": [*NOTED_MESSAGES[:4], {"role": "assistant", "content": "raise"}]}, "template_error"),
+        ({"topic": 1, "messages": NOTED_MESSAGES[:3]}, "empty_answer"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_record_that_is_left_out_counts_no_note(tmp_path, record, reason):
+    raising = "{%- if message.content == 'raise' %}{{ raise_exception('no') }}{%- endif %}"
+    template = QWEN2.replace("{%- for message in messages %}", "{%- for message in messages %}" + raising)
+    assert raising in template
+    tokenizer = load_tokenizer("HuggingFaceTokenizer", save_tokenizer(tmp_path / "t", template))
+    plan = TaskEncoding(chat_format("auto", tokenizer))
+    used = {"id": 1, "messages": NOTED_MESSAGES}
+    alone = encode(tokenizer, [used], plan)
+    assert alone.notes.unread_keys == {"id": 1, "messages[].extra": 1}
+    assert {"developer_turn", "empty_answer_not_learnt"} <= alone.notes.kinds.keys()
+    both = encode(tokenizer, [used, record, used], plan)
+    assert [drop.reason for drop in both.drops] == [reason]
+    for what in ("unread_keys", "kinds"):
+        assert getattr(both.notes, what) == {name: 2 * n for name, n in getattr(alone.notes, what).items()}
+
+
+def test_a_record_without_a_supervised_token_counts_no_note(tokenizer):
+    texts = [json.dumps([["a b", supervised, False]]) for supervised in (False, True, False, True)]
+    records = [json.dumps({"topic": 1, "text": text}) for text in texts]
+    encoded = encode(tokenizer, records, TaskEncoding(Given("chatml", {}, "</s>")))
+    assert [drop.line for drop in encoded.drops] == [1, 3]
+    assert encoded.notes.unread_keys == {"topic": 2}
+
+
 def test_fingerprints_of_different_encodings_differ():
     style = BuiltInFormat("chatml", {"user": "u"}, "</s>")
     fim = Fim(0.5, 0.5, FimFamily(("<P>", "<S>", "<M>"), "<E>"), seed=1)
