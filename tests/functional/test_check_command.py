@@ -121,13 +121,14 @@ def test_what_is_served_is_what_was_trained(models, dataset_prefix, tokenizer_fo
     tokenizer = {**of_data, "stop_token_ids": [3, 9], "chat_template": trained}
     file.write_text(json.dumps({**json.loads(file.read_text()), "tokenizer": tokenizer}))
     data = ["--data-path", dataset_prefix]
-    (passed, other, of_run), _ = run_on_ranks(
+    (passed, other, of_run, of_both), _ = run_on_ranks(
         1,
         _check,
         [
             ["--hf", str(tmp_path / "exported"), *data],
             ["--hf", str(models / "model"), *data],
             ["--hf", str(tmp_path / "exported"), "--load", str(tmp_path / "run")],
+            ["--hf", str(models / "model"), "--load", str(tmp_path / "run"), *data],
         ],
         str(models / "model"),
     )[0]
@@ -140,6 +141,7 @@ def test_what_is_served_is_what_was_trained(models, dataset_prefix, tokenizer_fo
     assert "wrong; see above, nothing was computed" in other[1]
     assert f"{dataset_prefix} has chatml: a server sends 'Question?" in other[0].replace("<|im_start|>", "")
     assert "trained chat format, trained stop tokens wrong" in of_run[1]
+    assert "model: trained chat format, trained stop tokens, prompts of " in of_both[1]
     assert "note     trained tokenizer      its files are not byte by byte those of " in of_run[0]
     assert "generation_config.json lacks 9, which ends answers of" in of_run[0]
 

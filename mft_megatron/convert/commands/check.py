@@ -83,7 +83,7 @@ def check(command_line: Sequence[str]) -> None:
         print(f"{finding.verdict:<8} {finding.subject:<22} {finding.text}", flush=True)
         wrong += [finding.subject] if finding.verdict == "wrong" else []
     if wrong:
-        raise InputError(f"--hf {folder}: {', '.join(wrong)} wrong; see above, nothing was computed")
+        raise InputError(f"--hf {folder}: {', '.join(dict.fromkeys(wrong))} wrong; see above, nothing was computed")
     vocab_size = read_architecture(folder)[2]
     if checkpoint is not None and checkpoint.info.vocab_size != vocab_size:
         raise InputError(

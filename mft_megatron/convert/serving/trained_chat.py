@@ -22,6 +22,7 @@ from mft_megatron.data.chat_templates.trained_format import TrainedFormat
 from mft_megatron.data.storage.arrays import check_files
 from mft_megatron.data.storage.indexed_dataset import IndexedDataset
 from mft_megatron.data.storage.ledger import Ledger, TaskEntry
+from mft_megatron.errors import InputError
 
 from .finding import Finding
 from .prompts import ServedTokenizer, render
@@ -74,15 +75,19 @@ def template_finding(tokenizer: ServedTokenizer, trained: TrainedFormat | None, 
 
 def stop_finding(folder: Path, stops: Sequence[int], where: str) -> Finding:
     """Check that a folder has every stop token that was trained; ``where`` is the checkpoint or data set."""
-    listed = stop_tokens_in(folder)
+    subject = "trained stop tokens"
+    try:
+        listed = stop_tokens_in(folder)
+    except InputError as error:
+        return Finding("wrong", subject, f"not compared with {where}: {error}")
     lacking = [stop for stop in stops if stop not in listed]
     if lacking:
         return Finding(
             "wrong",
-            "trained stop tokens",
+            subject,
             f"{GENERATION} lacks {', '.join(map(str, lacking))}, which ends answers of {where}; add to eos_token_id",
         )
-    return Finding("ok", "trained stop tokens", f"all of {where}")
+    return Finding("ok", subject, f"all of {where}")
 
 
 def prompt_findings(tokenizer: ServedTokenizer, prefix: str, ledger: Ledger) -> Iterator[Finding]:

@@ -253,4 +253,8 @@ def test_stop_tokens(tmp_path):
     file.unlink()
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 7}))
     assert stop_finding(tmp_path, [7], "the run").verdict == "ok"
+    (tmp_path / "generation_config.json").write_text("{")
+    finding = stop_finding(tmp_path, [7], "the run")
+    assert (finding.verdict, finding.subject) == ("wrong", "trained stop tokens")
+    assert finding.text.startswith(f"not compared with the run: {tmp_path / 'generation_config.json'}: ")
     shutil.rmtree(tmp_path)
