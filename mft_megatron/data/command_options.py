@@ -73,7 +73,7 @@ class TextOptions:
     split_thinking_rounds: bool = option(
         False,
         "Make one sample of each round of a chat with reasoning in earlier rounds, as a server gives it to the model: "
-        "the history without reasoning, then the round with its own.",
+        "the history without reasoning, then the round with its own. Not with --supervise last.",
     )
     add_bos: bool = option(False, "Begin every sample with the BOS token, unless it begins with it already.")
     fim_rate: float = option(

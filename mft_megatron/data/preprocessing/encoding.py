@@ -301,9 +301,7 @@ def read_conversations(record: Any, encoding: TaskEncoding, notes: RecordNotes |
         RecordError: the record cannot be used.
     """
     conversation = read_record(record, encoding.record_format, notes, encoding.ignored_keys)
-    if encoding.split_thinking_rounds and encoding.style.supervise != "last":
-        return split_rounds(conversation)
-    return [conversation]
+    return split_rounds(conversation) if encoding.split_thinking_rounds else [conversation]
 
 
 def _fim_segments(conversation: Conversation, fim: Fim) -> list[Segment] | None:

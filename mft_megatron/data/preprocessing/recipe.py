@@ -14,6 +14,7 @@ from mft_megatron.data.tasks.task_files import TaskFiles
 from mft_megatron.data.tasks.tokenized_file import files_on_disk
 from mft_megatron.data.tokenizers.load import load_tokenizer
 from mft_megatron.data.tokenizers.tokenizer import Tokenizer
+from mft_megatron.errors import InputError
 
 from .encoding import TaskEncoding
 
@@ -78,8 +79,13 @@ def prepare(recipe: Recipe, backend: str) -> Prepared:
     """Open the tokenizer and the chat formats of a recipe.
 
     Raises:
-        InputError: one of them cannot be used.
+        InputError: one of them cannot be used, or two options exclude each other.
     """
+    if recipe.split_thinking_rounds and recipe.supervise == "last":
+        raise InputError(
+            "--split-thinking-rounds learns the answers of every round, --supervise last those of the last one alone; "
+            "leave one of them out"
+        )
     tokenizer = load_tokenizer(recipe.tokenizer_type, recipe.tokenizer_model, backend)
     templates = {recipe.chat_template, *(task.template or recipe.chat_template for task in recipe.tasks.values())}
     how = recipe.role_markers, recipe.supervise, recipe.learn_empty_answers

@@ -14,8 +14,8 @@ NOTES: dict[str, str] = {
     "within a line of code, use a template that keeps them",
     "trailing_whitespace": "the template removed trailing spaces or line breaks of {n} answers",
     "answers_changed": "the template writes {n} answers otherwise than they are in the records",
-    "earlier_reasoning": "the template left out the reasoning of {n} answers before the last question, which are "
-    "trained without it; --split-thinking-rounds makes a sample of each round, as a server does",
+    "earlier_reasoning": "the template left out the reasoning of {n} answers before the last question, as on a server; "
+    "those that are learnt are learnt without it, unless --split-thinking-rounds makes a sample of each round",
     "last_reasoning": "the template left out the reasoning of {n} answers after the last question; use a template that "
     "writes it, or take it out of the records",
     "rounds_split": "{n} records with reasoning in several rounds were split into one sample a round; rounds of a "

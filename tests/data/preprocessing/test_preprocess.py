@@ -220,7 +220,8 @@ def test_a_ledger_with_split_rounds_adds_up(make_dataset, tmp_path):
     # merged, the counts are sums
     merged, _ = merge([prefix, make_dataset(split_thinking_rounds=True, **options)[0]], tmp_path / "m", PACKING)
     assert (merged.tasks[0].added, merged.tasks[0].kept) == (24, 56)
-    assert make_dataset(split_thinking_rounds=True, supervise="last", **options)[1].tasks[0].added == 0
+    with pytest.raises(InputError, match=r"--split-thinking-rounds .* --supervise last .* leave one of them out"):
+        make_dataset(split_thinking_rounds=True, supervise="last", **options)
 
 
 def thought(answer):
