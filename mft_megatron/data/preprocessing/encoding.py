@@ -7,13 +7,11 @@ between processes. The same records give the same result in every process.
 import dataclasses
 import functools
 import itertools
-import json
 import re
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import orjson
 
 from mft_megatron.data.chat_templates.examples import FIRST, example_of, first_examples
 from mft_megatron.data.chat_templates.formats import ChatFormat
@@ -21,9 +19,10 @@ from mft_megatron.data.chat_templates.jinja_messages import strings_in
 from mft_megatron.data.chat_templates.token_names import names_of_text, names_pattern
 from mft_megatron.data.records.conversation import Conversation, RecordError, Turn
 from mft_megatron.data.records.fim import Fim
-from mft_megatron.data.records.json_values import json_fault, refuse_repeated_keys
+from mft_megatron.data.records.json_values import refuse_repeated_keys
 from mft_megatron.data.records.notes import RecordNotes
 from mft_megatron.data.records.record_formats import read_record
+from mft_megatron.data.records.record_lines import parse_record
 from mft_megatron.data.records.rounds import split_rounds
 from mft_megatron.data.records.segments import Segment
 from mft_megatron.data.tasks.record_batches import RecordBatch, position
@@ -308,44 +307,3 @@ def _fim_segments(conversation: Conversation, fim: Fim) -> list[Segment] | None:
     # the content alone decides, so that the same record is written alike in every file
     key = "\0".join([turn.content for turn in conversation.turns]).encode()
     return fim.segments(conversation, key)
-
-
-def parse_record(line: Any) -> Any:
-    """Parse a line of JSON; return a row of a table as it is.
-
-    Raises:
-        RecordError: the line is not JSON.
-    """
-    if not isinstance(line, bytes):
-        return line
-    try:
-        return orjson.loads(line)
-    except orjson.JSONDecodeError:
-        pass  # json accepts large numbers and NaN, too, and its messages are more precise
-    try:
-        return json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        cause = next((cause for start, cause in _OTHER_BEGINNINGS.items() if line.startswith(start)), "")
-        raise RecordError("invalid_utf8", f"not UTF-8 (byte {error.start} of the line){cause}") from None
-    except (RecursionError, ValueError) as error:
-        raise RecordError("invalid_json", f"not JSON{json_fault(error)}{_likely_cause(line)}") from None
-
-
-# how files begin that are not text in UTF-8
-_OTHER_BEGINNINGS = {
-    b"\x1f\x8b": "; the file is compressed, give its name the ending .gz",
-    b"\x28\xb5\x2f\xfd": "; the file is compressed, give its name the ending .zst",
-    b"\xff\xfe": "; the file is UTF-16, save it as UTF-8",
-    b"\xfe\xff": "; the file is UTF-16, save it as UTF-8",
-}
-
-
-def _likely_cause(line: bytes) -> str:
-    """Likely cause of a line that is not JSON; empty where there is none."""
-    if b"\r" in line.strip():
-        return "; lines end in carriage returns alone here, write line feeds"
-    if line.lstrip()[:1] == b"[":
-        return "; write one record a line, or name the file .json"
-    if line.rstrip()[-1:] in (b"{", b"[", b",", b":"):
-        return "; a record is one line, or one item of an array in a .json file"
-    return "" if line.lstrip()[:1] == b"{" else "; a record is a JSON object"

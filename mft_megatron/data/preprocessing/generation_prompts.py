@@ -16,12 +16,13 @@ import numpy as np
 from mft_megatron.data.chat_templates.jinja_messages import message_of, strings_in
 from mft_megatron.data.chat_templates.token_names import common_prefix, names_in, names_of_text, names_pattern
 from mft_megatron.data.records.conversation import Conversation, RecordError
+from mft_megatron.data.records.record_lines import parse_record
 from mft_megatron.data.records.segments import REASONING, supervised_turns
 from mft_megatron.data.tasks.record_batches import RecordBatch, TokenizedBatch, position
 from mft_megatron.data.tokenizers.tokenizer import Tokenizer
 
 from .batched_texts import BatchedSamples, KnownTexts
-from .encoding import TaskEncoding, parse_record, read_conversations
+from .encoding import TaskEncoding, read_conversations
 from .prompt_spaces import with_prompt_spaces
 
 LINES, CHATS = 512, 4  # of a task that are looked at, and chats of one shape among them
