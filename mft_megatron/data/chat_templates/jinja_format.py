@@ -84,7 +84,7 @@ class TemplateFormat:
         if not any(segment.supervised for segment in segments):
             raise RecordError("nothing_to_learn", f"--chat-template {self.name} writes nothing of the supervised turns")
         if notes is not None:
-            rendering.note_losses(notes, supervised, spans)
+            rendering.note_omissions(notes, supervised, spans)
         return segments
 
     def prompt(self, conversation: Conversation, index: int) -> str:

@@ -10,8 +10,8 @@ from mft_megatron.data.records.segments import REASONING, refuse_reasoning
 from mft_megatron.data.tokenizers.tokenizer import SpecialToken
 
 from .jinja_coverage import unwritten_part
-from .jinja_losses import count_changed_answers, count_lost_reasoning
 from .jinja_messages import break_names, message_of, strings_in, unused_characters
+from .jinja_omissions import count_changed_answers, count_omitted_reasoning
 from .jinja_renderer import Message, TemplateError, renderer
 from .token_names import Name, Span, names_in, names_pattern
 
@@ -162,7 +162,7 @@ class Rendering:
                     f"{str(call['arguments'])[:60]}, which is not JSON; use a template that writes JSON, or chatml",
                 )
 
-    def note_losses(self, notes: RecordNotes, supervised: Sequence[bool], spans: Sequence[Span]) -> None:
+    def note_omissions(self, notes: RecordNotes, supervised: Sequence[bool], spans: Sequence[Span]) -> None:
         """Count answers that the template changes, and reasoning that it leaves out.
 
         Args:
@@ -172,7 +172,7 @@ class Rendering:
         """
         turns = [turn for turn, learn in zip(self._turns, supervised, strict=True) if learn]
         count_changed_answers(notes, turns, [self.unguard(self.text[start:end]) for start, end in spans])
-        count_lost_reasoning(
+        count_omitted_reasoning(
             notes, self._renderer, self._messages, self._tools, self._style.variables, next(self._unused)
         )
 

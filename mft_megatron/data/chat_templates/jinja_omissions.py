@@ -51,7 +51,7 @@ def _changes(answer: str, text: str) -> list[str]:
     ]
 
 
-def count_lost_reasoning(
+def count_omitted_reasoning(
     notes: RecordNotes,
     renderer: Renderer,
     messages: Sequence[Message],

@@ -30,7 +30,7 @@ OTHERS = {
 @pytest.fixture(scope="module")
 def noted(tmp_path_factory):
     """A function that writes a conversation with a template and returns the counts."""
-    folder = tmp_path_factory.mktemp("losses")
+    folder = tmp_path_factory.mktemp("omissions")
     tokenizer = load_tokenizer("HuggingFaceTokenizer", save_tokenizer(folder / "tokenizer"))
     for name, text in {**TEMPLATES, **OTHERS}.items():
         (folder / f"{name}.jinja").write_text(text)
