@@ -2,11 +2,14 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
+from typing import Any
 
 from mft_megatron.arguments.values.expert_layers import expert_layers
 from mft_megatron.arguments.values.layer_pattern import layer_frequency
 from mft_megatron.arguments.values.rope_scaling import RopeScaling, read_rope_scaling, rope_scaling
 from mft_megatron.arguments.values.window import window_size
+from mft_megatron.errors import InputError
 from mft_megatron.options import option
 
 
@@ -205,3 +208,22 @@ class NetworkArguments:
     def expert_layers(self) -> tuple[bool, ...]:
         """For each layer, whether it has experts."""
         return expert_layers(self.num_layers, self.num_experts, self.moe_layer_freq)
+
+
+def stored_network(architecture: Mapping[str, Any], where: str) -> NetworkArguments:
+    """Make the architecture that the description of a checkpoint names.
+
+    Args:
+        architecture: fields by name; those that an earlier version did not write have their defaults.
+        where: the checkpoint, for messages.
+
+    Raises:
+        InputError: it has a field that this version does not know.
+    """
+    unknown = sorted(architecture.keys() - {field.name for field in dataclasses.fields(NetworkArguments)})
+    if unknown:
+        raise InputError(
+            f"{where}: its architecture has {', '.join(unknown)}, which this version does not know; a newer version "
+            "made it, use that"
+        )
+    return NetworkArguments(**architecture)

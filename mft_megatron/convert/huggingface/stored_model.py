@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mft_megatron.arguments.groups.network import NetworkArguments
+from mft_megatron.arguments.groups.network import NetworkArguments, stored_network
 from mft_megatron.convert.huggingface.families.table import family_for
 from mft_megatron.errors import InputError
 from mft_megatron.lora import is_adapter
@@ -112,7 +112,7 @@ class CheckpointModel:
             InputError: the checkpoint is damaged, or no family can express its model.
         """
         self.path, self.info = checkpoint.path, checkpoint.info
-        self.architecture = NetworkArguments(**self.info.architecture)
+        self.architecture = stored_network(self.info.architecture, str(self.path))
         self.family = _family_of(checkpoint)
         self._mapped = self.family.weights(self.architecture)
         self._reader = TensorReader(self.path)
@@ -180,7 +180,7 @@ def _family_of(checkpoint: CheckpointRef) -> Family:
         InputError: no family can, or the original configuration is gone or is that of another model.
     """
     path, info = checkpoint.path, checkpoint.info
-    architecture, source = NetworkArguments(**info.architecture), path.parent / HUGGINGFACE
+    architecture, source = stored_network(info.architecture, str(path)), path.parent / HUGGINGFACE
     if not info.from_hugging_face:
         return family_for(architecture)
     if not (source / CONFIG).is_file():

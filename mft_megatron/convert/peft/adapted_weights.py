@@ -23,7 +23,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from mft_megatron.arguments.groups.network import NetworkArguments
+from mft_megatron.arguments.groups.network import NetworkArguments, stored_network
 from mft_megatron.convert.huggingface.families.table import FAMILIES, family_for
 from mft_megatron.convert.huggingface.family import Family
 from mft_megatron.convert.huggingface.mapped_weight import MappedWeight
@@ -189,7 +189,7 @@ def family_of_info(info: CheckpointInfo) -> tuple[Family, NetworkArguments]:
     Raises:
         InputError: no family can express the architecture.
     """
-    architecture = NetworkArguments(**info.architecture)
+    architecture = stored_network(info.architecture, f"the checkpoint of iteration {info.iteration}")
     for family in FAMILIES.values():
         if family.architecture == info.source:
             return family, architecture

@@ -14,7 +14,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from mft_megatron.arguments.groups.network import NetworkArguments
+from mft_megatron.arguments.groups.network import stored_network
 from mft_megatron.convert.atomic_folder import refuse_content
 from mft_megatron.convert.huggingface.family import first_difference
 from mft_megatron.convert.huggingface.model_export import write_model
@@ -73,7 +73,9 @@ def refuse_other_model(base: StoredModel, info: CheckpointInfo, what: str) -> No
     Raises:
         InputError: it has another one.
     """
-    difference = first_difference(NetworkArguments(**info.architecture), base.architecture)
+    difference = first_difference(
+        stored_network(info.architecture, "the checkpoint with the adapters"), base.architecture
+    )
     if difference is None and base.info.vocab_size != info.vocab_size:
         difference = "vocab_size", info.vocab_size, base.info.vocab_size
     if difference is not None:
