@@ -1,8 +1,10 @@
 """Process groups of several ranks: ranks of context parallelism, collectives, random numbers."""
 
 import numpy as np
+import pytest
 import torch
 
+from mft_megatron.errors import InputError
 from mft_megatron.mcore.model.parameters import count_parameters
 from tests.ranks import run_on_ranks
 
@@ -80,3 +82,17 @@ def test_random_numbers_differ_between_stages_and_within_forks():
     assert len(outside) == len({number for _, number in outside}) == 2
     assert len({within for *_, within, _ in results}) == 4
     assert all(total == [3] for *_, total in results)
+
+
+def test_the_refusal_of_any_rank_is_raised(monkeypatch):
+    from mft_megatron.mcore.parallel import process_groups
+
+    def gather(refusals, mine):
+        assert mine is None
+        refusals[:] = [None, "of the second", "of the third"]
+
+    monkeypatch.setattr(process_groups, "any_rank", lambda value: True)
+    monkeypatch.setattr(process_groups.dist, "get_world_size", lambda: 3)
+    monkeypatch.setattr(process_groups.dist, "all_gather_object", gather)
+    with pytest.raises(InputError, match="^of the second$"):
+        process_groups.raise_on_all_ranks(None)
