@@ -176,6 +176,10 @@ READ = [
         ),
     ),
     ({"messages": [USER, BOT], "tools": [{**BARE, "type": "function"}]}, chat("q", "a", tools=[SENT])),
+    (
+        {"messages": [{"role": "system", "content": "s", "train": True}, USER, BOT]},
+        chat(*SYSTEM_Q_A, kinds={"marked_turn_not_learnt": 1}),
+    ),
     # what is declared as no function is sent as it is
     (
         {"messages": [USER, BOT], "tools": [{**BARE, "type": "custom"}]},

@@ -94,5 +94,5 @@ def test_the_refusal_of_any_rank_is_raised(monkeypatch):
     monkeypatch.setattr(process_groups, "any_rank", lambda value: True)
     monkeypatch.setattr(process_groups.dist, "get_world_size", lambda: 3)
     monkeypatch.setattr(process_groups.dist, "all_gather_object", gather)
-    with pytest.raises(InputError, match="^of the second$"):
+    with pytest.raises(InputError, match=r"^of the second$"):
         process_groups.raise_on_all_ranks(None)
