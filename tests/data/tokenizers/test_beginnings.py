@@ -347,3 +347,29 @@ def test_mistral_s_models_have_the_suffix_first_and_no_middle_token(train_senten
     heads = {fim.segments(record, b"%d" % key)[4].text for key in range(20)}
     assert "" in heads  # an empty prefix has no space
     assert {head[:1] for head in heads - {""}} == ({" "} if space else {"a"})
+
+
+@pytest.mark.parametrize("kind", ["HuggingFaceTokenizer", "SentencePieceTokenizer"])
+def test_tokenizers_of_one_model_and_one_key_begin_texts_alike(llama_like_folder, sentencepiece_model, tmp_path, kind):
+    if kind == "HuggingFaceTokenizer":
+        shutil.copy(llama_like_folder / "tokenizer.json", tmp_path)
+    else:
+        shutil.copy(sentencepiece_model, tmp_path / "tokenizer.model")
+    found = {}
+    for name in (None, "LlamaTokenizerFast", "LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer"):
+        for key in (None, "legacy", "add_prefix_space", "add_bos_token"):
+            for value in (None, False, True):
+                config = {
+                    "tokenizer_class": name,
+                    "bos_token": "<s>",
+                    "eos_token": "</s>",
+                    **({key: value} if key else {}),
+                }
+                (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+                ours = load_tokenizer(kind, tmp_path)
+                begun = ours.beginning.ids.tolist(), ours._encode_own(list(TEXTS), True)
+                found.setdefault(ours.encoding_key, []).append(begun)
+    for begun in found.values():
+        assert begun == [begun[0]] * len(begun)
+    assert 4 <= len(found) <= 12  # of 60 configurations
+    assert max(map(len, found.values())) >= 9
