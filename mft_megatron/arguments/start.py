@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mft_megatron.arguments.groups.checkpointing import CheckpointArguments
 from mft_megatron.arguments.groups.lora import LoraArguments
-from mft_megatron.arguments.groups.network import NetworkArguments
+from mft_megatron.arguments.groups.network import NetworkArguments, stored_network
 from mft_megatron.errors import InputError
 from mft_megatron.lora import Lora
 from mft_megatron.options import Given, spelling
@@ -127,12 +127,14 @@ def architecture_from(resume: CheckpointRef, given: Given) -> Given:
     """Return the network's options, which the checkpoint decides.
 
     Raises:
-        InputError: the command line contradicts the checkpoint.
+        InputError: the command line contradicts the checkpoint, or a later version wrote it with fields that this one
+            does not know.
     """
+    stored_network(resume.info.architecture, str(resume.path))  # refuses fields that only a later version knows
     known = {field.name: field for field in dataclasses.fields(NetworkArguments)}
     # A description that an earlier version wrote lacks newer fields: they had their defaults.
     defaults = {name: field.default for name, field in known.items() if field.default is not None}
-    architecture = {**defaults, **{name: value for name, value in resume.info.architecture.items() if name in known}}
+    architecture = {**defaults, **resume.info.architecture}
     # These fields change no weight. Without learned positions the maximum length follows --seq-length.
     free = {"make_vocab_size_divisible_by"}
     if architecture.get("position_embedding_type") != "learned_absolute":

@@ -22,6 +22,13 @@ def test_architecture_and_seed_come_from_the_checkpoint(tmp_path):
     assert resumed(f"--load {tmp_path} --finetune").initialization.seed == 1234
 
 
+def test_an_architecture_of_a_newer_version_is_refused(tmp_path):
+    shape = dataclasses.asdict(parse("--swiglu").network)
+    folder = checkpoint(tmp_path, architecture={**shape, "a_new_field": 1})
+    with refused(f"{folder}/iter_0000005: its architecture has a_new_field, which this version does not know"):
+        resumed(f"--load {folder}")
+
+
 def test_contradicting_the_checkpoint_is_refused(tmp_path):
     folder = checkpoint(tmp_path)
     for extra, text in {
