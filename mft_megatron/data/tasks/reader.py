@@ -88,7 +88,7 @@ class TaskReader:
             if file.is_file():
                 with _failure_reported(file):
                     refuse_pointer(file)
-        suffix = self._path.suffix
+        suffix = self._path.suffix.lower()
         if suffix == ".parquet":
             return self._rows(batch_bytes)
         if suffix == ".idx":
@@ -121,7 +121,7 @@ class TaskReader:
     # ------------------------------------------------------------------------------------------------- lines and arrays
 
     def _json_batches(self, blocks: Iterator[bytes], batch_bytes: int) -> Iterator[RecordBatch]:
-        if ".json" not in self._path.suffixes[-2:]:
+        if ".json" not in [suffix.lower() for suffix in self._path.suffixes[-2:]]:
             return self._line_batches(blocks, batch_bytes)
         is_array, blocks = starts_with_array(blocks)
         return self._array_batches(blocks, batch_bytes) if is_array else self._line_batches(blocks, batch_bytes)

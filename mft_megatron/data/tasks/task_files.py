@@ -209,14 +209,19 @@ def _is_readable(file: Path, searched: bool = False) -> bool:
     ``searched``: the file comes from a folder or a pattern, where packed data sets are left out; another command merges
     them.
     """
-    if not file.name.endswith(SUFFIXES) or not file.is_file():
+    if not _has_known_ending(file) or not file.is_file():
         return False
     if searched and file.with_name(f"{file.name.removesuffix(f'{IDS}.idx')}_dataset.json").exists():
         return False
-    if searched and file.name.endswith(".json") and not _holds_records(file):
+    if searched and file.suffix.lower() == ".json" and not _holds_records(file):
         return False
     # the masks are read with the tokens they belong to
     return not (file.name.endswith(f"{MASK}.idx") and _tokens_of(file).exists())
+
+
+def _has_known_ending(file: Path) -> bool:
+    """Whether a file has one of :data:`SUFFIXES`, also in capitals except that of an index, which has a second file."""
+    return file.name.endswith(SUFFIXES) or (file.name.lower().endswith(SUFFIXES) and file.suffix.lower() != ".idx")
 
 
 def _holds_records(file: Path) -> bool:
@@ -239,7 +244,7 @@ def _tokens_of(mask: Path) -> Path:
 
 
 def _check_kind(path: Path, where: str) -> None:
-    if path.name.endswith(SUFFIXES):
+    if _has_known_ending(path):
         if not _is_readable(path):
             raise InputError(f"{where}: {path.name} holds the loss mask; give {_tokens_of(path).name}")
         return

@@ -440,6 +440,18 @@ def test_json_files_of_a_folder_are_read_if_they_begin_with_records(tmp_path, co
     assert parse_tasks((f"t={other}",))["t"].files == (other,)
 
 
+def test_endings_in_capitals_are_read_alike(tmp_path):
+    files = touch(tmp_path, "A.JSONL", "B.Json", "C.JSONL.GZ")
+    (index,) = touch(tmp_path, "D.IDX")
+    files[0].write_bytes(b'{"text": "a"}\n{"text": "b"}')
+    files[1].write_bytes(b'[{"text": "c"}]')
+    files[2].write_bytes(gzip.compress(b'{"text": "d"}'))
+    task = parse_tasks((f"t={tmp_path}",))["t"]
+    assert task == TaskFiles("t", tuple(files), left_out=(index,))
+    lines = [line.strip() for file in files for batch in TaskReader(file).batches() for line in batch.lines]
+    assert lines == [b'{"text": "%c"}' % letter for letter in b"abcd"]
+
+
 def test_files_that_are_left_out_are_named_up_to_five(tmp_path):
     files = tuple(tmp_path / f"{n}.txt" for n in range(1234))
     assert left_out_lines([TaskFiles("t", (), left_out=files), TaskFiles("u", ())]) == [
