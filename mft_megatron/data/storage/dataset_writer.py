@@ -6,6 +6,7 @@ to the same prefix reuses.
 
 import contextlib
 import fcntl
+import math
 import os
 import shutil
 from collections.abc import Collection
@@ -155,13 +156,13 @@ def require_free_space(folder: Path, needed: int) -> None:
     """
     while not folder.exists():
         folder = folder.parent
-    free = shutil.disk_usage(folder).free
+    usage = shutil.disk_usage(folder)
     if not os.access(folder, os.W_OK):
         raise InputError(f"{folder}: cannot be written to; choose another --output-prefix")
-    if free < needed:
+    if usage.free < needed and usage.total > 0:  # 0 where a file system does not tell
         raise InputError(
-            f"{folder}: {free / 1e6:,.0f} MB are free, and about {needed / 1e6:,.0f} MB are needed; free some space, "
-            "or choose another --output-prefix"
+            f"{folder}: {usage.free / 1e6:,.0f} MB are free, and about {math.ceil(needed / 1e6):,} MB are needed; "
+            "free some space, or choose another --output-prefix"
         )
 
 

@@ -63,10 +63,16 @@ def test_files_that_were_not_published_are_deleted(tmp_path):
 
 
 def test_a_disk_without_enough_space_is_refused_beforehand(tmp_path, monkeypatch):
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**9))
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**9, total=10**10))
     require_free_space(tmp_path / "not" / "there", 10**9)
     with pytest.raises(InputError, match=r"1,000 MB are free, and about 2,000 MB are needed"):
         require_free_space(tmp_path / "not" / "there", 2 * 10**9)
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: SimpleNamespace(free=0, total=10**10))
+    with pytest.raises(InputError, match=r"0 MB are free, and about 1 MB are needed"):
+        require_free_space(tmp_path, 1)
+    # a file system that does not tell
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: SimpleNamespace(free=0, total=0))
+    require_free_space(tmp_path, 1)
 
 
 def test_a_disk_that_gets_full_is_one_line(tmp_path):
