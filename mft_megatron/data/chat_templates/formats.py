@@ -15,6 +15,7 @@ from mft_megatron.data.tokenizers.tokenizer import Tokenizer
 from mft_megatron.errors import InputError
 
 from .builtin_formats import FORMATS, BuiltInFormat, special_in_markers
+from .format_names import TOKENIZERS_TEMPLATE
 
 
 class ChatFormat(Protocol):
@@ -101,18 +102,15 @@ def chat_format(
     return BuiltInFormat(name, markers, tokenizer.end_of_text, supervise, special, learn_empty_answers)
 
 
-_TOKENIZERS_TEMPLATE = "template"  # name of the template that comes with the tokenizer
-
-
 def _automatic(tokenizer: Tokenizer) -> str:
     if tokenizer.chat_template is not None:
-        return _TOKENIZERS_TEMPLATE
+        return TOKENIZERS_TEMPLATE
     chatml_stop = FORMATS["chatml"].stop_token
     return "chatml" if chatml_stop is not None and tokenizer.token_id(chatml_stop) is not None else "mftcoder"
 
 
 def _template(name: str, tokenizer: Tokenizer) -> str:
-    if name == _TOKENIZERS_TEMPLATE and tokenizer.chat_template is not None:
+    if name == TOKENIZERS_TEMPLATE and tokenizer.chat_template is not None:
         return tokenizer.chat_template
     if not name.endswith(".jinja"):
         raise InputError(f"--chat-template {name}: give auto, {', '.join(FORMATS)} or the path of a .jinja file")

@@ -9,6 +9,7 @@ from mft_megatron.data.records.notes import RecordNotes
 from mft_megatron.data.records.segments import REASONING, refuse_reasoning
 from mft_megatron.data.tokenizers.tokenizer import SpecialToken
 
+from .format_names import shown_format
 from .jinja_coverage import unwritten_part
 from .jinja_messages import break_names, message_of, strings_in, unused_characters
 from .jinja_omissions import count_changed_answers, count_omitted_reasoning
@@ -114,7 +115,7 @@ class Rendering:
         if self.unguard(text) != unguarded:
             raise RecordError(
                 "special_token_in_content",
-                f"--chat-template {self._style.name} acts on the name of a special token in a turn; leave the record "
+                f"{shown_format(self._style.name)} acts on the name of a special token in a turn; leave the record "
                 "out, or use chatml",
             )
         return text
@@ -129,14 +130,14 @@ class Rendering:
         try:
             return self._renderer.render(messages, self._tools, self._style.variables, prompt, marks)
         except TemplateError as error:
-            raise RecordError("template_error", f"--chat-template {self._style.name} refuses it: {error}") from None
+            raise RecordError("template_error", f"{shown_format(self._style.name)} refuses it: {error}") from None
 
     def _refuse_lost_reasoning(self, conversation: Conversation) -> None:
         if any(name in self._style.template for name in REASONING):
             return
         refuse_reasoning(
             conversation,
-            f"which --chat-template {self._style.name} does not write; use a template that does, or move it into the "
+            f"which {shown_format(self._style.name)} does not write; use a template that does, or move it into the "
             "content",
         )
 
@@ -146,7 +147,7 @@ class Rendering:
         if unwritten is not None:
             raise RecordError(
                 unwritten.reason,
-                f"--chat-template {self._style.name} does not write {unwritten.part}; use a template that does, or "
+                f"{shown_format(self._style.name)} does not write {unwritten.part}; use a template that does, or "
                 "chatml, or take it out of the record",
             )
 
@@ -158,7 +159,7 @@ class Rendering:
             if text.count(str(call["arguments"])) > record_text.count(str(call["arguments"])):
                 raise RecordError(
                     "template_error",
-                    f"--chat-template {self._style.name} writes the arguments of the tool call {call['name']} as "
+                    f"{shown_format(self._style.name)} writes the arguments of the tool call {call['name']} as "
                     f"{str(call['arguments'])[:60]}, which is not JSON; use a template that writes JSON, or chatml",
                 )
 
@@ -200,6 +201,6 @@ class Rendering:
         """Make the error for a conversation whose assistant spans are uncertain; ``fault`` says why."""
         return RecordError(
             "template_mismatch",
-            f"--chat-template {self._style.name}: {fault}, so the assistant's part cannot be told for certain; give a "
+            f"{shown_format(self._style.name)}: {fault}, so the assistant's part cannot be told for certain; give a "
             "template with {% generation %} tags around it, or use chatml",
         )

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from mft_megatron.data.chat_templates.examples import FIRST, example_of, first_examples
+from mft_megatron.data.chat_templates.format_names import shown_format
 from mft_megatron.data.chat_templates.formats import ChatFormat
 from mft_megatron.data.chat_templates.jinja_messages import strings_in
 from mft_megatron.data.chat_templates.token_names import names_of_text, names_pattern
@@ -198,7 +199,7 @@ class Encoder:
             if not (conversation.raw or self._ends_turns[task]):
                 raise InputError(
                     f"{position(batch.path, number, batch.of_array)}: a chat record, but the tokenizer has no token "
-                    f"{encoding.style.stop_token} to end a turn of --chat-template {encoding.style.name} with; use "
+                    f"{encoding.style.stop_token} to end a turn of {shown_format(encoding.style.name)} with; use "
                     "mftcoder, or add the token"
                 )
             if len(read.lines) < FIRST and not filled:  # of each batch, wherever in a file it is
@@ -282,7 +283,7 @@ def _segments(style: ChatFormat, conversation: Conversation, notes: RecordNotes)
         where = "a second system turn" if len(systems) > 1 else "a system turn after others"
         raise RecordError(
             error.reason,
-            f"turn {systems[:2][-1]} is {where}, which --chat-template {style.name} does not take "
+            f"turn {systems[:2][-1]} is {where}, which {shown_format(style.name)} does not take "
             f"({str(error).partition(';')[0]}); put all system text into the first turn, or use a template that takes "
             "several, such as chatml",
         ) from None

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mft_megatron.data.chat_templates.builtin_formats import BuiltInFormat
+from mft_megatron.data.chat_templates.format_names import shown_format
 from mft_megatron.data.chat_templates.formats import chat_format
 from mft_megatron.data.preprocessing import batched_texts
 from mft_megatron.data.preprocessing.encoding import Encoder, TaskEncoding
@@ -390,6 +391,8 @@ def test_another_cause_than_system_turns_is_not_blamed_on_them(tokenizer_folder,
     turns = [{"role": role, "content": "x"} for role in ("system", "system", "user", "assistant")]
     (drop,) = encode(tokenizer, [json.dumps({"messages": turns})], plan).drops
     assert drop.message == "--chat-template own.jinja refuses it: System role not supported"
+    assert shown_format("template") == "the tokenizer's chat template"
+    assert shown_format("chatml") == "--chat-template chatml"
 
 
 def test_memory_holds_a_large_record_a_few_times(tokenizer_folder):
