@@ -92,7 +92,7 @@ def inspect_main(command_line: Sequence[str]) -> None:
 
     from .inspect import check, show_histograms, show_samples
 
-    ledger = read_ledger(prefix)
+    ledger = read_ledger(prefix, option="")
     print(ledger_table(ledger))
     for task in ledger.tasks:
         for line in note_lines(task.name, task.unread_keys, task.noted, task.encoding.get("ignore_keys") or ()):

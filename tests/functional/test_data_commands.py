@@ -240,8 +240,8 @@ def test_what_a_reasoning_model_is_not_trained_on_is_named(command):
         "note: task qa: the template left out the reasoning of 8 answers before the last question"
     )
     assert notes[True] == [
-        "note: task qa: 4 records with reasoning in several rounds were split into one sample a round; rounds of a "
-        "record may come into different splits"
+        "note: task qa: --split-thinking-rounds made one sample a round of 4 records with reasoning in several rounds; "
+        "rounds of a record may come into different splits"
     ]
     # beside a template that trims, an answer's leading spaces are named
     (command.folder / "trims.jinja").write_text(TEMPLATES["gemma"])
@@ -357,6 +357,9 @@ def test_packing_again_and_merging(command):
         assert code == 0, output
         assert "agrees with the ledger" in output
         assert "█" in output
+    code, output = command.run(inspect_main, command.folder / "nothing")
+    assert code == 2
+    assert f"error: {command.folder / 'nothing'}: no ledger" in output
     for words, message in (
         ((command.folder / "set", command.folder / "more"), "give it an --output-prefix"),
         ((command.folder / "nothing",), "no ledger nothing_dataset.json"),

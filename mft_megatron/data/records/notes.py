@@ -13,13 +13,13 @@ NOTES: dict[str, str] = {
     "leading_whitespace": "the template removed leading spaces or line breaks of {n} answers; for answers that begin "
     "within a line of code, use a template that keeps them",
     "trailing_whitespace": "the template removed trailing spaces or line breaks of {n} answers",
-    "answers_changed": "the template writes {n} answers otherwise than they are in the records",
+    "answers_changed": "the template writes {n} answers otherwise than the data has them",
     "earlier_reasoning": "the template left out the reasoning of {n} answers before the last question, as on a server; "
     "those that are learnt are learnt without it, unless --split-thinking-rounds makes a sample of each round",
     "last_reasoning": "the template left out the reasoning of {n} answers after the last question; use a template that "
     "writes it, or take it out of the records",
-    "rounds_split": "{n} records with reasoning in several rounds were split into one sample a round; rounds of a "
-    "record may come into different splits",
+    "rounds_split": "--split-thinking-rounds made one sample a round of {n} records with reasoning in several rounds; "
+    "rounds of a record may come into different splits",
     "token_names": "records with the name of a special token in a turn, completion or document: {n}; it is text in the "
     "data, and most servers read it as that token; where it stands between texts, make a record of each",
     "two_bos": "raw prompts that begin with the name of the BOS token: {n}; the tokenizer adds one itself, so they "
@@ -80,8 +80,15 @@ def note_lines(
         lines.append(f"task {task}: {others:,} more keys are not read; the ledger counts the records of each")
     return [
         *lines,
-        *(f"task {task}: {NOTES.get(kind, f'{kind}: {{n}}').format(n=f'{n:,}')}" for kind, n in kinds.items()),
+        *(f"task {task}: {_sentence(kind, n)}" for kind, n in kinds.items()),
     ]
+
+
+def _sentence(kind: str, n: int) -> str:
+    text = NOTES.get(kind, f"{kind}: {{n}}")
+    if n == 1:
+        text = text.replace("{n} answers", "{n} answer").replace("{n} records", "{n} record")
+    return text.format(n=f"{n:,}")
 
 
 def _shortened(key: str) -> str:

@@ -236,8 +236,12 @@ def ledger_path(prefix: str | Path) -> Path:
     return Path(f"{prefix}_dataset.json")
 
 
-def read_ledger(prefix: str | Path) -> Ledger:
+def read_ledger(prefix: str | Path, option: str = "--data-path ") -> Ledger:
     """Read the ledger of the data set ``prefix``.
+
+    Args:
+        prefix: of the data set.
+        option: that names it, with a space, for messages; empty where it is an argument without a name.
 
     Raises:
         InputError: it is missing, damaged or of another version.
@@ -248,11 +252,11 @@ def read_ledger(prefix: str | Path) -> Ledger:
     except FileNotFoundError:
         if next(path.parent.glob(f"{glob.escape(Path(prefix).name)}.part-*-of-*_part.json"), None) is not None:
             raise InputError(
-                f"--data-path {prefix}: there are only parts of the data set; merge them with tools/pack_data.py "
+                f"{option}{prefix}: there are only parts of the data set; merge them with tools/pack_data.py "
                 f"--data-path {prefix}"
             ) from None
         raise InputError(
-            f"--data-path {prefix}: no ledger {path.name} there; give the --output-prefix of tools/preprocess_data.py"
+            f"{option}{prefix}: no ledger {path.name} there; give the --output-prefix of tools/preprocess_data.py"
         ) from None
     except ValueError as error:
         raise InputError(f"{path}: not JSON ({error}); preprocess the data again") from None

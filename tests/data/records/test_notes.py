@@ -23,6 +23,13 @@ def test_each_sentence_says_the_number(kind):
     assert "123" in notes.NOTES[kind].format(n="123")
 
 
+@pytest.mark.parametrize("kind", notes.NOTES)
+def test_one_is_not_written_as_several(kind):
+    (line,) = notes.note_lines("qa", {}, {kind: 1})
+    assert "1 answers" not in line
+    assert "1 records" not in line
+
+
 def test_very_many_and_very_long_keys_stay_readable():
     lines = notes.note_lines("qa", {f"{n:02}" + "x" * 1000: 1 for n in range(32)}, {}, {"00" + "x" * 1000})
     assert len(lines) == 21
