@@ -126,6 +126,22 @@ def test_errors_of_other_threads_are_reported_as_before(tmp_path, monkeypatch):
     assert board.close() is None
 
 
+def test_the_thread_of_a_board_that_fails_at_its_start_prints_no_traceback(tmp_path, monkeypatch):
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    def write(self, data):
+        raise OSError(errno.EIO, "Input/output error")
+
+    reported, threads = [], set(threading.enumerate())
+    monkeypatch.setattr(threading, "excepthook", reported.append)
+    monkeypatch.setattr(RecordWriter, "write", write)
+    with pytest.raises(OSError, match="Input/output error"):
+        Board(str(tmp_path), 1)
+    for thread in set(threading.enumerate()) - threads:
+        thread.join()
+    assert reported == []
+
+
 def test_a_board_that_fails_at_its_end(tmp_path, capfd):
     board = Board(str(tmp_path), 1000)
     with largest_file(100):

@@ -23,9 +23,10 @@ class Board:
         from torch.utils.tensorboard import SummaryWriter
 
         self.folder = folder
-        self._writer: SummaryWriter | None = SummaryWriter(folder, max_queue=queue_size)
+        # before the thread is started, which can fail at once
         self._hook_before = threading.excepthook
         threading.excepthook = self._of_thread
+        self._writer: SummaryWriter | None = SummaryWriter(folder, max_queue=queue_size)
 
     def write(self, scalars: Mapping[str, float], step: int) -> str | None:
         """Write scalars; returns the reason if that fails, after which nothing is written any more."""
