@@ -7,6 +7,7 @@ from pathlib import Path
 from mft_megatron.arguments.groups.network import NetworkArguments
 from mft_megatron.convert.huggingface.families.table import family_of, note_on_unread
 from mft_megatron.errors import InputError
+from mft_megatron.git_lfs import refuse_pointer
 from mft_megatron.json_files import read_json_object
 from mft_megatron.run_folder import INFO, TOKENIZER_FILES, TRACKER
 
@@ -76,13 +77,20 @@ def unread_entries(folder: Path) -> str | None:
 
 
 def kept_files(folder: Path) -> list[Path]:
-    """Configurations, tokenizer, chat templates and licence of a model, in a fixed order."""
+    """Configurations, tokenizer, chat templates and licence of a model, in a fixed order.
+
+    Raises:
+        InputError: one of them is a pointer of Git LFS.
+    """
     files = [
         file
         for file in sorted(folder.iterdir())
         if file.is_file() and (file.name in _KEPT or file.name.startswith(_KEPT_PREFIXES))
     ]
-    return files + [file for file in sorted((folder / TEMPLATES).glob("*")) if file.is_file()]
+    files += [file for file in sorted((folder / TEMPLATES).glob("*")) if file.is_file()]
+    for file in files:
+        refuse_pointer(file)
+    return files
 
 
 def tokenizer_files(folder: Path) -> list[Path]:

@@ -11,7 +11,7 @@ from mft_megatron.mcore.checkpointing.weight_source import WeightSlice
 from mft_megatron.mcore.platform.precisions import model_dtype
 
 from .converted_checkpoint import describe
-from .model_folder import copy_kept_files, read_architecture, unread_entries
+from .model_folder import copy_files, kept_files, read_architecture, unread_entries
 from .row_layouts import sizes_of, slice_blocks
 from .safetensors_reader import WeightFiles
 from .weight_check import refuse_mismatch, renaming_of
@@ -39,6 +39,7 @@ class HuggingFaceSource:
         """
         self.folder = Path(folder)
         self.family, self.architecture, vocab_size = read_architecture(self.folder)
+        self._kept = kept_files(self.folder)
         self.mapped = self.family.weights(self.architecture)
         self.sizes = sizes_of(self.architecture, vocab_size)
         with contextlib.closing(WeightFiles(self.folder)) as files:
@@ -65,7 +66,7 @@ class HuggingFaceSource:
 
     def keep(self, target: Path) -> None:
         """Copy everything that an export gives back besides weights into the folder ``target``."""
-        copy_kept_files(self.folder, target)
+        copy_files(self._kept, self.folder, target)
 
     def read(self, wanted: WeightSlice) -> Tensor:
         """Read one slice, in the dtype that it is stored in. Rows beyond the vocabulary are 0.

@@ -267,7 +267,7 @@ def test_a_checkpoint_that_is_not_finite_is_named(model, tmp_path, monkeypatch):
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4540516344\n"
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "model.safetensors.index.json", "tokenizer.json"])
 def test_pointers_of_git_lfs_are_named(model, name):
     (model / name).write_text(POINTER)
     line = refusal(model)
