@@ -17,6 +17,7 @@ FORMAT = "mft_megatron packed dataset"
 PACK_SUFFIXES = (".npy", "_offsets.npy", "_cuts.npy")  # of the files that belong to one length
 FORMAT_VERSION = 3
 READABLE_VERSIONS = (2, 3)  # version 2 has no notes
+ARRAYS_VERSION = 2  # of the arrays alone; the hash of a data set, and with it the order of the data, depends on it
 
 # values of a JSON object, decoded; each reader knows the types of its keys
 JsonObject = dict[str, Any]
@@ -221,9 +222,9 @@ class Ledger:
         return {suffix: entry for suffix, entry in self.arrays.items() if not suffix.endswith(others)}
 
     def dataset_hash(self, seq_length: int) -> str:
-        """Identify the content for one length: sha256 over format version, names of tasks and arrays."""
+        """Identify the content for one length: sha256 over version, names of tasks and arrays."""
         arrays = sorted((suffix, entry.sha256) for suffix, entry in self.arrays_for(seq_length).items())
-        content = [self.format_version, [task.name for task in self.tasks], *arrays]
+        content = [ARRAYS_VERSION, [task.name for task in self.tasks], *arrays]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def to_json(self) -> str:

@@ -226,7 +226,8 @@ def test_prompts_that_begin_with_bos_are_counted(both):
     lines = [json.dumps({"prompt": prompt, "completion": "x"}).encode() for prompt in prompts]
     lines += [b'{"text": "<s>def"}', b'{"question": "<s>", "answer": "x"}']
     noted = encoder.encode("task", RecordBatch("file", 1, lines)).notes.kinds
-    assert noted == ({"two_bos": 2} if 1 in ours.beginning.ids else {})
+    # in the document and in the question it is text here and a token to a server
+    assert noted == {"token_names": 2} | ({"two_bos": 2} if 1 in ours.beginning.ids else {})
 
 
 CODE_LLAMA = ("▁<PRE>", "▁<MID>", "▁<SUF>", "▁<EOT>", "<FILL_ME>")
