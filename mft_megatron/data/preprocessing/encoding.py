@@ -248,9 +248,8 @@ class Encoder:
 
     def _has_name(self, conversation: Conversation) -> bool:
         """Whether text of a record has the name of a token, which a server reads as that token."""
-        texts = [
-            turn.content for turn in conversation.turns if turn.role != "prompt"
-        ]  # there it is the token here, too
+        # in a raw prompt the name is the token here, too
+        texts = [turn.content for turn in conversation.turns if turn.role != "prompt"]
         for turn in conversation.turns:
             if turn.extra or turn.tool_calls:
                 texts += strings_in([turn.extra, turn.tool_calls])
