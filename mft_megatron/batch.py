@@ -15,7 +15,7 @@ Arrays are numpy when ``data`` makes them and torch tensors after ``mcore`` has 
 """
 
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -45,6 +45,22 @@ class Ranks:
     data_size: int = 1
 
 
+class TaskCounts(NamedTuple):
+    """Numbers of each task in some packs: counts, and the same as sums of weights (docs/LOSSES.md §1).
+
+    Attributes:
+        tokens_K: int64 [K], supervised targets.
+        samples_K: int64 [K], samples that have any.
+        token_weights_K: fp64 [K], ``T_i``: sum over the targets of the weight of their sample times that of their turn.
+        sample_weights_K: fp64 [K], ``M_i``: sum of the weights of these samples.
+    """
+
+    tokens_K: np.ndarray
+    samples_K: np.ndarray
+    token_weights_K: np.ndarray
+    sample_weights_K: np.ndarray
+
+
 @dataclass(frozen=True)
 class StepPlan:
     """Packs that one optimizer step (or one evaluation step) consumes, the same on every rank.
@@ -52,15 +68,13 @@ class StepPlan:
     Attributes:
         packs_G: int64 [G], indices of packs; -1 is an empty row, which only fills up the last step of an evaluation, or
             of a run that ends with an epoch.
-        supervised_tokens_K: int64 [K], ``T_i`` of LOSSES.md: supervised targets of each task in the global batch.
-        samples_K: int64 [K], ``M_i`` of LOSSES.md: samples with at least one such target.
+        counts: of the global batch.
         epochs_G: int64 [G], the epoch each pack is used for.
         costs_G: int64 [G], computational cost of each row, in units that compare within the plan; 0 for an empty row.
     """
 
     packs_G: np.ndarray
-    supervised_tokens_K: np.ndarray
-    samples_K: np.ndarray
+    counts: TaskCounts
     epochs_G: np.ndarray
     costs_G: np.ndarray
 
@@ -88,6 +102,8 @@ class Batch(Generic[Array]):
         cu_seqlens: int32 [segments+1], index in the stream of the first token of each segment, then B·S.
         max_seqlen: length of the longest segment.
         lengths_B: int64, tokens of each row before its padding; ``None`` where no row has any.
+        token_weights_BS: float32, weight of the label's turn, 0 where the mask is 0; ``None`` where all are 1.
+        sample_weights_BS: float32, weight of the label's sample; 0 in padding; ``None`` where all are 1.
     """
 
     tokens_BS: Array
@@ -99,6 +115,8 @@ class Batch(Generic[Array]):
     cu_seqlens: Array
     max_seqlen: int
     lengths_B: Array | None = None
+    token_weights_BS: Array | None = None
+    sample_weights_BS: Array | None = None
 
     @property
     def num_segments(self) -> int:

@@ -172,7 +172,7 @@ def measure(prefix: str, tasks: int, options: argparse.Namespace) -> dict:
                 if number >= options.warmup:
                     inside[name].append(readings[0])
                     steps[name].append(readings[1])
-            present.append(int((plan.samples_K > 0).sum()))
+            present.append(int((plan.counts.samples_K > 0).sum()))
         parameters = trainer.num_parameters()
     return {
         "tasks": tasks,

@@ -164,7 +164,7 @@ class Trainer:
         experts.begin_step(self.chunks, plan.num_packs / self.arguments.training.micro_batch_size)
         sums = self._run(self.objective, factors, micro_batches, forward_only=False)
         micro_batches.add_used_to(self.usage)
-        samples_K = torch.from_numpy(plan.samples_K)
+        samples_K = torch.from_numpy(plan.counts.sample_weights_K)
         report = StepReport(
             **vars(_report(self.objective, factors, sums, samples_K)),
             weight_K=weight_K,
@@ -281,9 +281,9 @@ class Trainer:
 
 
 def _total_counts(plans: Sequence[StepPlan]) -> tuple[Tensor, Tensor]:
-    """Supervised tokens and samples of all plans: int64 [K] each, on the CPU."""
-    tokens_K = np.sum([plan.supervised_tokens_K for plan in plans], axis=0)
-    samples_K = np.sum([plan.samples_K for plan in plans], axis=0)
+    """``T_i`` and ``M_i`` of all plans: fp64 [K] each, on the CPU."""
+    tokens_K = np.sum([plan.counts.token_weights_K for plan in plans], axis=0)
+    samples_K = np.sum([plan.counts.sample_weights_K for plan in plans], axis=0)
     return torch.from_numpy(tokens_K), torch.from_numpy(samples_K)
 
 

@@ -123,7 +123,7 @@ class Evaluation:
         if "valid" not in self._dataset.splits or limit == 0:
             return set()
         plans = evaluation_plans(self._arguments, self._dataset.split("valid"), limit)
-        return _named(self._dataset, np.sum([plan.supervised_tokens_K for plan in plans], axis=0))
+        return _named(self._dataset, np.sum([plan.counts.tokens_K for plan in plans], axis=0))
 
     def _record(self, trainer: Trainer, progress: Progress, limit: int | None) -> EvaluationRecord:
         split = self._dataset.split("valid")
@@ -152,7 +152,7 @@ def evaluation_plans(arguments: Arguments, split: PackedSplit, limit: int | None
 
 def _counts(split: PackedSplit) -> np.ndarray:
     """Supervised tokens of each task in a whole split, int64 [K]."""
-    return split.counts(np.arange(split.num_packs))[0]
+    return split.totals.tokens_K
 
 
 def _named(dataset: PackedDataset, value_K: np.ndarray) -> set[str]:

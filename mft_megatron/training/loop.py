@@ -169,7 +169,7 @@ class StepLogger:
                 record["params_norm"] = weight_norm(self._trainer.chunks)
         if arguments.logging.log_throughput:
             lengths = segment_lengths(split, plan.packs_G)
-            supervised_tokens = int(plan.supervised_tokens_K.sum())
+            supervised_tokens = int(plan.counts.tokens_K.sum())
             operations = step_operations(arguments, lengths, supervised_tokens, self._dataset.vocab_size)
             record["tflops"] = operations / step_time / arguments.world_size / 1e12
         return record

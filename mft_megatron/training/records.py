@@ -104,10 +104,10 @@ def train_record(
         RuntimeError: the supervised tokens seen differ from those planned; then every coefficient was wrong.
     """
     seen_K = report.tokens_K.cpu().numpy().astype(np.int64)
-    if not np.array_equal(seen_K, plan.supervised_tokens_K):
+    if not np.array_equal(seen_K, plan.counts.tokens_K):
         raise RuntimeError(
             f"step {progress.step}: supervised tokens per task are {seen_K.tolist()}, the data set's index says "
-            f"{plan.supervised_tokens_K.tolist()}; the data set does not match its index, preprocess it again"
+            f"{plan.counts.tokens_K.tolist()}; the data set does not match its index, preprocess it again"
         )
     record: StepRecord = {
         "kind": "train",
@@ -140,7 +140,7 @@ def _task_steps(report: StepReport, plan: StepPlan, task_names: Sequence[str], w
         name: {
             "loss": _quotient(loss_K[i], tokens_K[i]),
             "supervised_tokens": int(tokens_K[i]),
-            "samples": int(plan.samples_K[i]),
+            "samples": int(plan.counts.samples_K[i]),
             "weight": float(report.weight_K[i]),
             "target_share": _quotient(target_K[i], target_K.sum()) if weighted else None,
             "share": _quotient(share_K[i], share_K.sum()),

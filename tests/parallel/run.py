@@ -56,7 +56,7 @@ def data_seed(split):
 
 def begins_well(plan, split):
     """Whether the first step has all tasks, and packs that differ in their number of samples; quick, for most seeds."""
-    if not plan.supervised_tokens_K.all():
+    if not plan.counts.tokens_K.all():
         return False
     return len({split.counts(plan.packs_G[[row]])[1].sum() for row in range(len(plan.packs_G))}) > 1
 
@@ -78,7 +78,7 @@ def lacks_tasks(plans, split):
     from mft_megatron.batch import Ranks
     from mft_megatron.data.loading.step_plan import shard_plan
 
-    tokens = np.array([plan.supervised_tokens_K for plan in plans])
+    tokens = np.array([plan.counts.tokens_K for plan in plans])
     present, last = tokens > 0, split.num_tasks - 1
     if present[:, last].tolist() != [True, False, True, False, True] or not present[:, :last].all():
         return False

@@ -116,7 +116,7 @@ def test_joined_rows_are_learnt(joined):
     assert curve[-1][0] < curve[0][0] - 0.1
     assert set(shapes) == {(2, 128)}
     plan = plans_of(split, data_seed(split))[-1]
-    assert sums["tokens_K"] == plan.supervised_tokens_K.tolist()
+    assert sums["tokens_K"] == plan.counts.tokens_K.tolist()
 
 
 LOOP = "--log-interval 100 --eval-interval 100 --global-batch-size 8"  # records of steps would show a fault before

@@ -134,8 +134,7 @@ def _skip(prefix):
         only_others = next(
             plan
             for seed in range(500)
-            if (plan := plan_step(split, seed=seed, global_batch_size=4, consumed_samples=0)).supervised_tokens_K[3]
-            == 0
+            if (plan := plan_step(split, seed=seed, global_batch_size=4, consumed_samples=0)).counts.tokens_K[3] == 0
         )
         report = trainer.train_step(split, only_others, np.array([0.0, 0.0, 0.0, 1.0]))
         same = all(a.equal(b) for a, b in zip(before, trainer.chunks[0].parameters(), strict=True))

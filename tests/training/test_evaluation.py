@@ -41,7 +41,7 @@ def test_a_task_that_evaluations_do_not_see_is_no_metric(dataset_prefix, monkeyp
 
     def without_the_first(arguments, split, limit):
         for plan in plans(arguments, split, limit):
-            plan.supervised_tokens_K[0] = 0
+            plan.counts.tokens_K[0] = 0
             yield plan
 
     monkeypatch.setattr(evaluation, "evaluation_plans", without_the_first)

@@ -15,9 +15,10 @@ from mft_megatron.training import pretrain
 from mft_megatron.training.progress import Progress
 from mft_megatron.training.records import train_record
 from mft_megatron.training.run_log import RunLog
+from tests.task_counts import counted
 
 NAN = float("nan")
-PLAN = StepPlan(np.arange(2), np.array([4]), np.array([2]), np.zeros(2, np.int64), np.ones(2, np.int64))
+PLAN = StepPlan(np.arange(2), counted([4], [2]), np.zeros(2, np.int64), np.ones(2, np.int64))
 
 
 def record(losses, each_layer=False):

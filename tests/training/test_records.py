@@ -17,6 +17,7 @@ from mft_megatron.training.events import event_record
 from mft_megatron.training.progress import Progress
 from mft_megatron.training.records import share_warning, train_record, valid_record
 from mft_megatron.training.run_log import RunLog
+from tests.task_counts import counted
 
 TASKS = ("write", "explain", "absent")
 
@@ -34,7 +35,7 @@ def step_record(report, plan, weighted=True):
 
 
 def plan(tokens=(2, 3, 0)):
-    return StepPlan(np.arange(4), np.array(tokens), np.array([1, 2, 0]), np.zeros(4, np.int64), np.ones(4, np.int64))
+    return StepPlan(np.arange(4), counted(tokens, [1, 2, 0]), np.zeros(4, np.int64), np.ones(4, np.int64))
 
 
 def test_a_step():

@@ -5,12 +5,14 @@
 share a pack.
 """
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
 
+from mft_megatron.batch import TaskCounts
 from mft_megatron.data.packing.packing_options import SPLITS
 from mft_megatron.data.packing.packs import pack_files
 from mft_megatron.data.sample_slices import NO_SLICES, SampleSlices, ranges
@@ -183,23 +185,27 @@ class PackedSplit:
         counts = np.where(packs_G >= 0, self._offsets[real + 1] - first, 0)
         return self.slices(ranges(first, counts)), counts
 
-    def counts(self, packs_G: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def counts(self, packs_G: np.ndarray) -> TaskCounts:
         """Count the targets of each task in some packs.
 
         Args:
             packs_G: int [G], indices of packs; a pack counts as often as it occurs, -1 counts nothing.
-
-        Returns:
-            tokens_K: int64 [K], supervised tokens.
-            samples_K: int64 [K], samples that have any.
         """
-        packs, task, supervised_tokens, samples = self._counts
-        tokens_K, samples_K = np.zeros(self.num_tasks, np.int64), np.zeros(self.num_tasks, np.int64)
+        packs = self._counts[0]
         first, last = np.searchsorted(packs, packs_G, "left"), np.searchsorted(packs, packs_G, "right")
-        entries = ranges(first, last - first)
+        return self._summed(ranges(first, last - first))
+
+    @functools.cached_property
+    def totals(self) -> TaskCounts:
+        """Counts of the whole split, each pack once: one pass of training."""
+        return self._summed(slice(None))
+
+    def _summed(self, entries: np.ndarray | slice) -> TaskCounts:
+        _, task, supervised_tokens, samples = self._counts
+        tokens_K, samples_K = np.zeros(self.num_tasks, np.int64), np.zeros(self.num_tasks, np.int64)
         np.add.at(tokens_K, task[entries], supervised_tokens[entries])
         np.add.at(samples_K, task[entries], samples[entries])
-        return tokens_K, samples_K
+        return TaskCounts(tokens_K, samples_K, tokens_K.astype(np.float64), samples_K.astype(np.float64))
 
     def num_tokens(self, packs_G: np.ndarray) -> int:
         """Number of tokens in some packs, without padding; ``packs_G`` int [G], indices of packs."""

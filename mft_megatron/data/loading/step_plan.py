@@ -66,7 +66,7 @@ def plan_evaluation(split: PackedSplit, global_batch_size: int) -> Iterator[Step
 
 
 def _plan(split: PackedSplit, packs_G: np.ndarray, epochs_G: np.ndarray) -> StepPlan:
-    return StepPlan(packs_G, *split.counts(packs_G), epochs_G, row_costs(split, packs_G))
+    return StepPlan(packs_G, split.counts(packs_G), epochs_G, row_costs(split, packs_G))
 
 
 def row_costs(split: PackedSplit, packs_G: np.ndarray) -> np.ndarray:

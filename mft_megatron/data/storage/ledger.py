@@ -15,8 +15,8 @@ from mft_megatron.errors import InputError
 
 FORMAT = "mft_megatron packed dataset"
 PACK_SUFFIXES = (".npy", "_offsets.npy", "_cuts.npy")  # of the files that belong to one length
-FORMAT_VERSION = 3
-READABLE_VERSIONS = (2, 3)  # version 2 has no notes
+FORMAT_VERSION = 4
+READABLE_VERSIONS = (2, 3, 4)  # version 2 has no notes; 4 may have weights, and packs in another order
 ARRAYS_VERSION = 2  # of the arrays alone; the hash of a data set, and with it the order of the data, depends on it
 
 # values of a JSON object, decoded; each reader knows the types of its keys
@@ -263,7 +263,7 @@ def read_ledger(prefix: str | Path, option: str = "--data-path ") -> Ledger:
         raise InputError(f"{path}: not JSON ({error}); preprocess the data again") from None
     version = content.get("format_version") if isinstance(content, dict) else None
     if version not in READABLE_VERSIONS or content.get("format") != FORMAT:
-        known = " and ".join(map(str, READABLE_VERSIONS))
+        known = ", ".join(map(str, READABLE_VERSIONS))
         raise InputError(f"{path}: format version {version}, this program reads {known}; preprocess again")
     try:
         return _from_dict(content)

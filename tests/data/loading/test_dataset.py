@@ -47,7 +47,9 @@ def assert_rows_are_right(split, packs):
     np.testing.assert_array_equal(batch.sample_ids_BS.ravel(), np.repeat(np.arange(len(segments)), segments))
     assert batch.max_seqlen == max(segments)
     assert batch.num_segments == len(segments)
-    dtypes = {name: getattr(batch, name).dtype.name for name in vars(batch) if name != "max_seqlen"}
+    assert batch.token_weights_BS is None
+    assert batch.sample_weights_BS is None
+    dtypes = {name: values.dtype.name for name, values in vars(batch).items() if isinstance(values, np.ndarray)}
     assert dtypes.pop("loss_mask_BS") == "uint8"
     assert dtypes.pop("cu_seqlens") == "int32"
     assert set(dtypes.values()) == {"int64"}
@@ -98,9 +100,11 @@ def test_counts_equal_a_recount_of_the_rows(dataset, data):
     batch = batch_of_packs(split, packs)
     supervised = batch.loss_mask_BS.astype(bool)
     task, sample = batch.task_ids_BS[supervised], batch.sample_ids_BS[supervised]
-    tokens_K, samples_K = split.counts(packs)
+    tokens_K, samples_K, token_weights_K, sample_weights_K = split.counts(packs)
     assert tokens_K.dtype == samples_K.dtype == np.int64
     np.testing.assert_array_equal(tokens_K, np.bincount(task, minlength=split.num_tasks))
+    np.testing.assert_array_equal(token_weights_K, tokens_K)
+    np.testing.assert_array_equal(sample_weights_K, samples_K)
     pairs = np.unique(np.stack([task, sample]), axis=1)
     np.testing.assert_array_equal(samples_K, np.bincount(pairs[0], minlength=split.num_tasks))
     assert split.num_tokens(packs) == sum(len(slow_row(split, p)[0]) - _padding(split, p) for p in packs)
@@ -117,8 +121,9 @@ def test_every_kept_sample_lies_in_exactly_one_pack_of_one_split(dataset):
     assert sorted(samples) == np.flatnonzero(dataset.tokens.lengths <= 256).tolist()
     for split in splits:
         entry = dataset.entry.packs[split.name]
-        tokens_K, _ = split.counts(np.arange(split.num_packs))
-        assert int(tokens_K.sum()) == entry.supervised_tokens
+        assert int(split.totals.tokens_K.sum()) == entry.supervised_tokens
+        for total, counted in zip(split.totals, split.counts(np.arange(split.num_packs)), strict=True):
+            np.testing.assert_array_equal(total, counted)
         assert split.num_tokens(np.arange(split.num_packs)) == entry.tokens
         assert entry.fill == pytest.approx(entry.tokens / (split.num_packs * 256))
 

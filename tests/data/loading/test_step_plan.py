@@ -12,6 +12,7 @@ from mft_megatron.data._sample_index import best_fit_decreasing
 from mft_megatron.data.loading.step_plan import epoch_order, plan_evaluation, plan_step, shard_plan
 from mft_megatron.data.sample_slices import SampleSlices
 from tests.made_dataset import batch_of_packs
+from tests.task_counts import counted
 
 
 class Packs:
@@ -35,7 +36,7 @@ class Packs:
         tokens_K, samples_K = np.zeros(2, np.int64), np.zeros(2, np.int64)
         np.add.at(tokens_K, real % 2, real + 1)
         np.add.at(samples_K, real % 2, 1)
-        return tokens_K, samples_K
+        return counted(tokens_K, samples_K)
 
 
 def stream(split, steps, size, seed=1, start=0):
@@ -84,7 +85,7 @@ def test_a_stream_with_an_end_is_the_same_stream_up_to_it(num_packs, data_size, 
         real = plan.packs_G[plan.packs_G >= 0]
         assert len(real) == plan.num_packs == min(size, end - consumed)
         assert len(plan.packs_G) == -(-plan.num_packs // multiple) * multiple
-        assert plan.supervised_tokens_K.sum() == (real + 1).sum()
+        assert plan.counts.tokens_K.sum() == (real + 1).sum()
         assert plan.costs_G[plan.packs_G < 0].sum() == 0
         shards = [shard_plan(plan, Ranks(rank, data_size), micro, padded=False) for rank in range(data_size)]
         assert sorted(np.concatenate(shards, axis=None)) == list(range(len(plan.packs_G)))
@@ -115,8 +116,8 @@ def test_the_order_is_fixed_for_ever():
 def test_a_plan_counts_what_it_uses():
     plan = plan_step(Packs(5), seed=3, global_batch_size=12, consumed_samples=4)
     expected = [sum(p + 1 for p in plan.packs_G if p % 2 == task) for task in range(2)]
-    assert plan.supervised_tokens_K.tolist() == expected
-    assert plan.samples_K.sum() == 12
+    assert plan.counts.tokens_K.tolist() == expected
+    assert plan.counts.samples_K.sum() == 12
 
 
 def test_a_plan_counts_what_its_rows_hold(dataset):
@@ -124,7 +125,7 @@ def test_a_plan_counts_what_its_rows_hold(dataset):
     plan = plan_step(split, seed=1, global_batch_size=split.num_packs + 3, consumed_samples=2)
     batch = batch_of_packs(split, plan.packs_G)
     counted = np.bincount(batch.task_ids_BS[batch.loss_mask_BS == 1], minlength=split.num_tasks)
-    np.testing.assert_array_equal(plan.supervised_tokens_K, counted)
+    np.testing.assert_array_equal(plan.counts.tokens_K, counted)
 
 
 @given(st.integers(1, 40), st.integers(1, 12))
@@ -135,7 +136,7 @@ def test_an_evaluation_uses_every_pack_once_in_order(num_packs, size):
     assert packs[:num_packs].tolist() == list(range(num_packs))
     assert (packs[num_packs:] == -1).all()
     assert len(packs) - num_packs < size
-    assert sum(plan.samples_K.sum() for plan in plans) == num_packs
+    assert sum(plan.counts.samples_K.sum() for plan in plans) == num_packs
 
 
 @pytest.mark.parametrize(("size", "consumed"), [(0, 0), (4, -1)])
@@ -163,7 +164,7 @@ def plans(draw):
     costs = draw(st.lists(st.integers(1, 4096**2), min_size=size - empty, max_size=size - empty)) + [0] * empty
     packs = draw(st.permutations(range(100, 100 + size - empty))) + [-1] * empty
     none = np.zeros(2, np.int64)
-    plan = StepPlan(np.array(packs), none, none, np.zeros(size, np.int64), np.array(costs))
+    plan = StepPlan(np.array(packs), counted(none, none), np.zeros(size, np.int64), np.array(costs))
     return plan, data_size, micro
 
 
@@ -203,7 +204,7 @@ def test_ranks_cost_about_the_same(data_size, before, after):
     samples, offsets = best_fit_decreasing(lengths, 4096)
     costs = random.permutation(np.add.reduceat(lengths[samples].astype(np.int64) ** 2, offsets[:-1]))[:512]
     none = np.zeros(1, np.int64)
-    plan = StepPlan(np.arange(512), none, none, np.zeros(512, np.int64), costs)
+    plan = StepPlan(np.arange(512), counted(none, none), np.zeros(512, np.int64), costs)
     balanced = [plan.costs_G[shard_plan(plan, Ranks(rank, data_size), 1, False)].sum() for rank in range(data_size)]
     round_robin = plan.costs_G.reshape(-1, data_size).sum(0)
     assert round_robin.max() / round_robin.mean() > before

@@ -194,7 +194,7 @@ def test_draws_of_a_real_split(dataset, number, num_packs, data_size):
             batch = build_batch(dataset, micro_batch)
             assert batch.tokens_BS.shape == (2, split.seq_length)
             tokens += np.bincount(batch.task_ids_BS[batch.loss_mask_BS == 1], minlength=split.num_tasks)
-    whole, _ = split.counts(np.arange(split.num_packs))
+    whole = split.totals.tokens_K
     assert ((tokens > 0) == (whole > 0)).all()
     assert set(drawn(draws, number)) <= set(split.slices(slice(0, split.num_slices)).samples.tolist())
 

@@ -68,7 +68,7 @@ def test_a_missing_ledger_is_refused(tmp_path):
         (lambda text: "", "not JSON"),
         (lambda text: "[]", "format version None"),
         (lambda text: "{}", "format version None"),
-        (lambda text: text.replace(f'"format_version": {FORMAT_VERSION}', '"format_version": 99'), "99.*reads 2 and 3"),
+        (lambda text: text.replace(f'"format_version": {FORMAT_VERSION}', '"format_version": 99'), "99.*reads 2, 3, 4"),
         (lambda text: text.replace('"arrays"', '"array"'), "incomplete ledger.*arrays"),
         (lambda text: text.replace('"fill"', '"filled"', 1), "incomplete ledger.*filled"),
         (lambda text: json.dumps({**json.loads(text), "tasks": 3}), "incomplete ledger"),
