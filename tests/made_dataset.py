@@ -20,7 +20,9 @@ def functions(longest):
     return [text for text in source_code.functions(seed=8, count=194) if len(text.encode()) <= longest]
 
 
-def write_dataset(prefix, seq_length, longest=None, documents=False, weights=None, tasks=TASKS, **options):
+def write_dataset(
+    prefix, seq_length, longest=None, documents=False, weights=None, tasks=TASKS, weighted="", seed=5, **options
+):
     """Write the data set ``prefix`` and return its ledger.
 
     Samples are :func:`functions`; the second half of each is supervised, or all of it where they are ``documents``.
@@ -32,9 +34,12 @@ def write_dataset(prefix, seq_length, longest=None, documents=False, weights=Non
         documents: whether samples are documents.
         weights: of tasks, by name.
         tasks: by name the interval at which a task takes functions: 1 takes all, 2 every other one.
+        weighted: what has weights other than 1: "samples", "turns" (two in each sample), or both words.
+        seed: of these weights.
         options: of :class:`PackingOptions`.
     """
     weights, texts = weights or {}, functions(longest or seq_length)
+    random = np.random.default_rng(seed)
     with DatasetWriter(prefix) as files:
         writer = SampleWriter(files, VOCABULARY)
         for name, interval in tasks.items():
@@ -43,7 +48,13 @@ def write_dataset(prefix, seq_length, longest=None, documents=False, weights=Non
             for text in texts[::interval]:
                 ids = np.frombuffer(text.encode(), np.uint8).astype(np.int32)
                 mask = (np.arange(len(ids)) >= (0 if documents else len(ids) // 2)).astype(np.uint8)
-                writer.add(ids, mask, np.array([len(ids)], np.int32))
+                sample_weights = token_weights = None
+                if "samples" in weighted:
+                    sample_weights = random.choice(np.array([0.1, 0.5, 1, 3], np.float32), 1)
+                if "turns" in weighted:
+                    turns = random.choice(np.array([0.3, 1, 2.5], np.float32), 2)
+                    token_weights = mask * turns[(np.arange(len(ids)) > len(ids) * 3 // 4).astype(int)]
+                writer.add(ids, mask, np.array([len(ids)], np.int32), token_weights, sample_weights)
                 tally.samples_in += 1
                 tally.documents += documents
         stored = writer.finish()

@@ -14,6 +14,7 @@ from mft_megatron.data.storage.arrays import check_files
 from mft_megatron.data.storage.indexed_dataset import IndexedDataset
 from mft_megatron.data.storage.ledger import Ledger
 from mft_megatron.data.storage.stored_samples import read_stored_samples
+from mft_megatron.data.storage.weights_of_tasks import count_token_weights, weights_by_task
 from mft_megatron.data.tokenizers.load import load_tokenizer
 from mft_megatron.errors import InputError
 
@@ -106,8 +107,12 @@ def check(prefix: str, ledger: Ledger) -> None:
     stored = read_stored_samples(prefix, ledger)
     lengths = IndexedDataset(f"{prefix}_input_ids").lengths
     _agree(f"{prefix}_loss_mask.idx: lengths", stored.lengths, lengths)
+    of_tokens = None if stored.weights is None else stored.weights.tokens
+    token_weights = count_token_weights(stored.mask, of_tokens, stored.task_ids, len(ledger.tasks))
+    weights = weights_by_task(stored.weights, stored.task_ids, token_weights)
     for index, task in enumerate(ledger.tasks):
         in_task = stored.task_ids == index
+        _agree(f"task {task.name}: weights", weights[index], task.weights)
         counted = (
             int(in_task.sum()),
             int(stored.lengths[in_task].sum()),

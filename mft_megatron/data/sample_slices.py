@@ -79,3 +79,19 @@ def supervised_tokens(mask: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         first = last
     targets[some] = counts - mask[starts]
     return targets
+
+
+def weight_sums(weights: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Sum of the weights of the targets of each sample or slice, added one by one in their order.
+
+    Args:
+        weights: float32 [tokens] of all samples concatenated; 0 where a token is not supervised.
+        lengths: int [N], tokens of each sample; 0 is allowed.
+
+    Returns:
+        float64 [N].
+    """
+    ends = np.cumsum(lengths, dtype=np.int64)
+    targets = weights.astype(np.float64)
+    targets[(ends - lengths)[lengths > 0]] = 0  # nothing predicts the first token
+    return np.bincount(np.repeat(np.arange(len(lengths)), lengths), targets, len(lengths))

@@ -41,6 +41,12 @@ def build_batch(dataset: PackedDataset, rows: Rows, width: int | None = None) ->
     labels[last] = 0
     mask = np.append(dataset.mask.items[source][1:], np.uint8(0))
     mask[last] = 0
+    token_weights = sample_weights = None
+    if dataset.token_weights is not None:
+        token_weights = np.append(dataset.token_weights.items[source][1:], np.float32(0))
+        token_weights[last] = 0
+    if dataset.sample_weights is not None:
+        sample_weights = np.repeat(dataset.sample_weights[slices.samples], slices.lengths)
     tasks = np.repeat(dataset.task_ids[slices.samples].astype(np.int64), slices.lengths)
     positions = num_rows * width
 
@@ -61,7 +67,15 @@ def build_batch(dataset: PackedDataset, rows: Rows, width: int | None = None) ->
         cu_seqlens=cu_seqlens.astype(np.int32),
         max_seqlen=int(segment_lengths.max()),
         lengths_B=used_B,
+        token_weights_BS=_weights(token_weights, target, shape),
+        sample_weights_BS=_weights(sample_weights, target, shape),
     )
+
+
+def _weights(values: np.ndarray | None, indices: np.ndarray, shape: tuple[int, int]) -> np.ndarray | None:
+    if values is None:
+        return None
+    return _scattered(values, indices, np.zeros(shape[0] * shape[1], np.float32)).reshape(shape)
 
 
 def _scattered(values: np.ndarray, indices: np.ndarray, stream: np.ndarray) -> np.ndarray:

@@ -1,8 +1,8 @@
 """A packed data set on disk, memory-mapped: the slices and the counts of its packs.
 
 ``P_input_ids`` and ``P_loss_mask`` hold whole samples (:mod:`mft_megatron.data.storage.indexed_dataset`),
-``P_task_ids.npy`` the task of each; the files of :mod:`mft_megatron.data.packing.packs` define which slices of samples
-share a pack.
+``P_task_ids.npy`` the task of each, the files of :mod:`mft_megatron.data.storage.weights` their weights; those of
+:mod:`mft_megatron.data.packing.packs` define which slices of samples share a pack.
 """
 
 import functools
@@ -19,6 +19,7 @@ from mft_megatron.data.sample_slices import NO_SLICES, SampleSlices, ranges
 from mft_megatron.data.storage.arrays import check_files, load_array, load_task_ids
 from mft_megatron.data.storage.indexed_dataset import IndexedDataset
 from mft_megatron.data.storage.ledger import Ledger, LengthEntry, read_ledger
+from mft_megatron.data.storage.weights import load_sample_weights, load_token_weights
 from mft_megatron.errors import InputError
 
 # the sample slices of each row
@@ -68,6 +69,8 @@ class PackedDataset:
         tokens: token ids of all samples.
         mask: loss mask of all samples, uint8.
         task_ids: uint16 [samples], task of each sample.
+        sample_weights: float32 [samples]; ``None`` where all are 1.
+        token_weights: weights of the turns of all tokens, float32; ``None`` where all are 0 or 1.
     """
 
     def __init__(self, prefix: str, ledger: Ledger, seq_length: int):
@@ -84,6 +87,8 @@ class PackedDataset:
         self.tokens = IndexedDataset(f"{prefix}_input_ids")
         self.mask = IndexedDataset(f"{prefix}_loss_mask")
         self.task_ids = load_task_ids(prefix)
+        self.sample_weights = load_sample_weights(prefix, ledger.arrays)
+        self.token_weights = load_token_weights(prefix, ledger.arrays)
         self._splits = {name: PackedSplit(self, name) for name in self.entry.packs}
 
     @classmethod
@@ -141,12 +146,15 @@ class PackedSplit:
         self.name = name
         self.seq_length = dataset.seq_length
         self.num_tasks = len(dataset.tasks)
-        *files, cuts = [dataset.prefix + suffix for suffix in pack_files(name, dataset.seq_length)]
+        *suffixes, cuts, weights = pack_files(name, dataset.seq_length)
+        files = [dataset.prefix + suffix for suffix in suffixes]
         self._samples, self._offsets, self._counts = (
             load_array(file, np.int64, axes) for file, axes in zip(files, (1, 1, 2), strict=True)
         )
-        has_cuts = cuts.removeprefix(dataset.prefix) in dataset.ledger.arrays
-        self._cuts = load_array(cuts, np.int64, 2) if has_cuts else None
+        self._cuts, self._weights = (
+            load_array(dataset.prefix + suffix, dtype, 2) if suffix in dataset.ledger.arrays else None
+            for suffix, dtype in ((cuts, np.int64), (weights, np.float64))
+        )
 
     @property
     def num_packs(self) -> int:
@@ -205,7 +213,11 @@ class PackedSplit:
         tokens_K, samples_K = np.zeros(self.num_tasks, np.int64), np.zeros(self.num_tasks, np.int64)
         np.add.at(tokens_K, task[entries], supervised_tokens[entries])
         np.add.at(samples_K, task[entries], samples[entries])
-        return TaskCounts(tokens_K, samples_K, tokens_K.astype(np.float64), samples_K.astype(np.float64))
+        if self._weights is None:
+            return TaskCounts(tokens_K, samples_K, tokens_K.astype(np.float64), samples_K.astype(np.float64))
+        # one by one in the order of the entries, so that the sums have the same bits on every rank
+        sums = (np.bincount(task[entries], row[entries], self.num_tasks) for row in self._weights)
+        return TaskCounts(tokens_K, samples_K, *sums)
 
     def num_tokens(self, packs_G: np.ndarray) -> int:
         """Number of tokens in some packs, without padding; ``packs_G`` int [G], indices of packs."""

@@ -40,7 +40,9 @@ def build_packs(stored: StoredSamples, options: PackingOptions) -> tuple[dict[st
     if options.padding_mode == "concat":
         # no sample is too long for a stream of documents
         overlong = ["split"] * len(stored.tasks)
-    cut = cut_samples(stored.lengths, stored.supervised, stored.mask, stored.task_ids, options.seq_length, overlong)
+    cut = cut_samples(
+        stored.lengths, stored.supervised, stored.mask, stored.task_ids, options.seq_length, overlong, stored.weights
+    )
     split_of_sample = np.concatenate(
         [assign_splits(task.kept, options.split, options.seed, task.name) for task in stored.tasks]
     )
@@ -120,7 +122,13 @@ def _pack(
     groups = [group for group in groups if len(group)]
     if not groups:
         return None
-    return pack_split(slices, supervised, tasks, groups, options.seq_length, options.padding_mode, stored.lengths)
+    weights = None
+    if stored.weights is not None and cut.weights is not None:
+        of_samples = stored.weights.samples[slices.samples].astype(np.float64)
+        weights = np.stack([of_samples * cut.weights[slice_in_split], of_samples * (supervised > 0)])
+    return pack_split(
+        slices, supervised, tasks, groups, options.seq_length, options.padding_mode, stored.lengths, weights
+    )
 
 
 def _concatenate(stored: StoredSamples, options: PackingOptions, in_split: np.ndarray) -> SplitPacks | None:

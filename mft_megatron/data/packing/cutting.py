@@ -5,12 +5,13 @@ by one token, and every supervised token of the sample is a target in exactly on
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from mft_megatron.data.sample_slices import SampleSlices, ranges, supervised_tokens
+from mft_megatron.data.sample_slices import SampleSlices, ranges, supervised_tokens, weight_sums
 from mft_megatron.data.storage.indexed_dataset import IndexedDataset
+from mft_megatron.data.storage.weights import StoredWeights
 
 from .packing_options import OVERLONG
 
@@ -29,12 +30,14 @@ class CutSamples:
     Attributes:
         slices: of the samples that are kept, ordered by sample, then by start.
         supervised: int64 [slices], supervised targets.
+        weights: float64 [slices], sum of the weights of turns over these targets; ``None`` where all weights are 1.
         outcome: uint8 [samples], KEPT, TRUNCATED, WINDOWED, TOO_LONG or CUT_TO_NOTHING.
         unsupervised_windows: int64 [samples], windows left out because they have no supervised target.
     """
 
     slices: SampleSlices
     supervised: np.ndarray
+    weights: np.ndarray | None
     outcome: np.ndarray
     unsupervised_windows: np.ndarray
 
@@ -46,6 +49,7 @@ def cut_samples(
     task_ids: np.ndarray,
     seq_length: int,
     overlong_of_task: Sequence[str],
+    weights: StoredWeights | None = None,
 ) -> CutSamples:
     """Cut the samples of a data set to ``seq_length``.
 
@@ -56,13 +60,14 @@ def cut_samples(
         task_ids: uint16 [samples].
         seq_length: tokens of a pack, at least 2.
         overlong_of_task: a value of :data:`.packing_options.OVERLONG` for each task.
+        weights: of the samples; ``None`` where all are 1.
     """
     outcome = np.zeros(len(lengths), np.uint8)
     long = np.flatnonzero(lengths > seq_length)
     policy = np.array([OVERLONG.index(name) for name in overlong_of_task], np.uint8)[task_ids[long]]
     outcome[long] = np.array([TOO_LONG, TRUNCATED, TRUNCATED, WINDOWED], np.uint8)[policy]
     windows = _windows(long, lengths[long].astype(np.int64), policy, seq_length)
-    targets = _supervised_targets(mask, windows)
+    targets = _of_windows(mask, windows, supervised_tokens)
     empty = targets == 0
     with_target = np.zeros(len(lengths), bool)
     with_target[windows.samples[~empty]] = True
@@ -81,7 +86,12 @@ def cut_samples(
     ]
     order = np.lexsort((slices[1], slices[0]))
     all_targets = np.concatenate([supervised[whole].astype(np.int64), targets])
-    return CutSamples(SampleSlices(*(values[order] for values in slices)), all_targets[order], outcome, unsupervised)
+    sums = None
+    if weights is not None:
+        of_windows = targets if weights.tokens is None else _of_windows(weights.tokens, windows, weight_sums)
+        sums = np.concatenate([weights.sums[whole], of_windows.astype(np.float64)])[order]
+    cut = SampleSlices(*(values[order] for values in slices))
+    return CutSamples(cut, all_targets[order], sums, outcome, unsupervised)
 
 
 def _windows(samples: np.ndarray, lengths: np.ndarray, policy: np.ndarray, seq_length: int) -> SampleSlices:
@@ -100,15 +110,26 @@ def _windows(samples: np.ndarray, lengths: np.ndarray, policy: np.ndarray, seq_l
     return SampleSlices(samples[index], starts, np.minimum(seq_length, lengths[index] - starts))
 
 
-def _supervised_targets(mask: IndexedDataset, windows: SampleSlices) -> np.ndarray:
-    """Number of supervised targets of each window, int64: its first token is no target."""
-    counts = np.zeros(len(windows.samples), np.int64)
+def _of_windows(
+    items: IndexedDataset, windows: SampleSlices, counted: Callable[[np.ndarray, np.ndarray], np.ndarray]
+) -> np.ndarray:
+    """Count or sum up something in each window.
+
+    Args:
+        items: of all samples: masks, or weights.
+        windows: W slices.
+        counted: from items of some windows, concatenated, and the windows' lengths to a number of each.
+
+    Returns:
+        [W], int64 or float64 as ``counted``.
+    """
+    counts: list[np.ndarray] = [np.zeros(0, np.int64)]
     ends = np.cumsum(windows.lengths)
     first = 0
-    while first < len(counts):
+    while first < len(ends):
         last = max(first + 1, int(np.searchsorted(ends, ends[first] + _TOKENS_AT_ONCE)))
         block = windows.take(slice(first, last))
-        block_mask = mask.items[ranges(mask.start_of(block.samples) + block.starts, block.lengths)]
-        counts[first:last] = supervised_tokens(block_mask, block.lengths)
+        block_items = items.items[ranges(items.start_of(block.samples) + block.starts, block.lengths)]
+        counts.append(counted(block_items, block.lengths))
         first = last
-    return counts
+    return np.concatenate(counts)

@@ -86,3 +86,9 @@ def check_packing_options(options: PackingOptions, tasks: Sequence[TaskEntry] = 
             f"--padding-mode concat: task {partly[0]} is not of text alone, and cutting through a conversation would "
             "train on answers without their questions; use pack"
         )
+    weighted = [task.name for task in tasks if task.weights]
+    if concat and weighted:
+        raise InputError(
+            f"--padding-mode concat: documents of task {weighted[0]} have weights, and a row of several documents "
+            "counts as one sample; use pack, or leave the weights out (--ignore-keys weight)"
+        )

@@ -6,6 +6,8 @@ Files of a split, for sequence length L:
 - ``_{split}_packs_{L}_offsets.npy`` int64 [packs + 1], index of the first slice of each pack, then their number;
 - ``_{split}_counts_{L}.npy`` int64 [4, entries]: pack, task, supervised tokens, and samples that have any; one entry
   for each task of a pack, by pack, then task;
+- ``_{split}_weights_{L}.npy`` float64 [2, entries], beside the counts: for each entry the sum over its targets of
+  sample's times turn's weight, and the sum of the weights of its samples; only where some weight is not 1;
 - ``_{split}_packs_{L}_cuts.npy`` int64 [2, slices], first token and length of each slice; only where not every slice is
   a whole sample.
 """
@@ -28,26 +30,30 @@ class SplitPacks:
         offsets: int64 [packs + 1], index of the first slice of each pack, then their number.
         counts: int64 [4, entries], as in the file.
         whole: every slice is a whole sample.
+        weights: float64 [2, entries], as in the file; ``None`` where all weights are 1.
     """
 
     slices: SampleSlices
     offsets: np.ndarray
     counts: np.ndarray
     whole: bool
+    weights: np.ndarray | None = None
 
     def files(self, split: str, seq_length: int) -> dict[str, np.ndarray]:
         """The arrays to be stored, by the suffix of their file's name."""
-        packs, offsets, counts, cuts = pack_files(split, seq_length)
+        packs, offsets, counts, cuts, weights = pack_files(split, seq_length)
         files = {packs: self.slices.samples, offsets: self.offsets, counts: self.counts}
         if not self.whole:
             files[cuts] = np.stack([self.slices.starts, self.slices.lengths])
+        if self.weights is not None:
+            files[weights] = self.weights
         return files
 
 
-def pack_files(split: str, seq_length: int) -> tuple[str, str, str, str]:
-    """Suffixes of the names of a split's files: packs, offsets, counts, cuts."""
-    packs = f"_{split}_packs_{seq_length}"
-    return f"{packs}.npy", f"{packs}_offsets.npy", f"_{split}_counts_{seq_length}.npy", f"{packs}_cuts.npy"
+def pack_files(split: str, seq_length: int) -> tuple[str, str, str, str, str]:
+    """Suffixes of the names of a split's files: packs, offsets, counts, cuts, weights."""
+    packs, counts, weights = (f"_{split}_{what}_{seq_length}" for what in ("packs", "counts", "weights"))
+    return f"{packs}.npy", f"{packs}_offsets.npy", f"{counts}.npy", f"{packs}_cuts.npy", f"{weights}.npy"
 
 
 def pack_split(
@@ -58,6 +64,7 @@ def pack_split(
     seq_length: int,
     padding_mode: str,
     lengths_of_samples: np.ndarray,
+    weights: np.ndarray | None = None,
 ) -> SplitPacks:
     """Distribute the slices of a split over packs.
 
@@ -70,6 +77,7 @@ def pack_split(
         seq_length: tokens of a pack.
         padding_mode: "pack": best fit, from the longest slice to the shortest; "padding": each slice is a pack.
         lengths_of_samples: int [samples], tokens of every sample of the data set.
+        weights: float64 [2, slices], sums of each slice as in the file; ``None`` where all weights are 1.
 
     Raises:
         ValueError: a slice is longer than a pack.
@@ -85,7 +93,15 @@ def pack_split(
         np.ascontiguousarray(supervised, np.int64),
     )
     packed = slices.take(indices)
-    return SplitPacks(packed, offsets, counts, _all_whole(packed, lengths_of_samples))
+    sums = None if weights is None else _weights_of_entries(counts, offsets, tasks[indices], weights[:, indices])
+    return SplitPacks(packed, offsets, counts, _all_whole(packed, lengths_of_samples), sums)
+
+
+def _weights_of_entries(counts: np.ndarray, offsets: np.ndarray, tasks: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Sum the weights of the slices of each entry of ``counts``, one by one in the order of the slices."""
+    pack = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+    entry = np.searchsorted(counts[0] << 16 | counts[1], pack << 16 | tasks)  # entries are sorted by pack, then task
+    return np.stack([np.bincount(entry, row, counts.shape[1]) for row in weights])
 
 
 def _pack_group(lengths: np.ndarray, seq_length: int, padding_mode: str) -> tuple[np.ndarray, np.ndarray]:

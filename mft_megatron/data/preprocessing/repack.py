@@ -18,7 +18,8 @@ from mft_megatron.data.storage.dataset_writer import DatasetWriter, report_full_
 from mft_megatron.data.storage.indexed_dataset import IndexedDataset
 from mft_megatron.data.storage.ledger import JsonObject, Ledger, TaskEntry, read_ledger
 from mft_megatron.data.storage.sample_writer import SampleWriter, TaskTally
-from mft_megatron.data.storage.stored_samples import SAMPLES_AT_ONCE, StoredSamples, read_samples, read_stored_samples
+from mft_megatron.data.storage.stored_samples import SAMPLES_AT_ONCE, StoredSamples, read_stored_samples
+from mft_megatron.data.storage.weights import load_sample_weights, load_token_weights
 from mft_megatron.errors import InputError
 
 
@@ -136,10 +137,14 @@ def _copy(ledgers: dict[str, Ledger], files: DatasetWriter) -> StoredSamples:
                 _add_counts(tally, task, prefix)
                 first = sum(before.kept for before in ledger.tasks[:index])
                 ids, mask = (IndexedDataset(f"{prefix}_{kind}") for kind in ("input_ids", "loss_mask"))
+                sample_weights = load_sample_weights(prefix, ledger.arrays)
+                token_weights = load_token_weights(prefix, ledger.arrays)
                 for start in range(first, first + task.kept, SAMPLES_AT_ONCE):
                     end = min(start + SAMPLES_AT_ONCE, first + task.kept)
-                    items, lengths = read_samples(ids, start, end)
-                    writer.add(items, read_samples(mask, start, end)[0], lengths)
+                    items, lengths = ids.read(start, end)
+                    of_tokens = None if token_weights is None else token_weights.read(start, end)[0]
+                    of_samples = None if sample_weights is None else sample_weights[start:end]
+                    writer.add(items, mask.read(start, end)[0], lengths, of_tokens, of_samples)
         return writer.finish()
     finally:
         writer.close()

@@ -17,6 +17,7 @@ Here a sample is one sequence and one document, so the marks are 0 … n.
 import functools
 import struct
 from array import array
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +69,15 @@ class IndexedDatasetWriter:
             raise ValueError(f"{len(items)} items for lengths that add up to {int(lengths.sum())}")
         self._bin.write(np.ascontiguousarray(items, self._dtype).tobytes())
         self._lengths.extend(lengths.tolist())
+
+    def written(self, at_once: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Read back the sequences that have been appended, ``at_once`` at a time: items, and lengths as int32."""
+        self._bin.flush()
+        lengths = np.array(self._lengths, np.int32)
+        with open(self.bin_path, "rb") as file:
+            for first in range(0, len(lengths), at_once):
+                block = lengths[first : first + at_once]
+                yield np.fromfile(file, self._dtype, int(block.sum(dtype=np.int64))), block
 
     def finish(self) -> None:
         """Write the index, which completes the data set."""
@@ -151,6 +161,17 @@ class IndexedDataset:
             int64, a scalar or [k].
         """
         return self._pointers[sequences] // self._item_size
+
+    def read(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+        """Read the sequences ``first`` … ``last - 1``, those of them that there are.
+
+        Returns:
+            items: of all these sequences concatenated.
+            lengths: int32 [sequences].
+        """
+        lengths = np.asarray(self.lengths[first:last])
+        start = int(self.start_of(first))
+        return np.asarray(self.items[start : start + int(lengths.sum(dtype=np.int64))]), lengths
 
     def __getitem__(self, sequence: int) -> np.ndarray:
         """Items of one sequence, a view."""

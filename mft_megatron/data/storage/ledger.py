@@ -61,6 +61,8 @@ class TaskEntry:
         chats: samples that were written with the chat format; ``None`` in version 2, where it is not known.
         examples: prompts of some of the first samples; :mod:`mft_megatron.data.chat_templates.examples`.
         added: samples beyond one a record, which splitting rounds made.
+        weights: where some are not 1, of ``samples`` and ``tokens``: how many have another (``others``), ``min``,
+            ``max``, and ``sum``, which is of the samples' weights and of sample's times turn's weight over targets.
     """
 
     name: str
@@ -81,6 +83,7 @@ class TaskEntry:
     chats: int | None = None
     examples: list[JsonObject] = dataclasses.field(default_factory=list)
     added: int = 0
+    weights: JsonObject = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

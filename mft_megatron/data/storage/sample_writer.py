@@ -13,6 +13,8 @@ from .dataset_writer import DatasetWriter
 from .indexed_dataset import IndexedDataset, IndexedDatasetWriter, token_dtype
 from .ledger import InputFile, JsonObject, TaskEntry
 from .stored_samples import StoredSamples
+from .weights import WeightsWriter
+from .weights_of_tasks import TokenWeights, weights_by_task
 
 # keys that nothing reads, of a task in the ledger, and the name of the count of all others
 MOST_KEYS, OTHER_KEYS = 1000, "(other keys)"
@@ -26,6 +28,7 @@ class TaskTally:
     Attributes:
         documents: samples of ``text`` records.
         stopped: whether a token that ends a turn was supervised in any sample.
+        token_weights: counts of the weights of tokens.
     """
 
     name: str
@@ -47,9 +50,10 @@ class TaskTally:
     noted: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     sources: list[InputFile] = dataclasses.field(default_factory=list)
     examples: list[JsonObject] = dataclasses.field(default_factory=list)
+    token_weights: TokenWeights = dataclasses.field(default_factory=TokenWeights)
 
-    def entry(self) -> TaskEntry:
-        """Return the counts as an entry of the ledger."""
+    def entry(self, weights: JsonObject | None = None) -> TaskEntry:
+        """Return the counts as an entry of the ledger; ``weights`` as there."""
         return TaskEntry(
             name=self.name,
             samples_in=self.samples_in,
@@ -69,6 +73,7 @@ class TaskTally:
             chats=self.chats,
             examples=self.examples,
             added=self.added,
+            weights=weights or {},
         )
 
 
@@ -93,6 +98,7 @@ class SampleWriter:
             IndexedDatasetWriter(files.new(f"_{name}.bin"), files.new(f"_{name}.idx"), dtype)
             for name, dtype in dtypes.items()
         ]
+        self._weights = WeightsWriter(files, self._writers[1])
         self._lengths: list[np.ndarray] = []
         self._supervised: list[np.ndarray] = []
         self.tasks: list[TaskTally] = []
@@ -107,16 +113,27 @@ class SampleWriter:
             raise InputError(f"task {tally.name}: a data set holds no more than {MOST_TASKS} tasks; merge some of them")
         self.tasks.append(tally)
 
-    def add(self, ids: np.ndarray, mask: np.ndarray, lengths: np.ndarray) -> None:
+    def add(
+        self,
+        ids: np.ndarray,
+        mask: np.ndarray,
+        lengths: np.ndarray,
+        token_weights: np.ndarray | None = None,
+        sample_weights: np.ndarray | None = None,
+    ) -> None:
         """Append concatenated samples to the current task.
 
         Args:
             ids: int [tokens].
             mask: uint8 [tokens], 1 where a token is supervised.
             lengths: int32 [samples], tokens of each.
+            token_weights: float32 [tokens], above 0 where the mask is 1; ``None`` where all are 1.
+            sample_weights: float32 [samples], above 0; ``None`` where all are 1.
         """
         tally = self.tasks[-1]
         supervised = supervised_tokens(mask, lengths)
+        self._weights.add(mask, lengths, supervised, token_weights, sample_weights)
+        tally.token_weights = tally.token_weights.with_tokens(mask, token_weights)
         for writer, items in zip(self._writers, (ids, mask), strict=True):
             writer.add(items, lengths)
         self._lengths.append(lengths.astype(np.int32))
@@ -129,21 +146,28 @@ class SampleWriter:
         """Complete the files and describe the samples."""
         for writer in self._writers:
             writer.finish()
+        weights = self._weights.finish()
         task_ids = np.repeat(np.arange(len(self.tasks), dtype=TASK_ID_DTYPE), [tally.kept for tally in self.tasks])
         self._files.save("_task_ids.npy", task_ids)
         mask = IndexedDataset(bin_path=self._writers[1].bin_path, idx_path=self._writers[1].idx_path)
+        by_task = [tally.token_weights for tally in self.tasks]
         return StoredSamples(
-            tasks=[tally.entry() for tally in self.tasks],
+            tasks=[
+                tally.entry(of_task)
+                for tally, of_task in zip(self.tasks, weights_by_task(weights, task_ids, by_task), strict=True)
+            ],
             lengths=_concatenated(self._lengths, np.int32),
             supervised=_concatenated(self._supervised, np.int64),
             task_ids=task_ids,
             mask=mask,
+            weights=weights,
         )
 
     def close(self) -> None:
         """Close the files, complete or not."""
         for writer in self._writers:
             writer.close()
+        self._weights.close()
 
 
 def _concatenated(parts: list[np.ndarray], dtype: type[np.generic]) -> np.ndarray:

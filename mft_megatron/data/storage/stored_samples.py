@@ -11,6 +11,7 @@ from mft_megatron.data.sample_slices import supervised_tokens
 from .arrays import load_task_ids
 from .indexed_dataset import IndexedDataset
 from .ledger import Ledger, TaskEntry
+from .weights import StoredWeights, read_stored_weights
 
 SAMPLES_AT_ONCE = 1 << 14  # samples of a block that is read at a time
 
@@ -25,6 +26,7 @@ class StoredSamples:
         supervised: int64 [samples], supervised targets.
         task_ids: uint16 [samples], index of the task.
         mask: loss masks, uint8; 1 where a token is supervised.
+        weights: of samples and tokens; ``None`` where all are 1.
     """
 
     tasks: Sequence[TaskEntry]
@@ -32,6 +34,7 @@ class StoredSamples:
     supervised: np.ndarray
     task_ids: np.ndarray
     mask: IndexedDataset
+    weights: StoredWeights | None = None
 
 
 def read_stored_samples(prefix: str | Path, ledger: Ledger) -> StoredSamples:
@@ -41,26 +44,15 @@ def read_stored_samples(prefix: str | Path, ledger: Ledger) -> StoredSamples:
         InputError: a file is missing or damaged.
     """
     mask = IndexedDataset(f"{prefix}_loss_mask")
-    supervised = [
-        supervised_tokens(*read_samples(mask, first, min(first + SAMPLES_AT_ONCE, len(mask))))
-        for first in range(0, len(mask), SAMPLES_AT_ONCE)
+    blocks = [
+        supervised_tokens(*mask.read(first, first + SAMPLES_AT_ONCE)) for first in range(0, len(mask), SAMPLES_AT_ONCE)
     ]
+    supervised = np.concatenate([np.zeros(0, np.int64), *blocks])
     return StoredSamples(
         tasks=ledger.tasks,
         lengths=np.array(mask.lengths),
-        supervised=np.concatenate([np.zeros(0, np.int64), *supervised]),
+        supervised=supervised,
         task_ids=load_task_ids(prefix),
         mask=mask,
+        weights=read_stored_weights(prefix, ledger.arrays, supervised),
     )
-
-
-def read_samples(dataset: IndexedDataset, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
-    """Read the samples ``first`` … ``last - 1``.
-
-    Returns:
-        items: of all these samples concatenated, in the dtype of ``dataset``.
-        lengths: int32 [samples].
-    """
-    lengths = np.asarray(dataset.lengths[first:last])
-    start = int(dataset.start_of(first))
-    return np.asarray(dataset.items[start : start + int(lengths.sum(dtype=np.int64))]), lengths
