@@ -18,7 +18,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from measuring.clocks import in_turn, machine, median_of, write_numbers
 
-from mft_megatron.batch import Ranks, StepPlan
+from mft_megatron.batch import Ranks, StepPlan, TaskCounts
 from mft_megatron.data._sample_index import best_fit_decreasing
 from mft_megatron.data.loading.step_plan import shard_plan
 
@@ -30,10 +30,10 @@ def sample_lengths(samples: int, seq_length: int, seed: int) -> np.ndarray:
 
 def plans(costs: np.ndarray, options: argparse.Namespace) -> list[StepPlan]:
     """Plans of global batches of random rows."""
-    rng, none = np.random.default_rng(options.seed + 1), np.zeros(1, np.int64)
+    rng, none = np.random.default_rng(options.seed + 1), TaskCounts(*np.zeros((4, 1)))
     size, nothing = options.global_batch_size, np.zeros(options.global_batch_size, np.int64)
     rows = (rng.choice(len(costs), size, replace=False) for _ in range(options.batches))
-    return [StepPlan(packs_G, none, none, nothing, costs[packs_G]) for packs_G in rows]
+    return [StepPlan(packs_G, none, nothing, costs[packs_G]) for packs_G in rows]
 
 
 def round_robin(plan: StepPlan, ranks: int, micro_batch_size: int) -> np.ndarray:
