@@ -2,13 +2,13 @@
 
 ::
 
-    lognormal lengths ─► best_fit_decreasing; with --peer-python also the packers of TRL and ms-swift
+    lognormal lengths ─► best_fit_decreasing; with --peer-python also the peers' packers
     an index of --packs packs, tokens left out ─► PackedDataset.open, plan_step, planned digests
     samples on disk ─┬─► rows: tokens, labels, masks, positions, segments of whole rows
                      └─► each sample as a slice of a plain np.memmap, in the same order
 
-The peers run in another interpreter on the same lengths and measure their time there. Megatron-LM is not among them:
-its data sets cut a stream of samples into rows and pack nothing.
+The peers (peer_packers.py) run in another interpreter on the same lengths and measure their time there. Megatron-LM is
+not among them: its data sets cut a stream of samples into rows and pack nothing.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 from balance import sample_lengths
+from peer_packers import PACKERS, MissingPeerError, add_options, run_packer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from measuring.clocks import in_turn, machine, median_of, resident_bytes, timed, write_numbers
@@ -44,39 +45,6 @@ from mft_megatron.data.storage.ledger import (
 )
 
 TASKS, VOCABULARY = 5, 50_000
-# code for the peers' interpreter: lengths on standard input, one JSON object out
-PEERS = {
-    "TRL, pack_dataset bfd": """
-import pyarrow as pa
-from datasets import Dataset
-from trl import pack_dataset
-offsets = np.concatenate([[0], np.cumsum(lengths)])
-tokens = pa.LargeListArray.from_arrays(offsets, np.zeros(offsets[-1], np.int32))
-data = Dataset(pa.table({"input_ids": tokens})).with_format("arrow")
-start = clock()
-packed = pack_dataset(data, capacity, strategy="bfd")
-seconds, packs = clock() - start, len(packed)
-""",
-    "ms-swift, binpacking by 1000": """
-import binpacking
-start, packs, rest = clock(), 0, []
-pairs = list(enumerate(lengths.tolist()))
-for first in range(0, len(pairs), 1000):
-    bins = binpacking.to_constant_volume(rest + pairs[first : first + 1000], capacity, weight_pos=1)
-    last = first + 1000 >= len(pairs)
-    packs += len(bins) if last else len(bins) - 1
-    rest = [] if last else bins[-1]
-seconds = clock() - start
-""",
-}
-AROUND = """
-import json, sys, time
-import numpy as np
-capacity, clock = int(sys.argv[1]), time.process_time
-lengths = np.frombuffer(sys.stdin.buffer.read(), np.int32)
-{body}
-print("RESULT", json.dumps({{"cpu": seconds, "packs": int(packs)}}))
-"""
 
 
 def packing(options: argparse.Namespace) -> list[dict]:
@@ -90,7 +58,7 @@ def packing(options: argparse.Namespace) -> list[dict]:
         packs = len(calls["pack"]()[1]) - 1
         results.append({"samples": samples, "by": "best_fit_decreasing", "milliseconds": took, **_fill(lengths, packs)})
         if samples <= options.peer_samples:
-            results += [{"samples": samples, **peer(name, lengths, options)} for name in PEERS]
+            results += [{"samples": samples, **peer(name, lengths, options)} for name in PACKERS]
     return results
 
 
@@ -100,16 +68,11 @@ def _fill(lengths: np.ndarray, packs: int) -> dict:
 
 def peer(name: str, lengths: np.ndarray, options: argparse.Namespace) -> dict:
     """A peer's numbers, or the reason why there are none."""
-    if options.peer_python is None:
-        return {"by": name, "left_out": "no --peer-python"}
-    command = [options.peer_python, "-c", AROUND.format(body=PEERS[name]), str(options.seq_length)]
-    process = subprocess.run(command, input=lengths.tobytes(), capture_output=True)
-    found = [line for line in process.stdout.decode().splitlines() if line.startswith("RESULT ")]
-    if not found:
-        lines = process.stderr.decode().strip().splitlines() or ["no message"]
-        return {"by": name, "left_out": lines[-1]}
-    numbers = json.loads(found[0].removeprefix("RESULT "))
-    return {"by": name, "milliseconds": {"cpu": 1000 * numbers["cpu"]}, **_fill(lengths, numbers["packs"])}
+    try:
+        seconds, _, offsets = run_packer(name, lengths, options)
+    except MissingPeerError as reason:
+        return {"by": name, "left_out": str(reason)}
+    return {"by": name, "milliseconds": {"cpu": 1000 * seconds}, **_fill(lengths, len(offsets) - 1)}
 
 
 def write_index(prefix: str, lengths: np.ndarray, seq_length: int, tokens: bool, rng: np.random.Generator) -> int:
@@ -236,7 +199,7 @@ def main() -> None:
     parser.add_argument("--stored-samples", type=int, default=100_000, help="with tokens, for assembly; 0 for none")
     parser.add_argument("--rows", type=int, default=2000, help="to build")
     parser.add_argument("--micro-batch-size", type=int, default=4)
-    parser.add_argument("--peer-python", metavar="PYTHON", help="interpreter that has trl and binpacking")
+    add_options(parser)
     parser.add_argument("--peer-samples", type=int, default=100_000, help="peers pack no more than so many")
     parser.add_argument("--repeat", type=int, default=9, help="rounds; the median is reported")
     parser.add_argument("--folder", type=Path, help="for temporary files; the index takes 3 GB")

@@ -1,10 +1,25 @@
 """The benchmarks of packing and balance run and write every number; how long they took is not tested."""
 
+import importlib
 import json
+import sys
 
+import numpy as np
 import pytest
 
-from tests.ranks import run_tool
+from tests.ranks import ROOT, run_tool
+
+# a checkout's packer with the functions that are called: each sample is a pack
+ALGORITHMS = """
+def create_packing_strategy(histogram, pack_size, packing_algorithm):
+    lengths = [length for length, count in enumerate(histogram) for _ in range(count)]
+    return [[length] for length in lengths][:: 1 if packing_algorithm == "first_fit_shuffle" else -1], {}
+
+def fill_packing_strategy(assignments, sequences, pack_size, pad_id):
+    left = {length: list(samples) for length, samples in sequences.items()}
+    taken = ([left[length].pop() for length in pack] for pack in assignments)
+    return [{"input_ids": [token for sample in pack for token in sample["input_ids"]]} for pack in taken]
+"""
 
 
 def results(script, folder, options):
@@ -42,3 +57,62 @@ def test_packing(tmp_path):
     assert set(found["opening"]["seconds"]) == {"open", "first plan", "another plan", "planned digests"}
     assert found["assembly"]["samples"] > 40
     assert "| rows |" in printed
+
+
+def test_mixing(tmp_path):
+    packing = tmp_path / "checkout/src/megatron/bridge/data/packing"
+    packing.mkdir(parents=True)
+    (packing / "algorithms.py").write_text(ALGORITHMS)
+    found, printed = results(
+        "mixing",
+        tmp_path,
+        f"--samples 2000 --seq-length 512 --global-batch-size 8 16 --epochs 2 --repeat 1 "
+        f"--peer-python {sys.executable} --megatron-bridge {tmp_path / 'checkout'}",
+    )
+    assert len(found) == 3
+    for rows in found.values():
+        by_packer = {row["packer"]: row for row in rows}
+        assert all("No module named" in by_packer[name]["left_out"] for name in ("TRL, bfd", "ms-swift's binpacking"))
+        ours = by_packer["ours, decreasing"]
+        assert 0.9 < ours["fill"] <= 1
+        alone = by_packer["Megatron-Bridge, first_fit_shuffle"]
+        assert alone["rows"] == 2000
+        assert alone["over_decreasing"] == 2000 - ours["rows"]
+        assert alone["fill"] * alone["rows"] == pytest.approx(ours["fill"] * ours["rows"])
+        # a pack for each sample in random order: almost random dealing, with a fixed number of samples in each step
+        for size in ("8", "16"):
+            assert 0.7 < alone["spread"][size]["median"] < 1.1
+        assert f"| ours, decreasing | random | {ours['rows']:,} (+0) |" in printed
+
+
+def test_a_packer_that_loses_a_sample_is_left_out(tmp_path):
+    packing = tmp_path / "checkout/src/megatron/bridge/data/packing"
+    packing.mkdir(parents=True)
+    (packing / "algorithms.py").write_text(ALGORITHMS.replace("in taken]", "in taken][1:]"))
+    found, printed = results(
+        "mixing",
+        tmp_path,
+        f"--samples 500 --seq-length 512 --global-batch-size 2 --epochs 1 --repeat 1 "
+        f"--peer-python {sys.executable} --megatron-bridge {tmp_path / 'checkout'}",
+    )
+    left_out = {row["packer"]: row["left_out"] for row in found["five tasks"] if "left_out" in row}
+    name = "Megatron-Bridge, first_fit_shuffle"
+    assert left_out[name] == f"{name}: not every sample is in one pack"
+    assert f"| {name} | left out: {left_out[name]} |" in printed
+
+
+def test_cv_of_random_dealing_is_what_dealing_gives(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks/data"))
+    mixing = importlib.import_module("mixing")
+    rng, steps = np.random.default_rng(1), 40
+    samples = mixing.five_tasks(3000, 4096, rng)
+    squares_K = np.zeros(5)
+    for _ in range(400):
+        # a step is a pack here, of the samples that went to it
+        by_step = rng.integers(steps, size=3000)
+        offsets = np.concatenate([[0], np.cumsum(np.bincount(by_step, minlength=steps))])
+        packs = mixing.Packs(np.argsort(by_step), offsets)
+        tokens_SK = mixing.tokens_of_steps(samples, packs, rng.permutation(steps), 1)
+        assert tokens_SK.sum(0).tolist() == [mixing.supervised(samples)[samples.tasks == k].sum() for k in range(5)]
+        squares_K += (tokens_SK.std(0) / tokens_SK.mean(0)) ** 2
+    np.testing.assert_allclose(np.sqrt(squares_K / 400), mixing.cv_of_random_dealing(samples, steps), rtol=0.03)
