@@ -54,7 +54,7 @@ setuptools.setup(
     ext_modules=[
         Pybind11Extension(
             "mft_megatron.data._sample_index",
-            ["csrc/bindings.cpp", "csrc/sample_index.cpp"],
+            ["csrc/bindings.cpp", "csrc/orders.cpp", "csrc/sample_index.cpp"],
             depends=["csrc/sample_index.hpp"],
             cxx_std=17,
             extra_compile_args=["-O3", "-Wall", "-Wextra", *FLAGS],

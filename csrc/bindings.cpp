@@ -46,6 +46,19 @@ py::tuple best_fit_decreasing(const Array<std::int32_t>& lengths, std::int64_t c
     return py::make_tuple(to_numpy(std::move(packs.sample_numbers)), to_numpy(std::move(packs.offsets)));
 }
 
+py::tuple best_fit_mixed(const Array<std::int32_t>& lengths, const Array<std::int32_t>& groups, std::int64_t capacity,
+                         std::uint64_t seed) {
+    const std::size_t n = length_of(lengths, "lengths");
+    if (length_of(groups, "groups") != n) throw std::invalid_argument("lengths and groups differ in length");
+    const auto *lengths_data = lengths.data(), *groups_data = groups.data();
+    mft::Packs packs;
+    {
+        const py::gil_scoped_release released;
+        packs = mft::best_fit_mixed(lengths_data, groups_data, n, capacity, seed);
+    }
+    return py::make_tuple(to_numpy(std::move(packs.sample_numbers)), to_numpy(std::move(packs.offsets)));
+}
+
 Array<std::int64_t> balance(const Array<std::int64_t>& costs, std::int64_t ranks) {
     const std::size_t n = length_of(costs, "costs");
     const std::int64_t* data = costs.data();
@@ -89,16 +102,33 @@ Array<std::int64_t> epoch_order(std::int64_t n, std::uint64_t seed) {
     return to_numpy(std::move(order));
 }
 
+Array<std::int64_t> mixed_order(const Array<std::int32_t>& groups, std::uint64_t seed) {
+    const std::size_t n = length_of(groups, "groups");
+    const std::int32_t* data = groups.data();
+    std::vector<std::int64_t> order;
+    {
+        const py::gil_scoped_release released;
+        const std::vector<std::uint32_t> mixed = mft::mixed_order(data, n, seed);
+        order.assign(mixed.begin(), mixed.end());
+    }
+    return to_numpy(std::move(order));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_sample_index, module) {
     module.doc() = "Packing, epoch order and counts; the contracts are in csrc/sample_index.hpp.";
     module.def("best_fit_decreasing", &best_fit_decreasing, py::arg("lengths").noconvert(), py::arg("capacity"),
                "int32 lengths [n], capacity -> (sample numbers int64 [n], offsets int64 [packs + 1]).");
+    module.def("best_fit_mixed", &best_fit_mixed, py::arg("lengths").noconvert(), py::arg("groups").noconvert(),
+               py::arg("capacity"), py::arg("seed"),
+               "int32 lengths [n], int32 groups [n], capacity, seed -> as best_fit_decreasing.");
     module.def("balance", &balance, py::arg("costs").noconvert(), py::arg("ranks"),
                "int64 costs [n], ranks -> int64 [ranks, n / ranks]: the row indices of each rank.");
     module.def("count_packs", &count_packs, py::arg("sample_numbers").noconvert(), py::arg("offsets").noconvert(),
                py::arg("task_of_sample").noconvert(), py::arg("supervised_of_sample").noconvert(),
                "-> int64 [4, rows]: pack, task, supervised tokens, samples; by pack, then task.");
     module.def("epoch_order", &epoch_order, py::arg("n"), py::arg("seed"), "A permutation of 0 .. n - 1, int64 [n].");
+    module.def("mixed_order", &mixed_order, py::arg("groups").noconvert(), py::arg("seed"),
+               "int32 groups [n], seed -> a permutation of 0 .. n - 1, int64 [n], in which groups are spread evenly.");
 }

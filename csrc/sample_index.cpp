@@ -7,7 +7,6 @@
 #include <limits>
 #include <numeric>
 #include <queue>
-#include <random>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -18,9 +17,10 @@
 #endif
 
 namespace mft {
-namespace {
 
-[[noreturn]] void refuse(const std::string& what) { throw std::invalid_argument(what); }
+void refuse(const std::string& what) { throw std::invalid_argument(what); }
+
+namespace {
 
 // Index of the lowest bit that is set; `word` is not 0. MFT_PORTABLE takes the last branch, so that it can be tested.
 std::size_t lowest_bit(std::uint64_t word) {
@@ -92,21 +92,7 @@ private:
 using Number = std::uint32_t;
 constexpr Number kNone = std::numeric_limits<Number>::max();
 
-// Sample indices sorted by decreasing length with a counting sort; equal lengths keep their order.
-std::vector<Number> by_decreasing_length(const std::int32_t* lengths, std::size_t n, std::int64_t capacity) {
-    std::vector<std::size_t> start(static_cast<std::size_t>(capacity) + 2, 0);
-    for (std::size_t i = 0; i < n; ++i) ++start[static_cast<std::size_t>(capacity - lengths[i]) + 1];
-    for (std::size_t length = 1; length < start.size(); ++length) start[length] += start[length - 1];
-    std::vector<Number> order(n);
-    for (std::size_t i = 0; i < n; ++i) {
-        order[start[static_cast<std::size_t>(capacity - lengths[i])]++] = static_cast<Number>(i);
-    }
-    return order;
-}
-
-}  // namespace
-
-Packs best_fit_decreasing(const std::int32_t* lengths, std::size_t n, std::int64_t capacity) {
+void check_lengths(const std::int32_t* lengths, std::size_t n, std::int64_t capacity) {
     if (capacity < 1) refuse("capacity " + std::to_string(capacity) + ": must be at least 1");
     if (n >= kNone) refuse(std::to_string(n) + " samples are too many to be packed at once");
     for (std::size_t i = 0; i < n; ++i) {
@@ -115,14 +101,38 @@ Packs best_fit_decreasing(const std::int32_t* lengths, std::size_t n, std::int64
                    std::to_string(capacity));
         }
     }
-    const std::size_t none = static_cast<std::size_t>(capacity) + 1;
+}
+
+struct Piece {
+    Number sample;
+    std::int32_t length;
+};
+
+// Sorts the samples that are longer than `above` to the front by decreasing length, with a counting sort; equal lengths
+// keep their order, and so do all other samples.
+std::vector<Piece> longest_first(const std::vector<Number>& order, const std::int32_t* lengths, std::int64_t capacity,
+                                 std::int64_t above) {
+    const auto rank = [&](std::int32_t length) {
+        return static_cast<std::size_t>(capacity - std::max<std::int64_t>(length, above));
+    };
+    std::vector<std::size_t> start(static_cast<std::size_t>(capacity - above) + 2, 0);
+    for (std::size_t i = 0; i < order.size(); ++i) ++start[rank(lengths[i]) + 1];
+    for (std::size_t length = 1; length < start.size(); ++length) start[length] += start[length - 1];
+    std::vector<Piece> sorted(order.size());
+    for (const Number sample : order) sorted[start[rank(lengths[sample])]++] = {sample, lengths[sample]};
+    return sorted;
+}
+
+// Puts each piece, in the given order, into the open pack with the smallest remaining capacity that suffices (of equal
+// ones the one that got a sample last), or into a new one.
+Packs best_fit(const std::vector<Piece>& pieces, std::int64_t capacity) {
+    const std::size_t n = pieces.size(), none = static_cast<std::size_t>(capacity) + 1;
     CapacitySet capacities(none);
     // A stack of open packs for each remaining capacity, latest on top, linked through the packs.
     std::vector<Number> top(none, kNone), below, size_of_pack;
-    const std::vector<Number> order = by_decreasing_length(lengths, n, capacity);
-    std::vector<Number> pack_of(n);  // indexed like `order`
+    std::vector<Number> pack_of(n);  // indexed like `pieces`
     for (std::size_t at = 0; at < n; ++at) {
-        const auto length = static_cast<std::size_t>(lengths[order[at]]);
+        const auto length = static_cast<std::size_t>(pieces[at].length);
         std::size_t remaining = capacities.next(length, none);
         Number pack;
         if (remaining == none) {
@@ -149,9 +159,24 @@ Packs best_fit_decreasing(const std::int32_t* lengths, std::size_t n, std::int64
     packs.sample_numbers.resize(n);
     std::vector<std::int64_t> next(packs.offsets.begin(), packs.offsets.end() - 1);
     for (std::size_t at = 0; at < n; ++at) {
-        packs.sample_numbers[static_cast<std::size_t>(next[pack_of[at]]++)] = static_cast<std::int64_t>(order[at]);
+        packs.sample_numbers[static_cast<std::size_t>(next[pack_of[at]]++)] = static_cast<std::int64_t>(pieces[at].sample);
     }
     return packs;
+}
+
+}  // namespace
+
+Packs best_fit_decreasing(const std::int32_t* lengths, std::size_t n, std::int64_t capacity) {
+    check_lengths(lengths, n, capacity);
+    std::vector<Number> order(n);
+    std::iota(order.begin(), order.end(), Number{0});
+    return best_fit(longest_first(order, lengths, capacity, 0), capacity);
+}
+
+Packs best_fit_mixed(const std::int32_t* lengths, const std::int32_t* groups, std::size_t n, std::int64_t capacity,
+                     std::uint64_t seed) {
+    check_lengths(lengths, n, capacity);
+    return best_fit(longest_first(mixed_order(groups, n, seed), lengths, capacity, capacity / 4), capacity);
 }
 
 std::vector<std::int64_t> balance(const std::int64_t* costs, std::size_t n, std::int64_t ranks) {
@@ -211,21 +236,6 @@ PackCounts count_packs(const std::int64_t* sample_numbers, std::size_t m, const 
         }
     }
     return counts;
-}
-
-std::vector<std::int64_t> epoch_order(std::int64_t n, std::uint64_t seed) {
-    if (n < 0) refuse("n " + std::to_string(n) + ": must not be negative");
-    std::vector<std::int64_t> order(static_cast<std::size_t>(n));
-    for (std::int64_t i = 0; i < n; ++i) order[static_cast<std::size_t>(i)] = i;
-    std::mt19937_64 random(seed);
-    for (std::uint64_t left = static_cast<std::uint64_t>(n); left > 1; --left) {
-        // Values at or above the largest multiple of `left` would favour small results: they are rejected.
-        const std::uint64_t limit = left * (UINT64_MAX / left);
-        std::uint64_t value = random();
-        while (value >= limit) value = random();
-        std::swap(order[static_cast<std::size_t>(left - 1)], order[static_cast<std::size_t>(value % left)]);
-    }
-    return order;
 }
 
 }  // namespace mft

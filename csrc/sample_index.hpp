@@ -7,9 +7,13 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 #include <vector>
 
 namespace mft {
+
+// Throws std::invalid_argument.
+[[noreturn]] void refuse(const std::string& what);
 
 struct Packs {
     std::vector<std::int64_t> sample_numbers;  // indices of the samples of pack 0, then of pack 1, …
@@ -22,6 +26,15 @@ struct Packs {
 // lengths: tokens of each of n samples. capacity: tokens of a pack.
 // Throws if capacity < 1, a length is < 1 or > capacity, or there are 2^32 - 1 samples or more.
 Packs best_fit_decreasing(const std::int32_t* lengths, std::size_t n, std::int64_t capacity);
+
+// Best fit in an order that spreads every group evenly over the packs: samples longer than a quarter of a pack from the
+// longest to the shortest (equal lengths in the order of mixed_order), then all others in the order of mixed_order, each
+// into the open pack with the smallest remaining capacity that suffices, or into a new one.
+//
+// lengths, capacity: as above. groups: group of each sample, 0 .. kMostGroups - 1. seed: of mixed_order.
+// Throws as best_fit_decreasing and mixed_order.
+Packs best_fit_mixed(const std::int32_t* lengths, const std::int32_t* groups, std::size_t n, std::int64_t capacity,
+                     std::uint64_t seed);
 
 // Distributes rows over ranks so that each rank gets the same number of rows and about the same cost: from the most
 // expensive row to the cheapest (equal costs in input order), each to the rank with the lowest cost so far that has fewer
@@ -49,5 +62,19 @@ PackCounts count_packs(const std::int64_t* sample_numbers, std::size_t m, const 
 // unbiased bounded generator written here (std::uniform_int_distribution differs between standard libraries).
 // Throws if n < 0.
 std::vector<std::int64_t> epoch_order(std::int64_t n, std::uint64_t seed);
+
+constexpr std::int32_t kMostGroups = (1 << 16) + 1;  // a task has 16 bits, and packs without a task are a group
+
+// An order of n items in which each group is spread evenly: every part of the order has about the same share of a group's
+// items, and is otherwise random.
+//
+// The permutation of epoch_order(n, seed) gives each item its rank j among the n_g items of its group. Walking it, each
+// item takes the upper 32 bits u of the next output of the same generator, and the integer key
+// floor((j · 2^32 + u) · 2^32 / n_g); items are sorted by key, equal keys by their place in the permutation. There are no
+// floats, so the order is the same on every machine.
+//
+// groups [n]: group of each item, 0 .. kMostGroups - 1.
+// Throws if a group is outside, or there are 2^32 - 1 items or more.
+std::vector<std::uint32_t> mixed_order(const std::int32_t* groups, std::size_t n, std::uint64_t seed);
 
 }  // namespace mft

@@ -19,6 +19,24 @@ def best_fit_decreasing(lengths: NDArray[np.int32], capacity: int) -> tuple[NDAr
         offsets: int64 [packs + 1]; offsets[p] … offsets[p + 1] are the samples of pack p in ``indices``.
     """
 
+def best_fit_mixed(
+    lengths: NDArray[np.int32], groups: NDArray[np.int32], capacity: int, seed: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Pack samples by best fit so that the samples of each group are spread evenly over the packs.
+
+    Samples longer than a quarter of a pack come first, from the longest to the shortest, then all others in the order
+    of :func:`mixed_order`, each into the fullest pack that fits it.
+
+    Args:
+        lengths: int32 [n], tokens of each sample, 1 … capacity.
+        groups: int32 [n], group of each sample, 0 … 2^16.
+        capacity: tokens of a pack.
+        seed: 0 … 2^64 - 1.
+
+    Returns:
+        indices, offsets: as of :func:`best_fit_decreasing`.
+    """
+
 def balance(costs: NDArray[np.int64], ranks: int) -> NDArray[np.int64]:
     """Distribute rows over ranks: equally many on each, and about the same cost.
 
@@ -51,3 +69,14 @@ def count_packs(
 
 def epoch_order(n: int, seed: int) -> NDArray[np.int64]:
     """Permutation of 0 … n - 1, int64 [n], that depends on ``n`` and ``seed`` (0 … 2^64 - 1) alone."""
+
+def mixed_order(groups: NDArray[np.int32], seed: int) -> NDArray[np.int64]:
+    """Random order of items in which the items of each group are spread evenly.
+
+    Args:
+        groups: int32 [n], group of each item, 0 … 2^16.
+        seed: 0 … 2^64 - 1.
+
+    Returns:
+        indices: int64 [n], of the items.
+    """

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from mft_megatron.data.chat_templates.builtin_formats import FORMATS
-from mft_megatron.data.packing.packing_options import OVERLONG, PADDING_MODES, PackingOptions
+from mft_megatron.data.packing.packing_options import OVERLONG, PACKERS, PADDING_MODES, PackingOptions
 from mft_megatron.data.records.segments import SUPERVISE
 from mft_megatron.data.tokenizers.backend_names import BACKENDS
 from mft_megatron.data.tokenizers.load import TOKENIZERS
@@ -105,7 +105,7 @@ class PackingArguments:
 
     seq_length: int = option(None, "Tokens of a row.", at_least=2, at_most=1 << 24, required=True)
     split: str = option("98,2,0", "Weights of train, valid and test, for every task.", metavar="T,V,T")
-    seed: int = option(1234, "Seed of the split, of sampling and of fill-in-the-middle.")
+    seed: int = option(1234, "Seed of the split, of sampling, of the packer and of fill-in-the-middle.")
     overlong: str = option(
         "drop",
         "Samples longer than a row, which are always counted: drop them, cut them at the end or at the beginning, or "
@@ -120,6 +120,12 @@ class PackingArguments:
         aliases=("--padding_mode",),
     )
     packing: str = option("mixed", "Whether a row may hold samples of several tasks.", choices=("mixed", "per-task"))
+    packer: str = option(
+        "mixed",
+        "How samples share training rows: mixed spreads the samples of each task evenly over the rows; decreasing goes "
+        "from the longest sample to the shortest, so that short ones crowd into a few rows. Other splits: decreasing.",
+        choices=PACKERS,
+    )
     task_sampling: tuple[str, ...] | None = option(
         None,
         "Epochs of a task in one pass over the training rows, as in NAME=2 or NAME=0.5; 1 for tasks not named.",
@@ -150,6 +156,7 @@ class PackingArguments:
             overlong=self.overlong,
             padding_mode=self.padding_mode,
             packing=self.packing,
+            packer=self.packer,
             task_sampling=_ratios(self.task_sampling or ()),
             sampling_temperature=self.sampling_temperature,
             sampling_max_epochs=self.sampling_max_epochs,

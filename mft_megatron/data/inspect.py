@@ -124,7 +124,7 @@ def check(prefix: str, ledger: Ledger) -> None:
         _agree(f"task {task.name}: kept and dropped", task.kept + sum(task.dropped.values()), samples)
     for length, entry in ledger.lengths.items():
         packs, counts, _ = build_packs(stored, PackingOptions.from_entry(entry, f"{prefix}_dataset.json"))
-        _agree(f"{prefix}: counts at length {length}", counts, entry)
+        _agree(f"{prefix}: counts at length {length}", (counts.tasks, counts.packs), (entry.tasks, entry.packs))
         for split, packed in packs.items():
             for suffix, values in packed.files(split, int(length)).items():
                 _agree(f"{prefix}{suffix}: packs", np.load(f"{prefix}{suffix}", mmap_mode="r"), values)

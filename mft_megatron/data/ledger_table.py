@@ -18,10 +18,11 @@ def ledger_table(ledger: Ledger) -> str:
             rows.append((task.name, *map("{:,}".format, numbers), dropped, *map("{:,}".format, counts)))
         lines += _aligned(rows)
         lines += _windows_and_uses(ledger, entry)
+        packer = "" if entry.joined or entry.padded else f", packer {entry.packer}"
         for split, packed in entry.packs.items():
             lines.append(
                 f"{split}: {packed.samples:,} samples in {packed.packs:,} packs of {length}, "
-                f"{100 * packed.fill:.2f} % filled"
+                f"{100 * packed.fill:.2f} % filled{packer if split == 'train' else ''}"
             )
     return "\n".join(lines)
 

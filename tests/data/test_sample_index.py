@@ -1,6 +1,7 @@
 """The C++ sample index against slow, obvious references."""
 
 import ast
+import collections
 import itertools
 from pathlib import Path
 
@@ -10,7 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mft_megatron.data import _sample_index
-from mft_megatron.data._sample_index import balance, best_fit_decreasing, count_packs, epoch_order
+from mft_megatron.data._sample_index import (
+    balance,
+    best_fit_decreasing,
+    best_fit_mixed,
+    count_packs,
+    epoch_order,
+    mixed_order,
+)
 
 
 @st.composite
@@ -24,10 +32,13 @@ def packs_of(sample_numbers, offsets):
     return [sample_numbers[a:b].tolist() for a, b in itertools.pairwise(offsets)]
 
 
-def reference_best_fit(lengths, capacity):
-    """Try every open pack for every sample; of equally full packs, take the one that got a sample last."""
+def reference_best_fit(lengths, capacity, order=None):
+    """Try every open pack for every sample; of equally full packs, take the one that got a sample last.
+
+    ``order`` is that of the samples, from the longest to the shortest by default.
+    """
     packs, space, touched = [], [], []
-    for clock, sample in enumerate(sorted(range(len(lengths)), key=lambda i: -lengths[i])):
+    for clock, sample in enumerate(order or sorted(range(len(lengths)), key=lambda i: -lengths[i])):
         fitting = [p for p in range(len(packs)) if space[p] >= lengths[sample]]
         if fitting:
             pack = min(fitting, key=lambda p: (space[p], -touched[p]))
@@ -209,12 +220,84 @@ def test_the_reference_generator_is_the_standard_one():
 @given(st.integers(0, 300), st.integers(0, 2**64 - 1))
 def test_epoch_order_is_the_same_on_every_machine(n, seed):
     """A change here would change the data order of every run that is resumed."""
-    order, numbers = list(range(n)), mt19937_64(seed)
+    assert epoch_order(n, seed).tolist() == reference_order(n, mt19937_64(seed))
+
+
+def reference_order(n, numbers):
+    """The permutation of ``epoch_order``, from the numbers of a generator that goes on afterwards."""
+    order = list(range(n))
     for left in range(n, 1, -1):
         limit = (2**64 - 1) // left * left
         other = next(number for number in numbers if number < limit) % left
         order[left - 1], order[other] = order[other], order[left - 1]
-    assert epoch_order(n, seed).tolist() == order
+    return order
+
+
+def reference_mixed_order(groups, seed):
+    """Keys as integers of any size, sorted together with the places in the permutation."""
+    numbers, rank, keyed = mt19937_64(seed), collections.Counter(), []
+    for place, item in enumerate(reference_order(len(groups), numbers)):
+        group = groups[item]
+        u = next(numbers) >> 32
+        keyed.append((((rank[group] << 32 | u) << 32) // groups.count(group), place, item))
+        rank[group] += 1
+    return [item for _, _, item in sorted(keyed)]
+
+
+GROUPS = st.lists(st.one_of(st.integers(0, 3), st.sampled_from([7, 2**16])), max_size=150)
+
+
+@given(GROUPS, st.integers(0, 2**64 - 1))
+def test_mixed_order_is_the_same_on_every_machine(groups, seed):
+    order = mixed_order(np.array(groups, np.int32), seed)
+    assert order.dtype == np.int64
+    assert order.tolist() == reference_mixed_order(groups, seed)
+
+
+def test_keys_are_exact_for_groups_of_every_size():
+    groups = np.concatenate([np.full(size, group, np.int32) for group, size in enumerate((1, 2, 3, 4096, 9001, 1))])
+    assert mixed_order(groups, 5).tolist() == reference_mixed_order(groups.tolist(), 5)
+
+
+def test_a_mixed_order_spreads_every_group_evenly():
+    """Every tenth of the order has a tenth of each group, up to one item; a group of one is anywhere."""
+    sizes = [5000, 700, 60, 10, 1]
+    groups = np.repeat(np.arange(5, dtype=np.int32), sizes)
+    order = mixed_order(groups, 3)
+    assert sorted(order) == list(range(len(groups)))
+    counts = np.array([np.bincount(groups[part], minlength=5) for part in np.array_split(order, 10)])
+    assert (abs(counts - np.array(sizes) / 10) <= np.array([12, 4, 2, 1, 1])).all()
+    places = [mixed_order(groups, seed).argmax() for seed in range(200)]  # the last item is the group of one
+    assert abs(np.mean(places) / len(groups) - 0.5) < 0.1
+    assert np.std(places) / len(groups) > 0.2
+    # within a group the order is random
+    of_first = order[groups[order] == 0]
+    assert abs(np.corrcoef(of_first, np.arange(5000))[0, 1]) < 0.05
+
+
+@given(lengths_and_capacity(), st.integers(1, 4), st.integers(0, 2**64 - 1))
+def test_best_fit_mixed_equals_the_slow_reference(case, num_groups, seed):
+    lengths, capacity = case
+    groups = np.arange(len(lengths), dtype=np.int32) % num_groups
+    mixed = mixed_order(groups, seed).tolist()
+    long = sorted((i for i in mixed if 4 * lengths[i] > capacity), key=lambda i: -lengths[i])
+    order = long + [i for i in mixed if 4 * lengths[i] <= capacity]
+    found = packs_of(*best_fit_mixed(lengths, groups, capacity, seed))
+    assert found == reference_best_fit(lengths.tolist(), capacity, order)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "groups", "message"),
+    [
+        ([1, 2], [0], "differ in length"),
+        ([1, 9], [0, 0], "sample 1 has length 9"),
+        ([1, 2], [0, -1], "item 1 has group -1, not within 0 .. 65536"),
+        ([1, 2], [0, 65537], "item 1 has group 65537"),
+    ],
+)
+def test_best_fit_mixed_refuses_impossible_arguments(lengths, groups, message):
+    with pytest.raises(ValueError, match=message):
+        best_fit_mixed(np.array(lengths, np.int32), np.array(groups, np.int32), 8, 0)
 
 
 def test_epoch_order_is_uniform():

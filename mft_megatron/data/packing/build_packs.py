@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mft_megatron.data.permutation import named_permutation
+from mft_megatron.data.permutation import named_permutation, named_seed
 from mft_megatron.data.sample_slices import SampleSlices
 from mft_megatron.data.storage.dataset_writer import DatasetWriter
 from mft_megatron.data.storage.ledger import LengthEntry, PackEntry, TaskCut, TaskEntry
@@ -54,7 +54,7 @@ def build_packs(stored: StoredSamples, options: PackingOptions) -> tuple[dict[st
     _refuse_empty(stored.tasks, task_cuts, options)
     packs = {}
     for index, name in enumerate(SPLITS):
-        packed = _pack(stored, options, cut, split_of_sample == index, uses if name == "train" else None)
+        packed = _pack(stored, options, cut, name, split_of_sample == index, uses)
         if packed is not None:
             packs[name] = packed
     entries = {name: _pack_entry(packed, options.seq_length) for name, packed in packs.items()}
@@ -98,36 +98,52 @@ def _uses(stored: StoredSamples, options: PackingOptions, cut: CutSamples, split
 
 
 def _pack(
-    stored: StoredSamples, options: PackingOptions, cut: CutSamples, in_split: np.ndarray, uses: np.ndarray | None
+    stored: StoredSamples,
+    options: PackingOptions,
+    cut: CutSamples,
+    split: str,
+    in_split: np.ndarray,
+    uses: np.ndarray,
 ) -> SplitPacks | None:
     """Pack one split; ``None`` where it has no sample.
 
     Args:
         in_split: bool [samples].
-        uses: int64 [samples]; each sample is used once where it is ``None``.
+        uses: int64 [samples], of the training split; samples of the others are used once.
     """
     if options.padding_mode == "concat":
         return _concatenate(stored, options, in_split)
     slice_in_split = in_split[cut.slices.samples]
     slices, supervised = cut.slices.take(slice_in_split), cut.supervised[slice_in_split]
     tasks = stored.task_ids[slices.samples]
-    copies = np.ones(len(tasks), np.int64) if uses is None else uses[slices.samples]
-    groups = []
+    copies = uses[slices.samples] if split == "train" else np.ones(len(tasks), np.int64)
+    groups = {}
     for copy in range(int(copies.max(initial=0))):
         indices = np.flatnonzero(copies > copy)
+        name = f"{options.seed}/{split}/{options.seq_length}/{copy}/packer"
         if options.packing == "mixed":
-            groups.append(indices)
+            groups[name] = indices
         else:
-            groups += [indices[tasks[indices] == task] for task in np.unique(tasks)]
-    groups = [group for group in groups if len(group)]
+            for task in np.unique(tasks):
+                groups[f"{name}/{stored.tasks[task].name}"] = indices[tasks[indices] == task]
+    groups = {name: group for name, group in groups.items() if len(group)}
     if not groups:
         return None
     weights = None
     if stored.weights is not None and cut.weights is not None:
         of_samples = stored.weights.samples[slices.samples].astype(np.float64)
         weights = np.stack([of_samples * cut.weights[slice_in_split], of_samples * (supervised > 0)])
+    mixed = options.packer == "mixed" and split == "train"
     return pack_split(
-        slices, supervised, tasks, groups, options.seq_length, options.padding_mode, stored.lengths, weights
+        slices,
+        supervised,
+        tasks,
+        list(groups.values()),
+        options.seq_length,
+        options.padding_mode,
+        stored.lengths,
+        weights,
+        [named_seed(name) for name in groups] if mixed else None,
     )
 
 

@@ -9,6 +9,7 @@ from mft_megatron.errors import InputError
 SPLITS = ("train", "valid", "test")
 OVERLONG = ("drop", "truncate", "truncate-left", "split")
 PADDING_MODES = ("pack", "padding", "concat")
+PACKERS = ("mixed", "decreasing")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,10 +21,12 @@ class PackingOptions:
     Attributes:
         seq_length: tokens of a pack.
         split: weights of train, valid and test.
-        seed: of the split, of sampling and of the order of documents.
+        seed: of the split, of sampling, of the packer and of the order of documents.
         overlong: a value of :data:`OVERLONG`; a task may have another one.
         padding_mode: a value of :data:`PADDING_MODES`.
         packing: "mixed", or "per-task": a pack has samples of one task only.
+        packer: a value of :data:`PACKERS`, for training rows of several samples: "mixed" spreads the samples of each
+            task evenly over the rows; "decreasing" packs from the longest sample to the shortest, as in other splits.
         task_sampling: ratio of each task, by name; see :mod:`.sampling`.
         sampling_temperature, sampling_max_epochs, sampling_epochs: see :mod:`.sampling`.
     """
@@ -34,6 +37,7 @@ class PackingOptions:
     overlong: str = OVERLONG[0]
     padding_mode: str = PADDING_MODES[0]
     packing: str = "mixed"
+    packer: str = PACKERS[0]
     task_sampling: dict[str, float] = dataclasses.field(default_factory=dict)
     sampling_temperature: float | None = None
     sampling_max_epochs: float | None = None
@@ -51,7 +55,7 @@ class PackingOptions:
             InputError: the entry holds other fields than these options.
         """
         try:
-            return cls(**{**entry.options, "split": tuple(entry.options["split"])})
+            return cls(**{**entry.options, "packer": entry.packer, "split": tuple(entry.options["split"])})
         except (TypeError, KeyError) as error:
             raise InputError(
                 f"{ledger_path}: packing options that cannot be read ({error}); preprocess again"

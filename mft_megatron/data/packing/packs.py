@@ -65,6 +65,7 @@ def pack_split(
     padding_mode: str,
     lengths_of_samples: np.ndarray,
     weights: np.ndarray | None = None,
+    mixing_seeds: Sequence[int] | None = None,
 ) -> SplitPacks:
     """Distribute the slices of a split over packs.
 
@@ -75,14 +76,20 @@ def pack_split(
         groups: int64 indices of slices, at least one group; each group is packed separately. A slice may be in several
             groups, but only once in each.
         seq_length: tokens of a pack.
-        padding_mode: "pack": best fit, from the longest slice to the shortest; "padding": each slice is a pack.
+        padding_mode: "pack": best fit; "padding": each slice is a pack.
         lengths_of_samples: int [samples], tokens of every sample of the data set.
         weights: float64 [2, slices], sums of each slice as in the file; ``None`` where all weights are 1.
+        mixing_seeds: of best fit that spreads the slices of each task evenly over a group's packs, a seed for each
+            group; ``None`` for best fit from the longest slice to the shortest.
 
     Raises:
         ValueError: a slice is longer than a pack.
     """
-    packed_groups = [_pack_group(slices.lengths[group], seq_length, padding_mode) for group in groups]
+    seeds = [None] * len(groups) if mixing_seeds is None else mixing_seeds
+    packed_groups = [
+        _pack_group(slices.lengths[group], tasks[group], seq_length, padding_mode, seed)
+        for group, seed in zip(groups, seeds, strict=True)
+    ]
     indices = np.concatenate([group[order] for group, (order, _) in zip(groups, packed_groups, strict=True)])
     sizes = np.concatenate([np.diff(offsets) for _, offsets in packed_groups])
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
@@ -104,10 +111,15 @@ def _weights_of_entries(counts: np.ndarray, offsets: np.ndarray, tasks: np.ndarr
     return np.stack([np.bincount(entry, row, counts.shape[1]) for row in weights])
 
 
-def _pack_group(lengths: np.ndarray, seq_length: int, padding_mode: str) -> tuple[np.ndarray, np.ndarray]:
+def _pack_group(
+    lengths: np.ndarray, tasks: np.ndarray, seq_length: int, padding_mode: str, mixing_seed: int | None
+) -> tuple[np.ndarray, np.ndarray]:
     if padding_mode == "padding":
         return np.arange(len(lengths)), np.arange(len(lengths) + 1)
-    return _sample_index.best_fit_decreasing(np.ascontiguousarray(lengths, np.int32), seq_length)
+    lengths = np.ascontiguousarray(lengths, np.int32)
+    if mixing_seed is None:
+        return _sample_index.best_fit_decreasing(lengths, seq_length)
+    return _sample_index.best_fit_mixed(lengths, np.ascontiguousarray(tasks, np.int32), seq_length, mixing_seed)
 
 
 def concatenate_documents(

@@ -182,6 +182,11 @@ class LengthEntry:
         """Whether a row holds one sample and padding."""
         return self.options["padding_mode"] == "padding"
 
+    @property
+    def packer(self) -> str:
+        """How samples share training rows; data sets that do not say it were made before there was a choice."""
+        return self.options.get("packer", "decreasing")
+
 
 @dataclasses.dataclass(frozen=True)
 class ArrayEntry:

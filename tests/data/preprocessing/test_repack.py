@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from mft_megatron.data.command import _previous_packing
 from mft_megatron.data.inspect import check
+from mft_megatron.data.ledger_table import ledger_table
 from mft_megatron.data.loading.dataset import PackedDataset, packed_lengths
 from mft_megatron.data.packing.packing_options import PackingOptions
 from mft_megatron.data.preprocessing.repack import add_length, merge
@@ -47,6 +49,28 @@ def test_a_length_is_replaced_and_its_old_files_are_removed(make_dataset):
     ledger, _ = add_length(prefix, PackingOptions(256, split=(1, 0, 0)))
     assert not any(name.endswith("_cuts.npy") for name in files_of(prefix))
     assert set(files_of(prefix)) == {*ledger.arrays, "_dataset.json"}
+    check(prefix, ledger)
+
+
+def test_a_data_set_of_an_older_version_keeps_its_packer(make_dataset):
+    prefix, before = make_dataset(packer="decreasing")
+    path = Path(f"{prefix}_dataset.json")
+    content = json.loads(path.read_text())
+    del content["lengths"]["256"]["options"]["packer"]
+    path.write_text(json.dumps({**content, "format_version": 3}))
+    old = read_ledger(prefix)
+    check(prefix, old)
+    assert old.dataset_hash(256) == before.dataset_hash(256)
+    assert PackingOptions.from_entry(old.lengths["256"], prefix).packer == "decreasing"
+    assert "packer decreasing" in ledger_table(old)
+    options = _previous_packing({"data_path": (prefix,)})
+    assert options["packer"] == "decreasing"
+    files = arrays_of(prefix)
+    add_length(prefix, PackingOptions.from_entry(old.lengths["256"], prefix))
+    assert arrays_of(prefix) == files
+    ledger, _ = add_length(prefix, PackingOptions(256))
+    assert arrays_of(prefix) != files
+    assert "packer mixed" in ledger_table(ledger)
     check(prefix, ledger)
 
 
