@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "mft_megatron"
-FLOORS = {"": 0, "arguments": 1, "data": 1, "losses": 1, "mcore": 2, "convert": 3, "training": 3}
+FLOORS = {"": 0, "arguments": 1, "data": 1, "losses": 1, "mcore": 2, "convert": 3, "training": 3, "verify": 4}
 # A file imports from its own sub-package and from those listed before it; "a|b" are modules at the top of the room.
 ORDER = {
     "data": (

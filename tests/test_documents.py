@@ -28,9 +28,10 @@ MAKE = re.compile(r"(?:^|`)make ((?:[a-z][a-z-]*)(?: [a-z][a-z-]*)*)")
 SUBCOMMANDS = {
     "tools/convert_checkpoint.py": (
         *("hf-to-mcore", "mcore-to-hf", "lora-to-peft", "merge-lora", "adapters", "check", "megatron-to-mcore"),
-    )
+    ),
+    "tools/verify.py": ("packs",),
 }
-TOOLS = ("preprocess_data", "pack_data", "inspect_data", "convert_checkpoint", "quantize_hf")
+TOOLS = ("preprocess_data", "pack_data", "inspect_data", "convert_checkpoint", "quantize_hf", "verify")
 # Options of other programs that the documents name.
 FOREIGN = {
     "torchrun": "--nproc-per-node --standalone --nnodes --rdzv-id --rdzv-backend --rdzv-endpoint",

@@ -136,7 +136,7 @@ def make_arguments(
     given = dict(command_line.given)
     resume = start.resume(command_line.group(CheckpointArguments))
     if "seq_length" not in given and "data_path" in given and packed_lengths is not None:
-        given["seq_length"] = _only_packed_length(given["data_path"], packed_lengths(given["data_path"]))
+        given["seq_length"] = only_packed_length(given["data_path"], packed_lengths(given["data_path"]))
     if resume is not None:
         given = {**architecture_from(resume, given), **given}
         weights_alone = given.get("finetune") or from_pretrained(resume, given.get("pretrained_checkpoint"))
@@ -200,7 +200,12 @@ def _from_adapter(given: Given, resume: CheckpointRef | None, start: Start) -> G
     return from_adapter(lora.hf_adapter, start.adapter, given)
 
 
-def _only_packed_length(prefix: str, lengths: Sequence[int]) -> int:
+def only_packed_length(prefix: str, lengths: Sequence[int]) -> int:
+    """Return the sequence length of a data set that is packed for one.
+
+    Raises:
+        InputError: it is packed for several, or for none.
+    """
     if len(lengths) != 1:
         raise InputError(
             f"missing option: give --seq-length; {prefix} is packed for {', '.join(map(str, lengths)) or 'no length'}"

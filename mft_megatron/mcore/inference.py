@@ -1,4 +1,4 @@
-"""Logits of a model in one process, without optimizer and gradients; memory is that of the weights."""
+"""Logits and token losses of a model in one process, without optimizer and gradients; memory is that of the weights."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -21,7 +21,7 @@ from .platform import devices
 
 @contextlib.contextmanager
 def model_of(arguments: Arguments, vocab_size: int, source: WeightSource) -> Iterator[PackedGPTModel]:
-    """Build the model of these arguments in this process alone, with weights from any source, for :func:`logits_of`.
+    """Build the model of these arguments in this process alone, with weights from any source.
 
     Args:
         arguments: complete and checked, for one process.
@@ -60,3 +60,14 @@ def logits_of(model: PackedGPTModel, tokens: Sequence[int]) -> Tensor:
     )
     logits = model.run(to_device(batch), with_loss=False)
     return logits[0, :, : model.real_vocab_size].float().cpu()
+
+
+def token_losses(model: PackedGPTModel, batch: Batch[np.ndarray]) -> np.ndarray:
+    """Compute the loss of each supervised token of a micro-batch: fp32 [B, S] in nats, 0 where none is supervised.
+
+    Args:
+        model: from :func:`model_of`.
+        batch: on the host.
+    """
+    loss_BS = model.run(to_device(batch)).view(batch.labels_BS.shape).float().cpu().numpy()
+    return np.where(batch.loss_mask_BS > 0, loss_BS, np.float32(0))

@@ -17,13 +17,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mft_megatron.arguments.command import parse_arguments
-from mft_megatron.arguments.table import Arguments
-from mft_megatron.convert.huggingface.weight_source import HuggingFaceSource
 from mft_megatron.errors import InputError
-from mft_megatron.mcore.checkpointing.weight_source import CheckpointSource, WeightSource
 from mft_megatron.mcore.platform.precisions import DTYPES
 from mft_megatron.run_folder import CheckpointRef
+
+from .one_process import open_model
 
 # positions compared at a time: fp64 copies of whole logits would be large
 ROWS_AT_ONCE = 32
@@ -123,23 +121,9 @@ def engine_logits(
     Raises:
         InputError: the model is not supported, or its files are damaged.
     """
-    source, arguments, vocab_size = _source(folder, checkpoint, dtype, max(map(len, texts)))
+    length = max(map(len, texts))
+    opened = open_model(folder, checkpoint, dtype, {"data_path": "none", "seq_length": length})
     from mft_megatron.mcore.inference import logits_of, model_of
 
-    with model_of(arguments, vocab_size, source) as model:
+    with model_of(opened.arguments, opened.vocab_size, opened.source) as model:
         return [logits_of(model, text) for text in texts]
-
-
-def _source(
-    folder: Path, checkpoint: CheckpointRef | None, dtype: str, length: int
-) -> tuple[WeightSource, Arguments, int]:
-    words = (
-        f"--data-path none --seq-length {length} --micro-batch-size 1 --train-iters 1 --lr 1 --attention-dropout 0 "
-        f"--hidden-dropout 0 --make-vocab-size-divisible-by 1 {'' if dtype == 'fp32' else f'--{dtype}'}"
-    ).split()
-    if checkpoint is None:
-        source = HuggingFaceSource(folder)
-        words += ["--hf-checkpoint", str(folder)]
-        return source, parse_arguments(words, hf_model=source.info), source.info.vocab_size
-    arguments = parse_arguments([*words, "--finetune", "--load", str(checkpoint.path)])
-    return CheckpointSource(checkpoint.path, checkpoint.info), arguments, checkpoint.info.vocab_size
