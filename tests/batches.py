@@ -57,9 +57,60 @@ def counted(samples, tasks):
     return torch.from_numpy(tokens_K), torch.from_numpy(samples_K)
 
 
-def as_batch(sample_ids, task_ids, mask):
+def random_weights(seed, sample_ids, mask, samples=True, turns=True):
+    """Make weights of some turns, float32 [rows, width], 0 where the mask is, and of some samples.
+
+    Both are 1 for some; ``None`` in place of one that is not asked for.
+    """
+    rng = np.random.default_rng([seed, 1])
+    token_weights = np.where(rng.random(mask.shape) < 0.3, 1.0, rng.uniform(0.1, 3.0, mask.shape)) * mask
+    of_sample = rng.choice([0.25, 1.0, 1.0, 2.5], sample_ids.max() + 1)
+    return (
+        token_weights.astype(np.float32) if turns else None,
+        of_sample[sample_ids].astype(np.float32) if samples else None,
+    )
+
+
+def weighted_samples(sample_ids, task_ids, mask, loss, token_weights=None, sample_weights=None):
+    """Task, supervised token losses, their weights, and the weight of each sample: lists of Python's floats."""
+    ones = np.ones(mask.shape, np.float32)
+    token_weights = ones if token_weights is None else token_weights
+    sample_weights = ones if sample_weights is None else sample_weights
+    samples = []
+    for s in range(sample_ids.max() + 1):
+        here = (sample_ids == s) & (mask == 1)
+        tokens, weights = (array[here].astype(np.float64).tolist() for array in (loss, token_weights))
+        of_sample = sample_ids == s
+        samples.append((int(task_ids[of_sample][0]), tokens, weights, float(sample_weights[of_sample][0])))
+    return samples
+
+
+def weighed(samples, tasks):
+    """``T_i`` and ``M_i``, fp64 tensors [``tasks``], of :func:`weighted_samples`."""
+    tokens_K, samples_K = np.zeros(tasks), np.zeros(tasks)
+    for task, tokens, weights, of_sample in samples:
+        if tokens:
+            tokens_K[task] += of_sample * sum(weights)
+            samples_K[task] += of_sample
+    return torch.from_numpy(tokens_K), torch.from_numpy(samples_K)
+
+
+def as_batch(sample_ids, task_ids, mask, token_weights=None, sample_weights=None):
     """Make a micro-batch of tensors with the fields that the objective reads; the others are ``None``."""
     ids = (torch.from_numpy(array) for array in (mask, sample_ids, task_ids))
+    weights = (None if array is None else torch.from_numpy(array) for array in (token_weights, sample_weights))
     mask_BS, sample_ids_BS, task_ids_BS = ids
+    token_weights_BS, sample_weights_BS = weights
     cu_seqlens = torch.zeros(int(sample_ids.max()) + 2)
-    return Batch(None, None, mask_BS, None, sample_ids_BS, task_ids_BS, cu_seqlens, 0)
+    return Batch(
+        None,
+        None,
+        mask_BS,
+        None,
+        sample_ids_BS,
+        task_ids_BS,
+        cu_seqlens,
+        0,
+        token_weights_BS=token_weights_BS,
+        sample_weights_BS=sample_weights_BS,
+    )

@@ -26,7 +26,7 @@ ORDER = {
         *("values", "groups", "stages|table|megatron_only|without_effect", "checks"),
         "adapters|start|completion|config_syntax|config_file|notes|reference|command",
     ),
-    "losses": ("segments|coefficients|focal|table|objective", "balancers"),
+    "losses": ("segments|supervision|focal|table|objective", "balancers"),
 }
 # Importing one of these imports no Megatron-Core and replaces nothing in torch.
 WITHOUT_MEGATRON = (
@@ -234,7 +234,7 @@ def test_no_import_cycles():
     ("file", "source"),
     [
         ("data/inspect.py", "import torch"),
-        ("data/inspect.py", "from mft_megatron.losses import coefficients"),
+        ("data/inspect.py", "from mft_megatron.losses import segments"),
         ("losses/focal.py", "import torch.distributed as dist"),
         ("losses/focal.py", "def f():\n    from ..mcore import parallel"),
         ("training/x.py", "from megatron.core import parallel_state"),

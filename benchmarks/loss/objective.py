@@ -28,7 +28,7 @@ from mft_megatron.batch import Batch
 from mft_megatron.loss_names import LOSSES
 from mft_megatron.losses.focal import TaskStatistics
 from mft_megatron.losses.objective import Objective
-from mft_megatron.losses.segments import counts
+from mft_megatron.losses.supervision import Supervision
 from mft_megatron.mcore.platform import devices
 
 PLAIN, LOOP = "plain mean", "loop over tasks"
@@ -91,9 +91,8 @@ def loop_over_tasks(batch: Batch, loss_BS: Tensor, weights: list[float]) -> tupl
 
 def variants(tasks: int, batch: Batch, loss_BS: Tensor, seed: int) -> dict[str, Callable[[], Tensor]]:
     """The compared computations by name: functions that run one forward and backward and return the gradient."""
-    ids = (batch.task_ids_BS, batch.sample_ids_BS, batch.loss_mask_BS, batch.num_segments)
     # in training these come from the plan of the step, which is on the host
-    tokens_K, samples_K = (count_K.cpu() for count_K in counts(*ids, tasks))
+    tokens_K, samples_K = (count_K.cpu() for count_K in Supervision.of(batch).counts(tasks))
     weight_K = torch.from_numpy(np.random.default_rng(seed).uniform(0.5, 2.0, tasks))
     some_K = torch.full((tasks,), 0.5, dtype=torch.float64, device=loss_BS.device)
     before = TaskStatistics(some_K, 2 * some_K, torch.ones_like(some_K))

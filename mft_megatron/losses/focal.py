@@ -1,8 +1,8 @@
 """The focal losses: Eq. 2 by samples, Eq. 3 by tasks (docs/LOSSES.md §3).
 
 ``p_t = exp(-l_t)`` is the probability of a target. What the model *misses* of a sample, ``1 - P_j``, is the mean of
-``1 - p_t`` over its supervised tokens, computed without the cancellation of 1 and ``P_j``. A modulating factor is a
-miss to the power gamma.
+``1 - p_t`` over its supervised tokens, weighted by ``u_t``, computed without the cancellation of 1 and ``P_j``. A
+modulating factor is a miss to the power gamma.
 """
 
 import dataclasses
@@ -11,7 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .segments import inverse, sample_sums, spread
+from .segments import inverse, spread
+from .supervision import Supervision
 
 
 def token_miss(loss: Tensor) -> Tensor:
@@ -26,9 +27,7 @@ def power(miss: Tensor, gamma: float) -> Tensor:
 
 def sample_modulation(
     loss_BS: Tensor,
-    sample_ids_BS: Tensor,
-    loss_mask_BS: Tensor,
-    num_segments: int,
+    supervision: Supervision,
     gamma: float,
     over_ranks: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
@@ -36,9 +35,7 @@ def sample_modulation(
 
     Args:
         loss_BS: token losses, floating point.
-        sample_ids_BS: int64, index of the sample within the micro-batch.
-        loss_mask_BS: 1 where the target is supervised, any dtype.
-        num_segments: how many sample indices there are.
+        supervision: of the micro-batch.
         gamma: at least 0.
         over_ranks: sums a tensor over the ranks that compute the tokens, each with losses of 0 for the others' tokens;
             differentiable. ``None`` where one rank has them all.
@@ -46,12 +43,10 @@ def sample_modulation(
     Returns:
         fp64 [B, S], differentiable in ``loss_BS``; at unsupervised tokens the value of their sample, without meaning.
     """
-    mask_BS = loss_mask_BS.double()
-    missed = sample_sums(sample_ids_BS, mask_BS * token_miss(loss_BS), num_segments)
+    missed = supervision.sample_sums(token_miss(loss_BS))
     if over_ranks is not None:
         missed = over_ranks(missed)
-    miss = missed * inverse(sample_sums(sample_ids_BS, mask_BS, num_segments))
-    return spread(power(miss, gamma), sample_ids_BS)
+    return spread(power(missed * supervision.inverse_sizes(), gamma), supervision.sample_ids_BS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,8 +69,8 @@ class TaskStatistics:
         """Replace the statistics of the tasks that one more global batch has; the others keep theirs.
 
         Args:
-            miss_sum_K: fp64, sum over the samples of each task of their mean miss.
-            loss_sum_K: fp64, sum over the samples of each task of their mean loss.
+            miss_sum_K: fp64, sum over the samples of each task of ``v_j`` times their mean miss.
+            loss_sum_K: fp64, sum over the samples of each task of ``v_j`` times their mean loss.
             samples_K: ``M_i`` of the global batch, any dtype.
         """
         present_K, per_sample_K = samples_K > 0, inverse(samples_K.double())

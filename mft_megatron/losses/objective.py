@@ -2,8 +2,9 @@
 
 ::
 
-    T_i, M_i of the global batch, w_i ─► before_step ─► StepFactors [K] ─┐
-    task, sample and mask of each token, l_t ────────────────────────────┴─► contribution ─► Σ c_t·l_t (+ Σ d_t·p_t)
+    T_i, M_i of the global batch or of an epoch, w_i ─► before_step ─► StepFactors [K] ─┐
+    task, sample, mask and weights of each token, l_t ──────────────────────────────────┴─► contribution ─► Σ c_t·l_t
+                                                                                              (+ Σ d_t·p_t, focal-task)
 
 ``before_step`` runs once a step and ``contribution`` once a micro-batch, where the output layer is. Nothing here knows
 ranks: the sums of all micro-batches and data-parallel ranks are simply added.
@@ -17,15 +18,14 @@ from torch import Tensor
 
 from mft_megatron.batch import Batch
 
-from .coefficients import coefficients
 from .focal import TaskStatistics, sample_modulation, task_loss, task_modulation, token_miss
-from .segments import counts
+from .supervision import Supervision
 from .table import LOSSES, Loss
 
 # sums a tensor over the ranks that compute a micro-batch's tokens; differentiable
 SumOverRanks = Callable[[Tensor], Tensor]
 # rows of Objective.sums
-SUMS = ("loss_K", "tokens_K", "objective_K", "share_K", "sample_loss_K", "sample_miss_K")
+SUMS = ("loss_K", "tokens_K", "token_weights_K", "objective_K", "share_K", "sample_loss_K", "sample_miss_K")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,25 +111,35 @@ class Objective:
         """The entry of the loss table."""
         return LOSSES[self.mode]
 
+    def supervises(self, token_weights_K: Tensor, sample_weights_K: Tensor, weight_K: Tensor) -> bool:
+        """Whether a global batch has a supervised token of a task with a weight; arguments as of :meth:`before_step`.
+
+        They are on the host, and all are of the batch itself.
+        """
+        return bool(self.loss.task_factors(token_weights_K, sample_weights_K, weight_K).any())
+
     def before_step(
         self,
-        tokens_K: Tensor,
-        samples_K: Tensor,
+        token_weights_K: Tensor,
+        sample_weights_K: Tensor,
         weight_K: Tensor,
         before: TaskStatistics,
         num_micro_batches: float = 1,
+        num_batches: float = 1,
     ) -> StepFactors:
         """Compute the factors of a step.
 
         Args:
-            tokens_K: ``T_i`` of the global batch, any dtype.
-            samples_K: ``M_i`` of the global batch, any dtype.
+            token_weights_K: ``T_i`` of what the loss is normalised over, any dtype: the global batch, or an epoch.
+            sample_weights_K: ``M_i`` of the same, any dtype.
             weight_K: ``w_i``, or ``alpha_i`` of the focal losses, floating point; 0 leaves a task out.
             before: statistics of earlier steps, which focal-task reads; ``loss_K`` and ``probability_K`` are then on
                 their device, all else is on the device of the counts.
             num_micro_batches: of the whole step, over all ranks; where rows are empty, as many as the others fill.
+            num_batches: how many global batches like that of the step ``T_i`` and ``M_i`` are of: for an epoch its
+                packs divided by those of the step.
         """
-        base_K = self.loss.task_factors(tokens_K, samples_K, weight_K)
+        base_K = self.loss.task_factors(token_weights_K, sample_weights_K, weight_K) * num_batches
         factors = StepFactors(base_K, base_K, weight_K.double(), micro_batch_weight=1.0 / num_micro_batches)
         if not self.loss.modulates_tasks:
             return factors
@@ -153,11 +163,11 @@ class Objective:
             the sum to differentiate, a scalar of the losses' dtype; and ``c_t`` fp64 [B, S], a constant, with which
             ``Σ c_t·l_t`` is the loss (of focal-task its linear part).
         """
-        coefficient_BS, on_probability_BS = self._coefficients(factors, batch)
+        supervision = Supervision.of(batch)
+        coefficient_BS, on_probability_BS = self._coefficients(factors, batch, supervision)
         if self.loss.modulates_samples:
             modulating_BS = loss_BS.detach() if self.detach else loss_BS
-            ids = (batch.sample_ids_BS, batch.loss_mask_BS, batch.num_segments)
-            coefficient_BS = coefficient_BS * sample_modulation(modulating_BS, *ids, self.gamma, over_ranks)
+            coefficient_BS = coefficient_BS * sample_modulation(modulating_BS, supervision, self.gamma, over_ranks)
         value = (coefficient_BS * loss_BS.double()).sum()
         if on_probability_BS is not None:
             # p_t = 1 - miss_t; the constant makes no difference to the gradient
@@ -171,7 +181,7 @@ class Objective:
         """
         if self.loss.modulates_samples:
             return None
-        coefficient_BS, on_probability_BS = self._coefficients(factors, batch)
+        coefficient_BS, on_probability_BS = self._coefficients(factors, batch, Supervision.of(batch))
         return Slope(coefficient_BS, None if on_probability_BS is None else -on_probability_BS)
 
     def sums(
@@ -192,15 +202,22 @@ class Objective:
             mine_BS: bool, the tokens to count, where several ranks compute a micro-batch; ``None`` for all.
 
         Returns:
-            fp64 [len(SUMS), K]: token losses, supervised tokens, ``c_t·l_t``, ``c_t``; and for focal-task the sums over
-            samples of their mean loss and mean miss, 0 otherwise.
+            fp64 [len(SUMS), K]: ``v_j·u_t·l_t``, supervised tokens, ``v_j·u_t``, ``c_t·l_t``, ``c_t``; and for
+            focal-task the sums over samples of ``v_j`` times their mean loss and mean miss, 0 otherwise.
         """
         loss_BS = loss_BS.detach().double()
-        mask_BS = batch.loss_mask_BS.double()
-        rows = [loss_BS * mask_BS, mask_BS, coefficient_BS * loss_BS, coefficient_BS]
+        supervision = Supervision.of(batch)
+        weights_BS = supervision.weights_BS
+        rows = [
+            loss_BS * weights_BS,
+            batch.loss_mask_BS.double(),
+            weights_BS,
+            coefficient_BS * loss_BS,
+            coefficient_BS,
+        ]
         if self.loss.modulates_tasks:
             one_K = torch.ones(num_tasks, dtype=torch.float64, device=loss_BS.device)
-            once_BS = coefficients(one_K, *_ids(batch), sample_means=True)
+            once_BS = supervision.coefficients(one_K, sample_means=True)
             rows += [once_BS * loss_BS, once_BS * token_miss(loss_BS)]
         total = torch.zeros(len(SUMS), num_tasks, dtype=torch.float64, device=loss_BS.device)
         values = torch.stack(rows)
@@ -240,22 +257,18 @@ class Objective:
         base_K, moved_K = (value.to(sums.device, non_blocking=True) for value in (factors.base_K, samples_K))
         return task_loss(base_K, now, moved_K, self.gamma)
 
-    def _coefficients(self, factors: StepFactors, batch: Batch[Tensor]) -> tuple[Tensor, Tensor | None]:
+    def _coefficients(
+        self, factors: StepFactors, batch: Batch[Tensor], supervision: Supervision
+    ) -> tuple[Tensor, Tensor | None]:
         """Factors of the token losses, before focal-sample modulates them, and of ``p_t``: fp64 [B, S]."""
         factor_K = factors.loss_K
         if self.per_micro_batch:
-            tokens_K, samples_K = counts(*_ids(batch), len(factor_K))
-            factor_K = self.loss.task_factors(tokens_K, samples_K, factors.weight_K)
+            factor_K = self.loss.task_factors(*supervision.counts(len(factor_K)), factors.weight_K)
             factor_K = factor_K * (factors.micro_batch_weight * _filled(batch))
-        coefficient_BS = coefficients(factor_K, *_ids(batch), self.loss.sample_means)
+        coefficient_BS = supervision.coefficients(factor_K, self.loss.sample_means)
         if factors.probability_K is None:
             return coefficient_BS, None
-        return coefficient_BS, coefficients(factors.probability_K, *_ids(batch), self.loss.sample_means)
-
-
-def _ids(batch: Batch[Tensor]) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Task, sample and mask of each token, [B, S], and how many samples there are."""
-    return batch.task_ids_BS, batch.sample_ids_BS, batch.loss_mask_BS, batch.num_segments
+        return coefficient_BS, supervision.coefficients(factors.probability_K, self.loss.sample_means)
 
 
 def _filled(batch: Batch[Tensor]) -> Tensor | float:

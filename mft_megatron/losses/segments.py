@@ -41,21 +41,3 @@ def task_sums(task_ids_BS: Tensor, value_BS: Tensor, num_tasks: int) -> Tensor:
     """
     total_K = torch.zeros(num_tasks, dtype=torch.float64, device=value_BS.device)
     return total_K.index_add_(0, task_ids_BS.flatten(), value_BS.detach().double().flatten())
-
-
-def counts(
-    task_ids_BS: Tensor, sample_ids_BS: Tensor, loss_mask_BS: Tensor, num_segments: int, num_tasks: int
-) -> tuple[Tensor, Tensor]:
-    """Supervised tokens of each task in these rows, and its samples that have any: fp64 [K] each.
-
-    Args:
-        task_ids_BS: int64, index of the task.
-        sample_ids_BS: int64, index of the sample; these rows hold the whole sample.
-        loss_mask_BS: 1 where the target is supervised, any dtype.
-        num_segments: how many sample indices there are; known on the host.
-        num_tasks: ``K``.
-    """
-    mask_BS = loss_mask_BS.double()
-    # a sample counts once, spread over its supervised tokens
-    once_BS = mask_BS * spread(inverse(sample_sums(sample_ids_BS, mask_BS, num_segments)), sample_ids_BS)
-    return task_sums(task_ids_BS, mask_BS, num_tasks), task_sums(task_ids_BS, once_BS, num_tasks)

@@ -3,7 +3,7 @@
 ::
 
     StepPlan ─► MicroBatches of this rank ─► token losses l_t ───┐
-    T_i, M_i of the whole global batch, w_i ─► factors [K] ──────┴─► objective ─► backward, summed over ranks ─► Adam
+    T_i, M_i of the global batch or epoch, w_i ─► factors [K] ───┴─► objective ─► backward, summed over ranks ─► Adam
 
 Every rank builds its micro-batches from the plan; the only data about a batch that is sent are the widths of padded
 micro-batches, from one pipeline stage to the next. Reports are fp64 sums over the whole global batch, from one
@@ -28,7 +28,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from mft_megatron.arguments.table import Arguments
-from mft_megatron.batch import StepPlan
+from mft_megatron.batch import StepPlan, TaskCounts
 from mft_megatron.data.loading.dataset import PackedDataset, PackedSplit, Rows
 from mft_megatron.data.loading.micro_batches import MicroBatches, UsageByEpoch
 from mft_megatron.losses.focal import TaskStatistics
@@ -54,14 +54,16 @@ class EvaluationReport:
     """Sums over all batches of an evaluation and over all ranks; tensors stay on the device until they are read.
 
     Attributes:
-        loss_K: Σ l_t over supervised tokens of each task, fp64.
+        loss_K: Σ l_t over supervised tokens of each task, times their weights, fp64.
         tokens_K: supervised tokens of each task, fp64.
+        token_weights_K: Σ of their weights, fp64; ``loss_K`` divided by it is the task's loss.
         objective_K: each task's part of the objective, fp64.
         share_K: Σ c_t of each task, fp64.
     """
 
     loss_K: Tensor
     tokens_K: Tensor
+    token_weights_K: Tensor
     objective_K: Tensor
     share_K: Tensor
 
@@ -151,9 +153,9 @@ class Trainer:
             the report; or ``None`` where no task with a weight has a supervised token in the batch: then nothing
             changes, on any rank. Where gradients overflow, only the loss scale changes.
         """
-        factors = self._factors(self.objective, [plan], weight_K)
         micro_batches = self._micro_batches(split, plan)
-        if not factors.base_K.any():
+        tokens_K, samples_K = _sums_of_weights([plan.counts])
+        if not self.objective.supervises(tokens_K, samples_K, torch.from_numpy(weight_K)):
             micro_batches.skip()
             micro_batches.add_used_to(self.usage)
             return None
@@ -162,9 +164,9 @@ class Trainer:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         experts.begin_step(self.chunks, plan.num_packs / self.arguments.training.micro_batch_size)
+        factors = self._factors(split, plan, weight_K)
         sums = self._run(self.objective, factors, micro_batches, forward_only=False)
         micro_batches.add_used_to(self.usage)
-        samples_K = torch.from_numpy(plan.counts.sample_weights_K)
         report = StepReport(
             **vars(_report(self.objective, factors, sums, samples_K)),
             weight_K=weight_K,
@@ -193,9 +195,10 @@ class Trainer:
             weight_K: as in :meth:`train_step`.
         """
         objective = dataclasses.replace(self.objective, per_micro_batch=False)
-        factors = self._factors(objective, plans, weight_K)
+        tokens_K, samples_K = _sums_of_weights([plan.counts for plan in plans])
+        factors = objective.before_step(tokens_K, samples_K, torch.from_numpy(weight_K), self.statistics)
         sums = (self._forward_only(objective, factors, self._micro_batches(split, plan)) for plan in plans)
-        return _report(objective, factors, reduce(torch.add, sums), _total_counts(plans)[1])
+        return _report(objective, factors, reduce(torch.add, sums), samples_K)
 
     def task_losses(self, dataset: PackedDataset, rows: Rows) -> np.ndarray:
         """Compute the mean token loss of each task over some rows; no state changes.
@@ -205,7 +208,8 @@ class Trainer:
             rows: the sample slices of each row, for all ranks.
 
         Returns:
-            fp64 [K], the same on every rank; NaN for a task without a supervised token in these rows.
+            fp64 [K], weighted like the tokens in training, the same on every rank; NaN for a task without a supervised
+            token in these rows.
         """
         zero_K = torch.zeros(self.num_tasks, dtype=torch.float64)
         micro_batches = MicroBatches.of_draw(
@@ -217,8 +221,7 @@ class Trainer:
             self._width_multiple(),
         )
         sums = self._forward_only(Objective("token"), StepFactors(zero_K, zero_K, zero_K), micro_batches)
-        loss_K, tokens_K = sums[SUMS.index("loss_K")], sums[SUMS.index("tokens_K")]
-        return (loss_K / tokens_K).cpu().numpy()
+        return (sums[SUMS.index("loss_K")] / sums[SUMS.index("token_weights_K")]).cpu().numpy()
 
     def num_parameters(self, trained: bool = False) -> int:
         """Number of parameters of the whole model, or of the ``trained`` ones.
@@ -227,11 +230,14 @@ class Trainer:
         """
         return count_parameters(self.chunks, trained)
 
-    def _factors(self, objective: Objective, plans: Sequence[StepPlan], weight_K: np.ndarray) -> StepFactors:
-        tokens_K, samples_K = _total_counts(plans)
-        num_micro_batches = sum(plan.num_packs for plan in plans) / self.arguments.training.micro_batch_size
-        return objective.before_step(
-            tokens_K, samples_K, torch.from_numpy(weight_K), self.statistics, num_micro_batches
+    def _factors(self, split: PackedSplit, plan: StepPlan, weight_K: np.ndarray) -> StepFactors:
+        """Factors of a step, normalised over its global batch or, with ``--mft-normalization epoch``, over an epoch."""
+        counts, num_batches = plan.counts, 1.0
+        if self.arguments.multi_task.mft_normalization == "epoch":
+            counts, num_batches = split.totals, split.num_packs / plan.num_packs
+        num_micro_batches = plan.num_packs / self.arguments.training.micro_batch_size
+        return self.objective.before_step(
+            *_sums_of_weights([counts]), torch.from_numpy(weight_K), self.statistics, num_micro_batches, num_batches
         )
 
     def _micro_batches(self, split: PackedSplit, plan: StepPlan) -> MicroBatches:
@@ -280,17 +286,17 @@ class Trainer:
         return math.lcm(WIDTH_MULTIPLE, self.arguments.distributed.stream_multiple)
 
 
-def _total_counts(plans: Sequence[StepPlan]) -> tuple[Tensor, Tensor]:
-    """``T_i`` and ``M_i`` of all plans: fp64 [K] each, on the CPU."""
-    tokens_K = np.sum([plan.counts.token_weights_K for plan in plans], axis=0)
-    samples_K = np.sum([plan.counts.sample_weights_K for plan in plans], axis=0)
+def _sums_of_weights(counts: Sequence[TaskCounts]) -> tuple[Tensor, Tensor]:
+    """``T_i`` and ``M_i`` of some packs together: fp64 [K] each, on the CPU."""
+    tokens_K = np.sum([some.token_weights_K for some in counts], axis=0)
+    samples_K = np.sum([some.sample_weights_K for some in counts], axis=0)
     return torch.from_numpy(tokens_K), torch.from_numpy(samples_K)
 
 
 def _report(objective: Objective, factors: StepFactors, sums: Tensor, samples_K: Tensor) -> EvaluationReport:
     named = dict(zip(SUMS, sums, strict=True))
     by_task_K = objective.by_task(factors, sums, samples_K)
-    return EvaluationReport(named["loss_K"], named["tokens_K"], by_task_K, named["share_K"])
+    return EvaluationReport(named["loss_K"], named["tokens_K"], named["token_weights_K"], by_task_K, named["share_K"])
 
 
 def _forward(

@@ -13,6 +13,8 @@ from .progress import Progress
 
 # a realised share of the objective that differs from its target by more than this part of it is worth a warning
 SHARE_TOLERANCE = 0.05
+# the order of a sum of weights differs from that of the index
+WEIGHTS_TOLERANCE = 1e-9
 
 # mean losses of experts by Megatron's name, and as "layers" those of each layer by its number, counted from 1
 ExpertLosses: TypeAlias = dict[str, float | dict[str, dict[str, float]]]
@@ -101,14 +103,10 @@ def train_record(
         each_layer: whether losses of experts are also recorded by layer.
 
     Raises:
-        RuntimeError: the supervised tokens seen differ from those planned; then every coefficient was wrong.
+        RuntimeError: the supervised tokens seen, or their weights, differ from those planned; then every coefficient
+            was wrong.
     """
-    seen_K = report.tokens_K.cpu().numpy().astype(np.int64)
-    if not np.array_equal(seen_K, plan.counts.tokens_K):
-        raise RuntimeError(
-            f"step {progress.step}: supervised tokens per task are {seen_K.tolist()}, the data set's index says "
-            f"{plan.counts.tokens_K.tolist()}; the data set does not match its index, preprocess it again"
-        )
+    _check_counts(report, plan, progress.step)
     record: StepRecord = {
         "kind": "train",
         "step": progress.step,
@@ -123,7 +121,7 @@ def train_record(
         record["zeros_in_grad"] = report.zeros_in_grad
     record["global_batch_size"] = plan.num_packs
     record["tokens"] = tokens
-    record["supervised_tokens"] = int(seen_K.sum())
+    record["supervised_tokens"] = int(plan.counts.tokens_K.sum())
     record["step_time"] = step_time
     record["balance_time"] = balance_time
     record["balance_share"] = balance_time / (step_time + balance_time)
@@ -133,12 +131,32 @@ def train_record(
     return record
 
 
+def _check_counts(report: StepReport, plan: StepPlan, step: int) -> None:
+    """Compare what a step has seen with what its coefficients were computed from.
+
+    Raises:
+        RuntimeError: they differ.
+    """
+    counts = plan.counts
+    for what, seen, planned_K, tolerance in (
+        ("supervised tokens", report.tokens_K, counts.tokens_K, 0.0),
+        ("weights of supervised tokens", report.token_weights_K, counts.token_weights_K, WEIGHTS_TOLERANCE),
+    ):
+        seen_K = seen.cpu().numpy().astype(planned_K.dtype)
+        if not np.allclose(seen_K, planned_K, rtol=tolerance, atol=0):
+            raise RuntimeError(
+                f"step {step}: {what} per task are {seen_K.tolist()}, the data set's index says "
+                f"{planned_K.tolist()}; the data set does not match its index, preprocess it again"
+            )
+
+
 def _task_steps(report: StepReport, plan: StepPlan, task_names: Sequence[str], weighted: bool) -> dict[str, TaskStep]:
     loss_K, share_K, tokens_K = (row_K.cpu().numpy() for row_K in (report.loss_K, report.share_K, report.tokens_K))
+    token_weights_K = report.token_weights_K.cpu().numpy()
     target_K = np.where(tokens_K > 0, report.weight_K, 0.0)
     return {
         name: {
-            "loss": _quotient(loss_K[i], tokens_K[i]),
+            "loss": _quotient(loss_K[i], token_weights_K[i]),
             "supervised_tokens": int(tokens_K[i]),
             "samples": int(plan.counts.samples_K[i]),
             "weight": float(report.weight_K[i]),
@@ -165,11 +183,13 @@ def share_warning(record: StepRecord, normalization: str) -> str | None:
 
     Args:
         record: from :func:`train_record`.
-        normalization: ``--mft-normalization``.
+        normalization: ``--mft-normalization``; with ``epoch`` no single step is meant to have the target shares.
 
     Returns:
         the text, or ``None`` where all shares are within :data:`SHARE_TOLERANCE`.
     """
+    if normalization == "epoch":
+        return None
     off = [
         f"{name} has {task['share']:.1%} for {task['target_share']:.1%}"
         for name, task in record["tasks"].items()
@@ -198,9 +218,10 @@ def valid_record(progress: Progress, report: EvaluationReport, task_names: Seque
         task_names: K names.
     """
     loss_K, tokens_K = report.loss_K.cpu().numpy(), report.tokens_K.cpu().numpy()
+    token_weights_K = report.token_weights_K.cpu().numpy()
     tasks: dict[str, TaskEvaluation] = {}
     for i, name in enumerate(task_names):
-        loss = _quotient(loss_K[i], tokens_K[i])
+        loss = _quotient(loss_K[i], token_weights_K[i])
         perplexity = None if loss is None else math.exp(min(loss, 700.0))
         tasks[name] = {"loss": loss, "perplexity": perplexity, "supervised_tokens": int(tokens_K[i])}
     present = [task["loss"] for task in tasks.values() if task["loss"] is not None]
@@ -209,7 +230,7 @@ def valid_record(progress: Progress, report: EvaluationReport, task_names: Seque
         "step": progress.step,
         "consumed_samples": progress.consumed_samples,
         "loss": report.loss if report.share_K.sum() else None,
-        "token_loss": _quotient(loss_K.sum(), tokens_K.sum()),
+        "token_loss": _quotient(loss_K.sum(), token_weights_K.sum()),
         "macro_loss": sum(present) / len(present) if present else None,
         "tasks": tasks,
     }

@@ -115,6 +115,7 @@ REFUSED = {
     "--weighted_loss_mode coba --task-balance famo": "the loss coba means --task-balance coba, not famo",
     "--task-balance coba --task-weights a=1": "both set the weights",
     "--mft-loss focal-sample --mft-normalization micro-batch": "have no focal-sample",
+    "--mft-loss focal-task --mft-normalization epoch": "the sum is no objective over an epoch; use",
     "--focal-gamma 1": "--focal-gamma has no effect without --mft-loss focal-sample or focal-task",
     "--focal-detach": "--focal-detach has no effect",
     "--mft-loss focal-sample --focal-gamma -1": "at least 0",

@@ -1,12 +1,13 @@
 """Coefficients against docs/LOSSES.md written out in numpy, slow and obvious, fp64."""
 
+import numpy as np
 import pytest
 import torch
 
-from mft_megatron.losses.coefficients import coefficients
-from mft_megatron.losses.segments import counts, task_sums
+from mft_megatron.losses.segments import task_sums
+from mft_megatron.losses.supervision import Supervision
 from mft_megatron.losses.table import LOSSES
-from tests.batches import by_sample, counted, random_batch
+from tests.batches import as_batch, by_sample, counted, random_batch
 from tests.reference import reference_loss
 
 LINEAR = ("token", "sample", "task-token", "task-sample")
@@ -14,8 +15,8 @@ LINEAR = ("token", "sample", "task-token", "task-sample")
 
 def by_mode(mode, factor_K, task_ids, sample_ids, mask):
     """Coefficients from arrays."""
-    ids = map(torch.from_numpy, (task_ids, sample_ids, mask))
-    return coefficients(factor_K, *ids, 40 if sample_ids.max() < 40 else 400, LOSSES[mode].sample_means)
+    supervision = Supervision.of(as_batch(sample_ids, task_ids, mask))
+    return supervision.coefficients(factor_K, LOSSES[mode].sample_means)
 
 
 @pytest.mark.parametrize("mode", LINEAR)
@@ -62,8 +63,8 @@ def test_nothing_supervised_gives_zero_and_never_nan(mode):
     zero = torch.zeros(3, dtype=torch.int64)
     factor_K = LOSSES[mode].task_factors(zero, zero, torch.ones(3))
     assert factor_K.tolist() == [0, 0, 0]
-    ids = torch.zeros(2, 5, dtype=torch.int64)
-    assert coefficients(factor_K, ids, ids, ids, 1, LOSSES[mode].sample_means).abs().sum() == 0
+    ids = np.zeros((2, 5), np.int64)
+    assert by_mode(mode, factor_K, ids, ids, ids).abs().sum() == 0
 
 
 @pytest.mark.parametrize("mode", ["task-token", "task-sample"])
@@ -75,7 +76,7 @@ def test_only_tasks_of_weight_zero_gives_zero(mode):
 @pytest.mark.parametrize("seed", range(4))
 def test_counts_of_a_micro_batch(seed):
     sample_ids, task_ids, mask, loss = random_batch(seed)
-    tokens_K, samples_K = counts(*map(torch.from_numpy, (task_ids, sample_ids, mask)), sample_ids.max() + 1, 4)
+    tokens_K, samples_K = Supervision.of(as_batch(sample_ids, task_ids, mask)).counts(4)
     expected = counted(by_sample(sample_ids, task_ids, mask, loss), 4)
     torch.testing.assert_close(tokens_K, expected[0].double(), rtol=0, atol=0)
     torch.testing.assert_close(samples_K, expected[1].double(), rtol=1e-14, atol=0)

@@ -10,6 +10,8 @@ MODES = {
     "sample": "--mft-loss sample",
     "task-token": f"--mft-loss task-token --task-weights {WEIGHTS}",
     "task-sample": f"--mft-loss task-sample --task-weights {WEIGHTS}",
+    "task-token, epoch": f"--mft-loss task-token --task-weights {WEIGHTS} --mft-normalization epoch",
+    "task-sample, epoch": f"--mft-loss task-sample --task-weights {WEIGHTS} --mft-normalization epoch",
     "focal-sample": "--mft-loss focal-sample",
     "focal-sample detached": "--mft-loss focal-sample --focal-detach",
     "focal-task": "--mft-loss focal-task",

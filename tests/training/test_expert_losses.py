@@ -22,7 +22,7 @@ PLAN = StepPlan(np.arange(2), counted([4], [2]), np.zeros(2, np.int64), np.ones(
 
 
 def record(losses, each_layer=False):
-    sums = [torch.tensor([value], dtype=torch.float64) for value in (6.0, 4.0, 1.5, 1.0)]
+    sums = [torch.tensor([value], dtype=torch.float64) for value in (6.0, 4.0, 4.0, 1.5, 1.0)]
     report = StepReport(*sums, weight_K=np.ones(1), grad_norm=0.5, learning_rate=1e-3)
     losses = {name: torch.tensor(values, dtype=torch.float64) for name, values in losses.items()}
     report = dataclasses.replace(report, expert_losses=losses)

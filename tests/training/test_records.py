@@ -23,7 +23,7 @@ TASKS = ("write", "explain", "absent")
 
 
 def report():
-    sums = ([6.0, 9.0, 0.0], [2.0, 3.0, 0.0], [1.0, 2.0, 0.0], [0.25, 0.75, 0.0])
+    sums = ([6.0, 9.0, 0.0], [2.0, 3.0, 0.0], [2.0, 3.0, 0.0], [1.0, 2.0, 0.0], [0.25, 0.75, 0.0])
     rows = [torch.tensor(row, dtype=torch.float64) for row in sums]
     return StepReport(*rows, weight_K=np.array([1.0, 3.0, 5.0]), grad_norm=0.5, learning_rate=1e-3)
 
@@ -68,12 +68,31 @@ def test_a_share_that_leaves_its_target_is_explained():
     assert share_warning(step_record(shares(0.5, 0.5, 0.0), plan(), weighted=False), "global") is None
     text = share_warning(step_record(shares(0.3, 0.7, 0.0), plan()), "micro-batch")
     assert "write has 30.0% for 25.0%, explain has 70.0% for 75.0%; --mft-normalization micro-batch divides" in text
+    assert share_warning(step_record(shares(0.5, 0.5, 0.0), plan()), "epoch") is None
     assert "only rounding can do this" in share_warning(step_record(shares(0.5, 0.5, 0.0), plan()), "global")
 
 
 def test_counts_that_differ_from_the_plan_stop_the_run():
     with pytest.raises(RuntimeError, match=r"\[2, 3, 0\], the data set's index says \[2, 4, 0\]"):
         step_record(report(), plan((2, 4, 0)))
+
+
+def weighted(token_weights):
+    report_ = report()
+    return dataclasses.replace(report_, token_weights_K=torch.tensor(token_weights, dtype=torch.float64))
+
+
+def test_losses_of_weighted_tokens_are_means_by_weight():
+    counts = plan().counts._replace(token_weights_K=np.array([1.5, 4.5, 0.0]))
+    ours = dataclasses.replace(plan(), counts=counts)
+    record = step_record(weighted([1.5 * (1 + 1e-12), 4.5, 0.0]), ours)
+    assert record["tasks"]["write"]["loss"] == pytest.approx(4.0)
+    assert record["tasks"]["explain"]["loss"] == 2.0
+    assert (record["tasks"]["write"]["supervised_tokens"], record["supervised_tokens"]) == (2, 5)
+    evaluation = valid_record(Progress(7, 28), weighted([1.5, 4.5, 0.0]), TASKS)
+    assert (evaluation["tasks"]["write"]["loss"], evaluation["token_loss"], evaluation["macro_loss"]) == (4.0, 2.5, 3.0)
+    with pytest.raises(RuntimeError, match="weights of supervised tokens per task are"):
+        step_record(weighted([1.5, 4.5 + 1e-6, 0.0]), ours)
 
 
 def test_an_evaluation():

@@ -26,6 +26,12 @@ def check_objective(a: Arguments) -> str | None:
             f"--mft-normalization micro-batch is for comparison with MFTCoder's releases, which have no {m.mft_loss}; "
             "leave it out"
         )
+    if m.mft_normalization == "epoch" and m.mft_loss in FOCAL:
+        return (
+            f"--mft-normalization epoch adds up the losses of steps, and in --mft-loss {m.mft_loss} each is multiplied "
+            "by a power of what the model misses at that step, so that the sum is no objective over an epoch; use "
+            "--mft-normalization global, or task-token or task-sample"
+        )
     return None
 
 

@@ -29,10 +29,11 @@ class MultiTaskArguments:
     )
     mft_normalization: str = option(
         "global",
-        "What the loss of a task is normalised over: the global batch, on every parallel layout, or each "
-        "micro-batch as in MFTCoder, for comparison; task weights then have little effect if micro-batches are "
-        "small.",
-        choices=("global", "micro-batch"),
+        "What the loss of a task is normalised over, the same on every parallel layout: the global batch, so that a "
+        "task has its weight in every step that it is in; or an epoch, so that it has its weight over the epoch and "
+        "every one of its tokens (or samples) counts the same, in whichever step it is (not for focal losses). Or each "
+        "micro-batch as in MFTCoder, for comparison; task weights then have little effect if micro-batches are small.",
+        choices=("global", "epoch", "micro-batch"),
     )
     task_weights: tuple[str, ...] | None = option(
         None,
