@@ -20,9 +20,10 @@ from .events import event_record
 from .exit_conditions import ExitConditions
 from .garbage_collection import GarbageCollection
 from .progress import Progress
-from .records import StepRecord, share_warning, train_record
+from .records import StepRecord, train_record
 from .run_log import RunLog
 from .saving import RunState, Saver
+from .shares.share_log import ShareLog
 from .throughput import segment_lengths, step_operations
 
 
@@ -32,6 +33,7 @@ def train(
     trainer: Trainer,
     evaluation: Evaluation,
     epochs: EpochProof,
+    shares: ShareLog,
     saver: Saver,
     log: RunLog,
     progress: Progress,
@@ -49,12 +51,13 @@ def train(
         if evaluation.finished:
             log.write(event_record(progress, "early stop", reason=evaluation.finished))
             return progress
-        steps = StepLogger(arguments, dataset, trainer, log)
+        steps = StepLogger(arguments, dataset, trainer, shares, log)
         while progress.step < training.train_iters:
             before, plan = progress, _next_plan(split, arguments, progress)
             report = trainer.train_step(split, plan, balance.weight_K)
             progress = before.after_step(plan.num_packs, skipped=report is None or report.overflow)
             steps.count(progress, plan, report)
+            shares.count(plan, report)
             _refuse_divergence(arguments.precision, progress, report)
             saver.poll(progress, log)
             epochs.after_step(trainer, log, before, progress)
@@ -67,9 +70,11 @@ def train(
                 with garbage.around_evaluation():
                     evaluation.run(trainer, log, progress)
             garbage.after_step(progress.step)
+            shares.judge(log, before, progress, over=last or bool(evaluation.finished))
             ending, best = last or bool(exit_reason or evaluation.finished), evaluation.is_best(progress)
             if saver.due(progress.step, ending, best):
-                state: RunState = {**evaluation.state(), "usage": epochs.state(trainer, progress)}
+                usage = epochs.state(trainer, progress)
+                state: RunState = {**evaluation.state(), "usage": usage, "shares": shares.state()}
                 saver.save(trainer, progress, log, ending, best, state)
             steps.exclude_time()
             if evaluation.finished:
@@ -99,8 +104,9 @@ class StepLogger:
     If the step to be logged was skipped, the last one before it is logged instead, or else the next.
     """
 
-    def __init__(self, arguments: Arguments, dataset: PackedDataset, trainer: Trainer, log: RunLog):
+    def __init__(self, arguments: Arguments, dataset: PackedDataset, trainer: Trainer, shares: ShareLog, log: RunLog):
         self._arguments, self._dataset, self._trainer, self._log = arguments, dataset, trainer, log
+        self._shares = shares
         self._clock = StepClock()
         self._due = False
         self._newest: tuple[Progress, StepPlan, StepReport] | None = None
@@ -144,9 +150,6 @@ class StepLogger:
             self._log.write_scalars(record, self._machine_scalars())
         if self._due:
             self._log.write(record)
-            warning = share_warning(record, self._arguments.multi_task.mft_normalization)
-            if warning:
-                self._log.write(event_record(self._newest[0], "warning", reason=warning))
             self._clock.restart()
         self._due, self._newest = False, None
 
@@ -161,7 +164,8 @@ class StepLogger:
             step_time=step_time,
             balance_time=draw_time,
             task_names=self._dataset.tasks,
-            weighted=LOSSES[arguments.multi_task.mft_loss].weighted,
+            loss=LOSSES[arguments.multi_task.mft_loss],
+            shares=self._shares.read(),
             each_layer=arguments.moe.moe_per_layer_logging,
         )
         if arguments.logging.log_params_norm:

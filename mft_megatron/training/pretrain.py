@@ -37,6 +37,7 @@ from .saving import (
     refuse_other_data,
     resume,
 )
+from .shares.share_log import ShareLog
 from .task_weights import data_weights_text
 
 HASHED_BYTES = 16 * 2**30
@@ -96,8 +97,10 @@ def pretrain(
                 log.print(f"note: {note}")
             epochs = EpochProof(arguments, dataset)
             epochs.load(state, log, progress)
+            shares = ShareLog(arguments, dataset)
+            shares.load(state, log, progress)
             saver = Saver(arguments, dataset, exports)
-            train(arguments, dataset, trainer, evaluation, epochs, saver, log, progress)
+            train(arguments, dataset, trainer, evaluation, epochs, shares, saver, log, progress)
         finally:
             log.close()
 

@@ -7,12 +7,12 @@ from typing import Literal, TypeAlias, TypedDict
 import numpy as np
 
 from mft_megatron.batch import StepPlan
+from mft_megatron.losses.table import Loss
 from mft_megatron.mcore.trainer import EvaluationReport, StepReport
 
 from .progress import Progress
+from .shares.account import RunShares
 
-# a realised share of the objective that differs from its target by more than this part of it is worth a warning
-SHARE_TOLERANCE = 0.05
 # the order of a sum of weights differs from that of the index
 WEIGHTS_TOLERANCE = 1e-9
 
@@ -21,7 +21,10 @@ ExpertLosses: TypeAlias = dict[str, float | dict[str, dict[str, float]]]
 
 
 class TaskStep(TypedDict):
-    """One task in one step; ``None`` where a mean or a share would be 0/0."""
+    """One task in one step, and its shares of the objective since the start of the run.
+
+    ``None`` where a mean or a share would be 0/0, and targets of losses that have none.
+    """
 
     loss: float | None
     supervised_tokens: int
@@ -29,15 +32,22 @@ class TaskStep(TypedDict):
     weight: float
     target_share: float | None
     share: float | None
+    run_share: float | None
+    run_target_share: float | None
 
 
 class StepRecord(TypedDict, total=False):
-    """One logged step. Absent where the run has none: ``loss_scale``, ``zeros_in_grad``, ``moe`` and the last two."""
+    """One logged step; ``mean_loss`` is Σ c_t·l_t / Σ c_t, where ``loss`` is Σ c_t·l_t.
+
+    Absent where the run has none: ``mean_loss`` (focal losses), ``loss_scale``, ``zeros_in_grad``, ``moe`` and the last
+    two.
+    """
 
     kind: Literal["train"]
     step: int
     consumed_samples: int
     loss: float
+    mean_loss: float
     grad_norm: float | None
     lr: float
     loss_scale: float
@@ -86,7 +96,8 @@ def train_record(
     step_time: float,
     balance_time: float,
     task_names: Sequence[str],
-    weighted: bool,
+    loss: Loss,
+    shares: RunShares,
     each_layer: bool = False,
 ) -> StepRecord:
     """Make the record of a step.
@@ -99,7 +110,8 @@ def train_record(
         step_time: mean seconds of the steps since the last record, without those of validation draws.
         balance_time: mean seconds a step of the balancer's validation draws, on top of ``step_time``.
         task_names: K names.
-        weighted: whether weights are target shares, so that ``target_share`` is ``w_i / W`` over the tasks present.
+        loss: of the run; where weights are target shares, ``target_share`` is ``w_i / W`` over the tasks present.
+        shares: of the run up to the step.
         each_layer: whether losses of experts are also recorded by layer.
 
     Raises:
@@ -112,9 +124,11 @@ def train_record(
         "step": progress.step,
         "consumed_samples": progress.consumed_samples,
         "loss": report.loss,
-        "grad_norm": report.grad_norm,
-        "lr": report.learning_rate,
     }
+    if not loss.focal:
+        record["mean_loss"] = report.loss / report.share_K.sum().item()
+    record["grad_norm"] = report.grad_norm
+    record["lr"] = report.learning_rate
     if report.loss_scale is not None:
         record["loss_scale"] = report.loss_scale
     if report.zeros_in_grad is not None:
@@ -127,7 +141,7 @@ def train_record(
     record["balance_share"] = balance_time / (step_time + balance_time)
     if report.expert_losses:
         record["moe"] = _expert_losses(report, each_layer)
-    record["tasks"] = _task_steps(report, plan, task_names, weighted)
+    record["tasks"] = _task_steps(report, plan, task_names, loss.weighted, shares)
     return record
 
 
@@ -150,10 +164,13 @@ def _check_counts(report: StepReport, plan: StepPlan, step: int) -> None:
             )
 
 
-def _task_steps(report: StepReport, plan: StepPlan, task_names: Sequence[str], weighted: bool) -> dict[str, TaskStep]:
+def _task_steps(
+    report: StepReport, plan: StepPlan, task_names: Sequence[str], weighted: bool, shares: RunShares
+) -> dict[str, TaskStep]:
     loss_K, share_K, tokens_K = (row_K.cpu().numpy() for row_K in (report.loss_K, report.share_K, report.tokens_K))
     token_weights_K = report.token_weights_K.cpu().numpy()
     target_K = np.where(tokens_K > 0, report.weight_K, 0.0)
+    run_K, run_target_K = shares.share_K, shares.target_share_K if weighted else None
     return {
         name: {
             "loss": _quotient(loss_K[i], token_weights_K[i]),
@@ -162,6 +179,8 @@ def _task_steps(report: StepReport, plan: StepPlan, task_names: Sequence[str], w
             "weight": float(report.weight_K[i]),
             "target_share": _quotient(target_K[i], target_K.sum()) if weighted else None,
             "share": _quotient(share_K[i], share_K.sum()),
+            "run_share": None if run_K is None else float(run_K[i]),
+            "run_target_share": None if run_target_K is None else float(run_target_K[i]),
         }
         for i, name in enumerate(task_names)
     }
@@ -176,37 +195,6 @@ def _expert_losses(report: StepReport, each_layer: bool) -> ExpertLosses:
             str(layer + 1): {name: float(values[layer]) for name, values in losses.items()} for layer in layers
         }
     return record
-
-
-def share_warning(record: StepRecord, normalization: str) -> str | None:
-    """The warning about tasks whose realised share of the objective is not the one that their weights ask for.
-
-    Args:
-        record: from :func:`train_record`.
-        normalization: ``--mft-normalization``; with ``epoch`` no single step is meant to have the target shares.
-
-    Returns:
-        the text, or ``None`` where all shares are within :data:`SHARE_TOLERANCE`.
-    """
-    if normalization == "epoch":
-        return None
-    off = [
-        f"{name} has {task['share']:.1%} for {task['target_share']:.1%}"
-        for name, task in record["tasks"].items()
-        if task["target_share"]
-        and task["share"] is not None
-        and abs(task["share"] / task["target_share"] - 1) > SHARE_TOLERANCE
-    ]
-    if not off:
-        return None
-    if normalization == "micro-batch":
-        why = (
-            "--mft-normalization micro-batch divides by the weights of the tasks that happen to be in one micro-batch, "
-            "so that a weight counts for less the fewer they are; the default, global, gives every task its share"
-        )
-    else:
-        why = "under global normalisation only rounding can do this; please report it"
-    return f"realised shares of the objective: {', '.join(off)}; {why}"
 
 
 def valid_record(progress: Progress, report: EvaluationReport, task_names: Sequence[str]) -> EvaluationRecord:

@@ -18,7 +18,8 @@ from mft_megatron.run_folder import METRICS, TENSORBOARD
 from .events import EventRecord, event_text
 from .log_sinks.board import Board
 from .log_sinks.record_file import RecordFile
-from .records import EvaluationRecord, StepRecord
+from .records import EvaluationRecord, StepRecord, TaskStep
+from .shares.deviations import SHARE_TOLERANCE
 
 Record: TypeAlias = StepRecord | EvaluationRecord | EventRecord
 
@@ -151,16 +152,28 @@ def _scalars(record: StepRecord | EvaluationRecord) -> Iterator[tuple[str, float
 def _line(record: Record) -> str:
     if record["kind"] == "event":
         return f"step {record['step']} | {event_text(record)}"
-    tasks = ", ".join(f"{name} {_short(values['loss'])}" for name, values in record["tasks"].items())
     if record["kind"] == "valid":
+        tasks = ", ".join(f"{name} {_short(values['loss'])}" for name, values in record["tasks"].items())
         return (
             f"step {record['step']} | validation | loss {_short(record['loss'])} | macro "
             f"{_short(record['macro_loss'])} | {tasks}"
         )
+    loss, mean = _short(record["loss"]), _short(record.get("mean_loss", record["loss"]))
+    loss = loss if mean == loss else f"{loss} (mean {mean})"
+    tasks = ", ".join(f"{name} {_short(task['loss'])}{_run_share(task)}" for name, task in record["tasks"].items())
     return (
-        f"step {record['step']} | loss {_short(record['loss'])} | grad norm {_short(record['grad_norm'])} | lr "
+        f"step {record['step']} | loss {loss} | grad norm {_short(record['grad_norm'])} | lr "
         f"{record['lr']:.3g} | {record['tokens'] / record['step_time']:,.0f} tokens/s | {tasks}"
     )
+
+
+def _run_share(task: TaskStep) -> str:
+    """A task's share of the objective so far, with its target where it is off that."""
+    share, target = task["run_share"], task["run_target_share"]
+    if share is None:
+        return ""
+    off = target is not None and abs(share - target) > SHARE_TOLERANCE * target
+    return f" ({share:.1%} for {target:.1%})" if off else f" ({share:.1%})"
 
 
 def _short(value: float | None) -> str:

@@ -39,9 +39,10 @@ from .evaluation import EvaluationState
 from .events import event_record
 from .progress import Progress
 from .run_log import RunLog
+from .shares.share_log import RunShareState
 
 
-class RunState(EvaluationState, EpochState):
+class RunState(EvaluationState, EpochState, RunShareState):
     """The state that a run saves with its weights and resumes from, beside the optimizer's; empty before the first."""
 
 

@@ -101,13 +101,18 @@ def test_micro_batch_normalisation_warns_about_realised_shares(dataset_prefix, t
     process = run_forked(*command(dataset_prefix, tmp_path / "run", extra, iterations=2))
     assert process.returncode == 0, process.stderr
     warnings = events(tmp_path / "run", "warning")
-    assert [warning["step"] for warning in warnings] == [1, 2]
+    assert [warning["step"] for warning in warnings] == [2]  # at the end of the run
     assert "--mft-normalization micro-batch divides by the weights" in warnings[0]["reason"]
-    assert "step 1 | warning | reason realised shares" in process.stdout
+    assert "step 2 | warning | reason realised shares of the objective in 2 steps so far: " in process.stdout
+    last = records(tmp_path / "run", "train")[-1]["tasks"]
+    assert any(f"{name} has {task['run_share']:.1%} for 25.0%" in warnings[0]["reason"] for name, task in last.items())
     exact = trained(dataset_prefix, tmp_path / "global", "--micro-batch-size 1", iterations=2)
-    assert not events(exact, "warning")
-    for task in records(exact, "train")[0]["tasks"].values():
+    steps = records(exact, "train")
+    for task in steps[0]["tasks"].values():
         assert task["share"] == pytest.approx(task["target_share"], rel=1e-9)
+    off = {name for record in steps for name, task in record["tasks"].items() if not task["supervised_tokens"]}
+    assert all("(absent from " in warning["reason"] for warning in events(exact, "warning"))
+    assert bool(off) == bool(events(exact, "warning"))
 
 
 def test_early_stopping_keeps_the_best_and_ends(dataset_prefix, tmp_path):

@@ -10,11 +10,13 @@ import torch
 
 from mft_megatron.batch import StepPlan
 from mft_megatron.errors import InputError
+from mft_megatron.losses.table import LOSSES as LOSS_TABLE
 from mft_megatron.mcore.trainer import StepReport
 from mft_megatron.training import pretrain
 from mft_megatron.training.progress import Progress
 from mft_megatron.training.records import train_record
 from mft_megatron.training.run_log import RunLog
+from mft_megatron.training.shares.account import RunShares
 from tests.task_counts import counted
 
 NAN = float("nan")
@@ -26,7 +28,9 @@ def record(losses, each_layer=False):
     report = StepReport(*sums, weight_K=np.ones(1), grad_norm=0.5, learning_rate=1e-3)
     losses = {name: torch.tensor(values, dtype=torch.float64) for name, values in losses.items()}
     report = dataclasses.replace(report, expert_losses=losses)
-    return train_record(Progress(1, 2), report, PLAN, 8, 0.5, 0.0, ["only"], True, each_layer)
+    shares = RunShares(1, 2, np.ones(1), np.ones(1), np.ones(1), np.zeros(1), ("global",))
+    loss = LOSS_TABLE["task-token"]
+    return train_record(Progress(1, 2), report, PLAN, 8, 0.5, 0.0, ["only"], loss, shares, each_layer)
 
 
 LOSSES = {"load_balancing_loss": [NAN, 1.5, NAN, 2.5], "z_loss": [NAN, 3.0, NAN, 5.0]}

@@ -12,11 +12,13 @@ import torch
 from mft_megatron.arguments.groups.logging import LoggingArguments
 from mft_megatron.batch import StepPlan
 from mft_megatron.errors import InputError
+from mft_megatron.losses.table import LOSSES
 from mft_megatron.mcore.trainer import StepReport
 from mft_megatron.training.events import event_record
 from mft_megatron.training.progress import Progress
-from mft_megatron.training.records import share_warning, train_record, valid_record
-from mft_megatron.training.run_log import RunLog
+from mft_megatron.training.records import train_record, valid_record
+from mft_megatron.training.run_log import RunLog, _line
+from mft_megatron.training.shares.account import RunShares
 from tests.task_counts import counted
 
 TASKS = ("write", "explain", "absent")
@@ -28,9 +30,23 @@ def report():
     return StepReport(*rows, weight_K=np.array([1.0, 3.0, 5.0]), grad_norm=0.5, learning_rate=1e-3)
 
 
-def step_record(report, plan, weighted=True):
+# 28 packs, of which the account gives the tasks 6.3, 21.7 and 0 for 7, 21 and 0
+SHARES = RunShares(
+    7, 28, np.array([6.3, 21.7, 0]), np.array([7.0, 21, 0]), np.full(3, 7), np.zeros(3, np.int64), ("global",)
+)
+
+
+def step_record(report, plan, loss="task-token", shares=SHARES):
     return train_record(
-        Progress(7, 28), report, plan, 50, step_time=0.5, balance_time=0.125, task_names=TASKS, weighted=weighted
+        Progress(7, 28),
+        report,
+        plan,
+        50,
+        step_time=0.5,
+        balance_time=0.125,
+        task_names=TASKS,
+        loss=LOSSES[loss],
+        shares=shares,
     )
 
 
@@ -50,26 +66,34 @@ def test_a_step():
         "weight": 1.0,
         "target_share": 0.25,
         "share": 0.25,
+        "run_share": 0.225,
+        "run_target_share": 0.25,
     }
+    assert record["mean_loss"] == 3.0
     assert (record["balance_time"], record["balance_share"]) == (0.125, 0.2)
     assert record["tasks"]["explain"]["target_share"] == 0.75
-    assert step_record(report(), plan(), weighted=False)["tasks"]["explain"]["target_share"] is None
+    unweighted = step_record(report(), plan(), "token")["tasks"]["explain"]
+    assert (unweighted["target_share"], unweighted["run_target_share"]) == (None, None)
+    assert unweighted["run_share"] == pytest.approx(0.775)
     assert record["tasks"]["absent"]["loss"] is None
     assert record["tasks"]["absent"]["share"] == 0.0
 
 
-def shares(*share):
-    return dataclasses.replace(report(), share_K=torch.tensor(share, dtype=torch.float64))
+def test_the_mean_loss_is_of_one_unit_of_the_objective():
+    """Under epoch normalisation Σ c_t of a step is not 1."""
+    half = dataclasses.replace(report(), share_K=torch.tensor([0.125, 0.375, 0.0], dtype=torch.float64))
+    record = step_record(half, plan())
+    assert (record["loss"], record["mean_loss"]) == (3.0, 6.0)
+    assert "mean_loss" not in step_record(half, plan(), "focal-task")
+    assert "| loss 3.0000 (mean 6.0000) | grad norm" in _line(record)
+    assert "| loss 3.0000 | grad norm" in _line(step_record(half, plan(), "focal-sample"))
 
 
-def test_a_share_that_leaves_its_target_is_explained():
-    assert share_warning(step_record(report(), plan()), "global") is None
-    assert share_warning(step_record(shares(0.26, 0.74, 0.0), plan()), "micro-batch") is None  # within 5 %
-    assert share_warning(step_record(shares(0.5, 0.5, 0.0), plan(), weighted=False), "global") is None
-    text = share_warning(step_record(shares(0.3, 0.7, 0.0), plan()), "micro-batch")
-    assert "write has 30.0% for 25.0%, explain has 70.0% for 75.0%; --mft-normalization micro-batch divides" in text
-    assert share_warning(step_record(shares(0.5, 0.5, 0.0), plan()), "epoch") is None
-    assert "only rounding can do this" in share_warning(step_record(shares(0.5, 0.5, 0.0), plan()), "global")
+def test_the_terminal_shows_shares_of_the_run_and_targets_that_are_missed():
+    line = _line(step_record(report(), plan()))
+    assert line.endswith("| write 3.0000 (22.5% for 25.0%), explain 3.0000 (77.5%), absent – (0.0%)")
+    before = dataclasses.replace(SHARES, realised_K=np.zeros(3), target_K=np.zeros(3))
+    assert _line(step_record(report(), plan(), shares=before)).endswith("| write 3.0000, explain 3.0000, absent –")
 
 
 def test_counts_that_differ_from_the_plan_stop_the_run():
