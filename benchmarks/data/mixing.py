@@ -2,13 +2,13 @@
 
 ::
 
-    three data sets ─┬─► best_fit_decreasing ─► rows ─┐
-                     └─► peers' packers ──────► rows ─┴─ order of the epoch ─► steps of G rows ─► tokens [steps, tasks]
+    three data sets ─┬─► best fit, decreasing and mixed ─► rows ─┐
+                     └─► peers' packers ─────────────────► rows ─┴─ order of the epoch ─► steps of G rows ─► spread
 
-The *coefficient of variation* (cv) of a task is the standard deviation over the steps of its supervised tokens, divided
-by their mean. It is compared with the cv of *random dealing*: each sample goes to a step that is chosen independently
-and uniformly. *Presence* is the fraction of the steps that have a supervised token of the task, over the best possible
-one: 1, or the task's samples over the steps where it has fewer. Both are means over several epochs.
+The *coefficient of variation* (cv) of a task is the standard deviation over the steps of its tokens, divided by their
+mean. It is compared with the cv of *random dealing*: each sample goes to a step that is chosen independently and
+uniformly. *Presence* is the fraction of the steps that have a sample of the task, over the best possible one: 1, or the
+task's samples over the steps where it has fewer. Both are means over several epochs.
 
 The peers run in another interpreter, get the samples in random order, as their trainers give them with shuffling on,
 and their rows are read in random order.
@@ -16,7 +16,6 @@ and their rows are read in random order.
 
 import argparse
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,105 +23,51 @@ import numpy as np
 from peer_packers import PACKERS, MissingPeerError, add_options, run_packer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from measuring.clocks import in_turn, machine, median_of, write_numbers
 
-from mft_megatron.data._sample_index import best_fit_decreasing
+from mft_megatron.data._sample_index import best_fit_decreasing, best_fit_mixed
 from mft_megatron.data.permutation import named_permutation
-
-
-class Samples(NamedTuple):
-    """Samples of several tasks, task after task: tokens int32 [samples], task uint16 [samples]; half is supervised."""
-
-    lengths: np.ndarray
-    tasks: np.ndarray
+from tests.data.packing.mixing import five_tasks, short_tasks, tokens_of_steps, variation, zipf_tasks
 
 
 class Packs(NamedTuple):
-    """Samples of each pack, as :func:`best_fit_decreasing` returns them."""
+    """Indices of the samples, pack after pack, and offsets, as :func:`best_fit_decreasing` returns them."""
 
     indices: np.ndarray
     offsets: np.ndarray
 
 
-def lognormal_tasks(samples_K: np.ndarray, means_K: np.ndarray, seq_length: int, rng: np.random.Generator) -> Samples:
-    """Tasks of lognormal lengths (sigma 0.6) of these means, cut to 4 … ``seq_length`` tokens."""
-    means = np.repeat(means_K, samples_K)
-    lengths = np.clip(rng.lognormal(np.log(means) - 0.18, 0.6), 4, seq_length)
-    return Samples(lengths.astype(np.int32), np.repeat(np.arange(len(samples_K), dtype=np.uint16), samples_K))
+class Samples(NamedTuple):
+    """Tokens of each sample, int32 [samples], and its task, int32 [samples]; task after task."""
+
+    lengths: np.ndarray
+    tasks: np.ndarray
 
 
-def five_tasks(samples: int, seq_length: int, rng: np.random.Generator) -> Samples:
-    """Five unequal tasks; one has 20 tokens a sample."""
-    fractions = np.array([19500, 9600, 3300, 47500, 4100]) / 84_000
-    return lognormal_tasks(counts(fractions, samples), np.array([600, 300, 500, 250, 20]), seq_length, rng)
-
-
-def zipf_tasks(samples: int, seq_length: int, rng: np.random.Generator) -> Samples:
-    """100 tasks, the k-th with 1/k of the first one's samples; mean lengths 50 … 1500, log-uniform."""
-    means_K = np.exp(rng.uniform(np.log(50), np.log(1500), 100))
-    return lognormal_tasks(counts(1 / np.arange(1, 101), samples), means_K, seq_length, rng)
-
-
-def short_tasks(samples: int, seq_length: int, rng: np.random.Generator) -> Samples:
-    """35 tasks: 30 of mean lengths 100 … 1500 with unequal numbers of samples, and five of 5 … 15 tokens a sample."""
-    samples_K = counts(np.exp(rng.uniform(np.log(1), np.log(10), 35)), samples)
-    means_K = np.exp(rng.uniform(np.log(100), np.log(1500), 35))
-    made = lognormal_tasks(samples_K, means_K, seq_length, rng)
-    return made._replace(lengths=np.where(made.tasks < 30, made.lengths, rng.integers(5, 16, len(made.lengths), "i4")))
-
-
-def counts(fractions_K: np.ndarray, samples: int) -> np.ndarray:
-    """Samples of each task, int64 [tasks], in these proportions and together ``samples``."""
-    ends = np.rint(samples * np.cumsum(fractions_K) / fractions_K.sum()).astype(np.int64)
-    return np.diff(ends, prepend=0)
-
-
-DATASETS: dict[str, Callable[[int, int, np.random.Generator], Samples]] = {
+DATASETS = {
     "five tasks": five_tasks,
     "100 Zipf tasks": zipf_tasks,
     "35 tasks, five of 5–15 tokens": short_tasks,
 }
 
 
-def cv_of_random_dealing(samples: Samples, steps: int) -> np.ndarray:
-    """Expected cv of each task, float64 [tasks], if each sample goes to one of the steps, at random and independently.
-
-    A sample of x tokens adds x² / S · (1 - 1/S) to the variance of a step; the mean is Σ x / S.
-    """
-    tokens = supervised(samples).astype(np.float64)
-    return np.sqrt((steps - 1) * np.bincount(samples.tasks, tokens**2)) / np.bincount(samples.tasks, tokens)
-
-
-def supervised(samples: Samples) -> np.ndarray:
-    """Supervised tokens of each sample, int64 [samples]."""
-    return samples.lengths.astype(np.int64) // 2
-
-
-def tokens_of_steps(samples: Samples, packs: Packs, order: np.ndarray, global_batch_size: int) -> np.ndarray:
-    """Supervised tokens of each task in each whole step, float64 [steps, tasks]; ``order`` int64 [packs]."""
-    tasks = int(samples.tasks.max()) + 1
-    rows = np.repeat(np.arange(len(order)), np.diff(packs.offsets))
-    cells = rows * tasks + samples.tasks[packs.indices]
-    tokens_PK = np.bincount(cells, supervised(samples)[packs.indices], len(order) * tasks).reshape(-1, tasks)
-    steps = len(order) // global_batch_size
-    return tokens_PK[order[: steps * global_batch_size]].reshape(steps, global_batch_size, tasks).sum(1)
-
-
 def spread(samples: Samples, packs: Packs, orders: list[np.ndarray], global_batch_size: int) -> dict[str, float]:
     """Largest and median cv of a task over that of random dealing, smallest presence over the best possible."""
-    by_epoch = [tokens_of_steps(samples, packs, order, global_batch_size) for order in orders]
-    steps = len(by_epoch[0])
-    cv_K = np.mean([tokens_SK.std(0) / np.maximum(tokens_SK.mean(0), 1e-300) for tokens_SK in by_epoch], axis=0)
-    ratio_K = cv_K / cv_of_random_dealing(samples, steps)
+    by_epoch = [tokens_of_steps(*samples, packs, order, global_batch_size) for order in orders]
+    ratio_K = np.mean([variation(tokens_SK, *samples) for tokens_SK in by_epoch], axis=0)
     presence_K = np.mean([(tokens_SK > 0).mean(0) for tokens_SK in by_epoch], axis=0)
-    best_K = np.minimum(np.bincount(samples.tasks) / steps, 1)
+    best_K = np.minimum(np.bincount(samples.tasks) / len(by_epoch[0]), 1)
     found = {"largest": ratio_K.max(), "median": np.median(ratio_K), "presence": (presence_K / best_K).min()}
     return {name: float(value) for name, value in found.items()}
 
 
 def ours(samples: Samples, options: argparse.Namespace) -> list[tuple[str, float, Packs]]:
     """Our packers: name, CPU seconds and packs."""
-    calls = {"ours, decreasing": lambda: best_fit_decreasing(samples.lengths, options.seq_length)}
+    calls = {
+        "ours, decreasing": lambda: best_fit_decreasing(samples.lengths, options.seq_length),
+        "ours, mixed": lambda: best_fit_mixed(*samples, options.seq_length, options.seed),
+    }
     readings = in_turn(calls, options.repeat)
     return [(name, median_of(readings[name])["cpu"], Packs(*call())) for name, call in calls.items()]
 
@@ -192,7 +137,7 @@ def main() -> None:
     print(f"{machine()}\nrows of {options.seq_length} tokens\n")
     results = {}
     for name, make in DATASETS.items():
-        samples = make(options.samples, options.seq_length, np.random.default_rng(options.seed))
+        samples = Samples(*make(options.samples, options.seq_length))
         results[name] = measure(samples, options)
     show(results, options.global_batch_size)
     write_numbers(options, machine(), results)

@@ -2,7 +2,7 @@
 
 ::
 
-    lognormal lengths ─► best_fit_decreasing; with --peer-python also the peers' packers
+    lognormal lengths ─► best fit, decreasing and mixed; with --peer-python also the peers' packers
     an index of --packs packs, tokens left out ─► PackedDataset.open, plan_step, planned digests
     samples on disk ─┬─► rows: tokens, labels, masks, positions, segments of whole rows
                      └─► each sample as a slice of a plain np.memmap, in the same order
@@ -23,9 +23,9 @@ from balance import sample_lengths
 from peer_packers import PACKERS, MissingPeerError, add_options, run_packer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from measuring.clocks import in_turn, machine, median_of, resident_bytes, timed, write_numbers
+from measuring.clocks import in_turn, machine, median_of, ratio_of, resident_bytes, timed, write_numbers
 
-from mft_megatron.data._sample_index import best_fit_decreasing
+from mft_megatron.data._sample_index import best_fit_decreasing, best_fit_mixed
 from mft_megatron.data.loading.build_batch import build_batch
 from mft_megatron.data.loading.dataset import PackedDataset
 from mft_megatron.data.loading.step_plan import plan_step
@@ -52,11 +52,17 @@ def packing(options: argparse.Namespace) -> list[dict]:
     results = []
     for samples in options.samples:
         lengths = sample_lengths(samples, options.seq_length, options.seed)
-        repeat = options.repeat if samples <= 1_000_000 else 1
-        calls = {"pack": lambda lengths=lengths: best_fit_decreasing(lengths, options.seq_length)}
-        took = median_of(in_turn(calls, repeat)["pack"], 1000)
-        packs = len(calls["pack"]()[1]) - 1
-        results.append({"samples": samples, "by": "best_fit_decreasing", "milliseconds": took, **_fill(lengths, packs)})
+        tasks = np.random.default_rng(options.seed).integers(TASKS, size=samples, dtype=np.int32)
+        calls = {
+            "decreasing": lambda lengths=lengths: best_fit_decreasing(lengths, options.seq_length),
+            "mixed": lambda lengths=lengths, tasks=tasks: best_fit_mixed(lengths, tasks, options.seq_length, 0),
+        }
+        readings = in_turn(calls, options.repeat if samples <= 1_000_000 else min(options.repeat, 3))
+        for name, call in calls.items():
+            took, packs = median_of(readings[name], 1000), len(call()[1]) - 1
+            over = ratio_of(readings[name], readings["decreasing"])
+            numbers = {"samples": samples, "by": f"ours, {name}", "milliseconds": took, "over_decreasing": over}
+            results.append(numbers | _fill(lengths, packs))
         if samples <= options.peer_samples:
             results += [{"samples": samples, **peer(name, lengths, options)} for name in PACKERS]
     return results
