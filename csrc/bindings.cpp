@@ -29,10 +29,11 @@ std::size_t length_of(const Array<T>& array, const char* name) {
 }
 
 // Hands the vector's memory to numpy, which frees it.
-Array<std::int64_t> to_numpy(std::vector<std::int64_t>&& values) {
-    auto* owned = new std::vector<std::int64_t>(std::move(values));
-    const py::capsule owner(owned, [](void* pointer) { delete static_cast<std::vector<std::int64_t>*>(pointer); });
-    return Array<std::int64_t>(static_cast<py::ssize_t>(owned->size()), owned->data(), owner);
+template <typename T>
+Array<T> to_numpy(std::vector<T>&& values) {
+    auto* owned = new std::vector<T>(std::move(values));
+    const py::capsule owner(owned, [](void* pointer) { delete static_cast<std::vector<T>*>(pointer); });
+    return Array<T>(static_cast<py::ssize_t>(owned->size()), owned->data(), owner);
 }
 
 py::tuple best_fit_decreasing(const Array<std::int32_t>& lengths, std::int64_t capacity) {
@@ -114,6 +115,21 @@ Array<std::int64_t> mixed_order(const Array<std::int32_t>& groups, std::uint64_t
     return to_numpy(std::move(order));
 }
 
+Array<std::int32_t> rarest_tasks(const Array<std::int64_t>& packs, const Array<std::int64_t>& tasks,
+                                 const Array<std::int64_t>& supervised, std::int64_t num_packs) {
+    const std::size_t m = length_of(packs, "packs");
+    if (length_of(tasks, "tasks") != m || length_of(supervised, "supervised_tokens") != m) {
+        throw std::invalid_argument("packs, tasks and supervised_tokens differ in length");
+    }
+    const auto *p_data = packs.data(), *t_data = tasks.data(), *s_data = supervised.data();
+    std::vector<std::int32_t> rarest;
+    {
+        const py::gil_scoped_release released;
+        rarest = mft::rarest_tasks(p_data, t_data, s_data, m, num_packs);
+    }
+    return to_numpy(std::move(rarest));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_sample_index, module) {
@@ -131,4 +147,7 @@ PYBIND11_MODULE(_sample_index, module) {
     module.def("epoch_order", &epoch_order, py::arg("n"), py::arg("seed"), "A permutation of 0 .. n - 1, int64 [n].");
     module.def("mixed_order", &mixed_order, py::arg("groups").noconvert(), py::arg("seed"),
                "int32 groups [n], seed -> a permutation of 0 .. n - 1, int64 [n], in which groups are spread evenly.");
+    module.def("rarest_tasks", &rarest_tasks, py::arg("packs").noconvert(), py::arg("tasks").noconvert(),
+               py::arg("supervised_tokens").noconvert(), py::arg("num_packs"),
+               "int64 [entries] each, packs -> int32 [packs]: the task that the fewest packs hold; 2^16 for none.");
 }

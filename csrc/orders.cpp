@@ -92,4 +92,29 @@ std::vector<std::uint32_t> mixed_order(const std::int32_t* groups, std::size_t n
     return result;
 }
 
+std::vector<std::int32_t> rarest_tasks(const std::int64_t* pack, const std::int64_t* task,
+                                       const std::int64_t* supervised_tokens, std::size_t m, std::int64_t num_packs) {
+    if (num_packs < 0) refuse("num_packs " + std::to_string(num_packs) + ": must not be negative");
+    std::vector<std::int64_t> packs_of_task(kMostGroups, 0);
+    packs_of_task[kNoTask] = std::numeric_limits<std::int64_t>::max();
+    for (std::size_t i = 0; i < m; ++i) {
+        if (pack[i] < 0 || pack[i] >= num_packs || task[i] < 0 || task[i] >= kNoTask) {
+            refuse("entry " + std::to_string(i) + " has pack " + std::to_string(pack[i]) + " and task " +
+                   std::to_string(task[i]) + ", not below " + std::to_string(num_packs) + " and " +
+                   std::to_string(kNoTask));
+        }
+        if (supervised_tokens[i] > 0) ++packs_of_task[static_cast<std::size_t>(task[i])];
+    }
+    std::vector<std::int32_t> rarest(static_cast<std::size_t>(num_packs), kNoTask);
+    for (std::size_t i = 0; i < m; ++i) {
+        if (supervised_tokens[i] <= 0) continue;
+        std::int32_t& best = rarest[static_cast<std::size_t>(pack[i])];
+        const auto here = static_cast<std::int32_t>(task[i]);
+        const std::int64_t held = packs_of_task[static_cast<std::size_t>(here)];
+        const std::int64_t fewest = packs_of_task[static_cast<std::size_t>(best)];
+        if (held < fewest || (held == fewest && here < best)) best = here;
+    }
+    return rarest;
+}
+
 }  // namespace mft

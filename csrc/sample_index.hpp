@@ -63,7 +63,8 @@ PackCounts count_packs(const std::int64_t* sample_numbers, std::size_t m, const 
 // Throws if n < 0.
 std::vector<std::int64_t> epoch_order(std::int64_t n, std::uint64_t seed);
 
-constexpr std::int32_t kMostGroups = (1 << 16) + 1;  // a task has 16 bits, and packs without a task are a group
+constexpr std::int32_t kNoTask = 1 << 16;  // a task has 16 bits
+constexpr std::int32_t kMostGroups = kNoTask + 1;
 
 // An order of n items in which each group is spread evenly: every part of the order has about the same share of a group's
 // items, and is otherwise random.
@@ -76,5 +77,13 @@ constexpr std::int32_t kMostGroups = (1 << 16) + 1;  // a task has 16 bits, and 
 // groups [n]: group of each item, 0 .. kMostGroups - 1.
 // Throws if a group is outside, or there are 2^32 - 1 items or more.
 std::vector<std::uint32_t> mixed_order(const std::int32_t* groups, std::size_t n, std::uint64_t seed);
+
+// The rarest task of each pack: of the tasks with a supervised token in it the one that the fewest packs have such tokens
+// of, of equal ones the one with the lowest number; kNoTask where a pack has no supervised token.
+//
+// pack, task, supervised_tokens [m]: as in PackCounts. num_packs: of the split.
+// Throws if num_packs is negative, or a pack or task is out of range.
+std::vector<std::int32_t> rarest_tasks(const std::int64_t* pack, const std::int64_t* task,
+                                       const std::int64_t* supervised_tokens, std::size_t m, std::int64_t num_packs);
 
 }  // namespace mft

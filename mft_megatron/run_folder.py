@@ -55,8 +55,9 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 # Version 2 stores optimizer states by weight, independent of the optimizer; of version 1 only weights can be loaded.
-FORMAT_VERSION = 2
-READABLE_VERSIONS = (1, 2)
+# Version 3 names the order of the data that the run follows.
+FORMAT_VERSION = 3
+READABLE_VERSIONS = (1, 2, 3)
 # ``source`` of a model from Megatron-LM that no Hugging Face architecture can express.
 OF_NO_FAMILY = "Megatron-LM"
 # content_digest reads this many blocks of each file, of this many bytes.
@@ -74,7 +75,7 @@ class CheckpointInfo:
         vocab_size: rows of the vocabulary before padding.
         tokenizer: the ledger's entry, ``stop_token_ids``, and ``chat_template``: the chat format of most chats, with
             the Jinja text, where the data set records it.
-        dataset_hash: the data set; with ``seed`` it identifies the data order that the run follows.
+        dataset_hash: the data set; with ``seed`` and ``order_version`` it identifies the data order of the run.
         seed: seed of weights, dropout and data order.
         global_batch_size: packs of a step, after a ramp-up.
         skipped_steps: steps that the loss scale skipped.
@@ -96,6 +97,7 @@ class CheckpointInfo:
         has_base: whether it holds the model; if not, it holds only adapters.
         base: the folder that the model of the adapters was read from.
         base_digest: :func:`content_digest` of ``base``.
+        order_version: version of the order of packs (docs/FORMATS.md); 1 where a checkpoint does not say.
         format_version: version of this format.
     """
 
@@ -123,6 +125,7 @@ class CheckpointInfo:
     has_base: bool = True
     base: str = ""
     base_digest: str = ""
+    order_version: int = 1
     format_version: int = FORMAT_VERSION
 
     @property

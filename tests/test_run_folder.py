@@ -88,11 +88,12 @@ def test_a_folder_without_such_a_file_is_refused(tmp_path):
 def test_a_description_without_the_newer_fields_can_be_read(tmp_path):
     path = checkpoint(tmp_path, 10)
     content = json.loads((path / INFO).read_text())
-    del content["best"], content["asked_for"]
+    del content["best"], content["asked_for"], content["order_version"]
+    content["format_version"] = 2
     (path / INFO).write_text(json.dumps(content))
     info = read_info(path)
-    assert (info.best, info.asked_for) == (False, True)
-    assert dataclasses.asdict(info) == {**content, "best": False, "asked_for": True}
+    assert (info.best, info.asked_for, info.order_version) == (False, True, 1)
+    assert dataclasses.asdict(info) == {**content, "best": False, "asked_for": True, "order_version": 1}
 
 
 def test_only_checkpoints_saved_as_the_best_are_superseded(tmp_path):

@@ -80,3 +80,18 @@ def mixed_order(groups: NDArray[np.int32], seed: int) -> NDArray[np.int64]:
     Returns:
         indices: int64 [n], of the items.
     """
+
+def rarest_tasks(
+    packs: NDArray[np.int64], tasks: NDArray[np.int64], supervised_tokens: NDArray[np.int64], num_packs: int
+) -> NDArray[np.int32]:
+    """Find the rarest task of each pack: of those with a supervised token in it the one that the fewest packs have.
+
+    Of equal ones it is the one with the lowest number; a pack without a supervised token has 2^16.
+
+    Args:
+        packs, tasks, supervised_tokens: int64 [entries], rows of what :func:`count_packs` returns.
+        num_packs: packs of the split.
+
+    Returns:
+        int32 [packs].
+    """

@@ -19,10 +19,11 @@ def ledger_table(ledger: Ledger) -> str:
         lines += _aligned(rows)
         lines += _windows_and_uses(ledger, entry)
         packer = "" if entry.joined or entry.padded else f", packer {entry.packer}"
+        order = "mixed" if entry.order_version > 1 else "random"
         for split, packed in entry.packs.items():
             lines.append(
                 f"{split}: {packed.samples:,} samples in {packed.packs:,} packs of {length}, "
-                f"{100 * packed.fill:.2f} % filled{packer if split == 'train' else ''}"
+                f"{100 * packed.fill:.2f} % filled{f'{packer}, order {order}' if split == 'train' else ''}"
             )
     return "\n".join(lines)
 

@@ -6,7 +6,7 @@ import time
 from mft_megatron.arguments.groups.mixed_precision import MixedPrecisionArguments
 from mft_megatron.arguments.table import Arguments
 from mft_megatron.batch import StepPlan
-from mft_megatron.data.loading.dataset import PackedDataset, PackedSplit
+from mft_megatron.data.loading.dataset import PackedDataset
 from mft_megatron.data.loading.step_plan import plan_step
 from mft_megatron.errors import InputError
 from mft_megatron.losses.table import LOSSES
@@ -22,7 +22,7 @@ from .garbage_collection import GarbageCollection
 from .progress import Progress
 from .records import StepRecord, train_record
 from .run_log import RunLog
-from .saving import RunState, Saver
+from .saving import RunState, Saver, order_version
 from .shares.share_log import ShareLog
 from .throughput import segment_lengths, step_operations
 
@@ -53,7 +53,7 @@ def train(
             return progress
         steps = StepLogger(arguments, dataset, trainer, shares, log)
         while progress.step < training.train_iters:
-            before, plan = progress, _next_plan(split, arguments, progress)
+            before, plan = progress, _next_plan(dataset, arguments, progress)
             report = trainer.train_step(split, plan, balance.weight_K)
             progress = before.after_step(plan.num_packs, skipped=report is None or report.overflow)
             steps.count(progress, plan, report)
@@ -87,14 +87,15 @@ def train(
         return progress
 
 
-def _next_plan(split: PackedSplit, arguments: Arguments, progress: Progress) -> StepPlan:
+def _next_plan(dataset: PackedDataset, arguments: Arguments, progress: Progress) -> StepPlan:
     return plan_step(
-        split,
+        dataset.split("train"),
         seed=arguments.initialization.seed,
         global_batch_size=arguments.batch_sizes.after(progress.consumed_samples),
         consumed_samples=progress.consumed_samples,
         end=arguments.total_packs,
         batch_multiple=arguments.batch_multiple,
+        order_version=order_version(arguments, dataset),
     )
 
 

@@ -239,6 +239,7 @@ class Saver:
             has_base=a.saves_base,
             base=self._base,
             base_digest=self._base_digest,
+            order_version=order_version(a, self._dataset),
         )
 
 
@@ -289,6 +290,13 @@ def refuse_other_data(arguments: Arguments, dataset: PackedDataset) -> None:
 def model_vocab_size(arguments: Arguments, dataset: PackedDataset) -> int:
     """Rows of the model's vocabulary; a model from Hugging Face may have more than the data set's tokenizer."""
     return dataset.vocab_size if arguments.resume is None else arguments.resume.info.vocab_size
+
+
+def order_version(arguments: Arguments, dataset: PackedDataset) -> int:
+    """Version of the order of packs: a new run takes that of the data set, one that resumes keeps its checkpoint's."""
+    if arguments.resume is None or arguments.weights_alone:
+        return dataset.entry.order_version
+    return arguments.resume.info.order_version
 
 
 def resume(

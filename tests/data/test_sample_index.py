@@ -18,6 +18,7 @@ from mft_megatron.data._sample_index import (
     count_packs,
     epoch_order,
     mixed_order,
+    rarest_tasks,
 )
 
 
@@ -298,6 +299,27 @@ def test_best_fit_mixed_equals_the_slow_reference(case, num_groups, seed):
 def test_best_fit_mixed_refuses_impossible_arguments(lengths, groups, message):
     with pytest.raises(ValueError, match=message):
         best_fit_mixed(np.array(lengths, np.int32), np.array(groups, np.int32), 8, 0)
+
+
+@given(st.lists(st.dictionaries(st.sampled_from([0, 1, 2, 3, 65535]), st.integers(0, 2), max_size=4), max_size=20))
+def test_rarest_tasks_equal_a_slow_search(tokens_of_packs):
+    held = [{task for task, tokens in pack.items() if tokens} for pack in tokens_of_packs]
+    packs = collections.Counter(task for tasks in held for task in tasks)
+    expected = [min(tasks, key=lambda task: (packs[task], task), default=2**16) for tasks in held]
+    entries = [(p, task, tokens) for p, pack in enumerate(tokens_of_packs) for task, tokens in sorted(pack.items())]
+    columns = np.array(entries, np.int64).reshape(-1, 3).T
+    rarest = rarest_tasks(*map(np.ascontiguousarray, columns), len(tokens_of_packs))
+    assert rarest.dtype == np.int32
+    assert rarest.tolist() == expected
+    mixed_order(rarest, 0)  # packs without a supervised token are a group
+
+
+@pytest.mark.parametrize(("pack", "task", "num_packs"), [(2, 0, 2), (-1, 0, 2), (0, -1, 2), (0, 65536, 2), (0, 0, -1)])
+def test_rarest_tasks_refuse_what_is_out_of_range(pack, task, num_packs):
+    with pytest.raises(ValueError, match=f"{pack} and task {task}|num_packs -1"):
+        rarest_tasks(*(np.array([value], np.int64) for value in (pack, task, 1)), num_packs)
+    with pytest.raises(ValueError, match="differ in length"):
+        rarest_tasks(np.zeros(1, np.int64), np.zeros(2, np.int64), np.zeros(1, np.int64), 1)
 
 
 def test_epoch_order_is_uniform():

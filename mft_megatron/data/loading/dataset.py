@@ -13,6 +13,7 @@ from typing import TypeAlias
 import numpy as np
 
 from mft_megatron.batch import TaskCounts
+from mft_megatron.data import _sample_index
 from mft_megatron.data.packing.packing_options import SPLITS
 from mft_megatron.data.packing.packs import pack_files
 from mft_megatron.data.sample_slices import NO_SLICES, SampleSlices, ranges
@@ -207,6 +208,12 @@ class PackedSplit:
     def totals(self) -> TaskCounts:
         """Counts of the whole split, each pack once: one pass of training."""
         return self._summed(slice(None))
+
+    @functools.cached_property
+    def rarest_tasks(self) -> np.ndarray:
+        """Task of each pack that the fewest packs have supervised tokens of, int32 [packs]; 2^16 for none."""
+        packs, tasks, supervised_tokens, _ = self._counts
+        return _sample_index.rarest_tasks(packs, tasks, supervised_tokens, self.num_packs)
 
     def _summed(self, entries: np.ndarray | slice) -> TaskCounts:
         _, task, supervised_tokens, samples = self._counts

@@ -1,24 +1,24 @@
-"""The plan of each step, a pure function of (data set, split, seed, global batch size, consumed samples).
+"""The plan of each step, a pure function of (data set, split, seed, order, global batch size, consumed samples).
 
-The packs form an endless stream: epoch after epoch, each in another order. A global batch takes the next packs of the
-stream, so an epoch uses every pack exactly once for any data-parallel size, and the last, incomplete global batch of an
-epoch is filled from the next epoch. Where the stream has an end (``--num-train-epochs``), the last global batch holds
-the packs before it and no more. Every rank computes the same plan; resuming needs one number.
+The packs form an endless stream: epoch after epoch, each in another order (:mod:`.epoch_order`). A global batch takes
+the next packs of the stream, so an epoch uses every pack exactly once for any data-parallel size, and the last,
+incomplete global batch of an epoch is filled from the next epoch. Where the stream has an end (``--num-train-epochs``),
+the last global batch holds the packs before it and no more. Every rank computes the same plan; resuming needs one
+number.
 
 The rows of a global batch are distributed over the ranks by their cost (:func:`shard_plan`). That changes nothing but
 the order of a sum.
 """
 
-import functools
 from collections.abc import Iterator
 
 import numpy as np
 
 from mft_megatron.batch import Ranks, StepPlan
 from mft_megatron.data import _sample_index
-from mft_megatron.data.permutation import named_permutation
 
 from .dataset import PackedSplit
+from .epoch_order import epoch_order
 
 
 def plan_step(
@@ -29,6 +29,7 @@ def plan_step(
     consumed_samples: int,
     end: int | None = None,
     batch_multiple: int = 1,
+    order_version: int | None = None,
 ) -> StepPlan:
     """Plan the step that comes after ``consumed_samples`` packs.
 
@@ -40,6 +41,8 @@ def plan_step(
         end: packs of the whole stream; ``None`` for one without an end. The step that reaches it has the packs before
             it alone, filled up with empty rows to a multiple of ``batch_multiple``.
         batch_multiple: rows that the ranks and the pipeline need at least.
+        order_version: of :mod:`.epoch_order`; ``None`` for that of the data set, which a run that resumes may not have
+            begun with.
 
     Raises:
         ValueError: ``consumed_samples`` is negative or not before the end, or ``global_batch_size`` is below 1.
@@ -50,8 +53,9 @@ def plan_step(
     rows = global_batch_size if remaining == global_batch_size else -(-remaining // batch_multiple) * batch_multiple
     epochs_G, indices = np.divmod(np.arange(consumed_samples, consumed_samples + rows), split.num_packs)
     packs_G = np.empty(rows, np.int64)
+    order_version = split.dataset.entry.order_version if order_version is None else order_version
     for epoch in np.unique(epochs_G[:remaining]):
-        order = epoch_order(split.dataset.dataset_hash, split.name, seed, int(epoch), split.num_packs)
+        order = epoch_order(split, seed, int(epoch), order_version)
         packs_G[epochs_G == epoch] = order[indices[epochs_G == epoch]]
     packs_G[remaining:] = -1
     return _plan(split, packs_G, epochs_G)
@@ -113,11 +117,3 @@ def shard_plan(plan: StepPlan, ranks: Ranks, micro_batch_size: int, padded: bool
     if ranks.data_size == 1:
         return np.arange(len(plan.packs_G)).reshape(-1, micro_batch_size)
     return _sample_index.balance(plan.costs_G, ranks.data_size)[ranks.data_rank].reshape(-1, micro_batch_size)
-
-
-@functools.lru_cache(maxsize=4)
-def epoch_order(dataset_hash: str, split: str, seed: int, epoch: int, num_packs: int) -> np.ndarray:
-    """Order of the packs in one epoch, int64 [packs], read-only."""
-    order = named_permutation(f"{dataset_hash}/{split}/{seed}/{epoch}", num_packs)
-    order.setflags(write=False)
-    return order

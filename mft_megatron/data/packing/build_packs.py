@@ -13,7 +13,7 @@ import numpy as np
 from mft_megatron.data.permutation import named_permutation, named_seed
 from mft_megatron.data.sample_slices import SampleSlices
 from mft_megatron.data.storage.dataset_writer import DatasetWriter
-from mft_megatron.data.storage.ledger import LengthEntry, PackEntry, TaskCut, TaskEntry
+from mft_megatron.data.storage.ledger import ORDER_VERSION, LengthEntry, PackEntry, TaskCut, TaskEntry
 from mft_megatron.data.storage.stored_samples import StoredSamples
 from mft_megatron.errors import InputError
 
@@ -59,7 +59,8 @@ def build_packs(stored: StoredSamples, options: PackingOptions) -> tuple[dict[st
             packs[name] = packed
     entries = {name: _pack_entry(packed, options.seq_length) for name, packed in packs.items()}
     stored_options = dataclasses.asdict(options) | {"split": list(options.split)}
-    return packs, LengthEntry(stored_options, task_cuts, entries), _notices(stored.tasks, task_cuts, options)
+    entry = LengthEntry(stored_options, task_cuts, entries, ORDER_VERSION)
+    return packs, entry, _notices(stored.tasks, task_cuts, options)
 
 
 def write_packs(stored: StoredSamples, options: PackingOptions, files: DatasetWriter) -> tuple[LengthEntry, list[str]]:

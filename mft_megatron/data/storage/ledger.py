@@ -19,6 +19,9 @@ FORMAT_VERSION = 4
 READABLE_VERSIONS = (2, 3, 4)  # version 2 has no notes; 4 may have weights, and packs in another order
 ARRAYS_VERSION = 2  # of the arrays alone; the hash of a data set, and with it the order of the data, depends on it
 
+# of the order in which an epoch uses packs: 1 any order, 2 one that mixes tasks (mft_megatron.data.loading.epoch_order)
+ORDER_VERSION = 2
+
 # values of a JSON object, decoded; each reader knows the types of its keys
 JsonObject = dict[str, Any]
 
@@ -166,11 +169,13 @@ class LengthEntry:
         options: that it was packed with.
         tasks: counts of each task, in the order of the ledger's tasks.
         packs: counts of the splits that have samples.
+        order_version: version of the order of packs in which new runs train; 1 where a data set does not say.
     """
 
     options: JsonObject
     tasks: list[TaskCut]
     packs: dict[str, PackEntry]
+    order_version: int = 1
 
     @property
     def joined(self) -> bool:
@@ -289,6 +294,7 @@ def _from_dict(content: JsonObject) -> Ledger:
             options=entry["options"],
             tasks=[TaskCut(**task) for task in entry["tasks"]],
             packs={split: PackEntry(**packed) for split, packed in entry["packs"].items()},
+            order_version=entry.get("order_version", 1),
         )
         for length, entry in content["lengths"].items()
     }

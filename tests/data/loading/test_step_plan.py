@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from mft_megatron.batch import Ranks, StepPlan
 from mft_megatron.data._sample_index import best_fit_decreasing
-from mft_megatron.data.loading.step_plan import epoch_order, plan_evaluation, plan_step, shard_plan
+from mft_megatron.data.loading.epoch_order import epoch_order
+from mft_megatron.data.loading.step_plan import plan_evaluation, plan_step, shard_plan
 from mft_megatron.data.sample_slices import SampleSlices
 from tests.made_dataset import batch_of_packs
 from tests.task_counts import counted
@@ -21,9 +22,11 @@ class Packs:
     Task p % 2 has p + 1 supervised tokens in pack p, which has a slice of p + 1 tokens and one of 2.
     """
 
-    def __init__(self, num_packs, dataset_hash="hash", name="train", joined=False, padded=False):
+    def __init__(self, num_packs, dataset_hash="hash", name="train", joined=False, padded=False, order_version=2):
         self.num_packs, self.name = num_packs, name
-        self.dataset = types.SimpleNamespace(dataset_hash=dataset_hash, joined=joined, padded=padded)
+        entry = types.SimpleNamespace(order_version=order_version)
+        self.dataset = types.SimpleNamespace(dataset_hash=dataset_hash, joined=joined, padded=padded, entry=entry)
+        self.rarest_tasks = np.arange(num_packs, dtype=np.int32) % 2
 
     def slices_of_packs(self, packs_G):
         real = packs_G[packs_G >= 0]
@@ -49,10 +52,19 @@ def stream(split, steps, size, seed=1, start=0):
 
 
 @settings(deadline=None)
-@given(st.integers(1, 40), st.integers(1, 4), st.integers(1, 3), st.integers(1, 5), st.integers(0, 2**40))
-def test_an_epoch_uses_every_pack_once_for_any_data_parallel_size(num_packs, data_size, micro, accumulation, seed):
+@given(
+    st.integers(1, 40),
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.integers(1, 5),
+    st.integers(0, 2**40),
+    st.sampled_from([1, 2]),
+)
+def test_an_epoch_uses_every_pack_once_for_any_data_parallel_size(
+    num_packs, data_size, micro, accumulation, seed, version
+):
     size = data_size * micro * accumulation
-    split, steps = Packs(num_packs), -(-3 * num_packs // size)
+    split, steps = Packs(num_packs, order_version=version), -(-3 * num_packs // size)
     used = stream(split, steps, size, seed)
     for epoch in range(3):
         of_epoch = used[epoch * num_packs : (epoch + 1) * num_packs]
@@ -110,7 +122,19 @@ def test_epochs_seeds_splits_and_data_sets_differ():
 
 def test_the_order_is_fixed_for_ever():
     """Golden: runs that are resumed with a newer version must go on with the same data."""
-    assert stream(Packs(10), 1, 12, seed=1234).tolist() == [7, 2, 9, 0, 6, 4, 8, 5, 1, 3, 2, 3]
+    plain, mixed = (stream(Packs(10, order_version=version), 1, 12, seed=1234) for version in (1, 2))
+    assert plain.tolist() == [7, 2, 9, 0, 6, 4, 8, 5, 1, 3, 2, 3]
+    assert mixed.tolist() == [7, 2, 0, 9, 5, 6, 4, 1, 3, 8, 2, 3]
+
+
+def test_a_run_may_keep_another_order_than_that_of_the_data_set():
+    for begun, packed in ((1, 2), (2, 1)):
+        split = Packs(30, order_version=packed)
+        plan = plan_step(split, seed=5, global_batch_size=30, consumed_samples=0, order_version=begun)
+        assert plan.packs_G.tolist() == stream(Packs(30, order_version=begun), 1, 30, seed=5).tolist()
+        assert plan.packs_G.tolist() != stream(split, 1, 30, seed=5).tolist()
+    with pytest.raises(ValueError, match="order version 3"):
+        stream(Packs(5, order_version=3), 1, 1)
 
 
 def test_a_plan_counts_what_it_uses():
@@ -152,7 +176,7 @@ def test_plans_of_a_cached_epoch_cannot_be_spoilt():
     plan.packs_G[:] = 0
     np.testing.assert_array_equal(stream(split, 1, 6), before)
     with pytest.raises(ValueError, match="read-only"):
-        epoch_order("hash", "train", 1, 0, 6)[0] = 0
+        epoch_order(split, 1, 0, 2)[0] = 0
 
 
 @st.composite

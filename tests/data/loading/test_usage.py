@@ -29,7 +29,11 @@ class Split:
         self._slices = SampleSlices(indices // 2, indices % 2 * 7, np.full(len(indices), 7))
         self.num_slices = len(indices)
         task_ids = (np.arange(num_packs * 3) % TASKS).astype(np.uint16)
-        self.dataset = types.SimpleNamespace(dataset_hash="h", joined=False, padded=padded, task_ids=task_ids)
+        entry = types.SimpleNamespace(order_version=2)
+        self.dataset = types.SimpleNamespace(
+            dataset_hash="h", joined=False, padded=padded, task_ids=task_ids, entry=entry
+        )
+        self.rarest_tasks = np.zeros(num_packs, np.int32)
 
     def slices(self, indices):
         return self._slices.take(indices)
