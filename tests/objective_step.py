@@ -7,7 +7,7 @@ import torch
 from mft_megatron.loss_names import FOCAL, LOSSES
 from mft_megatron.losses.focal import TaskStatistics
 from mft_megatron.losses.objective import Objective
-from tests.batches import as_batch, by_sample, counted, random_batch
+from tests.batches import as_batch, random_batch, random_weights, weighed, weighted_samples
 
 TASKS = 4
 OBJECTIVES = [
@@ -17,23 +17,25 @@ OBJECTIVES = [
 ]
 
 
-def inputs(device):
+def inputs(device, weighted=False):
     """A micro-batch and its losses on the device; its counts on the host, as in the plan of a step."""
     *arrays, loss = random_batch(0, TASKS)
-    batch = as_batch(*arrays)
+    weights = random_weights(0, arrays[0], arrays[2]) if weighted else ()
+    batch = as_batch(*arrays, *weights)
     there = {
         field.name: value.to(device)
         for field in dataclasses.fields(batch)
         if isinstance(value := getattr(batch, field.name), torch.Tensor)
     }
-    counts_K = counted(by_sample(*arrays, loss), TASKS)
+    counts_K = weighed(weighted_samples(*arrays, loss, *weights), TASKS)
     losses = torch.from_numpy(loss).to(device).requires_grad_()
     return dataclasses.replace(batch, **there), losses, counts_K, TaskStatistics.none(TASKS, device)
 
 
 def run(objective, batch, losses, counts_K, statistics):
     """Compute everything of a step that has one micro-batch, forward and backward."""
-    factors = objective.before_step(*counts_K, torch.ones(TASKS), statistics, num_micro_batches=2).to(losses.device)
+    sizes = {"num_micro_batches": 2, "num_batches": 3.5}
+    factors = objective.before_step(*counts_K, torch.ones(TASKS), statistics, **sizes).to(losses.device)
     slope = objective.slope(factors, batch)
     if slope is not None:
         slope.take(torch.zeros(2, dtype=torch.int64, device=losses.device)).at(losses.flatten()[:2])

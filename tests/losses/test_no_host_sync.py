@@ -25,9 +25,10 @@ class NoBlockingCopies(TorchDispatchMode):
         return result
 
 
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
-def test_nothing_reads_a_value_from_the_device(objective):
-    step_inputs = inputs("meta")
+def test_nothing_reads_a_value_from_the_device(objective, weighted):
+    step_inputs = inputs("meta", weighted)
     with NoBlockingCopies():
         gradient, by_task_K = run(objective, *step_inputs)
     assert gradient.is_meta

@@ -7,19 +7,23 @@ import torch
 
 from mft_megatron.losses.focal import TaskStatistics
 from mft_megatron.losses.objective import Objective
-from tests.batches import as_batch, by_sample, counted, random_batch
+from tests.batches import as_batch, random_batch, random_weights, weighed, weighted_samples
 from tests.objective_step import OBJECTIVES, TASKS
 
 RANKS = 3
 
 
 def micro_batch(seed):
-    """A micro-batch, its token losses in fp64, the counts of its tasks, and statistics of earlier steps."""
+    """A micro-batch, its token losses in fp64, the counts of its tasks, and statistics of earlier steps.
+
+    Samples and turns have weights where the seed is odd.
+    """
     *arrays, loss = random_batch(seed, TASKS)
-    counts_K = counted(by_sample(*arrays, loss), TASKS)
+    weights = random_weights(seed, arrays[0], arrays[2]) if seed % 2 else ()
+    counts_K = weighed(weighted_samples(*arrays, loss, *weights), TASKS)
     random = torch.Generator().manual_seed(seed)
     statistics = TaskStatistics(*torch.rand(3, TASKS, dtype=torch.float64, generator=random).clamp(0.1, 0.9))
-    return as_batch(*arrays), torch.from_numpy(loss).double(), counts_K, statistics
+    return as_batch(*arrays, *weights), torch.from_numpy(loss).double(), counts_K, statistics
 
 
 def on_one_rank(objective, batch, loss_BS, factors):

@@ -133,7 +133,7 @@ def _log_probabilities(model, dataset, batch):
     return model.run(to_device(batch), with_loss=False)[0, :, : dataset.vocab_size].log_softmax(-1)
 
 
-def _against_fp64(prefix, modes, steps):
+def against_fp64(prefix, modes, steps):
     """Train; return by mode and step the trainer's record and the reference in fp64 at the trainer's weights."""
     import torch
 
@@ -197,7 +197,7 @@ def _name_in_model(name):
 
 def test_one_process_equals_the_reference_in_fp64(dataset_prefix):
     """Loss, gradient norm and gradients of three steps, each at the trainer's weights before it."""
-    for mode, steps in run_on_ranks(1, _against_fp64, dataset_prefix, MODES, 3)[0].items():
+    for mode, steps in run_on_ranks(1, against_fp64, dataset_prefix, MODES, 3)[0].items():
         for step, ((loss, norm, gradients), (book_loss, book_norm, book_gradients), differentiated) in enumerate(steps):
             where = f"{mode}, step {step + 1}"
             assert loss == pytest.approx(book_loss, rel=TOLERANCE), where
