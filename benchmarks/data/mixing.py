@@ -26,8 +26,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from measuring.clocks import in_turn, machine, median_of, write_numbers
 
-from mft_megatron.data._sample_index import best_fit_decreasing, best_fit_mixed
-from mft_megatron.data.permutation import named_permutation
+from mft_megatron.data._sample_index import (
+    best_fit_decreasing,
+    best_fit_mixed,
+    count_packs,
+    epoch_order,
+    mixed_order,
+    rarest_tasks,
+)
 from tests.data.packing.mixing import five_tasks, short_tasks, tokens_of_steps, variation, zipf_tasks
 
 
@@ -97,10 +103,21 @@ def measure(samples: Samples, options: argparse.Namespace) -> list[dict]:
         rows = len(packs.offsets) - 1
         fill = samples.lengths.sum(dtype=np.int64) / (rows * options.seq_length)
         numbers = {"packer": name, "rows": rows, "over_decreasing": rows - fewest, "fill": float(fill), "cpu": seconds}
-        random = [named_permutation(f"{options.seed}/{epoch}", rows) for epoch in range(options.epochs)]
-        spreads = {size: spread(samples, packs, random, size) for size in options.global_batch_size}
-        results.append({**numbers, "order": "random", "spread": spreads})
+        for order, orders in orders_of(samples, packs, options, name.startswith("ours")).items():
+            spreads = {size: spread(samples, packs, orders, size) for size in options.global_batch_size}
+            results.append({**numbers, "order": order, "spread": spreads})
     return results
+
+
+def orders_of(samples: Samples, packs: Packs, options: argparse.Namespace, mixed: bool) -> dict[str, list[np.ndarray]]:
+    """Orders of the rows in each epoch, int64 [packs], by kind: random, and the one that mixes if that is wanted."""
+    epochs, rows = range(options.epochs), len(packs.offsets) - 1
+    orders = {"random": [epoch_order(rows, options.seed + epoch) for epoch in epochs]}
+    if mixed:
+        entries = count_packs(*packs, samples.tasks.astype(np.uint16), samples.lengths.astype(np.int64))
+        groups = rarest_tasks(*entries[:3], rows)
+        orders["mixed"] = [mixed_order(groups, options.seed + epoch) for epoch in epochs]
+    return orders
 
 
 def show(results: dict[str, list[dict]], sizes: list[int]) -> None:
