@@ -55,7 +55,7 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 # Version 2 stores optimizer states by weight, independent of the optimizer; of version 1 only weights can be loaded.
-# Version 3 names the order of the data that the run follows.
+# Version 3 names the order of the data that the run follows, and its normalisation.
 FORMAT_VERSION = 3
 READABLE_VERSIONS = (1, 2, 3)
 # ``source`` of a model from Megatron-LM that no Hugging Face architecture can express.
@@ -98,6 +98,7 @@ class CheckpointInfo:
         base: the folder that the model of the adapters was read from.
         base_digest: :func:`content_digest` of ``base``.
         order_version: version of the order of packs (docs/FORMATS.md); 1 where a checkpoint does not say.
+        normalization: ``--mft-normalization``; older checkpoints do not say, and it was global unless it was given.
         format_version: version of this format.
     """
 
@@ -126,6 +127,7 @@ class CheckpointInfo:
     base: str = ""
     base_digest: str = ""
     order_version: int = 1
+    normalization: str = "global"
     format_version: int = FORMAT_VERSION
 
     @property

@@ -6,10 +6,12 @@ from mft_megatron.arguments.groups.checkpointing import CheckpointArguments
 from mft_megatron.arguments.groups.distributed import DistributedArguments
 from mft_megatron.arguments.groups.learning_rate import LearningRateArguments
 from mft_megatron.arguments.groups.mixed_precision import MixedPrecisionArguments
+from mft_megatron.arguments.groups.multi_task import MultiTaskArguments
 from mft_megatron.arguments.groups.network import NetworkArguments
 from mft_megatron.arguments.groups.recompute import RecomputeArguments
 from mft_megatron.arguments.groups.training import TrainingArguments
 from mft_megatron.arguments.stages import virtual_stages
+from mft_megatron.loss_names import FINE_TUNING_NORMALIZATION, FOCAL, WEIGHTED
 from mft_megatron.options import is_given
 
 from .adapters import adapters_of
@@ -28,6 +30,7 @@ def complete(a: Arguments) -> Arguments:
         learning_rate=_learning_rate(a),
         checkpoint=_checkpoint(a),
         precision=_precision(a),
+        multi_task=_multi_task(a),
     )
 
 
@@ -101,3 +104,21 @@ def _precision(a: Arguments) -> MixedPrecisionArguments:
     if precision.bf16 and not precision.grad_reduce_in_bf16 and precision.main_grads_dtype == "fp32":
         precision = dataclasses.replace(precision, accumulate_allreduce_grads_in_fp32=True)
     return precision
+
+
+def _multi_task(a: Arguments) -> MultiTaskArguments:
+    if is_given(a.multi_task, "mft_normalization"):
+        return a.multi_task
+    return dataclasses.replace(a.multi_task, mft_normalization=default_normalization(a)[0])
+
+
+def default_normalization(a: Arguments) -> tuple[str, str]:
+    """``--mft-normalization`` where it is not given, and in words where that comes from."""
+    loss = a.multi_task.mft_loss
+    if loss in FOCAL:
+        return "global", "the default"
+    if a.resume is not None and not a.weights_alone:
+        return a.resume.info.normalization, "that of the checkpoint"
+    if a.resume is not None and loss in WEIGHTED:
+        return FINE_TUNING_NORMALIZATION, "the default of fine-tuning"
+    return "global", "the default"

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 
+from mft_megatron.loss_names import FOCAL
+
 from .groups.validation import ValidationArguments
 from .table import Arguments
 
@@ -25,6 +27,7 @@ def notes(a: Arguments, training_packs: int, has_validation: bool, on_gpu: bool 
         *_batches(a, training_packs),
         *_dropout(a),
         *_precision(a, on_gpu),
+        *_normalization(a),
     ]
 
 
@@ -106,3 +109,14 @@ def _dropout(a: Arguments) -> Iterator[str]:
 def _precision(a: Arguments, on_gpu: bool) -> Iterator[str]:
     if on_gpu and a.precision.name == "fp32":
         yield "neither --bf16 nor --fp16: fp32 takes twice the memory on a GPU, and several times as long"
+
+
+def _normalization(a: Arguments) -> Iterator[str]:
+    m = a.multi_task
+    if a.resume is None or a.weights_alone or m.mft_loss in FOCAL:
+        return
+    if m.mft_normalization != a.resume.info.normalization:
+        yield (
+            f"--mft-normalization {m.mft_normalization}: the run had {a.resume.info.normalization} up to its "
+            "checkpoint; leave the option out to keep that"
+        )

@@ -9,6 +9,7 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from mft_megatron.arguments.completion import default_normalization
 from mft_megatron.arguments.notes import notes
 from mft_megatron.arguments.table import Arguments
 from mft_megatron.data.loading.dataset import PackedDataset
@@ -200,6 +201,13 @@ def _summary(arguments: Arguments, dataset: PackedDataset, trainer: Trainer) -> 
         f"{trainer.num_parameters():,} parameters{adapters}; TP {layout.tensor_model_parallel_size} × PP "
         f"{layout.pipeline_model_parallel_size}{stages}{context} × DP {arguments.data_parallel_size}{over_experts}; "
         f"{len(dataset.tasks)} tasks in {dataset.split('train').num_packs:,} training packs of "
-        f"{arguments.data.seq_length}; objective {arguments.multi_task.mft_loss}, weights "
-        f"{arguments.multi_task.task_balance}"
+        f"{arguments.data.seq_length}; objective {_objective(arguments)}"
     )
+
+
+def _objective(arguments: Arguments) -> str:
+    """The objective in words: loss, normalisation with where it comes from, source of the weights."""
+    options = arguments.multi_task
+    default, origin = default_normalization(arguments)
+    origin = f" ({origin})" if options.mft_normalization == default else ""
+    return f"{options.mft_loss}, normalisation {options.mft_normalization}{origin}, weights {options.task_balance}"

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from mft_megatron.loss_names import BALANCERS, LOSSES
+from mft_megatron.loss_names import BALANCERS, FINE_TUNING_NORMALIZATION, LOSSES
 from mft_megatron.options import option
 
 # Values of MFTCoder's --weighted_loss_mode that name a balancer.
@@ -28,12 +28,15 @@ class MultiTaskArguments:
         },
     )
     mft_normalization: str = option(
-        "global",
+        None,
         "What the loss of a task is normalised over, the same on every parallel layout: the global batch, so that a "
         "task has its weight in every step that it is in; or an epoch, so that it has its weight over the epoch and "
         "every one of its tokens (or samples) counts the same, in whichever step it is (not for focal losses). Or each "
-        "micro-batch as in MFTCoder, for comparison; task weights then have little effect if micro-batches are small.",
+        "micro-batch as in MFTCoder, for comparison; task weights then have little effect if micro-batches are small. "
+        f"By default {FINE_TUNING_NORMALIZATION} to fine-tune with task-token or task-sample (a run that starts from a "
+        "model's weights), else global; a resumed run keeps that of its checkpoint.",
         choices=("global", "epoch", "micro-batch"),
+        derived=True,
     )
     task_weights: tuple[str, ...] | None = option(
         None,

@@ -6,7 +6,7 @@
     weights w_i of the step, on the host ─► target_K += G · w_K / W ──────────┴─► read at log lines and checkpoints
 
 A step counts by its packs, so that with ``--mft-normalization epoch`` the realised shares are exactly the targets at
-the end of every pass over the data, also while batches grow. A step that updated nothing does not count.
+the end of every epoch, also while batches grow. A step that updated nothing does not count.
 """
 
 import dataclasses

@@ -14,15 +14,15 @@ LISTED_TASKS = 8
 
 
 @dataclasses.dataclass(frozen=True)
-class Passes:
-    """Passes over the training split since counting began, in packs.
+class EpochPacks:
+    """Epochs of the training split since counting began, in packs.
 
     Attributes:
         length: packs of the split.
-        complete: packs of the passes that are whole.
+        complete: packs of the epochs that are whole.
         open: packs of the others, of which only a part is counted: the first, if counting began within it, and the
             current one.
-        current: packs of the current pass that are consumed; 0 at its end.
+        current: packs of the current epoch that are consumed; 0 at its end.
     """
 
     length: int
@@ -31,29 +31,29 @@ class Passes:
     current: int
 
     @classmethod
-    def between(cls, began: int, consumed: int, length: int) -> "Passes":
-        """The passes of ``length`` packs between two numbers of consumed packs."""
+    def between(cls, began: int, consumed: int, length: int) -> "EpochPacks":
+        """The epochs of ``length`` packs between two numbers of consumed packs."""
         whole = max(consumed // length - -(-began // length), 0)
         touched = -(-consumed // length) - began // length
         return cls(length, whole * length, (touched - whole) * length, consumed % length)
 
 
-def off_target(shares: RunShares, passes: Passes | None = None, tolerance: float = SHARE_TOLERANCE) -> list[int]:
+def off_target(shares: RunShares, epochs: EpochPacks | None = None, tolerance: float = SHARE_TOLERANCE) -> list[int]:
     """The tasks whose realised share is not their target, the largest relative difference first.
 
     Args:
         shares: of the run so far.
-        passes: given where a task gets its share only over a whole pass (``--mft-normalization epoch``) and the run
-            goes on: an open pass then excuses all that its other packs can make up for.
+        epochs: given where a task gets its share only over a whole epoch (``--mft-normalization epoch``) and the run
+            goes on: an open epoch then excuses all that its other packs can make up for.
         tolerance: part of the target by which a share may differ from it.
     """
     share_K, target_K = shares.share_K, shares.target_share_K
     if share_K is None or target_K is None:
         return []
     low_K = high_K = target_K
-    if passes is not None and passes.open:
+    if epochs is not None and epochs.open:
         share_K = shares.realised_K
-        low_K, high_K = target_K * passes.complete, target_K * (passes.complete + passes.open)
+        low_K, high_K = target_K * epochs.complete, target_K * (epochs.complete + epochs.open)
     off_K = (share_K < (1 - tolerance) * low_K) | (share_K > (1 + tolerance) * high_K)
     off = np.flatnonzero(off_K & (target_K > 0))
     distance = np.maximum(low_K[off] - share_K[off], share_K[off] - high_K[off]) / target_K[off]
@@ -67,7 +67,7 @@ class Circumstances:
     Attributes:
         normalization: ``--mft-normalization``.
         global_batch_size: the largest.
-        passes: passes so far.
+        epochs: epochs so far.
         skipped_steps: steps that updated nothing.
         changing_weights: whether weights of tasks change during the run.
         packed_decreasing: whether the packs are of ``--packer decreasing``, and could be of ``mixed``.
@@ -75,7 +75,7 @@ class Circumstances:
 
     normalization: str
     global_batch_size: int
-    passes: Passes
+    epochs: EpochPacks
     skipped_steps: int = 0
     changing_weights: bool = False
     packed_decreasing: bool = False
@@ -116,7 +116,7 @@ def _of_global(shares: RunShares, circumstances: Circumstances) -> str:
         return f"under global normalisation {_REPORT}"
     remedies = [
         f"a larger --global-batch-size ({circumstances.global_batch_size} so far) puts a task into more steps",
-        "--mft-normalization epoch gives each task its share over a whole pass",
+        "--mft-normalization epoch gives each task its share over a whole epoch",
     ]
     if circumstances.packed_decreasing:
         remedies.append("packing again with --packer mixed spreads the samples of a task over more packs")
@@ -127,28 +127,28 @@ def _of_global(shares: RunShares, circumstances: Circumstances) -> str:
 
 
 def _of_epoch(shares: RunShares, circumstances: Circumstances) -> str:
-    passes, reasons = circumstances.passes, []
-    if passes.current:
+    epochs, reasons = circumstances.epochs, []
+    if epochs.current:
         reasons.append(
-            f"the run ends after {passes.current:,} of {passes.length:,} packs of a pass (--num-train-epochs ends it "
+            f"the run ends after {epochs.current:,} of {epochs.length:,} packs of an epoch (--num-train-epochs ends it "
             "with one)"
         )
-    if shares.began % passes.length:
-        reasons.append("counting began within a pass")
+    if shares.began % epochs.length:
+        reasons.append("counting began within an epoch")
     if circumstances.skipped_steps:
         steps = circumstances.skipped_steps
         reasons.append(f"{'1 step' if steps == 1 else f'{steps:,} steps'} updated nothing")
     if circumstances.changing_weights:
-        reasons.append("weights of tasks changed within passes")
+        reasons.append("weights of tasks changed within epochs")
     others = [name for name in shares.normalizations if name != "epoch"]
     if others:
         reasons.append(f"part of the run had --mft-normalization {' and '.join(others)}")
-    return f"under epoch normalisation a task has its share over a whole pass; {', and '.join(reasons) or _REPORT}"
+    return f"under epoch normalisation a task has its share over a whole epoch; {', and '.join(reasons) or _REPORT}"
 
 
 def _of_micro_batches(shares: RunShares, circumstances: Circumstances) -> str:
     return (
         "--mft-normalization micro-batch divides by the weights of the tasks that happen to be in one micro-batch, so "
         "that a weight counts for less the fewer they are; global gives each task that is in a step its share, epoch "
-        "each task over a whole pass"
+        "each task over a whole epoch"
     )

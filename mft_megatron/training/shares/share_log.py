@@ -12,9 +12,9 @@ from mft_megatron.training.progress import Progress
 from mft_megatron.training.run_log import RunLog
 
 from .account import AccountState, RunShares, ShareAccount
-from .deviations import Circumstances, Passes, off_target, share_warning
+from .deviations import Circumstances, EpochPacks, off_target, share_warning
 
-# shares are judged after so many steps, at every doubling of them, and at ends of passes and of the run
+# shares are judged after so many steps, at every doubling of them, and at ends of epochs and of the run
 FIRST_JUDGED = 100
 
 
@@ -82,34 +82,34 @@ class ShareLog:
             over: whether the run is over, so that no later step can change the shares.
         """
         length = self._split.num_packs
-        pass_ends = progress.consumed_samples // length > before.consumed_samples // length
+        epoch_ends = progress.consumed_samples // length > before.consumed_samples // length
         logged = progress.step % self._arguments.logging.log_interval == 0
         enough = logged and self._account.steps >= self._judged_next
-        if not (over or pass_ends or enough) or not LOSSES[self._arguments.multi_task.mft_loss].weighted:
+        if not (over or epoch_ends or enough) or not LOSSES[self._arguments.multi_task.mft_loss].weighted:
             return
         shares = self.read()
         while self._judged_next <= shares.steps:
             self._judged_next *= 2
-        passes = Passes.between(shares.began, progress.consumed_samples, length)
-        by_pass = self._arguments.multi_task.mft_normalization == "epoch"
-        off = off_target(shares, passes if by_pass and not over else None)
+        epochs = EpochPacks.between(shares.began, progress.consumed_samples, length)
+        by_epoch = self._arguments.multi_task.mft_normalization == "epoch"
+        off = off_target(shares, epochs if by_epoch and not over else None)
         names = [self._dataset.tasks[task] for task in off]
         if set(names) <= self._warned:
             return
         self._warned |= set(names)
-        reason = share_warning(shares, off, self._dataset.tasks, self._circumstances(passes, progress))
+        reason = share_warning(shares, off, self._dataset.tasks, self._circumstances(epochs, progress))
         log.write(event_record(progress, "warning", reason=reason, tasks=names))
 
-    def _circumstances(self, passes: Passes, progress: Progress) -> Circumstances:
+    def _circumstances(self, epochs: EpochPacks, progress: Progress) -> Circumstances:
         a, entry = self._arguments, self._dataset.entry
         packed = not (entry.joined or entry.padded)
         return Circumstances(
             a.multi_task.mft_normalization,
             max(a.batch_sizes.sizes),
-            passes,
+            epochs,
             progress.skipped_steps,
             a.multi_task.task_balance != "static" or a.validation.task_early_stopping_patience is not None,
-            packed and entry.options.get("packer", "decreasing") == "decreasing",
+            packed and entry.packer == "decreasing",
         )
 
     def _new_account(self, began: int) -> ShareAccount:

@@ -14,7 +14,7 @@ from tests.made_dataset import write_dataset
 from tests.task_counts import counted
 from tests.training.shares.made_steps import reported
 
-SIZES = (1, 3, 3, 7, 2)  # packs of steps, repeated; no multiple of any of them is the length of a pass
+SIZES = (1, 3, 3, 7, 2)  # packs of steps, repeated; no multiple of any of them is the length of an epoch
 
 
 @pytest.fixture(scope="module")
@@ -84,10 +84,10 @@ def test_shares_are_sums_over_the_steps(split, loss, normalization):
 
 
 @pytest.mark.parametrize("loss", ["task-token", "task-sample"])
-@pytest.mark.parametrize("passes", [1, 3])
-def test_with_epoch_normalisation_shares_are_exact_at_the_end_of_every_pass(split, loss, passes):
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_with_epoch_normalisation_shares_are_exact_at_the_end_of_every_epoch(split, loss, epochs):
     account, weights = ShareAccount(split, loss, "epoch"), [1.0, 2.0, 0.5, 3.0]
-    for plan in plans(split, passes * split.num_packs):
+    for plan in plans(split, epochs * split.num_packs):
         account.count(plan, reported(of_epoch(plan, split, weights, loss), weights))
     np.testing.assert_allclose(account.read().share_K, np.array(weights) / 6.5, rtol=1e-12)
 

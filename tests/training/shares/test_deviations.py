@@ -1,4 +1,4 @@
-"""Realised shares that are off their targets: which, when a pass excuses it, and what the warning says."""
+"""Realised shares that are off their targets: which, when an epoch excuses it, and what the warning says."""
 
 import dataclasses
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mft_megatron.training.shares.account import RunShares
-from mft_megatron.training.shares.deviations import Circumstances, Passes, off_target, share_warning
+from mft_megatron.training.shares.deviations import Circumstances, EpochPacks, off_target, share_warning
 
 TASKS = ("write", "read", "fix")
 
@@ -58,34 +58,34 @@ def test_without_targets_or_steps_nothing_is_off():
         (100, 200, (100, 0, 0)),
     ],
 )
-def test_passes_between_two_numbers_of_packs(began, consumed, expected):
-    passes = Passes.between(began, consumed, 100)
-    assert (passes.complete, passes.open, passes.current) == expected
+def test_epochs_between_two_numbers_of_packs(began, consumed, expected):
+    epochs = EpochPacks.between(began, consumed, 100)
+    assert (epochs.complete, epochs.open, epochs.current) == expected
 
 
 @pytest.mark.parametrize(
     ("realised", "consumed", "off"),
     [
-        # a pass of 100 packs gives the tasks 25, 25 and 50
+        # an epoch of 100 packs gives the tasks 25, 25 and 50
         ((0, 0, 10), 10, []),  # all of it can still come
         ((25, 25, 0), 10, []),
-        ((27, 25, 0), 10, [0]),  # more than a pass has
+        ((27, 25, 0), 10, [0]),  # more than an epoch has
         ((25, 25, 50), 100, []),
         ((23, 25, 52), 100, [0]),
-        ((25, 25, 50), 140, []),  # nothing of the second pass
+        ((25, 25, 50), 140, []),  # nothing of the second epoch
         ((50, 50, 100), 140, []),  # all of it
-        ((23, 25, 60), 140, [0]),  # less than the first pass had
+        ((23, 25, 60), 140, [0]),  # less than the first epoch had
         ((25, 53, 60), 140, [1]),
     ],
 )
-def test_an_open_pass_excuses_what_it_can_make_up_for(realised, consumed, off):
+def test_an_open_epoch_excuses_what_it_can_make_up_for(realised, consumed, off):
     made = shares((0, 0, 0), packs=consumed, realised_K=np.array(realised, float))
-    assert off_target(made, Passes.between(0, consumed, 100)) == off
+    assert off_target(made, EpochPacks.between(0, consumed, 100)) == off
 
 
-GLOBAL = Circumstances("global", 8, Passes.between(0, 40, 100))
+GLOBAL = Circumstances("global", 8, EpochPacks.between(0, 40, 100))
 EPOCH = dataclasses.replace(GLOBAL, normalization="epoch")
-EPOCHS = ("epoch",)
+OVER_EPOCHS = ("epoch",)
 
 
 def warning(circumstances=GLOBAL, **changes):
@@ -111,19 +111,19 @@ def test_absent_tasks_are_the_reason_under_global():
     [
         ({}, GLOBAL, "under global normalisation only rounding can do this; please report it"),
         ({}, {"normalization": "micro-batch"}, "divides by the weights of the tasks that happen to be in one micro-"),
-        ({}, {}, "a task has its share over a whole pass; the run ends after 40 of 100 packs of a pass (--num-tra"),
-        ({"began": 30}, {"passes": Passes.between(30, 300, 100)}, "whole pass; counting began within a pass"),
-        ({}, {"passes": Passes.between(0, 100, 100), "skipped_steps": 1}, "whole pass; 1 step updated nothing"),
+        ({}, {}, "a task has its share over a whole epoch; the run ends after 40 of 100 packs of an epoch (--num-tra"),
+        ({"began": 30}, {"epochs": EpochPacks.between(30, 300, 100)}, "whole epoch; counting began within an epoch"),
+        ({}, {"epochs": EpochPacks.between(0, 100, 100), "skipped_steps": 1}, "whole epoch; 1 step updated nothing"),
         ({}, {"skipped_steps": 2000}, "ends it with one), and 2,000 steps updated nothing"),
-        ({}, {"changing_weights": True}, ", and weights of tasks changed within passes"),
+        ({}, {"changing_weights": True}, ", and weights of tasks changed within epochs"),
         ({"normalizations": ("global", "epoch")}, {}, ", and part of the run had --mft-normalization global"),
-        ({}, {"passes": Passes.between(0, 100, 100)}, "whole pass; only rounding can do this; please report it"),
+        ({}, {"epochs": EpochPacks.between(0, 100, 100)}, "whole epoch; only rounding can do this; please report it"),
     ],
 )
 def test_the_reason_of_a_difference(changes, circumstances, text):
     if isinstance(circumstances, dict):
         circumstances = dataclasses.replace(EPOCH, **circumstances)
-        changes = {"normalizations": EPOCHS, **changes}
+        changes = {"normalizations": OVER_EPOCHS, **changes}
     assert text in warning(circumstances, **changes)
 
 

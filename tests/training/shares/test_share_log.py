@@ -89,7 +89,7 @@ def test_tasks_that_no_warning_was_about_are_named_later(dataset):
     assert len(run.warned) == 1
 
 
-def test_an_end_of_a_pass_and_of_the_run_are_times_to_judge(dataset, monkeypatch):
+def test_an_end_of_an_epoch_and_of_the_run_are_times_to_judge(dataset, monkeypatch):
     monkeypatch.setattr(share_log, "FIRST_JUDGED", 10**6)
     packs = dataset.split("train").num_packs
     assert [step for step, _ in Run(dataset).steps(packs, OFF).warned] == [packs]
@@ -97,15 +97,16 @@ def test_an_end_of_a_pass_and_of_the_run_are_times_to_judge(dataset, monkeypatch
     assert Run(dataset).steps(packs + 3, EQUAL).step(EQUAL, over=True).log == []
 
 
-def test_under_epoch_normalisation_a_pass_must_be_over(dataset):
+def test_under_epoch_normalisation_an_epoch_must_be_over(dataset):
     packs = dataset.split("train").num_packs
     off = [0.27, 0.27, 0.23, 0.23]
     run = Run(dataset, normalization="epoch").steps(packs - 1, off)
     assert run.log == []
     assert [step for step, _ in run.step(off).warned] == [packs]
-    assert Run(dataset, normalization="epoch").steps(packs - 1, OFF).warned == [(64, ["read"])]  # more than a pass has
+    # more than an epoch has
+    assert Run(dataset, normalization="epoch").steps(packs - 1, OFF).warned == [(64, ["read"])]
     over = Run(dataset, normalization="epoch").steps(5, OFF).step(OFF, over=True)
-    assert f"the run ends after 6 of {packs} packs of a pass" in over.log[0]["reason"]
+    assert f"the run ends after 6 of {packs} packs of an epoch" in over.log[0]["reason"]
 
 
 def test_losses_without_weights_are_not_judged(dataset):
