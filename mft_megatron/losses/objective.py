@@ -139,7 +139,9 @@ class Objective:
             num_batches: how many global batches like that of the step ``T_i`` and ``M_i`` are of: for an epoch its
                 packs divided by those of the step.
         """
-        base_K = self.loss.task_factors(token_weights_K, sample_weights_K, weight_K) * num_batches
+        base_K = self.loss.task_factors(token_weights_K, sample_weights_K, weight_K)
+        if num_batches != 1:
+            base_K = base_K * num_batches
         factors = StepFactors(base_K, base_K, weight_K.double(), micro_batch_weight=1.0 / num_micro_batches)
         if not self.loss.modulates_tasks:
             return factors
@@ -210,7 +212,7 @@ class Objective:
         weights_BS = supervision.weights_BS
         rows = [
             loss_BS * weights_BS,
-            batch.loss_mask_BS.double(),
+            supervision.mask_BS,
             weights_BS,
             coefficient_BS * loss_BS,
             coefficient_BS,

@@ -18,12 +18,13 @@ from .segments import inverse, sample_sums, spread, task_sums
 
 @dataclasses.dataclass(frozen=True)
 class Supervision:
-    """Weights of the tokens of a micro-batch, fp64 [B, S] and constant; where all weights are 1, the loss mask.
+    """Weights of the tokens of a micro-batch, fp64 [B, S] and constant; without any, all three are the loss mask.
 
     Attributes:
         task_ids_BS: int64; any valid task where nothing is supervised.
         sample_ids_BS: int64, index of the sample within the micro-batch, which holds the whole sample.
         num_segments: how many sample indices there are; known on the host, so that nothing waits for the device.
+        mask_BS: 1 where the token is supervised, else 0.
         turn_weights_BS: ``u_t``; 0 where the token is not supervised.
         weights_BS: ``v_j·u_t``.
     """
@@ -31,19 +32,21 @@ class Supervision:
     task_ids_BS: Tensor
     sample_ids_BS: Tensor
     num_segments: int
+    mask_BS: Tensor
     turn_weights_BS: Tensor
     weights_BS: Tensor
 
     @classmethod
     def of(cls, batch: Batch[Tensor]) -> "Supervision":
         """Read it from a micro-batch of tensors."""
-        turn_weights_BS = batch.loss_mask_BS.double()
+        turn_weights_BS = mask_BS = batch.loss_mask_BS.double()
         if batch.token_weights_BS is not None:
             turn_weights_BS = turn_weights_BS * batch.token_weights_BS
         weights_BS = turn_weights_BS
         if batch.sample_weights_BS is not None:
             weights_BS = weights_BS * batch.sample_weights_BS
-        return cls(batch.task_ids_BS, batch.sample_ids_BS, batch.num_segments, turn_weights_BS, weights_BS)
+        ids = (batch.task_ids_BS, batch.sample_ids_BS, batch.num_segments)
+        return cls(*ids, mask_BS, turn_weights_BS, weights_BS)
 
     def sample_sums(self, value_BS: Tensor) -> Tensor:
         """Sum of ``u_t`` times a per-token value over each sample: fp64 [samples]; differentiable."""
