@@ -5,7 +5,6 @@
 See ``--help`` for all options, and README.md for a whole run.
 """
 
-import dataclasses
 import functools
 import os
 import sys
@@ -16,8 +15,6 @@ from typing import TYPE_CHECKING
 from mft_megatron.errors import InputError, run_command
 
 if TYPE_CHECKING:
-    from mft_megatron.arguments.command import CommandLine
-    from mft_megatron.arguments.start import Start
     from mft_megatron.arguments.table import Arguments
     from mft_megatron.convert.background_export import Exports
     from mft_megatron.convert.huggingface.weight_source import HuggingFaceSource
@@ -28,6 +25,7 @@ def main() -> None:
     """Check every option first; only then load torch and start process groups."""
     from mft_megatron.arguments.checks.lora import check_trained_model
     from mft_megatron.arguments.command import make_arguments, read_command_line
+    from mft_megatron.convert.run_start import open_start
     from mft_megatron.data.loading.dataset import packed_lengths, training_packs
 
     command_line = read_command_line(sys.argv[1:])
@@ -66,33 +64,6 @@ def start_training(
     from mft_megatron.training.saving import Sources
 
     pretrain(arguments, main_rank, Sources(model, adapter), exports)
-
-
-def open_start(command_line: "CommandLine") -> "tuple[Start, HuggingFaceSource | None, AdapterSource | None]":
-    """Find the checkpoint of a run, and open the model of ``--hf-checkpoint`` and the adapter of ``--hf-adapter``.
-
-    Each is opened once, because that reads weights, and only if the run reads it. Torch is imported only then.
-    """
-    from mft_megatron.arguments.groups.checkpointing import CheckpointArguments
-    from mft_megatron.arguments.groups.lora import LoraArguments
-    from mft_megatron.arguments.start import Start, find_checkpoint, reads_adapter, reads_hf_model
-
-    options, lora = command_line.group(CheckpointArguments), command_line.group(LoraArguments)
-    start, model, adapter = Start(find_checkpoint(options)), None, None
-    if options.hf_checkpoint is not None and reads_hf_model(options, start.checkpoint):
-        from mft_megatron.convert.huggingface.weight_source import HuggingFaceSource
-
-        model = HuggingFaceSource(options.hf_checkpoint)
-        start = dataclasses.replace(start, hf_model=model.info)
-        for note in model.notes if os.environ.get("RANK", "0") == "0" else ():
-            print(f"note: {note}")
-    resume = start.resume(options)
-    if lora.hf_adapter is not None and resume is not None and reads_adapter(lora, start.checkpoint):
-        from mft_megatron.convert.peft.weight_source import AdapterSource
-
-        adapter = AdapterSource(lora.hf_adapter, resume.info)
-        start = dataclasses.replace(start, adapter=adapter.lora)
-    return start, model, adapter
 
 
 def run_and_export(

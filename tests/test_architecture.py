@@ -19,9 +19,11 @@ ORDER = {
     ),
     "mcore": (
         *("platform", "parallel", "attention", "moe", "output_layer", "adapters", "model", "optim"),
-        *("trainer", "checkpointing", "inference"),
+        *("trainer", "checkpointing", "inference", "reference_model"),
     ),
-    "convert": (*("atomic_folder", "huggingface", "peft", "megatron", "serving", "commands", "background_export"),),
+    "convert": (
+        *("atomic_folder", "huggingface", "peft", "megatron", "serving", "commands", "background_export", "run_start"),
+    ),
     "arguments": (
         *("values", "groups", "stages|table|megatron_only|without_effect", "checks"),
         "adapters|start|completion|config_syntax|config_file|notes|reference|command",

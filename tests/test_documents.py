@@ -29,7 +29,7 @@ SUBCOMMANDS = {
     "tools/convert_checkpoint.py": (
         *("hf-to-mcore", "mcore-to-hf", "lora-to-peft", "merge-lora", "adapters", "check", "megatron-to-mcore"),
     ),
-    "tools/verify.py": ("packs",),
+    "tools/verify.py": ("objective", "packs"),
 }
 TOOLS = ("preprocess_data", "pack_data", "inspect_data", "convert_checkpoint", "quantize_hf", "verify")
 # Options of other programs that the documents name.

@@ -11,7 +11,7 @@ help of an option says where it differs from Megatron's.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mft_megatron.arguments.checks.batches import check_batch_schedule
@@ -44,6 +44,13 @@ if TYPE_CHECKING:
 else:
     G = TypeVar("G")
 
+TRAINING = {
+    "prog": "pretrain_mft.py",
+    "usage": "torchrun … pretrain_mft.py --data-path PREFIX (--train-iters N | --num-train-epochs E) --lr X "
+    "--micro-batch-size N [options]",
+    "description": "Multi-task fine-tuning on Megatron-Core. Start it with torchrun; option names, meanings and "
+    "defaults are Megatron's unless the help says otherwise.",
+}
 PackedLengths = Callable[[str], Sequence[int]]
 TrainingPacks = Callable[[str, int], int]
 
@@ -94,22 +101,21 @@ def parse_arguments(
     return make_arguments(command_line, start, world_size, packed_lengths, training_packs)
 
 
-def read_command_line(words: Sequence[str]) -> CommandLine:
+def read_command_line(
+    words: Sequence[str], command: Mapping[str, str] = TRAINING, more: Iterable[tuple[str, type]] = ()
+) -> CommandLine:
     """Read a command line and the file of ``--yaml-cfg``; the command line takes precedence.
+
+    Args:
+        words: after the program's name.
+        command: program, usage and description, for ``--help``.
+        more: groups of options, each with its title, that a command has beside those of training.
 
     Raises:
         InputError: an unknown option, or a missing or malformed value.
     """
-    groups = (("configuration file", ConfigFileArguments), *GROUPS)
-    parser = build_parser(
-        groups,
-        prog="pretrain_mft.py",
-        usage="torchrun … pretrain_mft.py --data-path PREFIX (--train-iters N | --num-train-epochs E) --lr X "
-        "--micro-batch-size N [options]",
-        description="Multi-task fine-tuning on Megatron-Core. Start it with torchrun; option names, meanings and "
-        "defaults are Megatron's unless the help says otherwise.",
-        refused=MEGATRON_ONLY,
-    )
+    groups = (*more, ("configuration file", ConfigFileArguments), *GROUPS)
+    parser = build_parser(groups, refused=MEGATRON_ONLY, **command)
     given = parse(parser, words, groups)
     asked_for = set(given)
     path = given.pop("yaml_cfg", None)

@@ -120,11 +120,10 @@ class PackingArguments:
         aliases=("--padding_mode",),
     )
     packing: str = option("mixed", "Whether a row may hold samples of several tasks.", choices=("mixed", "per-task"))
-    packer: str | None = option(
-        None,
-        "How samples share training rows: mixed, the default, spreads the samples of each task evenly over the rows; "
-        "decreasing goes from the longest sample to the shortest, so that short ones crowd into a few rows. Other "
-        "splits are packed by decreasing length.",
+    packer: str = option(
+        "mixed",
+        "How samples share training rows: mixed spreads the samples of each task evenly over the rows; decreasing goes "
+        "from the longest sample to the shortest, so that short ones crowd into a few rows. Other splits: decreasing.",
         choices=PACKERS,
     )
     task_sampling: tuple[str, ...] | None = option(
@@ -148,12 +147,8 @@ class PackingArguments:
         """Parse the options that are text.
 
         Raises:
-            InputError: a malformed split or ratio, or a packer of rows that hold one sample or a section of documents.
+            InputError: a malformed split or ratio.
         """
-        if self.packer is not None and self.padding_mode != PADDING_MODES[0]:
-            raise InputError(
-                f"--packer {self.packer}: rows of --padding-mode {self.padding_mode} are not packed; leave it out"
-            )
         return PackingOptions(
             seq_length=self.seq_length,
             split=_split_weights(self.split),
@@ -161,7 +156,7 @@ class PackingArguments:
             overlong=self.overlong,
             padding_mode=self.padding_mode,
             packing=self.packing,
-            packer=PACKERS[0] if self.packer is None else self.packer,
+            packer=self.packer,
             task_sampling=_ratios(self.task_sampling or ()),
             sampling_temperature=self.sampling_temperature,
             sampling_max_epochs=self.sampling_max_epochs,

@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-import pretrain_mft
 from mft_megatron.arguments.command import make_arguments, parse_arguments, read_command_line
+from mft_megatron.convert.run_start import open_start
 from mft_megatron.lora import Lora, Target, num_sources, read_targets
 from mft_megatron.run_folder import content_digest, effective_configuration
 from tests.arguments.command_line import WITHOUT_SHAPE, checkpoint, parse, resumed
@@ -234,14 +234,14 @@ def test_an_adapter_is_opened_once_for_the_model_it_belongs_to(tmp_path, monkeyp
     monkeypatch.setattr("mft_megatron.convert.peft.weight_source.AdapterSource", Adapter)
     words = f"{WITHOUT_SHAPE} --pretrained-checkpoint {folder} --hf-adapter there --peft-type lora"
     command_line = read_command_line(words.split())
-    start, _, adapter = pretrain_mft.open_start(command_line)
+    start, _, adapter = open_start(command_line)
     assert opened == [("there", 5)]
     assert isinstance(adapter, Adapter)
     assert make_arguments(command_line, start).starts_from_adapter
     # When the job is restarted with the same command, its own adapters take precedence.
     run = _with_adapters(tmp_path / "run")
     command_line = read_command_line(f"{words} --load {run}".split())
-    start, _, adapter = pretrain_mft.open_start(command_line)
+    start, _, adapter = open_start(command_line)
     assert len(opened) == 1
     assert adapter is None
     assert not make_arguments(command_line, start).starts_from_adapter

@@ -11,6 +11,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 
+def _widened(value: Tensor) -> Tensor:
+    """Convert to fp32 for computing; fp64, in which references of the engine are computed, stays."""
+    return value if value.dtype == torch.float64 else value.float()
+
+
 def _weight_shift(norm: torch.nn.Module, config: TransformerConfig) -> float:
     """Mark a norm's parameters for sequence parallelism and return what is added to its stored weight.
 
@@ -26,7 +31,7 @@ def _weight_shift(norm: torch.nn.Module, config: TransformerConfig) -> float:
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """Root-mean-square norm, computed in fp32 whatever the input's dtype."""
+    """Root-mean-square norm, computed in fp32 if the input's dtype is a smaller one."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5):
         """Allocate the weight; Megatron-Core builds norms with these arguments."""
@@ -41,10 +46,10 @@ class RMSNorm(torch.nn.RMSNorm):
         # The view is an autograd node before the norm's several uses of the input, so that their gradients are added
         # before the residual stream's gradient: then a recomputed norm gives the same gradient, bit for bit.
         hidden = hidden.view_as(hidden)
-        normed = torch.nn.functional.rms_norm(hidden.float(), self.normalized_shape, None, self.eps)
+        normed = torch.nn.functional.rms_norm(_widened(hidden), self.normalized_shape, None, self.eps)
         if self.shift:
             # in fp32 as in Gemma and Transformer Engine: 1 + weight in bf16 would lose the digits that are stored
-            return (normed * (self.weight.float() + self.shift)).to(self.weight.dtype)
+            return (normed * (_widened(self.weight) + self.shift)).to(self.weight.dtype)
         return normed.to(self.weight.dtype) * self.weight
 
 
@@ -63,8 +68,8 @@ class LayerNorm(torch.nn.LayerNorm):
         """
         if not self.shift and hidden.dtype == self.weight.dtype:
             return torch.nn.functional.layer_norm(hidden, self.normalized_shape, self.weight, self.bias, self.eps)
-        weight, bias = self.weight.float() + self.shift, self.bias.float()
-        normed = torch.nn.functional.layer_norm(hidden.float(), self.normalized_shape, weight, bias, self.eps)
+        weight, bias = _widened(self.weight) + self.shift, _widened(self.bias)
+        normed = torch.nn.functional.layer_norm(_widened(hidden), self.normalized_shape, weight, bias, self.eps)
         return normed.to(self.weight.dtype)
 
 

@@ -1,0 +1,162 @@
+"""A step beside its reference: relative errors, the bounds that hold for a precision, and the table that is printed."""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .steps import Gradient, Step
+
+
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """Largest relative errors of a step that computes what it should.
+
+    Attributes:
+        share: of a task's share; coefficients are fp64 whatever the precision of the model.
+        loss: of the loss and of a task's mean token loss.
+        gradient: of ‖gradient - reference‖, relative to ‖reference‖.
+    """
+
+    share: float
+    loss: float
+    gradient: float
+
+
+# In units of u, the largest relative error of one rounding (2^-24, 2^-8 and 2^-11), losses have about 34, 3 and 4 and
+# gradients about 84, 26 and 41: sums in fp32 are as long as the model is wide, those of 16 bits are kept in fp32.
+# docs/VERIFY.md has what was measured.
+BOUNDS: Mapping[str, Bounds] = {
+    "fp32": Bounds(share=1e-9, loss=2e-6, gradient=5e-6),
+    "bf16": Bounds(share=1e-9, loss=1e-2, gradient=0.1),
+    "fp16": Bounds(share=1e-9, loss=2e-3, gradient=0.02),
+}
+
+
+def bounds_of(precision: str, loss: str) -> Bounds:
+    """Bounds of a run: of its precision (fp32, bf16, fp16), and ``--mft-loss``; focal coefficients depend on losses."""
+    bounds = BOUNDS[precision]
+    return dataclasses.replace(bounds, share=bounds.loss) if loss == "focal-sample" else bounds
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """A figure of a step.
+
+    Attributes:
+        table: of the three tables that it belongs to.
+        name: task or weight.
+        figures: its columns but the last, as text.
+        error: relative error; infinite where one side has no such figure.
+        bound: on the error.
+    """
+
+    table: str
+    name: str
+    figures: tuple[str, ...]
+    error: float
+    bound: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether the error is within its bound; not where it is NaN."""
+        return self.error <= self.bound
+
+
+HEADERS: Mapping[str, tuple[str, ...]] = {
+    "share": ("task", "tokens", "target", "realised", "reference"),
+    "loss": ("loss", "computed", "reference"),
+    "gradient": ("gradient of", "norm", "reference"),
+}
+
+
+def compare(
+    step: Step, reference: Step, target_K: np.ndarray | None, tasks: Sequence[str], bounds: Bounds
+) -> list[Line]:
+    """Compare a step of a run with its reference.
+
+    Args:
+        step: as the run computes it.
+        reference: as it should be.
+        target_K: fp64 [K], the share that each task should have; ``None`` where the loss has no target.
+        tasks: names.
+        bounds: of the run's precision.
+    """
+    return [
+        *_shares(step, reference, target_K, tasks, bounds.share),
+        *_losses(step, reference, tasks, bounds.loss),
+        *_gradients(step.gradients, reference.gradients, bounds.gradient),
+    ]
+
+
+def _shares(
+    step: Step, reference: Step, target_K: np.ndarray | None, tasks: Sequence[str], bound: float
+) -> Iterator[Line]:
+    for task, name in enumerate(tasks):
+        ours, theirs = float(step.share_K[task]), float(reference.share_K[task])
+        tokens = int(step.tokens_K[task])
+        same = tokens == reference.tokens_K[task]
+        words = f"{tokens:,}" if same else f"{tokens:,}, not {reference.tokens_K[task]:,}"
+        target = "" if target_K is None else f"{target_K[task]:.6f}"
+        error = relative(ours, theirs) if same else math.inf
+        yield Line("share", name, (words, target, f"{ours:.6f}", f"{theirs:.6f}"), error, bound)
+    ours, theirs = step.total, reference.total
+    yield Line("share", "Σ c_t", ("", "", f"{ours:.6f}", f"{theirs:.6f}"), relative(ours, theirs), bound)
+
+
+def _losses(step: Step, reference: Step, tasks: Sequence[str], bound: float) -> Iterator[Line]:
+    pairs = [("objective", step.loss, reference.loss)]
+    pairs += zip(tasks, step.task_loss_K.tolist(), reference.task_loss_K.tolist(), strict=True)
+    for name, ours, theirs in pairs:
+        if not (math.isnan(ours) and math.isnan(theirs)):  # a task that is not in the step
+            yield Line("loss", name, (f"{ours:.7f}", f"{theirs:.7f}"), relative(ours, theirs), bound)
+
+
+def _gradients(ours: Mapping[str, Gradient], theirs: Mapping[str, Gradient], bound: float) -> Iterator[Line]:
+    for name in sorted(ours.keys() | theirs.keys()):
+        if name not in ours or name not in theirs:
+            yield Line("gradient", name, ("", "only one side has it"), math.inf, bound)
+            continue
+        value, disagreement = ours[name].value, ours[name].disagreement
+        wanted = _padded(theirs[name].value, value)
+        difference, norm = (value - wanted).norm().item(), wanted.norm().item()
+        # bounds the error of every rank's copy
+        error = (difference / norm if norm else (math.inf if difference else 0.0)) + disagreement
+        yield Line("gradient", name, (f"{value.norm().item():.6e}", f"{norm:.6e}"), error, bound)
+
+
+def _padded(value: Tensor, like: Tensor) -> Tensor:
+    """A gradient with the rows of another's padding of the vocabulary, where gradients are 0, or without such rows."""
+    if value.shape == like.shape:
+        return value
+    padded = torch.zeros(max(len(value), len(like)), *value.shape[1:], dtype=value.dtype)
+    padded[: len(value)] = value
+    return padded[: len(like)]
+
+
+def relative(ours: float, theirs: float) -> float:
+    """Relative error of a number; the number itself where it should be 0, and NaN where either is."""
+    return abs(ours - theirs) / abs(theirs) if theirs else abs(ours)
+
+
+def table(lines: Sequence[Line]) -> list[str]:
+    """Lines of text: a table for each kind of figure, each line with its error; those beyond their bound are marked."""
+    text = []
+    for kind, header in HEADERS.items():
+        chosen = [line for line in lines if line.table == kind]
+        if not chosen:
+            continue
+        rows = [(*header, "rel. error"), *((line.name, *line.figures, f"{line.error:.1e}") for line in chosen)]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        marks = ["", *("" if line.holds else f"  MISMATCH: above {line.bound:.1e}" for line in chosen)]
+        for row, mark in zip(rows, marks, strict=True):
+            cells = [
+                row[0].ljust(widths[0]),
+                *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
+            ]
+            text.append("  ".join(cells).rstrip() + mark)
+        text.append("")
+    return text
