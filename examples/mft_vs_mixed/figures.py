@@ -1,4 +1,4 @@
-"""plot.png: validation curves of each task with their spread over seeds, and how balancers move the weights."""
+"""plot.png: validation curves of each task with their spread over seeds, epoch against global, weights of balancers."""
 
 from collections.abc import Sequence
 from io import BytesIO
@@ -6,9 +6,11 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from methods import BALANCED, BALANCERS, METHODS
+from measurements import Run
+from methods import BALANCED, BALANCERS, EPOCH_AGAINST, METHODS
 from PIL import Image
-from results import Comparison, Run
+from report import DECISIVE
+from results import Comparison
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # after the backend is chosen
@@ -19,20 +21,20 @@ MARKERS = "os^Dvp*"
 DASHES = ("-", "--", "-.", ":", (0, (3, 1, 1, 1)), (0, (5, 1)), "-")
 SMOOTHED = 10  # steps
 BESIDE = {"loc": "upper left", "bbox_to_anchor": (1.02, 1.0), "fontsize": 9, "frameon": False}
-ROWS = {"weights": "what counts the same", "focal": "by samples, focal", "balancers": "balancers"}
+GROUPS = {"weights": "what counts the same", "samples": "by samples, focal", "balancers": "balancers"}
 
 
 def plot(comparison: Comparison, path: Path) -> None:
-    """Plot rows of panels by kind of method, columns by task; below them the weights of each balancer over time.
+    """Plot rows of panels by group of methods, columns by task; below them epoch minus global, and balancers' weights.
 
-    ``task-token`` is the same black line in every row.
+    ``global`` is the same black line in every row.
     """
     columns = (*comparison.tasks, "macro")
-    figure = plt.figure(figsize=(16, 11), layout="constrained")
-    curves, weights = figure.subfigures(2, 1, height_ratios=[len(ROWS), 1.1])
-    axes = curves.subplots(len(ROWS), len(columns), sharex=True, sharey="col")
-    for (row, title), axes_of_row in zip(ROWS.items(), axes, strict=True):
-        methods = [BALANCED, *(name for name, method in METHODS.items() if method.row == row and name != BALANCED)]
+    figure = plt.figure(figsize=(16, 14), layout="constrained")
+    curves, differences, weights = figure.subfigures(3, 1, height_ratios=[len(GROUPS), 0.9, 1.1])
+    axes = curves.subplots(len(GROUPS), len(columns), sharex=True, sharey="col")
+    for (group, title), axes_of_row in zip(GROUPS.items(), axes, strict=True):
+        methods = [BALANCED, *(name for name, method in METHODS.items() if method.group == group and name != BALANCED)]
         for column, panel in zip(columns, axes_of_row, strict=True):
             for index, method in enumerate(methods):
                 _curve(panel, comparison.runs[method], column, method, index)
@@ -42,6 +44,7 @@ def plot(comparison: Comparison, path: Path) -> None:
         panel.set_title(column, fontsize=10)
     for panel in axes[-1]:
         panel.set_xlabel("step")
+    _plot_differences(differences, comparison)
     _plot_weights(weights, comparison)
     image = BytesIO()
     figure.savefig(image, dpi=80)
@@ -57,8 +60,26 @@ def _curve(panel: plt.Axes, runs: Sequence[Run], column: str, label: str, index:
     style = {"color": COLOURS[index], "marker": MARKERS[index], "linestyle": DASHES[index]}
     panel.plot(step_E, mean_E, markersize=4, linewidth=1.3, label=label, **style)
     panel.fill_between(step_E, mean_E - std_E, mean_E + std_E, color=COLOURS[index], alpha=0.2, linewidth=0)
-    panel.set_xticks(step_E[1::2])
+    panel.set_xticks(step_E)
     panel.grid(alpha=0.25)
+
+
+def _plot_differences(figure: matplotlib.figure.SubFigure, comparison: Comparison) -> None:
+    """Plot each seed's difference, and their mean with its 95 % interval."""
+    axes = figure.subplots(1, len(DECISIVE), sharey=True)
+    for column, panel in zip(DECISIVE, axes, strict=True):
+        for row, (method, other) in enumerate(EPOCH_AGAINST.items()):
+            difference = comparison.paired(method, other, column)
+            values = zip(comparison.values(method, column), comparison.values(other, column), strict=True)
+            seeds = [value - reference for value, reference in values]
+            panel.plot(seeds, [row] * len(seeds), "|", color=COLOURS[2], markersize=8)
+            panel.errorbar(difference.mean, row, xerr=difference.half_width, fmt="o", color=COLOURS[0], capsize=3)
+        panel.axvline(0, color="grey", linewidth=0.8)
+        panel.set_title(column, fontsize=10)
+        panel.grid(alpha=0.25)
+    axes[0].set_yticks(range(len(EPOCH_AGAINST)), [f"{method} − {other}" for method, other in EPOCH_AGAINST.items()])
+    axes[0].invert_yaxis()
+    figure.supxlabel("difference of losses: seeds, mean, 95 % interval", fontsize=9)
 
 
 def _plot_weights(figure: matplotlib.figure.SubFigure, comparison: Comparison) -> None:

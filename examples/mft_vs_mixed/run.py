@@ -2,26 +2,30 @@
 
 ::
 
-    standard library ─► five tasks, and plain functions ─► tokenizer ─► two packed data sets
+    standard library ─► five tasks, a sixth, and plain functions ─► tokenizer ─► packed data sets
     plain functions  ─► one base model per seed
-    the tasks        ─► one run per method and seed, from the seed's base ─► results.json, table.md, plot.png
+    the tasks        ─► one run per method and seed, from the seed's base ─┐
+    each task alone  ─► one run per task and seed, from the seed's base ───┼─► results.json, table.md, plot.png
+    training samples and the sixth task ─► one evaluation per final model ─┘
 
 Every run is a process of ``pretrain_mft.py``. Complete runs are not repeated, so an interrupted example continues.
 """
 
 import argparse
 import json
-import resource
 import shutil
 import sys
 import time
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
 import methods
 import samples
+from measurements import read_probe, read_run, read_single
+from methods import BASE_MODEL, METHODS, ONE_MODEL_A_TASK
 from report import as_json, table
-from results import Comparison, read_run
+from results import Comparison
 from trainings import Training, run_all
 
 from mft_megatron.errors import InputError, run_command
@@ -30,77 +34,119 @@ from mft_megatron.run_folder import replace_text
 ROOT = Path(__file__).resolve().parent.parent.parent
 CONTENTS = {"samples", "tokenizer", "data", "base", "runs", "logs", "results.json", "table.md", "plot.png"}
 VOCABULARY = 2048
-SPLITS = {"tasks": "80,20,0", "functions": "100,0,0"}
+TASKS, FUNCTIONS, PROBE = "tasks", "functions", "probe"
+SPLIT = ",".join(f"{weight:g}" for weight in samples.SPLIT)
+# Each data set: its tasks, their folder, its split. The probe trains on nothing, but a data set needs a training sample
+# of each task.
+DATA = {
+    TASKS: (samples.TASK_NAMES, "", SPLIT),
+    FUNCTIONS: ((samples.FUNCTIONS,), "", "100,0,0"),
+    PROBE: ((*samples.TASK_NAMES, samples.UNSEEN), "probe", "0.001,99.999,0"),
+    **{task: ((task,), "", SPLIT) for task in samples.TASK_NAMES},
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All runs of ``pretrain_mft.py``, by what is compared and seed; ``singles`` also by task."""
+
+    bases: dict[int, Training]
+    runs: dict[tuple[str, int], Training]
+    singles: dict[tuple[int, str], Training]
+    probes: dict[tuple[str, int], Training]
+
+    def stages(self) -> list[list[Training]]:
+        """Runs that may run at the same time, stage after stage."""
+        return [list(self.bases.values()), [*self.runs.values(), *self.singles.values()], list(self.probes.values())]
 
 
 def prepare(folder: Path) -> dict[str, Path]:
-    """Samples, tokenizer and the two data sets, each made once; returns the data sets' prefixes by name."""
+    """Samples, tokenizer and the data sets, each made once; returns the data sets' prefixes by name."""
     tasks, tokenizer = folder / "samples", folder / "tokenizer"
-    prefixes = {name: folder / "data" / name for name in SPLITS}
-    ledgers = [Path(f"{prefix}_dataset.json") for prefix in prefixes.values()]
-    if all(ledger.exists() for ledger in ledgers):
+    prefixes = {name: folder / "data" / name for name in DATA}
+    if all(_ledger(prefix).exists() for prefix in prefixes.values()):
         return prefixes
     for path in (tasks, tokenizer, folder / "data"):
         shutil.rmtree(path, ignore_errors=True)
     _say(f"samples: {', '.join(f'{name} {count:,}' for name, count in samples.write_samples(tasks).items())}")
-    _step(
-        folder,
-        "examples/demo/train_tokenizer.py",
-        "--tasks-dir",
-        tasks,
-        "--output-dir",
-        tokenizer,
-        "--vocab-size",
-        VOCABULARY,
-    )
-    inputs = {"tasks": samples.TASK_NAMES, "functions": (samples.FUNCTIONS,)}
-    for name, prefix in prefixes.items():
+    words = ("--tasks-dir", tasks, "--output-dir", tokenizer, "--vocab-size", VOCABULARY)
+    _step(folder, "examples/demo/train_tokenizer.py", *words)
+    for name, (names, where, split) in DATA.items():
         _step(
             folder,
             "tools/preprocess_data.py",
-            *(word for task in inputs[name] for word in ("--task", f"{task}={tasks / task}.jsonl")),
+            *(word for task in names for word in ("--task", f"{task}={tasks / where / task}.jsonl")),
             *("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tokenizer, "--chat-template", "chatml"),
-            *("--seq-length", methods.SEQ_LENGTH, "--split", SPLITS[name], "--output-prefix", prefix),
+            *("--seq-length", methods.SEQ_LENGTH, "--overlong", "truncate", "--split", split),
+            *("--output-prefix", prefixes[name]),
         )
     return prefixes
 
 
-def plan(
-    folder: Path, prefixes: dict[str, Path], seeds: list[int], iterations: int, base_iterations: int
-) -> tuple[list[Training], dict[tuple[str, int], Training]]:
-    """The base models' runs, and the methods' by method and seed; grouped by seed."""
-    start = (sys.executable, str(ROOT / "pretrain_mft.py"))
-    data = {name: sha256(Path(f"{prefix}_dataset.json").read_bytes()).hexdigest() for name, prefix in prefixes.items()}
+def plan(folder: Path, prefixes: dict[str, Path], seeds: list[int], iterations: int, base_iterations: int) -> Plan:
+    """Plan all runs; without ``base_iterations`` all start from random weights."""
+    data = {name: sha256(_ledger(prefix).read_bytes()).hexdigest() for name, prefix in prefixes.items()}
     bases: dict[int, Training] = {}
     for seed in seeds if base_iterations else ():
         path = folder / "base" / f"seed{seed}"
-        words = methods.base_words(prefixes["functions"], path / "save", seed, base_iterations)
-        bases[seed] = Training(f"base, seed {seed}", (*start, *words), path, data["functions"])
-    runs = {}
+        words = methods.base_words(prefixes[FUNCTIONS], path / "save", seed, base_iterations)
+        bases[seed] = _training(f"base, seed {seed}", words, path, data[FUNCTIONS])
+    runs, singles, probes = {}, {}, {}
+
+    def method_run(name: str, method: methods.Method, dataset: str, seed: int) -> Training:
+        base = bases.get(seed) if method.from_base else None
+        path = folder / "runs" / f"{name.replace(' ', '-')}-seed{seed}"
+        save = base and base.save
+        words = methods.method_words(method, prefixes[dataset], path / "save", seed, iterations, save)
+        return _training(f"{name}, seed {seed}", words, path, f"{data[dataset]} {base.receipt if base else 'no base'}")
+
+    def probe(name: str, model: Training, seed: int) -> Training:
+        path = model.folder / "probe"
+        words = methods.probe_words(prefixes[PROBE], model.save, path / "save")
+        return _training(f"probe of {name}, seed {seed}", words, path, f"{data[PROBE]} {model.receipt}")
+
     for seed in seeds:
-        base = bases.get(seed)
-        for method in methods.METHODS:
-            path = folder / "runs" / f"{method}-seed{seed}"
-            words = methods.method_words(method, prefixes["tasks"], path / "save", seed, iterations, base and base.save)
-            inputs = f"{data['tasks']} {base.receipt if base else 'no base'}"
-            runs[method, seed] = Training(f"{method}, seed {seed}", (*start, *words), path, inputs)
-    return list(bases.values()), runs
+        for name, method in METHODS.items():
+            runs[name, seed] = method_run(name, method, TASKS, seed)
+            probes[name, seed] = probe(name, runs[name, seed], seed)
+        for task in samples.TASK_NAMES:
+            singles[seed, task] = method_run(f"only {task}", methods.SINGLE, task, seed)
+        if seed in bases:
+            probes[BASE_MODEL, seed] = probe(BASE_MODEL, bases[seed], seed)
+    return Plan(bases, runs, singles, probes)
 
 
-def report(
-    folder: Path, runs: dict[tuple[str, int], Training], seeds: list[int], iterations: int, settings: dict
-) -> None:
-    """Read all runs and write results.json, table.md and plot.png."""
+def compare(plan: Plan, seeds: list[int]) -> Comparison:
+    """Read what all runs have measured."""
+    questions = samples.UNSEEN, samples.RAREST
+    runs = {
+        name: [read_run(plan.runs[name, seed].metrics, plan.probes[name, seed].metrics, *questions) for seed in seeds]
+        for name in METHODS
+    }
+    singles = [read_single({task: plan.singles[seed, task].metrics for task in samples.TASK_NAMES}) for seed in seeds]
+    models = {ONE_MODEL_A_TASK: singles}
+    if plan.bases:
+        models[BASE_MODEL] = [read_probe(plan.probes[BASE_MODEL, seed].metrics, *questions) for seed in seeds]
+    return Comparison(runs, models)
+
+
+def report(folder: Path, comparison: Comparison, seeds: list[int], iterations: int, settings: dict) -> None:
+    """Write results.json, table.md and plot.png."""
     from figures import plot  # matplotlib takes a second, and a refusal should not wait for it
 
-    comparison = Comparison(
-        {method: [read_run(runs[method, seed].metrics) for seed in seeds] for method in methods.METHODS}
-    )
     text = table(comparison, seeds, iterations)
     replace_text(folder / "results.json", json.dumps(as_json(comparison, seeds, settings), indent=2) + "\n")
     replace_text(folder / "table.md", text)
     plot(comparison, folder / "plot.png")
     print(f"\n{text}")
+
+
+def _training(name: str, words: list[str], folder: Path, inputs: str) -> Training:
+    return Training(name, (sys.executable, str(ROOT / "pretrain_mft.py"), *words), folder, inputs)
+
+
+def _ledger(prefix: Path) -> Path:
+    return Path(f"{prefix}_dataset.json")
 
 
 def _step(folder: Path, script: str, *words: object) -> None:
@@ -119,7 +165,9 @@ def main() -> None:
     """Parse the options, train every run, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--folder", type=Path, default=ROOT / "mft_vs_mixed_run", help="folder for all results")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], metavar="SEED", help="default: 1 2 3")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], metavar="SEED", help="default: 1 2 3 4 5"
+    )
     parser.add_argument("--iterations", type=int, default=100, help="optimizer steps of a run (default: 100)")
     parser.add_argument(
         "--base-iterations", type=int, default=200, help="of a base model; 0: start from random weights (default: 200)"
@@ -131,21 +179,21 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     prefixes = prepare(folder)
-    bases, runs = plan(folder, prefixes, options.seeds, options.iterations, options.base_iterations)
-    run_all(bases, options.jobs, ROOT, _say)
-    run_all(list(runs.values()), options.jobs, ROOT, _say)
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    planned = plan(folder, prefixes, options.seeds, options.iterations, options.base_iterations)
+    for stage in planned.stages():
+        run_all(stage, options.jobs, ROOT, _say)
     settings = {
         "seeds": options.seeds,
         "iterations": options.iterations,
         "base_iterations": options.base_iterations,
         "seconds_of_the_last_call": round(time.perf_counter() - start),
-        "cpu_seconds_of_the_last_call": round(used.ru_utime + used.ru_stime),
+        "cpu_seconds": round(sum(training.cpu_seconds() for stage in planned.stages() for training in stage)),
     }
-    report(folder, runs, options.seeds, options.iterations, settings)
-    seconds, cpu_seconds = settings["seconds_of_the_last_call"], settings["cpu_seconds_of_the_last_call"]
+    report(folder, compare(planned, options.seeds), options.seeds, options.iterations, settings)
+    seconds, cpu_seconds = settings["seconds_of_the_last_call"], settings["cpu_seconds"]
     _say(
-        f"done in {seconds} s, with {cpu_seconds} s of processor time; results.json, table.md and plot.png in {folder}"
+        f"done in {seconds} s; all runs took {cpu_seconds} s of processor time; results.json, table.md and plot.png in "
+        f"{folder}"
     )
 
 
