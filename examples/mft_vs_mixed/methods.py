@@ -64,7 +64,6 @@ METHODS = {
     "sample global": Method(f"--mft-loss task-sample {GLOBAL}", "samples"),
     "sample epoch": Method(f"--mft-loss task-sample {EPOCH}", "samples"),
     "focal-sample": Method(f"--mft-loss focal-sample {GLOBAL}", "samples"),
-    "focal-task": Method(f"--mft-loss focal-task {GLOBAL}", "samples"),
     "focal-detached": Method(f"--mft-loss focal-sample --focal-detach {GLOBAL}", "samples"),
     "self-paced": Method(
         f"--mft-loss task-token {GLOBAL} --task-balance self-paced --self-paced-history-length 20 "
@@ -81,6 +80,8 @@ METHODS = {
     "small epoch": Method(f"--mft-loss task-token {EPOCH}", "small steps", rows=6),
     "scratch global": Method(f"--mft-loss task-token {GLOBAL}", "from scratch", from_base=False),
     "scratch epoch": Method(f"--mft-loss task-token {EPOCH}", "from scratch", from_base=False),
+    "small scratch global": Method(f"--mft-loss task-token {GLOBAL}", "from scratch", rows=6, from_base=False),
+    "small scratch epoch": Method(f"--mft-loss task-token {EPOCH}", "from scratch", rows=6, from_base=False),
 }
 SINGLE = Method(f"--mft-loss token {GLOBAL}", "weights")  # one model a task
 ONE_MODEL_A_TASK = "one model a task"
@@ -91,7 +92,7 @@ BALANCED = "global"
 COMPARED = {
     "mixture": ("micro-batch", "global", "epoch", ONE_MODEL_A_TASK),
     "global": ("sample global", *BALANCERS),
-    "sample global": ("focal-sample", "focal-task", "focal-detached"),
+    "sample global": ("focal-sample", "focal-detached"),
     ONE_MODEL_A_TASK: ("global", "epoch"),
 }
 # epoch against global, in each setting.
@@ -99,6 +100,7 @@ EPOCH_AGAINST = {
     "epoch": "global",
     "small epoch": "small global",
     "scratch epoch": "scratch global",
+    "small scratch epoch": "small scratch global",
     "sample epoch": "sample global",
 }
 

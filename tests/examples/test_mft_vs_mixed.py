@@ -265,7 +265,7 @@ def test_the_table(comparison):
     mixture, of_global, sample, single = compared
     assert mixture["epoch"][:2] == ["+0.000 ± 0.000", "**+0.110 ± 0.006**"]
     assert of_global["famo"][1] == "-0.300 ± 0.153"
-    assert set(sample) == {"", "---", "focal-sample", "focal-task", "focal-detached"}
+    assert set(sample) == {"", "---", "focal-sample", "focal-detached"}
     assert single["global"][0] == "**+1.000 ± 0.000**"
     assert probed[methods.BASE_MODEL] == ["8.000 ± 0.000", "8.000 ± 0.000", "9.000 ± 0.000"]
     assert unseen[methods.BASE_MODEL] == ["–", "+0.000 ± 0.000"]
@@ -307,7 +307,6 @@ EXPECTED = {
     "sample global": ("task-sample", "global", "static"),
     "sample epoch": ("task-sample", "epoch", "static"),
     "focal-sample": ("focal-sample", "global", "static"),
-    "focal-task": ("focal-task", "global", "static"),
     "focal-detached": ("focal-sample", "global", "static"),
     "self-paced": ("task-token", "global", "self-paced"),
     "famo": ("task-token", "global", "famo"),
@@ -316,6 +315,8 @@ EXPECTED = {
     "small epoch": ("task-token", "epoch", "static"),
     "scratch global": ("task-token", "global", "static"),
     "scratch epoch": ("task-token", "epoch", "static"),
+    "small scratch global": ("task-token", "global", "static"),
+    "small scratch epoch": ("task-token", "epoch", "static"),
 }
 
 
