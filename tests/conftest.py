@@ -37,7 +37,10 @@ def tokenizer_folder(tmp_path_factory):
 
 
 def _task_records():
-    """Make four tasks of very different size from functions, each in another record format."""
+    """Make four tasks of very different size from functions, each in another record format.
+
+    The last two are so small that steps of 8 packs, or micro-batches, lack them although packs and order mix tasks.
+    """
     code = [text for text in source_code.functions(seed=14, count=136) if 60 < len(text) < 260]
     return {
         "completion": [{"prompt": text[:40], "completion": text[40:]} for text in code],
@@ -45,8 +48,8 @@ def _task_records():
             {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": text.split("(")[0]}]}
             for text in code[::2]
         ],
-        "write": [{"instruction": text.split("\n")[0], "input": "", "output": text} for text in code[::4]],
-        "read": [{"text": text} for text in code[::9]],
+        "write": [{"instruction": text.split("\n")[0], "input": "", "output": text} for text in code[::6]],
+        "read": [{"text": text} for text in code[::15]],
     }
 
 
