@@ -120,10 +120,11 @@ class PackingArguments:
         aliases=("--padding_mode",),
     )
     packing: str = option("mixed", "Whether a row may hold samples of several tasks.", choices=("mixed", "per-task"))
-    packer: str = option(
-        "mixed",
-        "How samples share training rows: mixed spreads the samples of each task evenly over the rows; decreasing goes "
-        "from the longest sample to the shortest, so that short ones crowd into a few rows. Other splits: decreasing.",
+    packer: str | None = option(
+        None,
+        "How samples share training rows: mixed, the default, spreads the samples of each task evenly over the rows; "
+        "decreasing goes from the longest sample to the shortest, so that short ones crowd into a few rows. Other "
+        "splits are packed by decreasing length.",
         choices=PACKERS,
     )
     task_sampling: tuple[str, ...] | None = option(
@@ -147,8 +148,12 @@ class PackingArguments:
         """Parse the options that are text.
 
         Raises:
-            InputError: a malformed split or ratio.
+            InputError: a malformed split or ratio, or a packer of rows that hold one sample or a section of documents.
         """
+        if self.packer is not None and self.padding_mode != PADDING_MODES[0]:
+            raise InputError(
+                f"--packer {self.packer}: rows of --padding-mode {self.padding_mode} are not packed; leave it out"
+            )
         return PackingOptions(
             seq_length=self.seq_length,
             split=_split_weights(self.split),
@@ -156,7 +161,7 @@ class PackingArguments:
             overlong=self.overlong,
             padding_mode=self.padding_mode,
             packing=self.packing,
-            packer=self.packer,
+            packer=PACKERS[0] if self.packer is None else self.packer,
             task_sampling=_ratios(self.task_sampling or ()),
             sampling_temperature=self.sampling_temperature,
             sampling_max_epochs=self.sampling_max_epochs,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mft_megatron.arguments.table import Arguments
 from mft_megatron.batch import Batch
+from mft_megatron.mcore.adapters.lora import add_adapters
 from mft_megatron.mcore.checkpointing.load_weights import fill_model
 from mft_megatron.mcore.checkpointing.weight_source import WeightSource
 from mft_megatron.mcore.model.config import dtype_of
@@ -20,20 +21,28 @@ from .platform import devices
 
 
 @contextlib.contextmanager
-def model_of(arguments: Arguments, vocab_size: int, source: WeightSource) -> Iterator[PackedGPTModel]:
+def model_of(
+    arguments: Arguments, vocab_size: int, source: WeightSource, adapters: WeightSource | None = None
+) -> Iterator[PackedGPTModel]:
     """Build the model of these arguments in this process alone, with weights from any source.
 
     Args:
         arguments: complete and checked, for one process.
         vocab_size: tokens of the vocabulary, without padding.
         source: where weights are read from.
+        adapters: where those of adapters are read from, if the model of ``arguments`` has some.
 
     Raises:
         InputError: a weight is missing or damaged.
     """
     with process_groups.process_groups(arguments.distributed, seed=0), torch.no_grad():
-        model = PackedGPTModel(arguments, vocab_size).to(devices.device(), dtype_of(arguments)).eval()
-        fill_model(model, source)
+        model = PackedGPTModel(arguments, vocab_size).to(devices.device(), dtype_of(arguments))
+        if arguments.adapters is not None:
+            add_adapters(model, arguments.adapters)
+            if adapters is None:
+                raise ValueError("the model has adapters, and no source of their weights is given")
+            fill_model(model, adapters, adapters=True)
+        fill_model(model.eval(), source)
         yield model
 
 

@@ -117,17 +117,19 @@ def comparable_rows(split: PackedSplit, seed: int) -> Iterator[tuple[int, Sample
 
     Yields:
         the index of the row, its slices, and which of them is to be replaced: one with a supervised target before
-        another one with some, which shares no token with it (data that are sampled may hold a sample twice).
+        another one with some.
     """
+    dataset = split.dataset
     for pack in map(int, named_permutation(f"verify/{split.name}/{seed}", split.num_packs)):
         row = split.slices_of(pack)
-        targets = np.array([mask[1:].any() for mask in _of_slices(split.dataset.mask.items, split.dataset, row)])
-        first, last = item_ranges(split.dataset, row)
-        for index in map(int, named_permutation(f"verify/{split.name}/{seed}/{pack}", len(row.samples))):
-            apart = (first >= last[index]) | (last <= first[index])
-            if targets[index] and (targets & apart)[index + 1 :].any():
-                yield pack, row, index
-                break
+        if len(row.samples) < 2:
+            continue
+        with_targets = [
+            index for index, mask in enumerate(_of_slices(dataset.mask.items, dataset, row)) if mask[1:].any()
+        ]
+        if len(with_targets) > 1:
+            choice = named_permutation(f"verify/{split.name}/{seed}/{pack}", len(with_targets) - 1)[0]
+            yield pack, row, with_targets[choice]
 
 
 def compare_row(
@@ -150,10 +152,8 @@ def compare_row(
     change_S = _difference(before_S, after_S)
     ends = np.cumsum(row.lengths)
     places = [slice(end - length, end) for end, length in zip(ends, row.lengths, strict=True)]
-    first, last = item_ranges(dataset, row)
-    apart = (first >= last[index]) | (last <= first[index])
     moved = np.array([change_S[place].max() for place in places])
-    worst = int(np.argmax(np.where(apart, moved, -1)))
+    worst = int(np.argmax(np.where(np.arange(len(moved)) == index, -1, moved)))
     alone_S = np.zeros_like(before_S)
     for place, one in zip(places, _alone(dataset, row), strict=True):
         alone_S[place] = losses(one)[0]

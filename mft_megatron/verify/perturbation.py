@@ -37,7 +37,7 @@ def replace_slice(dataset: PackedDataset, row: SampleSlices, index: int, seed: i
     Args:
         dataset: of the row.
         row: slices of a row.
-        index: of the slice in the row; other slices with the same tokens change as well.
+        index: of the slice in the row.
         seed: of the replacement.
 
     Returns:

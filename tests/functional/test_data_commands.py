@@ -369,6 +369,26 @@ def test_packing_again_and_merging(command):
         assert message in output
 
 
+def test_packing_again_keeps_the_packer(command):
+    inspect = inspect_main, command.folder / "set", "--samples", "0"
+    words = "--task", f"a={command.write('a.jsonl', CHAT)}", "--task", f"b={command.write('b.jsonl', TEXT)}"
+    assert command.preprocess(*words, "--packer", "decreasing")[0] == 0
+    again = pack_main, "--data-path", command.folder / "set", "--seq-length", "48"
+    assert command.run(*again)[0] == 0
+    assert [line.rpartition("filled, ")[2] for line in command.run(*inspect)[1].splitlines() if "train:" in line] == [
+        "packer decreasing, order mixed",
+        "packer decreasing, order mixed",
+    ]
+    assert command.run(*again, "--packer", "mixed")[0] == 0
+    assert "packer mixed, order mixed" in command.run(*inspect)[1]
+    assert command.run(*again, "--padding-mode", "padding")[0] == 0
+    assert command.preprocess(*words, "--padding-mode", "padding")[0] == 0
+    assert command.run(*again)[0] == 0
+    code, output = command.run(*again, "--packer", "mixed")
+    assert code == 2
+    assert "--packer mixed: rows of --padding-mode padding are not packed; leave it out" in output
+
+
 def test_check_finds_packs_that_differ_from_those_of_the_options(command):
     assert command.preprocess("--task", f"t={command.write('t.jsonl', CHAT)}")[0] == 0
     path = command.folder / "set_dataset.json"

@@ -8,6 +8,7 @@ from tests.made_dataset import write_dataset
 BACKENDS = ("local", "varlen", "flash", "fused")
 MODES = {
     "task-token": "",
+    "task-token, epoch": "--mft-normalization epoch",
     "focal-task": "--mft-loss focal-task",
     "dropout-free megatron cross entropy": "--cross-entropy-impl megatron",
     "layer norm, GELU, biases": "--normalization LayerNorm --add-qkv-bias",
@@ -20,6 +21,14 @@ def padded(tmp_path_factory):
     """Rows with one sample each, most of them with padding at their end."""
     prefix = str(tmp_path_factory.mktemp("padded") / "data")
     write_dataset(prefix, 128, longest=300, split=(80, 20, 0), padding_mode="padding", overlong="truncate")
+    return prefix
+
+
+@pytest.fixture(scope="module")
+def weighted(tmp_path_factory):
+    """Samples and turns with weights."""
+    prefix = str(tmp_path_factory.mktemp("weighted") / "data")
+    write_dataset(prefix, 128, longest=120, split=(80, 20, 0), weighted="samples turns")
     return prefix
 
 
@@ -42,6 +51,12 @@ def test_fp32_equals_the_cpu(dataset_prefix, mode):
 
 def test_padded_rows_equal_the_cpu(padded):
     on_gpu, on_cpu = (on(device, "train", padded, "") for device in ("cuda", "cpu"))
+    assert worst(on_gpu["curve"], on_cpu["curve"]) < 1e-4
+
+
+@pytest.mark.parametrize("loss", ["task-sample --mft-normalization epoch", "focal-sample"])
+def test_weighted_samples_and_turns_equal_the_cpu(weighted, loss):
+    on_gpu, on_cpu = (on(device, "train", weighted, f"--mft-loss {loss}") for device in ("cuda", "cpu"))
     assert worst(on_gpu["curve"], on_cpu["curve"]) < 1e-4
 
 

@@ -140,10 +140,19 @@ def test_a_step_without_a_token_of_a_weighted_task_is_known():
         assert not objective.supervises(torch.zeros(2), torch.zeros(2), torch.ones(2))
 
 
-@pytest.mark.parametrize("mode", ["no-padding", "padding", "concat"])
-def test_steps_of_real_plans_add_up(tmp_path, mode):
+KINDS = {
+    "packed": {},
+    "repeated": {"task_sampling": {"completion": 0.5, "read": 2.6}},
+    "weighted": {"weighted": "samples turns"},
+    "padded": {"padding_mode": "padding"},
+    "joined": {"padding_mode": "concat", "documents": True},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_steps_of_real_plans_add_up(tmp_path, kind):
     """With a ramp-up, over two epochs of which steps share the border: plans of a data set."""
-    write_dataset(tmp_path / "set", 128, longest=120, split=(60, 40, 0), documents=mode == "concat", padding_mode=mode)
+    write_dataset(tmp_path / "set", 128, longest=120, split=(60, 40, 0), **KINDS[kind])
     split = PackedDataset.open(tmp_path / "set", 128).split("train")
     weight_K = torch.tensor([1.0, 2.0, 0.5, 3.0], dtype=torch.float64)
     for mode in WEIGHTED:

@@ -49,14 +49,17 @@ def test_layouts_equal_one_process(weighted, name):
 
 
 def _evaluated(prefix):
-    """Task losses of an evaluation, and of a draw of the same samples, and what the plan says of them."""
+    """Task losses of an evaluation, and of a draw of the same samples, and what the plan says of them.
+
+    Evaluations are normalised over all that is evaluated, whatever training is normalised over.
+    """
     import numpy as np
 
     from mft_megatron.data.loading.step_plan import plan_evaluation
     from mft_megatron.mcore.parallel import process_groups
     from mft_megatron.mcore.trainer import Trainer
 
-    arguments = arguments_for(prefix, "--micro-batch-size 4", 1)
+    arguments = arguments_for(prefix, "--micro-batch-size 4 --mft-normalization epoch", 1)
     dataset = open_dataset(arguments)
     split = dataset.split("valid")
     plans = list(plan_evaluation(split, 4))

@@ -31,19 +31,21 @@ class OpenedModel:
         arguments: complete and checked, for one process.
         vocab_size: tokens of the vocabulary, without padding.
         source: where weights are read from.
+        adapters: where those of its adapters are read from; ``None`` where it has none.
     """
 
     arguments: Arguments
     vocab_size: int
     source: WeightSource
+    adapters: WeightSource | None = None
 
 
 def open_model(folder: Path | None, checkpoint: CheckpointRef | None, dtype: str, given: Given) -> OpenedModel:
-    """Open a Hugging Face folder, read as ``--hf-checkpoint`` reads it, or a checkpoint, which replaces it.
+    """Open a Hugging Face folder, read as ``--hf-checkpoint`` reads it, or a checkpoint, which takes precedence.
 
     Args:
-        folder: of the model; not read where there is a checkpoint.
-        checkpoint: of a model without adapters.
+        folder: of the model; beside a checkpoint that holds only adapters, of the model that they belong to.
+        checkpoint: with or without adapters.
         dtype: precision of the model: fp32, bf16 or fp16.
         given: further options of ``pretrain_mft.py`` by field: ``data_path``, ``seq_length`` and such.
 
@@ -52,12 +54,19 @@ def open_model(folder: Path | None, checkpoint: CheckpointRef | None, dtype: str
     """
     given = {**FORWARD_ONLY, **({} if dtype == "fp32" else {dtype: True}), **given}
     if checkpoint is not None:
-        command_line = CommandLine({**given, "finetune": True, "load": str(checkpoint.path)}, frozenset())
-        arguments = make_arguments(command_line, Start(find_checkpoint(command_line.group(CheckpointArguments))))
-        source = CheckpointSource(checkpoint.path, checkpoint.info)
-        return OpenedModel(arguments, checkpoint.info.vocab_size, source)
-    if folder is None:
+        given |= {"finetune": True, "load": str(checkpoint.path)}
+    opened = None
+    if folder is not None and (checkpoint is None or not checkpoint.info.has_base):
+        opened = HuggingFaceSource(folder)
+        given |= {"hf_checkpoint": str(folder)}
+    command_line = CommandLine(given, frozenset())
+    found = find_checkpoint(command_line.group(CheckpointArguments))
+    arguments = make_arguments(command_line, Start(found, None if opened is None else opened.info))
+    if checkpoint is None and opened is not None:
+        return OpenedModel(arguments, opened.info.vocab_size, opened)
+    if checkpoint is None:
         raise ValueError("neither a folder nor a checkpoint")
-    opened = HuggingFaceSource(folder)
-    command_line = CommandLine({**given, "hf_checkpoint": str(folder)}, frozenset())
-    return OpenedModel(make_arguments(command_line, Start(hf_model=opened.info)), opened.info.vocab_size, opened)
+    own = CheckpointSource(checkpoint.path, checkpoint.info)
+    return OpenedModel(
+        arguments, checkpoint.info.vocab_size, opened or own, own if checkpoint.info.lora is not None else None
+    )
