@@ -72,4 +72,10 @@ def open_run_model(
     if dtype == "fp32":
         chosen.pop("fp32_residual_connection", None)
     chosen |= {name: value for name, value in kernels.items() if value is not None}
+    backend = chosen.get("attention_backend", "auto")
+    if dtype == "fp32" and backend in ("varlen", "flash", "fused"):
+        raise InputError(
+            f"--attention-backend {backend}, the run's own where the option is not given, computes in 16 bits; give "
+            "--dtype bf16, or --attention-backend local"
+        )
     return open_model(None if hf is None else Path(hf), checkpoint, dtype, {**chosen, **data})

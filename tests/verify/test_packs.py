@@ -310,6 +310,7 @@ def test_bad_input_is_one_line(prefix, run_folder, tmp_path):
         "one sample a row": [[tmp_path / "short", *load], "no row has two samples"],
         "positions": [[tmp_path / "long", *load], "--seq-length 512 is longer than --max-position-embeddings 256"],
         "capacity": [[prefix, "--load", tmp_path / "run"], "--moe-expert-capacity-factor 1.5, so the experts of"],
+        "16 bits": [[prefix, *load, "--attention-backend", "flash"], "give --dtype bf16, or --attention-backend local"],
         "folder of --json": [[prefix, *load, "--json", tmp_path / "no" / "x.json"], "its folder does not exist"],
         "rows": [[prefix, *load, "--rows", "0"], "--rows 0: must be at least 1"],
     }
