@@ -33,16 +33,22 @@ def test_one_process_equals_the_reference_in_fp64(weighted):
             assert_same_gradients(gradients, book_gradients, mode)
 
 
+def vocabulary(tensor_parallel_size):
+    """The vocabulary of 257 words is padded to 512 with every size."""
+    return f"--make-vocab-size-divisible-by {256 // tensor_parallel_size}"
+
+
 @functools.cache
 def one_process(prefix):
-    return run_on_ranks(1, train_in_modes, prefix, "--micro-batch-size 4", 1, CHOSEN, STEPS)[0]
+    return run_on_ranks(1, train_in_modes, prefix, f"--micro-batch-size 4 {vocabulary(1)}", 1, CHOSEN, STEPS)[0]
 
 
 @pytest.mark.parametrize("name", [*LAYOUTS, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_layouts_equal_one_process(weighted, name):
     layout = BY_NAME[name]
     world = layout.world_size
-    results = run_on_ranks(world, train_in_modes, weighted, layout.options, world, CHOSEN, STEPS)
+    options = f"{layout.options} {vocabulary(2 if 'TP2' in name else 1)}"
+    results = run_on_ranks(world, train_in_modes, weighted, options, world, CHOSEN, STEPS)
     for mode, curve in one_process(weighted).items():
         for step, record in enumerate(curve):
             assert_same_step([result[mode][step] for result in results], record, f"{mode}, step {step + 1}")
