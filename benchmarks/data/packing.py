@@ -34,6 +34,7 @@ from mft_megatron.data.packing.packs import pack_split
 from mft_megatron.data.sample_slices import SampleSlices
 from mft_megatron.data.storage.indexed_dataset import _HEADER, CODES, MAGIC, VERSION
 from mft_megatron.data.storage.ledger import (
+    ORDER_VERSION,
     ArrayEntry,
     Ledger,
     LengthEntry,
@@ -89,7 +90,7 @@ def write_index(prefix: str, lengths: np.ndarray, seq_length: int, tokens: bool,
     lengths, task_ids = lengths.astype(np.int32), rng.integers(TASKS, size=len(lengths)).astype(np.uint16)
     samples = np.arange(len(lengths))
     slices = SampleSlices(samples, np.zeros_like(samples), lengths.astype(np.int64))
-    packed = pack_split(slices, slices.lengths // 2, task_ids, [samples], seq_length, "pack", lengths)
+    packed = pack_split(slices, slices.lengths // 2, task_ids, [samples], seq_length, "pack", lengths, mixing_seeds=[0])
     for end, values in {**packed.files("train", seq_length), "_task_ids.npy": task_ids}.items():
         np.save(f"{prefix}{end}", values)
     total = int(lengths.sum(dtype=np.int64))
@@ -111,7 +112,7 @@ def write_index(prefix: str, lengths: np.ndarray, seq_length: int, tokens: bool,
     samples_K = np.bincount(task_ids, minlength=TASKS).tolist()
     tasks = [TaskEntry(f"t{k}", n, n, {}, 0, 0, False, 0, {}, None, None, None, []) for k, n in enumerate(samples_K)]
     cuts = [TaskCut(n, 0, 0, 0, 0, 0, 0, {}, {"train": n, "valid": 0, "test": 0}, {"1": n}) for n in samples_K]
-    length = LengthEntry({"padding_mode": "pack"}, cuts, entries)
+    length = LengthEntry({"padding_mode": "pack"}, cuts, entries, ORDER_VERSION)
     tokenizer = TokenizerEntry("HuggingFaceTokenizer", "", "", VOCABULARY, None, 0, 0)
     ledger = Ledger(tasks, tokenizer, {"stop_token_ids": []}, {str(seq_length): length}, arrays)
     ledger_path(prefix).write_text(ledger.to_json())
