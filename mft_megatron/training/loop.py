@@ -51,6 +51,7 @@ def train(
         if evaluation.finished:
             log.write(event_record(progress, "early stop", reason=evaluation.finished))
             return progress
+        shares.expect(log, progress, balance.weight_K, order_version(arguments, dataset))
         steps = StepLogger(arguments, dataset, trainer, shares, log)
         while progress.step < training.train_iters:
             before, plan = progress, _next_plan(dataset, arguments, progress)

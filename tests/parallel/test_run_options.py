@@ -67,7 +67,11 @@ def folder(tmp_path_factory):
 
 def steps_of_events(folder):
     """Name and step of each event, without ends of epochs."""
-    return [(record["event"], record["step"]) for record in records(folder, "event") if record["event"] != "epoch"]
+    return [
+        (record["event"], record["step"])
+        for record in records(folder, "event")
+        if record["event"] not in ("epoch", "warning")
+    ]
 
 
 def scalars(folder, name):

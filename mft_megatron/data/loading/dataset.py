@@ -8,7 +8,7 @@
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -127,6 +127,22 @@ class PackedDataset:
         return self._splits[name]
 
 
+class PackEntries(NamedTuple):
+    """The tasks of P packs as parallel arrays of E entries, one for each task that occurs in a pack.
+
+    Attributes:
+        numbers: int64 [P], entries of each pack.
+        tasks_E: int64 [E].
+        token_weights_E: fp64 [E], the task's part of the pack in ``T_i``.
+        sample_weights_E: fp64 [E], and in ``M_i``.
+    """
+
+    numbers: np.ndarray
+    tasks_E: np.ndarray
+    token_weights_E: np.ndarray
+    sample_weights_E: np.ndarray
+
+
 class PackedSplit:
     """The packs of one split.
 
@@ -214,6 +230,29 @@ class PackedSplit:
         """Task of each pack that the fewest packs have supervised tokens of, int32 [packs]; 2^16 for none."""
         packs, tasks, supervised_tokens, _ = self._counts
         return _sample_index.rarest_tasks(packs, tasks, supervised_tokens, self.num_packs)
+
+    def entries(self, packs: np.ndarray) -> "PackEntries":
+        """List the tasks of some packs with their counts, pack by pack.
+
+        Args:
+            packs: int64 [P], indices of packs.
+        """
+        first = self._first_entries[packs]
+        numbers = self._first_entries[packs + 1] - first
+        entries = ranges(first, numbers)
+        _, tasks, supervised_tokens, samples = self._counts
+        token_weights, sample_weights = (supervised_tokens, samples) if self._weights is None else self._weights
+        return PackEntries(
+            numbers,
+            tasks[entries],
+            token_weights[entries].astype(np.float64),
+            sample_weights[entries].astype(np.float64),
+        )
+
+    @functools.cached_property
+    def _first_entries(self) -> np.ndarray:
+        """Index of the first entry of each pack in the counts, int64 [packs + 1]."""
+        return np.searchsorted(self._counts[0], np.arange(self.num_packs + 1))
 
     def _summed(self, entries: np.ndarray | slice) -> TaskCounts:
         _, task, supervised_tokens, samples = self._counts

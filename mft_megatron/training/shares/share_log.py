@@ -2,17 +2,23 @@
 
 from typing import TypedDict
 
+import numpy as np
+
 from mft_megatron.arguments.table import Arguments
 from mft_megatron.batch import StepPlan
 from mft_megatron.data.loading.dataset import PackedDataset
+from mft_megatron.data.loading.epoch_order import epoch_order
 from mft_megatron.losses.table import LOSSES
+from mft_megatron.mcore.parallel import process_groups
 from mft_megatron.mcore.trainer import StepReport
 from mft_megatron.training.events import event_record
 from mft_megatron.training.progress import Progress
 from mft_megatron.training.run_log import RunLog
 
 from .account import AccountState, RunShares, ShareAccount
+from .coming_epoch import count_epoch
 from .deviations import Circumstances, EpochPacks, off_target, share_warning
+from .start_lines import clipping_warning, expectation_lines
 
 # shares are judged after so many steps, at every doubling of them, and at ends of epochs and of the run
 FIRST_JUDGED = 100
@@ -54,6 +60,30 @@ class ShareLog:
             self._account = self._new_account(began=progress.consumed_samples)
             reason = f"realised shares of the objective are counted from here on, {why}"
             log.write(event_record(progress, "warning", reason=reason))
+
+    def expect(self, log: RunLog, progress: Progress, weight_K: np.ndarray, order_version: int) -> None:
+        """Print what the coming epoch holds for each task, and warn of rare tasks in clipped steps; on the main rank.
+
+        Args:
+            log: of the run.
+            progress: before the first step.
+            weight_K: fp64 [K], weights of the first step.
+            order_version: of the order of packs that the run follows.
+        """
+        if not process_groups.is_main():
+            return
+        a, split, names = self._arguments, self._split, self._dataset.tasks
+        loss = LOSSES[a.multi_task.mft_loss]
+        order = epoch_order(split, a.initialization.seed, progress.consumed_samples // split.num_packs, order_version)
+        epoch = count_epoch(split, order, a.batch_sizes.sizes[-1], weight_K, loss.sample_means)
+        known_K = np.where(epoch.presence_K > 0, weight_K, 0.0)
+        for line in expectation_lines(epoch, names, known_K / known_K.sum() if loss.weighted else None):
+            log.print(line)
+        if a.multi_task.mft_normalization == "epoch":
+            warning = clipping_warning(epoch, weight_K, a.regularization.clip_grad)
+            if warning is not None:
+                reason, rare = warning
+                log.write(event_record(progress, "warning", reason=reason, tasks=[names[task] for task in rare]))
 
     def state(self) -> ShareState:
         """The state for a checkpoint."""
