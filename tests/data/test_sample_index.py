@@ -234,15 +234,15 @@ def reference_order(n, numbers):
     return order
 
 
-def reference_mixed_order(groups, seed):
-    """Keys as integers of any size, sorted together with the places in the permutation."""
-    numbers, rank, keyed = mt19937_64(seed), collections.Counter(), []
+def reference_keys(groups, seed):
+    """(key, place in the permutation, item) of each item, with keys as integers of any size."""
+    numbers, rank, size, keyed = mt19937_64(seed), collections.Counter(), collections.Counter(groups), []
     for place, item in enumerate(reference_order(len(groups), numbers)):
         group = groups[item]
         u = next(numbers) >> 32
-        keyed.append((((rank[group] << 32 | u) << 32) // groups.count(group), place, item))
+        keyed.append((((rank[group] << 32 | u) << 32) // size[group], place, item))
         rank[group] += 1
-    return [item for _, _, item in sorted(keyed)]
+    return keyed
 
 
 GROUPS = st.lists(st.one_of(st.integers(0, 3), st.sampled_from([7, 2**16])), max_size=150)
@@ -252,12 +252,17 @@ GROUPS = st.lists(st.one_of(st.integers(0, 3), st.sampled_from([7, 2**16])), max
 def test_mixed_order_is_the_same_on_every_machine(groups, seed):
     order = mixed_order(np.array(groups, np.int32), seed)
     assert order.dtype == np.int64
-    assert order.tolist() == reference_mixed_order(groups, seed)
+    assert order.tolist() == [item for _, _, item in sorted(reference_keys(groups, seed))]
 
 
-def test_keys_are_exact_for_groups_of_every_size():
-    groups = np.concatenate([np.full(size, group, np.int32) for group, size in enumerate((1, 2, 3, 4096, 9001, 1))])
-    assert mixed_order(groups, 5).tolist() == reference_mixed_order(groups.tolist(), 5)
+def test_every_bit_of_a_key_and_the_place_count():
+    """So many items that two keys agree in their upper half, and two agree wholly: a seed that has both."""
+    groups = [*range(20_000), *[20_000] * 12_000]
+    keyed = reference_keys(groups, 161)
+    order = [item for _, _, item in sorted(keyed)]
+    assert order != [item for _, _, item in sorted((key >> 32, place, item) for key, place, item in keyed)]
+    assert order != [item for _, _, item in sorted((key, -place, item) for key, place, item in keyed)]
+    assert mixed_order(np.array(groups, np.int32), 161).tolist() == order
 
 
 def test_a_mixed_order_spreads_every_group_evenly():
