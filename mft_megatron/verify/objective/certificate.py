@@ -135,6 +135,11 @@ def _header(arguments: Arguments, split: PackedSplit, facts: Sequence[str], note
         *facts,
         "reference: one process, fp64, every sample alone in a row, Eq. 1 term by term",
         *(f"note: {note}" for note in notes),
+        *(
+            ["note: targets hold over an epoch; a step gives a task what it has of it (docs/LOSSES.md §2.2)"]
+            if options.mft_normalization == "epoch"
+            else []
+        ),
     ]
 
 

@@ -10,7 +10,7 @@ from mft_megatron.arguments.table import Arguments
 from mft_megatron.convert.run_start import open_start
 from mft_megatron.data.loading.dataset import packed_lengths, training_packs
 from mft_megatron.errors import InputError
-from mft_megatron.options import option
+from mft_megatron.options import option, out_of_range
 
 from .terms import refuse_loss
 
@@ -54,6 +54,9 @@ def objective(command_line: Sequence[str]) -> int:
     if words and not words[0].startswith("-"):
         words.insert(0, "--data-path")
     read = read_command_line(words, COMMAND, [("certificate", CertificateArguments)])
+    own = read.group(CertificateArguments)
+    if problem := out_of_range(own):
+        raise InputError(problem)
     start, model, adapter = open_start(read)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     given = make_arguments(read, start, world_size, packed_lengths, training_packs)
@@ -64,7 +67,6 @@ def objective(command_line: Sequence[str]) -> int:
 
     from .certificate import certify
 
-    own = read.group(CertificateArguments)
     return certify(arguments, Sources(model, adapter), own.verify_steps, own.verify_weights, notes)
 
 
@@ -77,7 +79,7 @@ def _refuse(arguments: Arguments) -> None:
     refuse_loss(arguments.multi_task.mft_loss, arguments.multi_task.mft_normalization)
     network, moe = arguments.network, arguments.moe
     if arguments.validation.skip_train or arguments.finished:
-        raise InputError("the run takes no step that could be certified: it is finished, or --skip-train is given")
+        raise InputError("the run takes no step that could be certified: it is at its end, or --skip-train is given")
     experts = network.num_experts is not None
     reasons = {
         "--peft-type qlora: the reference has no weights in 4 bits; give --peft-type lora": (

@@ -80,11 +80,9 @@ class _WithoutUpdate:
 
 def first_plans(arguments: Arguments, split: PackedSplit, steps: int) -> Iterator[StepPlan]:
     """Plan the next steps of a run, from the step that it starts or resumes at; fewer where it ends before."""
-    _, consumed = arguments.progress
+    taken, consumed = arguments.progress
     version = order_version(arguments, split.dataset)
-    for _ in range(steps):
-        if arguments.total_packs is not None and consumed >= arguments.total_packs:
-            return
+    for _ in range(min(steps, arguments.training.train_iters - taken)):
         plan = plan_step(
             split,
             seed=arguments.initialization.seed,
