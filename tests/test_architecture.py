@@ -24,6 +24,7 @@ ORDER = {
     "convert": (
         *("atomic_folder", "huggingface", "peft", "megatron", "serving", "commands", "background_export", "run_start"),
     ),
+    "verify": ("packs|objective", "command"),
     "arguments": (
         *("values", "groups", "stages|table|megatron_only|without_effect", "checks"),
         "adapters|start|completion|config_syntax|config_file|notes|reference|command",

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from mft_megatron.errors import InputError
 
 from .objective.command import objective
-from .packs_command import packs
+from .packs.command import packs
 
 # functions from the words after the certificate's name to the exit code: 0 where it is given, 1 where it is not
 CERTIFICATES: Mapping[str, Callable[[Sequence[str]], int]] = {

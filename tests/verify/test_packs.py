@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from mft_megatron.data.loading.dataset import PackedDataset
-from mft_megatron.verify import command, pack_isolation, packs_command
-from mft_megatron.verify.pack_isolation import Bounds, RowReport, comparable_rows, compare_row
+from mft_megatron.verify.command import main
+from mft_megatron.verify.packs import command, isolation
+from mft_megatron.verify.packs.isolation import Bounds, RowReport, comparable_rows, compare_row
 from tests.made_dataset import write_dataset
 from tests.ranks import run_forked, run_on_ranks, run_tool
 from tests.refusals import refused_call
@@ -116,8 +117,8 @@ def test_a_sound_loader_is_certified(prefix):
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_of_the_loader_is_found_in_every_row(prefix, monkeypatch, fault):
     change, words = FAULTS[fault]
-    sound = pack_isolation.build_batch
-    monkeypatch.setattr(pack_isolation, "build_batch", lambda *arguments: change(sound(*arguments)))
+    sound = isolation.build_batch
+    monkeypatch.setattr(isolation, "build_batch", lambda *arguments: change(sound(*arguments)))
     for found in failures(prefix):
         assert any(words in one for one in found), found
 
@@ -148,8 +149,8 @@ def test_one_bit_is_a_difference_unless_a_row_is_not_repeatable():
 def test_replaced_tokens_are_all_others_and_nothing_else_changes(prefix):
     dataset = PackedDataset.open(prefix, LENGTH)
     for pack, row, index in comparable_rows(dataset.split("train"), 1):
-        whole = pack_isolation.build_batch(dataset, [row])
-        changed = pack_isolation.build_batch(pack_isolation.replace_slice(dataset, row, index, seed=2), [row])
+        whole = isolation.build_batch(dataset, [row])
+        changed = isolation.build_batch(isolation.replace_slice(dataset, row, index, seed=2), [row])
         inside = np.flatnonzero(whole.sample_ids_BS[0] == index)
         assert np.array_equal(np.flatnonzero(whole.tokens_BS != changed.tokens_BS), inside), pack
         assert changed.tokens_BS.max() < dataset.vocab_size
@@ -181,7 +182,7 @@ def _certify(words, faults):
 
     from mft_megatron.mcore.parallel import device_batch
 
-    shard_of, build_batch = device_batch.shard_of, pack_isolation.build_batch
+    shard_of, build_batch = device_batch.shard_of, isolation.build_batch
     replacements = {
         "none": (device_batch, "shard_of", shard_of),
         **{name: _planted(where, change, shard_of, build_batch) for name, (where, change) in faults.items()},
@@ -190,7 +191,7 @@ def _certify(words, faults):
     for replacement in replacements.values():
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed), mock.patch.object(*replacement):
-            results.append((packs_command.packs(words), printed.getvalue()))
+            results.append((command.packs(words), printed.getvalue()))
     return dict(zip(replacements, results, strict=True))
 
 
@@ -199,7 +200,7 @@ def _planted(where, change, shard_of, build_batch):
 
     if where == "engine":
         return device_batch, "shard_of", lambda batch, device: shard_of(change(batch), device)
-    return pack_isolation, "build_batch", lambda *arguments: change(build_batch(*arguments))
+    return isolation, "build_batch", lambda *arguments: change(build_batch(*arguments))
 
 
 def test_the_engine_is_certified_and_faults_are_found(prefix, run_folder):
@@ -235,7 +236,7 @@ def _packs(*commands):
         printed, code, refused = io.StringIO(), None, ""
         with contextlib.redirect_stdout(printed):
             try:
-                code = packs_command.packs([str(word) for word in words])
+                code = command.packs([str(word) for word in words])
             except InputError as error:
                 refused = str(error)
         results.append((code, printed.getvalue(), refused))
@@ -329,4 +330,4 @@ def test_the_command_line(prefix, run_folder, tmp_path):
     assert (result["certificate"], result["certified"], result["seq_length"]) == ("packs", True, LENGTH)
     assert result["model"] == str(run_folder / "iter_0000001")
     assert [(row["others"], row["failures"]) for row in result["rows"]] == [(0, []), (0, [])]
-    assert "unknown certificate 'pack'; give one of: " in refused_call(command.main, ["pack"])
+    assert "unknown certificate 'pack'; give one of: " in refused_call(main, ["pack"])

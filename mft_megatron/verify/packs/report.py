@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from .pack_isolation import Bounds, RowReport
+from .isolation import Bounds, RowReport
 
 HEADER = f"{'row':>8} {'samples':>7}  {'replaced':<24} {'others':>9} {'itself':>9} {'unpacked':>9}  tasks"
 

@@ -19,8 +19,8 @@ from mft_megatron.errors import InputError
 from mft_megatron.options import info_of, option, read_options
 from mft_megatron.run_folder import CheckpointRef, replace_text, select_checkpoint
 
-from .pack_isolation import Bounds, RowReport, comparable_rows, compare_row
-from .packs_report import HEADER, as_json, is_certified, legend, line, verdict
+from .isolation import Bounds, RowReport, comparable_rows, compare_row
+from .report import HEADER, as_json, is_certified, legend, line, verdict
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance

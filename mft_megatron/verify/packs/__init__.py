@@ -1,0 +1,1 @@
+"""Certificate that samples that share a row do not see each other."""
