@@ -13,13 +13,13 @@ import pytest
 from tests.parallel.run import arguments_for, open_dataset
 from tests.ranks import run_on_ranks
 
-COBA = "--coba-warmup-steps 2 --coba-history-length 3 --coba-sample-valid-num 6"
+COBA = "--coba-warmup-steps 2 --coba-history-length 3 --coba-sample-valid-num 7"
 BALANCERS = {
     "self-paced": (
-        "--task-balance self-paced --self-paced-history-length 3 --self-paced-sample-valid-num 6 "
+        "--task-balance self-paced --self-paced-history-length 3 --self-paced-sample-valid-num 7 "
         "--mft-normalization epoch"
     ),
-    "famo": "--task-balance famo --famo-sample-valid-num 6 --mft-loss task-sample",
+    "famo": "--task-balance famo --famo-sample-valid-num 7 --mft-loss task-sample",
     "coba": f"--task-balance coba {COBA}",
     "coba-release": f"--task-balance coba {COBA} --coba-variant release",
 }
@@ -73,6 +73,7 @@ def _run(prefix, extra, world_size, rising=None):
     from mft_megatron.training.evaluation import Evaluation
     from mft_megatron.training.loop import train
     from mft_megatron.training.saving import Saver, resume
+    from mft_megatron.training.shares.share_log import ShareLog
 
     arguments = arguments_for(prefix, f"{STEPS} {extra}", world_size)
     dataset = open_dataset(arguments)
@@ -94,10 +95,10 @@ def _run(prefix, extra, world_size, rising=None):
     trainer.task_losses = keep
     trainer.evaluate = evaluate if rising is None else worse
     progress, state = resume(arguments, trainer, log)
-    evaluation.load(state, log, progress)
-    epochs = EpochProof(arguments, dataset)
-    epochs.load(state, log, progress)
-    train(arguments, dataset, trainer, evaluation, epochs, Saver(arguments, dataset), log, progress)
+    epochs, shares = EpochProof(arguments, dataset), ShareLog(arguments, dataset)
+    for part in (evaluation, epochs, shares):
+        part.load(state, log, progress)
+    train(arguments, dataset, trainer, evaluation, epochs, shares, Saver(arguments, dataset), log, progress)
     return log, draws
 
 
@@ -206,7 +207,8 @@ def _preprocessed(prefix, tokenizer_folder, output, more_tasks, split):
 
 def test_a_task_without_validation_data_has_the_mean_weight(with_an_unvalidated_task):
     for name, (log, draws) in run_on_ranks(1, _runs, with_an_unvalidated_task, "", 1, BALANCERS)[0].items():
-        (warning,) = log.events("warning")
+        # six steps may miss the tasks' shares, too, which depends on the order of the data
+        (warning,) = [event for event in log.events("warning") if "realised shares" not in event["reason"]]
         kind = BALANCERS[name].split()[1]
         assert warning["reason"] == f"--task-balance {kind}: no validation data; these tasks get the mean weight"
         assert (warning["step"], warning["tasks"]) == (0, ["single"])
