@@ -97,12 +97,12 @@ def test_what_has_no_reference_is_refused(prefix, words, said):
 
 
 def test_a_run_without_steps_is_refused(prefix, tmp_path):
-    """One that only evaluates, and one whose last step is that of its checkpoint."""
+    """One that only evaluates, and one that is started again after its last step."""
     folder = checkpoint(tmp_path)
     with refused("takes no step"):
         objective([prefix, *f"{SIZES} --load {folder} --skip-train".split()])
     with refused("takes no step"):
-        objective([prefix, *f"{SIZES} --load {folder} --train-iters 5".split()])
+        objective([prefix, *f"{SIZES} --load {folder} --save {folder} --train-iters 5".split()])
 
 
 def test_weights_that_no_pattern_finds(prefix):
