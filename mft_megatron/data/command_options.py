@@ -59,7 +59,10 @@ class TextOptions:
         metavar="JSON",
     )
     supervise: str = option(
-        "all", "Assistant turns that are trained on; a record may exclude turns.", choices=SUPERVISE
+        "all",
+        "What is trained on: all assistant turns, the last, all without their reasoning or without their tool calls, "
+        "or tool calls alone; what is left out of a turn is context. A record may exclude or weight turns.",
+        choices=SUPERVISE,
     )
     learn_empty_answers: bool = option(
         False, "Train on empty answers, too, which teach to stop at once; otherwise they are counted and not learnt."

@@ -50,8 +50,11 @@ def show_samples(prefix: str, ledger: Ledger, count: int, colour: bool) -> Itera
     for task, name in enumerate(dataset.tasks):
         first = int(np.searchsorted(dataset.task_ids, task))
         for sample in range(first, min(first + count, first + ledger.tasks[task].kept)):
-            yield f"\n── {name}, sample {sample}: {len(dataset.tokens[sample])} tokens"
-            yield marked(tokenizer, dataset.tokens[sample], dataset.mask[sample], colour)
+            weight = 1.0 if dataset.sample_weights is None else float(dataset.sample_weights[sample])
+            weighs = f", weight {weight:g}" if weight != 1 else ""
+            yield f"\n── {name}, sample {sample}: {len(dataset.tokens[sample])} tokens{weighs}"
+            of_tokens = (dataset.token_weights or dataset.mask)[sample]
+            yield marked(tokenizer, dataset.tokens[sample], of_tokens, colour)
 
 
 class Decoder(Protocol):
@@ -61,23 +64,25 @@ class Decoder(Protocol):
         """Return the text of ids."""
 
 
-def marked(tokenizer: Decoder, ids: np.ndarray, mask: np.ndarray, colour: bool) -> str:
-    """Write the text of a sample with marks around runs of supervised tokens.
+def marked(tokenizer: Decoder, ids: np.ndarray, weights: np.ndarray, colour: bool) -> str:
+    """Write the text of a sample with marks around runs of supervised tokens, and their weight if it is not 1.
 
     Control characters other than line breaks and tabs are written as, for example, ``\\x1b``.
 
     Args:
         tokenizer: that made the ids.
         ids: int [tokens].
-        mask: uint8 [tokens], 1 where a token is supervised.
+        weights: uint8 or float32 [tokens], 0 where a token is not supervised.
         colour: whether marks are colours or ⟦brackets⟧.
     """
     opening, closing = MARKS[colour]
-    borders = [0, *(np.flatnonzero(np.diff(mask)) + 1), len(ids)]
+    borders = [0, *(np.flatnonzero(np.diff(weights)) + 1), len(ids)]
     text = []
     for start, end in itertools.pairwise(borders):
         part = tokenizer.decode(ids[start:end].tolist()).translate(_CONTROL)
-        text.append(f"{opening}{part}{closing}" if mask[start] else part)
+        weight = float(weights[start])
+        times = f"×{weight:g}" if weight not in (0, 1) else ""
+        text.append(f"{opening}{part}{closing}{times}" if weight else part)
     return "".join(text)
 
 

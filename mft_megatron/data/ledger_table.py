@@ -25,7 +25,20 @@ def ledger_table(ledger: Ledger) -> str:
                 f"{split}: {packed.samples:,} samples in {packed.packs:,} packs of {length}, "
                 f"{100 * packed.fill:.2f} % filled{f'{packer}, order {order}' if split == 'train' else ''}"
             )
-    return "\n".join(lines)
+    return "\n".join([*lines, *_weights(ledger)])
+
+
+def _weights(ledger: Ledger) -> Iterator[str]:
+    """Describe the weights of each task in which some are not 1."""
+    for task in ledger.tasks:
+        parts = [
+            f"{of['others']:,} {what} have another weight than 1 "
+            f"(from {of['min']:g} to {of['max']:g}, sum {of['sum']:,.6g})"
+            for what, of in task.weights.items()
+            if of["others"]
+        ]
+        if parts:
+            yield f"{task.name}: {'; '.join(parts)}"
 
 
 def _windows_and_uses(ledger: Ledger, entry: LengthEntry) -> Iterator[str]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from mft_megatron.data.records.conversation import Conversation, Turn
 from mft_megatron.data.records.notes import RecordNotes
-from mft_megatron.data.records.segments import Segment, raw_segments, refuse_reasoning, supervised_turns
+from mft_megatron.data.records.segments import Segment, raw_segments, refuse_reasoning, thinking_end, turn_weights
 
 from .builtin_templates import chatml_template, mftcoder_template
 from .token_names import names_of_text, names_pattern
@@ -51,24 +51,24 @@ class BuiltInFormat:
             RecordError: nothing in it is supervised, or a turn has reasoning, which these formats cannot write.
         """
         if conversation.raw:
-            return raw_segments(conversation, self.end_of_text, self.learn_empty_answers)
+            return raw_segments(conversation, self.end_of_text, self.learn_empty_answers, self.supervise)
         refuse_reasoning(
             conversation,
             f"which --chat-template {self.name} cannot write; use the model's own template, or move it into the "
             "content",
         )
-        supervised = supervised_turns(conversation, self.supervise, notes, self.learn_empty_answers)
+        weights = turn_weights(conversation, self.supervise, notes, self.learn_empty_answers)
         turns = conversation.turns
         if conversation.tools:
             turns = _with_tools(turns, conversation.tools)
-            supervised = [False] * (len(turns) - len(supervised)) + supervised
-        return FORMATS[self.name].write(self, turns, supervised)
+            weights = [0.0] * (len(turns) - len(weights)) + weights
+        return FORMATS[self.name].write(self, turns, weights)
 
     def prompt(self, conversation: Conversation, index: int) -> str:
         """Write the prompt with which a server asks for turn ``index``."""
         turns = conversation.turns[:index]
         turns = _with_tools(turns, conversation.tools) if conversation.tools else turns
-        written = FORMATS[self.name].write(self, turns, [False] * len(turns))
+        written = FORMATS[self.name].write(self, turns, [0.0] * len(turns))
         return "".join(segment.text for segment in (*written, *self._openings["assistant"]))
 
     @property
@@ -98,9 +98,26 @@ class BuiltInFormat:
         }
 
     @functools.cached_property
-    def _stops(self) -> tuple[Segment, Segment]:
-        """The stop token, unsupervised and supervised."""
-        return Segment(self.stop_token, False, True), Segment(self.stop_token, True, True)
+    def _unlearnt_stop(self) -> Segment:
+        return Segment(self.stop_token, 0, True)
+
+    def _answer(self, turn: Turn, weight: float) -> list[Segment]:
+        """Write an answer and the token that ends it, which belongs to the calls where there are some.
+
+        As Qwen2.5 and Hermes do it, calls follow the content.
+        """
+        content = [Segment(turn.content, weight)] if turn.content or not turn.tool_calls else []
+        if content and self.supervise == "no-thinking" and (end := thinking_end(turn.content)):
+            content = [Segment(turn.content[:end], weight, context=True), Segment(turn.content[end:], weight)]
+        if content and turn.tool_calls:
+            content.append(Segment("\n", weight))
+        calls = _calls(turn, weight)
+        calls.append(Segment(self.stop_token, weight, True))
+        if self.supervise == "tool-calls-only":
+            content = [segment._replace(context=True) for segment in content]
+        if self.supervise == "no-tool-calls" and turn.tool_calls:
+            calls = [segment._replace(context=True) for segment in calls]
+        return [*content, *calls]
 
 
 _BEGINNING = "<s>"  # of a marker: one token wherever the vocabulary has it
@@ -139,57 +156,55 @@ def _with_tokens(segment: Segment, names: frozenset[str]) -> Iterator[Segment]:
 _NEWLINE = Segment("\n", False)
 
 
-def _chatml(style: BuiltInFormat, turns: tuple[Turn, ...], supervised: list[bool]) -> list[Segment]:
+def _chatml(style: BuiltInFormat, turns: tuple[Turn, ...], weights: list[float]) -> list[Segment]:
     """``<|im_start|>role\\ncontent<|im_end|>\\n``. Answers of tools are between ``<tool_response>`` tags; consecutive
     ones share a turn. Qwen2.5 writes them in a turn of the user: ``--role-markers '{"tool": "user"}'``."""
-    openings, stops = style._openings, style._stops
+    openings, stop = style._openings, style._unlearnt_stop
     written: list[Segment] = []
     role_before = None
-    for turn, learn in zip(turns, supervised, strict=True):
+    for turn, weight in zip(turns, weights, strict=True):
         role = turn.role
         if role == role_before == "tool":
             written[-2:] = (_NEWLINE,)
         else:
             written += openings[role]
-        if role == "tool":
-            written += _tag("tool_response", turn.content, False)
-        elif turn.tool_calls:
-            written += _calls(turn, learn)
+        if role == "assistant":
+            written += style._answer(turn, weight)
         else:
-            written.append(Segment(turn.content, learn))
-        written += (stops[learn], _NEWLINE)
+            written += _tag("tool_response", turn.content, 0) if role == "tool" else (Segment(turn.content, 0),)
+            written.append(stop)
+        written.append(_NEWLINE)
         role_before = role
     return written
 
 
-def _mftcoder(style: BuiltInFormat, turns: tuple[Turn, ...], supervised: list[bool]) -> list[Segment]:
+def _mftcoder(style: BuiltInFormat, turns: tuple[Turn, ...], weights: list[float]) -> list[Segment]:
     """``<s>system\\n…\\n<s>human\\n…\\n<s>bot\\n…`` and the end-of-text token after each answer."""
-    openings, stops = style._openings, style._stops
+    openings = style._openings
     written: list[Segment] = []
-    for turn, learn in zip(turns, supervised, strict=True):
+    for turn, weight in zip(turns, weights, strict=True):
         written += openings[turn.role]
         if turn.role != "assistant":
             written.append(Segment(f"{turn.content}\n", False))
         else:
-            written += _calls(turn, learn) if turn.tool_calls else (Segment(turn.content, learn),)
-            written += (stops[learn], _NEWLINE)
+            written += (*style._answer(turn, weight), _NEWLINE)
     return written
 
 
-def _calls(turn: Turn, learn: bool) -> list[Segment]:
-    """Write an assistant's content and then its calls, as Qwen2.5 and Hermes do."""
-    written = [Segment(turn.content, learn)] if turn.content else []
+def _calls(turn: Turn, weight: float) -> list[Segment]:
+    """Write the calls of an answer."""
+    written: list[Segment] = []
     for call in turn.tool_calls:
         if written:
-            written.append(Segment("\n", learn))
+            written.append(Segment("\n", weight))
         name, arguments = _json(call["name"]), _json(call["arguments"])
-        written += _tag("tool_call", f'{{"name": {name}, "arguments": {arguments}}}', learn)
+        written += _tag("tool_call", f'{{"name": {name}, "arguments": {arguments}}}', weight)
     return written
 
 
-def _tag(name: str, content: str, learn: bool) -> tuple[Segment, ...]:
+def _tag(name: str, content: str, weight: float) -> tuple[Segment, ...]:
     """Write text between two tags; each tag is one token if the vocabulary has it, else text."""
-    return Segment(f"<{name}>", learn, True), Segment(f"\n{content}\n", learn), Segment(f"</{name}>", learn, True)
+    return Segment(f"<{name}>", weight, True), Segment(f"\n{content}\n", weight), Segment(f"</{name}>", weight, True)
 
 
 def _with_tools(turns: tuple[Turn, ...], tools: tuple[Mapping[str, object], ...]) -> tuple[Turn, ...]:
@@ -226,7 +241,7 @@ class FormatDefinition:
     """Everything that tells one built-in format from another.
 
     Attributes:
-        write: writes turns, given whether each is supervised.
+        write: writes turns, given the weight of each, 0 where it is not supervised.
         opening: segments that open a turn, from the marker of its role.
         template: the format as Jinja text, from the openings of turns by role, the stop token, and the text before and
             after a list of tools.
@@ -234,7 +249,7 @@ class FormatDefinition:
         stop_token: name of the token that ends an assistant's turn; ``None`` for the end-of-text token.
     """
 
-    write: Callable[[BuiltInFormat, tuple[Turn, ...], list[bool]], list[Segment]]
+    write: Callable[[BuiltInFormat, tuple[Turn, ...], list[float]], list[Segment]]
     opening: Callable[[str], tuple[Segment, ...]]
     template: Callable[[Mapping[str, str], str, tuple[str, str]], str]
     markers: Mapping[str, str]

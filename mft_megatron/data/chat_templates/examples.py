@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from mft_megatron.data.records.conversation import Conversation
-from mft_megatron.data.records.segments import supervised_turns
+from mft_megatron.data.records.segments import turn_weights
 
 from .formats import ChatFormat
 from .jinja_messages import message_of, strings_in
@@ -42,8 +42,8 @@ def example_of(conversation: Conversation, style: ChatFormat, names: frozenset[s
     elif conversation.raw:
         example = {"prompt": "".join(turn.content for turn in conversation.turns if turn.role == "prompt")}
     else:
-        supervised = supervised_turns(conversation, style.supervise, learn_empty=style.learn_empty_answers)
-        first = supervised.index(True)
+        weights = turn_weights(conversation, style.supervise, learn_empty=style.learn_empty_answers)
+        first = next(index for index, weight in enumerate(weights) if weight)
         example = {"messages": [message_of(turn) for turn in conversation.turns[:first]]}
         if conversation.tools:
             example["tools"] = list(conversation.tools)

@@ -5,19 +5,20 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mft_megatron.data.records.conversation import Conversation, RecordError
 from mft_megatron.data.records.notes import RecordNotes
-from mft_megatron.data.records.segments import REASONING, Segment, raw_segments, supervised_turns
+from mft_megatron.data.records.segments import PARTS, REASONING, Segment, left_out, raw_segments, turn_weights
 from mft_megatron.data.tokenizers.beginnings import is_space
 from mft_megatron.data.tokenizers.tokenizer import SpecialToken, Tokenizer
 from mft_megatron.errors import InputError
 
+from .jinja_parts import PartedRendering
 from .jinja_renderer import Message, Renderer, TemplateError, renderer
 from .jinja_rendering import Rendering
-from .jinja_spans import SpannedRendering
+from .jinja_spans import TurnSpan
 from .token_names import Span, names_in, names_of_text
 
 
@@ -76,15 +77,18 @@ class TemplateFormat:
                 assistant's spans are uncertain.
         """
         if conversation.raw:
-            return raw_segments(conversation, self.end_of_text, self.learn_empty_answers)
-        supervised = supervised_turns(conversation, self.supervise, notes, self.learn_empty_answers)
-        rendering = SpannedRendering(self, conversation)
-        spans = rendering.spans(supervised)
-        segments = _split(rendering, spans, self.special_tokens)
+            return raw_segments(conversation, self.end_of_text, self.learn_empty_answers, self.supervise)
+        weights = turn_weights(conversation, self.supervise, notes, self.learn_empty_answers)
+        rendering = PartedRendering(self, conversation)
+        spans = rendering.spans(weights, self.supervise in PARTS)
+        context = rendering.context(spans, self.supervise)
+        segments = _split(rendering, spans, context, self.special_tokens)
         if not any(segment.supervised for segment in segments):
+            if context:
+                raise left_out(self.supervise)
             raise RecordError("nothing_to_learn", f"--chat-template {self.name} writes nothing of the supervised turns")
         if notes is not None:
-            rendering.note_omissions(notes, supervised, spans)
+            rendering.note_omissions(notes, weights, [span[:2] for span in spans])
         return segments
 
     def prompt(self, conversation: Conversation, index: int) -> str:
@@ -176,23 +180,37 @@ def _probe(style: TemplateFormat, compiled: Renderer) -> dict[str, Any]:
     return {"stop_token": stop, "openers": openers, "header": header}
 
 
-def _split(rendering: Rendering, spans: list[Span], special_tokens: Mapping[str, SpecialToken]) -> list[Segment]:
-    """Split the text into segments, at the borders of spans and at names of special tokens."""
+def _split(
+    rendering: Rendering,
+    spans: Sequence[TurnSpan],
+    context: Sequence[Span],
+    special_tokens: Mapping[str, SpecialToken],
+) -> list[Segment]:
+    """Split the text into segments, at the borders of spans and of context in them and at names of special tokens."""
     text = rendering.text
-    borders = [border for span in spans for border in span]
+    borders = [border for span in spans for border in span[:2]]
+    context_borders = [border for span in context for border in span]
+
+    def is_context(position: int) -> bool:
+        return bisect.bisect_right(context_borders, position) % 2 == 1
+
     segments: list[Segment] = []
 
     def write(start: int, end: int) -> None:
         while start < end:
             index = bisect.bisect_right(borders, start)
-            until = min(borders[index], end) if index < len(borders) else end
-            segments.append(Segment(rendering.unguard(text[start:until]), index % 2 == 1))
+            next_border = min((border for border in context_borders if border > start), default=end)
+            until = min(borders[index] if index < len(borders) else end, next_border, end)
+            weight = spans[index // 2].weight if index % 2 else 0.0
+            part = rendering.unguard(text[start:until])
+            segments.append(Segment(part, weight, context=weight > 0 and is_context(start)))
             start = until
 
     written = 0
     for name in rendering.names:
         index = bisect.bisect_right(borders, name.start)
         supervised = index % 2 == 1
+        weight = spans[index // 2].weight if supervised else 0.0
         if index < len(borders) and borders[index] < name.end:
             raise rendering.mismatch(f"a span of the assistant ends within {name.text}")
         token = special_tokens[name.text]
@@ -209,7 +227,7 @@ def _split(rendering: Rendering, spans: list[Span], special_tokens: Mapping[str,
             while end < limit and is_space(text[end]):
                 end += 1
         write(written, start)
-        segments.append(Segment(name.text, supervised, True))
+        segments.append(Segment(name.text, weight, True, context=supervised and is_context(name.start)))
         written = end
     write(written, len(text))
     return segments

@@ -163,15 +163,15 @@ class Rendering:
                     f"{str(call['arguments'])[:60]}, which is not JSON; use a template that writes JSON, or chatml",
                 )
 
-    def note_omissions(self, notes: RecordNotes, supervised: Sequence[bool], spans: Sequence[Span]) -> None:
+    def note_omissions(self, notes: RecordNotes, weights: Sequence[float], spans: Sequence[Span]) -> None:
         """Count answers that the template changes, and reasoning that it leaves out.
 
         Args:
             notes: counts to add to.
-            supervised: whether each turn is supervised.
+            weights: of each turn, 0 where it is not supervised.
             spans: of the supervised turns.
         """
-        turns = [turn for turn, learn in zip(self._turns, supervised, strict=True) if learn]
+        turns = [turn for turn, learn in zip(self._turns, weights, strict=True) if learn]
         count_changed_answers(notes, turns, [self.unguard(self.text[start:end]) for start, end in spans])
         count_omitted_reasoning(
             notes, self._renderer, self._messages, self._tools, self._style.variables, next(self._unused)

@@ -8,6 +8,7 @@ none.
 """
 
 import re
+from typing import NamedTuple
 
 from mft_megatron.data.records.conversation import RecordError
 
@@ -17,14 +18,30 @@ from .jinja_rendering import Rendering
 from .token_names import Span, common_prefix
 
 
+class TurnSpan(NamedTuple):
+    """A part of a text that an assistant's turn says.
+
+    Attributes:
+        start, end: index of the first character, and of the one after the last.
+        weight: of its tokens, above 0.
+        turn: index of the turn; -1 where nobody needs it.
+    """
+
+    start: int
+    end: int
+    weight: float
+    turn: int
+
+
 class SpannedRendering(Rendering):
     """A rendering, and the supervised spans of its text."""
 
-    def spans(self, supervised: list[bool]) -> list[Span]:
+    def spans(self, weights: list[float], by_turn: bool = False) -> list[TurnSpan]:
         """Find the supervised spans: the assistant's text, with the tokens that end it.
 
         Args:
-            supervised: whether each turn is supervised.
+            weights: of each turn, 0 where it is not supervised.
+            by_turn: the turn of each span is needed.
 
         Returns:
             spans of ``text``, in order.
@@ -33,10 +50,11 @@ class SpannedRendering(Rendering):
             RecordError: they cannot be determined with certainty.
         """
         if self._renderer.tags:
-            spans = self._tagged_spans(supervised)
+            spans = self._tagged_spans(weights, by_turn)
         else:
-            spans = [self._span_by_prefixes(index) for index, learn in enumerate(supervised) if learn]
-        borders = [border for span in spans for border in span]
+            learnt = [index for index, weight in enumerate(weights) if weight]
+            spans = [TurnSpan(*self._span_by_prefixes(index), weights[index], index) for index in learnt]
+        borders = [border for span in spans for border in span[:2]]
         if borders != sorted(borders):
             raise self.mismatch("the assistant's spans overlap")
         return spans
@@ -53,20 +71,22 @@ class SpannedRendering(Rendering):
 
     # spans with generation tags
 
-    def _tagged_spans(self, supervised: list[bool]) -> list[Span]:
+    def _tagged_spans(self, weights: list[float], by_turn: bool) -> list[TurnSpan]:
         marks = next(self._unused), next(self._unused)
         text, spans = self._enclosed(self._messages, marks)
         if text != self.text:
             raise self.mismatch("the text in its generation tags is changed before it is written")
         answers = [index for index, message in enumerate(self._messages) if message["role"] == "assistant"]
-        if all(supervised[index] for index in answers):
-            if len(spans) < len(answers):
-                raise self.mismatch(f"its generation tags enclose {len(spans)} of {len(answers)} assistant turns")
-            return [self._with_stop_token(*span, tagged=True) for span in spans]
+        of_answers = {weights[index] for index in answers}
+        if 0 not in of_answers and len(spans) < len(answers):
+            raise self.mismatch(f"its generation tags enclose {len(spans)} of {len(answers)} assistant turns")
+        if 0 not in of_answers and len(of_answers) == 1 and not by_turn:
+            weight = of_answers.pop()
+            return [TurnSpan(*self._with_stop_token(*span, tagged=True), weight, -1) for span in spans]
         # the spans of a turn are those whose text changes if the turn has other content
         enclosed = [text[start:end] for start, end in spans]
-        chosen: list[int] = []
-        for index in (index for index in answers if supervised[index]):
+        chosen: dict[int, int] = {}  # turn by span
+        for index in (index for index in answers if weights[index]):
             other = replace_content(self._messages[index], next(self._unused))
             other.update(role="assistant", content=next(self._unused))
             try:
@@ -74,10 +94,13 @@ class SpannedRendering(Rendering):
             except RecordError:
                 other_spans = []
             changed = [k for k, span in enumerate(other_spans) if enclosed[k : k + 1] != [text[slice(*span)]]]
-            if len(other_spans) != len(spans) or not changed or set(changed) & set(chosen):
+            if len(other_spans) != len(spans) or not changed or set(changed) & chosen.keys():
                 raise self.mismatch(f"its generation tags do not distinguish turn {index} from the others")
-            chosen += changed
-        return [self._with_stop_token(*spans[k], tagged=True) for k in sorted(chosen)]
+            chosen.update(dict.fromkeys(changed, index))
+        return [
+            TurnSpan(*self._with_stop_token(*spans[k], tagged=True), weights[turn], turn)
+            for k, turn in sorted(chosen.items())
+        ]
 
     def _enclosed(self, messages: list[Message], marks: tuple[str, str]) -> tuple[str, list[Span]]:
         """Render messages; return the text, and the spans of it that generation tags enclose."""

@@ -1,7 +1,7 @@
 """The samples of a batch as token arrays; all texts of the batch are tokenised in one call."""
 
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -69,6 +69,44 @@ class KnownTexts:
             short[text] = ids
 
 
+class TokenArrays(NamedTuple):
+    """Tokens of some samples.
+
+    Attributes:
+        ids: int32, of all samples, concatenated.
+        mask: uint8, 1 where a token of ``ids`` is supervised.
+        lengths: int32 [samples].
+        weights: float32, of each token of ``ids``; ``None`` where all are 0 or 1, as the mask is.
+    """
+
+    ids: np.ndarray
+    mask: np.ndarray
+    lengths: np.ndarray
+    weights: np.ndarray | None
+
+
+class _Text:
+    """A text that is tokenised as a whole, and the parts of it that are context.
+
+    Attributes:
+        text: so far.
+        weight: of its tokens.
+        markup: as in :class:`~mft_megatron.data.records.segments.Segment`.
+        borders: characters before each change between context and supervised text; the text begins supervised.
+    """
+
+    def __init__(self, weight: float, markup: bool):
+        self.text = ""
+        self.weight = weight
+        self.markup = markup
+        self.borders: list[int] = []
+
+    def append(self, text: str, context: bool) -> None:
+        if text and context is (len(self.borders) % 2 == 0):
+            self.borders.append(len(self.text))
+        self.text += text
+
+
 class BatchedSamples:
     """Samples of a batch as arrays of ids: those of tokens, and those of texts, which follow at the end."""
 
@@ -76,7 +114,9 @@ class BatchedSamples:
         """Start without a sample; ``texts`` are those of earlier batches."""
         self._texts = texts
         self._arrays: list[np.ndarray] = []
-        self._supervised: list[bool] = []
+        self._weights: list[float] = []
+        # index of the array of each text of which only a part is context, and the text
+        self._partly: list[tuple[int, _Text]] = []
         # index of the first array of each sample, which is empty unless the sample begins with other tokens than its
         # segments
         self._firsts: list[int] = []
@@ -87,42 +127,43 @@ class BatchedSamples:
         """Append a sample.
 
         Consecutive texts of one kind are concatenated, so that they are tokenised as in a prompt that is tokenised as a
-        whole. A token that the vocabulary does not have is text. A segment that begins a text, if there is one, is the
-        first that is not empty.
+        whole; context is of the kind of the answer that it is a part of. A token that the vocabulary does not have is
+        text. A segment that begins a text, if there is one, is the first that is not empty.
         """
-        arrays, supervised = self._arrays, self._supervised
+        arrays, weights = self._arrays, self._weights
         self._firsts.append(len(arrays))
         arrays.append(_NOTHING)
-        supervised.append(False)
-        pending: str | None = None
-        kind = False, False
-        for text, learn, special, markup, begins in segments:
+        weights.append(0.0)
+        pending: _Text | None = None
+        for text, weight, special, markup, begins, context in segments:
             if begins:
                 arrays[self._firsts[-1]] = self._texts.tokenizer.beginning.ids
                 if not special:
                     begun = self._texts.tokenizer.beginning.text(text, markup)
                     if begun is None:
                         arrays.append(self._texts.tokenizer.beginning.encode(text, markup))
-                        supervised.append(learn)
+                        weights.append(weight)
                         continue
                     text = begun
             if special and (token := self._texts.token(text)) is not None:
                 if pending is not None:
-                    self._add_text(pending, *kind)
+                    self._add_text(pending)
                     pending = None
                 arrays.append(token)
-                supervised.append(learn)
-            elif pending is None:
-                pending, kind = text, (learn, markup)
-            elif kind == (learn, markup):
-                pending += text
-            else:
-                self._add_text(pending, *kind)
-                pending, kind = text, (learn, markup)
+                weights.append(0.0 if context else weight)
+                continue
+            if pending is None or (pending.weight, pending.markup) != (weight, markup):
+                if pending is not None:
+                    self._add_text(pending)
+                pending = _Text(weight, markup)
+            pending.append(text, context)
         if pending is not None:
-            self._add_text(pending, *kind)
+            self._add_text(pending)
 
-    def _add_text(self, text: str, learn: bool, markup: bool) -> None:
+    def _add_text(self, pending: _Text) -> None:
+        text, markup = pending.text, pending.markup
+        if pending.borders and pending.borders != [0]:
+            self._partly.append((len(self._arrays), pending))
         ids = self._texts.short[markup].get(text) if len(text) <= _SHORT else None
         if ids is None:
             texts, indices = self._waiting[markup]
@@ -130,18 +171,13 @@ class BatchedSamples:
             indices.append(len(self._arrays))
             ids = _NOTHING
         self._arrays.append(ids)
-        self._supervised.append(learn)
+        self._weights.append(0.0 if pending.borders == [0] else pending.weight)
 
-    def arrays(self, bos: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def arrays(self, bos: int | None) -> TokenArrays:
         """Tokenise the texts and hand over the samples; the batch is empty then.
 
         Args:
             bos: id that every sample begins with, unsupervised; added to samples that do not begin with it.
-
-        Returns:
-            ids: int32, of all samples, concatenated.
-            mask: uint8, 1 where a token of ``ids`` is supervised.
-            lengths: int32 [samples].
 
         Raises:
             SampleError: the fast backend is wrong.
@@ -150,26 +186,54 @@ class BatchedSamples:
             if texts:
                 self._tokenise(texts, indices, bool(markup))
         if not self._firsts:
-            return np.empty(0, np.int32), np.empty(0, np.uint8), np.empty(0, np.int32)
+            return TokenArrays(np.empty(0, np.int32), np.empty(0, np.uint8), np.empty(0, np.int32), None)
+        context = self._context_tokens()
         if bos is not None:
             self._begin_with(bos)
         arrays, self._arrays = self._arrays, []
         counts = np.fromiter(map(len, arrays), np.int64, len(arrays))
         ids = np.concatenate(arrays, dtype=np.int32, casting="unsafe")
         arrays.clear()  # memory holds the ids of a large batch once
-        mask = np.repeat(np.array(self._supervised, np.uint8), counts)
-        return ids, mask, np.add.reduceat(counts, self._firsts).astype(np.int32)
+        of_arrays = np.array(self._weights, np.float32)
+        mask = np.repeat((of_arrays > 0).astype(np.uint8), counts)
+        weights = None if set(self._weights) <= {0, 1} else np.repeat(of_arrays, counts)
+        starts = np.cumsum(counts) - counts
+        for index, first, last in context:
+            of_context = slice(starts[index] + first, starts[index] + last)
+            mask[of_context] = 0
+            if weights is not None:
+                weights[of_context] = 0
+        return TokenArrays(ids, mask, np.add.reduceat(counts, self._firsts).astype(np.int32), weights)
+
+    def _context_tokens(self) -> list[tuple[int, int, int]]:
+        """Find the tokens of texts of which a part is context: index of the array, first token, and the one after.
+
+        A text's beginning, tokenised alone, has the same tokens up to the border, and so has its end after it. Where a
+        token crosses the border, it is context.
+        """
+        context: list[tuple[int, int, int]] = []
+        for index, partly in self._partly:
+            text, whole = partly.text, self._arrays[index]
+            borders = [*partly.borders, len(text)] if len(partly.borders) % 2 else partly.borders
+            parts = [text[:border] for border in borders[::2]] + [text[border:] for border in borders[1::2]]
+            found = self._encode(parts, [index] * len(parts), partly.markup)
+            for beginning, end in zip(found[: len(found) // 2], found[len(found) // 2 :], strict=True):
+                context.append((index, _same(beginning, whole), len(whole) - _same(end[::-1], whole[::-1])))
+        self._partly = []
+        return context
 
     def _tokenise(self, texts: list[str], indices: list[int], markup: bool) -> None:
-        try:
-            ids_of_texts = self._texts.tokenizer.encode_arrays(texts, markup)
-        except DifferenceError as difference:
-            index = indices[difference.position]
-            raise SampleError(int(np.searchsorted(self._firsts, index, "right")) - 1, str(difference)) from None
-        for index, text, ids in zip(indices, texts, ids_of_texts, strict=True):
+        for index, text, ids in zip(indices, texts, self._encode(texts, indices, markup), strict=True):
             self._arrays[index] = ids
             self._texts.keep(text, markup, ids)
         texts.clear()
+
+    def _encode(self, texts: list[str], indices: list[int], markup: bool) -> list[np.ndarray]:
+        try:
+            return self._texts.tokenizer.encode_arrays(texts, markup)
+        except DifferenceError as difference:
+            index = indices[difference.position]
+            raise SampleError(int(np.searchsorted(self._firsts, index, "right")) - 1, str(difference)) from None
 
     def _begin_with(self, token: int) -> None:
         head = np.array([token], np.int32)
@@ -177,3 +241,9 @@ class BatchedSamples:
             begins = next((array[0] for array in self._arrays[first:end] if len(array)), None)
             if begins != token:
                 self._arrays[first] = np.concatenate([head, self._arrays[first]])
+
+
+def _same(one: np.ndarray, other: np.ndarray) -> int:
+    """Count the tokens with which both arrays begin."""
+    shorter = min(len(one), len(other))
+    return shorter if (same := one[:shorter] == other[:shorter]).all() else int(np.argmin(same))

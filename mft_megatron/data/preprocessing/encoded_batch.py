@@ -10,6 +10,8 @@ from mft_megatron.data.records.notes import RecordNotes
 from mft_megatron.data.sample_slices import supervised_tokens
 from mft_megatron.data.tasks.record_batches import position
 
+from .batched_texts import TokenArrays
+
 
 @dataclasses.dataclass(frozen=True)
 class Drop:
@@ -51,6 +53,8 @@ class EncodedBatch:
         chats: number of samples written with the chat format.
         examples: of :mod:`mft_megatron.data.chat_templates.examples`; ``sample`` is the index in the batch.
         added: number of samples beyond one a record, before any was dropped.
+        token_weights: float32, of each token of ``ids``; ``None`` where all are 0 or 1, as the mask is.
+        sample_weights: float32 [samples]; ``None`` where all are 1.
     """
 
     ids: np.ndarray
@@ -64,31 +68,27 @@ class EncodedBatch:
     chats: int = 0
     examples: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     added: int = 0
+    token_weights: np.ndarray | None = None
+    sample_weights: np.ndarray | None = None
 
 
 def drop_unsupervised(
-    ids: np.ndarray,
-    mask: np.ndarray,
-    lengths: np.ndarray,
-    path: str,
-    lines: Sequence[int] | range,
-    of_array: bool = False,
-) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], np.ndarray, list[Drop]]:
+    samples: TokenArrays, path: str, lines: Sequence[int] | range, of_array: bool = False
+) -> tuple[TokenArrays, np.ndarray, list[Drop]]:
     """Leave out the samples that have no supervised target.
 
     Args:
-        ids: int32 [tokens], of all samples.
-        mask: uint8 [tokens], 1 where a token is supervised.
-        lengths: int32 [samples].
+        samples: of a batch.
         path: of the file they were read from.
         lines: line of each sample in the file.
         of_array: as in :class:`Drop`.
 
     Returns:
-        samples: ids, mask and lengths of the samples that are kept.
+        samples: those that are kept.
         kept: bool [samples].
         drops: one for each sample that is left out.
     """
+    ids, mask, lengths, weights = samples
     kept = supervised_tokens(mask, lengths) > 0
     drops = [
         Drop(path, lines[index], "no_supervised_token", "no supervised token in it", of_array)
@@ -96,5 +96,6 @@ def drop_unsupervised(
     ]
     if drops:
         tokens_kept = np.repeat(kept, lengths)
-        ids, mask, lengths = ids[tokens_kept], mask[tokens_kept], lengths[kept]
-    return (ids, mask, lengths), kept, drops
+        weights = None if weights is None else weights[tokens_kept]
+        samples = TokenArrays(ids[tokens_kept], mask[tokens_kept], lengths[kept], weights)
+    return samples, kept, drops

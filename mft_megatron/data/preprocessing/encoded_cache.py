@@ -24,7 +24,9 @@ from mft_megatron.data.tasks.record_batches import RecordBatch
 from .encoded_batch import Drop, EncodedBatch
 
 # raise it when the same records are encoded otherwise than before
-VERSION = 8
+VERSION = 9
+# arrays of a batch that are only there where some weight is neither 0 nor 1
+_WEIGHTS = ("token_weights", "sample_weights")
 
 
 class EncodedCache:
@@ -102,6 +104,7 @@ def write_encoded(file: BinaryIO, encoded: EncodedBatch, first_line: int) -> Non
         drops=_as_bytes([[drop.line - first_line, drop.reason, drop.message] for drop in encoded.drops]),
         examples=_as_bytes(encoded.examples),
         notes=_as_bytes([encoded.notes.unread_keys, encoded.notes.kinds]),
+        **{name: weights for name in _WEIGHTS if (weights := getattr(encoded, name)) is not None},
     )
 
 
@@ -133,6 +136,7 @@ def read_encoded(file: BinaryIO, path: str, first_line: int, of_array: bool) -> 
                 Drop(path, first_line + line, reason, message, of_array)
                 for line, reason, message in json.loads(entry["drops"].tobytes())
             ],
+            **{name: entry[name] for name in _WEIGHTS if name in entry},
         )
 
 

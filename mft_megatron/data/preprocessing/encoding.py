@@ -25,7 +25,7 @@ from mft_megatron.data.records.notes import RecordNotes
 from mft_megatron.data.records.record_formats import read_record
 from mft_megatron.data.records.record_lines import parse_record
 from mft_megatron.data.records.rounds import split_rounds
-from mft_megatron.data.records.segments import Segment
+from mft_megatron.data.records.segments import LEFT_OUT, Segment
 from mft_megatron.data.tasks.record_batches import RecordBatch, position
 from mft_megatron.data.tokenizers.backends import BackendMismatch
 from mft_megatron.data.tokenizers.tokenizer import Tokenizer
@@ -76,6 +76,7 @@ class _ReadRecords:
         documents: whether it is a document.
         filled: whether it is written as fill-in-the-middle.
         chats: whether it is a chat.
+        weights: of the sample.
         examples: with the index of their sample.
         of_record: notes of the record that is being read; empty before it.
         noted: notes of each record that has some, with its first sample and the one after its last.
@@ -87,6 +88,7 @@ class _ReadRecords:
     documents: list[bool] = dataclasses.field(default_factory=list)
     filled: list[bool] = dataclasses.field(default_factory=list)
     chats: list[bool] = dataclasses.field(default_factory=list)
+    weights: list[float] = dataclasses.field(default_factory=list)
     examples: list[tuple[int, dict[str, Any]]] = dataclasses.field(default_factory=list)
     of_record: RecordNotes = dataclasses.field(default_factory=RecordNotes)
     noted: list[tuple[int, int, RecordNotes]] = dataclasses.field(default_factory=list)
@@ -156,7 +158,8 @@ class Encoder:
             raise BackendMismatch(
                 f"{where}: {error} by {self._tokenizer.backend} and {self._tokenizer.reference}"
             ) from None
-        (ids, mask, lengths), kept, unsupervised = drop_unsupervised(*arrays, batch.path, read.lines, batch.of_array)
+        samples, kept, unsupervised = drop_unsupervised(arrays, batch.path, read.lines, batch.of_array)
+        weights = np.array(read.weights, np.float32)[kept]
         drops = sorted([*drops, *unsupervised], key=lambda drop: drop.line)
         documents_kept, filled_kept, chats_kept = (
             int(np.count_nonzero(kept & np.array(of, bool))) for of in (read.documents, read.filled, read.chats)
@@ -167,9 +170,9 @@ class Encoder:
             if kept[sample]
         )
         return EncodedBatch(
-            ids=ids,
-            mask=mask,
-            lengths=lengths,
+            ids=samples.ids,
+            mask=samples.mask,
+            lengths=samples.lengths,
             records=records,
             documents=documents_kept,
             drops=drops,
@@ -178,6 +181,8 @@ class Encoder:
             chats=chats_kept,
             examples=kept_examples,
             added=read.added,
+            token_weights=samples.weights,
+            sample_weights=weights if (weights != 1).any() else None,
         )
 
     def _read(
@@ -209,6 +214,7 @@ class Encoder:
             read.documents.append(conversation.document)
             read.filled.append(filled)
             read.chats.append(not conversation.raw)
+            read.weights.append(conversation.weight)
             read.samples.add(
                 segments if conversation.raw else with_prompt_spaces(segments, self._tokenizer, encoding.add_bos)
             )
@@ -239,8 +245,11 @@ class Encoder:
             try:
                 written.append((conversation, _segments(encoding.style, conversation, notes), False))
             except RecordError as error:
-                if error.reason != "empty_answer" or (not written and conversation is conversations[-1]):
+                optional = error.reason in ("empty_answer", LEFT_OUT)
+                if not optional or (not written and conversation is conversations[-1]):
                     raise
+                if error.reason == LEFT_OUT:
+                    continue
                 learned = (turn.role == "assistant" and turn.learn for turn in conversation.turns)
                 notes.kinds["empty_answer_not_learnt"] += sum(learned)
         notes.kinds["rounds_split"] += 1

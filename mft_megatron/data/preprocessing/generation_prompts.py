@@ -17,7 +17,7 @@ from mft_megatron.data.chat_templates.jinja_messages import message_of, strings_
 from mft_megatron.data.chat_templates.token_names import common_prefix, names_in, names_of_text, names_pattern
 from mft_megatron.data.records.conversation import Conversation, RecordError
 from mft_megatron.data.records.record_lines import parse_record
-from mft_megatron.data.records.segments import REASONING, supervised_turns
+from mft_megatron.data.records.segments import REASONING, turn_weights
 from mft_megatron.data.tasks.record_batches import RecordBatch, TokenizedBatch, position
 from mft_megatron.data.tokenizers.tokenizer import Tokenizer
 
@@ -94,11 +94,13 @@ class GenerationPrompts:
     def _difference(self, conversation: Conversation, where: str) -> str | None:
         style, tokenizer = self._encoding.style, self._tokenizer
         samples = BatchedSamples(KnownTexts(_Reference(tokenizer)))
-        samples.add(with_prompt_spaces(style.segments(conversation), tokenizer, self._encoding.add_bos))
-        ids, mask, _ = samples.arrays(tokenizer.bos_token_id if self._encoding.add_bos else None)
+        # answers begin where all of them is supervised
+        segments = [segment._replace(context=False) for segment in style.segments(conversation)]
+        samples.add(with_prompt_spaces(segments, tokenizer, self._encoding.add_bos))
+        ids, mask, *_ = samples.arrays(tokenizer.bos_token_id if self._encoding.add_bos else None)
         starts = np.flatnonzero(np.diff(mask, prepend=np.uint8(0)) == 1).tolist()
-        supervised = supervised_turns(conversation, style.supervise, learn_empty=style.learn_empty_answers)
-        answers = [index for index, learn in enumerate(supervised) if learn]
+        weights = turn_weights(conversation, style.supervise, learn_empty=style.learn_empty_answers)
+        answers = [index for index, weight in enumerate(weights) if weight]
         bos = tokenizer.bos_token if self._encoding.add_bos else None
         for first, (start, answer) in enumerate(zip(starts, answers, strict=False)):
             try:

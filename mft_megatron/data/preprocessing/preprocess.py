@@ -183,7 +183,7 @@ def _store(recipe: Recipe, prepared: Prepared, encoded: EncodedInput, files: Dat
             stop = stop_token_ids(prepared.tokenizer, [encoding.style], [encoding])
             for batch in encoded.batches(name):
                 _count(batch, tally, stop)
-                writer.add(batch.ids, batch.mask, batch.lengths)
+                writer.add(batch.ids, batch.mask, batch.lengths, batch.token_weights, batch.sample_weights)
             tally.sources += encoded.sources(name)
             _refuse_wrong_masks(tally)
         return writer.finish()

@@ -29,7 +29,7 @@ def with_prompt_spaces(segments: Sequence[Segment], tokenizer: Tokenizer, add_bo
             opens = beginning.after_tokens
         elif segment.text and opens:
             opens = False
-            begun = None if segment.supervised else beginning.text(segment.text, markup=False)
+            begun = None if segment.weight else beginning.text(segment.text, markup=False)
             segment = segment if begun is None else segment._replace(text=begun)
         written.append(segment)
     return written

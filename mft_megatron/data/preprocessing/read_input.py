@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
+from mft_megatron.data.records.segments import LEFT_OUT
 from mft_megatron.data.storage.ledger import InputFile
 from mft_megatron.data.tasks.reader import Takes, TaskReader, every_batch
 from mft_megatron.errors import InputError
@@ -95,6 +96,6 @@ class ReadInput:
 
 
 def _refuse_drops(encoded: EncodedBatch, on_error: str) -> None:
-    if encoded.drops and on_error == "stop":
-        drop = encoded.drops[0]
+    drop = next((drop for drop in encoded.drops if drop.reason != LEFT_OUT), None)
+    if drop is not None and on_error == "stop":
         raise InputError(f"{drop.position}: {drop.message}; correct it, or leave such records out with --on-error skip")

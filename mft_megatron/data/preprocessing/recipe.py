@@ -86,6 +86,13 @@ def prepare(recipe: Recipe, backend: str) -> Prepared:
             "--split-thinking-rounds learns the answers of every round, --supervise last those of the last one alone; "
             "leave one of them out"
         )
+    rates = {name: recipe.fim_rate if task.fim_rate is None else task.fim_rate for name, task in recipe.tasks.items()}
+    fills = [name for name, rate in rates.items() if rate > 0]
+    if fills and recipe.supervise == "tool-calls-only":
+        raise InputError(
+            f"--supervise tool-calls-only leaves out raw text, and fill-in-the-middle of task {fills[0]} is raw text; "
+            "leave one of them out"
+        )
     tokenizer = load_tokenizer(recipe.tokenizer_type, recipe.tokenizer_model, backend)
     templates = {recipe.chat_template, *(task.template or recipe.chat_template for task in recipe.tasks.values())}
     how = recipe.role_markers, recipe.supervise, recipe.learn_empty_answers

@@ -12,8 +12,10 @@ from .known_keys import (
     REFUSED_IN_TURNS,
     SYSTEM,
     TOOLS,
+    WEIGHTS,
     is_label,
-    is_learnt,
+    one_weight,
+    read_weight,
     refuse_placeholders,
     refused_key,
 )
@@ -108,7 +110,7 @@ def read_chat(
             role = now.role
             if role == "assistant":
                 if not now.learn:
-                    flags.update(flag for flag in FLAGS if turn.get(flag) is not None)
+                    flags.update(flag for flag in (*FLAGS, *WEIGHTS) if turn.get(flag) is not None)
                 if key != keys[-1]:
                     now = dataclasses.replace(now, learn=False)
                 if before in ("assistant", "tool call") and now.tool_calls and not now.content:
@@ -147,6 +149,8 @@ def _joined(text: Turn, calls: Turn, name: str) -> Turn:
         raise RecordError("broken_alternation", f"{name} continues an answer, but has another {different[0]}")
     if text.learn is not calls.learn:
         raise RecordError("broken_alternation", f"{name} continues an answer of which the flags exclude a part only")
+    if text.weight != calls.weight:
+        raise RecordError("broken_alternation", f"{name} continues an answer, but has another weight")
     return dataclasses.replace(
         text, tool_calls=(*text.tool_calls, *calls.tool_calls), extra={**text.extra, **calls.extra}
     )
@@ -165,7 +169,7 @@ def _turn(turn: object, role_names: Mapping[str, str], sharegpt: bool, turns: st
         refuse_placeholders(content, f".{content_key}")
     if len(turn) == 2 and type(content) is str and content.isascii() and role != _CALLS_AS_TEXT:
         return Turn(role, content)  # fast path for most turns
-    learn = _checked_keys(turn, role, role_key, content_key, turns, reading)
+    weight = _checked_keys(turn, role, role_key, content_key, turns, reading)
     calls: tuple[ToolCall, ...] = calls_of_turn(turn, turns, reading)
     if role == _CALLS_AS_TEXT:
         role, text = "assistant", ""
@@ -181,7 +185,7 @@ def _turn(turn: object, role_names: Mapping[str, str], sharegpt: bool, turns: st
     else:
         text = require_text(content, f".{content_key}")
     extra = {key: require_text(turn[key], f".{key}") for key in EXTRA_KEYS if turn.get(key) is not None}
-    return Turn(role, text, learn, calls, extra)
+    return Turn(role, text, weight > 0, calls, extra, weight or 1.0)
 
 
 def _role(turn: Mapping[str, object], role_key: str, role_names: Mapping[str, str]) -> str:
@@ -211,23 +215,22 @@ def _concatenated(parts: list[object], name: str, path: str, reading: Reading) -
 
 def _checked_keys(
     turn: Mapping[str, object], role: str, role_key: str, content_key: str, turns: str, reading: Reading
-) -> bool:
+) -> float:
     """Read or refuse the keys of a turn that are not its text, and note the others.
 
     Returns:
-        whether no flag excludes the turn from training.
+        weight of the turn; 0 where a flag excludes it from training.
     """
     present = tuple([key for key, value in turn.items() if value is not None])
     unread, known = _turn_keys(present, role_key, content_key)
     if unread:
         reading.unread += tuple([f"{turns}.{key}" for key in unread])
-    learn = True
+    weights: dict[str, float] = {}
     for key in known:
         value, name, path = turn[key], f".{key}", f"{turns}.{key}"
-        if key in FLAGS:
-            learnt = is_learnt(key, value, name, path)
-            learn = learn and learnt
-            if learnt and role not in ("assistant", _CALLS_AS_TEXT):
+        if key in FLAGS or key in WEIGHTS:
+            weights[key] = read_weight(key, value, name, path)
+            if weights[key] and role not in ("assistant", _CALLS_AS_TEXT):
                 reading.kinds += ("marked_turn_not_learnt",)
         elif key in LABELS:
             if not is_label(value, name, path):
@@ -238,12 +241,16 @@ def _checked_keys(
             raise refused_key(name, path, "invalid_tools", f"is in a turn of {role}; declare tools beside the turns")
         elif value:
             reading.tools += ((path, read_declarations(value, name)),)
-    return learn
+    return one_weight(weights, "") if weights else 1.0
+
+
+def _is_known(key: str) -> bool:
+    return key in FLAGS or key in WEIGHTS or key in LABELS or key in TOOLS or key in REFUSED_IN_TURNS
 
 
 @functools.lru_cache(maxsize=256)  # the turns of a file have few different sets of keys
 def _turn_keys(present: tuple[str, ...], role_key: str, content_key: str) -> tuple[list[str], list[str]]:
     """Keys of a turn that nothing reads, and those that a value decides about."""
     rest = [key for key in present if key not in (role_key, content_key, "tool_calls", "function_call", *EXTRA_KEYS)]
-    known = [key for key in rest if key in FLAGS or key in LABELS or key in TOOLS or key in REFUSED_IN_TURNS]
+    known = [key for key in rest if _is_known(key)]
     return [key for key in rest if key not in known], known

@@ -42,6 +42,7 @@ class Turn:
         learn: False for an assistant turn that the record excludes from training.
         tool_calls: calls in an assistant turn.
         extra: those of :data:`EXTRA_KEYS` that the turn has.
+        weight: of its tokens in the loss where it is learnt, above 0.
     """
 
     role: str
@@ -49,6 +50,7 @@ class Turn:
     learn: bool = True
     tool_calls: tuple[ToolCall, ...] = ()
     extra: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    weight: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,9 +62,11 @@ class Conversation:
         raw: turns are concatenated as they are, without a chat format.
         document: a ``text`` record, in which every token is supervised.
         tools: functions that the record declares, unchanged.
+        weight: of the sample in the loss, above 0.
     """
 
     turns: tuple[Turn, ...]
     raw: bool = False
     document: bool = False
     tools: tuple[Mapping[str, object], ...] = ()
+    weight: float = 1.0

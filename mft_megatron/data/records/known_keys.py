@@ -3,6 +3,8 @@
 A known key is read, or it refuses the record by its name where its meaning cannot be honoured. Others are counted.
 """
 
+from collections.abc import Mapping
+
 from .conversation import RecordError
 
 # system text, text that a question is asked about, and declarations of tools
@@ -10,6 +12,8 @@ SYSTEM = ("system", "system_prompt", "system_message", "system_instruction")
 PASSAGES = ("input", "context", "passage")
 TOOLS = ("tools", "functions")
 
+# how much the tokens of a turn, or a whole record, count in the loss
+WEIGHTS = ("weight", "loss_weight", "loss_scale")
 # whether a turn, or the whole record, is learnt; True where the flag says so by being false
 FLAGS = {
     "train": False,
@@ -18,9 +22,6 @@ FLAGS = {
     "training": False,
     "trainable": False,
     "loss": False,
-    "loss_weight": False,
-    "loss_scale": False,
-    "weight": False,
     "mask": True,
     "masked": True,
     "is_masked": True,
@@ -46,6 +47,8 @@ REFUSED_IN_TURNS = REFUSED | {
     "training_detail": _WHOLE_TURNS,
 }
 
+# weights above 0 are within these bounds, so that fp32 holds them and their products with others
+_LEAST, _MOST = 1e-20, 1e20
 # roles that a mask may name
 _UNLEARNT = frozenset({"user", "human", "system", "tool"})
 
@@ -62,28 +65,53 @@ def refused_key(name: str, path: str, reason: str, why: str) -> RecordError:
     return RecordError(reason, f"{name} {why}; --ignore-keys {path} reads records as if they did not have it")
 
 
-def is_learnt(key: str, value: object, name: str, path: str) -> bool:
-    """Read a flag of :data:`FLAGS`.
+def read_weight(key: str, value: object, name: str, path: str) -> float:
+    """Read a key of :data:`FLAGS` or :data:`WEIGHTS` as a weight; a flag is 1 where it says learnt, else 0.
 
     Args:
-        key: the flag.
-        value: true or false, or 1 or 0.
+        key: the key.
+        value: of a flag true or false, or 1 or 0; of a weight a number, or one of these.
         name, path: as in :func:`refused_key`.
 
     Raises:
-        RecordError: it is something else, for example a weight between 0 and 1.
+        RecordError: it is something else, for example a negative weight.
     """
+    weighs = key in WEIGHTS
     if not isinstance(value, bool | int | float):
-        why = f"must be true or false, or 1 or 0, not {type(value).__name__}"
-        raise refused_key(name, path, "wrong_type", why)
+        asked = "a number, 0 or above" if weighs else "true or false, or 1 or 0"
+        raise refused_key(name, path, "wrong_type", f"must be {asked}, not {type(value).__name__}")
+    if weighs:
+        if value and not _LEAST <= value <= _MOST:
+            why = f"must be 0 or from {_LEAST:g} to {_MOST:g}, not {str(value)[:40]}"
+            raise refused_key(name, path, "unsupported_weight", why)
+        return float(value)
     if value not in (0, 1):
-        why = "must be 0 or 1: a token is supervised or not; only tasks have weights"
+        why = "must be 0 or 1; a number that tokens count by is written as weight"
         raise refused_key(name, path, "unsupported_weight", why)
-    return bool(value) is not FLAGS[key]
+    return float(bool(value) is not FLAGS[key])
 
 
-def check_record_flag(key: str, value: object) -> None:
-    """Check a flag of :data:`FLAGS` that belongs to a whole record: it must not exclude the answers.
+def one_weight(weights: Mapping[str, float], name: str) -> float:
+    """Combine the keys of a turn or record that say how much it counts; 1 where there is none.
+
+    Args:
+        weights: values of :func:`read_weight` by key.
+        name: of what has them, which the message begins with.
+
+    Raises:
+        RecordError: two keys have different weights.
+    """
+    if 0 in weights.values():
+        return 0.0
+    given = {key: weight for key, weight in weights.items() if key in WEIGHTS}
+    if len(set(given.values())) > 1:
+        listed = ", ".join(f"{key} {weight:g}" for key, weight in given.items())
+        raise RecordError("two_weights", f"{name} has different weights ({listed}); keep one")
+    return next(iter(given.values()), 1.0)
+
+
+def record_weight(key: str, value: object) -> float:
+    """Read a key of :data:`FLAGS` or :data:`WEIGHTS` that belongs to a whole record: it must not exclude the answers.
 
     A ``mask`` may name the roles whose turns are masked, as in NeMo; answers are learnt unless it names the assistant.
 
@@ -95,8 +123,11 @@ def check_record_flag(key: str, value: object) -> None:
             if role.lower() not in _UNLEARNT:
                 why = f"masks turns of {role[:40]!r}, but answers are learnt"
                 raise refused_key(key, key, "no_learned_turn", why)
-    elif not is_learnt(key, value, key, key):
+        return 1.0
+    weight = read_weight(key, value, key, key)
+    if weight == 0:
         raise refused_key(key, key, "no_learned_turn", "excludes the whole record from training")
+    return weight
 
 
 def is_label(value: object, name: str, path: str) -> bool:

@@ -20,8 +20,10 @@ from .known_keys import (
     REFUSED,
     SYSTEM,
     TOOLS,
-    check_record_flag,
+    WEIGHTS,
     is_label,
+    one_weight,
+    record_weight,
     refuse_placeholders,
     refused_key,
 )
@@ -104,11 +106,14 @@ def read_record(
         # with a null instead of text, the format's reader says so, which helps more than "missing key"
         with_nulls = _plan(tuple(record), format_name)
         plan = plan if with_nulls.read is None else with_nulls
+    weights: dict[str, float] = {}
     for key in plan.known:
-        _check_known(record, key, plan, reading)
+        _check_known(record, key, plan, reading, weights)
     if plan.read is None:
         raise _missing_keys(record, format_name)
     conversation = plan.read(record, plan.keys, reading)
+    if weights and (weight := one_weight(weights, "the record")) != 1:
+        conversation = dataclasses.replace(conversation, weight=weight)
     if notes is not None:
         for key in dict.fromkeys(plan.unread + reading.unread) if reading.unread else plan.unread:
             # half a surrogate pair has no form in the ledger
@@ -137,16 +142,17 @@ def _plan(present: tuple[str, ...], format_name: str) -> _Plan:
         return _Plan(None, [], (), tuple(key for key in present if key in REFUSED), REFUSED)
     rest = [key for key in present if key not in keys and key not in candidate.also]
     refused = {**REFUSED, **candidate.refused}
-    known = [key for key in rest if key in FLAGS or key in LABELS or key in refused]
+    known = [key for key in rest if key in FLAGS or key in WEIGHTS or key in LABELS or key in refused]
     return _Plan(candidate.read, keys, tuple(key for key in rest if key not in known), tuple(known), refused)
 
 
-def _check_known(record: Record, key: str, plan: _Plan, reading: Reading) -> None:
+def _check_known(record: Record, key: str, plan: _Plan, reading: Reading, weights: dict[str, float]) -> None:
+    """Read or refuse a key whose value decides whether the record can be used, or its weight."""
     value = record[key]
     if value is None:
         return
-    if key in FLAGS:
-        check_record_flag(key, value)
+    if key in FLAGS or key in WEIGHTS:
+        weights[key] = record_weight(key, value)
     elif key in LABELS:
         if not is_label(value, key, key):
             reading.unread += (key,)

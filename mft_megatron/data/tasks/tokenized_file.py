@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from mft_megatron.data.storage.indexed_dataset import IndexedDataset
+from mft_megatron.data.storage.weights import SAMPLE_WEIGHTS, TOKEN_WEIGHTS
 from mft_megatron.errors import InputError
 
 from .record_batches import TokenizedBatch
@@ -45,13 +46,21 @@ class TokenizedFile:
         """Open the index ``path`` and, where there is one, the index of its masks.
 
         Raises:
-            InputError: a file is missing or damaged, items are no integers, or the masks have other sequences.
+            InputError: a file is missing or damaged, items are no integers, the masks have other sequences, or there
+                are weights.
         """
         self._path = path
         self._ids = _open_index(path)
         if not np.issubdtype(self._ids.items.dtype, np.integer):
             raise InputError(f"{path}: items of type {self._ids.items.dtype}; token ids are whole numbers")
         self._bounds = _document_bounds(self._ids, path)
+        for suffix in (SAMPLE_WEIGHTS, f"{TOKEN_WEIGHTS}.idx"):
+            weights = path.with_name(path.name.removesuffix(f"{IDS}.idx") + suffix)
+            if path.name.endswith(f"{IDS}.idx") and weights.exists():
+                raise InputError(
+                    f"{weights}: holds weights of {path.name}, and tokens are read with weight 1; merge the data set "
+                    "with tools/pack_data.py, or move the weights away"
+                )
         self._mask: IndexedDataset | None = None
         self._mask_path = mask_index(path)
         if self._mask_path is not None:

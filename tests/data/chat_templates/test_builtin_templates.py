@@ -60,7 +60,7 @@ def conversations(draw):
 def _packed(style, tokenizer, conversation):
     samples = BatchedSamples(KnownTexts(tokenizer))
     samples.add(style.segments(conversation))
-    ids, mask, _ = samples.arrays(None)
+    ids, mask, *_ = samples.arrays(None)
     return ids.tolist(), mask
 
 

@@ -12,7 +12,7 @@ from mft_megatron.data.chat_templates.formats import chat_format
 from mft_megatron.data.records.conversation import Conversation, RecordError, Turn
 from mft_megatron.data.records.notes import RecordNotes
 from mft_megatron.data.records.record_formats import read_record
-from mft_megatron.data.records.segments import REASONING, supervised_turns
+from mft_megatron.data.records.segments import REASONING, turn_weights
 from mft_megatron.errors import InputError
 from tests.data.chat_templates.segment_text import supervised_text, written
 from tests.data.chat_templates.templates import QWEN2
@@ -134,7 +134,7 @@ def test_reasoning_alone_is_no_empty_answer(key):
     for conversation in (Conversation(turns), Conversation(turns[:2])):
         notes = RecordNotes()
         learned = [index % 2 == 1 for index in range(len(conversation.turns))]
-        assert supervised_turns(conversation, "all", notes) == learned
+        assert turn_weights(conversation, "all", notes) == learned
         assert not notes.kinds
 
 

@@ -6,7 +6,16 @@ import re
 import pytest
 
 from mft_megatron.data.records.conversation import RecordError
-from mft_megatron.data.records.known_keys import FLAGS, LABELS, PASSAGES, REFUSED, REFUSED_IN_TURNS, SYSTEM, TOOLS
+from mft_megatron.data.records.known_keys import (
+    FLAGS,
+    LABELS,
+    PASSAGES,
+    REFUSED,
+    REFUSED_IN_TURNS,
+    SYSTEM,
+    TOOLS,
+    WEIGHTS,
+)
 from mft_megatron.data.records.notes import NOTES, RecordNotes
 from mft_megatron.data.records.record_formats import RECORD_FORMATS, read_record
 from mft_megatron.data.tasks.task_files import SUFFIXES
@@ -49,7 +58,7 @@ def test_examples_of_refusals_are_refused(record):
 
 
 def test_every_known_key_and_ending_is_in_the_document():
-    known = [*FLAGS, *LABELS, *PASSAGES, *REFUSED, *REFUSED_IN_TURNS, *SYSTEM, *TOOLS, *SUFFIXES]
+    known = [*FLAGS, *WEIGHTS, *LABELS, *PASSAGES, *REFUSED, *REFUSED_IN_TURNS, *SYSTEM, *TOOLS, *SUFFIXES]
     assert [key for key in known if f"`{key}`" not in TEXT] == []
     assert [kind for kind in NOTES if f"`{kind}`" not in SECTIONS["What is counted"]] == []
 

@@ -43,7 +43,7 @@ def naive(tokenizer, segments, chat=False):
     ids, mask = [], []
     # none of these tokenizers adds BOS; of those that write a space before a text, one writes it after each token, too
     opens = chat
-    for text, supervised, special, markup, begins in merged:
+    for text, supervised, special, markup, begins, _ in merged:
         if begins or (opens and text and not (special or supervised)):
             text = space_before_texts(tokenizer) + text
         if text:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mft_megatron.data.records.conversation import EXTRA_KEYS, RecordError
 from mft_megatron.data.records.ignored_keys import parse_ignored_keys, without_keys
-from mft_megatron.data.records.known_keys import FLAGS, PASSAGES, REFUSED, REFUSED_IN_TURNS, SYSTEM, TOOLS
+from mft_megatron.data.records.known_keys import FLAGS, PASSAGES, REFUSED, REFUSED_IN_TURNS, SYSTEM, TOOLS, WEIGHTS
 from mft_megatron.data.records.notes import RecordNotes
 from mft_megatron.data.records.reading import Reading
 from mft_megatron.data.records.record_formats import RECORD_FORMATS, read_record
@@ -25,7 +25,7 @@ SENT = {"type": "function", "function": BARE}
 
 
 def read(record, ignored=()):
-    """Roles with texts, what is learnt, calls, tools, and counts of a record; or the reason of its refusal."""
+    """Roles with texts, weights of answers, calls, tools, and counts of a record; or the reason of its refusal."""
     notes = RecordNotes()
     before = copy.deepcopy(record)
     try:
@@ -36,7 +36,11 @@ def read(record, ignored=()):
         assert record == before
     return (
         [(turn.role, turn.content) for turn in conversation.turns],
-        [turn.learn for turn in conversation.turns if turn.role in ("assistant", "completion")],
+        [
+            turn.learn * turn.weight * conversation.weight
+            for turn in conversation.turns
+            if turn.role in ("assistant", "completion")
+        ],
         [call for turn in conversation.turns for call in turn.tool_calls],
         list(conversation.tools),
         dict(notes.unread_keys),
@@ -49,6 +53,10 @@ def chat(*texts, learn=None, calls=(), tools=(), unread=(), kinds=()):
     turns = [text if isinstance(text, tuple) else (("user", "assistant")[n % 2], text) for n, text in enumerate(texts)]
     learn = [True] * sum(role == "assistant" for role, _ in turns) if learn is None else learn
     return turns, learn, list(calls), list(tools), dict.fromkeys(unread, 1), dict(kinds)
+
+
+def messages(*turns, **more):
+    return {"messages": list(turns), **more}
 
 
 SYSTEM_Q_A = ("system", "s"), ("user", "q"), ("assistant", "a")
@@ -102,6 +110,34 @@ READ = [
             tools=[SENT],
         ),
     ),
+    (
+        {"messages": [USER, BOT | {"loss_scale": 0.3}, USER | {"weight": 0}, BOT | {"loss": True}]},
+        chat("q", "a", "q", "a", learn=[0.3, 1]),
+    ),
+    (
+        messages(USER, BOT | {"weight": 0.5, "loss_weight": 0.5}, USER, BOT | {"weight": 4, "train": False}, weight=3),
+        chat("q", "a", "q", "a", learn=[1.5, False]),
+    ),
+    (messages(USER, BOT, weight=0.25, loss_scale=0.25, train=True), chat("q", "a", learn=[0.25])),
+    (
+        {"question": "q", "answer": "a", "history": [["q", "a"]], "loss_weight": 2},
+        chat("q", "a", "q", "a", learn=[2, 2]),
+    ),
+    ({"instruction": "q", "output": "a", "weight": 1e-20}, chat("q", "a", learn=[1e-20])),
+    ({"input": "q", "output": "a", "weight": 1e20}, chat("q", "a", learn=[1e20])),
+    ({"chat_rounds": [USER, BOT | {"weight": 3}]}, chat("q", "a", learn=[3])),
+    ({"conversation": [HUMAN, GPT | {"weight": 0.5}], "weight": 2}, chat("q", "a", learn=[1])),
+    (
+        {"conversations": [HUMAN, GPT | {"weight": 2}, CALLING | {"weight": 2}, SEEN, GPT]},
+        chat(("user", "q"), ("assistant", "a"), ("tool", "r"), ("assistant", "a"), learn=[2, 1], calls=[CALL]),
+    ),
+    (
+        {"prompt": [USER, BOT | {"weight": 5}, USER], "completion": [BOT | {"weight": 5}], "weight": 0.5},
+        chat("q", "a", "q", "a", learn=[False, 2.5]),
+    ),
+    ({"prompt": "p", "completion": "c", "weight": 0.5}, chat(("prompt", "p"), ("completion", "c"), learn=[0.5])),
+    ({"text": "t", "loss_scale": 2}, chat(("completion", "t"), learn=[2])),
+    (messages(USER | {"weight": 0.5}, BOT), chat("q", "a", kinds={"marked_turn_not_learnt": 1})),
     ({"messages": [USER, BOT], "images": [], "objects": {}}, chat("q", "a", unread=["objects"])),
     # LLaMA-Factory
     ({"instruction": "q", "input": "", "output": "a", "system": "s"}, chat(*SYSTEM_Q_A)),
@@ -310,10 +346,6 @@ def test_known_keys_are_read_and_others_counted(record, expected):
     assert read(json.loads(json.dumps(record))) == expected
 
 
-def messages(*turns, **more):
-    return {"messages": list(turns), **more}
-
-
 REFUSALS = [
     (messages(USER, BOT, images=["1.jpg"]), "unsupported_content", "images"),
     (messages(USER, BOT, image="1.jpg"), "unsupported_content", "image"),
@@ -339,12 +371,20 @@ REFUSALS = [
     ({"prompt": [USER], "completion": [BOT], "context": "c"}, "unsupported_key", "context"),
     (messages(USER, BOT | {"refusal": "No."}), "unsupported_key", "messages[].refusal"),
     (messages(USER, BOT | {"train_detail": [{"train": False}]}), "unsupported_key", "messages[].train_detail"),
-    (messages(USER, BOT | {"loss_weight": 0.5}), "unsupported_weight", "messages[].loss_weight"),
-    (messages(USER, BOT | {"loss_scale": 2}), "unsupported_weight", "messages[].loss_scale"),
+    (messages(USER, BOT | {"loss": 0.5}), "unsupported_weight", "messages[].loss"),
+    (messages(USER, BOT | {"loss_scale": -2}), "unsupported_weight", "messages[].loss_scale"),
     (messages(USER, BOT | {"weight": float("nan")}), "unsupported_weight", "messages[].weight"),
+    (messages(USER, BOT | {"weight": float("inf")}), "unsupported_weight", "messages[].weight"),
+    (messages(USER, BOT | {"loss_weight": 1e-40}), "unsupported_weight", "messages[].loss_weight"),
+    (messages(USER, BOT | {"loss_weight": 10**400}), "unsupported_weight", "messages[].loss_weight"),
+    (messages(USER, BOT | {"weight": "0.5"}), "wrong_type", "messages[].weight"),
+    (messages(USER, BOT, weight=[0.5]), "wrong_type", "weight"),
     (messages(USER, BOT | {"loss": "false"}), "wrong_type", "messages[].loss"),
     (messages(USER, BOT | {"mask": "User"}), "wrong_type", "messages[].mask"),
-    (messages(USER, BOT, weight=0.3), "unsupported_weight", "weight"),
+    (messages(USER, BOT, weight=-0.3), "unsupported_weight", "weight"),
+    ({"text": "t", "loss_scale": float("-inf")}, "unsupported_weight", "loss_scale"),
+    ({"question": "q", "answer": "a", "weight": 0}, "no_learned_turn", "weight"),
+    (messages(USER, BOT, skip=0.3), "unsupported_weight", "skip"),
     (messages(USER, BOT, loss=False), "no_learned_turn", "loss"),
     ({"question": "q", "answer": "a", "training": 0}, "no_learned_turn", "training"),
     ({"prompt": "p", "completion": "c", "mask": True}, "no_learned_turn", "mask"),
@@ -382,7 +422,7 @@ SAYS_LEARNT = {
 }
 
 
-@pytest.mark.parametrize("flag", sorted({*FLAGS, *SAYS_LEARNT}))
+@pytest.mark.parametrize("flag", sorted({*FLAGS, *WEIGHTS, *SAYS_LEARNT}))
 @pytest.mark.parametrize("value", [True, False, 1, 0])
 def test_each_flag_decides_about_its_turn_and_refuses_a_record_that_it_excludes(flag, value):
     learnt = bool(value) is SAYS_LEARNT[flag]
@@ -478,7 +518,9 @@ RECORDS = [record for record, _ in READ]
 KNOWN = {
     *(key for one in RECORD_FORMATS.values() for group in one.keys_if_named or one.keys for key in group),
     *("history", "documents", "role", "content", "from", "value", "tool_calls", "function_call", "arguments", "name"),
-    *(*FLAGS, *REFUSED, *REFUSED_IN_TURNS, *SYSTEM, *PASSAGES, *TOOLS, *EXTRA_KEYS, "label", "kto_tag", "id", "type"),
+    *(*FLAGS, *WEIGHTS, *REFUSED, *REFUSED_IN_TURNS, *SYSTEM, *PASSAGES, *TOOLS, *EXTRA_KEYS, "label", "kto_tag"),
+    "id",
+    "type",
     *("function", "text"),
 }
 unknown_keys = st.text(st.characters(exclude_categories=["Cs"], exclude_characters=".[],"), min_size=1).filter(
@@ -531,7 +573,7 @@ def test_any_known_key_changes_the_record_or_is_counted_or_refused(record, key, 
         return
     holder[key] = value
     after = read(record)
-    says_what_is_done_anyway = key in (*FLAGS, "label", "kto_tag") and isinstance(value, bool | int)
+    says_what_is_done_anyway = key in (*FLAGS, *WEIGHTS, "label", "kto_tag") and isinstance(value, bool | int)
     empty = not value.strip() if isinstance(value, str) else not value
     named_in_calls = key in ("id", "type", "name", "arguments") or (key in EXTRA_KEYS)
     assert after != before or says_what_is_done_anyway or empty or named_in_calls

@@ -323,7 +323,22 @@ UNREADABLE = [
     ({"messages": [{**SYSTEM, "tools": "f"}, USER, BOT]}, "invalid_tools", r"messages\[0\]\.tools is not JSON"),
     ({"messages": [USER, BOT], "system": 1}, "wrong_type", "system"),
     ({"messages": [USER, BOT | {"train": "no"}]}, "wrong_type", r"\[1\].train"),
-    ({"messages": [USER, BOT | {"weight": 0.5}]}, "unsupported_weight", r"\[1\].weight must be 0 or 1.*supervised"),
+    (
+        {"messages": [USER, BOT | {"weight": -1}]},
+        "unsupported_weight",
+        r"\[1\].weight must be 0 or from 1e-20 to 1e\+20, not -1",
+    ),
+    (
+        {"messages": [USER, BOT | {"weight": 1, "loss_weight": 2}]},
+        "two_weights",
+        r"\[1\] has different weights \(weight 1, loss",
+    ),
+    ({"text": "t", "weight": 1, "loss_scale": 2}, "two_weights", "^the record has different weights"),
+    (
+        {"messages": [USER, BOT | {"weight": 2}, {"role": "assistant", "tool_calls": [CALL]}]},
+        "broken_alternation",
+        "another weight",
+    ),
     ({"messages": [USER, BOT | {"weight": "1"}]}, "wrong_type", r"\[1\].weight"),
     ({"messages": [USER, BOT | {"name": 1}]}, "wrong_type", r"\[1\].name"),
     ({"instruction": 1, "output": "b"}, "wrong_type", "instruction"),
