@@ -12,12 +12,13 @@ from tests.run_records import events
 PACKS = 17
 PIPELINE = "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2 --micro-batch-size 1"
 OVERLAP = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 30001"
+BY_EPOCH = "--mft-normalization epoch"
 # options, size of each step, shape, and parallel layout of two ranks, all with rows that stay empty in the last step
 RUNS = {
-    "whole": ("--num-train-epochs 2", [8, 8, 8, 8, 2], "llama", "--micro-batch-size 2"),
+    "whole": (f"--num-train-epochs 2 {BY_EPOCH}", [8, 8, 8, 8, 2], "llama", "--micro-batch-size 2"),
     "fraction": ("--num-train-epochs 0.7", [8, 4], "llama", f"{PIPELINE} --global-batch-size 8"),
     "ramp": (
-        "--num-train-epochs 2 --rampup-batch-size 4 4 24 --global-batch-size 12",
+        f"--num-train-epochs 2 --rampup-batch-size 4 4 24 --global-batch-size 12 {BY_EPOCH} --task-weights write=3",
         [4, 4, 4, 8, 8, 6],
         "llama",
         "--micro-batch-size 2",
@@ -70,7 +71,12 @@ def folder(tmp_path_factory, prefix):
         runs[1].append((f"--micro-batch-size 1 {words} --save {folder}/one/{name}", shape))
         runs[2].append((f"{words} {layout} --save {folder}/two/{name}", shape))
     again = f"--micro-batch-size 2 --save {folder}/resumed --load {folder}/resumed --num-train-epochs"
-    runs[2] += [(f"{again} 2 --exit-interval 3", "llama"), (f"{again} 2", "llama"), (f"{again} 2.5", "llama")]
+    # only its first part is told how to normalise
+    runs[2] += [
+        (f"{again} 2 --exit-interval 3 {BY_EPOCH}", "llama"),
+        (f"{again} 2", "llama"),
+        (f"{again} 2.5", "llama"),
+    ]
     for world_size, of_size in runs.items():
         with reserved_ports(len(of_size)) as ports:
             started = [(*run, port) for run, port in zip(of_size, ports, strict=True)]
@@ -107,6 +113,20 @@ def test_empty_rows_change_nothing(folder, name):
         for key in ("loss", "grad_norm"):
             assert step[key] == pytest.approx(same[key], rel=2e-6)
         assert step.get("moe", {}) == pytest.approx(same.get("moe", {}), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["whole", "ramp"])
+@pytest.mark.parametrize("ranks", ["one", "two"])
+def test_with_epoch_normalisation_a_run_of_whole_epochs_realises_its_weights(folder, ranks, name):
+    """Within a run the shares move; no step is as large as another, and epochs end within steps."""
+    steps, _ = steps_and_epochs(folder / ranks / name)
+    shares = [[task["run_share"] for task in step["tasks"].values()] for step in steps]
+    targets = [0.25, 0.75] if name == "ramp" else [0.5, 0.5]
+    assert shares[-1] == pytest.approx(targets, rel=1e-12)
+    assert shares[-2] != pytest.approx(targets, rel=1e-3)
+    assert [task["run_target_share"] for task in steps[-1]["tasks"].values()] == pytest.approx(targets, rel=1e-14)
+    assert any(step["mean_loss"] != pytest.approx(step["loss"], rel=1e-3) for step in steps)
+    assert not events(folder / ranks / name, "warning")
 
 
 def test_a_resumed_run_ends_where_the_uninterrupted_one_does(folder):

@@ -1,15 +1,18 @@
 """The account of realised shares against plain loops over the steps, with every way in which a step counts."""
 
+import dataclasses
 import types
 
 import numpy as np
 import pytest
+import torch
 
 from mft_megatron.batch import StepPlan
 from mft_megatron.data.loading.dataset import PackedDataset
 from mft_megatron.data.loading.step_plan import plan_step
 from mft_megatron.losses.table import LOSSES
 from mft_megatron.training.shares.account import ShareAccount
+from tests.losses.test_no_host_sync import NoBlockingCopies
 from tests.made_dataset import write_dataset
 from tests.task_counts import counted
 from tests.training.shares.made_steps import reported
@@ -122,6 +125,17 @@ def test_a_resumed_account_is_bit_equal(split):
     assert (shares.steps, shares.packs) == (expected.steps, expected.packs)
     assert shares.normalizations == ("global", "epoch")
     assert "--mft-loss was task-token so far" in ShareAccount(split, "sample", "global").load(state)
+
+
+def test_counting_does_not_wait_for_the_device(split, monkeypatch):
+    """On the meta device, whose tensors have no values to read."""
+    monkeypatch.setattr("mft_megatron.mcore.platform.devices.device", lambda: torch.device("meta"))
+    on_meta, (plan, *_) = ShareAccount(split, "task-token", "global"), plans(split, 3)
+    report = reported(np.ones(4), np.ones(4))
+    report = dataclasses.replace(report, share_K=report.share_K.to("meta"))
+    with NoBlockingCopies():
+        on_meta.count(plan, report)
+    assert on_meta.steps == 1
 
 
 def test_before_the_first_step_there_are_no_shares(split):
