@@ -23,9 +23,9 @@ class ComingEpoch:
         presence_K: fp64 [K], part of the steps that have the task.
         global_share_K: fp64 [K], share of the objective with global normalisation, ``w_i / W`` over the tasks of each
             step; all 0 if no task has a weight.
-        largest_K: fp64 [K], with epoch normalisation the largest share that a full step gives to a task, as a multiple
-            of its target; in the mean over the steps that have the task it is ``1 / presence_K``. 0 for a task without
-            training data.
+        largest_K: fp64 [K], with epoch normalisation the largest share that a step gives to a task, as a multiple of
+            its target; in the mean over the steps that have the task it is ``1 / presence_K``. 0 for a task without
+            training data. The last step counts like the others, without what the next epoch fills it up with.
     """
 
     presence_K: np.ndarray
@@ -58,8 +58,7 @@ def count_epoch(
         part_S = np.divide(size_S, weight_S, out=np.zeros(len(size_S)), where=weight_S > 0)
         present_K += np.bincount(task_N, size_S[step_N], num_tasks)
         mass_K += np.bincount(task_N, weight_K[task_N] * part_S[step_N], num_tasks)
-        full_N = size_S[step_N] == packs_of_step
-        np.maximum.at(most_K, task_N[full_N], count_N[full_N])
+        np.maximum.at(most_K, task_N, count_N)
     totals = split.totals
     total_K = totals.sample_weights_K if by_samples else totals.token_weights_K
     mean_K = total_K * packs_of_step / num_packs

@@ -40,8 +40,8 @@ def in_loops(split, order, size, weights, by_samples):
                 present[task] += len(packs) / len(order)
                 if weight:
                     mass[task] += len(packs) * weights[task] / weight
-            if len(packs) == min(size, len(order)):
-                largest[task] = max(largest[task], sums[task] / totals[task] * len(order) / len(packs))
+            mean = totals[task] * min(size, len(order)) / len(order)
+            largest[task] = max(largest[task], sums[task] / mean)
         all_mass += len(packs) if weight else 0
     return present, [value / all_mass for value in mass], largest
 
@@ -134,17 +134,17 @@ class Log(list):
 
 @pytest.mark.parametrize("normalization", ["epoch", "global"])
 def test_the_log_of_a_run_begins_with_them(split, monkeypatch, normalization):
-    """A batch of one pack, after an epoch and a half: the second epoch is the coming one."""
+    """Of the last batch size, after an epoch and a half: the second epoch is the coming one."""
     monkeypatch.setattr(share_log.process_groups, "is_main", lambda: True)
     arguments = types.SimpleNamespace(
         multi_task=types.SimpleNamespace(mft_loss="task-token", mft_normalization=normalization),
         initialization=types.SimpleNamespace(seed=3),
-        batch_sizes=types.SimpleNamespace(sizes=[4, 1]),
+        batch_sizes=types.SimpleNamespace(sizes=[4, 3]),
         regularization=types.SimpleNamespace(clip_grad=1.0),
     )
     log, weights = Log(), np.array([1.0, 1.0, 1.0, 1.0])
     progress = Progress(1, split.num_packs * 3 // 2)
-    epoch = count_epoch(split, epoch_order(split, 3, 1, 1), 1, weights, False)
+    epoch = count_epoch(split, epoch_order(split, 3, 1, 1), 3, weights, False)
     monkeypatch.setattr(start_lines, "RARE", 1.01 * min(epoch.presence_K))
     ShareLog(arguments, split.dataset).expect(log, progress, weights, 1)
     assert log[:4] == expectation_lines(epoch, split.dataset.tasks, np.full(4, 0.25))
