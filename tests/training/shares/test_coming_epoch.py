@@ -134,7 +134,7 @@ class Log(list):
 
 @pytest.mark.parametrize("normalization", ["epoch", "global"])
 def test_the_log_of_a_run_begins_with_them(split, monkeypatch, normalization):
-    """Of the last batch size, after an epoch and a half: the second epoch is the coming one."""
+    """After an epoch and a half the second epoch is the coming one, in steps of the last batch size."""
     monkeypatch.setattr(share_log.process_groups, "is_main", lambda: True)
     arguments = types.SimpleNamespace(
         multi_task=types.SimpleNamespace(mft_loss="task-token", mft_normalization=normalization),
