@@ -166,6 +166,31 @@ def test_parts_of_a_sample_are_samples_of_their_own(tmp_path):
     assert failures(tmp_path / "parts", rows=len(rows)) == [[]] * len(rows)
 
 
+def test_weights_of_samples_and_turns_change_nothing(tmp_path):
+    write_dataset(str(tmp_path / "weighted"), LENGTH, longest=110, weighted="samples turns")
+    assert failures(tmp_path / "weighted") == [[]] * 6
+
+
+def test_a_row_that_differs_from_itself_is_not_repeatable(prefix):
+    """Kernels that sum in any order do so; in 16 bits the mean of the differences counts."""
+    passes = iter(range(100))
+
+    def noisy(batch):
+        return losses_of(batch) * np.float32(1 + 1e-6 * next(passes))
+
+    dataset = PackedDataset.open(prefix, LENGTH)
+    pack, row, index = next(comparable_rows(dataset.split("train"), 0))
+    exact, largest, mean = (
+        compare_row(losses, dataset, pack, row, index, seed=5, mean=mean)
+        for losses, mean in ((losses_of, False), (noisy, False), (noisy, True))
+    )
+    assert (exact.repeatable, largest.repeatable) == (True, False)
+    assert 0 < largest.others < 1e-5
+    assert largest.failures(EXACT)
+    assert largest.failures(dataclasses.replace(EXACT, noisy=1e-5)) == []
+    assert 0 < mean.unpacked < 3e-5
+
+
 def test_rows_are_chosen_by_the_seed(prefix):
     split = PackedDataset.open(prefix, LENGTH).split("train")
     first, again, other = ([pack for pack, *_ in comparable_rows(split, seed)] for seed in (0, 0, 1))
