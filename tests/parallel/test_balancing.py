@@ -207,8 +207,8 @@ def _preprocessed(prefix, tokenizer_folder, output, more_tasks, split):
 
 def test_a_task_without_validation_data_has_the_mean_weight(with_an_unvalidated_task):
     for name, (log, draws) in run_on_ranks(1, _runs, with_an_unvalidated_task, "", 1, BALANCERS)[0].items():
-        # six steps may miss the tasks' shares, too, which depends on the order of the data
-        (warning,) = [event for event in log.events("warning") if "realised shares" not in event["reason"]]
+        # flat validation curves and missed shares are warned of, too, which depends on the order of the data
+        (warning,) = [event for event in log.events("warning") if "no validation data" in event["reason"]]
         kind = BALANCERS[name].split()[1]
         assert warning["reason"] == f"--task-balance {kind}: no validation data; these tasks get the mean weight"
         assert (warning["step"], warning["tasks"]) == (0, ["single"])
