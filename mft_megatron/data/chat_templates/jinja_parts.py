@@ -107,7 +107,8 @@ class PartedRendering(SpannedRendering):
         most = end if replaced is None else min(common_prefix(self.text, replaced), end)
         without = {key: value for key, value in message.items() if key != "tool_calls"}
         without["content"] = without["content"] or ""
-        content = without["content"].strip()
+        # a template may write reasoning in the content in another way
+        content = without["content"][self._thinking_end(without) :].strip()
         # a template may refuse the tool's answers without the calls
         for messages in (self._with_message(turn, without), [*self._messages[:turn], without]):
             other = self._render_if_accepted(messages)

@@ -21,6 +21,18 @@ CHANNELS = """{%- for m in messages %}
     {{- '<|im_start|>assistant' }}{% endif %}{{- '<|user|>' + m.content + '<|im_end|>' }}
 {%- else %}{{- '<|im_start|>' + m.role + '<|user|>' + m.content + '<|im_end|>' }}{%- endif %}
 {%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant' }}{%- endif %}"""
+# reads the thinking at the beginning of the content, and writes it with other line breaks before content and calls
+MOVES = """{%- for m in messages %}
+{%- if m.role == 'assistant' %}{%- set content = m.content.split('</think>')[-1].lstrip('\n') %}
+    {{- '<|im_start|>assistant' }}
+    {%- if '</think>' in m.content %}
+        {{- '<think>\n' + m.content.split('</think>')[0].split('<think>')[-1].strip('\n') + '\n</think>\n\n' }}
+    {%- endif %}
+    {{- content }}
+    {%- for call in m.tool_calls or [] %}{{- '<tool_call>' + call.function | tojson + '</tool_call>' }}{%- endfor %}
+    {{- '<|im_end|>' }}
+{%- else %}{{- '<|im_start|>' + m.role + m.content + '<|im_end|>' }}{%- endif %}
+{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant' }}{%- endif %}"""
 CALL = {"name": "add", "arguments": {"a": 1}}
 WRITTEN = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
 
@@ -36,7 +48,7 @@ def style_of(tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("templates")
 
     def style_of(name, supervise):
-        text = {**TEMPLATES, "channels": CHANNELS}.get(name)
+        text = {**TEMPLATES, "channels": CHANNELS, "moves": MOVES}.get(name)
         path = folder / f"{name}.jinja"
         if text is not None:
             path.write_text(text)
@@ -96,6 +108,14 @@ def test_calls_and_the_token_that_ends_them_are_context_or_alone_learnt(style_of
     assert supervised_text(without) == f"So.\n2.{stop}"
     alone = style_of(name, "tool-calls-only").segments(Conversation(CALLING))
     assert supervised_text(alone) == f"{WRITTEN}\n{WRITTEN}{stop}{WRITTEN}{stop}"
+
+
+def test_calls_are_found_after_reasoning_that_the_template_writes_in_another_way(style_of):
+    chat = Conversation(asked("<think>r</think>So.", None, (CALL,)))
+    written = '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call><|im_end|>'
+    parts = {"no-thinking": f"So.{written}", "no-tool-calls": "<think>\nr\n</think>\n\nSo.", "tool-calls-only": written}
+    for supervise, expected in parts.items():
+        assert supervised_text(style_of("moves", supervise).segments(chat)) == expected
 
 
 def arrays_of(tokenizer, segments):
