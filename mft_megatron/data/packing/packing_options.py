@@ -94,5 +94,5 @@ def check_packing_options(options: PackingOptions, tasks: Sequence[TaskEntry] = 
     if concat and weighted:
         raise InputError(
             f"--padding-mode concat: documents of task {weighted[0]} have weights, and a row of several documents "
-            "counts as one sample; use pack, or leave the weights out (--ignore-keys weight)"
+            "counts as one sample; use pack, or preprocess them without weights (--ignore-keys weight)"
         )

@@ -222,9 +222,14 @@ def _refuse_wrong_masks(tally: TaskTally) -> None:
             "records if that is meant, or correct the prompts"
         )
     if not tally.stopped:
+        remedy = f"choose another --chat-template than {tally.encoding['template']}"
+        if tally.encoding["supervise"] == "no-tool-calls":
+            remedy = (
+                "--supervise no-tool-calls learns no end of a call; give answers without calls, too, or learn calls"
+            )
         raise InputError(
             f"task {tally.name} ({paths}): no token that ends a turn is supervised, so a model would never learn to "
-            f"stop; choose another --chat-template than {tally.encoding['template']}"
+            f"stop; {remedy}"
         )
 
 

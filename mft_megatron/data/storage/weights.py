@@ -66,6 +66,9 @@ class WeightsWriter:
             token_weights: float32 [tokens], above 0 where the mask is 1; ``None`` where all are 1.
             sample_weights: float32 [samples], above 0; ``None`` where all are 1.
         """
+        if token_weights is not None and np.array_equal(token_weights, mask):
+            # all are 1 in fp32, or the samples with others were left out
+            token_weights = None
         if token_weights is not None and self._tokens is None:
             bin_path, idx_path = (self._files.new(f"{TOKEN_WEIGHTS}{end}") for end in (".bin", ".idx"))
             self._tokens = IndexedDatasetWriter(bin_path, idx_path, np.float32)

@@ -79,6 +79,15 @@ def test_each_shape_of_records_carries_its_weights(tmp_path, tokenizer_folder):
     }
 
 
+@pytest.mark.parametrize("weight", [1, True, 1 + 1e-9])
+def test_weights_that_are_all_1_in_fp32_are_stored_nowhere(tmp_path, tokenizer_folder, weight):
+    records = [{"messages": [USER, BOT | {"weight": weight}, USER, BOT | {"weight": 0}], "weight": weight}]
+    recipe = recipe_of(tmp_path, tokenizer_folder, records)
+    ledger, _ = preprocess(recipe)
+    assert not [suffix for suffix in files_of(recipe.output_prefix) if "weights" in suffix]
+    assert ledger.tasks[0].weights == {}
+
+
 def without(value):
     """A record without weights."""
     if isinstance(value, list):
@@ -121,6 +130,9 @@ def test_records_of_which_nothing_is_left_are_counted_and_stop_nothing(tmp_path,
     assert (ledger.tasks[0].kept, ledger.tasks[0].dropped) == (1, {"left_out_by_supervise": 2})
     with pytest.raises(InputError, match=r"task task .* is empty: 2 records, none kept \(left_out_by_supervise 2\)"):
         preprocess(recipe_of(tmp_path, tokenizer_folder, records[::2], supervise="tool-calls-only"))
+    ends_in_calls = [{"messages": [USER, call | {"content": "a"}]}]
+    with pytest.raises(InputError, match="learn to stop; --supervise no-tool-calls learns no end of a call"):
+        preprocess(recipe_of(tmp_path, tokenizer_folder, ends_in_calls, supervise="no-tool-calls"))
     with pytest.raises(InputError, match=r"--supervise tool-calls-only leaves out raw text, .* of task task"):
         preprocess(recipe_of(tmp_path, tokenizer_folder, records, supervise="tool-calls-only", fim_rate=0.5))
 
