@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from mft_megatron.data.records.record_formats import is_record
+from mft_megatron.data.storage.weights import TOKEN_WEIGHTS
 from mft_megatron.errors import InputError
 from mft_megatron.git_lfs import refuse_pointer
 
@@ -17,6 +18,8 @@ SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst
 _KNOWN = ".jsonl, .json (both also .gz or .zst), .parquet or .idx"
 # bytes of a .json file by which it is told whether it begins with an array
 _START = 1 << 16
+# ends of the names of indices that belong to one of tokens, before .idx, and what they hold
+_BESIDE_TOKENS = {MASK: "the loss mask", TOKEN_WEIGHTS: "weights"}
 # metrics of --early-stopping-metric, which otherwise names a task
 RESERVED_NAMES = ("macro", "objective")
 
@@ -215,8 +218,9 @@ def _is_readable(file: Path, searched: bool = False) -> bool:
         return False
     if searched and file.suffix.lower() == ".json" and not _holds_records(file):
         return False
-    # the masks are read with the tokens they belong to
-    return not (file.name.endswith(f"{MASK}.idx") and _tokens_of(file).exists())
+    # masks are read with the tokens that they belong to
+    tokens = _tokens_of(file)
+    return tokens is None or not tokens[0].exists()
 
 
 def _has_known_ending(file: Path) -> bool:
@@ -239,14 +243,19 @@ def _holds_records(file: Path) -> bool:
     return isinstance(record, dict) and is_record(record)
 
 
-def _tokens_of(mask: Path) -> Path:
-    return mask.with_name(mask.name.removesuffix(f"{MASK}.idx") + f"{IDS}.idx")
+def _tokens_of(file: Path) -> tuple[Path, str] | None:
+    """Index of the tokens that the masks or weights of an index belong to, and what it holds; ``None`` for others."""
+    for end, what in _BESIDE_TOKENS.items():
+        if file.name.endswith(f"{end}.idx"):
+            return file.with_name(file.name.removesuffix(f"{end}.idx") + f"{IDS}.idx"), what
+    return None
 
 
 def _check_kind(path: Path, where: str) -> None:
     if _has_known_ending(path):
-        if not _is_readable(path):
-            raise InputError(f"{where}: {path.name} holds the loss mask; give {_tokens_of(path).name}")
+        tokens = _tokens_of(path)
+        if tokens is not None and tokens[0].exists():
+            raise InputError(f"{where}: {path.name} holds {tokens[1]}; give {tokens[0].name}")
         return
     hint = ""
     if path.suffix == ".bin":

@@ -414,6 +414,12 @@ def test_a_folder_stands_for_its_files_and_those_below(tmp_path):
     assert parse_tasks((f"t={tmp_path}",)) == {"t": TaskFiles("t", tuple(expected), left_out=tuple(left_out))}
 
 
+def test_a_packed_data_set_with_weights_in_a_folder_is_not_read(tmp_path):
+    (expected,) = touch(tmp_path, "a.jsonl")
+    touch(tmp_path, *(f"set_{name}.idx" for name in ("input_ids", "loss_mask", "token_weights")), "set_dataset.json")
+    assert parse_tasks((f"t={tmp_path}",))["t"].files == (expected,)
+
+
 @pytest.mark.parametrize(
     ("content", "read"),
     [
@@ -512,13 +518,15 @@ def test_a_file_that_a_task_has_twice_is_refused(tmp_path):
 
 def test_paths_that_cannot_be_read_are_refused_by_name(tmp_path):
     touch(tmp_path, "a.bin", "a.csv", "a.json.bz2", "a_input_ids.idx", "a_loss_mask.idx", "f/x.txt", "f/y.json")
+    touch(tmp_path, "a_token_weights.idx")
     (tmp_path / "empty").mkdir()
     kinds = r"\.jsonl, \.json \(both also \.gz or \.zst\), \.parquet or \.idx"
     for name, message in {
         "a.csv": rf"a\.csv is of no known kind \({kinds}\)$",
         "a.json.bz2": "name a plain file .json or .jsonl",
         "a.bin": r"give a\.idx, its index",
-        "a_loss_mask.idx": r"give a_input_ids\.idx",
+        "a_loss_mask.idx": r"holds the loss mask; give a_input_ids\.idx",
+        "a_token_weights.idx": r"holds weights; give a_input_ids\.idx",
         "f": rf"no {kinds} file there; there is x\.txt, y\.json",
         "empty": "there is no file",
     }.items():
