@@ -101,13 +101,11 @@ def one_weight(weights: Mapping[str, float], name: str) -> float:
     Raises:
         RecordError: two keys have different weights.
     """
-    if 0 in weights.values():
-        return 0.0
     given = {key: weight for key, weight in weights.items() if key in WEIGHTS}
     if len(set(given.values())) > 1:
         listed = ", ".join(f"{key} {weight:g}" for key, weight in given.items())
         raise RecordError("two_weights", f"{name} has different weights ({listed}); keep one")
-    return next(iter(given.values()), 1.0)
+    return 0.0 if 0 in weights.values() else next(iter(given.values()), 1.0)
 
 
 def record_weight(key: str, value: object) -> float:

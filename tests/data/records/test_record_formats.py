@@ -333,6 +333,11 @@ UNREADABLE = [
         "two_weights",
         r"\[1\] has different weights \(weight 1, loss",
     ),
+    (
+        {"messages": [USER, BOT | {"weight": 2, "loss_weight": 0}, USER, BOT]},
+        "two_weights",
+        r"\[1\] has different weights \(weight 2, loss_weight 0\)",
+    ),
     ({"text": "t", "weight": 1, "loss_scale": 2}, "two_weights", "^the record has different weights"),
     (
         {"messages": [USER, BOT | {"weight": 2}, {"role": "assistant", "tool_calls": [CALL]}]},
