@@ -42,7 +42,7 @@ setup: $(STAMP) ## create the virtual environment in VENV, install the pinned pa
 demo: setup ## the main job on real input: tasks, tokenizer, training on four processes, resume, export, completion
 	$(VENV)/bin/python examples/demo/run.py
 
-mft-vs-mixed: setup ## losses, normalisations and balancers on unequal tasks and a tiny model, five seeds each
+mft-vs-mixed: setup ## losses, normalisations and balancers on unequal tasks and a tiny model, five seeds each; 25 minutes
 	$(VENV)/bin/python examples/mft_vs_mixed/run.py
 
 test: setup ## the tests of every change, by TEST_WORKERS processes (2)

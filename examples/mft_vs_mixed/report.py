@@ -11,6 +11,7 @@ from results import Comparison, Difference
 from samples import RAREST
 
 DECISIVE = (TRAIN_MACRO, "macro", TRAIN_RAREST, RAREST, "by tokens", UNSEEN)
+SIZES = ("global", "small global")  # one method for each number of rows in a step
 MISSING = "–"
 
 
@@ -18,7 +19,7 @@ def table(comparison: Comparison, seeds: Sequence[int], iterations: int) -> str:
     """All tables, as Markdown."""
     count = len(seeds)
     columns = (*comparison.tasks, *SUMMARIES)
-    presence = {method: comparison.presence(method) for method in METHODS}
+    presence = {method: comparison.presence(method) for method in SIZES}
     share = {method: (comparison.mean_share(method), comparison.run_share(method)) for method in METHODS}
     weight = {method: comparison.last_weight(method) for method in BALANCERS}
     time = {method: _time_of_draws(comparison, method) for method in BALANCERS}
@@ -58,8 +59,8 @@ def table(comparison: Comparison, seeds: Sequence[int], iterations: int) -> str:
             ("with", "without"),
             lambda method, column: f"{comparison.clipped(method, RAREST, column == 'with'):.1%}",
         ),
-        "Steps that have a sample of the task.",
-        _markdown(METHODS, comparison.tasks, lambda method, task: f"{presence[method][task]:.1%}"),
+        "Steps that have a sample of the task; the same for all methods with as many rows in a step.",
+        _markdown(SIZES, comparison.tasks, lambda method, task: f"{presence[method][task]:.1%}"),
         "Realised share of the objective: mean over the steps, 0 in one that has none of the task / of the whole run.",
         _markdown(
             METHODS, comparison.tasks, lambda method, task: " / ".join(f"{part[task]:.1%}" for part in share[method])
