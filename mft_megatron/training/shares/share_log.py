@@ -79,7 +79,8 @@ class ShareLog:
         known_K = np.where(epoch.presence_K > 0, weight_K, 0.0)
         for line in expectation_lines(epoch, names, known_K / known_K.sum() if loss.weighted else None):
             log.print(line)
-        if a.multi_task.mft_normalization == "epoch":
+        # tokens of losses without weights count the same, however few steps have them
+        if loss.weighted and a.multi_task.mft_normalization == "epoch":
             warning = clipping_warning(epoch, weight_K, a.regularization.clip_grad)
             if warning is not None:
                 reason, rare = warning

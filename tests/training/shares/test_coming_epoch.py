@@ -132,12 +132,15 @@ class Log(list):
     write = print = list.append
 
 
-@pytest.mark.parametrize("normalization", ["epoch", "global"])
-def test_the_log_of_a_run_begins_with_them(split, monkeypatch, normalization):
+@pytest.mark.parametrize(
+    ("loss", "normalization", "warns"),
+    [("task-token", "epoch", True), ("task-token", "global", False), ("token", "epoch", False)],
+)
+def test_the_log_of_a_run_begins_with_them(split, monkeypatch, loss, normalization, warns):
     """After an epoch and a half the second epoch is the coming one, in steps of the last batch size."""
     monkeypatch.setattr(share_log.process_groups, "is_main", lambda: True)
     arguments = types.SimpleNamespace(
-        multi_task=types.SimpleNamespace(mft_loss="task-token", mft_normalization=normalization),
+        multi_task=types.SimpleNamespace(mft_loss=loss, mft_normalization=normalization),
         initialization=types.SimpleNamespace(seed=3),
         batch_sizes=types.SimpleNamespace(sizes=[4, 3]),
         regularization=types.SimpleNamespace(clip_grad=1.0),
@@ -147,9 +150,10 @@ def test_the_log_of_a_run_begins_with_them(split, monkeypatch, normalization):
     epoch = count_epoch(split, epoch_order(split, 3, 1, 1), 3, weights, False)
     monkeypatch.setattr(start_lines, "RARE", 1.01 * min(epoch.presence_K))
     ShareLog(arguments, split.dataset).expect(log, progress, weights, 1)
-    assert log[:4] == expectation_lines(epoch, split.dataset.tasks, np.full(4, 0.25))
+    targets = np.full(4, 0.25) if loss == "task-token" else None
+    assert log[:4] == expectation_lines(epoch, split.dataset.tasks, targets)
     rarest = split.dataset.tasks[int(np.argmin(epoch.presence_K))]
-    assert [record["tasks"] for record in log[4:]] == ([[rarest]] if normalization == "epoch" else [])
+    assert [record["tasks"] for record in log[4:]] == ([[rarest]] if warns else [])
     others = Log()
     monkeypatch.setattr(share_log.process_groups, "is_main", lambda: False)
     ShareLog(arguments, split.dataset).expect(others, progress, weights, 1)
