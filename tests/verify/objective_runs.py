@@ -147,6 +147,23 @@ def averaged():
         yield TASK_WEIGHTS
 
 
+@contextlib.contextmanager
+def not_finite():
+    """Make gradients NaN, and no loss."""
+    from mft_megatron.mcore import trainer
+
+    finalize = trainer.finalize_model_grads
+
+    def broken(model, *arguments, **options):
+        finalize(model, *arguments, **options)
+        for chunk in model:
+            chunk.scale_gradients(float("nan"))
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(trainer, "finalize_model_grads", broken)
+        yield TASK_WEIGHTS
+
+
 FAULTS = {
     "none": healthy,
     "wrong weight": wrong_weight,
@@ -156,4 +173,5 @@ FAULTS = {
     "attention leak": _with_batches(_leaking),
     "context-parallel gradient counted twice": counted_twice,
     "gradients averaged": averaged,
+    "gradients that are not finite": not_finite,
 }

@@ -60,6 +60,7 @@ def test_a_sound_run_is_certified(with_faults):
         ("attention leak", {"loss", "gradient"}),
         ("context-parallel gradient counted twice", {"gradient"}),
         ("gradients averaged", {"gradient"}),
+        ("gradients that are not finite", {"gradient"}),
     ],
 )
 def test_a_planted_fault_is_found(with_faults, fault, tables):

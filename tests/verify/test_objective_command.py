@@ -66,9 +66,10 @@ def _run_with_fault(prefix, words, fault):
     return code, output.getvalue()
 
 
-def test_a_fault_fails(prefix):
+@pytest.mark.parametrize("fault", ["attention leak", "gradients that are not finite"])
+def test_a_fault_fails(prefix, fault):
     words = f"{SHAPE} {SIZES} {CP2}"
-    (code, output), other = run_on_ranks(2, _run_with_fault, prefix, words, "attention leak")
+    (code, output), other = run_on_ranks(2, _run_with_fault, prefix, words, fault)
     assert (code, other) == (1, (0, ""))
     assert "MISMATCH: above 5.0e-06" in output
     last = output.splitlines()[-1]

@@ -200,6 +200,12 @@ def test_what_differs_is_beyond_its_bound(step, errors):
     assert {line.name: line.error for line in lines if not line.holds} == pytest.approx(errors, nan_ok=True)
 
 
+def test_a_loss_that_is_nan_on_both_sides_does_not_hold():
+    step = dataclasses.replace(REFERENCE, loss=math.nan)
+    lines = compare(step, step, np.array([1.0, 0.0]), ["a", "b"], BOUNDS["fp32"])
+    assert [line.name for line in lines if not line.holds] == ["objective"]
+
+
 def test_the_table_marks_what_is_beyond_its_bound():
     lines = [Line("loss", "objective", ("1.0", "2.0"), 0.5, 1e-6), Line("loss", "a", ("1.0", "1.0"), 0.0, 1e-6)]
     assert table(lines) == [

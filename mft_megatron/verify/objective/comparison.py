@@ -109,10 +109,11 @@ def _shares(
 
 def _losses(step: Step, reference: Step, tasks: Sequence[str], bound: float) -> Iterator[Line]:
     pairs = [("objective", step.loss, reference.loss)]
-    pairs += zip(tasks, step.task_loss_K.tolist(), reference.task_loss_K.tolist(), strict=True)
+    of_tasks = zip(tasks, step.task_loss_K.tolist(), reference.task_loss_K.tolist(), strict=True)
+    # a task that is not in the step has no loss
+    pairs += [pair for pair in of_tasks if not (math.isnan(pair[1]) and math.isnan(pair[2]))]
     for name, ours, theirs in pairs:
-        if not (math.isnan(ours) and math.isnan(theirs)):  # a task that is not in the step
-            yield Line("loss", name, (f"{ours:.7f}", f"{theirs:.7f}"), relative(ours, theirs), bound)
+        yield Line("loss", name, (f"{ours:.7f}", f"{theirs:.7f}"), relative(ours, theirs), bound)
 
 
 def _gradients(ours: Mapping[str, Gradient], theirs: Mapping[str, Gradient], bound: float) -> Iterator[Line]:

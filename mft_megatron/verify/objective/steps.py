@@ -201,12 +201,12 @@ class Reference:
 
 
 def refuse_infinite(step: Step) -> None:
-    """Refuse gradients that the loss scale of fp16 made infinite.
+    """Refuse gradients that are not finite, which in fp16 the loss scale does; in other precisions they are a fault.
 
     Raises:
         InputError: there is one.
     """
     if not all(gradient.value.isfinite().all() for gradient in step.gradients.values()):
         raise InputError(
-            "gradients are not finite; with --fp16 give a --loss-scale that the model can be trained with, such as 1024"
+            "gradients are not finite in fp16; give a --loss-scale that the model can be trained with, such as 1024"
         )
