@@ -66,14 +66,20 @@ def _run_with_fault(prefix, words, fault):
     return code, output.getvalue()
 
 
-@pytest.mark.parametrize("fault", ["attention leak", "gradients that are not finite"])
-def test_a_fault_fails(prefix, fault):
+@pytest.mark.parametrize(
+    ("fault", "look_at"),
+    [
+        ("attention leak", "shares are right: look at labels, positions and attention"),
+        ("gradients that are not finite", "shares and losses are right: look at how gradients are summed"),
+    ],
+)
+def test_a_fault_fails(prefix, fault, look_at):
     words = f"{SHAPE} {SIZES} {CP2}"
     (code, output), other = run_on_ranks(2, _run_with_fault, prefix, words, fault)
     assert (code, other) == (1, (0, ""))
     assert "MISMATCH: above 5.0e-06" in output
     last = output.splitlines()[-1]
-    assert re.fullmatch(r"FAILED: \d+ figure\(s\) are not what they should be", last)
+    assert re.match(rf"FAILED: \d+ figure\(s\) are not what they should be; {look_at}", last)
     assert "step 1: gradient decoder.layers.0.self_attention.linear_qkv.weight: relative error " in output
 
 

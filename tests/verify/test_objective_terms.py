@@ -13,7 +13,7 @@ from mft_megatron.data.loading.dataset import PackedDataset
 from mft_megatron.mcore.parallel.whole_tensors import Piece, assembled
 from mft_megatron.training.task_weights import initial_weights
 from mft_megatron.verify.objective import plan
-from mft_megatron.verify.objective.comparison import BOUNDS, Line, compare, table
+from mft_megatron.verify.objective.comparison import BOUNDS, Line, compare, hint, table
 from mft_megatron.verify.objective.plan import check_pass
 from mft_megatron.verify.objective.steps import Gradient, Step
 from mft_megatron.verify.objective.terms import (
@@ -204,6 +204,29 @@ def test_a_loss_that_is_nan_on_both_sides_does_not_hold():
     step = dataclasses.replace(REFERENCE, loss=math.nan)
     lines = compare(step, step, np.array([1.0, 0.0]), ["a", "b"], BOUNDS["fp32"])
     assert [line.name for line in lines if not line.holds] == ["objective"]
+
+
+@pytest.mark.parametrize(
+    ("step", "failures", "word"),
+    [
+        (REFERENCE, [], None),
+        (
+            dataclasses.replace(REFERENCE, tokens_K=np.array([6, 0]), gradients={}),
+            ["share a: supervised tokens are 6, not 5", "gradient embedding: only one side has it"],
+            "c_t",
+        ),
+        (
+            dataclasses.replace(REFERENCE, loss=2.5, gradients={}),
+            ["loss objective: relative error 2.5e-01, bound 2.0e-06", "gradient embedding: only one side has it"],
+            "attention",
+        ),
+        (dataclasses.replace(REFERENCE, gradients={}), ["gradient embedding: only one side has it"], "summed"),
+    ],
+)
+def test_failures_say_what_to_look_at(step, failures, word):
+    lines = compare(step, REFERENCE, np.array([1.0, 0.0]), ["a", "b"], BOUNDS["fp32"])
+    assert [line.failure for line in lines if not line.holds] == failures
+    assert (hint(lines) is None) if word is None else (word in hint(lines))
 
 
 def test_the_table_marks_what_is_beyond_its_bound():

@@ -21,7 +21,7 @@ from mft_megatron.training.pretrain import open_dataset
 from mft_megatron.training.run_log import RunLog
 from mft_megatron.training.saving import NO_SOURCES, Sources, model_vocab_size, order_version, refuse_other_data, resume
 
-from .comparison import Bounds, Line, bounds_of, compare, table
+from .comparison import Bounds, Line, bounds_of, compare, hint, table
 from .plan import check_pass
 from .steps import Chosen, Reference, first_plans, refuse_infinite, run_steps
 from .terms import asked_weights
@@ -82,6 +82,7 @@ def certify(
     ]
     bounds = bounds_of(arguments.precision.name, arguments.multi_task.mft_loss)
     reference = Reference(arguments, split, given, chosen)
+    compared: list[Line] = []
     with reference_model(arguments, vocab_size, {name: whole.value for name, whole in weights.items()}) as model:
         for number, (plan, step) in enumerate(zip(plans, steps, strict=True), progress.step + 1):
             print(f"\nstep {number}: {plan.num_packs} packs, {len(reference.texts(plan)[0])} samples or parts of one\n")
@@ -95,8 +96,9 @@ def certify(
                 raise InputError("--verify-weights: no trained weight has such a name; try '*'")
             lines = compare(step, wanted, reference.targets(plan), dataset.tasks, bounds)
             print("\n".join(table(lines)), flush=True)
-            failures += [_failure(number, line) for line in lines if not line.holds]
-    return _verdict(failures, bounds, arguments.precision.name, len(plans))
+            failures += [f"step {number}: {line.failure}" for line in lines if not line.holds]
+            compared += lines
+    return _verdict(failures, hint(compared), bounds, arguments.precision.name, len(plans))
 
 
 def _chosen(patterns: Sequence[str] | None, num_layers: int) -> Chosen:
@@ -163,16 +165,13 @@ def _skipped(number: int, by_run: bool, by_reference: bool) -> list[str]:
     ]
 
 
-def _failure(number: int, line: Line) -> str:
-    return f"step {number}: {line.table} {line.name}: relative error {line.error:.1e}, bound {line.bound:.1e}"
-
-
-def _verdict(failures: Sequence[str], bounds: Bounds, precision: str, steps: int) -> int:
+def _verdict(failures: Sequence[str], look_at: str | None, bounds: Bounds, precision: str, steps: int) -> int:
     print(f"bounds ({precision}): shares {bounds.share:.0e}, losses {bounds.loss:.0e}, gradients {bounds.gradient:.0e}")
     for failure in failures:
         print(failure)
     if failures:
-        print(f"FAILED: {len(failures)} figure(s) are not what they should be", flush=True)
+        where = "" if look_at is None else f"; {look_at}"
+        print(f"FAILED: {len(failures)} figure(s) are not what they should be{where}", flush=True)
         return 1
     print(f"certified: {steps} step(s), every figure within its bound", flush=True)
     return 0

@@ -52,6 +52,7 @@ class Line:
         figures: its columns but the last, as text.
         error: relative error; infinite where one side has no such figure.
         bound: on the error.
+        why: an infinite error in words.
     """
 
     table: str
@@ -59,11 +60,17 @@ class Line:
     figures: tuple[str, ...]
     error: float
     bound: float
+    why: str = ""
 
     @property
     def holds(self) -> bool:
         """Whether the error is within its bound; not where it is NaN."""
         return self.error <= self.bound
+
+    @property
+    def failure(self) -> str:
+        """The figure and its error, for a list of those that do not hold."""
+        return f"{self.table} {self.name}: {self.why or f'relative error {self.error:.1e}, bound {self.bound:.1e}'}"
 
 
 HEADERS: Mapping[str, tuple[str, ...]] = {
@@ -71,6 +78,18 @@ HEADERS: Mapping[str, tuple[str, ...]] = {
     "loss": ("loss", "computed", "reference"),
     "gradient": ("gradient of", "norm", "reference"),
 }
+
+# What to look at, by the first table that has a figure beyond its bound: gradients come from losses, and both from c_t.
+HINTS: Mapping[str, str] = {
+    "share": "shares come from c_t alone: look at weights, at counts of the data, and for tokens that are missing",
+    "loss": "shares are right: look at labels, positions and attention, or at weights that differ between ranks",
+    "gradient": "shares and losses are right: look at how gradients are summed over micro-batches and ranks",
+}
+
+
+def hint(lines: Sequence[Line]) -> str | None:
+    """Say what to look at where some lines do not hold; ``None`` where all hold."""
+    return next((hint for kind, hint in HINTS.items() if any(x.table == kind and not x.holds for x in lines)), None)
 
 
 def compare(
@@ -101,8 +120,8 @@ def _shares(
         same = tokens == reference.tokens_K[task]
         words = f"{tokens:,}" if same else f"{tokens:,}, not {reference.tokens_K[task]:,}"
         target = "" if target_K is None else f"{target_K[task]:.6f}"
-        error = relative(ours, theirs) if same else math.inf
-        yield Line("share", name, (words, target, f"{ours:.6f}", f"{theirs:.6f}"), error, bound)
+        error, why = (relative(ours, theirs), "") if same else (math.inf, f"supervised tokens are {words}")
+        yield Line("share", name, (words, target, f"{ours:.6f}", f"{theirs:.6f}"), error, bound, why)
     ours, theirs = step.total, reference.total
     yield Line("share", "Σ c_t", ("", "", f"{ours:.6f}", f"{theirs:.6f}"), relative(ours, theirs), bound)
 
@@ -119,7 +138,7 @@ def _losses(step: Step, reference: Step, tasks: Sequence[str], bound: float) -> 
 def _gradients(ours: Mapping[str, Gradient], theirs: Mapping[str, Gradient], bound: float) -> Iterator[Line]:
     for name in sorted(ours.keys() | theirs.keys()):
         if name not in ours or name not in theirs:
-            yield Line("gradient", name, ("", "only one side has it"), math.inf, bound)
+            yield Line("gradient", name, ("", "only one side has it"), math.inf, bound, "only one side has it")
             continue
         value, disagreement = ours[name].value, ours[name].disagreement
         wanted = _padded(theirs[name].value, value)
