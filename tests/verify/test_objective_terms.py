@@ -13,7 +13,7 @@ from mft_megatron.data.loading.dataset import PackedDataset
 from mft_megatron.mcore.parallel.whole_tensors import Piece, assembled
 from mft_megatron.training.task_weights import initial_weights
 from mft_megatron.verify.objective import plan
-from mft_megatron.verify.objective.comparison import BOUNDS, Line, compare, hint, table
+from mft_megatron.verify.objective.comparison import BOUNDS, Line, compare, hint, note_of_zeros, table
 from mft_megatron.verify.objective.plan import check_pass
 from mft_megatron.verify.objective.steps import Gradient, Step
 from mft_megatron.verify.objective.terms import (
@@ -227,6 +227,23 @@ def test_failures_say_what_to_look_at(step, failures, word):
     lines = compare(step, REFERENCE, np.array([1.0, 0.0]), ["a", "b"], BOUNDS["fp32"])
     assert [line.failure for line in lines if not line.holds] == failures
     assert (hint(lines) is None) if word is None else (word in hint(lines))
+
+
+def test_gradients_that_show_nothing_are_named():
+    """Not one that is 0 in some steps alone."""
+
+    def noted(*steps):
+        made = [dataclasses.replace(REFERENCE, gradients={k: Gradient(v) for k, v in step.items()}) for step in steps]
+        return note_of_zeros([line for step in made for line in compare(step, step, None, ["a", "b"], BOUNDS["fp32"])])
+
+    zero, one = torch.zeros(2), torch.ones(2)
+    assert noted({"fc1": one}) is None
+    assert noted({"fc1": zero}, {"fc1": one}) is None
+    said = "note: nothing is shown of gradients that are 0 on both sides: "
+    assert noted({"fc1": zero, "fc2": zero, "qkv": one}) == f"{said}fc1, fc2"
+    assert noted({"x.lora_a": zero, "y.lora_a": zero, "z.lora_a": zero, "z.lora_b": one}) == (
+        f"{said}x.lora_a, y.lora_a and 1 more; LoRA's A has none while B is 0, certify a later checkpoint"
+    )
 
 
 def test_the_table_marks_what_is_beyond_its_bound():

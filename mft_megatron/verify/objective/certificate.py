@@ -21,7 +21,7 @@ from mft_megatron.training.pretrain import open_dataset
 from mft_megatron.training.run_log import RunLog
 from mft_megatron.training.saving import NO_SOURCES, Sources, model_vocab_size, order_version, refuse_other_data, resume
 
-from .comparison import Bounds, Line, bounds_of, compare, hint, table
+from .comparison import Bounds, Line, bounds_of, compare, hint, note_of_zeros, table
 from .plan import check_pass
 from .steps import Chosen, Reference, first_plans, refuse_infinite, run_steps
 from .terms import asked_weights
@@ -98,6 +98,8 @@ def certify(
             print("\n".join(table(lines)), flush=True)
             failures += [f"step {number}: {line.failure}" for line in lines if not line.holds]
             compared += lines
+    if note := note_of_zeros(compared):
+        print(note)
     return _verdict(failures, hint(compared), bounds, arguments.precision.name, len(plans))
 
 

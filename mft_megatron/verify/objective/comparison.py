@@ -52,7 +52,7 @@ class Line:
         figures: its columns but the last, as text.
         error: relative error; infinite where one side has no such figure.
         bound: on the error.
-        why: an infinite error in words.
+        why: an infinite error, or one of nothing, in words.
     """
 
     table: str
@@ -79,6 +79,7 @@ HEADERS: Mapping[str, tuple[str, ...]] = {
     "gradient": ("gradient of", "norm", "reference"),
 }
 
+_ZEROS = "0 on both sides"
 # What to look at, by the first table that has a figure beyond its bound: gradients come from losses, and both from c_t.
 HINTS: Mapping[str, str] = {
     "share": "shares come from c_t alone: look at weights, at counts of the data, and for tokens that are missing",
@@ -90,6 +91,17 @@ HINTS: Mapping[str, str] = {
 def hint(lines: Sequence[Line]) -> str | None:
     """Say what to look at where some lines do not hold; ``None`` where all hold."""
     return next((hint for kind, hint in HINTS.items() if any(x.table == kind and not x.holds for x in lines)), None)
+
+
+def note_of_zeros(lines: Sequence[Line]) -> str | None:
+    """Name gradients that are 0 on both sides in all steps, so that nothing is shown; ``None`` without any."""
+    gradients = [line for line in lines if line.table == "gradient"]
+    zeros = sorted({line.name for line in gradients} - {line.name for line in gradients if line.why != _ZEROS})
+    if not zeros:
+        return None
+    named = ", ".join(zeros[:2]) + (f" and {len(zeros) - 2} more" if len(zeros) > 2 else "")
+    reason = "; LoRA's A has none while B is 0, certify a later checkpoint" if "lora_a" in named else ""
+    return f"note: nothing is shown of gradients that are 0 on both sides: {named}{reason}"
 
 
 def compare(
@@ -145,7 +157,8 @@ def _gradients(ours: Mapping[str, Gradient], theirs: Mapping[str, Gradient], bou
         difference, norm = (value - wanted).norm().item(), wanted.norm().item()
         # bounds the error of every rank's copy
         error = (difference / norm if norm else (math.inf if difference else 0.0)) + disagreement
-        yield Line("gradient", name, (f"{value.norm().item():.6e}", f"{norm:.6e}"), error, bound)
+        why = "" if norm or error else _ZEROS
+        yield Line("gradient", name, (f"{value.norm().item():.6e}", f"{norm:.6e}"), error, bound, why)
 
 
 def _padded(value: Tensor, like: Tensor) -> Tensor:
