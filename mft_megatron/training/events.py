@@ -8,6 +8,8 @@ from typing import Any, Literal, TypeAlias, TypedDict, cast
 from .progress import Progress
 
 Type: TypeAlias = type | types.UnionType
+# more tasks than these are not listed on the terminal
+LISTED_TASKS = 8
 
 
 class EventRecord(TypedDict):
@@ -61,6 +63,12 @@ def _epoch_text(epoch: Mapping[str, Any]) -> str:
     return f"epoch {epoch['epoch']} is over | {samples:,} samples, {proved}"
 
 
+def _warning_text(warning: Mapping[str, Any]) -> str:
+    tasks = warning.get("tasks", [])
+    named = [*tasks[:LISTED_TASKS], *([f"{len(tasks) - LISTED_TASKS} more"] if len(tasks) > LISTED_TASKS else [])]
+    return f"warning | reason {warning['reason']}" + (f" | tasks {', '.join(named)}" if tasks else "")
+
+
 _REASON = Field("reason", str, "why, with the option that decided it")
 EVENTS: Mapping[str, Event] = {
     "load": Event(
@@ -96,6 +104,7 @@ EVENTS: Mapping[str, Event] = {
     "warning": Event(
         "something deserves attention",
         (_REASON, Field("tasks", list, "names of the tasks concerned", optional=True)),
+        _warning_text,
     ),
     "task early stop": Event(
         "a task has converged and is no longer trained",

@@ -21,6 +21,9 @@ from .log_sinks.record_file import RecordFile
 from .records import EvaluationRecord, StepRecord, TaskStep
 from .shares.deviations import SHARE_TOLERANCE
 
+# more tasks than these are not listed in a line on the terminal
+LISTED_TASKS = 20
+
 Record: TypeAlias = StepRecord | EvaluationRecord | EventRecord
 
 
@@ -153,17 +156,26 @@ def _line(record: Record) -> str:
     if record["kind"] == "event":
         return f"step {record['step']} | {event_text(record)}"
     if record["kind"] == "valid":
-        tasks = ", ".join(f"{name} {_short(values['loss'])}" for name, values in record["tasks"].items())
+        tasks = _listed(f"{name} {_short(values['loss'])}" for name, values in record["tasks"].items())
         return (
             f"step {record['step']} | validation | loss {_short(record['loss'])} | macro "
             f"{_short(record['macro_loss'])} | {tasks}"
         )
     loss, mean = _short(record["loss"]), _short(record.get("mean_loss", record["loss"]))
     loss = loss if mean == loss else f"{loss} (mean {mean})"
-    tasks = ", ".join(f"{name} {_short(task['loss'])}{_run_share(task)}" for name, task in record["tasks"].items())
+    tasks = _listed(f"{name} {_short(task['loss'])}{_run_share(task)}" for name, task in record["tasks"].items())
     return (
         f"step {record['step']} | loss {loss} | grad norm {_short(record['grad_norm'])} | lr "
         f"{record['lr']:.3g} | {record['tokens'] / record['step_time']:,.0f} tokens/s | {tasks}"
+    )
+
+
+def _listed(tasks: Iterator[str]) -> str:
+    """Tasks of a line on the terminal, which has room for some; the file and the boards have all."""
+    parts = list(tasks)
+    others = len(parts) - LISTED_TASKS
+    return ", ".join(
+        [*parts[:LISTED_TASKS], *([f"{others} more task{'s' if others > 1 else ''}"] if others > 0 else [])]
     )
 
 

@@ -83,3 +83,14 @@ def test_the_text_of_an_event_has_its_fields_or_is_its_own():
     for complete, proved in ((True, "used exactly as planned"), (False, "counted in part, not judged")):
         event = event_record(Progress(), "epoch", epoch=3, tasks=tasks, complete=complete)
         assert event_text(event) == f"epoch 3 is over | 1,234 samples, {proved}"
+
+
+def test_a_warning_lists_few_tasks_on_the_terminal():
+    def text(*tasks):
+        return event_text(
+            event_record(Progress(), "warning", reason="why", **({"tasks": list(tasks)} if tasks else {}))
+        )
+
+    assert text() == "warning | reason why"
+    assert text("a", "b") == "warning | reason why | tasks a, b"
+    assert text(*"abcdefghijk") == "warning | reason why | tasks a, b, c, d, e, f, g, h, 3 more"

@@ -1,11 +1,16 @@
-"""Logs that cannot be written: training continues, a line says so, and no record is lost that the disk takes later."""
+"""The log of a run: what it shows on the terminal, and disks that it cannot write to.
+
+Training then continues, a line says so, and no record is lost that the disk takes later.
+"""
 
 import errno
+import json
 import os
 import threading
 
 import pytest
 
+from mft_megatron.run_folder import METRICS
 from mft_megatron.training.log_sinks.board import Board
 from mft_megatron.training.log_sinks.record_file import RecordFile
 from mft_megatron.training.run_log import RunLog
@@ -160,3 +165,16 @@ def test_a_terminal_on_a_full_disk_does_not_end_the_run(tmp_path, monkeypatch):
             full.flush()
         os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize(("number", "end"), [(20, "task19 1.5000"), (21, "1 more task"), (100, "80 more tasks")])
+def test_lines_on_the_terminal_list_few_tasks(tmp_path, capsys, number, end):
+    tasks = {f"task{i}": {"loss": 1.5, "perplexity": 4.5, "supervised_tokens": 3} for i in range(number)}
+    record = {"kind": "valid", "step": 1, "consumed_samples": 4, "loss": 1.5, "token_loss": 1.5, "macro_loss": 1.5}
+    log = RunLog(True, str(tmp_path))
+    log.write({**record, "tasks": tasks})
+    log.close()
+    line = capsys.readouterr().out.strip()
+    assert line.endswith(f", {end}")
+    assert line.count("1.5000") == 2 + min(number, 20)
+    assert len(json.loads((tmp_path / METRICS).read_text())["tasks"]) == number

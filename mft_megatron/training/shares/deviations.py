@@ -102,7 +102,7 @@ def share_warning(shares: RunShares, off: Sequence[int], names: Sequence[str], c
     if len(off) > LISTED_TASKS:
         listed.append(f"and {len(off) - LISTED_TASKS} more tasks")
     explain = {"global": _of_global, "epoch": _of_epoch, "micro-batch": _of_micro_batches}
-    since = "so far" if not shares.began else f"since {shares.began:,} packs"
+    since = "so far" if not shares.began else f"since pack {shares.began:,}"
     steps = "1 step" if shares.steps == 1 else f"{shares.steps:,} steps"
     reason = explain[circumstances.normalization](shares, circumstances)
     return f"realised shares of the objective in {steps} {since}: {', '.join(listed)}; {reason}"

@@ -103,7 +103,7 @@ def test_absent_tasks_are_the_reason_under_global():
     assert "--mft-normalization epoch" in text
     assert "--packer" not in text
     assert "--packer mixed" in warning(dataclasses.replace(GLOBAL, packed_decreasing=True), absent=(3, 0, 0))
-    assert "in 10 steps since 30 packs: " in warning(absent=(3, 0, 0), began=30)
+    assert "in 10 steps since pack 30: " in warning(absent=(3, 0, 0), began=30)
 
 
 @pytest.mark.parametrize(

@@ -136,5 +136,5 @@ def test_without_a_state_counting_begins_where_the_run_is(dataset):
         "realised shares of the objective are counted from here on, the checkpoint has none"
     ]
     run.log.clear()
-    assert "in 5 steps since 3 packs: " in run.steps(5, OFF).log[0]["reason"]
+    assert "in 5 steps since pack 3: " in run.steps(5, OFF).log[0]["reason"]
     assert Run(dataset).log == []
