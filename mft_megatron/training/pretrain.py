@@ -200,8 +200,9 @@ def _summary(arguments: Arguments, dataset: PackedDataset, trainer: Trainer) -> 
     return (
         f"{trainer.num_parameters():,} parameters{adapters}; TP {layout.tensor_model_parallel_size} × PP "
         f"{layout.pipeline_model_parallel_size}{stages}{context} × DP {arguments.data_parallel_size}{over_experts}; "
-        f"{len(dataset.tasks)} tasks in {dataset.split('train').num_packs:,} training packs of "
-        f"{arguments.data.seq_length}; objective {_objective(arguments)}"
+        f"{len(dataset.tasks)} task{'s' if len(dataset.tasks) > 1 else ''} in "
+        f"{dataset.split('train').num_packs:,} training packs of {arguments.data.seq_length}; "
+        f"objective {_objective(arguments)}"
     )
 
 
