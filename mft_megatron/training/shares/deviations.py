@@ -71,6 +71,7 @@ class Circumstances:
         skipped_steps: steps that updated nothing.
         changing_weights: whether weights of tasks change during the run.
         packed_decreasing: whether the packs are of ``--packer decreasing``, and could be of ``mixed``.
+        over: whether the run is over, so that an epoch that it has begun stays incomplete.
     """
 
     normalization: str
@@ -79,6 +80,7 @@ class Circumstances:
     skipped_steps: int = 0
     changing_weights: bool = False
     packed_decreasing: bool = False
+    over: bool = False
 
 
 def share_warning(shares: RunShares, off: Sequence[int], names: Sequence[str], circumstances: Circumstances) -> str:
@@ -112,8 +114,8 @@ _REPORT = "only rounding can do this; please report it"
 
 
 def _of_global(shares: RunShares, circumstances: Circumstances) -> str:
-    if not shares.absent_K.any() and shares.normalizations == ("global",):
-        return f"under global normalisation {_REPORT}"
+    if not shares.absent_K.any():
+        return _other_normalizations(shares, "global") or f"under global normalisation {_REPORT}"
     remedies = [
         f"a larger --global-batch-size ({circumstances.global_batch_size} so far) puts a task into more steps",
         "--mft-normalization epoch gives each task its share over a whole epoch",
@@ -128,7 +130,7 @@ def _of_global(shares: RunShares, circumstances: Circumstances) -> str:
 
 def _of_epoch(shares: RunShares, circumstances: Circumstances) -> str:
     epochs, reasons = circumstances.epochs, []
-    if epochs.current:
+    if epochs.current and circumstances.over:
         reasons.append(
             f"the run ends after {epochs.current:,} of {epochs.length:,} packs of an epoch (--num-train-epochs ends it "
             "with one)"
@@ -140,10 +142,15 @@ def _of_epoch(shares: RunShares, circumstances: Circumstances) -> str:
         reasons.append(f"{'1 step' if steps == 1 else f'{steps:,} steps'} updated nothing")
     if circumstances.changing_weights:
         reasons.append("weights of tasks changed within epochs")
-    others = [name for name in shares.normalizations if name != "epoch"]
-    if others:
-        reasons.append(f"part of the run had --mft-normalization {' and '.join(others)}")
+    if others := _other_normalizations(shares, "epoch"):
+        reasons.append(others)
     return f"under epoch normalisation a task has its share over a whole epoch; {', and '.join(reasons) or _REPORT}"
+
+
+def _other_normalizations(shares: RunShares, now: str) -> str:
+    """Words for the normalisations of earlier steps, other than that of ``now``; empty where there are none."""
+    others = [name for name in shares.normalizations if name != now]
+    return f"part of the run had --mft-normalization {' and '.join(others)}" if others else ""
 
 
 def _of_micro_batches(shares: RunShares, circumstances: Circumstances) -> str:

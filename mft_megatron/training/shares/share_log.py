@@ -128,10 +128,10 @@ class ShareLog:
         if set(names) <= self._warned:
             return
         self._warned |= set(names)
-        reason = share_warning(shares, off, self._dataset.tasks, self._circumstances(epochs, progress))
+        reason = share_warning(shares, off, self._dataset.tasks, self._circumstances(epochs, progress, over))
         log.write(event_record(progress, "warning", reason=reason, tasks=names))
 
-    def _circumstances(self, epochs: EpochPacks, progress: Progress) -> Circumstances:
+    def _circumstances(self, epochs: EpochPacks, progress: Progress, over: bool) -> Circumstances:
         a, entry = self._arguments, self._dataset.entry
         packed = not (entry.joined or entry.padded)
         return Circumstances(
@@ -141,6 +141,7 @@ class ShareLog:
             progress.skipped_steps,
             a.multi_task.task_balance != "static" or a.validation.task_early_stopping_patience is not None,
             packed and entry.packer == "decreasing",
+            over,
         )
 
     def _new_account(self, began: int) -> ShareAccount:

@@ -84,7 +84,7 @@ def test_an_open_epoch_excuses_what_it_can_make_up_for(realised, consumed, off):
 
 
 GLOBAL = Circumstances("global", 8, EpochPacks.between(0, 40, 100))
-EPOCH = dataclasses.replace(GLOBAL, normalization="epoch")
+EPOCH = dataclasses.replace(GLOBAL, normalization="epoch", over=True)
 OVER_EPOCHS = ("epoch",)
 
 
@@ -110,12 +110,14 @@ def test_absent_tasks_are_the_reason_under_global():
     ("changes", "circumstances", "text"),
     [
         ({}, GLOBAL, "under global normalisation only rounding can do this; please report it"),
+        ({"normalizations": ("epoch", "global")}, GLOBAL, "for 25.0%; part of the run had --mft-normalization epoch"),
         ({}, {"normalization": "micro-batch"}, "divides by the weights of the tasks that happen to be in one micro-"),
         ({}, {}, "a task has its share over a whole epoch; the run ends after 40 of 100 packs of an epoch (--num-tra"),
         ({"began": 30}, {"epochs": EpochPacks.between(30, 300, 100)}, "whole epoch; counting began within an epoch"),
         ({}, {"epochs": EpochPacks.between(0, 100, 100), "skipped_steps": 1}, "whole epoch; 1 step updated nothing"),
         ({}, {"skipped_steps": 2000}, "ends it with one), and 2,000 steps updated nothing"),
         ({}, {"changing_weights": True}, ", and weights of tasks changed within epochs"),
+        ({}, {"changing_weights": True, "over": False}, "over a whole epoch; weights of tasks changed within epochs"),
         ({"normalizations": ("global", "epoch")}, {}, ", and part of the run had --mft-normalization global"),
         ({}, {"epochs": EpochPacks.between(0, 100, 100)}, "whole epoch; only rounding can do this; please report it"),
     ],
