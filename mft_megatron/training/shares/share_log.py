@@ -77,7 +77,8 @@ class ShareLog:
         order = epoch_order(split, a.initialization.seed, progress.consumed_samples // split.num_packs, order_version)
         epoch = count_epoch(split, order, a.batch_sizes.sizes[-1], weight_K, loss.sample_means)
         known_K = np.where(epoch.presence_K > 0, weight_K, 0.0)
-        for line in expectation_lines(epoch, names, known_K / known_K.sum() if loss.weighted else None):
+        target_K = known_K / (known_K.sum() or 1.0)  # sampling may leave a split without a task that has a weight
+        for line in expectation_lines(epoch, names, target_K if loss.weighted else None):
             log.print(line)
         # tokens of losses without weights count the same, however few steps have them
         if loss.weighted and a.multi_task.mft_normalization == "epoch":

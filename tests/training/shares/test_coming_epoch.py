@@ -132,6 +132,15 @@ class Log(list):
     write = print = list.append
 
 
+def arguments(loss="task-token", normalization="global"):
+    return types.SimpleNamespace(
+        multi_task=types.SimpleNamespace(mft_loss=loss, mft_normalization=normalization),
+        initialization=types.SimpleNamespace(seed=3),
+        batch_sizes=types.SimpleNamespace(sizes=[4, 3]),
+        regularization=types.SimpleNamespace(clip_grad=1.0),
+    )
+
+
 @pytest.mark.parametrize(
     ("loss", "normalization", "warns"),
     [("task-token", "epoch", True), ("task-token", "global", False), ("token", "epoch", False)],
@@ -139,22 +148,30 @@ class Log(list):
 def test_the_log_of_a_run_begins_with_them(split, monkeypatch, loss, normalization, warns):
     """After an epoch and a half the second epoch is the coming one, in steps of the last batch size."""
     monkeypatch.setattr(share_log.process_groups, "is_main", lambda: True)
-    arguments = types.SimpleNamespace(
-        multi_task=types.SimpleNamespace(mft_loss=loss, mft_normalization=normalization),
-        initialization=types.SimpleNamespace(seed=3),
-        batch_sizes=types.SimpleNamespace(sizes=[4, 3]),
-        regularization=types.SimpleNamespace(clip_grad=1.0),
-    )
     log, weights = Log(), np.array([1.0, 1.0, 1.0, 1.0])
     progress = Progress(1, split.num_packs * 3 // 2)
     epoch = count_epoch(split, epoch_order(split, 3, 1, 1), 3, weights, False)
     monkeypatch.setattr(start_lines, "RARE", 1.01 * min(epoch.presence_K))
-    ShareLog(arguments, split.dataset).expect(log, progress, weights, 1)
+    ShareLog(arguments(loss, normalization), split.dataset).expect(log, progress, weights, 1)
     targets = np.full(4, 0.25) if loss == "task-token" else None
     assert log[:4] == expectation_lines(epoch, split.dataset.tasks, targets)
     rarest = split.dataset.tasks[int(np.argmin(epoch.presence_K))]
     assert [record["tasks"] for record in log[4:]] == ([[rarest]] if warns else [])
     others = Log()
     monkeypatch.setattr(share_log.process_groups, "is_main", lambda: False)
-    ShareLog(arguments, split.dataset).expect(others, progress, weights, 1)
+    ShareLog(arguments(loss, normalization), split.dataset).expect(others, progress, weights, 1)
     assert others == []
+
+
+def test_no_task_with_a_weight_has_training_data(split, monkeypatch):
+    """Sampling can leave a task out."""
+    monkeypatch.setattr(share_log.process_groups, "is_main", lambda: True)
+    monkeypatch.setattr(share_log, "count_epoch", lambda *_: made([1.0, 0.5, 1.0, 0.0]))
+    log = Log()
+    ShareLog(arguments(), split.dataset).expect(log, Progress(), np.array([0.0, 0.0, 0.0, 1.0]), 1)
+    assert [line.split(": ")[1] for line in log] == [
+        "weight 0, in every step",
+        "weight 0, in 50.0% of the steps",
+        "weight 0, in every step",
+        "nothing to train on",
+    ]
