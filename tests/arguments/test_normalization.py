@@ -62,6 +62,14 @@ def test_a_resumed_run_keeps_that_of_its_checkpoint(tmp_path, of_checkpoint):
         assert all(f"{given}: the run had {of_checkpoint} up to its checkpoint" in note for note in said)
 
 
+def test_an_old_checkpoint_does_not_say_what_its_run_had(tmp_path):
+    folder = checkpoint(tmp_path, format_version=2)
+    assert value(resumed(f"--load {folder} --save {folder}")) == "global"
+    for given, said in (("global", 0), ("micro-batch", 0), ("epoch", 1)):
+        a = resumed(f"--load {folder} --save {folder} --mft-normalization {given}")
+        assert len([note for note in notes(a, 20, True) if note.startswith("--mft-normalization")]) == said
+
+
 def test_a_value_that_does_not_fit_is_refused_only_where_it_is_given(tmp_path):
     with refused("--mft-normalization epoch"):
         resumed(f"--load {checkpoint(tmp_path)} --mft-loss focal-sample --mft-normalization epoch")
