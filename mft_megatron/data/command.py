@@ -131,8 +131,8 @@ def _previous_packing(given: Mapping[str, Any]) -> dict[str, Any]:
     options["task_sampling"] = tuple(f"{name}={ratio}" for name, ratio in options["task_sampling"].items()) or None
     sampling = [name for name in options if "sampling" in name]
     left_out = set() if parts else {"seq_length"}
-    if given.get("padding_mode", options["padding_mode"]) != "pack":
-        left_out.add("packer")
+    if {options["padding_mode"], given.get("padding_mode", "pack")} != {"pack"}:
+        left_out.add("packer")  # of rows that are not packed it means nothing
     if given.get("padding_mode") == "concat" or any(name in given for name in sampling):
         left_out.update(sampling)  # sampling options depend on each other
     return {name: value for name, value in options.items() if value is not None and name not in left_out}

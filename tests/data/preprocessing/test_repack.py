@@ -74,6 +74,22 @@ def test_a_data_set_of_an_older_version_keeps_its_packer(make_dataset):
     check(prefix, ledger)
 
 
+@pytest.mark.parametrize(
+    ("before", "given", "kept"),
+    [
+        ("pack", None, "decreasing"),
+        ("pack", "pack", "decreasing"),
+        ("pack", "padding", None),
+        ("padding", None, None),
+        ("padding", "pack", None),  # nobody chose a packer
+    ],
+)
+def test_only_a_packer_that_was_used_is_kept(make_dataset, before, given, kept):
+    prefix, _ = make_dataset({"t": [{"text": "x = 1"}] * 4}, packer="decreasing", padding_mode=before)
+    mode = {} if given is None else {"padding_mode": given}
+    assert _previous_packing({"data_path": (prefix,), **mode}).get("packer") == kept
+
+
 def test_a_data_set_with_a_damaged_file_is_not_packed_again(make_dataset):
     prefix, _ = make_dataset({"t": [{"text": "x = 1"}] * 4})
     path = Path(f"{prefix}_loss_mask.bin")
