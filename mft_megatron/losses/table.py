@@ -2,10 +2,10 @@
 
 ::
 
-    T_i, M_i of the global batch, w_i ─► Loss.task_factors ─► a_i [K] ─► coefficients ─► c_t [B, S]
+    T_i, M_i of the global batch or of an epoch, w_i ─► Loss.task_factors ─► a_i [K] ─► coefficients ─► c_t [B, S]
 
-The counts come from the step plan, so ``c_t`` is known before the first backward of the step and does not depend on how
-the batch is split into micro-batches. The focal losses start from such coefficients and modulate them (:mod:`.focal`).
+The sums come from the index, so ``c_t`` is known before the first backward of the step and does not depend on how the
+batch is split into micro-batches. The focal losses start from such coefficients and modulate them (:mod:`.focal`).
 """
 
 import dataclasses
@@ -68,18 +68,18 @@ class Loss:
         """Whether losses modulate the coefficients; the weights of tasks are then ``alpha_i``."""
         return self.modulates_samples or self.modulates_tasks
 
-    def task_factors(self, supervised_tokens_K: Tensor, samples_K: Tensor, weight_K: Tensor) -> Tensor:
+    def task_factors(self, token_weights_K: Tensor, sample_weights_K: Tensor, weight_K: Tensor) -> Tensor:
         """The part of the coefficient that is the same for all tokens of a task, ``a_i``.
 
         Args:
-            supervised_tokens_K: ``T_i`` of the global batch, any dtype.
-            samples_K: ``M_i`` of the global batch, any dtype.
+            token_weights_K: ``T_i`` of what the loss is normalised over, any dtype.
+            sample_weights_K: ``M_i`` of the same, any dtype.
             weight_K: ``w_i >= 0``, or ``alpha_i`` of a focal loss, floating point; 0 leaves a task out.
 
         Returns:
-            fp64 [K]. All zero where the global batch supervises nothing, or no task with a weight.
+            fp64 [K]. All zero where nothing is supervised, or no task with a weight.
         """
-        return self.factors(supervised_tokens_K.double(), samples_K.double(), weight_K.double())
+        return self.factors(token_weights_K.double(), sample_weights_K.double(), weight_K.double())
 
 
 LOSSES: dict[str, Loss] = {
