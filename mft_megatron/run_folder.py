@@ -348,7 +348,8 @@ def read_info(path: Path, option: str = "--load") -> CheckpointInfo:
         content = json.loads(file.read_text())
         version = content.get("format_version", FORMAT_VERSION) if isinstance(content, dict) else FORMAT_VERSION
         if version not in READABLE_VERSIONS:  # before its fields, which may be others
-            raise InputError(f"{file}: format version {version}, this program reads {FORMAT_VERSION}")
+            known = ", ".join(map(str, READABLE_VERSIONS))
+            raise InputError(f"{file}: format version {version}, this program reads {known}")
         info = CheckpointInfo(**content)
         if info.lora is not None:
             Lora.from_dict(info.lora)
