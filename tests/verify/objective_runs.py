@@ -45,7 +45,7 @@ def reference_steps(prefix, options, world_size, weights, shape="llama", steps=1
     """Compute the reference of the same steps, in a process of its own.
 
     Returns:
-        the steps, and the targets of each.
+        the steps, their gradients in the run's precision, and the targets of each.
     """
     from mft_megatron.mcore.reference_model import reference_model
     from mft_megatron.verify.objective.steps import Reference, first_plans
@@ -55,8 +55,10 @@ def reference_steps(prefix, options, world_size, weights, shape="llama", steps=1
     split = dataset.split("train")
     plans = list(first_plans(arguments, split, steps))
     reference = Reference(arguments, split, TASK_WEIGHTS, _everything)
+    with reference_model(arguments, dataset.vocab_size, weights, arguments.precision.name) as model:
+        rounded = [reference.step(model, plan).gradients for plan in plans]
     with reference_model(arguments, dataset.vocab_size, weights) as model:
-        return [reference.step(model, plan) for plan in plans], [reference.targets(plan) for plan in plans]
+        return [reference.step(model, plan) for plan in plans], rounded, [reference.targets(plan) for plan in plans]
 
 
 @contextlib.contextmanager

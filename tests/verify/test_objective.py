@@ -21,13 +21,13 @@ def prefix(tmp_path_factory):
 def compared(prefix, options, world_size, faults=("none",), shape="llama", steps=1, precision="fp32"):
     """Lines of the first steps by fault, each compared with the reference of another process."""
     measured, weights = run_on_ranks(world_size, layout_steps, prefix, options, world_size, faults, shape, steps)[0]
-    wanted, targets = run_on_ranks(1, reference_steps, prefix, options, world_size, weights, shape, steps)[0]
+    reference = run_on_ranks(1, reference_steps, prefix, options, world_size, weights, shape, steps)[0]
     bounds = bounds_of(precision, "focal-sample" if "focal-sample" in options else "task-token")
     return {
         fault: [
             line
-            for step, reference, target_K in zip(measured[fault], wanted, targets, strict=True)
-            for line in compare(step, reference, target_K, list(TASKS), bounds)
+            for step, wanted, rounded, target_K in zip(measured[fault], *reference, strict=True)
+            for line in compare(step, wanted, rounded, target_K, list(TASKS), bounds)
         ]
         for fault in faults
     }

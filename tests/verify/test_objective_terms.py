@@ -196,14 +196,39 @@ REFERENCE = a_step([[3.0, 0.0], [0.0, 4.0], [0.0, 0.0]])
     ],
 )
 def test_what_differs_is_beyond_its_bound(step, errors):
-    lines = compare(step, REFERENCE, np.array([1.0, 0.0]), ["a", "b"], BOUNDS["fp32"])
+    lines = compare(step, REFERENCE, REFERENCE.gradients, np.array([1.0, 0.0]), ["a", "b"], BOUNDS["fp32"])
     assert {line.name: line.error for line in lines if not line.holds} == pytest.approx(errors, nan_ok=True)
 
 
 def test_a_loss_that_is_nan_on_both_sides_does_not_hold():
     step = dataclasses.replace(REFERENCE, loss=math.nan)
-    lines = compare(step, step, np.array([1.0, 0.0]), ["a", "b"], BOUNDS["fp32"])
+    lines = compare(step, step, step.gradients, np.array([1.0, 0.0]), ["a", "b"], BOUNDS["fp32"])
     assert [line.name for line in lines if not line.holds] == ["objective"]
+
+
+@pytest.mark.parametrize(
+    ("rounding", "error", "holds", "bound"),
+    [
+        (0.0, 4e-6, True, 5e-6),
+        (1e-7, 6e-6, False, 5e-6),
+        (1e-4, 4e-4, True, 5e-4),
+        (1e-4, 6e-4, False, 5e-4),
+        # not a number where the loss scale was too large
+        (math.nan, 6e-6, False, 5e-6),
+        # nothing is left of the gradient
+        (0.2, 0.9, True, 1.0),
+    ],
+)
+def test_a_gradient_may_differ_by_a_few_times_what_rounding_does(rounding, error, holds, bound):
+    def off(by):
+        return {"w": Gradient(torch.tensor([3.0, 4.0], dtype=torch.float64) * (1 + by))}
+
+    step = dataclasses.replace(REFERENCE, gradients=off(error))
+    line = compare(
+        step, dataclasses.replace(REFERENCE, gradients=off(0)), off(rounding), None, ["a", "b"], BOUNDS["fp32"]
+    )[-1]
+    assert (line.holds, line.bound) == (holds, pytest.approx(bound))
+    assert (note_of_zeros([line]) is not None) == (bound == 1.0)
 
 
 @pytest.mark.parametrize(
@@ -224,7 +249,7 @@ def test_a_loss_that_is_nan_on_both_sides_does_not_hold():
     ],
 )
 def test_failures_say_what_to_look_at(step, failures, word):
-    lines = compare(step, REFERENCE, np.array([1.0, 0.0]), ["a", "b"], BOUNDS["fp32"])
+    lines = compare(step, REFERENCE, REFERENCE.gradients, np.array([1.0, 0.0]), ["a", "b"], BOUNDS["fp32"])
     assert [line.failure for line in lines if not line.holds] == failures
     assert (hint(lines) is None) if word is None else (word in hint(lines))
 
@@ -234,12 +259,14 @@ def test_gradients_that_show_nothing_are_named():
 
     def noted(*steps):
         made = [dataclasses.replace(REFERENCE, gradients={k: Gradient(v) for k, v in step.items()}) for step in steps]
-        return note_of_zeros([line for step in made for line in compare(step, step, None, ["a", "b"], BOUNDS["fp32"])])
+        return note_of_zeros(
+            [line for step in made for line in compare(step, step, step.gradients, None, ["a", "b"], BOUNDS["fp32"])]
+        )
 
     zero, one = torch.zeros(2), torch.ones(2)
     assert noted({"fc1": one}) is None
     assert noted({"fc1": zero}, {"fc1": one}) is None
-    said = "note: nothing is shown of gradients that are 0 on both sides: "
+    said = "note: nothing is shown of gradients that are 0 on both sides or mere rounding: "
     assert noted({"fc1": zero, "fc2": zero, "qkv": one}) == f"{said}fc1, fc2"
     assert noted({"x.lora_a": zero, "y.lora_a": zero, "z.lora_a": zero, "z.lora_b": one}) == (
         f"{said}x.lora_a, y.lora_a and 1 more; LoRA's A has none while B is 0, certify a later checkpoint"

@@ -21,10 +21,13 @@ from mft_megatron.training.pretrain import open_dataset
 from mft_megatron.training.run_log import RunLog
 from mft_megatron.training.saving import NO_SOURCES, Sources, model_vocab_size, order_version, refuse_other_data, resume
 
-from .comparison import Bounds, Line, bounds_of, compare, hint, note_of_zeros, table
+from .comparison import ROUNDINGS, Bounds, Line, bounds_of, compare, hint, note_of_zeros, table
 from .plan import check_pass
 from .steps import Chosen, Reference, first_plans, refuse_infinite, run_steps
 from .terms import asked_weights
+
+# of the reference in fp16, whose small gradients would be 0 without one
+LOSS_SCALE = 1024.0
 
 
 def certify(
@@ -78,29 +81,35 @@ def certify(
         print(line, flush=True)
     failures = _of_plan(arguments, split)
     failures += [
-        f"weight {name}: ranks have different copies of it" for name, whole in weights.items() if whole.disagreement
+        f"weight {name}: ranks have different copies of it" for name, one in weights.items() if one.disagreement
     ]
     bounds = bounds_of(arguments.precision.name, arguments.multi_task.mft_loss)
     reference = Reference(arguments, split, given, chosen)
     compared: list[Line] = []
-    with reference_model(arguments, vocab_size, {name: whole.value for name, whole in weights.items()}) as model:
-        for number, (plan, step) in enumerate(zip(plans, steps, strict=True), progress.step + 1):
+    whole = {name: one.value for name, one in weights.items()}
+    precision = arguments.precision.name
+    with reference_model(arguments, vocab_size, whole, precision) as model:
+        scale = LOSS_SCALE if precision == "fp16" else 1.0
+        in_precision = [reference.step(model, plan, scale) for plan in plans]
+    with reference_model(arguments, vocab_size, whole) as model:
+        computed = zip(plans, steps, in_precision, strict=True)
+        for number, (plan, step, rounded) in enumerate(computed, progress.step + 1):
             print(f"\nstep {number}: {plan.num_packs} packs, {len(reference.texts(plan)[0])} samples or parts of one\n")
             wanted = reference.step(model, plan)
-            if step is None or wanted is None:
+            if step is None or wanted is None or rounded is None:
                 failures += _skipped(number, step is None, wanted is None)
                 continue
-            if arguments.precision.name == "fp16":
+            if precision == "fp16":
                 refuse_infinite(step)
             if not step.gradients:
                 raise InputError("--verify-weights: no trained weight has such a name; try '*'")
-            lines = compare(step, wanted, reference.targets(plan), dataset.tasks, bounds)
+            lines = compare(step, wanted, rounded.gradients, reference.targets(plan), dataset.tasks, bounds)
             print("\n".join(table(lines)), flush=True)
             failures += [f"step {number}: {line.failure}" for line in lines if not line.holds]
             compared += lines
     if note := note_of_zeros(compared):
         print(note)
-    return _verdict(failures, hint(compared), bounds, arguments.precision.name, len(plans))
+    return _verdict(failures, hint(compared), bounds, precision, len(plans))
 
 
 def _chosen(patterns: Sequence[str] | None, num_layers: int) -> Chosen:
@@ -168,7 +177,10 @@ def _skipped(number: int, by_run: bool, by_reference: bool) -> list[str]:
 
 
 def _verdict(failures: Sequence[str], look_at: str | None, bounds: Bounds, precision: str, steps: int) -> int:
-    print(f"bounds ({precision}): shares {bounds.share:.0e}, losses {bounds.loss:.0e}, gradients {bounds.gradient:.0e}")
+    print(
+        f"bounds ({precision}): shares {bounds.share:.0e}, losses {bounds.loss:.0e}, gradients {bounds.gradient:.0e} "
+        f"or {ROUNDINGS} × rounding"
+    )
     for failure in failures:
         print(failure)
     if failures:

@@ -18,7 +18,7 @@ class Bounds:
     Attributes:
         share: of a task's share; coefficients are fp64 whatever the precision of the model.
         loss: of the loss and of a task's mean token loss.
-        gradient: of ‖gradient - reference‖, relative to ‖reference‖.
+        gradient: of ‖gradient - reference‖, relative to ‖reference‖; more where rounding alone makes more of it.
     """
 
     share: float
@@ -34,6 +34,11 @@ BOUNDS: Mapping[str, Bounds] = {
     "bf16": Bounds(share=1e-9, loss=1e-2, gradient=0.1),
     "fp16": Bounds(share=1e-9, loss=2e-3, gradient=0.02),
 }
+# A gradient may differ by so many times what one process in the run's precision differs by: it is a sum of terms that
+# partly cancel, in trained models by orders of magnitude more than in those of random weights.
+ROUNDINGS = 5
+# with a larger bound nothing is shown
+_VACUOUS = 0.5
 
 
 def bounds_of(precision: str, loss: str) -> Bounds:
@@ -76,10 +81,10 @@ class Line:
 HEADERS: Mapping[str, tuple[str, ...]] = {
     "share": ("task", "tokens", "target", "realised", "reference"),
     "loss": ("loss", "computed", "reference"),
-    "gradient": ("gradient of", "norm", "reference"),
+    "gradient": ("gradient of", "norm", "reference", "rounding"),
 }
 
-_ZEROS = "0 on both sides"
+_NOTHING = "shows nothing"
 # What to look at, by the first table that has a figure beyond its bound: gradients come from losses, and both from c_t.
 HINTS: Mapping[str, str] = {
     "share": "shares come from c_t alone: look at weights, at counts of the data, and for tokens that are missing",
@@ -94,24 +99,30 @@ def hint(lines: Sequence[Line]) -> str | None:
 
 
 def note_of_zeros(lines: Sequence[Line]) -> str | None:
-    """Name gradients that are 0 on both sides in all steps, so that nothing is shown; ``None`` without any."""
+    """Name gradients that are 0 or mere rounding in all steps, so that nothing is shown; ``None`` without any."""
     gradients = [line for line in lines if line.table == "gradient"]
-    zeros = sorted({line.name for line in gradients} - {line.name for line in gradients if line.why != _ZEROS})
+    zeros = sorted({line.name for line in gradients} - {line.name for line in gradients if line.why != _NOTHING})
     if not zeros:
         return None
     named = ", ".join(zeros[:2]) + (f" and {len(zeros) - 2} more" if len(zeros) > 2 else "")
     reason = "; LoRA's A has none while B is 0, certify a later checkpoint" if "lora_a" in named else ""
-    return f"note: nothing is shown of gradients that are 0 on both sides: {named}{reason}"
+    return f"note: nothing is shown of gradients that are 0 on both sides or mere rounding: {named}{reason}"
 
 
 def compare(
-    step: Step, reference: Step, target_K: np.ndarray | None, tasks: Sequence[str], bounds: Bounds
+    step: Step,
+    reference: Step,
+    rounded: Mapping[str, Gradient],
+    target_K: np.ndarray | None,
+    tasks: Sequence[str],
+    bounds: Bounds,
 ) -> list[Line]:
     """Compare a step of a run with its reference.
 
     Args:
         step: as the run computes it.
         reference: as it should be.
+        rounded: gradients of the reference in the run's precision.
         target_K: fp64 [K], the share that each task should have; ``None`` where the loss has no target.
         tasks: names.
         bounds: of the run's precision.
@@ -119,7 +130,7 @@ def compare(
     return [
         *_shares(step, reference, target_K, tasks, bounds.share),
         *_losses(step, reference, tasks, bounds.loss),
-        *_gradients(step.gradients, reference.gradients, bounds.gradient),
+        *_gradients(step.gradients, reference.gradients, rounded, bounds.gradient),
     ]
 
 
@@ -147,18 +158,31 @@ def _losses(step: Step, reference: Step, tasks: Sequence[str], bound: float) -> 
         yield Line("loss", name, (f"{ours:.7f}", f"{theirs:.7f}"), relative(ours, theirs), bound)
 
 
-def _gradients(ours: Mapping[str, Gradient], theirs: Mapping[str, Gradient], bound: float) -> Iterator[Line]:
+def _gradients(
+    ours: Mapping[str, Gradient], theirs: Mapping[str, Gradient], rounded: Mapping[str, Gradient], bound: float
+) -> Iterator[Line]:
     for name in sorted(ours.keys() | theirs.keys()):
         if name not in ours or name not in theirs:
-            yield Line("gradient", name, ("", "only one side has it"), math.inf, bound, "only one side has it")
+            why = "only one side has it"
+            yield Line("gradient", name, ("", why, ""), math.inf, bound, why)
             continue
         value, disagreement = ours[name].value, ours[name].disagreement
-        wanted = _padded(theirs[name].value, value)
-        difference, norm = (value - wanted).norm().item(), wanted.norm().item()
         # bounds the error of every rank's copy
-        error = (difference / norm if norm else (math.inf if difference else 0.0)) + disagreement
-        why = "" if norm or error else _ZEROS
-        yield Line("gradient", name, (f"{value.norm().item():.6e}", f"{norm:.6e}"), error, bound, why)
+        error = _difference(value, theirs[name].value) + disagreement
+        rounding = _difference(rounded[name].value, theirs[name].value)
+        norms = (f"{one.norm().item():.6e}" for one in (value, theirs[name].value))
+        # the first argument where rounding is NaN
+        allowed = max(bound, ROUNDINGS * rounding)
+        nothing = allowed > _VACUOUS or not (error or theirs[name].value.any())
+        figures = (*norms, f"{rounding:.1e}")
+        yield Line("gradient", name, figures, error, allowed, _NOTHING if nothing and error <= allowed else "")
+
+
+def _difference(value: Tensor, reference: Tensor) -> float:
+    """‖value - reference‖ / ‖reference‖; infinite where only the reference is 0."""
+    wanted = _padded(reference, value)
+    difference, norm = (value - wanted).norm().item(), wanted.norm().item()
+    return difference / norm if norm else (math.inf if difference else 0.0)
 
 
 def _padded(value: Tensor, like: Tensor) -> Tensor:

@@ -164,8 +164,8 @@ class Reference:
         """The share that each task should have, fp64 [K]; ``None`` for losses without a target."""
         return targets(self._loss, self._weight_K, self.texts(plan)[1], self._pass)
 
-    def step(self, model: ReferenceModel, plan: StepPlan) -> Step | None:
-        """Compute a step; ``None`` where no token of it counts."""
+    def step(self, model: ReferenceModel, plan: StepPlan, loss_scale: float = 1.0) -> Step | None:
+        """Compute a step, with a loss scale for a model in fp16; ``None`` where no token of it counts."""
         texts, totals = self.texts(plan)
         factor_K = task_factors(self._loss, self._weight_K, totals, self._pass)
         present_K = totals.token_weights_K > 0
@@ -178,12 +178,12 @@ class Reference:
                 losses = model.token_losses(text.tokens)
                 coefficient = self._coefficients(losses, text, float(factor_K[text.task]))
                 part = (coefficient * losses).sum()
-                part.backward()
+                (part * loss_scale).backward()
                 loss += part.item()
                 share_K[text.task] += coefficient.sum().item()
                 weights = text.sample_weight * text.turn_weights
                 loss_K[text.task] += weights @ losses.detach().cpu().numpy()
-        gradients = {name: Gradient(value) for name, value in model.gradients(self._chosen).items()}
+        gradients = {name: Gradient(value / loss_scale) for name, value in model.gradients(self._chosen).items()}
         with np.errstate(invalid="ignore"):
             task_loss_K = loss_K / totals.token_weights_K
         total = float(share_K.sum())
