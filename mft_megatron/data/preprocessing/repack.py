@@ -16,10 +16,10 @@ from mft_megatron.data.packing.packs import pack_files
 from mft_megatron.data.storage.arrays import check_files
 from mft_megatron.data.storage.dataset_writer import DatasetWriter, report_full_disk, require_free_space
 from mft_megatron.data.storage.indexed_dataset import IndexedDataset
-from mft_megatron.data.storage.ledger import JsonObject, Ledger, TaskEntry, read_ledger
+from mft_megatron.data.storage.ledger import FORMAT_VERSION, JsonObject, Ledger, TaskEntry, read_ledger
 from mft_megatron.data.storage.sample_writer import SampleWriter, TaskTally
 from mft_megatron.data.storage.stored_samples import SAMPLES_AT_ONCE, StoredSamples, read_stored_samples
-from mft_megatron.data.storage.weights import load_sample_weights, load_token_weights
+from mft_megatron.data.storage.weights import TOKEN_WEIGHTS, load_sample_weights, load_token_weights
 from mft_megatron.errors import InputError
 
 
@@ -43,7 +43,9 @@ def add_length(prefix: str, options: PackingOptions) -> tuple[Ledger, list[str]]
         for suffix, array in before.arrays.items():
             if suffix not in of_length:
                 files.keep(suffix, array)
-        ledger = dataclasses.replace(before, lengths={**before.lengths, length: entry}, arrays=files.entries())
+        lengths = {**before.lengths, length: entry}
+        # the entry has what readers of an older version would not know
+        ledger = dataclasses.replace(before, lengths=lengths, arrays=files.entries(), format_version=FORMAT_VERSION)
         files.publish(ledger)
     return ledger, notices
 
@@ -68,8 +70,10 @@ def merge(prefixes: Sequence[str], output_prefix: Path, options: PackingOptions)
     for prefix, ledger in ledgers.items():
         check_files(prefix, ledger.arrays, hashes=False)
     first = next(iter(ledgers.values()))
-    suffixes = ("_input_ids.bin", "_loss_mask.bin")
-    needed = sum(ledger.arrays[suffix].size for ledger in ledgers.values() for suffix in suffixes)
+    suffixes = ("_input_ids.bin", "_loss_mask.bin", f"{TOKEN_WEIGHTS}.bin")
+    needed = sum(
+        ledger.arrays[suffix].size for ledger in ledgers.values() for suffix in suffixes if suffix in ledger.arrays
+    )
     require_free_space(output_prefix.parent, needed)
     with report_full_disk(output_prefix), DatasetWriter(output_prefix) as files:
         stored = _copy(ledgers, files)

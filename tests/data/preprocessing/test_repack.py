@@ -13,7 +13,7 @@ from mft_megatron.data.ledger_table import ledger_table
 from mft_megatron.data.loading.dataset import PackedDataset, packed_lengths
 from mft_megatron.data.packing.packing_options import PackingOptions
 from mft_megatron.data.preprocessing.repack import add_length, merge
-from mft_megatron.data.storage.ledger import read_ledger
+from mft_megatron.data.storage.ledger import FORMAT_VERSION, read_ledger
 from mft_megatron.errors import InputError
 
 OPTIONS = PackingOptions(96, split=(80.0, 15.0, 5.0), overlong="truncate")
@@ -68,6 +68,8 @@ def test_a_data_set_of_an_older_version_keeps_its_packer(make_dataset):
     files = arrays_of(prefix)
     add_length(prefix, PackingOptions.from_entry(old.lengths["256"], prefix))
     assert arrays_of(prefix) == files
+    # its new entry is one that programs of version 3 cannot read
+    assert json.loads(path.read_text())["format_version"] == FORMAT_VERSION
     ledger, _ = add_length(prefix, PackingOptions(256))
     assert arrays_of(prefix) != files
     assert "packer mixed" in ledger_table(ledger)
