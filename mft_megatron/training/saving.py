@@ -278,7 +278,7 @@ def refuse_other_data(arguments: Arguments, dataset: PackedDataset) -> None:
     # models from Hugging Face may have more rows in their vocabulary than their tokenizers have tokens
     if info.vocab_size != dataset.vocab_size and not (info.source and info.vocab_size > dataset.vocab_size):
         raise InputError(
-            f"--load {path}: made for a vocabulary of {info.vocab_size}, the data set {arguments.data.data_path} has "
+            f"{path}: made for a vocabulary of {info.vocab_size}, the data set {arguments.data.data_path} has "
             f"{dataset.vocab_size}; preprocess the data with the model's tokenizer"
         )
     if not arguments.weights_alone and info.dataset_hash != dataset.dataset_hash:
