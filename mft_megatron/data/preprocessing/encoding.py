@@ -233,10 +233,10 @@ class Encoder:
         conversations = read_conversations(record, encoding, notes)
         if len(conversations) == 1:
             (conversation,) = conversations
+            segments = _segments(encoding.style, conversation, notes)  # also where it is filled, as it may be refused
             filled = None if encoding.fim is None else _fim_segments(conversation, encoding.fim)
             if filled is not None:
                 return [(conversation, filled, True)]
-            segments = _segments(encoding.style, conversation, notes)
             if self._begins_twice(conversation):
                 notes.kinds["two_bos"] += 1
             return [(conversation, segments, False)]

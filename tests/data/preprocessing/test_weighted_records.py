@@ -33,6 +33,9 @@ WEIGHTED = [
 ]
 
 
+FIM = {"fim_tokens": "<|pad|>,<|im_start|>,<|im_end|>"}
+
+
 def recipe_of(folder, tokenizer_folder, records, name="set", **options):
     path = folder / "task.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -133,6 +136,9 @@ def test_records_of_which_nothing_is_left_are_counted_and_stop_nothing(tmp_path,
     ends_in_calls = [{"messages": [USER, call | {"content": "a"}]}]
     with pytest.raises(InputError, match="learn to stop; --supervise no-tool-calls learns no end of a call"):
         preprocess(recipe_of(tmp_path, tokenizer_folder, ends_in_calls, supervise="no-tool-calls"))
+    thinks = [{"text": "<think>some reasoning</think>def f(x): return x"}]
+    with pytest.raises(InputError, match="begins with <think>, and raw text has no marks"):
+        preprocess(recipe_of(tmp_path, tokenizer_folder, thinks, supervise="no-thinking", fim_rate=1.0, **FIM))
     with pytest.raises(InputError, match=r"--supervise tool-calls-only leaves out raw text, .* of task task"):
         preprocess(recipe_of(tmp_path, tokenizer_folder, records, supervise="tool-calls-only", fim_rate=0.5))
 
