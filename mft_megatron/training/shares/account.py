@@ -53,6 +53,7 @@ class RunShares:
         absent_K: int64 [K], those of them without a supervised token of the task.
         normalizations: ``--mft-normalization`` of these steps: one, or several where it was changed.
         began: packs that had been consumed when counting began.
+        weights_changed: whether the last step had weights other than the steps before it, on the whole.
     """
 
     steps: int
@@ -63,6 +64,7 @@ class RunShares:
     absent_K: np.ndarray
     normalizations: tuple[str, ...]
     began: int = 0
+    weights_changed: bool = False
 
     @property
     def share_K(self) -> np.ndarray | None:  # noqa: N802  (a shape suffix)
@@ -92,7 +94,7 @@ class ShareAccount:
         num_tasks = split.num_tasks
         self._steps, self._packs = 0, 0
         self._realised_K = torch.zeros(num_tasks, dtype=torch.float64, device=devices.device())
-        self._target_K = np.zeros(num_tasks)
+        self._target_K, self._last_target_K = np.zeros(num_tasks), np.zeros(num_tasks)
         self._weighted_K, self._absent_K = np.zeros(num_tasks, np.int64), np.zeros(num_tasks, np.int64)
         self._normalizations: list[str] = []
 
@@ -109,7 +111,8 @@ class ShareAccount:
         self._realised_K.add_(report.share_K, alpha=packs)
         weight_K = np.where(self._known_K, report.weight_K, 0.0)
         if loss.weighted:
-            self._target_K += packs * (weight_K / weight_K.sum())
+            self._last_target_K = weight_K / weight_K.sum()
+            self._target_K += packs * self._last_target_K
         has_weight_K = weight_K > 0
         self._weighted_K += has_weight_K
         self._absent_K += has_weight_K & (weight_sums(plan.counts, loss) == 0)
@@ -127,7 +130,12 @@ class ShareAccount:
             self._absent_K.copy(),
             tuple(self._normalizations),
             self._began,
+            self._weights_changed(),
         )
+
+    def _weights_changed(self) -> bool:
+        as_last_K = self._packs * self._last_target_K
+        return bool(as_last_K.any()) and not np.allclose(self._target_K, as_last_K, rtol=1e-9, atol=0)
 
     def state(self) -> AccountState:
         """The state for a checkpoint."""

@@ -69,7 +69,6 @@ class Circumstances:
         global_batch_size: the largest.
         epochs: epochs so far.
         skipped_steps: steps that updated nothing.
-        changing_weights: whether weights of tasks change during the run.
         packed_decreasing: whether the packs are of ``--packer decreasing``, and could be of ``mixed``.
         over: whether the run is over, so that an epoch that it has begun stays incomplete.
     """
@@ -78,7 +77,6 @@ class Circumstances:
     global_batch_size: int
     epochs: EpochPacks
     skipped_steps: int = 0
-    changing_weights: bool = False
     packed_decreasing: bool = False
     over: bool = False
 
@@ -140,7 +138,7 @@ def _of_epoch(shares: RunShares, circumstances: Circumstances) -> str:
     if circumstances.skipped_steps:
         steps = circumstances.skipped_steps
         reasons.append(f"{'1 step' if steps == 1 else f'{steps:,} steps'} updated nothing")
-    if circumstances.changing_weights:
+    if shares.weights_changed:
         reasons.append("weights of tasks changed within epochs")
     if others := _other_normalizations(shares, "epoch"):
         reasons.append(others)

@@ -140,7 +140,6 @@ class ShareLog:
             max(a.batch_sizes.sizes),
             epochs,
             progress.skipped_steps,
-            a.multi_task.task_balance != "static" or a.validation.task_early_stopping_patience is not None,
             packed and entry.packer == "decreasing",
             over,
         )

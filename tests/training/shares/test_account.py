@@ -84,6 +84,7 @@ def test_shares_are_sums_over_the_steps(split, loss, normalization):
     assert (shares.absent_K.tolist(), shares.weighted_K.tolist()) == (absent, weighted)
     assert max(absent) > 0
     assert (shares.packs, shares.normalizations) == (50, (normalization,))
+    assert shares.weights_changed == LOSSES[loss].weighted
 
 
 @pytest.mark.parametrize("loss", ["task-token", "task-sample"])
@@ -92,7 +93,9 @@ def test_with_epoch_normalisation_shares_are_exact_at_the_end_of_every_epoch(spl
     account, weights = ShareAccount(split, loss, "epoch"), [1.0, 2.0, 0.5, 3.0]
     for plan in plans(split, epochs * split.num_packs):
         account.count(plan, reported(of_epoch(plan, split, weights, loss), weights))
-    np.testing.assert_allclose(account.read().share_K, np.array(weights) / 6.5, rtol=1e-12)
+    shares = account.read()
+    np.testing.assert_allclose(shares.share_K, np.array(weights) / 6.5, rtol=1e-12)
+    assert not shares.weights_changed
 
 
 def test_a_task_without_training_data_has_no_target():
@@ -117,6 +120,7 @@ def test_a_resumed_account_is_bit_equal(split):
     first.count(steps[7][0], reported(*steps[7][1:]))  # does not change the state that was taken
     again = ShareAccount(split, "task-token", "epoch")
     assert again.load(state) is None
+    assert not again.read().weights_changed  # no step has been counted that could tell
     for plan, share, weights in steps[7:]:
         again.count(plan, reported(share, weights))
     expected, shares = whole.read(), again.read()

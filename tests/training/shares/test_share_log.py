@@ -31,9 +31,8 @@ def judged_early(monkeypatch):
 
 def arguments(normalization="global", loss="task-token"):
     return types.SimpleNamespace(
-        multi_task=types.SimpleNamespace(mft_loss=loss, mft_normalization=normalization, task_balance="static"),
+        multi_task=types.SimpleNamespace(mft_loss=loss, mft_normalization=normalization),
         logging=types.SimpleNamespace(log_interval=2),
-        validation=types.SimpleNamespace(task_early_stopping_patience=None),
         batch_sizes=BatchSizes([0], [1]),
     )
 
