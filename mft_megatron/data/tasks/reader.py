@@ -5,6 +5,7 @@ the file is complete when it has been read: bytes and sha256 are those of the fi
 """
 
 import contextlib
+import decimal
 import hashlib
 import io
 import zlib
@@ -297,8 +298,9 @@ def _with_times_as_text(batch: Any) -> Any:
 
 
 def _without_nulls(value: Any) -> Any:
+    """Return a value of a table as it would stand in a line of JSON: without nulls, its decimals as numbers."""
     if isinstance(value, dict):
         return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
     if isinstance(value, list):
         return [_without_nulls(inner) for inner in value]
-    return value
+    return float(value) if isinstance(value, decimal.Decimal) else value

@@ -1,5 +1,6 @@
 """Files of tasks: every kind is read whole, in order and in batches; damaged files are reported; paths become tasks."""
 
+import decimal
 import errno
 import gzip
 import hashlib
@@ -255,6 +256,18 @@ def test_times_in_tables_are_text(tmp_path):
             "turns": [{"role": "user"}],
         }
     ]
+
+
+def test_decimals_in_tables_are_numbers(tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    weights = pyarrow.array([decimal.Decimal("0.5"), None, decimal.Decimal("2")])
+    turns = [[{"weight": decimal.Decimal("0.25")}]] * 3
+    parquet.write_table(pyarrow.table({"weight": weights, "turns": turns}), tmp_path / "a.parquet")
+    lines = lines_of(tmp_path / "a.parquet")
+    assert lines == [{"turns": [{"weight": 0.25}]} | weight for weight in ({"weight": 0.5}, {}, {"weight": 2.0})]
+    assert type(lines[0]["weight"]) is type(lines[0]["turns"][0]["weight"]) is float
 
 
 @pytest.mark.parametrize("damage", ["empty", "plain", "cut", "no footer", "flipped"])
