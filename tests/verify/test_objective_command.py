@@ -18,6 +18,7 @@ LENGTH = 128
 SIZES = "--global-batch-size 4 --micro-batch-size 2 --train-iters 4 --lr 1e-3"
 SHAPE = "--num-layers 2 --hidden-size 32 --num-attention-heads 2 --ffn-hidden-size 64 --init-method-std 0.2"
 CP2 = "--context-parallel-size 2"
+FAMO = "--task-balance famo"
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,9 @@ def test_a_run_is_certified_from_its_checkpoint(prefix, tmp_path):
     """Nothing in the run's folder changes; the third step has the order and the weights of the checkpoint."""
     folder = tmp_path / "run"
     trained = run_forked(
-        "pretrain_mft.py", "--data-path", prefix, "--save", folder, *f"{SHAPE} {SIZES} --exit-interval 2".split()
+        "pretrain_mft.py",
+        *("--data-path", prefix, "--save", folder),
+        *f"{SHAPE} {SIZES} {FAMO} --exit-interval 2".split(),
     )
     assert trained.returncode == 0, trained.stderr
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
@@ -46,6 +49,13 @@ def test_a_run_is_certified_from_its_checkpoint(prefix, tmp_path):
     assert compared == ["decoder.final_layernorm.bias", "decoder.final_layernorm.weight"]
     assert lines[-1] == "certified: 1 step(s), every figure within its bound"
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    # those of the balancer, which has made them differ since they were equal
+    words = f"--load {folder} {SIZES} {FAMO} --verify-weights *final* --mft-normalization epoch"
+    balanced = run_forked("tools/verify.py", "objective", prefix, *words.split())
+    assert balanced.returncode == 0, balanced.stderr
+    targets = re.findall(r"^(?:completion|explain|write|read) +[\d,]+ +(0\.\d+)", balanced.stdout, re.MULTILINE)
+    assert len(set(targets)) == 4
+    assert sum(map(float, targets)) == pytest.approx(1, abs=1e-5)
 
 
 def _run_with_fault(prefix, words, fault):

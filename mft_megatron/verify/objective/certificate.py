@@ -7,6 +7,8 @@ import fnmatch
 import os
 from collections.abc import Sequence
 
+import numpy as np
+
 from mft_megatron.arguments.table import Arguments
 from mft_megatron.data.loading.dataset import PackedSplit
 from mft_megatron.errors import InputError
@@ -62,6 +64,8 @@ def certify(
         log = RunLog(main)
         progress, state = resume(arguments, trainer, log, sources)
         evaluation.load(state, log, progress)
+        # weights of the first step: a balancer's from its draws or the checkpoint, and 0 for tasks that were stopped
+        evaluation.begin(trainer, log, progress)
         with trainer.weights.whole():
             weights = gather_weights(trainer.chunks)
         plans = list(first_plans(arguments, split, num_steps))
@@ -74,9 +78,10 @@ def certify(
         return 0
     del trainer
     given = evaluation.balance.weight_K
-    if arguments.multi_task.task_balance == "static" and not state:
-        # read again, by other code
-        given = asked_weights(arguments.multi_task, dataset.tasks, [task.weight for task in dataset.ledger.tasks])
+    if arguments.multi_task.task_balance == "static":
+        # read again, by other code; tasks of a resumed run may have been stopped
+        asked = asked_weights(arguments.multi_task, dataset.tasks, [task.weight for task in dataset.ledger.tasks])
+        given = np.where(given > 0, asked, 0.0) if state else asked
     for line in _header(arguments, split, facts, notes):
         print(line, flush=True)
     failures = _of_plan(arguments, split)
