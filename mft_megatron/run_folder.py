@@ -98,7 +98,7 @@ class CheckpointInfo:
         base: the folder that the model of the adapters was read from.
         base_digest: :func:`content_digest` of ``base``.
         order_version: version of the order of packs (docs/FORMATS.md); 1 where a checkpoint does not say.
-        normalization: ``--mft-normalization``; older checkpoints do not say, and it was global unless it was given.
+        mft_normalization: ``--mft-normalization``; older checkpoints do not say, and it was global unless it was given.
         format_version: version of this format.
     """
 
@@ -127,7 +127,7 @@ class CheckpointInfo:
     base: str = ""
     base_digest: str = ""
     order_version: int = 1
-    normalization: str = "global"
+    mft_normalization: str = "global"
     format_version: int = FORMAT_VERSION
 
     @property

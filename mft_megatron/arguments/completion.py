@@ -118,7 +118,7 @@ def default_normalization(a: Arguments) -> tuple[str, str]:
     if loss in FOCAL:
         return "global", "the default"
     if a.resume is not None and not a.weights_alone:
-        return a.resume.info.normalization, "that of the checkpoint"
+        return a.resume.info.mft_normalization, "that of the checkpoint"
     if a.resume is not None and loss in WEIGHTED:
         return FINE_TUNING_NORMALIZATION, "the default of fine-tuning"
     return "global", "the default"

@@ -118,8 +118,8 @@ def _normalization(a: Arguments) -> Iterator[str]:
     info = a.resume.info
     # checkpoints of older versions do not say it; the one value beside global may have been given all along
     unknown = info.format_version < 3 and m.mft_normalization == "micro-batch"
-    if m.mft_normalization != info.normalization and not unknown:
+    if m.mft_normalization != info.mft_normalization and not unknown:
         yield (
-            f"--mft-normalization {m.mft_normalization}: the run had {info.normalization} up to its checkpoint; leave "
-            "the option out to keep that"
+            f"--mft-normalization {m.mft_normalization}: the run had {info.mft_normalization} up to its checkpoint; "
+            "leave the option out to keep that"
         )

@@ -240,7 +240,7 @@ class Saver:
             base=self._base,
             base_digest=self._base_digest,
             order_version=order_version(a, self._dataset),
-            normalization=a.multi_task.mft_normalization,
+            mft_normalization=a.multi_task.mft_normalization,
         )
 
 

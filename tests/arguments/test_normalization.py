@@ -33,7 +33,7 @@ def test_from_scratch_the_default_is_global(loss):
 def test_fine_tuning_with_task_weights_has_a_default_of_its_own(tmp_path, start, loss, expected):
     """Also for a model that was converted, with no more than --load."""
     fields = {} if start != "--load {}" else CONVERTED
-    folder = checkpoint(tmp_path / "model", normalization="micro-batch", **fields)
+    folder = checkpoint(tmp_path / "model", mft_normalization="micro-batch", **fields)
     a = resumed(f"{start.format(folder)} --mft-loss {loss}")
     assert value(a) == expected
     assert default_normalization(a)[1] == ("the default of fine-tuning" if expected == TUNED else "the default")
@@ -48,7 +48,7 @@ def test_adapters_are_fine_tuning(tmp_path):
 
 @pytest.mark.parametrize("of_checkpoint", ["global", "epoch", "micro-batch"])
 def test_a_resumed_run_keeps_that_of_its_checkpoint(tmp_path, of_checkpoint):
-    folder = checkpoint(tmp_path, normalization=of_checkpoint)
+    folder = checkpoint(tmp_path, mft_normalization=of_checkpoint)
     a = resumed(f"--load {folder} --save {folder}")
     assert (value(a), default_normalization(a)) == (of_checkpoint, (of_checkpoint, "that of the checkpoint"))
     assert value(resumed(f"--load {folder} --mft-loss token")) == of_checkpoint

@@ -90,7 +90,7 @@ class ShareAccount:
             began: packs that have been consumed so far.
         """
         self._name, self._normalization, self._began = loss, normalization, began
-        self._known_K = weight_sums(split.totals, LOSSES[loss]) > 0
+        self._known_K = divisors(split.totals, LOSSES[loss]) > 0
         num_tasks = split.num_tasks
         self._steps, self._packs = 0, 0
         self._realised_K = torch.zeros(num_tasks, dtype=torch.float64, device=devices.device())
@@ -115,7 +115,7 @@ class ShareAccount:
             self._target_K += packs * self._last_target_K
         has_weight_K = weight_K > 0
         self._weighted_K += has_weight_K
-        self._absent_K += has_weight_K & (weight_sums(plan.counts, loss) == 0)
+        self._absent_K += has_weight_K & (divisors(plan.counts, loss) == 0)
         if self._normalization not in self._normalizations:
             self._normalizations.append(self._normalization)
 
@@ -167,7 +167,7 @@ class ShareAccount:
         return None
 
 
-def weight_sums(counts: TaskCounts, loss: Loss) -> np.ndarray:
+def divisors(counts: TaskCounts, loss: Loss) -> np.ndarray:
     """The sums that a loss divides by: ``M_i`` where samples count equally, else ``T_i``; fp64 [K]."""
     return counts.sample_weights_K if loss.sample_means else counts.token_weights_K
 
