@@ -113,12 +113,15 @@ def _train(prefix, extra, world, steps, shape="experts", seed=None, folder=None,
 
 
 def assert_same(curve, expected, tolerance=1e-6):
-    for (loss, norm, losses), (wanted_loss, wanted_norm, wanted) in zip(curve, expected, strict=True):
+    steps = enumerate(zip(curve, expected, strict=True))
+    for step, ((loss, norm, losses), (wanted_loss, wanted_norm, wanted)) in steps:
         assert loss == pytest.approx(wanted_loss, rel=tolerance)
-        assert norm == pytest.approx(wanted_norm, rel=tolerance)
+        # Adam divides gradients near 0, which are rounding errors, by their size; the z loss is a square of logits
+        allowed = tolerance if step == 0 else 5 * tolerance
+        assert norm == pytest.approx(wanted_norm, rel=allowed)
         assert losses.keys() == wanted.keys()
         for name, values in losses.items():
-            assert values == pytest.approx(wanted[name], rel=tolerance, nan_ok=True), name
+            assert values == pytest.approx(wanted[name], rel=allowed, nan_ok=True), name
 
 
 @functools.cache
