@@ -132,37 +132,30 @@ def counted_twice():
         yield TASK_WEIGHTS
 
 
-@contextlib.contextmanager
 def averaged():
     """Average gradients over data-parallel ranks, as Megatron does by default."""
-    from mft_megatron.mcore import trainer
+    return _scaled_gradients(0.5)
 
-    finalize = trainer.finalize_model_grads
 
-    def halved(model, *arguments, **options):
-        finalize(model, *arguments, **options)
-        for chunk in model:
-            chunk.scale_gradients(0.5)
-
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(trainer, "finalize_model_grads", halved)
-        yield TASK_WEIGHTS
+def not_finite():
+    """Make gradients NaN, and no loss."""
+    return _scaled_gradients(float("nan"))
 
 
 @contextlib.contextmanager
-def not_finite():
-    """Make gradients NaN, and no loss."""
+def _scaled_gradients(factor):
+    """Multiply all gradients by a factor after ranks have summed them."""
     from mft_megatron.mcore import trainer
 
     finalize = trainer.finalize_model_grads
 
-    def broken(model, *arguments, **options):
+    def scaled(model, *arguments, **options):
         finalize(model, *arguments, **options)
         for chunk in model:
-            chunk.scale_gradients(float("nan"))
+            chunk.scale_gradients(factor)
 
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(trainer, "finalize_model_grads", broken)
+        monkeypatch.setattr(trainer, "finalize_model_grads", scaled)
         yield TASK_WEIGHTS
 
 
