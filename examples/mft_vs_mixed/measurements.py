@@ -16,7 +16,8 @@ import numpy as np
 from mft_megatron.errors import InputError
 
 SUMMARIES = ("macro", "by tokens", "worst task")
-# Of a final model: Eq. 1 over the training split, its term of the rarest task, and the loss of a task never trained on.
+# Columns that evaluate the model after its last step: on the training split the mean of the tasks' losses (Eq. 1) and
+# the loss of the rarest task, and the loss of a task that no model was trained on.
 TRAIN_MACRO, TRAIN_RAREST, UNSEEN = PROBED = ("train macro", "train rarest", "unseen task")
 CLIP_GRAD = 1.0  # default of --clip-grad
 

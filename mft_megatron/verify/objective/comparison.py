@@ -85,7 +85,8 @@ HEADERS: Mapping[str, tuple[str, ...]] = {
 }
 
 _NOTHING = "shows nothing"
-# What to look at, by the first table that has a figure beyond its bound: gradients come from losses, and both from c_t.
+# Advice for a failed certificate. The keys are the tables in the order in which they are computed: a wrong share makes
+# losses wrong, and a wrong loss gradients. So the advice of the first table with a figure beyond its bound is given.
 HINTS: Mapping[str, str] = {
     "share": "shares come from c_t alone: look at weights, at counts of the data, and for tokens that are missing",
     "loss": "shares are right: look at labels, positions and attention, or at weights that differ between ranks",
