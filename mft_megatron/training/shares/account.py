@@ -17,7 +17,7 @@ import torch
 
 from mft_megatron.batch import StepPlan, TaskCounts
 from mft_megatron.data.loading.dataset import PackedSplit
-from mft_megatron.losses.table import LOSSES, Loss
+from mft_megatron.losses.table import LOSSES
 from mft_megatron.mcore.platform import devices
 from mft_megatron.mcore.trainer import StepReport
 
@@ -90,7 +90,7 @@ class ShareAccount:
             began: packs that have been consumed so far.
         """
         self._name, self._normalization, self._began = loss, normalization, began
-        self._known_K = divisors(split.totals, LOSSES[loss]) > 0
+        self._known_K = divisors(split.totals, LOSSES[loss].sample_means) > 0
         num_tasks = split.num_tasks
         self._steps, self._packs = 0, 0
         self._realised_K = torch.zeros(num_tasks, dtype=torch.float64, device=devices.device())
@@ -115,7 +115,7 @@ class ShareAccount:
             self._target_K += packs * self._last_target_K
         has_weight_K = weight_K > 0
         self._weighted_K += has_weight_K
-        self._absent_K += has_weight_K & (divisors(plan.counts, loss) == 0)
+        self._absent_K += has_weight_K & (divisors(plan.counts, loss.sample_means) == 0)
         if self._normalization not in self._normalizations:
             self._normalizations.append(self._normalization)
 
@@ -167,9 +167,9 @@ class ShareAccount:
         return None
 
 
-def divisors(counts: TaskCounts, loss: Loss) -> np.ndarray:
+def divisors(counts: TaskCounts, by_samples: bool) -> np.ndarray:
     """The sums that a loss divides by: ``M_i`` where samples count equally, else ``T_i``; fp64 [K]."""
-    return counts.sample_weights_K if loss.sample_means else counts.token_weights_K
+    return counts.sample_weights_K if by_samples else counts.token_weights_K
 
 
 def _shares(mass_K: np.ndarray) -> np.ndarray | None:

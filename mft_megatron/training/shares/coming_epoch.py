@@ -11,6 +11,8 @@ import numpy as np
 
 from mft_megatron.data.loading.dataset import PackedSplit
 
+from .account import divisors
+
 # packs that are counted at a time
 PACKS_AT_ONCE = 1 << 20
 
@@ -59,9 +61,7 @@ def count_epoch(
         present_K += np.bincount(task_N, size_S[step_N], num_tasks)
         mass_K += np.bincount(task_N, weight_K[task_N] * part_S[step_N], num_tasks)
         np.maximum.at(most_K, task_N, count_N)
-    totals = split.totals
-    total_K = totals.sample_weights_K if by_samples else totals.token_weights_K
-    mean_K = total_K * packs_of_step / num_packs
+    mean_K = divisors(split.totals, by_samples) * packs_of_step / num_packs
     return ComingEpoch(
         present_K / num_packs,
         mass_K / mass_K.sum() if mass_K.any() else mass_K,
