@@ -23,7 +23,6 @@ import mft_megatron.mcore.platform.patched  # noqa: F401  (before Megatron-Core)
 import dataclasses
 from collections.abc import Callable, Mapping
 
-import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -132,7 +131,7 @@ def unavailable(backend: str, shape: AttentionShape) -> str | None:
     if least is not None:
         if not devices.HAS_CUDA:
             return "needs a CUDA device, and there is none here; use local"
-        capability = torch.cuda.get_device_capability(devices.device())
+        capability = devices.capability()
         if capability < least:
             return f"needs compute capability {_dotted(least)}, and this GPU has {_dotted(capability)}; use local"
         if shape.head_size > 192 and capability in SMALL:

@@ -7,7 +7,6 @@ have the same keys in a checkpoint as those of the local layers, so either imple
 
 import mft_megatron.mcore.platform.patched  # noqa: F401  (before Megatron-Core)
 
-import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -34,7 +33,7 @@ def require(arguments: Arguments) -> None:
     reason = missing(TRANSFORMER_ENGINE)
     if reason is not None:
         raise InputError(f"{wanted} {reason}; or use --transformer-impl local")
-    capability = torch.cuda.get_device_capability(devices.device())
+    capability = devices.capability()
     if options.fp8_format is not None and capability < FP8[options.fp8_recipe]:
         needed, has = (".".join(map(str, version)) for version in (FP8[options.fp8_recipe], capability))
         raise InputError(

@@ -1,6 +1,7 @@
-"""The device of this process: CPU with gloo, or CUDA with NCCL.
+"""The device of this process: CPU with gloo, CUDA with NCCL, or in a dry run a simulated GPU.
 
-All other files ask :func:`device` and :func:`backend`. Patches of Megatron-Core and torch are in :mod:`.patches`.
+All other files ask :func:`device`, :func:`capability`, :func:`on_gpu` and :func:`backend`. Patches of Megatron-Core and
+torch are in :mod:`.patches`.
 """
 
 import importlib.metadata
@@ -15,8 +16,17 @@ from mft_megatron.errors import InputError
 
 from . import patches, versions
 from .releases import silence_notices
+from .simulated_gpu import SimulatedGPU
 
+# whether this process takes the code paths of CUDA devices; read it as an attribute of this module: simulate() sets it
 HAS_CUDA = torch.cuda.is_available()
+_simulated: SimulatedGPU | None = None
+
+
+def simulate(gpu: SimulatedGPU) -> None:
+    """Let this process take the code paths of a GPU on tensors without content; before Megatron-Core is imported."""
+    global HAS_CUDA, _simulated
+    HAS_CUDA, _simulated = True, gpu
 
 
 def prepare() -> None:
@@ -56,8 +66,20 @@ def _installed(package: str) -> bool:
 
 
 def device() -> torch.device:
-    """The device of this process: the GPU of torchrun's ``LOCAL_RANK``, or the CPU."""
+    """The device of this process: the GPU of torchrun's ``LOCAL_RANK``, the CPU, or ``meta`` for a simulated GPU."""
+    if _simulated is not None:
+        return torch.device("meta")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if HAS_CUDA else torch.device("cpu")
+
+
+def capability() -> tuple[int, int]:
+    """Compute capability of this process's GPU, real or simulated, major and minor."""
+    return torch.cuda.get_device_capability(device()) if _simulated is None else _simulated.capability
+
+
+def on_gpu(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is on a GPU, real or simulated."""
+    return tensor.is_cuda or (_simulated is not None and tensor.is_meta)
 
 
 def backend(choice: str = "auto") -> str:
