@@ -78,6 +78,8 @@ def _transformer_config(arguments: Arguments) -> TransformerConfig:
         # the coefficients of the losses hold the whole normalisation; Megatron must only sum
         calculate_per_token_loss=True,
         batch_p2p_comm=batches_p2p(layout),
+        # Each message is waited for on its stream. The device-wide wait after it was for torch before 1.13.
+        batch_p2p_sync=False,
         overlap_p2p_comm=layout.interleaved,
         # sets the environment variables by which Transformer Engine chooses kernels; no other kernel reads them
         attention_backend=AttnBackend.fused if arguments.training.attention_backend == "fused" else AttnBackend.local,

@@ -52,3 +52,4 @@ def test_interleaved_stages_never_batch_their_messages(monkeypatch, backend):
     assert plain.batch_p2p_comm == (backend == "nccl")
     assert not interleaved.batch_p2p_comm
     assert (plain.overlap_p2p_comm, interleaved.overlap_p2p_comm) == (False, True)
+    assert not plain.batch_p2p_sync  # otherwise the host waits for the whole device after every message
