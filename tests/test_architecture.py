@@ -9,7 +9,17 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "mft_megatron"
-FLOORS = {"": 0, "arguments": 1, "data": 1, "losses": 1, "mcore": 2, "convert": 3, "training": 3, "verify": 4}
+FLOORS = {
+    "": 0,
+    "arguments": 1,
+    "data": 1,
+    "losses": 1,
+    "mcore": 2,
+    "convert": 3,
+    "training": 3,
+    "verify": 4,
+    "dry_run": 4,
+}
 # A file imports from its own sub-package and from those listed before it; "a|b" are modules at the top of the room.
 ORDER = {
     "data": (
@@ -25,6 +35,7 @@ ORDER = {
         *("atomic_folder", "huggingface", "peft", "megatron", "serving", "commands", "background_export", "run_start"),
     ),
     "verify": ("packs|objective", "command"),
+    "dry_run": ("rank_report", "rank_run"),
     "arguments": (
         *("values", "groups", "stages|table|megatron_only|without_effect", "checks"),
         "adapters|start|completion|config_syntax|config_file|notes|reference|command",
