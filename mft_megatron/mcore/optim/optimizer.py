@@ -25,6 +25,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from mft_megatron.arguments.table import Arguments
 from mft_megatron.errors import InputError
 from mft_megatron.mcore.platform import devices
+from mft_megatron.mcore.platform.gradient_norm import compute_at_once
 from mft_megatron.mcore.platform.precisions import DTYPES
 
 STATE_DTYPES = {**DTYPES, "fp8": torch.uint8}
@@ -39,6 +40,7 @@ def build_optimizer(arguments: Arguments, chunks: list[DistributedDataParallel])
     Raises:
         InputError: the optimizer needs a CUDA device or a package that this machine lacks.
     """
+    compute_at_once()
     regularization = arguments.regularization
     config = OptimizerConfig(
         optimizer=arguments.training.optimizer,

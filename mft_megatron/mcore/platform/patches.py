@@ -13,7 +13,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 
-from . import megatron_fixes, without_cuda
+from . import gradient_norm, megatron_fixes, without_cuda
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +49,9 @@ WHERE_NEEDED = {
     "te_general_gemm": Patch(megatron_fixes.define_te_general_gemm, f"{_FIXES}::test_routers_need_te_general_gemm"),
     "scale of experts' losses": Patch(
         megatron_fixes.reset_expert_loss_scale, f"{_FIXES}::test_megatron_keeps_the_shape_of_the_first_scale"
+    ),
+    "norm of gradients": Patch(
+        gradient_norm.compute_at_once, "tests/mcore/platform/test_gradient_norm.py::test_megatron_reads_every_norm"
     ),
     "recompute without Transformer Engine": Patch(
         megatron_fixes.recompute_without_transformer_engine, f"{_FIXES}::test_recompute_asks_transformer_engine"
