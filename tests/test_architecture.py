@@ -28,7 +28,7 @@ ORDER = {
         "command_options|command|inspect|ledger_table",
     ),
     "mcore": (
-        *("platform", "parallel", "attention", "moe", "output_layer", "adapters", "model", "optim"),
+        *("platform", "kernels", "parallel", "attention", "moe", "output_layer", "adapters", "model", "optim"),
         *("trainer", "checkpointing", "inference", "reference_model"),
     ),
     "convert": (
@@ -50,6 +50,8 @@ WITHOUT_MEGATRON = (
     "mcore.checkpointing.tensor_reader",
     "mcore.checkpointing.vocabulary",
     "mcore.checkpointing.weight_source",
+    "mcore.kernels.layer_norm",
+    "mcore.kernels.rms_norm",
     "mcore.model.rope_frequencies",
     "mcore.output_layer.fused_cross_entropy",
     "mcore.parallel.attention_spans",

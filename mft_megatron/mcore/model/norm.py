@@ -10,10 +10,8 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-
-def _widened(value: Tensor) -> Tensor:
-    """Convert to fp32 for computing; fp64, in which references of the engine are computed, stays."""
-    return value if value.dtype == torch.float64 else value.float()
+from mft_megatron.mcore.kernels.layer_norm import layer_norm
+from mft_megatron.mcore.kernels.rms_norm import rms_norm
 
 
 def _weight_shift(norm: torch.nn.Module, config: TransformerConfig) -> float:
@@ -36,6 +34,7 @@ class RMSNorm(torch.nn.RMSNorm):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5):
         """Allocate the weight; Megatron-Core builds norms with these arguments."""
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.norm_eps = eps
         self.shift = _weight_shift(self, config)
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -43,14 +42,7 @@ class RMSNorm(torch.nn.RMSNorm):
 
         The input, a residual stream in fp32, may have another.
         """
-        # The view is an autograd node before the norm's several uses of the input, so that their gradients are added
-        # before the residual stream's gradient: then a recomputed norm gives the same gradient, bit for bit.
-        hidden = hidden.view_as(hidden)
-        normed = torch.nn.functional.rms_norm(_widened(hidden), self.normalized_shape, None, self.eps)
-        if self.shift:
-            # in fp32 as in Gemma and Transformer Engine: 1 + weight in bf16 would lose the digits that are stored
-            return (normed * (_widened(self.weight) + self.shift)).to(self.weight.dtype)
-        return normed.to(self.weight.dtype) * self.weight
+        return rms_norm(hidden, self.weight, self.norm_eps, self.shift)
 
 
 class LayerNorm(torch.nn.LayerNorm):
@@ -66,11 +58,7 @@ class LayerNorm(torch.nn.LayerNorm):
 
         The input, a residual stream in fp32, may have another.
         """
-        if not self.shift and hidden.dtype == self.weight.dtype:
-            return torch.nn.functional.layer_norm(hidden, self.normalized_shape, self.weight, self.bias, self.eps)
-        weight, bias = _widened(self.weight) + self.shift, _widened(self.bias)
-        normed = torch.nn.functional.layer_norm(_widened(hidden), self.normalized_shape, weight, bias, self.eps)
-        return normed.to(self.weight.dtype)
+        return layer_norm(hidden, self.weight, self.bias, self.eps, self.shift)
 
 
 NORMS = {"RMSNorm": RMSNorm, "LayerNorm": LayerNorm}
