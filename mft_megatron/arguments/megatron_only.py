@@ -163,12 +163,13 @@ _SENTENCES = (
     ("it is the default; leave it out", "ckpt-fully-parallel-save"),
     ("give --no-ckpt-fully-parallel-save", "disable-ckpt-fully-parallel-save"),
     ("a checkpoint without all weights of the model is refused; leave it out", "dist-ckpt-strictness"),
+    ("plans of saves are kept while they hold, which each save checks; leave it out", "ckpt-assume-constant-structure"),
     (
         "give --async-save; there are no local checkpoints and no persistent writers",
         """
-        use-persistent-ckpt-worker ckpt-assume-constant-structure non-persistent-ckpt-type
-        non-persistent-global-ckpt-dir non-persistent-local-ckpt-algo non-persistent-local-ckpt-dir
-        non-persistent-save-interval replication replication-factor replication-jump
+        use-persistent-ckpt-worker non-persistent-ckpt-type non-persistent-global-ckpt-dir
+        non-persistent-local-ckpt-algo non-persistent-local-ckpt-dir non-persistent-save-interval replication
+        replication-factor replication-jump
     """,
     ),
     ("gradients are not saved; leave it out", "save-dgrads-interval save-wgrads-interval"),

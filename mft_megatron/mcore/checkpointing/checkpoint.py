@@ -19,11 +19,7 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
-from megatron.core.dist_checkpointing.strategies.fully_parallel import (
-    FullyParallelLoadStrategyWrapper,
-    FullyParallelSaveStrategyWrapper,
-)
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -44,13 +40,13 @@ from mft_megatron.run_folder import INFO, TRACKER, CheckpointInfo, iteration_fol
 from .common_state import if_it_fails, require_common, write_common
 from .finite import refuse_non_finite
 from .random_state import random_state, set_random_state, sharded_random_state
+from .save_plans import SavePlans
 from .tensor_reader import TensorReader
 
 # CPU tensors, numbers, strings, lists and dicts
 TrainingState: TypeAlias = dict[str, Any]
 # entries of Megatron-Core's sharded state dict by key
 ShardedState: TypeAlias = dict[str, Any]
-SaveStrategy: TypeAlias = "TorchDistSaveShardedStrategy | FullyParallelSaveStrategyWrapper"
 
 
 class Writer:
@@ -70,6 +66,7 @@ class Writer:
         self._options, self._with_base = options, with_base
         self._queue = AsyncCallsQueue() if options.async_save else None
         self._path = Path()
+        self._plans: SavePlans | None = None
 
     def save(
         self,
@@ -118,10 +115,12 @@ class Writer:
         self._path = path
         with _failure_reported(path), trainer.weights.whole(), _quiet():
             state = _state(trainer, self._options, training_state, self._with_base)
+            plans = self._plans_for(state)
             request = dist_checkpointing.save(
                 state,
                 str(path),
-                sharded_strategy=_save_strategy(self._options),
+                sharded_strategy=plans.strategy,
+                validate_access_integrity=plans.is_new,
                 async_sharded_save=self._queue is not None,
                 # since 0.17 the default is the queue of another package
                 **accepted(dist_checkpointing.save, async_strategy="mcore"),
@@ -149,6 +148,12 @@ class Writer:
             InputError: it could not be written.
         """
         self._complete(blocking=True)
+
+    def _plans_for(self, state: dict[str, Any]) -> SavePlans:
+        if self._plans is None:
+            self._plans = SavePlans(_replicas() if self._options.ckpt_fully_parallel_save else None)
+        self._plans.adapt(state)
+        return self._plans
 
     def _complete(self, blocking: bool) -> None:
         if self._queue is None or not self._queue.get_num_unfinalized_calls():
@@ -187,13 +192,6 @@ def _state(
     if options.save_rng:
         state["rng"] = sharded_random_state(random_state())
     return state
-
-
-def _save_strategy(options: CheckpointArguments) -> SaveStrategy:
-    strategy = TorchDistSaveShardedStrategy("torch_dist", 1)
-    if not options.ckpt_fully_parallel_save:
-        return strategy
-    return FullyParallelSaveStrategyWrapper(strategy, _replicas())
 
 
 def _load_strategy(path: Path, options: CheckpointArguments) -> FullyParallelLoadStrategyWrapper | None:
