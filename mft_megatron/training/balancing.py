@@ -82,6 +82,10 @@ class TaskBalance:
         """
         self._apply()
 
+    def draws_after(self, step: int) -> bool:
+        """Whether a validation draw updates the weights after a step, counted from 1."""
+        return False
+
     def after_step(self, trainer: Trainer, log: RunLog, progress: Progress) -> bool:
         """Put the weights of the next step into force; return whether that took a validation draw."""
         self._apply()
@@ -162,9 +166,13 @@ class DrawnBalance(TaskBalance):
             self._state = self._update(state, trainer, log, progress)
         super().begin(trainer, log, progress)
 
+    def draws_after(self, step: int) -> bool:
+        """Whether a validation draw updates the weights after a step, counted from 1."""
+        return step % self._balancer.update_interval == 0
+
     def after_step(self, trainer: Trainer, log: RunLog, progress: Progress) -> bool:
         """Update the weights with a validation draw every few steps; return whether there was one."""
-        due = progress.step % self._balancer.update_interval == 0
+        due = self.draws_after(progress.step)
         if due and self._state is not None:
             self._state = self._update(self._state, trainer, log, progress)
         super().after_step(trainer, log, progress)

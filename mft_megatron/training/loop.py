@@ -14,6 +14,7 @@ from mft_megatron.mcore.model.parameters import weight_norm
 from mft_megatron.mcore.platform import devices
 from mft_megatron.mcore.trainer import StepReport, Trainer
 
+from .balancing import TaskBalance
 from .epochs import EpochProof
 from .evaluation import Evaluation
 from .events import event_record
@@ -57,7 +58,7 @@ def train(
             before, plan = progress, _next_plan(dataset, arguments, progress)
             report = trainer.train_step(split, plan, balance.weight_K)
             progress = before.after_step(plan.num_packs, skipped=report is None or report.overflow)
-            steps.count(progress, plan, report)
+            steps.count(progress, plan, report, followed=_other_work_follows(arguments, balance, progress.step))
             shares.count(plan, report)
             _refuse_divergence(arguments.precision, progress, report)
             saver.poll(progress, log)
@@ -88,6 +89,19 @@ def train(
         return progress
 
 
+def _other_work_follows(arguments: Arguments, balance: TaskBalance, step: int) -> bool:
+    """Whether a step is logged, or a validation draw, an evaluation or a save comes before the next one."""
+    logging = arguments.logging
+    intervals = (
+        logging.log_interval,
+        logging.tensorboard_log_interval,
+        arguments.validation.eval_interval,
+        arguments.checkpoint.save_interval,
+    )
+    ends = any(interval is not None and step % interval == 0 for interval in intervals)
+    return ends or step == arguments.training.train_iters or balance.draws_after(step)
+
+
 def _next_plan(dataset: PackedDataset, arguments: Arguments, progress: Progress) -> StepPlan:
     return plan_step(
         dataset.split("train"),
@@ -113,13 +127,14 @@ class StepLogger:
         self._due = False
         self._newest: tuple[Progress, StepPlan, StepReport] | None = None
 
-    def count(self, progress: Progress, plan: StepPlan, report: StepReport | None) -> None:
+    def count(self, progress: Progress, plan: StepPlan, report: StepReport | None, followed: bool) -> None:
         """Count a step that has just ended; one that updated nothing is logged at once, and its time excluded.
 
         Args:
             progress: after the step.
             plan: of the step.
             report: of the step; ``None`` where the batch had nothing to learn from.
+            followed: whether other work than the next step follows, which the step's time must not contain.
         """
         if report is None:
             self._clock.exclude()
@@ -129,7 +144,7 @@ class StepLogger:
             reason = "gradients overflow at the loss scale"
             self._log.write(event_record(progress, "skip", reason=reason, loss_scale=report.loss_scale))
         else:
-            self._clock.count_step()
+            self._clock.count_step(complete=followed or self._due)
             self._newest = progress, plan, report
 
     def count_draw(self) -> None:
@@ -198,9 +213,15 @@ class StepClock:
         self._steps, self._step_seconds, self._draw_seconds = 0, 0.0, 0.0
         self._since = time.perf_counter()
 
-    def count_step(self) -> None:
-        """Count the time since the last call as a step, including what the device still computes of it."""
-        devices.synchronize()
+    def count_step(self, complete: bool) -> None:
+        """Count the time since the last call as a step.
+
+        Args:
+            complete: whether to wait for what the device still computes of it; otherwise the next step's time contains
+                that, and the device always has work.
+        """
+        if complete:
+            devices.synchronize()
         self._step_seconds += self._lap()
         self._steps += 1
 
