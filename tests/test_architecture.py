@@ -35,7 +35,10 @@ ORDER = {
         *("atomic_folder", "huggingface", "peft", "megatron", "serving", "commands", "background_export", "run_start"),
     ),
     "verify": ("packs|objective", "command"),
-    "dry_run": ("rank_report", "rank_run"),
+    "dry_run": (
+        *("rank_report", "rank_run", "mock_data|model_description|refusals|processes|verdict", "start|tables"),
+        "command",
+    ),
     "arguments": (
         *("values", "groups", "stages|table|megatron_only|without_effect", "checks"),
         "adapters|start|completion|config_syntax|config_file|notes|reference|command",

@@ -55,7 +55,7 @@ def train(
         shares.expect(log, progress, balance.weight_K, order_version(arguments, dataset))
         steps = StepLogger(arguments, dataset, trainer, shares, log)
         while progress.step < training.train_iters:
-            before, plan = progress, _next_plan(dataset, arguments, progress)
+            before, plan = progress, next_plan(dataset, arguments, progress)
             report = trainer.train_step(split, plan, balance.weight_K)
             progress = before.after_step(plan.num_packs, skipped=report is None or report.overflow)
             steps.count(progress, plan, report, followed=_other_work_follows(arguments, balance, progress.step))
@@ -102,7 +102,8 @@ def _other_work_follows(arguments: Arguments, balance: TaskBalance, step: int) -
     return ends or step == arguments.training.train_iters or balance.draws_after(step)
 
 
-def _next_plan(dataset: PackedDataset, arguments: Arguments, progress: Progress) -> StepPlan:
+def next_plan(dataset: PackedDataset, arguments: Arguments, progress: Progress) -> StepPlan:
+    """Plan the step that a run takes next."""
     return plan_step(
         dataset.split("train"),
         seed=arguments.initialization.seed,

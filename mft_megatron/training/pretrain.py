@@ -59,13 +59,8 @@ def pretrain(
         InputError: the data set, the tokenizer, the weights or the checkpoint cannot be used, or training diverged.
     """
     dataset, checked = open_dataset(arguments, main_rank)
-    _check_tokenizer(arguments, dataset)
-    model_lines = [check_model_tokenizer(arguments, dataset), chat_format_line(arguments, dataset)] if main_rank else []
-    refuse_other_data(arguments, dataset)
-    _refuse_uneven_gathering(arguments, dataset)
-    if arguments.validation.skip_train and "valid" not in dataset.splits:
-        raise InputError(f"--skip-train: {dataset.prefix} has no validation split; preprocess it with --split 98,2,0")
-    evaluation = Evaluation(arguments, dataset)
+    model_lines = check_data_of_model(arguments, dataset, main_rank)
+    evaluation = evaluation_of(arguments, dataset)
     with process_groups.process_groups(arguments.distributed, arguments.initialization.seed):
         options = arguments.checkpoint
         with _reported_on_all_ranks(), _run_folder_reported(arguments):
@@ -74,7 +69,7 @@ def pretrain(
             log.print(f"{arguments.world_size} rank(s) on {devices.describe()}")
             if not checked:
                 log.print("large data set: sizes of its files are checked, contents by tools/inspect_data.py --check")
-            for line in filter(None, model_lines):
+            for line in model_lines:
                 log.print(line)
             trainer = Trainer(arguments, model_vocab_size(arguments, dataset), len(dataset.tasks))
             lines = [
@@ -121,6 +116,33 @@ def open_dataset(arguments: Arguments, main_rank: bool) -> tuple[PackedDataset, 
     small = sum(entry.size for entry in read_ledger(prefix).arrays.values()) <= HASHED_BYTES
     check = "hashes" if main_rank and small else "sizes"
     return PackedDataset.open(prefix, arguments.data.seq_length, check), small
+
+
+def check_data_of_model(arguments: Arguments, dataset: PackedDataset, main_rank: bool = True) -> list[str]:
+    """Check that a data set belongs to the model and the checkpoint that a run starts from.
+
+    Returns:
+        lines for the log, on rank 0 alone.
+
+    Raises:
+        InputError: it was made with another tokenizer, or the checkpoint continues with another data set.
+    """
+    _check_tokenizer(arguments, dataset)
+    lines = [check_model_tokenizer(arguments, dataset), chat_format_line(arguments, dataset)] if main_rank else []
+    refuse_other_data(arguments, dataset)
+    return [line for line in lines if line]
+
+
+def evaluation_of(arguments: Arguments, dataset: PackedDataset) -> Evaluation:
+    """Prepare the evaluations of a run, and check that the data set has all that its options need.
+
+    Raises:
+        InputError: a split, a task or a form of rows is missing.
+    """
+    _refuse_uneven_gathering(arguments, dataset)
+    if arguments.validation.skip_train and "valid" not in dataset.splits:
+        raise InputError(f"--skip-train: {dataset.prefix} has no validation split; preprocess it with --split 98,2,0")
+    return Evaluation(arguments, dataset)
 
 
 def _check_tokenizer(arguments: Arguments, dataset: PackedDataset) -> None:
