@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mft_megatron import launcher
 from mft_megatron.errors import InputError, run_command
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ def main() -> None:
     from mft_megatron.data.loading.dataset import packed_lengths, training_packs
 
     command_line = read_command_line(sys.argv[1:])
+    launcher.complete(os.environ)
     start, model, adapter = open_start(command_line)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     arguments = make_arguments(command_line, start, world_size, packed_lengths, training_packs)
@@ -97,4 +99,4 @@ def open_exports(arguments: "Arguments", folder: Path) -> "Exports":
 
 # The guard matters: the checkpoint writer starts a process that imports this file again.
 if __name__ == "__main__":
-    sys.exit(run_command(main, quiet=os.environ.get("LOCAL_RANK", "0") != "0"))
+    sys.exit(run_command(main, quiet=launcher.local_rank(os.environ) != 0))

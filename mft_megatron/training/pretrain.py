@@ -6,6 +6,7 @@
 """
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from mft_megatron.data.tokenizers.load import load_tokenizer
 from mft_megatron.errors import InputError, disk_reported
 from mft_megatron.mcore.model import kernels
 from mft_megatron.mcore.parallel import process_groups
-from mft_megatron.mcore.platform import devices
+from mft_megatron.mcore.platform import devices, environment
 from mft_megatron.mcore.trainer import Trainer
 from mft_megatron.run_folder import CONFIG, effective_configuration, replace_text
 
@@ -69,7 +70,7 @@ def pretrain(
             log.print(f"{arguments.world_size} rank(s) on {devices.describe()}")
             if not checked:
                 log.print("large data set: sizes of its files are checked, contents by tools/inspect_data.py --check")
-            for line in model_lines:
+            for line in filter(None, [environment.set_aside_attention(os.environ), *model_lines]):
                 log.print(line)
             trainer = Trainer(arguments, model_vocab_size(arguments, dataset), len(dataset.tasks))
             lines = [
@@ -88,7 +89,7 @@ def pretrain(
             if arguments.validation.skip_train:
                 evaluation.run(trainer, log, progress)
                 return
-            on_gpu = devices.device().type == "cuda"
+            on_gpu = devices.HAS_CUDA
             for note in notes(arguments, dataset.split("train").num_packs, "valid" in dataset.splits, on_gpu):
                 log.print(f"note: {note}")
             epochs = EpochProof(arguments, dataset)

@@ -11,6 +11,7 @@ computed elsewhere. B: rows, S: tokens per row, T = B·S, N: supervised tokens.
 
 import mft_megatron.mcore.platform.patched  # noqa: F401  (before Megatron-Core)
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,7 +29,7 @@ from mft_megatron.mcore.moe.experts import mark_expert_weights, rows_of_tokens
 from mft_megatron.mcore.output_layer.cross_entropy import FusedOutputLayer, Targets, vocab_parallel_nll
 from mft_megatron.mcore.parallel.data_parallel import wrap
 from mft_megatron.mcore.parallel.device_batch import DeviceBatch
-from mft_megatron.mcore.platform import devices
+from mft_megatron.mcore.platform import devices, environment
 from mft_megatron.mcore.platform.megatron_fixes import become
 
 from .config import dtype_of, transformer_config
@@ -61,6 +62,8 @@ class PackedGPTModel(GPTModel):
         """
         network = arguments.network
         config = transformer_config(arguments)
+        # the user's, or those of another model in this process
+        environment.set_aside_attention(os.environ)
         super().__init__(
             config=config,
             transformer_layer_spec=block_spec(config, arguments, virtual_stage),

@@ -13,11 +13,14 @@ import psutil
 import torch
 
 from mft_megatron.errors import InputError
+from mft_megatron.launcher import gpu_index
 
-from . import patches, versions
+from . import environment, patches, versions
 from .releases import silence_notices
 from .simulated_gpu import SimulatedGPU
 
+# before the next line initialises the driver, which reads it
+environment.limit_connections(os.environ)
 # whether this process takes the code paths of CUDA devices; read it as an attribute of this module: simulate() sets it
 HAS_CUDA = torch.cuda.is_available()
 _simulated: SimulatedGPU | None = None
@@ -66,10 +69,16 @@ def _installed(package: str) -> bool:
 
 
 def device() -> torch.device:
-    """The device of this process: the GPU of torchrun's ``LOCAL_RANK``, the CPU, or ``meta`` for a simulated GPU."""
+    """The device of this process: the GPU of its local rank, the CPU, or ``meta`` for a simulated GPU.
+
+    Raises:
+        InputError: there is no GPU for this process, or nothing says which.
+    """
     if _simulated is not None:
         return torch.device("meta")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if HAS_CUDA else torch.device("cpu")
+    if not HAS_CUDA:
+        return torch.device("cpu")
+    return torch.device("cuda", gpu_index(os.environ, torch.cuda.device_count()))
 
 
 def capability() -> tuple[int, int]:
@@ -97,9 +106,7 @@ def backend(choice: str = "auto") -> str:
 
 def use_device() -> None:
     """Bind this process to its device."""
-    # Megatron-Core needs collectives and kernels in one hardware queue, and warns on every rank where they are not.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    if HAS_CUDA:
+    if HAS_CUDA and _simulated is None:
         torch.cuda.set_device(device())
 
 

@@ -110,3 +110,19 @@ def test_norms_stored_less_one_are_gemmas_in_bf16():
         ours.weight.copy_(weight), theirs.weight.copy_(weight)
         hidden = torch.randn(50, 96, generator=generator).bfloat16()
         assert torch.equal(ours(hidden), theirs(hidden))
+
+
+def _built_with_a_choice_of_attention(variables):
+    import os
+
+    os.environ |= variables
+    _weights([""])
+    return {name: os.environ[name] for name in variables}
+
+
+def test_choices_of_attention_in_the_environment_stop_no_model():
+    """Megatron-Core asserts that they are as it sets them."""
+    asked = {"NVTE_FLASH_ATTN": "1", "NVTE_FUSED_ATTN": "0"}
+    assert run_on_ranks(1, _built_with_a_choice_of_attention, asked) == [
+        {"NVTE_FLASH_ATTN": "0", "NVTE_FUSED_ATTN": "0"}
+    ]

@@ -57,6 +57,26 @@ def test_collectives():
         }
 
 
+def _started_by_srun():
+    """This rank's sum over the world, with the variables of srun instead of torchrun's."""
+    import os
+
+    from mft_megatron import launcher
+    from mft_megatron.arguments.groups.distributed import DistributedArguments
+    from mft_megatron.mcore.parallel import process_groups
+
+    rank, size = os.environ.pop("RANK"), os.environ.pop("WORLD_SIZE")
+    os.environ |= {"SLURM_PROCID": rank, "SLURM_LOCALID": os.environ.pop("LOCAL_RANK"), "SLURM_STEP_NUM_TASKS": size}
+    os.environ |= {"SLURM_STEP_NODELIST": os.environ.pop("MASTER_ADDR")}
+    launcher.complete(os.environ)
+    with process_groups.process_groups(DistributedArguments(), seed=1):
+        return process_groups.sum_over_world(torch.tensor([1.0 + int(rank)])).tolist()
+
+
+def test_processes_of_srun_are_ranks():
+    assert run_on_ranks(2, _started_by_srun) == [[3.0], [3.0]]
+
+
 def _seeds():
     """This rank's tensor-parallel and pipeline rank, random numbers outside and within a fork, and a sum over data."""
     from megatron.core import parallel_state, tensor_parallel
