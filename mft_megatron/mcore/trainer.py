@@ -80,7 +80,7 @@ class StepReport(EvaluationReport):
     Attributes:
         weight_K: fp64, the tasks' weights ``w_i`` of this step.
         learning_rate: of this step.
-        loss_scale: of this step; ``None`` where the precision needs none.
+        scale: loss scale of this step, fp32 [1] on the device; ``None`` where the precision needs none.
         overflow: whether gradients were too large for the loss scale, so that nothing was updated; losses may then be
             NaN or infinite.
         grad_norm: before clipping; ``None`` after an overflow.
@@ -91,11 +91,16 @@ class StepReport(EvaluationReport):
 
     weight_K: np.ndarray
     learning_rate: float
-    loss_scale: float | None = None
+    scale: Tensor | None = None
     overflow: bool = False
     grad_norm: float | None = None
     zeros_in_grad: int | None = None
     expert_losses: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+
+    @property
+    def loss_scale(self) -> float | None:
+        """Loss scale of this step, read from the device; ``None`` where the precision needs none."""
+        return None if self.scale is None else self.scale.item()
 
 
 class Trainer:
@@ -171,12 +176,12 @@ class Trainer:
             **vars(_report(self.objective, factors, sums, samples_K)),
             weight_K=weight_K,
             learning_rate=learning_rate(self.optimizer),
-            loss_scale=loss_scale(self.optimizer),
+            scale=loss_scale(self.optimizer),
             expert_losses=experts.losses_of_step(self.chunks, self.arguments),
         )
         updated, grad_norm, zeros = self.optimizer.step()
         # experts have an optimizer of their own, which not all ranks share
-        if report.loss_scale is not None and process_groups.any_rank(not updated):
+        if report.scale is not None and process_groups.any_rank(not updated):
             return dataclasses.replace(report, overflow=True)
         self.weights.after_update()
         self.scheduler.step(increment=1)

@@ -143,12 +143,15 @@ def losses_of_step(chunks: Iterable[torch.nn.Module], arguments: Arguments) -> d
         model without such losses.
     """
     names, num_layers = loss_names(arguments), len(arguments.network.expert_layers)
+    if not names:
+        return {}
     values = torch.zeros(len(names), num_layers, dtype=torch.float64, device=devices.device())
     for router in routers(chunks):
         for index, name in enumerate(names):
             if name in router.losses:
                 values[index, router.layer_number - 1] += router.losses[name]
-    if names:
-        dist.all_reduce(values)
-    dense = torch.tensor([not has_experts for has_experts in arguments.network.expert_layers], device=values.device)
-    return dict(zip(names, values.masked_fill(dense, torch.nan), strict=True))
+    dist.all_reduce(values)
+    for index, has_experts in enumerate(arguments.network.expert_layers):
+        if not has_experts:
+            values[:, index] = torch.nan
+    return dict(zip(names, values, strict=True))

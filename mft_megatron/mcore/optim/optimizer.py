@@ -21,6 +21,7 @@ from megatron.core.optimizer import (
 )
 from megatron.core.optimizer.distrib_optimizer import USING_TE_OPTIMIZER
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import Tensor
 
 from mft_megatron.arguments.table import Arguments
 from mft_megatron.errors import InputError
@@ -152,7 +153,7 @@ def learning_rate(optimizer: MegatronOptimizer) -> float:
     return next(group["lr"] for group in optimizer.param_groups if group["default_config"])
 
 
-def loss_scale(optimizer: MegatronOptimizer) -> float | None:
-    """Factor by which the next step scales its loss, ``None`` without loss scaling. Waits for the device."""
+def loss_scale(optimizer: MegatronOptimizer) -> Tensor | None:
+    """Factor by which the next step scales its loss, fp32 [1] on the device; ``None`` without loss scaling."""
     scaled = any(getattr(part, "grad_scaler", None) for part in optimizer.chained_optimizers)
-    return optimizer.get_loss_scale().item() if scaled else None
+    return optimizer.get_loss_scale() if scaled else None

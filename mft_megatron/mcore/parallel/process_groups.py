@@ -129,7 +129,8 @@ def sum_over_data(values: np.ndarray) -> np.ndarray:
 
 def any_rank(value: bool) -> bool:
     """Whether ``value`` is true on any process."""
-    return sum_over_world(torch.tensor(int(value), device=devices.device())).item() > 0
+    # filled on the device: a value that is copied there would be waited for
+    return sum_over_world(torch.full((), int(value), device=devices.device())).item() > 0
 
 
 def raise_on_all_ranks(refusal: str | None) -> None:
