@@ -7,7 +7,7 @@ from mft_megatron.options import option
 
 @dataclasses.dataclass(frozen=True)
 class FusionArguments:
-    """Used on CUDA if the package of a kernel is installed; the log says which. The CPU has none.
+    """Used on CUDA; the log says which. The CPU has that of gradients alone, in bf16 and fp16.
 
     Megatron's other fusions do not apply: attention, norms, rotary embedding and token losses are not Megatron's here.
     """
@@ -23,7 +23,8 @@ class FusionArguments:
     )
     gradient_accumulation_fusion: bool = option(
         True,
-        "Accumulate gradients of weights in a separate kernel instead of in the matrix product. The latter needs "
-        "apex, built with --cuda_ext.",
+        "Add gradients of linear layers' weights to their sums in a separate kernel, rounded to bf16 or fp16 before, "
+        "instead of in the matrix product. With torch before 2.10 the latter takes apex where that is installed, else "
+        "two operations, before 2.8 with rounding.",
         flag="--no-gradient-accumulation-fusion",
     )

@@ -29,8 +29,8 @@ from mft_megatron.mcore.moe.experts import mark_expert_weights, rows_of_tokens
 from mft_megatron.mcore.output_layer.cross_entropy import FusedOutputLayer, Targets, vocab_parallel_nll
 from mft_megatron.mcore.parallel.data_parallel import wrap
 from mft_megatron.mcore.parallel.device_batch import DeviceBatch
-from mft_megatron.mcore.platform import devices, environment
-from mft_megatron.mcore.platform.megatron_fixes import become
+from mft_megatron.mcore.platform import devices, environment, mixed_products
+from mft_megatron.mcore.platform.megatron_fixes import become, sum_weight_gradients_without_apex
 
 from .config import dtype_of, transformer_config
 from .embedding import ScaledEmbedding
@@ -64,6 +64,8 @@ class PackedGPTModel(GPTModel):
         config = transformer_config(arguments)
         # the user's, or those of another model in this process
         environment.set_aside_attention(os.environ)
+        if config.gradient_accumulation_fusion and not mixed_products.takes_apex():
+            sum_weight_gradients_without_apex(mixed_products.add_weight_gradient)
         super().__init__(
             config=config,
             transformer_layer_spec=block_spec(config, arguments, virtual_stage),

@@ -10,20 +10,17 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from mft_megatron.arguments.table import Arguments
 from mft_megatron.mcore.adapters import nf4
 from mft_megatron.mcore.attention.backends import choose, shape_of
-from mft_megatron.mcore.platform import devices
-from mft_megatron.mcore.platform.optional_packages import importable
-
-# apex's kernel that computes a weight's gradient and accumulates it in one operation
-WEIGHT_GRADIENT = "fused_weight_gradient_mlp_cuda"
+from mft_megatron.mcore.platform import devices, mixed_products
 
 
 def fusions(arguments: Arguments) -> dict[str, bool]:
-    """Fields of Megatron-Core's configuration for fused operations; all off on the CPU."""
-    wanted = arguments.fusions
+    """Fields of Megatron-Core's configuration for fused operations.
+
+    On the CPU all are off, except that gradients are not rounded to 16 bits before they are added to a sum in fp32.
+    """
+    wanted, sixteen_bits = arguments.fusions, arguments.precision.name != "fp32"
     return {
-        "gradient_accumulation_fusion": (
-            devices.HAS_CUDA and wanted.gradient_accumulation_fusion and importable(WEIGHT_GRADIENT)
-        ),
+        "gradient_accumulation_fusion": (devices.HAS_CUDA or sixteen_bits) and wanted.gradient_accumulation_fusion,
         # the fused GELU is the tanh approximation, a different function from the one that the CPU computes
         "bias_activation_fusion": (devices.HAS_CUDA and wanted.bias_swiglu_fusion and arguments.network.swiglu),
         "bias_dropout_fusion": devices.HAS_CUDA and wanted.bias_dropout_fusion,
@@ -66,14 +63,21 @@ def describe(arguments: Arguments, config: TransformerConfig) -> str:
     linear = {"local": "Megatron-Core", "transformer_engine": "Transformer Engine"}[config.transformer_impl]
     if config.fp8:
         linear += f" in fp8 ({config.fp8}, {config.fp8_recipe})"
-    names = {
-        "bias_activation_fusion": "bias and SwiGLU",
-        "bias_dropout_fusion": "bias and dropout",
-        "gradient_accumulation_fusion": "sums of gradients",
-    }
-    fused = ", ".join(words for name, words in names.items() if getattr(config, name)) or "nothing"
-    missing = ""
-    if devices.HAS_CUDA and arguments.fusions.gradient_accumulation_fusion and not config.gradient_accumulation_fusion:
-        missing = " (sums of gradients not: apex's kernel for it is not installed)"
+    names = {"bias_activation_fusion": "bias and SwiGLU", "bias_dropout_fusion": "bias and dropout"}
+    fused = [words for name, words in names.items() if getattr(config, name)]
+    if config.gradient_accumulation_fusion:
+        fused.append(f"sums of gradients{_how_summed(arguments, config)}")
     quantized = f"; {nf4.describe()}" if arguments.lora.peft_type == "qlora" else ""
-    return f"{attention.describe()}; linear layers: {linear}{quantized}; fused: {fused}{missing}"
+    return f"{attention.describe()}; linear layers: {linear}{quantized}; fused: {', '.join(fused) or 'nothing'}"
+
+
+def _how_summed(arguments: Arguments, config: TransformerConfig) -> str:
+    """Describe how gradients of weights are added to sums in fp32; empty where they are in fp32 themselves."""
+    precision = arguments.precision
+    if precision.name == "fp32" or not precision.accumulate_allreduce_grads_in_fp32:
+        return ""
+    if config.transformer_impl == "transformer_engine":
+        return " in fp32"
+    if mixed_products.takes_apex():
+        return " in fp32 (apex)"
+    return f" {mixed_products.describe()}"

@@ -3,7 +3,10 @@
 Each is entered in :data:`.patches.PATCHES` with the test that shows that it is still needed.
 """
 
-from torch import nn
+import types
+from collections.abc import Callable
+
+from torch import Tensor, nn
 
 
 def become(module: nn.Module, kind: type[nn.Module]) -> None:
@@ -59,3 +62,18 @@ def recompute_without_transformer_engine() -> None:
 
     if not random.HAVE_TE:
         random.CheckpointWithoutOutput.__init__.__defaults__ = (None,)
+
+
+def sum_weight_gradients_without_apex(add: Callable[[Tensor, Tensor, Tensor], None]) -> None:
+    """Give Megatron-Core's linear layers what they call apex for: adding a weight's gradient to ``main_grad``.
+
+    With ``gradient_accumulation_fusion`` they refuse to be built without apex, and their backward pass calls one of two
+    functions, by the dtype of ``main_grad``.
+
+    Args:
+        add: takes the layer's input [T, H], the gradient of its output [T, V] and ``main_grad`` [V, H] of any dtype.
+    """
+    from megatron.core.tensor_parallel import layers
+
+    layers._grad_accum_fusion_available = True
+    layers.fused_weight_gradient_mlp_cuda = types.SimpleNamespace(wgrad_gemm_accum_fp32=add, wgrad_gemm_accum_fp16=add)

@@ -56,6 +56,9 @@ WHERE_NEEDED = {
     "recompute without Transformer Engine": Patch(
         megatron_fixes.recompute_without_transformer_engine, f"{_FIXES}::test_recompute_asks_transformer_engine"
     ),
+    "weight gradients without apex": Patch(
+        megatron_fixes.sum_weight_gradients_without_apex, f"{_FIXES}::test_linear_layers_ask_apex"
+    ),
 }
 PATCHES = WITHOUT_CUDA | WHERE_NEEDED
 

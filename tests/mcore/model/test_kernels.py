@@ -6,7 +6,7 @@ import types
 import pytest
 import torch
 
-from tests import fake_kernels
+from tests import fake_kernels, fake_products
 from tests.command_lines import SHORT_RUN
 
 BASE = f"{SHORT_RUN} --swiglu"
@@ -27,50 +27,65 @@ def fused(config):
     return [getattr(config, name) for name in names]
 
 
-@pytest.fixture
-def apex(monkeypatch):
-    monkeypatch.setitem(sys.modules, "fused_weight_gradient_mlp_cuda", types.ModuleType("apex's kernel"))
+def on_cuda(monkeypatch, release, apex):
+    """Seem to have an H100 with a release of torch, with or without apex's kernel."""
+    fake_kernels.install(monkeypatch)
+    fake_products.install(monkeypatch, release)
+    module = types.ModuleType("apex's kernel") if apex else None
+    monkeypatch.setitem(sys.modules, "fused_weight_gradient_mlp_cuda", module)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
-def test_none_on_the_cpu(apex):
+@pytest.mark.parametrize(
+    ("extra", "fused_there"),
+    [("", "nothing"), ("--bf16", "sums of gradients in fp32"), ("--bf16 --no-gradient-accumulation-fusion", "nothing")],
+)
+def test_on_the_cpu(extra, fused_there):
     from mft_megatron.mcore.model.kernels import describe
 
-    arguments, config = of("--bf16")
-    assert fused(config) == [False, False, False]
-    assert describe(arguments, config) == "attention: local; linear layers: Megatron-Core; fused: nothing"
+    arguments, config = of(extra)
+    assert fused(config) == [False, False, fused_there != "nothing"]
+    assert describe(arguments, config) == f"attention: local; linear layers: Megatron-Core; fused: {fused_there}"
 
 
 @pytest.mark.parametrize(
-    ("extra", "expected"),
+    ("extra", "expected", "words"),
     [
-        ("", [True, True, False]),
-        ("--no-bias-swiglu-fusion", [False, True, False]),
-        ("--no-bias-dropout-fusion", [True, False, False]),
+        ("", [True, True, True], "bias and SwiGLU, bias and dropout, sums of gradients in fp32"),
+        ("--no-bias-swiglu-fusion", [False, True, True], "bias and dropout, sums of gradients in fp32"),
+        ("--no-bias-dropout-fusion", [True, False, True], "bias and SwiGLU, sums of gradients in fp32"),
+        ("--no-gradient-accumulation-fusion", [True, True, False], "bias and SwiGLU, bias and dropout"),
+        ("--grad-reduce-in-bf16", [True, True, True], "bias and SwiGLU, bias and dropout, sums of gradients"),
     ],
 )
-def test_on_cuda_without_apex(monkeypatch, extra, expected):
+def test_on_cuda(monkeypatch, extra, expected, words):
     from mft_megatron.mcore.model.kernels import describe
 
-    monkeypatch.setitem(sys.modules, "fused_weight_gradient_mlp_cuda", None)
-    fake_kernels.install(monkeypatch)
+    on_cuda(monkeypatch, "2.10", apex=False)
     arguments, config = of(f"--bf16 {extra}")
     assert fused(config) == expected
     line = describe(arguments, config)
     assert line.startswith("attention: flash; linear layers: Megatron-Core; fused: bias and ")
-    assert line.endswith("(sums of gradients not: apex's kernel for it is not installed)")
+    assert line.endswith(f"fused: {words}")
 
 
-def test_on_cuda_with_apex(monkeypatch, apex):
+@pytest.mark.parametrize(
+    ("release", "apex", "words"),
+    [
+        ("2.10", True, "sums of gradients in fp32"),
+        ("2.8", True, "sums of gradients in fp32 (apex)"),
+        ("2.8", False, "sums of gradients in fp32, by a second operation (torch 2.10 needs one)"),
+        ("2.6", False, "sums of gradients rounded to 16 bits before they are added (torch 2.8 keeps fp32)"),
+    ],
+)
+def test_sums_of_gradients_with_older_torch(monkeypatch, release, apex, words):
+    """Fused with every release; apex is taken only where torch needs two operations."""
     from mft_megatron.mcore.model.kernels import describe
 
-    fake_kernels.install(monkeypatch)
+    on_cuda(monkeypatch, release, apex)
     arguments, config = of("--bf16")
-    assert fused(config) == [True, True, True]
-    assert describe(arguments, config).endswith("fused: bias and SwiGLU, bias and dropout, sums of gradients")
-    arguments, config = of("--bf16 --no-gradient-accumulation-fusion")
-    assert fused(config) == [True, True, False]
-    assert describe(arguments, config).endswith("fused: bias and SwiGLU, bias and dropout")
+    assert config.gradient_accumulation_fusion
+    assert describe(arguments, config).endswith(f"bias and dropout, {words}")
 
 
 def test_gelu_is_not_fused(monkeypatch):
@@ -85,9 +100,10 @@ def test_gelu_is_not_fused(monkeypatch):
 def test_fp8_is_in_the_description(monkeypatch):
     from mft_megatron.mcore.model.kernels import describe
 
-    fake_kernels.install(monkeypatch)
+    on_cuda(monkeypatch, "2.6", apex=False)
     line = describe(*of("--bf16 --transformer-impl transformer_engine --fp8-format hybrid --kv-channels 16"))
     assert "linear layers: Transformer Engine in fp8 (hybrid, delayed); fused: " in line
+    assert line.endswith("bias and dropout, sums of gradients in fp32")  # Transformer Engine's, with any torch
 
 
 def test_a_backend_reaches_every_layer_and_transformer_engines_choice(monkeypatch):

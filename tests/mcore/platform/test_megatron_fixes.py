@@ -117,3 +117,34 @@ def test_recompute_asks_transformer_engine(monkeypatch):
         CheckpointWithoutOutput().checkpoint(torch.relu, hidden)
     megatron_fixes.recompute_without_transformer_engine()
     assert CheckpointWithoutOutput().checkpoint(torch.relu, hidden).tolist() == [0.0, 2.0]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None, reason="apex is here")
+def test_linear_layers_ask_apex():
+    """With ``gradient_accumulation_fusion`` Megatron-Core refuses to build them without it."""
+    assert "apex" in run_on_ranks(1, _build_linear_layer, False)[0].lower()
+    assert run_on_ranks(1, _build_linear_layer, True) == ["built"]
+
+
+def _build_linear_layer(patched):
+    from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from mft_megatron.arguments.groups.distributed import DistributedArguments
+    from mft_megatron.mcore.parallel import process_groups
+
+    with process_groups.process_groups(DistributedArguments(), seed=1):
+        config = TransformerConfig(
+            num_layers=1,
+            hidden_size=8,
+            num_attention_heads=2,
+            use_cpu_initialization=True,
+            gradient_accumulation_fusion=True,
+        )
+        if patched:
+            megatron_fixes.sum_weight_gradients_without_apex(lambda *tensors: None)
+        try:
+            ColumnParallelLinear(8, 8, config=config, init_method=torch.nn.init.zeros_, bias=False)
+        except RuntimeError as error:
+            return str(error)
+        return "built"
