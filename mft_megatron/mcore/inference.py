@@ -10,7 +10,7 @@ from torch import Tensor
 from mft_megatron.arguments.table import Arguments
 from mft_megatron.batch import Batch
 from mft_megatron.mcore.adapters.lora import add_adapters
-from mft_megatron.mcore.checkpointing.load_weights import fill_model
+from mft_megatron.mcore.checkpointing.load_weights import fill_models
 from mft_megatron.mcore.checkpointing.weight_source import WeightSource
 from mft_megatron.mcore.model.config import dtype_of
 from mft_megatron.mcore.model.gpt import PackedGPTModel
@@ -41,8 +41,8 @@ def model_of(
             add_adapters(model, arguments.adapters)
             if adapters is None:
                 raise ValueError("the model has adapters, and no source of their weights is given")
-            fill_model(model, adapters, adapters=True)
-        fill_model(model.eval(), source)
+            fill_models([model], adapters, adapters=True)
+        fill_models([model.eval()], source)
         yield model
 
 

@@ -35,7 +35,7 @@ class CheckpointArguments:
     hf_checkpoint: str | None = option(
         None,
         "Start from the model of this Hugging Face folder (config.json and safetensors files) where --load has no "
-        "checkpoint; each rank reads its shard of each weight. Not Megatron's.",
+        "checkpoint; ranks that hold the same shards share the reading. Not Megatron's.",
         metavar="DIR",
     )
     save_hf: str | None = option(

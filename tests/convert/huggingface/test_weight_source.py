@@ -7,6 +7,7 @@ from tests.convert import tiny_models
 from tests.ranks import run_on_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers
+TP2, PP2 = "--tensor-model-parallel-size 2 --sequence-parallel", "--pipeline-model-parallel-size 2"
 NAMES = ("llama3 tied", "qwen2 windows", "gpt-neox", "mixtral")
 
 
@@ -67,20 +68,33 @@ def _compare(layout, world_size, folders):
 
 
 @pytest.mark.parametrize(
-    ("layout", "size", "most_read"),
+    ("layout", "size", "most_read", "all_read"),
     [
-        ("", 1, 1.0),
-        ("--tensor-model-parallel-size 2 --sequence-parallel", 2, 0.56),
+        ("", 1, 1.0, 1.0),
+        (TP2, 2, 0.56, 1.12),
         pytest.param(
-            "--pipeline-model-parallel-size 2 --decoder-last-pipeline-num-layers 1", 2, 0.75, marks=pytest.mark.slow
+            "--pipeline-model-parallel-size 2 --decoder-last-pipeline-num-layers 1",
+            2,
+            0.75,
+            1.5,
+            marks=pytest.mark.slow,
         ),
+        # of ranks that hold the same each reads about half, and no byte is read twice
+        ("--expert-model-parallel-size 2", 2, 0.6, 1.0),
+        pytest.param("--context-parallel-size 2", 2, 0.6, 1.0, marks=pytest.mark.slow),
+        pytest.param("", 3, 0.5, 1.0, marks=pytest.mark.slow),
+        pytest.param(TP2, 4, 0.35, 1.12, marks=pytest.mark.slow),
     ],
 )
-def test_weights_are_those_of_the_checkpoint(models, layout, size, most_read):
+def test_weights_are_those_of_the_checkpoint(models, layout, size, most_read, all_read):
     some = [
-        folders for folders, name in zip(models, NAMES, strict=True) if "pipeline" not in layout or name != "mixtral"
+        folders
+        for folders, name in zip(models, NAMES, strict=True)
+        if ("pipeline" not in layout or name != "mixtral") and ("expert" not in layout or name == "mixtral")
     ]
+    read = []
     for result in run_on_ranks(size, _compare, layout, size, some):
-        for differing, read in result:
-            assert differing == []
-            assert read <= most_read + 1e-9
+        assert [differing for differing, _ in result] == [[] for _ in some]
+        read.append([fraction for _, fraction in result])
+    assert max(map(max, read)) <= most_read + 1e-9
+    assert max(map(sum, zip(*read, strict=True))) <= all_read + 1e-9
