@@ -9,22 +9,23 @@ Kinds: ``exp_avg`` and ``exp_avg_sq`` of Adam, ``momentum_buffer`` of SGD, and i
 main weight. Settings of parameter groups are not stored: they come from the command line. Megatron-Core's own state
 dicts differ between its optimizers in keys and content, and torch's Adam cannot load the distributed optimizer's.
 
-The distributed optimizer keeps its states as slices of flat buffers. To save, they are gathered over the data-parallel
-ranks into the host's memory; to load, whole tensors are read there, and each rank keeps its slice. Meanwhile each rank
-needs host memory for three fp32 tensors of each weight.
+The distributed optimizer keeps its states as slices of flat buffers. To save, each weight's states are gathered into
+the host's memory of one data-parallel rank (:mod:`.gathered_states`); to load, each rank reads the rows that hold its
+slices. For both a rank needs host memory for about the states that it has, in fp32.
 """
 
 import mft_megatron.mcore.platform.patched  # noqa: F401  (before Megatron-Core)
 
 from collections.abc import Iterator
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.cpu_offloading.hybrid_optimizer import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -35,11 +36,13 @@ from torch.nn import Parameter
 
 from mft_megatron.mcore.platform import devices
 
+from .gathered_states import gathered_states, sliced_parts
+from .slices import ADAM, MAIN, keeps_other_dtypes, kinds_of, slice_of_rank, write_states
+from .stored_parts import Sharded, StoredPart, stored_parts
+
 PREFIX = "optimizer.state"
-MAIN = "fp32_param"
-# AdamW is a subclass of Adam only in newer releases of torch
-ADAM = (torch.optim.Adam, torch.optim.AdamW)
-Sharded: TypeAlias = "ShardedTensor | ShardedTensorFactory"
+# the entry of a slice's states that says where in the blocks its elements are
+_PLACES = "places"
 
 
 def stored_state(optimizer: MegatronOptimizer, model_state: dict[str, Any]) -> dict[str, Any]:
@@ -51,7 +54,7 @@ def stored_state(optimizer: MegatronOptimizer, model_state: dict[str, Any]) -> d
     """
     steps = _steps_taken(optimizer)
     # an optimizer that has never stepped has no state, and its main weights equal the weights
-    tensors = _tensors(optimizer, model_state, False) if steps else {}
+    tensors = _stored_tensors(optimizer, model_state) if steps else {}
     return {"steps": steps, "loss_scale": _scale_state(optimizer), "tensors": tensors}
 
 
@@ -67,7 +70,7 @@ def wanted_state(optimizer: MegatronOptimizer, model_state: dict[str, Any], step
         return {"tensors": {}}
     for part in _parts(optimizer):
         _allocate(part, steps)
-    return {"tensors": _tensors(optimizer, model_state, True)}
+    return {"tensors": _wanted_tensors(optimizer, model_state)}
 
 
 @torch.no_grad()
@@ -79,13 +82,38 @@ def restore(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
         return
     for number, part in enumerate(_parts(optimizer)):
         for index, weight in enumerate(_weights(part)):
-            tensors = state["tensors"][f"{number}.{index}"]
+            tensors = state["tensors"].get(f"{number}.{index}")
+            if tensors is None:
+                continue  # other ranks have the whole weight's states
             if isinstance(part, DistributedOptimizer):
-                _restore_slice(part, weight, tensors, state["steps"])
+                write_states(part, weight, _states_in(tensors), state["steps"])
             else:
                 _restore_whole(part, weight, tensors)
         if isinstance(part.optimizer, HybridDeviceOptimizer):
             part.optimizer._sync_hdo_state_to_sub_optimizers()
+    _gather_weights(optimizer)
+
+
+def _states_in(tensors: dict[str, Any]) -> dict[str, Tensor]:
+    """States of a slice by kind, fp32 [elements], from the blocks that hold them."""
+    places = tensors[_PLACES]
+    states = {}
+    for kind, blocks in tensors.items():
+        if kind != _PLACES:
+            contents = [blocks[str(number)].flatten()[slice(*place)] for number, place in enumerate(places)]
+            states[kind] = contents[0] if len(contents) == 1 else torch.cat(contents)
+    return states
+
+
+def _gather_weights(optimizer: MegatronOptimizer) -> None:
+    """Give all ranks the weights that were rounded to remainders, which each rank did for its slice."""
+    chunks: list[DistributedDataParallel] = []
+    for part in _parts(optimizer):
+        sliced = isinstance(part, DistributedOptimizer) and keeps_other_dtypes(part)
+        if sliced and part.optimizer.store_param_remainders:
+            chunks += [chunk for chunk in part.model_chunks if chunk not in chunks]
+    for chunk in chunks:
+        chunk.start_param_sync(force_sync=True)
 
 
 def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
@@ -114,85 +142,98 @@ def _main(weight: Parameter) -> Tensor:
 
 def _steps_taken(optimizer: MegatronOptimizer) -> int:
     """Steps of Adam, or 1 if SGD has stepped; the same on all ranks, including those without parameters."""
-    steps = 0
+    counts, on_device = [0], []
     for part in _parts(optimizer):
-        for group in part.optimizer.param_groups:
-            steps = max(steps, int(group.get("step") or 0))  # Transformer Engine and apex count here
+        # Transformer Engine and apex count in the groups
+        counts += [int(group.get("step") or 0) for group in part.optimizer.param_groups]
         for state in part.optimizer.state.values():
-            steps = max(steps, int(state.get("step") or 0), int(state.get("momentum_buffer") is not None))
-    largest = torch.tensor(steps, device=devices.device())
+            counts.append(int(state.get("momentum_buffer") is not None))
+            step = state.get("step", 0)
+            if isinstance(step, Tensor) and step.device.type != "cpu":
+                on_device.append(step)  # a fused Adam counts on the device; all are read at once
+            else:
+                counts.append(int(step))
+    if on_device:
+        counts.append(int(torch.stack(on_device).max()))
+    largest = torch.tensor(max(counts), device=devices.device())
     dist.all_reduce(largest, dist.ReduceOp.MAX)
     return int(largest)
 
 
-def _tensors(optimizer: MegatronOptimizer, model_state: dict[str, Any], loading: bool) -> dict[str, dict[str, Sharded]]:
-    """Sharded states by ``<optimizer>.<weight>``, both by index, and kind."""
-    sharded_weights, _ = extract_sharded_tensors_and_factories(model_state)
-    entry_of_weight = {id(entry.data): entry for entry in nested_values(sharded_weights)}
-    states = {}
+def _stored_tensors(optimizer: MegatronOptimizer, model_state: dict[str, Any]) -> dict[str, dict[str, Sharded]]:
+    """Sharded states that this rank stores, by names that matter to no reader; a collective of all ranks."""
+    entries = _entries(model_state)
+    states: dict[str, dict[str, Sharded]] = {}
     for number, part in enumerate(_parts(optimizer)):
         if isinstance(part, DistributedOptimizer):
-            of_weights = _empty(part) if loading else _gathered(part)
-            for index, (weight, tensors) in enumerate(of_weights):
-                states[f"{number}.{index}"] = _sharded_like(entry_of_weight[id(weight)], tensors)
-            continue
-        for index, weight in enumerate(_weights(part)):
-            main = _main(weight)
-            state = part.optimizer.state[main]
-            tensors = {kind: value for kind, value in state.items() if kind != "step" and value is not None}
-            if main is not weight:
-                tensors[MAIN] = main.detach()
-            states[f"{number}.{index}"] = _sharded_like(entry_of_weight[id(weight)], tensors)
+            stored = {id(weight): _main_parts(part, entries[id(weight)]) for weight in _weights(part)}
+            parts = sliced_parts(part, stored)
+            for index, kind, content in gathered_states(part, parts):
+                shard = parts[index].part.holding(content, f"{PREFIX}.{kind}", 0)
+                states.setdefault(f"{number}.{index}", {})[kind] = shard
+        else:
+            states.update(_whole_tensors(number, part, entries))
     return states
 
 
-def _empty(part: DistributedOptimizer) -> Iterator[tuple[Parameter, dict[str, Tensor]]]:
-    """Uninitialised states of each weight by kind, whole, fp32 in the host's memory."""
-    for weight in _weights(part):
-        yield weight, {kind: torch.empty(weight.shape, dtype=torch.float32) for kind in _kinds(weight)}
+def _main_parts(part: DistributedOptimizer, entry: Sharded) -> list[StoredPart]:
+    """Stored parts of a weight that ranks of this data-parallel group store."""
+    if part.distributed_optimizer_instance_id:
+        return []
+    return [one for one in stored_parts(entry) if one.is_main]
 
 
-def _kinds(weight: Parameter) -> tuple[str, ...]:
-    """Kinds of state of the distributed optimizer, which is Adam; an fp32 weight is its own main weight."""
-    return ("exp_avg", "exp_avg_sq") + ((MAIN,) if weight.dtype != torch.float32 else ())
+def _whole_tensors(
+    number: int, part: MegatronOptimizer, entries: dict[int, Sharded]
+) -> Iterator[tuple[str, dict[str, Sharded]]]:
+    """Sharded states of an optimizer that has them whole on each data-parallel rank; their content is the states."""
+    for index, weight in enumerate(_weights(part)):
+        main = _main(weight)
+        state = part.optimizer.state[main]
+        tensors = {kind: value for kind, value in state.items() if kind != "step" and value is not None}
+        if main is not weight:
+            tensors[MAIN] = main.detach()
+        entry = entries[id(weight)]
+        yield (
+            f"{number}.{index}",
+            {kind: make_sharded_optimizer_tensor(entry, value, f"{PREFIX}.{kind}") for kind, value in tensors.items()},
+        )
 
 
-def _gathered(part: DistributedOptimizer) -> Iterator[tuple[Parameter, dict[str, Tensor]]]:
-    """States of each weight by kind, whole, fp32 in the host's memory; gathered bucket by bucket.
-
-    Megatron-Core's own gathering confuses offsets in the padded buffer with offsets in a buffer without the padding
-    between buckets: with several buckets, states would be stored at wrong offsets.
-    """
-    for number, buffer in enumerate(part.buffers):
-        (ranges_of_buckets,) = part.gbuf_ranges[number].values()
-        for bucket, ranges in zip(buffer.buckets, ranges_of_buckets, strict=True):
-            weights = [weight for weight in buffer.param_index_map if weight in bucket.params]
-            whole: dict[str, dict[Parameter, Tensor]] = {"param": {}, "exp_avg": {}, "exp_avg_sq": {}}
-            for kind, states in whole.items():
-                flat = _gather_bucket(part, bucket, ranges["param_map"], kind)
-                for weight in weights:
-                    start, end, _ = buffer.param_index_map[weight]
-                    states[weight] = flat[start - bucket.offset : end - bucket.offset].view(weight.shape)
-            for weight in weights:
-                names = {kind: "param" if kind == MAIN else kind for kind in _kinds(weight)}
-                yield weight, {kind: whole[name][weight] for kind, name in names.items()}
+def _wanted_tensors(optimizer: MegatronOptimizer, model_state: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Sharded states that this rank needs, by optimizer and weight."""
+    entries = _entries(model_state)
+    states: dict[str, dict[str, Any]] = {}
+    for number, part in enumerate(_parts(optimizer)):
+        if not isinstance(part, DistributedOptimizer):
+            states.update(_whole_tensors(number, part, entries))
+            continue
+        for index, weight in enumerate(_weights(part)):
+            start, end = slice_of_rank(part, weight)
+            if start < end:
+                states[f"{number}.{index}"] = _wanted_blocks(weight, entries[id(weight)], start, end)
+    return states
 
 
-def _gather_bucket(part: DistributedOptimizer, bucket: Any, ranges: dict[Parameter, Any], kind: str) -> Tensor:
-    """One kind of state of a whole bucket with its padding, fp32 [elements of the bucket] in the host's memory."""
-    group = part.data_parallel_group
-    shard = torch.zeros(bucket.grad_data.numel() // group.size(), device=devices.device())
-    for weight, ranges_of_weight in ranges.items():
-        state = part._get_main_param_and_optimizer_states(weight)[kind]
-        in_shard = ranges_of_weight["gbuf_local"]
-        shard[in_shard.start : in_shard.end] = state.detach().to(shard)
-    flat = shard.new_empty(bucket.grad_data.numel())
-    dist.all_gather_into_tensor(flat, shard, group=group)
-    return flat.cpu()
+def _wanted_blocks(weight: Parameter, entry: Sharded, start: int, end: int) -> dict[str, Any]:
+    """Blocks by kind that hold a slice of a weight, and where in each block its elements are."""
+    blocks: dict[str, Any] = {kind: {} for kind in kinds_of(weight)}
+    places: list[tuple[int, int]] = []
+    for part in stored_parts(entry):
+        first, last = max(start, part.start), min(end, part.end)
+        if first >= last:
+            continue
+        for kind in kinds_of(weight):
+            block, position = part.block(first - part.start, last - part.start, f"{PREFIX}.{kind}")
+            blocks[kind][str(len(places))] = block
+        places.append((position, position + last - first))
+    return {**blocks, _PLACES: LocalNonpersistentObject(places)}
 
 
-def _sharded_like(weight: Sharded, tensors: dict[str, Tensor]) -> dict[str, Sharded]:
-    return {kind: make_sharded_optimizer_tensor(weight, value, f"{PREFIX}.{kind}") for kind, value in tensors.items()}
+def _entries(model_state: dict[str, Any]) -> dict[int, Sharded]:
+    """The entry of each weight in the sharded state of the model, by the weight's ``id``."""
+    sharded_weights, _ = extract_sharded_tensors_and_factories(model_state)
+    return {id(entry.data): entry for entry in nested_values(sharded_weights)}
 
 
 def _allocate(part: MegatronOptimizer, steps: int) -> None:
@@ -204,38 +245,35 @@ def _allocate(part: MegatronOptimizer, steps: int) -> None:
         for state in inner.state.values():
             state["step"] = torch.tensor(float(steps))
         return
-    if part.init_state_fn is not None:
+    if isinstance(part, DistributedOptimizer) and keeps_other_dtypes(part):
+        _allocate_other_dtypes(inner)
+    elif part.init_state_fn is not None:
         part.init_state_fn(inner, part.config)
     for group in inner.param_groups:
         momentum = group.get("momentum", 0)
         for parameter in group["params"]:
             if isinstance(inner, ADAM):
-                # a separate tensor for each, since torch increments it in place
-                inner.state[parameter]["step"] = torch.tensor(float(steps))
+                # a separate tensor for each, since torch increments it in place, a fused Adam on the device
+                where = parameter.device if group.get("fused") else "cpu"
+                inner.state[parameter]["step"] = torch.tensor(float(steps), device=where)
             elif momentum:
                 inner.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         if not isinstance(inner, torch.optim.Optimizer) or type(inner).__module__.split(".")[0] != "torch":
             group["step"] = steps
 
 
+def _allocate_other_dtypes(inner: Any) -> None:
+    """Allocate the states of Transformer Engine's Adam; Megatron-Core's function leaves out an argument."""
+    for group in inner.param_groups:
+        for parameter in group["params"]:
+            if not inner.state[parameter]:
+                inner.initialize_state(parameter, inner.store_param_remainders and parameter.dtype == torch.bfloat16)
+
+
 def _restore_whole(part: MegatronOptimizer, weight: Parameter, tensors: dict[str, Tensor]) -> None:
     main = _main(weight)
     for kind, value in tensors.items():
         (main if kind == MAIN else part.optimizer.state[main][kind]).copy_(value)
-
-
-def _restore_slice(part: DistributedOptimizer, weight: Parameter, tensors: dict[str, Tensor], steps: int) -> None:
-    """Copy this rank's slice of the whole tensors into the optimizer, for a weight of which the rank has a slice."""
-    buffer, dtype, bucket = part.model_param_gbuf_map.get(weight, (None, None, None))
-    if buffer is None:
-        return
-    elements = part.gbuf_ranges[buffer][dtype][bucket]["param_map"][weight]["param"]
-    whole = {"param": weight.detach(), **tensors}
-    whole["param"] = whole.pop(MAIN, whole["param"])
-    states = {kind: value.flatten()[elements.start : elements.end] for kind, value in whole.items()}
-    if isinstance(part.optimizer, (HybridDeviceOptimizer, *ADAM)):
-        states["step"] = torch.tensor(float(steps))
-    part._set_main_param_and_optimizer_states(weight, states)
 
 
 def _scale_state(optimizer: MegatronOptimizer) -> dict[str, float]:
