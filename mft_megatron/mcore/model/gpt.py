@@ -114,7 +114,7 @@ class PackedGPTModel(GPTModel):
         shard = batch.shard
         positions = shard.take(batch.position_ids_BS)
         output = self(
-            input_ids=shard.take(batch.tokens_BS)[None],
+            input_ids=shard.take(batch.tokens_BS)[None] if self.pre_process else None,
             position_ids=positions[None],
             attention_mask=None,
             labels=self._targets(batch, slope) if with_loss else None,
@@ -139,10 +139,15 @@ class PackedGPTModel(GPTModel):
             decoder_input.requires_grad_()
         return decoder_input, *prepared, padding_mask
 
-    def _targets(self, batch: DeviceBatch, slope: Callable[[DeviceBatch], Slope | None] | None) -> Tensor | Targets:
-        """Labels, or the targets of the fused cross entropy; Megatron's forward pass passes either through."""
+    def _targets(
+        self, batch: DeviceBatch, slope: Callable[[DeviceBatch], Slope | None] | None
+    ) -> Tensor | Targets | None:
+        """Labels, or the targets of the fused cross entropy; Megatron's forward pass passes either through.
+
+        ``None`` on stages without output layer.
+        """
         if not self.fused or not self.post_process:
-            return batch.shard.take(batch.labels_BS)[None]
+            return batch.shard.take(batch.labels_BS)[None].long() if self.post_process else None
         known = slope(batch) if slope is not None and torch.is_grad_enabled() else None
         if known is not None:
             known = known.take(batch.shard.supervised_indices())

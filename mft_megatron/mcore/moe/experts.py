@@ -80,10 +80,12 @@ def rows_of_tokens(batch: DeviceBatch, sequence_parallel: bool) -> Tensor:
     Returns:
         bool [B, tokens of this rank], whether a token belongs to a row; padding belongs to none.
     """
-    row_B1 = torch.arange(len(batch.tokens_BS), device=batch.tokens_BS.device)[:, None]
-    row_BS = row_B1.expand_as(batch.tokens_BS)
+    rows, width = batch.tokens_BS.shape
+    device = batch.position_ids_BS.device
+    row_B1 = torch.arange(rows, device=device)[:, None]
+    row_BS = row_B1.expand(rows, width)
     if batch.lengths_B is not None:
-        position_S = torch.arange(batch.tokens_BS.shape[1], device=batch.tokens_BS.device)
+        position_S = torch.arange(width, device=device)
         row_BS = row_BS.masked_fill(position_S >= batch.lengths_B[:, None], -1)
     row_T = batch.shard.take(row_BS)
     if sequence_parallel:

@@ -52,7 +52,7 @@ class Targets:
     """Labels and supervised tokens of a micro-batch, as one stream of T tokens.
 
     Attributes:
-        labels_T: int64.
+        labels_T: int32 or int64.
         supervised_N: int64, indices in the stream of tokens whose loss mask is 1.
         slope: gradient [N] of their losses, where it is known in advance and a backward pass follows.
         vocab_size: number of real ids.
@@ -98,7 +98,7 @@ class FusedOutputLayer(ColumnParallelLinear):
         hidden_NH = input_.squeeze(1).index_select(0, targets.supervised_N)
         if not self.sequence_parallel:
             hidden_NH = copy_to_tensor_model_parallel_region(hidden_NH, group=self.tp_group)
-        labels_N = targets.labels_T.index_select(0, targets.supervised_N)
+        labels_N = targets.labels_T.index_select(0, targets.supervised_N).long()
         shard = VocabularyShard.of(weight, targets.vocab_size, self.tp_group)
         loss_N = token_losses(hidden_NH, weight, labels_N, shard, targets.slope)
         return loss_N.new_zeros(targets.labels_T.shape).index_copy(0, targets.supervised_N, loss_N)[None]

@@ -14,6 +14,7 @@ each layer, and a rank takes those of its segment slices.
 import mft_megatron.mcore.platform.patched  # noqa: F401  (before Megatron-Core)
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -76,6 +77,18 @@ class ContextParallelShard:
             return cls(spans, supervised_N)
         keys = gathered_indices(slices.key_indices(), length, size)
         return cls(spans, supervised_N, _to_device(index, device), _to_device(keys, device), group)
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors of the shard, to be copied to a device together; see :meth:`with_tensors`."""
+        optional = (self.index_T, self.keys)
+        return [self.spans.cu_q, self.spans.cu_k, self.supervised_N, *(each for each in optional if each is not None)]
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> "ContextParallelShard":
+        """The same shard with these tensors in the place of :meth:`tensors`."""
+        cu_q, cu_k, supervised_N, *cut = tensors
+        index_T, keys = cut or (None, None)
+        spans = dataclasses.replace(self.spans, cu_q=cu_q, cu_k=cu_k)
+        return dataclasses.replace(self, spans=spans, supervised_N=supervised_N, index_T=index_T, keys=keys)
 
     def take(self, value_BS: Tensor) -> Tensor:
         """Select the rank's tokens: [B, S] of any dtype -> [T / CP]."""
