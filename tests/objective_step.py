@@ -36,11 +36,12 @@ def run(objective, batch, losses, counts_K, statistics):
     """Compute everything of a step that has one micro-batch, forward and backward."""
     sizes = {"num_micro_batches": 2, "num_batches": 3.5}
     factors = objective.before_step(*counts_K, torch.ones(TASKS), statistics, **sizes).to(losses.device)
-    slope = objective.slope(factors, batch)
+    weighed = objective.weigh(factors, batch)
+    slope = objective.slope(factors, batch, weighed)
     if slope is not None:
         slope.take(torch.zeros(2, dtype=torch.int64, device=losses.device)).at(losses.flatten()[:2])
-    value, coefficient = objective.contribution(factors, batch, losses)
+    value, coefficient = objective.contribution(factors, batch, losses, weighed=weighed)
     (gradient,) = torch.autograd.grad(value, losses)
-    sums = objective.sums(batch, losses, coefficient, TASKS)
+    sums = objective.sums(batch, losses, coefficient, TASKS, weighed=weighed)
     objective.statistics_after(statistics, sums, counts_K[1])
     return gradient, objective.by_task(factors, sums, counts_K[1])

@@ -105,8 +105,9 @@ def variants(tasks: int, batch: Batch, loss_BS: Tensor, seed: int) -> dict[str, 
 
         def once() -> Tensor:
             factors = objective.before_step(tokens_K, samples_K, weight_K, before).to(loss_BS.device)
-            value, coefficient_BS = objective.contribution(factors, batch, loss_BS)
-            objective.sums(batch, loss_BS, coefficient_BS, tasks)
+            weighed = objective.weigh(factors, batch)
+            value, coefficient_BS = objective.contribution(factors, batch, loss_BS, weighed=weighed)
+            objective.sums(batch, loss_BS, coefficient_BS, tasks, weighed=weighed)
             return gradient(value)
 
         return once

@@ -90,6 +90,21 @@ class Slope:
 
 
 @dataclasses.dataclass(frozen=True)
+class WeighedTokens:
+    """Weights and coefficients of a micro-batch's tokens, computed once by :meth:`Objective.weigh`.
+
+    Attributes:
+        supervision: weights of the tokens.
+        coefficient_BS: factors of the token losses, fp64, before focal-sample modulates them.
+        on_probability_BS: factors of ``p_t``, fp64; in focal-task alone.
+    """
+
+    supervision: Supervision
+    coefficient_BS: Tensor
+    on_probability_BS: Tensor | None
+
+
+@dataclasses.dataclass(frozen=True)
 class Objective:
     """A loss and its constants.
 
@@ -149,8 +164,23 @@ class Objective:
         moved_K = base_K.to(on_loss_K.device, non_blocking=True)
         return dataclasses.replace(factors, loss_K=moved_K * on_loss_K, probability_K=moved_K * on_probability_K)
 
+    def weigh(self, factors: StepFactors, batch: Batch[Tensor]) -> WeighedTokens:
+        """Compute what :meth:`slope`, :meth:`contribution` and :meth:`sums` of a micro-batch have in common.
+
+        Args:
+            factors: of the step, on the device of the micro-batch.
+            batch: as tensors.
+        """
+        supervision = Supervision.of(batch)
+        return WeighedTokens(supervision, *self._coefficients(factors, batch, supervision))
+
     def contribution(
-        self, factors: StepFactors, batch: Batch[Tensor], loss_BS: Tensor, over_ranks: SumOverRanks | None = None
+        self,
+        factors: StepFactors,
+        batch: Batch[Tensor],
+        loss_BS: Tensor,
+        over_ranks: SumOverRanks | None = None,
+        weighed: WeighedTokens | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Compute a micro-batch's part of the objective.
 
@@ -160,31 +190,35 @@ class Objective:
             loss_BS: token losses, fp32 or fp64, differentiable; 0 for tokens that another rank computes.
             over_ranks: sums a tensor over the ranks that compute the micro-batch's tokens, differentiably. Each of them
                 gets the part of its tokens.
+            weighed: of :meth:`weigh`, where it has been computed.
 
         Returns:
             the sum to differentiate, a scalar of the losses' dtype; and ``c_t`` fp64 [B, S], a constant, with which
             ``Σ c_t·l_t`` is the loss (of focal-task its linear part).
         """
-        supervision = Supervision.of(batch)
-        coefficient_BS, on_probability_BS = self._coefficients(factors, batch, supervision)
+        weighed = weighed or self.weigh(factors, batch)
+        coefficient_BS = weighed.coefficient_BS
         if self.loss.modulates_samples:
             modulating_BS = loss_BS.detach() if self.detach else loss_BS
-            coefficient_BS = coefficient_BS * sample_modulation(modulating_BS, supervision, self.gamma, over_ranks)
+            modulation_BS = sample_modulation(modulating_BS, weighed.supervision, self.gamma, over_ranks)
+            coefficient_BS = coefficient_BS * modulation_BS
         value = (coefficient_BS * loss_BS.double()).sum()
-        if on_probability_BS is not None:
+        if weighed.on_probability_BS is not None:
             # p_t = 1 - miss_t; the constant makes no difference to the gradient
-            value = value - (on_probability_BS * token_miss(loss_BS)).sum()
+            value = value - (weighed.on_probability_BS * token_miss(loss_BS)).sum()
         return value.to(loss_BS.dtype), coefficient_BS.detach()
 
-    def slope(self, factors: StepFactors, batch: Batch[Tensor]) -> Slope | None:
+    def slope(self, factors: StepFactors, batch: Batch[Tensor], weighed: WeighedTokens | None = None) -> Slope | None:
         """The gradient of :meth:`contribution` in the token losses, before they are known; [B, S].
 
-        ``None`` for focal-sample, where the gradient of a token depends on the losses of its whole sample.
+        ``None`` for focal-sample, where the gradient of a token depends on the losses of its whole sample. Arguments as
+        of :meth:`contribution`.
         """
         if self.loss.modulates_samples:
             return None
-        coefficient_BS, on_probability_BS = self._coefficients(factors, batch, Supervision.of(batch))
-        return Slope(coefficient_BS, None if on_probability_BS is None else -on_probability_BS)
+        weighed = weighed or self.weigh(factors, batch)
+        on_probability_BS = weighed.on_probability_BS
+        return Slope(weighed.coefficient_BS, None if on_probability_BS is None else -on_probability_BS)
 
     def sums(
         self,
@@ -193,6 +227,7 @@ class Objective:
         coefficient_BS: Tensor,
         num_tasks: int,
         mine_BS: Tensor | None = None,
+        weighed: WeighedTokens | None = None,
     ) -> Tensor:
         """Sum by task over a micro-batch's tokens all that the log and the next step need.
 
@@ -202,13 +237,14 @@ class Objective:
             coefficient_BS: ``c_t``, fp64, of :meth:`contribution`.
             num_tasks: ``K``.
             mine_BS: bool, the tokens to count, where several ranks compute a micro-batch; ``None`` for all.
+            weighed: of :meth:`weigh`, where it has been computed.
 
         Returns:
             fp64 [len(SUMS), K]: ``v_j·u_t·l_t``, supervised tokens, ``v_j·u_t``, ``c_t·l_t``, ``c_t``; and for
             focal-task the sums over samples of ``v_j`` times their mean loss and mean miss, 0 otherwise.
         """
         loss_BS = loss_BS.detach().double()
-        supervision = Supervision.of(batch)
+        supervision = Supervision.of(batch) if weighed is None else weighed.supervision
         weights_BS = supervision.weights_BS
         rows = [
             loss_BS * weights_BS,

@@ -13,6 +13,7 @@ all-reduce after the schedule has run.
 import mft_megatron.mcore.platform.patched  # noqa: F401  (before Megatron-Core)
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +33,7 @@ from mft_megatron.batch import StepPlan, TaskCounts
 from mft_megatron.data.loading.dataset import PackedDataset, PackedSplit, Rows
 from mft_megatron.data.loading.micro_batches import MicroBatches, UsageByEpoch
 from mft_megatron.losses.focal import TaskStatistics
-from mft_megatron.losses.objective import SUMS, Objective, Slope, StepFactors
+from mft_megatron.losses.objective import SUMS, Objective, Slope, StepFactors, WeighedTokens
 from mft_megatron.mcore.model.gpt import build_model
 from mft_megatron.mcore.model.parameters import count_parameters
 from mft_megatron.mcore.optim.optimizer import build_optimizer, build_scheduler, learning_rate, loss_scale
@@ -269,9 +270,8 @@ class Trainer:
         batches = (to_device(batch) for batch in micro_batches)
         sums = torch.zeros(len(SUMS), self.num_tasks, dtype=torch.float64, device=devices.device())
         factors = factors.to(sums.device)
-        slope = partial(objective.slope, factors)
         self._schedule(
-            forward_step_func=partial(_forward, partial(_objective, objective, factors, sums), slope),
+            forward_step_func=partial(_forward, partial(_MicroBatchObjective, objective, factors, sums)),
             # every chunk iterates over the same micro-batches, not at the same time
             data_iterator=list(itertools.tee(batches, len(self.chunks))),
             model=self.chunks,
@@ -305,8 +305,7 @@ def _report(objective: Objective, factors: StepFactors, sums: Tensor, samples_K:
 
 
 def _forward(
-    loss_function: Callable[[DeviceBatch, Tensor], MegatronLoss],
-    slope: Callable[[DeviceBatch], Slope | None],
+    objective_of: "Callable[[DeviceBatch], _MicroBatchObjective]",
     batches: Iterator[DeviceBatch],
     model: DistributedDataParallel,
 ) -> tuple[Tensor, Callable[[Tensor], MegatronLoss]]:
@@ -317,30 +316,49 @@ def _forward(
         loss_function: of the output of the last stage.
     """
     batch = next(batches)
-    return model.module.run(batch, slope=slope), partial(loss_function, batch)
+    objective = objective_of(batch)
+    return model.module.run(batch, slope=objective.slope), objective.of_losses
 
 
-def _objective(
-    objective: Objective, factors: StepFactors, sums: Tensor, batch: DeviceBatch, loss_T: Tensor
-) -> MegatronLoss:
-    """Compute the objective of one micro-batch, and add its sums by task to ``sums``.
+class _MicroBatchObjective:
+    """The objective of one micro-batch, on the stage with the output layer."""
 
-    Args:
-        objective: of the step.
-        factors: of the step, on this device.
-        sums: fp64 [len(SUMS), K], of all micro-batches of this rank.
-        batch: the micro-batch.
-        loss_T: token losses, fp32 [1, B·S].
+    def __init__(self, objective: Objective, factors: StepFactors, sums: Tensor, batch: DeviceBatch):
+        """Prepare; nothing is computed yet.
 
-    Returns:
-        Megatron's 3-tuple, with which it sums over micro-batches and ranks and does not rescale.
-    """
-    loss_BS = loss_T.view(batch.labels_BS.shape)
-    shard = batch.shard
-    value, coefficient_BS = objective.contribution(factors, batch, loss_BS, shard.sum)
-    if process_groups.reports_losses():
-        sums += objective.sums(batch, loss_BS, coefficient_BS, sums.shape[1], shard.token_mask(loss_BS.shape))
-    return value, torch.zeros([], dtype=torch.int, device=value.device), {}
+        Args:
+            objective: of the step.
+            factors: of the step, on this device.
+            sums: fp64 [len(SUMS), K], of all micro-batches of this rank; added to.
+            batch: the micro-batch.
+        """
+        self._objective, self._factors, self._sums, self._batch = objective, factors, sums, batch
+
+    @functools.cached_property
+    def _weighed(self) -> WeighedTokens:
+        return self._objective.weigh(self._factors, self._batch)
+
+    def slope(self, batch: DeviceBatch) -> Slope | None:
+        """The gradient that the token losses of this micro-batch will receive, where it is known before them."""
+        return self._objective.slope(self._factors, batch, self._weighed)
+
+    def of_losses(self, loss_T: Tensor) -> MegatronLoss:
+        """Compute the objective, and add its sums by task to those of the step.
+
+        Args:
+            loss_T: token losses, fp32 [1, B·S].
+
+        Returns:
+            Megatron's 3-tuple, with which it sums over micro-batches and ranks and does not rescale.
+        """
+        batch, shard = self._batch, self._batch.shard
+        loss_BS = loss_T.view(batch.labels_BS.shape)
+        value, coefficient_BS = self._objective.contribution(self._factors, batch, loss_BS, shard.sum, self._weighed)
+        if process_groups.reports_losses():
+            mine_BS = shard.token_mask(loss_BS.shape)
+            num_tasks = self._sums.shape[1]
+            self._sums += self._objective.sums(batch, loss_BS, coefficient_BS, num_tasks, mine_BS, self._weighed)
+        return value, torch.zeros([], dtype=torch.int, device=value.device), {}
 
 
 def _finalize_without_rescaling(

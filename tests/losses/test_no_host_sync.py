@@ -50,9 +50,9 @@ PLANTS = {
 @pytest.mark.parametrize("plant", PLANTS)
 def test_the_check_sees_a_planted_wait(plant):
     class Planted(Objective):
-        def contribution(self, factors, batch, loss_BS):
+        def contribution(self, factors, batch, loss_BS, **others):
             PLANTS[plant](loss_BS.detach(), batch.loss_mask_BS)
-            return super().contribution(factors, batch, loss_BS)
+            return super().contribution(factors, batch, loss_BS, **others)
 
     step_inputs = inputs("meta")
     with pytest.raises((RuntimeError, AssertionError)), NoBlockingCopies():

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mft_megatron.mcore.platform import devices
+
 # kernels load up to so many bytes at once
 ALIGNMENT = 16
 
@@ -32,7 +34,7 @@ def copy_together(arrays: Sequence[np.ndarray], dtypes: Sequence[torch.dtype], d
     starts = [0]
     for size in sizes:
         starts.append(starts[-1] + -(-size // ALIGNMENT) * ALIGNMENT)
-    buffer = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
+    buffer = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=devices.HAS_CUDA)
     for view, array in zip(_views(buffer, arrays, dtypes, sizes, starts), arrays, strict=True):
         np.copyto(view.numpy(), array, casting="same_kind")
     return _views(buffer.to(device, non_blocking=True), arrays, dtypes, sizes, starts)
