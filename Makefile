@@ -32,7 +32,7 @@ TEST_WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(TEST_WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo mft-vs-mixed test test-all test-newest test-oldest test-with-others imports lint sanitize docs clean
+.PHONY: help setup demo mft-vs-mixed test test-kernels test-all test-newest test-oldest test-with-others imports lint sanitize docs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1	/p' Makefile | expand -t 14
@@ -47,6 +47,10 @@ mft-vs-mixed: setup ## losses, normalisations and balancers on unequal tasks and
 
 test: setup ## the tests of every change, by TEST_WORKERS processes (2)
 	$(PYTEST) -m "not slow"
+
+test-kernels: setup ## the tests of kernels with Triton, by its interpreter and compiled for GPUs that need not be here; installs Triton
+	$(PIP_INSTALL) triton
+	$(PYTEST) tests/mcore/kernels
 
 test-all: setup ## all tests, those that take minutes too
 	$(PYTEST)

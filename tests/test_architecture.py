@@ -55,6 +55,8 @@ WITHOUT_MEGATRON = (
     "mcore.checkpointing.weight_source",
     "mcore.kernels.layer_norm",
     "mcore.kernels.rms_norm",
+    "mcore.kernels.rotary",
+    "mcore.kernels.rotary_triton",
     "mcore.model.rope_frequencies",
     "mcore.output_layer.fused_cross_entropy",
     "mcore.parallel.attention_spans",

@@ -22,24 +22,26 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
+from mft_megatron.mcore.kernels.rotary import Rotation, rotate
 from mft_megatron.mcore.parallel.context_parallel import ContextParallelShard
+from mft_megatron.mcore.platform import devices
 
 from .backends import choose, shape_of
 
 
 @dataclasses.dataclass
 class PackedStream(PackedSeqParams):
-    """The argument that Megatron passes through its layers to attention and rotary embedding.
+    """The argument that Megatron passes through its layers to attention.
 
     Attributes:
         qkv_format: not ``thd``, for which Megatron would rotate and cut each segment itself.
         shard: this rank's part of the micro-batch, for :class:`PackedAttention`.
-        positions: int64 [T], of the rank's tokens in their segments, for the rotary embedding.
+        rotation: of queries and keys of the rank's tokens; ``None`` without rotary embedding.
     """
 
     qkv_format: str = "sbhd"
     shard: ContextParallelShard | None = None
-    positions: Tensor | None = None
+    rotation: Rotation | None = None
 
 
 class PackedAttention(torch.nn.Module):
@@ -81,6 +83,9 @@ class PackedAttention(torch.nn.Module):
         self.sequence_parallel = config.sequence_parallel
         self.scale = softmax_scale
         self.window = _window(config, layer_number)
+        # Values are a slice of the linear layer's output and would keep all of it, beside rotated queries and keys.
+        # Norms of queries and keys keep it anyway.
+        self.copies_values = not config.qk_layernorm
         self.kernel = choose(backend, shape_of(config, self.dropout)).kernel
 
     def forward(
@@ -113,14 +118,19 @@ class PackedAttention(torch.nn.Module):
         if packed_seq_params is None or packed_seq_params.shard is None:
             raise ValueError("attention of packed rows needs a PackedStream with a shard")
         shard = packed_seq_params.shard
-        key, value = shard.gather(key.squeeze(1), value.squeeze(1))
+        query, key, value = (tensor.squeeze(1) for tensor in (query, key, value))
+        if packed_seq_params.rotation is not None:
+            query, key = (rotate(tensor, packed_seq_params.rotation) for tensor in (query, key))
+            if self.copies_values and devices.on_gpu(value):
+                value = value.contiguous()
+        key, value = shard.gather(key, value)
         dropout = self.dropout if self.training else 0.0
         # Heads are split over tensor-parallel ranks, so each needs its own random numbers for dropout. Under sequence
         # parallelism Megatron has forked the random state around the whole block, and a fork within a fork would give
         # other numbers where the layer is recomputed.
         forks = dropout and not self.sequence_parallel
         with tensor_parallel.get_cuda_rng_tracker().fork() if forks else contextlib.nullcontext():
-            output = self.kernel(query.squeeze(1), key, value, shard.spans, self.scale, self.window, dropout)
+            output = self.kernel(query, key, value, shard.spans, self.scale, self.window, dropout)
         return output.flatten(1).unsqueeze(1)
 
 

@@ -25,6 +25,7 @@ from mft_megatron.arguments.table import Arguments
 from mft_megatron.losses.objective import Slope
 from mft_megatron.mcore.adapters.lora import add_adapters
 from mft_megatron.mcore.attention.packed_attention import PackedStream
+from mft_megatron.mcore.kernels.rotary import Rotation
 from mft_megatron.mcore.moe.experts import mark_expert_weights, rows_of_tokens
 from mft_megatron.mcore.output_layer.cross_entropy import FusedOutputLayer, Targets, vocab_parallel_nll
 from mft_megatron.mcore.parallel.data_parallel import wrap
@@ -118,12 +119,18 @@ class PackedGPTModel(GPTModel):
             position_ids=positions[None],
             attention_mask=None,
             labels=self._targets(batch, slope) if with_loss else None,
-            packed_seq_params=PackedStream(shard=shard, positions=positions),
+            packed_seq_params=PackedStream(shard=shard, rotation=self._rotation(positions)),
             padding_mask=self._rows(batch),
         )
         if not self.post_process or not with_loss:
             return output
         return shard.scatter(output[0], batch.tokens_BS.numel())[None]
+
+    def _rotation(self, positions: Tensor) -> Rotation | None:
+        """Rotation by the positions of tokens, int64 [T]; ``None`` without rotary embedding."""
+        if self.position_embedding_type != "rope":
+            return None
+        return self.rotary_pos_emb.rotation(positions)
 
     def _rows(self, batch: DeviceBatch) -> Tensor | None:
         """Row of each token, for experts' routers; Megatron passes it on as a padding mask."""

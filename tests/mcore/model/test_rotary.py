@@ -27,7 +27,7 @@ def rotated():
 
 
 def _rotated():
-    """Rotate a tensor by kind and dtype: with Megatron's loop, with our angles, and ours for a part of the stream."""
+    """Rotate a tensor by kind and dtype: with Megatron's loop, with our rotation, and ours for a part of the stream."""
     from mft_megatron.arguments.groups.distributed import DistributedArguments
     from mft_megatron.mcore.parallel import process_groups
 
@@ -36,42 +36,47 @@ def _rotated():
 
 
 def _one_kind(options, dtype):
+    """Give each result beside the gradient of its input."""
     from megatron.core import parallel_state
     from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
     from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from mft_megatron.mcore.attention.packed_attention import PackedStream
+    from mft_megatron.mcore.kernels.rotary import rotate
     from mft_megatron.mcore.model.rotary import RotaryByPosition
 
     options = {"rotary_percent": 1.0, **options}
     interleaved = options.get("rotary_interleaved", False)
     config = TransformerConfig(num_layers=1, hidden_size=64, num_attention_heads=4, rotary_interleaved=interleaved)
     group = parallel_state.get_context_parallel_group()
-    tensor = torch.randn(sum(LENGTHS), 4, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    generator = torch.Generator().manual_seed(0)
+    tensor, gradient = (torch.randn(sum(LENGTHS), 4, 16, generator=generator).to(dtype) for _ in range(2))
     theirs = RotaryEmbedding(16, use_cpu_initialization=True, **options)
     cu = torch.tensor([0, *LENGTHS]).cumsum(0).int()
-    by_segment = apply_rotary_pos_emb(tensor, theirs(max(LENGTHS), packed_seq=True), config, cu, cp_group=group)
     ours = RotaryByPosition(16, use_cpu_initialization=True, **options)
     positions = torch.cat([torch.arange(length) for length in LENGTHS])
 
-    def rotate(part):
-        # as Megatron's model and its attention call it
-        asked = ours.get_rotary_seq_len(None, None, None, config, PackedStream(positions=positions[part]))
-        angles = ours(asked, packed_seq=False, cp_group=None)
-        return apply_rotary_pos_emb(tensor[part].unsqueeze(1), angles, config, cp_group=group).squeeze(1)
+    def with_gradient(rotated, part=slice(None)):
+        value = tensor[part].clone().requires_grad_()
+        result = rotated(value)
+        return result.detach(), *torch.autograd.grad(result, value, gradient[part])
 
-    return by_segment, rotate(slice(None)), rotate(PART)
+    angles = theirs(max(LENGTHS), packed_seq=True)
+    return (
+        with_gradient(lambda value: apply_rotary_pos_emb(value, angles, config, cu, cp_group=group)),
+        with_gradient(lambda value: rotate(value, ours.rotation(positions))),
+        with_gradient(lambda value: rotate(value, ours.rotation(positions[PART])), PART),
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_equals_megatron(kind, dtype):
     theirs, ours, ours_of_part = rotated()[kind, dtype]
-    assert ours.equal(theirs)
-    assert ours_of_part.equal(theirs[PART])
+    assert all(map(torch.equal, ours, theirs))
+    assert all(map(torch.equal, ours_of_part, (value[PART] for value in theirs)))
 
 
 def test_the_kinds_differ():
-    results = [rotated()[kind, torch.float32][1] for kind in KINDS]
+    results = [rotated()[kind, torch.float32][1][0] for kind in KINDS]
     assert not any(one.equal(other) for number, one in enumerate(results) for other in results[:number])

@@ -1,0 +1,69 @@
+"""Registers and spilled bytes of every Triton kernel, compiled ahead of time for GPUs that are not here; prints JSON.
+
+Usage: ``python -m tests.mcore.kernels.compiled [COMPUTE CAPABILITY …]``, 80 and 90 by default. It needs Triton, which
+brings NVIDIA's assembler, and no GPU.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from mft_megatron.mcore.kernels import rotary_triton
+
+POINTERS = {"bf16": "*bf16", "fp32": "*fp32"}
+
+
+def rotary_variants():
+    """Name, kernel, signature and constants of the rotation at a 70B model's sizes, and with a part of each head."""
+    for heads, size, pairs, interleaved in ((8, 128, 64, False), (64, 128, 64, False), (8, 80, 10, True)):
+        constants = dict(
+            PAIRS=pairs, SIZE=size, INTERLEAVED=interleaved, BACK=False, **rotary_triton.blocks(heads, pairs, size)
+        )
+        signature = {
+            **dict.fromkeys(("value", "result"), "*bf16"), **dict.fromkeys(("cos", "sin"), "*fp32"),
+            **dict.fromkeys(("heads", "token_stride", "head_stride"), "i32"),
+        }  # fmt: skip
+        yield f"rotary {heads}x{size}", rotary_triton.rotate_kernel, signature, constants, 4
+
+
+def compiled(kernel, signature, constants, warps, capability):
+    """Compile a kernel; return the assembler's registers and spilled bytes a thread."""
+    signature = {name: "constexpr" if name in constants else signature[name] for name in kernel.arg_names}
+    pointers = [index for index, kind in enumerate(signature.values()) if kind.startswith("*")]
+    source = ASTSource(kernel, signature, constants, {(index,): [["tt.divisibility", 16]] for index in pointers})
+    result = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+    with tempfile.TemporaryDirectory() as folder:
+        code = Path(folder, "kernel.ptx")
+        code.write_text(result.asm["ptx"])
+        target = f"sm_{capability}{'a' if capability >= 90 else ''}"
+        command = [assembler(), "-v", f"-arch={target}", str(code), "-o", os.devnull]
+        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    registers = int(re.search(r"Used (\d+) registers", log)[1])
+    spills = sum(map(int, re.findall(r"(\d+) bytes spill", log)))
+    return {"registers": registers, "spilled": spills}
+
+
+def assembler():
+    """Path of the assembler that Triton brings."""
+    return str(next(Path(triton.__file__).parent.glob("backends/nvidia/bin/ptxas")))
+
+
+if __name__ == "__main__":
+    targets = [int(word) for word in sys.argv[1:]] or [80, 90]
+    json.dump(
+        {
+            f"{name} sm_{target}": compiled(*variant, target)
+            for name, *variant in rotary_variants()
+            for target in targets
+        },
+        sys.stdout,
+        indent=1,
+    )
