@@ -198,10 +198,13 @@ def _build_chunk(arguments: Arguments, vocab_size: int, virtual_stage: int | Non
     model = PackedGPTModel(arguments, vocab_size, virtual_stage).to(devices.device(), dtype_of(arguments))
     mark_split_weights(model)
     mark_expert_weights(model)
+    # weights of a simulated GPU have no content
+    has_content = devices.device().type != "meta"
     if arguments.adapters is not None:
         add_adapters(model, arguments.adapters)
-        initialize_adapters(model, arguments.initialization.seed)
-    if arguments.resume is None:
+        if has_content:
+            initialize_adapters(model, arguments.initialization.seed)
+    if arguments.resume is None and has_content:
         how = arguments.initialization
         initialize_weights(
             model, how.seed, how.init_method_std, how.embedding_init_method_std, how.init_method_xavier_uniform

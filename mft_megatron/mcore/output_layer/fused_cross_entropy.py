@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mft_megatron.losses.objective import Slope
+from mft_megatron.mcore.platform import devices
 
 # Logits of a block on one rank. On a CPU 64 MiB in fp32: larger products are no faster, and products of fewer than 256
 # tokens are slower. A GPU reads and writes the whole gradient of the weight for each block, so there it is 512 MiB.
@@ -83,7 +84,9 @@ def token_losses(
     Returns:
         fp32 [N] (fp64 of fp64 inputs), the same on all ranks; differentiable.
     """
-    tokens = block_tokens or max(BLOCK_LOGITS[weight.device.type] // weight.shape[0], MIN_BLOCK_TOKENS)
+    tokens = block_tokens or max(
+        BLOCK_LOGITS["cuda" if devices.on_gpu(weight) else "cpu"] // weight.shape[0], MIN_BLOCK_TOKENS
+    )
     if not torch.is_grad_enabled():
         return _Blocks(weight, labels_N, shard, tokens).losses(hidden_NH)[0]
     return _TokenLosses.apply(hidden_NH, weight, labels_N, shard, slope, tokens)

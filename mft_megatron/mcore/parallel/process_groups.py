@@ -96,6 +96,17 @@ def parallel_layout() -> dict[str, int | str]:
     }
 
 
+def position() -> dict[str, int]:
+    """This rank's position in its groups, by the group's name."""
+    return {
+        "tensor": parallel_state.get_tensor_model_parallel_rank(),
+        "pipeline": parallel_state.get_pipeline_model_parallel_rank(),
+        "context": parallel_state.get_context_parallel_rank(),
+        "data": parallel_state.get_data_parallel_rank(),
+        "expert": parallel_state.get_expert_model_parallel_rank(),
+    }
+
+
 def is_main() -> bool:
     """Whether this process writes the log and the run folder."""
     return dist.get_rank() == 0

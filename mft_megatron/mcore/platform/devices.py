@@ -47,7 +47,9 @@ def prepare() -> None:
         # Megatron-Core warns that Transformer Engine and apex are missing; this package works without them.
         warnings.simplefilter("ignore")
         try:
-            if not HAS_CUDA:
+            if _simulated is not None:
+                patches.apply_simulated(_simulated)
+            elif not HAS_CUDA:
                 patches.apply_without_cuda()
             import megatron.core.models.gpt.gpt_layer_specs
             import megatron.core.optimizer  # noqa: F401

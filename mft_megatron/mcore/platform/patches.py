@@ -3,6 +3,7 @@
 ::
 
     WITHOUT_CUDA    applied by ``devices.prepare`` before Megatron-Core is imported, only where there is no CUDA
+    SIMULATED       applied by ``devices.prepare`` instead, where a GPU is simulated
     WHERE_NEEDED    called by the layer files that need them, on any machine
 
 When a release of Megatron-Core is added to :data:`.versions.MEGATRON_CORE`, run the tests named here under it: each
@@ -14,6 +15,8 @@ import functools
 from collections.abc import Callable
 
 from . import gradient_norm, megatron_fixes, without_cuda
+from .simulated_gpu import SimulatedGPU
+from .simulation import cuda_functions, process_group
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +47,17 @@ WITHOUT_CUDA = {
         without_cuda.convert_token_counts, "tests/parallel/test_experts.py::test_the_replacement_is_still_needed"
     ),
 }
+_DRY_RUN = "tests/dry_run/test_simulated_gpu.py::test_each_is_still_needed"
+
+SIMULATED = {
+    "jit": Patch(cuda_functions.replace_jit, _DRY_RUN),
+    "tensor methods": Patch(cuda_functions.replace_tensor_methods, _DRY_RUN),
+    "tensors of values": Patch(cuda_functions.replace_tensors_from_values, _DRY_RUN),
+    "sizes of storages": Patch(cuda_functions.replace_storage_resizing, _DRY_RUN),
+    "choices of kernels": Patch(cuda_functions.replace_kernel_choices, _DRY_RUN),
+    "objects of other ranks": Patch(process_group.replace_object_collectives, _DRY_RUN),
+    "messages sent together": Patch(process_group.replace_coalescing, _DRY_RUN),
+}
 WHERE_NEEDED = {
     "class of a built module": Patch(megatron_fixes.become, f"{_FIXES}::test_megatron_takes_no_class_for_these"),
     "te_general_gemm": Patch(megatron_fixes.define_te_general_gemm, f"{_FIXES}::test_routers_need_te_general_gemm"),
@@ -67,4 +81,12 @@ PATCHES = WITHOUT_CUDA | WHERE_NEEDED
 def apply_without_cuda() -> None:
     """Apply every patch for a machine without CUDA, in the order of the table, once per process."""
     for patch in WITHOUT_CUDA.values():
+        patch.apply()
+
+
+@functools.cache
+def apply_simulated(gpu: SimulatedGPU) -> None:
+    """Apply every patch for a simulated GPU, in the order of the table, once per process."""
+    cuda_functions.replace_cuda_functions(gpu)
+    for patch in SIMULATED.values():
         patch.apply()

@@ -1,0 +1,109 @@
+"""The real training steps of one rank of a layout, in this process, on a simulated GPU."""
+
+import time
+
+import numpy as np
+import torch.distributed as dist
+
+from mft_megatron.arguments.table import Arguments
+from mft_megatron.data.loading.dataset import PackedDataset
+from mft_megatron.data.loading.step_plan import plan_step
+from mft_megatron.mcore.optim.held_tensors import held_tensors
+from mft_megatron.mcore.parallel import process_groups
+from mft_megatron.mcore.platform.simulation import listener
+from mft_megatron.mcore.platform.simulation.device_mode import running
+from mft_megatron.mcore.platform.simulation.process_group import start
+from mft_megatron.mcore.trainer import Trainer
+
+from .rank_report import GRADIENTS, OPTIMIZER, WEIGHTS, RankReport, Step
+from .step_counters import StepCounters
+
+STEPS = 2
+# what is answered where these functions read a value of a tensor: no gradient has overflowed
+ANSWERS = {"any_rank": 0.0, "_unscale_main_grads_and_check_for_nans": 0.0}
+
+
+def run_rank(arguments: Arguments, dataset: PackedDataset, rank: int, vocab_size: int | None = None) -> RankReport:
+    """Take two training steps as one rank of the layout of ``arguments``, and report what they need.
+
+    The process simulates a GPU (:func:`mft_megatron.mcore.platform.devices.simulate`) and can be one rank only.
+
+    Args:
+        arguments: complete and checked, of ``arguments.world_size`` ranks.
+        dataset: packed for ``--seq-length``.
+        rank: which of the world.
+        vocab_size: rows of the model's vocabulary; ``None`` for those of the data set.
+
+    Raises:
+        InputError: something in ``arguments`` cannot be simulated.
+    """
+    began = time.perf_counter()
+    start(rank, arguments.world_size)
+    split, size = dataset.split("train"), arguments.batch_sizes
+    with process_groups.process_groups(arguments.distributed, arguments.initialization.seed), running(ANSWERS):
+        counters = StepCounters(group_name)
+        listener.listen(counters)
+        trainer = Trainer(arguments, vocab_size or dataset.vocab_size, len(dataset.tasks))
+        steps, consumed = [], 0
+        for number in range(1, STEPS + 1):
+            _mark(counters, trainer)
+            counters.reset()
+            plan = plan_step(
+                split,
+                seed=arguments.initialization.seed,
+                global_batch_size=size.after(consumed),
+                consumed_samples=consumed,
+                end=arguments.total_packs,
+                batch_multiple=arguments.batch_multiple,
+                order_version=dataset.entry.order_version,
+            )
+            trainer.train_step(split, plan, np.ones(len(dataset.tasks)))
+            consumed += plan.num_packs
+            steps.append(
+                Step(
+                    number,
+                    plan.num_packs // arguments.training.micro_batch_size // trainer.ranks.data_size,
+                    counters.memory.at_peak(),
+                    counters.waits(),
+                    counters.copies(),
+                    counters.messages(),
+                    counters.operations,
+                    counters.kernels,
+                )
+            )
+        _mark(counters, trainer)
+        resident = dict(counters.memory.by_category)
+        listener.listen(None)
+        models = [chunk.module for chunk in trainer.chunks]
+        weights = [weight for model in models for weight in model.parameters()]
+        position = process_groups.position()
+    return RankReport(
+        rank=rank,
+        position=position,
+        layers=tuple(layer.layer_number for model in models for layer in model.decoder.layers),
+        embedding=any(model.pre_process for model in models),
+        output=any(model.post_process for model in models),
+        parameters=sum(weight.numel() for weight in weights),
+        trained_parameters=sum(weight.numel() for weight in weights if weight.requires_grad),
+        resident=resident,
+        steps=tuple(steps),
+        evaluation=None,
+        save=None,
+        save_host=None,
+        seconds=time.perf_counter() - began,
+    )
+
+
+def group_name(group: dist.ProcessGroup) -> str:
+    """Name of a process group from Megatron-Core's description: ``tensor``, ``data with cp``, …; ``world`` for all."""
+    if group.group_desc == "default_pg":
+        return "world"
+    words = group.group_desc.lower().removesuffix("_group").split("_")
+    return " ".join(word for word in words if word not in ("model", "parallel", "group")) or "tensor and pipeline"
+
+
+def _mark(counters: StepCounters, trainer: Trainer) -> None:
+    tensors = held_tensors(trainer.chunks, trainer.optimizer)
+    counters.memory.mark(tensors.optimizer, OPTIMIZER)
+    counters.memory.mark(tensors.gradients, GRADIENTS)
+    counters.memory.mark(tensors.weights, WEIGHTS)

@@ -1,0 +1,114 @@
+"""Host waits, copies, messages and work of one step."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.flop_counter import flop_registry
+
+from .code_lines import code_line
+from .memory_account import MemoryAccount
+from .rank_report import Copies, HostWaits, Messages
+
+
+class StepCounters:
+    """Listens to a simulated GPU: counts what a step does, and passes memory on to its account.
+
+    Attributes:
+        memory: the account.
+        operations: floating-point operations since the last reset.
+        kernels: operators that launch a kernel since the last reset.
+    """
+
+    def __init__(self, group_name: Callable[[dist.ProcessGroup], str]):
+        """Prepare.
+
+        Args:
+            group_name: names a process group.
+        """
+        self.memory = MemoryAccount()
+        self._group_name = group_name
+        self.reset()
+
+    def reset(self) -> None:
+        """Count from 0, and look for the peak from now on."""
+        self.operations = self.kernels = 0
+        self._waits: Counter[tuple[str, str, bool]] = Counter()
+        self._copies: Counter[tuple[str, bool, bool]] = Counter()
+        self._copied_bytes: Counter[tuple[str, bool]] = Counter()
+        self._messages: Counter[tuple[str, str, int]] = Counter()
+        self._message_bytes: Counter[tuple[str, str, int]] = Counter()
+        self.memory.reset_peak()
+
+    def ran(self, operator: Any, arguments: tuple[Any, ...], outputs: list[Tensor]) -> None:
+        """Count an operator."""
+        if not operator.is_view:
+            self.kernels += 1
+            count = flop_registry.get(operator._overloadpacket)
+            if count is not None:
+                self.operations += count(*arguments, out_val=outputs[0] if len(outputs) == 1 else tuple(outputs))
+        self.memory.add(outputs)
+
+    def waited(self, kind: str) -> None:
+        """Count a wait of the host."""
+        line = code_line()
+        self._waits[line.text, kind, line.scheduled] += 1
+
+    def copied(self, size: int, pinned: bool, waits: bool) -> None:
+        """Count a copy to the GPU."""
+        line = code_line()
+        self._copies[line.text, pinned, line.scheduled] += 1
+        self._copied_bytes[line.text, pinned] += size
+        if waits:
+            self._waits[line.text, "pageable copy" if not pinned else "copy", line.scheduled] += 1
+
+    def copied_to_host(self, tensor: Tensor) -> None:
+        """Take a copy on the host for none of the GPU's memory."""
+
+    def sent(self, kind: str, group: dist.ProcessGroup, tensors: Iterable[Tensor], size: int) -> None:
+        """Count a message."""
+        key = kind, self._group_name(group), group.size()
+        self._messages[key] += 1
+        self._message_bytes[key] += size
+        self.memory.send(tensors)
+
+    def saved(self, tensor: Tensor) -> None:
+        """Note that a tensor is kept for the backward pass."""
+        self.memory.save(tensor)
+
+    def resized(self, storage: Any) -> None:
+        """Count a storage's new size."""
+        self.memory.resize(storage)
+
+    def fused(self, begins: bool) -> None:
+        """Begin or end a region that is one kernel."""
+        (self.memory.begin_kernel if begins else self.memory.end_kernel)()
+
+    def waits(self) -> tuple[HostWaits, ...]:
+        """Waits since the last reset, the most frequent first."""
+        total: Counter[tuple[str, str]] = Counter()
+        for (line, kind, _), count in self._waits.items():
+            total[line, kind] += count
+        return tuple(
+            HostWaits(line, kind, self._waits[line, kind, True], self._waits[line, kind, False])
+            for (line, kind), _ in total.most_common()
+        )
+
+    def copies(self) -> tuple[Copies, ...]:
+        """Copies to the GPU since the last reset, the most bytes first."""
+        return tuple(
+            Copies(
+                line,
+                pinned,
+                self._copies[line, pinned, True] + self._copies[line, pinned, False],
+                size,
+                self._copies[line, pinned, True],
+            )
+            for (line, pinned), size in self._copied_bytes.most_common()
+        )
+
+    def messages(self) -> tuple[Messages, ...]:
+        """Messages since the last reset, the most bytes first."""
+        return tuple(Messages(*key, self._messages[key], size) for key, size in self._message_bytes.most_common())

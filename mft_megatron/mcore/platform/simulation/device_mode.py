@@ -1,0 +1,177 @@
+"""The simulated GPU itself: every operator of torch passes through here while a dry run is going on.
+
+::
+
+    device="cuda"            ─► the meta device
+    a value is read          ─► a number is answered, the host has waited
+    a copy to the GPU        ─► counted, pinned or not
+    a copy to the host       ─► zeros; the host has waited
+    a message                ─► counted; nothing is sent
+    any other operator       ─► runs on shapes alone
+"""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from .cuda_functions import META
+from .listener import listener
+
+aten = torch.ops.aten
+# names of torch's collectives, without the underscore at their ends
+KINDS = {
+    "allreduce": "all-reduce",
+    "allreduce_coalesced": "all-reduce",
+    "allgather": "all-gather",
+    "_allgather_base": "all-gather",
+    "allgather_into_tensor_coalesced": "all-gather",
+    "allgather_coalesced": "all-gather",
+    "reduce_scatter": "reduce-scatter",
+    "_reduce_scatter_base": "reduce-scatter",
+    "reduce_scatter_tensor_coalesced": "reduce-scatter",
+    "alltoall": "all-to-all",
+    "alltoall_base": "all-to-all",
+    "recv": "receive",
+    "recv_any_source": "receive",
+}
+# a copy to the host of more bytes than this has no content
+HOST_CONTENT = 2**20
+
+
+class SimulatedDevice(TorchDispatchMode):
+    """Runs torch's operators on the meta device in place of CUDA, and tells the listener what they would do."""
+
+    def __init__(self, answers: dict[str, float]):
+        """Prepare.
+
+        Args:
+            answers: what is answered where a function of this name reads a value; 1 elsewhere.
+        """
+        super().__init__()
+        self._answers = answers
+
+    def run(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operator."""
+        kwargs = kwargs or {}
+        if func.namespace == "c10d":
+            return self._send(func, args, kwargs)
+        if func is aten._local_scalar_dense.default and args[0].is_meta:
+            listener().waited("value")
+            return self._answer(args[0].dtype)
+        if kwargs.get("pin_memory"):
+            kwargs = {**kwargs, "pin_memory": False}
+        device = kwargs.get("device")
+        if device is not None and device.type == "cuda":
+            kwargs = {**kwargs, "device": META}
+        if func is aten._to_copy.default:
+            out = self._to(func, args, kwargs)
+        elif func is aten.copy_.default:
+            out = self._copy(func, args, kwargs)
+        else:
+            out = func(*args, **kwargs)
+        outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor) and leaf.is_meta]
+        if outputs:
+            listener().ran(func, args, outputs)
+        return out
+
+    def _answer(self, dtype: torch.dtype) -> float | int | bool:
+        frame: Any = sys._getframe(2)
+        value = 1.0
+        while frame is not None:
+            if frame.f_code.co_name in self._answers:
+                value = self._answers[frame.f_code.co_name]
+                break
+            frame = frame.f_back
+        if dtype == torch.bool:
+            return bool(value)
+        return value if dtype.is_floating_point else int(value)
+
+    def _to(self, func: Any, args: Any, kwargs: Any) -> Any:
+        source, target = args[0], kwargs.get("device")
+        if target is None or source.device.type == target.type:
+            return func(*args, **kwargs)
+        if target.type == META.type:
+            _host_to_device(source, kwargs.get("non_blocking", False))
+            return func(*args, **kwargs)
+        if not kwargs.get("non_blocking", False):
+            listener().waited("copy")
+        return _on_host(source, kwargs.get("dtype") or source.dtype)
+
+    def _copy(self, func: Any, args: Any, kwargs: Any) -> Any:
+        target, source = args[:2]
+        non_blocking = args[2] if len(args) > 2 else kwargs.get("non_blocking", False)
+        if source.is_meta and not target.is_meta:
+            if not non_blocking:
+                listener().waited("copy")
+            return target
+        if target.is_meta and not source.is_meta and source.dim():
+            _host_to_device(source, non_blocking)
+        return func(*args, **kwargs)
+
+    def _send(self, func: Any, args: Any, kwargs: Any) -> Any:
+        name = func._schema.name.split("::")[1]
+        name = name.removesuffix("_")
+        result = func(*args, **kwargs)
+        leaves = [leaf for leaf in tree_leaves([args, kwargs]) if isinstance(leaf, Tensor)]
+        group = next(
+            (
+                dist.ProcessGroup.unbox(leaf)
+                for leaf in tree_leaves([args, kwargs])
+                if isinstance(leaf, torch.ScriptObject) and "ProcessGroup" in str(leaf._type())
+            ),
+            None,
+        )
+        if group is None:
+            return result
+        if name in ("barrier", "monitored_barrier"):
+            listener().waited("device")
+            listener().sent("barrier", group, (), 0)
+            return result
+        sides = [_bytes(side) for side in args if isinstance(side, Tensor | list | tuple)]
+        listener().sent(KINDS.get(name, name), group, leaves, max(sides, default=0))
+        return result
+
+
+# Set afterwards, because torch would wrap the method of a class body for its compiler, whose import takes seconds.
+setattr(SimulatedDevice, "__torch_dispatch__", SimulatedDevice.run)  # noqa: B010
+
+
+def _bytes(tensors: Any) -> int:
+    return sum(leaf.nbytes for leaf in tree_leaves(tensors) if isinstance(leaf, Tensor))
+
+
+def _host_to_device(source: Tensor, non_blocking: bool) -> None:
+    pinned = source.is_pinned()
+    listener().copied(source.nbytes, pinned, waits=not (pinned and non_blocking))
+
+
+def _on_host(source: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy of a tensor of the simulated GPU on the host: zeros, or without content where it is large."""
+    size = source.numel() * dtype.itemsize
+    copy = torch.zeros(source.shape, dtype=dtype, device="cpu" if size <= HOST_CONTENT else META)
+    listener().copied_to_host(copy)
+    return copy
+
+
+@contextlib.contextmanager
+def running(answers: dict[str, float]) -> Iterator[None]:
+    """Simulate the GPU: operators run on shapes, and the listener is told of them.
+
+    Args:
+        answers: what is answered where a function of this name reads a value; 1 elsewhere.
+    """
+
+    def save(tensor: Tensor) -> Tensor:
+        if tensor.is_meta:
+            listener().saved(tensor)
+        return tensor
+
+    with SimulatedDevice(answers), torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+        yield

@@ -1,0 +1,105 @@
+"""Reports of single ranks: bytes that follow from the model, messages of each layout, waits that are planted."""
+
+import pytest
+
+from mft_megatron.dry_run.rank_report import CATEGORIES, GRADIENTS, OPTIMIZER, WEIGHTS
+
+
+def rounded(size):
+    return -(-size // 512) * 512
+
+
+def test_bytes_of_what_stays_follow_from_the_parameters(simulation):
+    report = simulation.report("--use-distributed-optimizer", world_size=2)
+    parameters = report.parameters
+    # buffers are padded, so that each rank's shard is aligned
+    assert 2 * parameters <= report.resident[WEIGHTS] <= 2 * parameters + 2**13
+    assert 4 * parameters <= report.resident[GRADIENTS] <= 4 * parameters + 2**13
+    # main weights and two states of half of the parameters, each weight rounded
+    assert 6 * parameters <= report.resident[OPTIMIZER] <= 6 * parameters + 3 * 512 * 64
+    for step in report.steps:
+        assert sum(step.memory.by_category.values()) == step.memory.peak
+        assert set(step.memory.by_category) == set(CATEGORIES)
+        assert step.memory.by_category[GRADIENTS] == report.resident[GRADIENTS]
+        assert step.micro_batches == 4
+        assert sum(one.bytes for one in step.memory.largest) <= step.memory.peak
+
+
+@pytest.mark.parametrize(
+    ("words", "world_size", "rank", "layers", "expected"),
+    [
+        ("", 1, 0, (1, 2, 3, 4), set()),
+        ("--tensor-model-parallel-size 2", 2, 1, (1, 2, 3, 4), {("all-reduce", "tensor")}),
+        (
+            "--tensor-model-parallel-size 2 --sequence-parallel",
+            2,
+            0,
+            (1, 2, 3, 4),
+            {("all-gather", "tensor"), ("reduce-scatter", "tensor")},
+        ),
+        ("--pipeline-model-parallel-size 2", 2, 0, (1, 2), {("send", "pipeline"), ("receive", "pipeline")}),
+        (
+            "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",
+            2,
+            1,
+            (2, 4),
+            # of two stages Megatron-Core sends one way in the group of all ranks, so that both ways overlap
+            {("send", "world"), ("receive", "pipeline")},
+        ),
+        ("--pipeline-model-parallel-size 2 --decoder-first-pipeline-num-layers 1", 2, 1, (2, 3, 4), set()),
+        ("--context-parallel-size 2", 2, 1, (1, 2, 3, 4), {("all-gather", "context"), ("reduce-scatter", "context")}),
+        ("", 2, 1, (1, 2, 3, 4), {("all-reduce", "data with cp")}),
+        (
+            "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
+            2,
+            1,
+            (1, 2, 3, 4),
+            {("all-gather", "data with cp"), ("reduce-scatter", "data with cp")},
+        ),
+    ],
+)
+def test_layouts(simulation, words, world_size, rank, layers, expected):
+    report = simulation.report(words, world_size, rank)
+    assert report.layers == layers
+    assert expected <= {(one.kind, one.group) for one in report.steps[-1].messages if one.ranks == world_size}
+
+
+def planted():
+    """Let each layer read a value of its output, and the step wait for the device at its end."""
+    import torch
+
+    from mft_megatron.mcore.attention.packed_attention import PackedAttention
+    from mft_megatron.mcore.trainer import Trainer
+
+    forward, step = PackedAttention.forward, Trainer.train_step
+
+    def reads(self, *arguments, **options):
+        output = forward(self, *arguments, **options)
+        output.sum().item()
+        return output
+
+    def waits(self, *arguments):
+        report = step(self, *arguments)
+        torch.cuda.synchronize()
+        torch.cuda.Event().synchronize()
+        return report
+
+    PackedAttention.forward, Trainer.train_step = reads, waits
+
+
+def report_of_planted(words, world_size, rank):
+    from tests.dry_run.simulated import _report
+
+    planted()
+    return _report(words, world_size, rank)
+
+
+def test_planted_waits_are_counted_with_their_line(simulation):
+    report = simulation.report(function=report_of_planted)
+    waits = {(wait.kind, wait.in_micro_batches, wait.outside) for wait in report.steps[-1].waits}
+    # of four layers and eight micro-batches
+    assert ("value", 32, 0) in waits
+    assert {("device", 0, 1), ("event", 0, 1)} <= waits
+    line = next(wait.line for wait in report.steps[-1].waits if wait.kind == "value")
+    assert line.startswith("megatron/core/transformer/attention.py:")
+    assert not {wait.kind for wait in simulation.report().steps[-1].waits} & {"device", "event"}
