@@ -5,9 +5,8 @@
     StepPlan ─► MicroBatches of this rank ─► token losses l_t ───┐
     T_i, M_i of the global batch or epoch, w_i ─► factors [K] ───┴─► objective ─► backward, summed over ranks ─► Adam
 
-Every rank builds its micro-batches from the plan; the only data about a batch that is sent are the widths of padded
-micro-batches, from one pipeline stage to the next. Reports are fp64 sums over the whole global batch, from one
-all-reduce after the schedule has run.
+Every rank builds its micro-batches from the plan; nothing about a batch is sent. Reports are fp64 sums over the whole
+global batch, from one all-reduce after the schedule has run.
 """
 
 import mft_megatron.mcore.platform.patched  # noqa: F401  (before Megatron-Core)
@@ -39,6 +38,8 @@ from mft_megatron.mcore.model.parameters import count_parameters
 from mft_megatron.mcore.optim.optimizer import build_optimizer, build_scheduler, learning_rate, loss_scale
 from mft_megatron.mcore.parallel.data_parallel import WeightGathering
 from mft_megatron.mcore.parallel.device_batch import DeviceBatch, to_device
+from mft_megatron.mcore.parallel.message_shapes import message_shapes
+from mft_megatron.mcore.platform.pipeline_messages import take_known_shapes
 
 from .moe import experts
 from .parallel import process_groups
@@ -142,6 +143,7 @@ class Trainer:
         self.scheduler: OptimizerParamScheduler = build_scheduler(arguments, self.optimizer)
         self.weights = WeightGathering(arguments, self.chunks)
         self.ranks = process_groups.ranks()
+        take_known_shapes()
         self._schedule = get_forward_backward_func()
         for chunk in self.chunks:
             chunk.config.finalize_model_grads_func = _finalize_without_rescaling
@@ -264,9 +266,10 @@ class Trainer:
         Returns:
             fp64 [len(SUMS), K], summed over all ranks.
         """
+        shapes = message_shapes(self.chunks[0].config, micro_batches.num_tokens) if micro_batches.padded else None
         for chunk in self.chunks:
-            # stages then send the width of each micro-batch to the next one
             chunk.config.variable_seq_lengths = micro_batches.padded
+            chunk.config.message_shapes = shapes
         batches = (to_device(batch) for batch in micro_batches)
         sums = torch.zeros(len(SUMS), self.num_tasks, dtype=torch.float64, device=devices.device())
         factors = factors.to(sums.device)

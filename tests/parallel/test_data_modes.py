@@ -81,6 +81,35 @@ def test_padded_rows_equal_one_process(padded, layout):
     assert all(len({width for _, width in shapes}) > 2 for *_, shapes in results)
 
 
+def _train_counting_shapes(prefix, extra, world_size, known):
+    """Train; return the curve and how many shapes this rank sent and received."""
+    import torch
+    from torch import distributed as dist
+
+    from mft_megatron.mcore import trainer as step
+
+    if not known:
+        step.take_known_shapes = lambda: None
+    shapes, batched = [], dist.batch_isend_irecv
+
+    def count(operations):
+        shapes.extend(operation for operation in operations if operation.tensor.dtype == torch.int64)
+        return batched(operations)
+
+    dist.batch_isend_irecv = count
+    curve, *_ = _train(prefix, extra, world_size)
+    return curve, len(shapes)
+
+
+def test_megatron_sends_every_shape(padded):
+    """On a GPU it waits for the whole device, and for the shape, in each of these messages."""
+    layout = ParallelLayout("PP2 MB2")
+    sent, known = (run_on_ranks(2, _train_counting_shapes, padded, layout.options, 2, known) for known in (False, True))
+    assert [curve for curve, _ in known] == [curve for curve, _ in sent]
+    assert all(shapes > 0 for _, shapes in sent)
+    assert not any(shapes for _, shapes in known)
+
+
 def test_padded_micro_batches_are_no_wider_than_they_must(padded):
     dataset = open_dataset(arguments_for(padded, "", 1))
     curve, _, shapes = one_process(padded)

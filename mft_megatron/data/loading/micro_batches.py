@@ -123,6 +123,11 @@ class MicroBatches:
         """Whether micro-batches differ in width."""
         return self._dataset.padded
 
+    @property
+    def num_tokens(self) -> list[int]:
+        """Number of positions of each micro-batch, with the padding of its rows."""
+        return [len(rows) * self._width(rows) for rows in self._rows]
+
     def __len__(self) -> int:
         return len(self._rows)
 

@@ -14,7 +14,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 
-from . import gradient_norm, megatron_fixes, without_cuda
+from . import gradient_norm, megatron_fixes, pipeline_messages, without_cuda
 from .simulated_gpu import SimulatedGPU
 from .simulation import cuda_functions, process_group
 
@@ -63,6 +63,10 @@ WHERE_NEEDED = {
     "te_general_gemm": Patch(megatron_fixes.define_te_general_gemm, f"{_FIXES}::test_routers_need_te_general_gemm"),
     "scale of experts' losses": Patch(
         megatron_fixes.reset_expert_loss_scale, f"{_FIXES}::test_megatron_keeps_the_shape_of_the_first_scale"
+    ),
+    "known shapes of messages": Patch(
+        pipeline_messages.take_known_shapes,
+        "tests/parallel/test_data_modes.py::test_megatron_sends_every_shape",
     ),
     "norm of gradients": Patch(
         gradient_norm.compute_at_once, "tests/mcore/platform/test_gradient_norm.py::test_megatron_reads_every_norm"
