@@ -199,7 +199,10 @@ _SENTENCES = (
         create-all-gather-group use-nccl-ub disable-symmetric-registration suggested-communication-unit-size
     """,
     ),
-    ("there is one timeout: give --distributed-timeout-minutes", "distributed-timeout-seconds-after-init"),
+    (
+        "the start has a longer timeout by itself: give --distributed-timeout-minutes, that of steps",
+        "distributed-timeout-seconds-after-init",
+    ),
     (
         "FSDP is not supported: shard with --use-distributed-optimizer and model parallelism",
         """

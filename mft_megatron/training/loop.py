@@ -11,6 +11,7 @@ from mft_megatron.data.loading.step_plan import plan_step
 from mft_megatron.errors import InputError
 from mft_megatron.losses.table import LOSSES
 from mft_megatron.mcore.model.parameters import weight_norm
+from mft_megatron.mcore.parallel import timeouts
 from mft_megatron.mcore.platform import devices
 from mft_megatron.mcore.trainer import StepReport, Trainer
 
@@ -57,6 +58,7 @@ def train(
         while progress.step < training.train_iters:
             before, plan = progress, next_plan(dataset, arguments, progress)
             report = trainer.train_step(split, plan, balance.weight_K)
+            timeouts.limit()
             progress = before.after_step(plan.num_packs, skipped=report is None or report.overflow)
             steps.count(progress, plan, report, followed=_other_work_follows(arguments, balance, progress.step))
             shares.count(plan, report)

@@ -61,7 +61,12 @@ class DistributedArguments:
         "Process-group backend. Unlike in Megatron the default is nccl with CUDA and gloo without.",
         choices=("auto", "nccl", "gloo"),
     )
-    distributed_timeout_minutes: int = option(10, "Longest duration of a collective operation.", at_least=1)
+    distributed_timeout_minutes: int = option(
+        10,
+        "Longest duration of a collective operation of a step. At the start, up to the end of the first step, and "
+        "while a checkpoint is written it is an hour, or this if it is longer.",
+        at_least=1,
+    )
 
     use_distributed_optimizer: bool = option(
         False, "Each data-parallel rank keeps main weights and optimizer states only of its shard of the weights."

@@ -30,7 +30,7 @@ from mft_megatron.errors import InputError
 from mft_megatron.lora import is_adapter
 from mft_megatron.losses.focal import TaskStatistics
 from mft_megatron.mcore.optim.checkpointed_state import restore, stored_state, wanted_state
-from mft_megatron.mcore.parallel import process_groups
+from mft_megatron.mcore.parallel import process_groups, timeouts
 from mft_megatron.mcore.parallel.sharded_weights import shards_of
 from mft_megatron.mcore.platform import devices
 from mft_megatron.mcore.platform.releases import accepted
@@ -68,6 +68,7 @@ class Writer:
         self._path = Path()
         self._plans: SavePlans | None = None
 
+    @timeouts.long_waits()
     def save(
         self,
         folder: Path,
@@ -158,7 +159,7 @@ class Writer:
     def _complete(self, blocking: bool) -> None:
         if self._queue is None or not self._queue.get_num_unfinalized_calls():
             return
-        with _failure_reported(self._path, " in the background"), _quiet():
+        with _failure_reported(self._path, " in the background"), _quiet(), timeouts.long_waits():
             self._queue.maybe_finalize_async_calls(blocking)
 
 

@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from mft_megatron.disk_errors import explain
 from mft_megatron.errors import InputError
 from mft_megatron.mcore.platform import devices
 
+from . import teardown, timeouts
+
 
 @contextlib.contextmanager
 def process_groups(layout: DistributedArguments, seed: int) -> Iterator[None]:
@@ -34,7 +37,7 @@ def process_groups(layout: DistributedArguments, seed: int) -> Iterator[None]:
         seed: ``--seed``; each pipeline stage adds 100 times its rank.
 
     Raises:
-        InputError: Megatron-Core lacks a package that this layout needs.
+        InputError: Megatron-Core lacks a package that this layout needs, or the ranks do not reach each other.
     """
     devices.use_device()
     if layout.num_distributed_optimizer_instances > 1 and importlib.util.find_spec("einops") is None:
@@ -42,14 +45,52 @@ def process_groups(layout: DistributedArguments, seed: int) -> Iterator[None]:
             "--num-distributed-optimizer-instances: Megatron-Core makes its groups of ranks with einops; install that "
             "with pip install einops, or leave the option out"
         )
-    started = not dist.is_initialized()
+    started, timeout = not dist.is_initialized(), timeouts.begin(layout.distributed_timeout_minutes)
     if started:
         for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
             os.environ.setdefault(name, value)
-        dist.init_process_group(
-            devices.backend(layout.distributed_backend),
-            timeout=datetime.timedelta(minutes=layout.distributed_timeout_minutes),
-        )
+        dist.init_process_group(devices.backend(layout.distributed_backend), timeout=timeout)
+    try:
+        if started:
+            _connect()
+        _start_model_parallel(layout, timeout)
+        stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+        torch.manual_seed(stage_seed)
+        tensor_parallel.model_parallel_cuda_manual_seed(stage_seed, force_reset_rng=True)
+        yield
+    except BaseException:
+        if not started or not teardown.end_after_error():
+            _end(started)
+        raise
+    _end(started)
+
+
+def _connect() -> None:
+    """Let the ranks exchange a number, so that they connect now, on the devices that they have chosen.
+
+    NCCL connects in the first collective, and torch lets a barrier take the device of the first one. Naming the device
+    when the group is made would do both, but then every other group is split from this one, and the messages of a
+    pipeline share a communicator with each other.
+
+    Raises:
+        InputError: NCCL cannot connect the ranks.
+    """
+    # Megatron-Core's barriers, which name no device
+    warnings.filterwarnings("ignore", message=r"barrier\(\): using the device under current context")
+    try:
+        any_rank(False)
+    except dist.DistBackendError as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise InputError(
+            f"the processes of this run cannot connect to each other: {lines[-1] if lines else 'no reason is given'}; "
+            "NCCL_DEBUG=WARN in the environment shows more. Is there one GPU for each process, and a network interface "
+            "that all nodes have (NCCL_SOCKET_IFNAME)?",
+            always=True,
+        ) from error
+
+
+def _start_model_parallel(layout: DistributedArguments, timeout: datetime.timedelta) -> None:
+    """Start Megatron-Core's groups of a parallel layout, with this timeout of their collectives."""
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor_model_parallel_size,
         pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
@@ -60,17 +101,15 @@ def process_groups(layout: DistributedArguments, seed: int) -> Iterator[None]:
         num_distributed_optimizer_instances=layout.num_distributed_optimizer_instances,
         # Only an optimizer that is not used here needs the gloo copy of each data-parallel group.
         create_gloo_process_groups=False,
-        distributed_timeout_minutes=layout.distributed_timeout_minutes,
+        distributed_timeout_minutes=int(timeout.total_seconds() / 60),
     )
-    stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
-    torch.manual_seed(stage_seed)
-    tensor_parallel.model_parallel_cuda_manual_seed(stage_seed, force_reset_rng=True)
-    try:
-        yield
-    finally:
-        parallel_state.destroy_model_parallel()
-        if started:
-            dist.destroy_process_group()
+
+
+def _end(started: bool) -> None:
+    """End Megatron-Core's groups, and torch's too if they were started here; waits for the other ranks with NCCL."""
+    parallel_state.destroy_model_parallel()
+    if started:
+        dist.destroy_process_group()
 
 
 def ranks() -> Ranks:
@@ -179,14 +218,16 @@ def write_on_main(place: Path, write: Callable[[], object], consequence: str) ->
         InputError: it cannot be written; on every process.
     """
     problem = None
-    if is_main():
-        try:
-            write()
-        except OSError as error:
-            problem = f"{error.filename or place}: cannot be written: {explain(error, place)}; {consequence}"
-    raise_on_all_ranks(problem)
+    with timeouts.long_waits():
+        if is_main():
+            try:
+                write()
+            except OSError as error:
+                problem = f"{error.filename or place}: cannot be written: {explain(error, place)}; {consequence}"
+        raise_on_all_ranks(problem)
 
 
 def barrier() -> None:
     """Wait for all processes."""
-    dist.barrier()
+    device = devices.device()
+    dist.barrier(device_ids=[device.index] if device.type == "cuda" and dist.get_backend() == "nccl" else None)
