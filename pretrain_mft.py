@@ -22,14 +22,20 @@ if TYPE_CHECKING:
     from mft_megatron.convert.peft.weight_source import AdapterSource
 
 
-def main() -> None:
+def main() -> int | None:
     """Check every option first; only then load torch and start process groups."""
     from mft_megatron.arguments.checks.lora import check_trained_model
     from mft_megatron.arguments.command import make_arguments, read_command_line
+    from mft_megatron.arguments.groups.dry_run import DRY_RUN, DryRunArguments, refuse_without_dry_run
     from mft_megatron.convert.run_start import open_start
     from mft_megatron.data.loading.dataset import packed_lengths, training_packs
 
-    command_line = read_command_line(sys.argv[1:])
+    command_line = read_command_line(sys.argv[1:], more=DRY_RUN)
+    if command_line.group(DryRunArguments).dry_run:
+        from mft_megatron.dry_run.command import dry_run
+
+        return dry_run(command_line)
+    refuse_without_dry_run(command_line.asked_for)
     launcher.complete(os.environ)
     start, model, adapter = open_start(command_line)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -44,6 +50,7 @@ def main() -> None:
         run()
     else:
         run_and_export(arguments, Path(save), Path(save_hf), main_rank, run)
+    return None
 
 
 def start_training(

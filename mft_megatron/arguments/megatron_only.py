@@ -33,7 +33,7 @@ _SENTENCES = (
     ("give --rope-scaling with the entry of the model's config.json", "use-rope-scaling rope-scaling-factor rope-type"),
     (
         "the vocabulary is the data set's tokenizer's; leave it out",
-        "vocab-size padded-vocab-size vocab-extra-ids vocab-file merge-file",
+        "padded-vocab-size vocab-extra-ids vocab-file merge-file",
     ),
     # training
     ("batches count packs and steps are counted: give --train-iters or --num-train-epochs", "train-samples"),
@@ -275,7 +275,6 @@ _SENTENCES = (
     ("a sample never attends to other samples of its pack; leave it out", "reset-attention-mask"),
     ("the data set stores which tokens have a loss, from the chat template; leave it out", "eod-mask-loss"),
     ("padding is by position; leave it out", "allow-ambiguous-pad-tokens"),
-    ("make a small data set with tools/preprocess_data.py", "mock-data"),
     ("give --seq-length", "encoder-seq-length decoder-seq-length"),
     ("tools/preprocess_data.py sets how often tasks are used: give it --task-sampling", "sample-rate"),
     ("it is for models of a different kind; leave it out", "mask-prob short-seq-prob"),

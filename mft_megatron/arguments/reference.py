@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mft_megatron.arguments.groups.config_file import ConfigFileArguments
+from mft_megatron.arguments.groups.dry_run import DRY_RUN
 from mft_megatron.options import info_of, spellings, value_type
 
 from .megatron_only import MEGATRON_ONLY
@@ -30,7 +31,7 @@ _DIFFERENCE = re.compile(r"\s*Unlike in Megatron,?\s*")
 def markdown() -> str:
     """Return the page: a table for each group, then the answers to Megatron's other options."""
     sections = [_HEAD]
-    for title, group in (("configuration file", ConfigFileArguments), *GROUPS):
+    for title, group in (*DRY_RUN, ("configuration file", ConfigFileArguments), *GROUPS):
         rows = [_row(field) for field in dataclasses.fields(group)]
         about = " ".join((group.__doc__ or "").split())
         sections.append(f"## {title.capitalize()}\n\n{about}\n\n{_table(_COLUMNS, rows)}")

@@ -24,7 +24,7 @@ def details(report: RankReport) -> Iterator[str]:
     yield f"rank {report.rank}, step {step.number}: peak at {step.memory.line}, where these are alive:"
     yield from _rows(_LIVE, step.memory.largest, "nothing")
     yield f"rank {report.rank}, step {step.number}: messages"
-    yield from _rows(_MESSAGES, step.messages, "none")
+    yield from _rows(_MESSAGES, _sent(step), "none")
     yield f"rank {report.rank}, step {step.number}: waits of the host for the GPU"
     yield from _rows(_WAITS, step.waits, "none")
     yield ""
@@ -75,8 +75,8 @@ def _work() -> dict[str, Cell]:
         "  micro-batches": lambda report, _: str(_last(report).micro_batches),
         "  TFLOPs": lambda report, _: f"{_last(report).operations / 1e12:,.1f}",
         "  kernels": lambda report, _: f"{_last(report).kernels:,}",
-        "  messages": lambda report, _: f"{sum(m.count for m in _last(report).messages):,}",
-        "  GiB of messages": lambda report, _: _gib(sum(m.bytes for m in _last(report).messages)),
+        "  messages": lambda report, _: f"{sum(m.count for m in _sent(_last(report))):,}",
+        "  GiB of messages": lambda report, _: _gib(sum(m.bytes for m in _sent(_last(report)))),
         "  copies to the GPU": lambda report, _: f"{sum(c.count for c in _last(report).copies):,}",
         "  waits in a micro-batch": lambda report, _: f"{waits_in_micro_batch(_last(report)):g}",
         "  waits outside of them": lambda report, _: f"{sum(w.outside for w in _last(report).waits):,}",
@@ -86,6 +86,11 @@ def _work() -> dict[str, Cell]:
 def waits_in_micro_batch(step: Step) -> float:
     """Mean number of times that the host waits for the GPU in a micro-batch."""
     return round(sum(wait.in_micro_batches for wait in step.waits) / max(step.micro_batches, 1), 2)
+
+
+def _sent(step: Step) -> list[Messages]:
+    """Messages of a step to other ranks; those within a group of one rank leave no GPU."""
+    return [message for message in step.messages if message.ranks > 1]
 
 
 def _of_category(category: str, report: RankReport, _: Verdict) -> str:

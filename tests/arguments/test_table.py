@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from mft_megatron.arguments.command import parse_arguments
+from mft_megatron.arguments.command import parse_arguments, read_command_line
 from mft_megatron.arguments.groups.config_file import ConfigFileArguments
+from mft_megatron.arguments.groups.dry_run import DRY_RUN
 from mft_megatron.arguments.megatron_only import MEGATRON_ONLY
 from mft_megatron.arguments.reference import markdown
 from mft_megatron.arguments.table import GROUPS, Arguments
@@ -23,7 +24,7 @@ from tests.arguments.command_line import parse
 from tests.command_lines import SHORT_RUN
 
 FIELDS = {field.name: (group, field) for _, group in GROUPS for field in dataclasses.fields(group)}
-SOURCES = (("configuration file", ConfigFileArguments), *GROUPS)
+SOURCES = (*DRY_RUN, ("configuration file", ConfigFileArguments), *GROUPS)
 NAMES = {name: field for _, group in SOURCES for field in dataclasses.fields(group) for name in spellings(field)}
 GOLDEN = Path(__file__).parent.parent / "golden" / "megatron_options.txt"
 KINDS = (int, float, bool, str)
@@ -142,7 +143,7 @@ def test_numbers_are_finite(name):
 
 def test_help_has_every_option_under_its_group(capsys):
     with pytest.raises(SystemExit) as stop:
-        parse("--help")
+        read_command_line(["--help"], more=DRY_RUN)
     assert stop.value.code == 0
     text = capsys.readouterr().out
     places = [text.index(f"\n{title}:\n") for title, _ in SOURCES]

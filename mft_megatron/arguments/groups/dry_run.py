@@ -10,7 +10,10 @@ from mft_megatron.options import option, spelling
 
 @dataclasses.dataclass(frozen=True)
 class DryRunArguments:
-    """A start without a GPU and without torchrun, which computes nothing and reports what ranks need."""
+    """A start without a GPU and without torchrun, which computes nothing and reports what ranks need.
+
+    For the command line only, not for a file.
+    """
 
     dry_run: bool = option(
         False,
@@ -62,6 +65,11 @@ class DryRunArguments:
     )
 
 
+# what to do for those that are Megatron's, too
+_WITHOUT = {
+    "mock_data": "to train, make a small data set with tools/preprocess_data.py",
+    "vocab_size": "the vocabulary is the data set's tokenizer's, so leave it out",
+}
 # further groups of the command line of pretrain_mft.py
 DRY_RUN = (("dry run", DryRunArguments),)
 
@@ -74,4 +82,5 @@ def refuse_without_dry_run(asked_for: Set[str]) -> None:
     """
     for field in dataclasses.fields(DryRunArguments):
         if field.name in asked_for:
-            raise InputError(f"{spelling(field)} has no effect without --dry-run; add that, or leave it out")
+            remedy = _WITHOUT.get(field.name, "add that, or leave it out")
+            raise InputError(f"{spelling(field)} has no effect without --dry-run; {remedy}")
