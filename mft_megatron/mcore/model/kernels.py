@@ -12,6 +12,8 @@ from mft_megatron.mcore.adapters import nf4
 from mft_megatron.mcore.attention.backends import choose, shape_of
 from mft_megatron.mcore.platform import devices, mixed_products
 
+from . import compiler
+
 
 def fusions(arguments: Arguments) -> dict[str, bool]:
     """Fields of Megatron-Core's configuration for fused operations.
@@ -63,12 +65,16 @@ def describe(arguments: Arguments, config: TransformerConfig) -> str:
     linear = {"local": "Megatron-Core", "transformer_engine": "Transformer Engine"}[config.transformer_impl]
     if config.fp8:
         linear += f" in fp8 ({config.fp8}, {config.fp8_recipe})"
+    not_compiled = compiler.why_not(arguments)
     names = {"bias_activation_fusion": "bias and SwiGLU", "bias_dropout_fusion": "bias and dropout"}
     fused = [words for name, words in names.items() if getattr(config, name)]
     if config.gradient_accumulation_fusion:
         fused.append(f"sums of gradients{_how_summed(arguments, config)}")
     quantized = f"; {nf4.describe()}" if arguments.lora.peft_type == "qlora" else ""
-    return f"{attention.describe()}; linear layers: {linear}{quantized}; fused: {', '.join(fused) or 'nothing'}"
+    return (
+        f"{attention.describe()}; linear layers: {linear}{quantized}; fused: {', '.join(fused) or 'nothing'}"
+        f"{'' if not_compiled is None else f'; {not_compiled}'}"
+    )
 
 
 def _how_summed(arguments: Arguments, config: TransformerConfig) -> str:
