@@ -1,23 +1,24 @@
 """``pretrain_mft.py --dry-run``: what ranks of a run need, from a machine without GPUs."""
 
+import dataclasses
 import functools
 import json
 import os
 import sys
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from mft_megatron.arguments.command import CommandLine
 from mft_megatron.arguments.groups.dry_run import DryRunArguments
+from mft_megatron.arguments.table import Arguments
 from mft_megatron.errors import InputError
 from mft_megatron.options import out_of_range
 
 from .processes import run_in_processes
-from .tables import details, table
-from .verdict import UNKNOWN, verdict
-
-if TYPE_CHECKING:
-    from .start import DryStart
+from .rank_report import RankReport
+from .report.advice import advice
+from .report.tables import details, table
+from .report.verdict import UNKNOWN, Verdict, verdict
 
 
 def dry_run(command_line: CommandLine) -> int:
@@ -43,59 +44,64 @@ def dry_run(command_line: CommandLine) -> int:
     from mft_megatron.training.saving import model_vocab_size
 
     from .rank_run import run_rank
+    from .report.heading import heading
     from .start import started
 
     with started(command_line) as start:
-        heading = list(_heading(start, gpu.name))
+        about = list(heading(start, gpu.name))
         if not options.json:
-            print("\n".join(heading), end="\n\n", flush=True)
+            print("\n".join(about), end="\n\n", flush=True)
         vocab_size = model_vocab_size(start.arguments, start.dataset)
         run = functools.partial(run_rank, start.arguments, start.dataset, vocab_size=vocab_size)
         reports = []
         for report in run_in_processes(run, start.ranks):
             print(f"rank {report.rank}: {report.seconds:.0f} s", file=sys.stderr, flush=True)
             reports.append(report)
-    verdicts = [verdict(report, gpu.memory) for report in reports]
+        results = [Result(report, *judge(start.arguments, report, gpu.memory)) for report in reports]
     if options.json:
-        ranks = [
-            {**report.as_json(), "when": judged.when, "allowance": judged.allowance, "fits": judged.fits}
-            for report, judged in zip(reports, verdicts, strict=True)
-        ]
-        content = {"about": heading, "gpu": options.gpu, "gpu_memory": gpu.memory, "notes": UNKNOWN, "ranks": ranks}
-        print(json.dumps(content, indent=1))
+        content = {"about": about, "gpu": options.gpu, "gpu_memory": gpu.memory, "not_known": UNKNOWN}
+        print(json.dumps({**content, "ranks": [result.as_json() for result in results]}, indent=1))
     else:
-        print("\n".join([*table(reports, verdicts), *(line for report in reports for line in details(report))]))
-        print("\n".join(UNKNOWN))
-    return 1 if any(judged.fits == "no" for judged in verdicts) else 0
+        print("\n".join(report_lines(results)))
+    return 1 if any(result.verdict.fits == "no" for result in results) else 0
 
 
-def _heading(start: "DryStart", gpu: str) -> Iterator[str]:
-    """Lines about the run: the layout, the data, the first step and notes."""
-    from mft_megatron.training.loop import next_plan
-    from mft_megatron.training.progress import Progress
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """A rank as it is printed.
 
-    arguments, dataset, layout = start.arguments, start.dataset, start.arguments.distributed
-    sizes: dict[str, Any] = {
-        "TP": layout.tensor_model_parallel_size,
-        "PP": layout.pipeline_model_parallel_size,
-        "VPP": layout.num_virtual_stages_per_pipeline_rank or 1,
-        "CP": layout.context_parallel_size,
-        "EP": layout.expert_model_parallel_size,
-        "DP": arguments.data_parallel_size,
-    }
-    words = " × ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "no parallelism"
-    yield f"dry run: {arguments.world_size} rank(s) on {gpu}, simulated; {words}; {arguments.precision.name}"
-    plan = next_plan(dataset, arguments, Progress(*arguments.progress))
-    tokens, positions = dataset.split("train").num_tokens(plan.packs_G), len(plan.packs_G) * dataset.seq_length
-    mode = dataset.entry.options["padding_mode"]
-    source = arguments.data.data_path if start.mock is None else ", ".join(task.text for task in start.mock)
-    yield (
-        f"{'data' if start.mock is None else 'mock data'} {source}: rows of {dataset.seq_length:,} tokens "
-        f"(--padding-mode {mode}); the first step has {plan.num_packs:,} rows, {tokens:,} tokens "
-        f"({tokens / positions:.1%} of the positions), {int(plan.counts.tokens_K.sum()):,} of them supervised"
-    )
-    for name, count in zip(dataset.tasks, plan.counts.tokens_K.tolist(), strict=True):
-        if len(dataset.tasks) > 1:
-            yield f"  task {name}: {count:,} supervised tokens"
-    for note in start.notes:
-        yield f"note: {note}"
+    Attributes:
+        report: what was counted.
+        verdict: whether it fits.
+        advice: what to try if it does not, or may not.
+    """
+
+    report: RankReport
+    verdict: Verdict
+    advice: Sequence[str]
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it as JSON values."""
+        judged = self.verdict
+        verdict = {"when": judged.when, "allowance": judged.allowance, "free": judged.free, "fits": judged.fits}
+        return {**self.report.as_json(), **verdict, "advice": list(self.advice)}
+
+
+def judge(arguments: Arguments, report: RankReport, gpu: int) -> tuple[Verdict, Sequence[str]]:
+    """Compare a rank with a GPU of ``gpu`` bytes; the advice is empty where it fits."""
+    judged = verdict(report, gpu)
+    return judged, [] if judged.fits == "yes" else advice(arguments, report)
+
+
+def report_lines(results: Sequence[Result]) -> Iterator[str]:
+    """Lines of the report: the table, advice, the details of each rank, and what is not known."""
+    yield from table([result.report for result in results], [result.verdict for result in results])
+    for result in results:
+        if result.advice:
+            may = "does not fit" if result.verdict.fits == "no" else "may not fit"
+            yield f"rank {result.report.rank} {may} ({result.verdict.when}); what it does not use yet, by size:"
+            yield from (f"  {words}" for words in result.advice)
+            yield ""
+    for result in results:
+        yield from details(result.report)
+    yield from UNKNOWN

@@ -20,7 +20,7 @@ from .step_counters import StepCounters
 
 STEPS = 2
 # what is answered where these functions read a value of a tensor: no gradient has overflowed
-ANSWERS = {"any_rank": 0.0, "_unscale_main_grads_and_check_for_nans": 0.0}
+ANSWERS = {"any_rank": 0.0, "_unscale_main_grads_and_check_for_nan": 0.0}
 
 
 def run_rank(arguments: Arguments, dataset: PackedDataset, rank: int, vocab_size: int | None = None) -> RankReport:

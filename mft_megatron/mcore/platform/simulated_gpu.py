@@ -15,7 +15,7 @@ class SimulatedGPU:
     Attributes:
         name: for messages.
         capability: compute capability, major and minor.
-        memory: bytes.
+        memory: bytes that torch reports of such a GPU, less than its name says.
     """
 
     name: str
@@ -24,9 +24,9 @@ class SimulatedGPU:
 
 
 SIMULATED_GPUS = {
-    "a100-40g": SimulatedGPU("NVIDIA A100 40 GB", (8, 0), 40 * GIB),
-    "a100-80g": SimulatedGPU("NVIDIA A100 80 GB", (8, 0), 80 * GIB),
-    "h100-80g": SimulatedGPU("NVIDIA H100 80 GB", (9, 0), 80 * GIB),
-    "h200-141g": SimulatedGPU("NVIDIA H200 141 GB", (9, 0), 141 * GIB),
-    "b200-180g": SimulatedGPU("NVIDIA B200 180 GB", (10, 0), 180 * GIB),
+    "a100-40g": SimulatedGPU("NVIDIA A100 40 GB", (8, 0), int(39.4 * GIB)),
+    "a100-80g": SimulatedGPU("NVIDIA A100 80 GB", (8, 0), int(79.1 * GIB)),
+    "h100-80g": SimulatedGPU("NVIDIA H100 80 GB", (9, 0), int(79.1 * GIB)),
+    "h200-141g": SimulatedGPU("NVIDIA H200 141 GB", (9, 0), int(139.7 * GIB)),
+    "b200-180g": SimulatedGPU("NVIDIA B200 180 GB", (10, 0), int(178.3 * GIB)),
 }

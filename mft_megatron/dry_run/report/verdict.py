@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from .rank_report import RankReport
+from mft_megatron.dry_run.rank_report import RankReport
 
 GIB = 2**30
 # Bytes of CUDA's context, of NCCL's communicators and of the workspaces of cuBLAS and cuDNN.

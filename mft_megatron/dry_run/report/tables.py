@@ -3,7 +3,8 @@
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from .rank_report import CATEGORIES, HostWaits, LiveTensors, Memory, Messages, RankReport, Step
+from mft_megatron.dry_run.rank_report import CATEGORIES, HostWaits, LiveTensors, Memory, Messages, RankReport, Step
+
 from .verdict import GIB, Verdict
 
 COLUMNS = 4  # ranks side by side

@@ -2,8 +2,8 @@
 
 import pytest
 
-from mft_megatron.dry_run.tables import details, table
-from mft_megatron.dry_run.verdict import verdict
+from mft_megatron.dry_run.report.tables import details, table
+from mft_megatron.dry_run.report.verdict import verdict
 from tests.dry_run.made_reports import GIB, report
 
 
