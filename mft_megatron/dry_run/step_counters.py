@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
@@ -48,6 +49,8 @@ class StepCounters:
             self.kernels += 1
             count = flop_registry.get(operator._overloadpacket)
             if count is not None:
+                # torch's formula for addmm does not expect the argument out_dtype
+                arguments = tuple(argument for argument in arguments if not isinstance(argument, torch.dtype))
                 self.operations += count(*arguments, out_val=outputs[0] if len(outputs) == 1 else tuple(outputs))
         self.memory.add(outputs)
 

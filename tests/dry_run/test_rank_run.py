@@ -1,6 +1,8 @@
 """Reports of single ranks: bytes that follow from the model, messages of each layout, waits that are planted."""
 
 import pytest
+import torch
+from packaging.version import Version
 
 from mft_megatron.dry_run.rank_report import CATEGORIES, GRADIENTS, OPTIMIZER, WEIGHTS
 
@@ -103,3 +105,31 @@ def test_planted_waits_are_counted_with_their_line(simulation):
     line = next(wait.line for wait in report.steps[-1].waits if wait.kind == "value")
     assert line.startswith("megatron/core/transformer/attention.py:")
     assert not {wait.kind for wait in simulation.report().steps[-1].waits} & {"device", "event"}
+
+
+def products(words, world_size, rank):
+    """Names of matrix products that write fp32, and how many of each there are in a run."""
+    from collections import Counter
+
+    from mft_megatron.dry_run.step_counters import StepCounters
+    from tests.dry_run.simulated import _report
+
+    counted, ran = Counter(), StepCounters.ran
+
+    def count(self, operator, arguments, outputs):
+        counted[str(operator)] += 1
+        ran(self, operator, arguments, outputs)
+
+    StepCounters.ran = count
+    _report(words, world_size, rank)
+    return {name: number for name, number in counted.items() if "mm.dtype" in name}
+
+
+@pytest.mark.skipif(Version(torch.__version__).release < (2, 10), reason="torch refuses an fp32 summand")
+def test_gradients_of_weights_are_added_in_place(simulation):
+    """Those of 4 matrices of 4 layers and of the output layer, in each of 2 steps of 8 micro-batches; no tensor.
+
+    What torch can do is tried once.
+    """
+    found = simulation.report(function=products)
+    assert found == {"aten.addmm.dtype_out": 2 * 8 * (4 * 4 + 1) + 1, "aten.mm.dtype_out": 2 * 8 + 1}

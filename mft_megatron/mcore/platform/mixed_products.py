@@ -33,26 +33,26 @@ MIN_BLOCK_ROWS = 256
 
 @functools.cache
 def writes_fp32(device: torch.device) -> bool:
-    """Whether torch multiplies matrices of bf16 on a device into one of fp32; waits for the device once."""
+    """Whether torch multiplies matrices of 16 bits on a device into one of fp32; waits for the device once."""
     factor, out = _operands(device)
     try:
         torch.mm(factor, factor, out_dtype=torch.float32, out=out)
-    except (TypeError, RuntimeError):
-        return False
+    except (TypeError, RuntimeError) as error:
+        return _refused(error)
     return out.is_meta or bool((out == len(factor)).all())
 
 
 @functools.cache
 def adds_in_fp32(device: torch.device) -> bool:
-    """Whether torch adds a product of bf16 matrices to one of fp32 in one operation; waits for the device once.
+    """Whether torch adds a product of 16-bit matrices to one of fp32 in one operation; waits for the device once.
 
     torch 2.8 and 2.9 refuse a summand of another dtype than the factors.
     """
     factor, total = _operands(device)
     try:
         torch.addmm(total, factor, factor, out_dtype=torch.float32, out=total)
-    except (TypeError, RuntimeError):
-        return False
+    except (TypeError, RuntimeError) as error:
+        return _refused(error)
     return total.is_meta or bool((total == len(factor) + 1).all())
 
 
@@ -62,8 +62,15 @@ def takes_apex() -> bool:
 
 
 def _operands(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ones of bf16 and of fp32, [16, 16]."""
-    return torch.ones(16, 16, dtype=torch.bfloat16, device=device), torch.ones(16, 16, device=device)
+    """Ones of fp16, which every GPU multiplies, and of fp32, [16, 16]."""
+    return torch.ones(16, 16, dtype=torch.float16, device=device), torch.ones(16, 16, device=device)
+
+
+def _refused(error: Exception) -> bool:
+    """Return that the dtypes were refused, or raise an error that says something else."""
+    if "dtype" not in str(error):
+        raise error
+    return False
 
 
 def multiply(left_MK: Tensor, right_KN: Tensor, out_MN: Tensor) -> None:
