@@ -31,6 +31,8 @@ from mft_megatron.mcore.output_layer.cross_entropy import FusedOutputLayer, Targ
 from mft_megatron.mcore.parallel import process_groups
 from mft_megatron.mcore.parallel.data_parallel import DistributedDataParallel, DistributedDataParallelConfig
 from mft_megatron.mcore.platform import devices
+from mft_megatron.mcore.platform.megatron_fixes import sum_weight_gradients_without_apex
+from mft_megatron.mcore.platform.mixed_products import add_weight_gradient
 from mft_megatron.mcore.platform.precisions import DTYPES
 
 MEGATRON, FUSED, RECOMPUTED = VARIANTS = ("megatron", "fused-linear", "recomputed")
@@ -52,8 +54,10 @@ class Case:
             use_cpu_initialization=not devices.HAS_CUDA,
             perform_initialization=False,
             calculate_per_token_loss=True,
-            gradient_accumulation_fusion=False,
+            gradient_accumulation_fusion=precision == "bf16",
         )
+        if config.gradient_accumulation_fusion:
+            sum_weight_gradients_without_apex(add_weight_gradient)
         layer = FusedOutputLayer(hidden_size, vocabulary, config=config, init_method=None, bias=False)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():

@@ -109,8 +109,8 @@ class TrainingArguments:
     cross_entropy_impl: str = option(
         "fused-linear",
         "How token losses are computed from hidden states. fused-linear: only for supervised tokens, block by "
-        "block, so that the logits of a micro-batch are never in memory at once: less memory, no more time, the "
-        "same numbers up to fp32 rounding. megatron: Megatron-Core's output layer and cross entropy on the logits "
+        "block, so that the logits of a micro-batch are never in memory at once: less memory, in fp32 no more time, "
+        "the same numbers up to fp32 rounding. megatron: Megatron-Core's output layer and cross entropy on the logits "
         "of all tokens, for comparison.",
         choices=("fused-linear", "megatron"),
     )

@@ -8,8 +8,11 @@
 
 ``N`` supervised tokens, ``C`` tokens of a block, ``V`` rows of the output weight on this tensor-parallel rank, ``H``
 hidden size. Where ``dL/dl_t``, the *slope*, is known in the forward pass, the lower line runs there, on the logits that
-have just been computed; otherwise the backward pass computes the logits a second time, block by block. Depends on torch
-and a process group only.
+have just been computed; otherwise the backward pass computes the logits a second time, block by block.
+
+Of 16-bit hidden states the logits are in fp32 as the product gives them (:mod:`.mixed_products`). Rounded to 16 bits
+are their gradients, as factors of the two products after them, and the gradient of the hidden states, once. How many
+tokens a block has is in :mod:`.logit_blocks`.
 """
 
 import dataclasses
@@ -20,14 +23,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mft_megatron.losses.objective import Slope
-from mft_megatron.mcore.platform import devices
+from mft_megatron.mcore.platform.mixed_products import add_product, multiply
 
-# Logits of a block on one rank. On a CPU 64 MiB in fp32: larger products are no faster, and products of fewer than 256
-# tokens are slower. A GPU reads and writes the whole gradient of the weight for each block, so there it is 512 MiB.
-BLOCK_LOGITS = {"cpu": 2**24, "cuda": 2**27}
-MIN_BLOCK_TOKENS = 256
-# rows of the weight's gradient that are computed at a time where they are converted before they are added: fits a cache
-CONVERTED_ROWS = 4096
+from .logit_blocks import block_rule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,9 +82,8 @@ def token_losses(
     Returns:
         fp32 [N] (fp64 of fp64 inputs), the same on all ranks; differentiable.
     """
-    tokens = block_tokens or max(
-        BLOCK_LOGITS["cuda" if devices.on_gpu(weight) else "cpu"] // weight.shape[0], MIN_BLOCK_TOKENS
-    )
+    rule, with_weight = block_rule(weight), torch.is_grad_enabled() and weight.requires_grad
+    tokens = block_tokens or rule.tokens(len(hidden_NH), weight, with_weight)
     if not torch.is_grad_enabled():
         return _Blocks(weight, labels_N, shard, tokens).losses(hidden_NH)[0]
     return _TokenLosses.apply(hidden_NH, weight, labels_N, shard, slope, tokens)
@@ -97,7 +94,7 @@ class _Blocks:
 
     Attributes:
         tokens: tokens of a block.
-        weight: the real rows [V, H] of this rank.
+        weight: the real rows [V, H] of this rank, and on a GPU some of the padding after them (:mod:`.logit_blocks`).
         has_label_N: bool, whether the label is one of these rows.
         column_N: int64, the label's row; 0 where another rank has it.
         dtype: of the losses, at least fp32.
@@ -105,7 +102,8 @@ class _Blocks:
 
     def __init__(self, weight: Tensor, labels_N: Tensor, shard: VocabularyShard, tokens: int):
         self.shard, self.tokens = shard, tokens
-        self.weight = weight.detach()[: shard.rows]
+        self.rule = block_rule(weight)
+        self.weight = weight.detach()[: self.rule.columns_of(shard.rows, weight)]
         self.has_label_N = (labels_N >= shard.first) & (labels_N < shard.first + shard.rows)
         self.column_N = torch.where(self.has_label_N, labels_N - shard.first, 0)
         self.dtype = torch.promote_types(weight.dtype, torch.float32)
@@ -122,7 +120,7 @@ class _Blocks:
         With ``gradients`` those are computed too, at ``slope``, or at a slope of 1 where that is ``None``.
         """
         loss_N, maximum_N, total_N = hidden_NH.new_empty(3, hidden_NH.shape[0], dtype=self.dtype)
-        buffer = _Buffer(self, hidden_NH)
+        buffer = _Buffer(self, hidden_NH, with_gradients=gradients is not None)
         for block in self.slices(hidden_NH.shape[0]):
             logits = buffer.logits(hidden_NH[block])
             maximum_C, label_C = self._maximum(logits), self._label(logits, block)
@@ -147,7 +145,7 @@ class _Blocks:
             slope_N: gradient of the losses.
             gradients: to which they are added.
         """
-        buffer = _Buffer(self, hidden_NH)
+        buffer = _Buffer(self, hidden_NH, with_gradients=True)
         for block in self.slices(hidden_NH.shape[0]):
             logits = buffer.logits(hidden_NH[block]).sub_(maximum_N[block, None]).exp_()
             logits.mul_((slope_N[block] / total_N[block])[:, None])
@@ -190,31 +188,37 @@ class _Blocks:
 class _Buffer:
     """Memory for the logits of one block after another, and for the gradients that replace them.
 
-    Allocating it for each block would take some percent of the time.
+    Allocating it for each block would take some percent of the time. Columns after the real rows' are for padding.
 
     Attributes:
-        weight: the real rows [V, H] of the output weight.
-        raw: [C, V] in the dtype of the hidden states.
-        exact: [C, V] in at least fp32; the same tensor as ``raw`` where that has this dtype.
+        weight: [columns, H], of the output weight.
+        rows: number of real rows V, the first columns.
+        exact: [C, columns] in at least fp32.
+        raw: [C, columns] in the dtype of the hidden states; the same tensor as ``exact`` where that has this dtype,
+            ``None`` where there are no gradients.
     """
 
-    def __init__(self, blocks: _Blocks, hidden_NH: Tensor):
-        self.weight = blocks.weight
-        self.raw = hidden_NH.new_empty(min(blocks.tokens, hidden_NH.shape[0]), blocks.shard.rows)
-        self.exact = self.raw.to(blocks.dtype)
+    def __init__(self, blocks: _Blocks, hidden_NH: Tensor, with_gradients: bool):
+        self.weight, self.rows = blocks.weight, blocks.shard.rows
+        shape = min(blocks.tokens, hidden_NH.shape[0]), len(self.weight), hidden_NH
+        self.exact = blocks.rule.allocate(*shape, blocks.dtype)
+        self.raw: Tensor | None = self.exact
+        if hidden_NH.dtype != blocks.dtype:
+            self.raw = blocks.rule.allocate(*shape, hidden_NH.dtype) if with_gradients else None
 
     def logits(self, hidden_CH: Tensor) -> Tensor:
-        """Compute a block's logits into ``exact``; returns them, [C, V]."""
-        torch.mm(hidden_CH, self.weight.t(), out=self.raw[: len(hidden_CH)])
-        if self.exact is not self.raw:
-            # To convert whole tensors is faster than operators on two dtypes, which convert as well.
-            self.exact[: len(hidden_CH)] = self.raw[: len(hidden_CH)]
-        return self.exact[: len(hidden_CH)]
+        """Compute a block's logits into ``exact``; returns those of real rows, [C, V]."""
+        multiply(hidden_CH, self.weight.t(), self.exact[: len(hidden_CH)])
+        return self.exact[: len(hidden_CH), : self.rows]
 
     def rounded(self, tokens: int) -> Tensor:
-        """Round the content of ``exact`` to the dtype of the hidden states: [tokens, V]."""
-        if self.exact is not self.raw:
-            self.raw[:tokens] = self.exact[:tokens]
+        """Round the content of ``exact`` to the dtype of the hidden states: [tokens, columns], 0 for padding."""
+        assert self.raw is not None
+        if self.raw is not self.exact:
+            # To convert whole tensors is faster than operators on two dtypes, which convert as well.
+            self.raw[:tokens, : self.rows] = self.exact[:tokens, : self.rows]
+        if self.rows < len(self.weight):
+            self.raw[:tokens, self.rows :] = 0
         return self.raw[:tokens]
 
 
@@ -240,20 +244,14 @@ class _Gradients:
         """Add the gradients of a block of tokens.
 
         Args:
-            logits_gradient: [C, V], dtype of the hidden states.
-            weight: [V, H].
+            logits_gradient: [C, columns], dtype of the hidden states.
+            weight: [columns, H].
             hidden_CH: the block's hidden states.
             block: its tokens.
         """
         torch.mm(logits_gradient, weight, out=self.hidden_NH[block])
-        if self.weight_VH is None:
-            return
-        if self.weight_VH.dtype == hidden_CH.dtype:
-            self.weight_VH[: len(weight)].addmm_(logits_gradient.t(), hidden_CH)
-            return
-        for first in range(0, len(weight), CONVERTED_ROWS):
-            rows = slice(first, min(first + CONVERTED_ROWS, len(weight)))
-            self.weight_VH[rows] += logits_gradient[:, rows].t() @ hidden_CH
+        if self.weight_VH is not None:
+            add_product(self.weight_VH[: len(weight)], logits_gradient.t(), hidden_CH)
 
     def for_autograd(self, weight: Tensor) -> Tensor | None:
         """The gradient of the weight [rows of this rank, H] that ``backward`` has to return.

@@ -49,9 +49,7 @@ def prepare() -> None:
         try:
             if _simulated is not None:
                 patches.apply_simulated(_simulated)
-            elif HAS_CUDA:
-                patches.apply_with_cuda()
-            else:
+            elif not HAS_CUDA:
                 patches.apply_without_cuda()
             import megatron.core.models.gpt.gpt_layer_specs
             import megatron.core.optimizer  # noqa: F401
