@@ -241,6 +241,7 @@ def install(monkeypatch, versions=None, **replaced):
     }
     monkeypatch.setattr(devices, "HAS_CUDA", True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     varlen = None if functions["varlen_attn"] is None else types.ModuleType("torch.nn.attention.varlen")
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", varlen)
     if varlen is not None:

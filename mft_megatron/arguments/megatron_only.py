@@ -98,10 +98,6 @@ _SENTENCES = (
     """,
     ),
     (
-        "results are bitwise reproducible with the same parallel layout; on a GPU set the switches of torch and cuBLAS",
-        "deterministic-mode",
-    ),
-    (
         "give --optimizer adam or sgd",
         """
         muon-extra-scale-factor muon-fp32-matmul-prec muon-momentum muon-no-split-qkv muon-num-ns-steps muon-scale-mode

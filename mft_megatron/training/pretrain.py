@@ -62,6 +62,8 @@ def pretrain(
     dataset, checked = open_dataset(arguments, main_rank)
     model_lines = check_data_of_model(arguments, dataset, main_rank)
     evaluation = evaluation_of(arguments, dataset)
+    if arguments.training.deterministic_mode:
+        devices.make_deterministic()
     with process_groups.process_groups(arguments.distributed, arguments.initialization.seed):
         options = arguments.checkpoint
         with _reported_on_all_ranks(), _run_folder_reported(arguments):

@@ -79,6 +79,12 @@ class TrainingArguments:
         "Engine. All but local need CUDA and --bf16 or --fp16. Unlike in Megatron unfused is refused.",
         choices=(*BACKENDS, "unfused"),
     )
+    deterministic_mode: bool = option(
+        False,
+        "On a GPU take algorithms that give the same bits in each run with the same parallel layout, also in backward "
+        "passes of attention, cuBLAS and NCCL; slower. An operation that has none ends the run. On the CPU every run "
+        "gives the same bits.",
+    )
     exit_duration_in_mins: float | None = option(
         None,
         "Save and stop after the first step that ends more than this many minutes after the start of the program. "

@@ -91,6 +91,8 @@ def flash(
         softmax_scale=scale,
         causal=True,
         window_size=_window(window),
+        # as torch's own kernels and Transformer Engine's follow the same switch
+        deterministic=torch.are_deterministic_algorithms_enabled(),
     )
 
 

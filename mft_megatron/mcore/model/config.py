@@ -69,6 +69,7 @@ def _transformer_config(arguments: Arguments) -> TransformerConfig:
         account_for_loss_in_pipeline_split=layout.account_for_loss_in_pipeline_split,
         pipeline_model_parallel_layout=pipeline_layout(layout),
         sequence_parallel=layout.sequence_parallel,
+        deterministic_mode=devices.HAS_CUDA and arguments.training.deterministic_mode,
         window_size=None if network.window is None else (network.window, 0),
         window_attn_skip_freq=numbers_of(network.window_attn_skip_freq),
         bf16=arguments.precision.bf16,

@@ -112,6 +112,18 @@ def use_device() -> None:
         torch.cuda.set_device(device())
 
 
+def make_deterministic() -> None:
+    """Let this process compute the same bits in each run on a GPU, before it uses the GPU; on a CPU it does anyway.
+
+    An operation that has no deterministic algorithm raises torch's RuntimeError, which names it.
+    """
+    if HAS_CUDA:
+        environment.allow_deterministic_algorithms_only(os.environ)
+        torch.use_deterministic_algorithms(True)
+        # no code here reads memory that was not written, so filling it would only cost time
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
 def synchronize() -> None:
     """Wait for the device, so that a clock measures its work."""
     if HAS_CUDA:

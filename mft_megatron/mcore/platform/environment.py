@@ -57,6 +57,17 @@ def _capability(nvml: ctypes.CDLL, index: int) -> tuple[int, int] | None:
     return major.value, minor.value
 
 
+def allow_deterministic_algorithms_only(environment: MutableMapping[str, str]) -> None:
+    """Let cuBLAS, NCCL and Transformer Engine take algorithms that give the same bits in each run.
+
+    They read their variables when they are first used. Values of the user's for cuBLAS and NCCL stay.
+    """
+    environment.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # reductions in the switches of NVLink sum in the order in which values arrive
+    environment.setdefault("NCCL_ALGO", "^NVLS,NVLSTree")
+    environment["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
+
+
 def set_aside_attention(environment: MutableMapping[str, str]) -> str | None:
     """Remove the variables by which Transformer Engine chooses attention: Megatron-Core sets them for each model.
 

@@ -59,6 +59,8 @@ def certify(
     refuse_other_data(arguments, dataset)
     evaluation, split = Evaluation(arguments, dataset), dataset.split("train")
     vocab_size, chosen = model_vocab_size(arguments, dataset), _chosen(patterns, arguments.network.num_layers)
+    if arguments.training.deterministic_mode:
+        devices.make_deterministic()
     with process_groups.process_groups(arguments.distributed, arguments.initialization.seed):
         trainer = Trainer(arguments, vocab_size, len(dataset.tasks))
         log = RunLog(main)

@@ -75,6 +75,22 @@ def test_each_computes_what_local_does(packages, name, case, heads, groups, wind
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("wanted", [False, True])
+def test_flash_follows_the_switch_of_deterministic_algorithms(monkeypatch, wanted):
+    """Its gradient of the queries is a sum in the order in which blocks are done, unless it is told otherwise."""
+    told = []
+
+    def flash_attn_varlen_func(*arguments, deterministic=False, **options):
+        told.append(deterministic)
+        return fake_kernels.flash_attn_varlen_func(*arguments, **options)
+
+    fake_kernels.install(monkeypatch, flash_attn_varlen_func=flash_attn_varlen_func)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: wanted)
+    lengths = np.array([5, 9])
+    kernel_of("flash")(*torch.randn(3, 14, 2, 8), Spans.of(lengths, lengths))
+    assert told == [wanted]
+
+
 def test_a_view_with_scattered_heads_is_made_dense(packages):
     lengths = np.array([5, 9])
     scattered = [torch.randn(8, 14, 4).permute(1, 2, 0) for _ in range(3)]

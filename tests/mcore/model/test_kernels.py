@@ -120,3 +120,10 @@ def test_a_backend_reaches_every_layer_and_transformer_engines_choice(monkeypatc
     monkeypatch.setattr("mft_megatron.mcore.model.layer_spec.get_transformer_layer_offset", lambda *others: 0)
     for layer in block_spec(config, arguments, None).layer_specs:
         assert layer.submodules.self_attention.submodules.core_attention.params == {"backend": "flash"}
+
+
+@pytest.mark.parametrize(("extra", "expected"), [("", False), ("--deterministic-mode", True)])
+def test_megatron_is_told_to_be_deterministic_on_cuda(monkeypatch, extra, expected):
+    """Its embedding then takes rows by index, whose gradient has a deterministic algorithm."""
+    fake_kernels.install(monkeypatch)
+    assert of(f"--bf16 {extra}")[1].deterministic_mode == expected

@@ -106,6 +106,23 @@ def test_connections_are_limited_before_cuda_is_asked_anything(monkeypatch):
     assert seen == ["1"]
 
 
+@pytest.mark.parametrize("has_cuda", [False, True])
+def test_deterministic_algorithms_on_a_gpu(monkeypatch, has_cuda):
+    variables = {"NCCL_ALGO": "Ring", "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "1"}
+    monkeypatch.setattr(devices, "HAS_CUDA", has_cuda)
+    monkeypatch.setattr(os, "environ", variables)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    try:
+        devices.make_deterministic()
+        assert torch.are_deterministic_algorithms_enabled() == has_cuda
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.utils.deterministic.fill_uninitialized_memory == (not has_cuda)
+    changed = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"}
+    expected = {"NCCL_ALGO": "Ring", "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "1"} | (changed if has_cuda else {})
+    assert {name: variables.get(name) for name in changed | expected} == dict.fromkeys(changed) | expected
+
+
 def test_choices_of_attention_in_the_environment_are_set_aside():
     variables = {"NVTE_FLASH_ATTN": "1", "NVTE_UNFUSED_ATTN": "0", "NVTE_DEBUG": "1"}
     line = environment.set_aside_attention(variables)
