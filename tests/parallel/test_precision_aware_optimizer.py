@@ -21,7 +21,7 @@ DTYPES = {
 }
 
 
-def _weights(trainer):
+def weights_of(trainer):
     with trainer.weights.whole():
         return [weight.detach().clone() for chunk in trainer.chunks for weight in chunk.parameters()]
 
@@ -73,13 +73,13 @@ def _precise(prefix, options, folder):
         curves = [_step(trainer, split, 2) for trainer in (whole, resumed)]
         other, _ = trainer_and_split(prefix, f"{options} --seed 77", 2)
         _load(other, f"{folder}/plain")
-        loaded = _weights(other)
+        loaded = weights_of(other)
         _save(other, f"{folder}/plain again", 2)
         dtypes = {str(state.dtype) for states in part.optimizer.state.values() for state in states.values()}
-        return curves, [_weights(whole), _weights(resumed)], loaded, dtypes
+        return curves, [weights_of(whole), weights_of(resumed)], loaded, dtypes
 
 
-def _saved(folder):
+def saved(folder):
     return tensors_of(latest_checkpoint(folder).path)
 
 
@@ -98,11 +98,11 @@ def test_it_resumes_and_loads_and_is_loaded_by_any_other(dataset_prefix, tmp_pat
         torch.testing.assert_close(one, other, rtol=0 if exact else 1e-2, atol=0 if exact else 1e-4)
     for one, other in zip(*(rank[2] for rank in ranks), strict=True):
         assert one.equal(other)  # data-parallel ranks have the same weights
-    own, copied, again = (_saved(tmp_path / name) for name in ("own", "own copied", "own again"))
+    own, copied, again = (saved(tmp_path / name) for name in ("own", "own copied", "own again"))
     for name, value in own.items():
         assert copied[name].equal(value), name
         torch.testing.assert_close(again[name], value, rtol=0 if exact else 1e-6, atol=0)
-    plain, again = _saved(tmp_path / "plain"), _saved(tmp_path / "plain again")
+    plain, again = saved(tmp_path / "plain"), saved(tmp_path / "plain again")
     halves = 0
     for name, value in plain.items():
         if name.startswith("optimizer.state.fp32_param"):

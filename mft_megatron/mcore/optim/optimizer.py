@@ -8,6 +8,7 @@ Parameter groups are the same on every rank: parameters with weight decay, biase
 
 import mft_megatron.mcore.platform.patched  # noqa: F401  (before Megatron-Core)
 
+import contextlib
 from typing import Any
 
 import torch
@@ -27,7 +28,13 @@ from mft_megatron.arguments.table import Arguments
 from mft_megatron.errors import InputError
 from mft_megatron.mcore.platform import devices
 from mft_megatron.mcore.platform.gradient_norm import compute_at_once
+from mft_megatron.mcore.platform.megatron_fixes import (
+    precise_states_without_transformer_engine,
+    torch_adam_for_offloading,
+)
 from mft_megatron.mcore.platform.precisions import DTYPES
+
+from .slices import ADAM
 
 STATE_DTYPES = {**DTYPES, "fp8": torch.uint8}
 
@@ -43,6 +50,7 @@ def build_optimizer(arguments: Arguments, chunks: list[DistributedDataParallel])
     """
     compute_at_once()
     regularization = arguments.regularization
+    precise_states_without_transformer_engine()
     config = OptimizerConfig(
         optimizer=arguments.training.optimizer,
         lr=arguments.learning_rate.lr,
@@ -72,7 +80,25 @@ def build_optimizer(arguments: Arguments, chunks: list[DistributedDataParallel])
     if ratio is not None:
         # LoRA+ (Hayou et al. 2024, arXiv 2402.12354)
         overrides[ParamKey(name="*.lora_b")] = {"max_lr": ratio * config.lr, "min_lr": ratio * config.min_lr}
-    return get_megatron_optimizer(config, chunks, config_overrides=overrides, use_gloo_process_groups=False)
+    with torch_adam_for_offloading() if config.use_torch_optimizer_for_cpu_offload else contextlib.nullcontext():
+        optimizer = get_megatron_optimizer(config, chunks, config_overrides=overrides, use_gloo_process_groups=False)
+    if devices.HAS_CUDA:
+        for part in optimizer.chained_optimizers:
+            fuse_updates(part.optimizer)
+    return optimizer
+
+
+def fuse_updates(inner: Any) -> None:
+    """Let torch's Adam update all weights in place by one kernel; other optimizers stay as they are.
+
+    Its default on a GPU computes with a temporary tensor of the size of all weights that the rank updates.
+
+    Args:
+        inner: an optimizer that has not stepped, or ``None``.
+    """
+    if isinstance(inner, ADAM):
+        for group in inner.param_groups:
+            group["fused"] = True
 
 
 def _precision(arguments: Arguments) -> dict[str, Any]:

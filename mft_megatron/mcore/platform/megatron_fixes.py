@@ -3,8 +3,9 @@
 Each is entered in :data:`.patches.PATCHES` with the test that shows that it is still needed.
 """
 
+import contextlib
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from torch import Tensor, nn
 
@@ -77,3 +78,33 @@ def sum_weight_gradients_without_apex(add: Callable[[Tensor, Tensor, Tensor], No
 
     layers._grad_accum_fusion_available = True
     layers.fused_weight_gradient_mlp_cuda = types.SimpleNamespace(wgrad_gemm_accum_fp32=add, wgrad_gemm_accum_fp16=add)
+
+
+@contextlib.contextmanager
+def torch_adam_for_offloading() -> Iterator[None]:
+    """Build optimizers with torch's Adam on the GPU, too, beside the one for states in the host's memory.
+
+    ``use_torch_optimizer_for_cpu_offload`` asks for it; ``get_megatron_optimizer`` follows it and then sets the class
+    again.
+    """
+    from megatron.core import optimizer
+
+    found = optimizer.Adam
+    optimizer.Adam = optimizer.CPUAdam
+    try:
+        yield
+    finally:
+        optimizer.Adam = found
+
+
+def precise_states_without_transformer_engine() -> None:
+    """Let Megatron-Core ask for the version of Transformer Engine where there is none; call before the config is made.
+
+    States in the host's memory need none, and 0.16.1 compares ``None`` with the version that it wants.
+    """
+    from megatron.core.optimizer import optimizer_config
+
+    try:
+        optimizer_config.is_te_min_version("0")
+    except TypeError:
+        optimizer_config.is_te_min_version = lambda version: False

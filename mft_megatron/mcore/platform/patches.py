@@ -75,6 +75,15 @@ WHERE_NEEDED = {
     "recompute without Transformer Engine": Patch(
         megatron_fixes.recompute_without_transformer_engine, f"{_FIXES}::test_recompute_asks_transformer_engine"
     ),
+    "torch's Adam beside offloaded states": Patch(
+        megatron_fixes.torch_adam_for_offloading,
+        "tests/parallel/test_offloaded_optimizer.py::test_megatron_forgets_the_option",
+    ),
+    "precise states without Transformer Engine": Patch(
+        megatron_fixes.precise_states_without_transformer_engine,
+        f"{_FIXES}::test_offloading_asks_transformer_engine",
+        seen_in="0.16.1",
+    ),
     "weight gradients without apex": Patch(
         megatron_fixes.sum_weight_gradients_without_apex, f"{_FIXES}::test_linear_layers_ask_apex"
     ),

@@ -2,7 +2,6 @@
 
 import itertools
 import types
-import weakref
 
 import pytest
 import torch
@@ -64,25 +63,6 @@ def test_a_block_holds_its_elements_and_few_others(data, shape):
     assert len(block) < end - start + 2 * row
 
 
-class _Peak(torch.utils._python_dispatch.TorchDispatchMode):
-    """Bytes of new tensors that are alive at once, at most, while it is active."""
-
-    def __init__(self):
-        super().__init__()
-        self.alive, self.peak = {}, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        before = {one.untyped_storage().data_ptr() for one in args if isinstance(one, torch.Tensor)}
-        result = func(*args, **(kwargs or {}))
-        for one in result if isinstance(result, (list, tuple)) else [result]:
-            if isinstance(one, torch.Tensor) and one.untyped_storage().data_ptr() not in before:
-                storage = one.untyped_storage()
-                self.alive[id(storage)] = storage.nbytes()
-                weakref.finalize(storage, self.alive.pop, id(storage), None)
-        self.peak = max(self.peak, sum(self.alive.values()))
-        return result
-
-
 def _bytes_of_a_save(prefix, options, world, elements):
     """Bytes on each rank: of its own states in fp32, of what it stores, of its largest weight, of all, of a load."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -91,6 +71,7 @@ def _bytes_of_a_save(prefix, options, world, elements):
     from mft_megatron.mcore.checkpointing.checkpoint import _model_state
     from mft_megatron.mcore.optim import checkpointed_state, gathered_states
     from mft_megatron.mcore.parallel import process_groups
+    from tests.live_bytes import Peak
     from tests.parallel.run import TASK_WEIGHTS, arguments_for, plans_of, trainer_and_split
 
     arguments = arguments_for(prefix, options, world)
@@ -101,7 +82,7 @@ def _bytes_of_a_save(prefix, options, world, elements):
         trainer.train_step(split, plans_of(split, 1, 1)[0], TASK_WEIGHTS)
         weights = [weight for chunk in trainer.chunks for weight in chunk.parameters()]
         model_state = _model_state(trainer, True)
-        with _Peak() as mode:
+        with Peak() as mode:
             state = checkpointed_state.stored_state(trainer.optimizer, model_state)["tensors"]
         stored = [one for one in nested_values(state) if isinstance(one, ShardedTensor)]
         wanted = checkpointed_state.wanted_state(trainer.optimizer, model_state, 1)["tensors"]

@@ -148,3 +148,30 @@ def _build_linear_layer(patched):
         except RuntimeError as error:
             return str(error)
         return "built"
+
+
+def _precise_config():
+    import sys
+    from unittest import mock
+
+    from megatron.core.optimizer import OptimizerConfig, optimizer_config
+
+    sys.modules.setdefault("transformer_engine", None)  # not installed
+    megatron_fixes.precise_states_without_transformer_engine()
+    replaced = optimizer_config.is_te_min_version.__module__ != "megatron.core.utils"
+    options = {"optimizer_cpu_offload": True, "use_precision_aware_optimizer": True, "use_distributed_optimizer": True}
+    assert OptimizerConfig(**options).store_param_remainders is False
+    from megatron.core import utils
+
+    with mock.patch.object(optimizer_config, "is_te_min_version", utils.is_te_min_version):
+        try:
+            OptimizerConfig(**options)
+        except TypeError:
+            return replaced, True
+    return replaced, False
+
+
+@without_transformer_engine
+def test_offloading_asks_transformer_engine():
+    replaced, needed = run_on_ranks(1, _precise_config)[0]
+    assert replaced == needed
