@@ -32,7 +32,8 @@ TEST_WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(TEST_WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo mft-vs-mixed test test-kernels test-all test-newest test-oldest test-with-others imports lint sanitize docs clean
+.PHONY: help setup demo mft-vs-mixed test test-kernels test-all test-newest test-oldest test-with-others gpu-ready test-gpu bench-gpu \
+	imports lint sanitize docs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1	/p' Makefile | expand -t 14
@@ -72,6 +73,19 @@ $(OTHERS): | $(STAMP)
 	rm -rf $@.part
 	$(VENV)/bin/python -m pip install --disable-pip-version-check -q --no-deps --target $@.part megatron-core==$(notdir $@)
 	mv $@.part $@
+
+# An environment that has a CUDA torch already, used as it is: a vendor's container, a cluster's module.
+GPU_PYTHON ?= python3
+IN_PLACE = PYTHONPATH=".:$$PYTHONPATH" OMP_NUM_THREADS=1 $(GPU_PYTHON)
+
+gpu-ready:
+	@$(GPU_PYTHON) tests/gpu/ready.py
+
+test-gpu: gpu-ready ## GPU against CPU, resumes and memory, on a GPU, with the packages that GPU_PYTHON has; about 3 minutes
+	$(IN_PLACE) -m pytest -q -p no:cacheprovider tests/gpu
+
+bench-gpu: gpu-ready ## speed of slices of 34B and 70B models and of the kernels on a GPU, with GPU_PYTHON; about 2 minutes
+	$(IN_PLACE) benchmarks/gpu/run.py
 
 imports: setup ## import every module of the package, which needs no more than the base dependencies
 	$(VENV)/bin/python tests/packaging/import_every_module.py

@@ -1,38 +1,20 @@
-"""Short runs of the trainer on a chosen device, each in a separate process.
+"""Short runs of the trainer, in the process of a device; see :mod:`.device_worker`."""
 
-A process has one device from its start on, so a test that compares GPU and CPU starts a process for each; the one for
-the CPU sees no GPU: ``on("cpu", "train", …)``. This file is also the program of these processes.
-"""
-
-import json
-import os
-import subprocess
-import sys
+import functools
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
-ANSWER = "ANSWER "  # starts the line of output that holds the result
+from tests.gpu import device_worker
 
 
-def on(device, function, *arguments, program=__file__):
-    """Call a function in a process on ``cpu`` or ``cuda`` and return its result.
+def on(device, function, *arguments):
+    """Call one of this file's functions in the process of ``cpu`` or ``cuda``."""
+    return device_worker.on(device, f"tests.gpu.device_runs:{function}", *arguments)
 
-    Args:
-        device: ``cpu`` or ``cuda``.
-        function: its name in ``program``.
-        arguments: of the function; JSON values, like its result.
-        program: path of the file, which calls :func:`answer`.
-    """
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    if device == "cpu":
-        environment["CUDA_VISIBLE_DEVICES"] = ""
-    command = [sys.executable, "-W", "ignore", program, function, json.dumps(arguments)]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert process.returncode == 0, process.stderr[-4000:]
-    answers = [line for line in process.stdout.splitlines() if line.startswith(ANSWER)]
-    content = json.loads(answers[0].removeprefix(ANSWER))
-    assert content["device"] == device
-    return content["result"]
+
+@functools.cache
+def on_cpu(function, *arguments):
+    """Call one of this file's functions on the CPU, once for all tests that compare with it."""
+    return on("cpu", function, *arguments)
 
 
 def _trainer(prefix, options):
@@ -130,21 +112,14 @@ def collectives():
         }
 
 
+def curves(prefix, options, steps=2):
+    """Loss and gradient norm of each step on the GPU, and on the CPU."""
+    return on("cuda", "train", prefix, options, steps)["curve"], on_cpu("train", prefix, options, steps)["curve"]
+
+
 def worst(ours, theirs):
     """Largest relative difference of two lists of numbers with the same nesting."""
     if isinstance(ours, list):
         assert len(ours) == len(theirs)
         return max(map(worst, ours, theirs))
     return abs(ours - theirs) / max(abs(theirs), 1e-30)
-
-
-def answer(functions):
-    """Call the function that :func:`on` has named on the command line, and print its result."""
-    result = functions[sys.argv[1]](*json.loads(sys.argv[2]))
-    from mft_megatron.mcore.platform import devices
-
-    print(ANSWER + json.dumps({"result": result, "device": devices.device().type}))
-
-
-if __name__ == "__main__":
-    answer(globals())

@@ -1,18 +1,17 @@
-"""A model in 4 bits on CUDA: bitsandbytes' kernels against the reference, a run against the CPU's, and memory.
-
-This file is also the program of the processes on either device, see :mod:`device_runs`.
-"""
-
-import functools
+"""A model in 4 bits on CUDA: bitsandbytes' kernels against the reference, a run against the CPU's, and memory."""
 
 import pytest
 import torch
 
-from tests.gpu import device_runs
-from tests.gpu.device_runs import answer
+from tests.gpu import device_worker
+from tests.gpu.device_runs import worst
 
-on = functools.partial(device_runs.on, program=__file__)
 LARGE = "--hidden-size 1024 --ffn-hidden-size 2816 --bf16 --micro-batch-size 1"
+
+
+def on(device, function, *arguments):
+    """Call one of this file's functions in the process of ``cpu`` or ``cuda``."""
+    return device_worker.on(device, f"tests.gpu.test_cuda_qlora:{function}", *arguments)
 
 
 def curve(prefix, options):
@@ -95,14 +94,13 @@ def test_second_level():
 @pytest.mark.parametrize(
     "options", ["", "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"]
 )
-def test_a_run(dataset_prefix, options):
+def test_a_run(dataset_prefix, options, within):
     pytest.importorskip("bitsandbytes")
     on_gpu, kernels = on("cuda", "curve", dataset_prefix, options)
     on_cpu, reference = on("cpu", "curve", dataset_prefix, options)
     assert kernels.startswith("bitsandbytes")
     assert reference == "torch"
-    for ours, theirs in zip(on_gpu, on_cpu, strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-3)
+    within(worst(on_gpu, on_cpu), 1e-3)
 
 
 def test_memory(dataset_prefix):
@@ -116,7 +114,3 @@ def test_memory(dataset_prefix):
     assert filling - filled < 12 * largest
     # one matrix at a time in 16 bits, with fp32 magnitudes of its blocks
     assert whole_step - step > saved - 4 * largest
-
-
-if __name__ == "__main__":
-    answer(globals())
