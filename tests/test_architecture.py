@@ -61,6 +61,7 @@ WITHOUT_MEGATRON = (
     "mcore.checkpointing.vocabulary",
     "mcore.checkpointing.weight_source",
     "mcore.kernels.layer_norm",
+    "mcore.kernels.norm_triton",
     "mcore.kernels.rms_norm",
     "mcore.kernels.rotary",
     "mcore.kernels.rotary_triton",

@@ -90,7 +90,7 @@ _SENTENCES = (
         "nothing here uses it; leave it out",
         """
         no-bias-gelu-fusion no-masked-softmax-fusion no-persist-layer-norm no-rope-fusion use-te-activation-func
-        use-fused-weighted-squared-relu disable-jit-fuser empty-unused-memory-level train-sync-interval
+        use-fused-weighted-squared-relu empty-unused-memory-level train-sync-interval
         disable-bf16-reduced-precision-matmul symmetric-ar-type test-mode enable-experimental dataloader-type
         no-create-attention-mask-in-dataloader exit-signal-handler-for-dataloader num-dataset-builder-threads
         num-workers dataloader-defer-npy-index-mmap dataloader-fast-cache-load no-mmap-bin-files

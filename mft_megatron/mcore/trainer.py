@@ -38,6 +38,7 @@ from mft_megatron.mcore.model.parameters import count_parameters
 from mft_megatron.mcore.optim.optimizer import build_optimizer, build_scheduler, learning_rate, loss_scale
 from mft_megatron.mcore.parallel.data_parallel import WeightGathering
 from mft_megatron.mcore.parallel.device_batch import DeviceBatch, to_device
+from mft_megatron.mcore.parallel.host_copies import copy_together
 from mft_megatron.mcore.parallel.message_shapes import message_shapes
 from mft_megatron.mcore.platform.pipeline_messages import take_known_shapes
 
@@ -172,7 +173,7 @@ class Trainer:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         experts.begin_step(self.chunks, plan.num_packs / self.arguments.training.micro_batch_size)
-        factors = self._factors(split, plan, weight_K)
+        factors, samples_K = self._factors(split, plan, weight_K)
         sums = self._run(self.objective, factors, micro_batches, forward_only=False)
         micro_batches.add_used_to(self.usage)
         report = StepReport(
@@ -238,15 +239,20 @@ class Trainer:
         """
         return count_parameters(self.chunks, trained)
 
-    def _factors(self, split: PackedSplit, plan: StepPlan, weight_K: np.ndarray) -> StepFactors:
-        """Factors of a step, normalised over its global batch or, with ``--mft-normalization epoch``, over an epoch."""
+    def _factors(self, split: PackedSplit, plan: StepPlan, weight_K: np.ndarray) -> tuple[StepFactors, Tensor]:
+        """Factors of a step, normalised over its global batch or, with ``--mft-normalization epoch``, over an epoch.
+
+        Returns:
+            the factors, and ``M_i`` of the step, fp64 [K]; on the device.
+        """
         counts, num_batches = plan.counts, 1.0
         if self.arguments.multi_task.mft_normalization == "epoch":
             counts, num_batches = split.totals, split.num_packs / plan.num_packs
         num_micro_batches = plan.num_packs / self.arguments.training.micro_batch_size
-        return self.objective.before_step(
-            *_sums_of_weights([counts]), torch.from_numpy(weight_K), self.statistics, num_micro_batches, num_batches
-        )
+        arrays = (counts.token_weights_K, counts.sample_weights_K, weight_K, plan.counts.sample_weights_K)
+        *over_K, samples_K = copy_together(arrays, [torch.float64] * len(arrays), devices.device())
+        before, sizes = self.statistics, (num_micro_batches, num_batches)
+        return self.objective.before_step(over_K[0], over_K[1], over_K[2], before, *sizes), samples_K
 
     def _micro_batches(self, split: PackedSplit, plan: StepPlan) -> MicroBatches:
         micro_batch_size = self.arguments.training.micro_batch_size

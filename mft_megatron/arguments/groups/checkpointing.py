@@ -84,7 +84,9 @@ class CheckpointArguments:
         flag="--no-ckpt-fully-parallel-save",
     )
     ckpt_fully_parallel_load: bool = option(
-        False, "Each data-parallel rank reads a part of what all of them need and sends it to the others."
+        False,
+        "Always on here, off by default in Megatron: each data-parallel rank reads a part of what all of them need and "
+        "sends it to the others.",
     )
     async_save: bool = option(
         False,

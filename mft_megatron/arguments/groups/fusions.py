@@ -21,6 +21,12 @@ class FusionArguments:
     bias_dropout_fusion: bool = option(
         True, "Compute bias, dropout and residual separately.", flag="--no-bias-dropout-fusion"
     )
+    jit_fuser: bool = option(
+        True,
+        "Do not compile small functions of Megatron-Core with torch.compile. Otherwise they are compiled at the first "
+        "step where that works on every node, which needs Triton and a C compiler; the log says if not.",
+        flag="--disable-jit-fuser",
+    )
     gradient_accumulation_fusion: bool = option(
         True,
         "Add gradients of linear layers' weights to their sums in a separate kernel, rounded to bf16 or fp16 before, "

@@ -17,14 +17,11 @@ from typing import Any, TypeAlias
 import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
-from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch.distributed.checkpoint.api import CheckpointException
 
 from mft_megatron.arguments.groups.checkpointing import CheckpointArguments
-from mft_megatron.checkpoint_files import damage, remedy
 from mft_megatron.disk_errors import disk_error, explain, writing_fails
 from mft_megatron.errors import InputError
 from mft_megatron.lora import is_adapter
@@ -35,12 +32,14 @@ from mft_megatron.mcore.parallel.sharded_weights import shards_of
 from mft_megatron.mcore.platform import devices
 from mft_megatron.mcore.platform.releases import accepted
 from mft_megatron.mcore.trainer import Trainer
-from mft_megatron.run_folder import INFO, TRACKER, CheckpointInfo, iteration_folder, replace_text, write_info
+from mft_megatron.run_folder import TRACKER, CheckpointInfo, iteration_folder, replace_text, write_info
 
 from .common_state import if_it_fails, require_common, write_common
+from .failures import agreed, reading_failed, reason
 from .finite import refuse_non_finite
 from .random_state import random_state, set_random_state, sharded_random_state
 from .save_plans import SavePlans
+from .shared_load import SharedLoad
 from .tensor_reader import TensorReader
 
 # CPU tensors, numbers, strings, lists and dicts
@@ -195,12 +194,6 @@ def _state(
     return state
 
 
-def _load_strategy(path: Path, options: CheckpointArguments) -> FullyParallelLoadStrategyWrapper | None:
-    if not options.ckpt_fully_parallel_load:
-        return None
-    return FullyParallelLoadStrategyWrapper(get_default_load_sharded_strategy(str(path)), _replicas())
-
-
 def _replicas() -> torch.distributed.ProcessGroup:
     """Ranks that have the same weights."""
     return parallel_state.get_data_parallel_group(with_context_parallel=True)
@@ -228,9 +221,9 @@ def load(path: Path, trainer: Trainer, info: CheckpointInfo, options: Checkpoint
     model_state = _model_state(trainer, info.has_base)
     state: dict[str, Any] = {"model": model_state}
     # raises a one-line error if the index is damaged, which Megatron-Core would notice late
-    reader = TensorReader(path)
+    reader = agreed(path, lambda: TensorReader(path))
     absent = _remove_absent_states(model_state, reader)
-    require_common(path, reader)
+    agreed(path, lambda: require_common(path, reader))
     whole = not options.finetune and not info.is_converted
     with_optimizer = whole and options.load_optim and info.has_optimizer
     with_rng = whole and options.load_rng and info.has_rng and info.layout == process_groups.parallel_layout()
@@ -239,15 +232,13 @@ def load(path: Path, trainer: Trainer, info: CheckpointInfo, options: Checkpoint
     try:
         with _quiet():
             if with_optimizer:
-                stored = dist_checkpointing.load_common_state_dict(str(path))["optimizer"]
+                stored = agreed(path, lambda: dist_checkpointing.load_common_state_dict(str(path))["optimizer"])
                 state["optimizer"] = wanted_state(trainer.optimizer, model_state, stored["steps"])
-            loaded = dist_checkpointing.load(state, str(path), sharded_strategy=_load_strategy(path, options))
+            loaded = dist_checkpointing.load(state, str(path), sharded_strategy=SharedLoad(path, reader))
+    except InputError:
+        raise
     except (Exception, CheckpointException) as error:  # torch's is no subclass of Exception
-        if (problem := damage(path)) is not None:
-            said = f"{path}: {problem}; the checkpoint is damaged; {remedy(path, INFO)}"
-            raise InputError(said, always=True) from error
-        rank = torch.distributed.get_rank()
-        raise InputError(f"{path}: rank {rank} cannot load it ({_reason(error)})", always=True) from error
+        raise InputError(reading_failed(path, error), always=True) from error
     for name, chunk in _named_chunks(trainer):
         current = chunk.state_dict()
         kept = current.keys() - loaded["model"][name].keys() if not info.has_base else absent[name]
@@ -336,15 +327,5 @@ def _failure_reported(path: Path, how: str = "") -> Iterator[None]:
     except (OSError, CheckpointException) as error:  # torch's is no subclass of Exception
         # torch and the writing processes hide why the disk took no more
         disk = disk_error(error) or writing_fails(path)
-        reason = _reason(error) if disk is None else explain(disk, path)
-        raise InputError(f"{path}: cannot be written{how} ({reason}); {if_it_fails(path)}") from error
-
-
-def _reason(error: BaseException) -> str:
-    """The reason of an error in a line; for torch's collection of all ranks' failures the first one."""
-    if isinstance(error, CheckpointException):
-        # only the coordinator has the failures of other ranks
-        failures = [failure for failure, _ in error.failures.values()]
-        error = failures[0] if failures else RuntimeError("on another rank")
-    text = str(error).strip() or "no message"
-    return f"{type(error).__name__}: {text.splitlines()[0][:300]}"
+        why = reason(error) if disk is None else explain(disk, path)
+        raise InputError(f"{path}: cannot be written{how} ({why}); {if_it_fails(path)}") from error

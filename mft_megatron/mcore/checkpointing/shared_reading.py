@@ -23,13 +23,13 @@ from torch import Tensor
 
 from mft_megatron.errors import InputError
 from mft_megatron.mcore.platform import devices
-from mft_megatron.mcore.platform.precisions import PRECISIONS
 
 from .weight_source import WeightSlice, WeightSource
 
 # bytes of a piece, of which the sender and each receiver have one on their devices
 PIECE_BYTES = 64 * 2**20
-_DTYPES = [precision.dtype for precision in PRECISIONS]
+# all of torch, in an order that is the same on every rank
+_DTYPES = sorted({value for value in vars(torch).values() if isinstance(value, torch.dtype)}, key=str)
 _NOTHING, _REFUSED = -1, -2
 # slices of one weight, such as gate and up projection, which a source reads at once
 Slices: TypeAlias = Sequence[WeightSlice]
@@ -112,7 +112,7 @@ class SharedReader:
         dist.all_gather_into_tensor(codes, own, group=self._group)
         self._stopped = self._stopped or bool((codes == _REFUSED).any())
         # a rank that refuses gives zeros of fp32
-        return [_DTYPES[max(code, 0)] for code in codes.tolist()]
+        return [_DTYPES[code] if code >= 0 else torch.float32 for code in codes.tolist()]
 
     def _pieces(
         self, shape: Sequence[int], dtype: torch.dtype, reader: int, own: Tensor | None

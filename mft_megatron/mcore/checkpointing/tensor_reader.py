@@ -5,6 +5,7 @@ only the stored chunks of the requested weights or layers, so memory is that of 
 executed: it may come from anywhere.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,40 +122,65 @@ class TensorReader:
             KeyError: there is no such tensor.
             InputError: a file of the checkpoint is missing or damaged.
         """
-        planner = _WeightPlanner(name, index, self._tensors[name])
+        rest = self._tensors[name].size[len(index) :]
+        offset, shape = (*index, *(0 for _ in rest)), (*(1 for _ in index), *rest)
+        return self.read_region(name, offset, shape).view(rest)
+
+    def chunks(self, name: str) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """Offset and shape, with the axes of the stack, of each chunk that a tensor is stored in.
+
+        Raises:
+            KeyError: there is no such tensor.
+        """
+        return [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in self._tensors[name].chunks]
+
+    def read_region(self, name: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+        """Read a part of a tensor; of each stored chunk that it overlaps the whole is read.
+
+        Args:
+            name: in the checkpoint.
+            offset: of the part's first element along each axis, those of the stack too.
+            shape: of the part.
+
+        Returns:
+            the part, on the CPU, in the stored dtype.
+
+        Raises:
+            KeyError: there is no such tensor.
+            InputError: a file of the checkpoint is missing or damaged.
+        """
+        planner = _RegionPlanner(name, self._tensors[name], offset, shape)
         plan = self._reader.prepare_local_plan(planner.create_local_plan())
         try:
             self._reader.read_data(plan, planner).wait()
         except Exception as error:
             problem = damage(self._path) or f"cannot be read ({error})"
             raise InputError(f"{self._path}: {problem}; the checkpoint is damaged; {_remedy(self._path)}") from None
-        return planner.weight()
+        return planner.data
 
 
 def _remedy(path: Path) -> str:
     return remedy(path, INFO if (path / INFO).is_file() else None)
 
 
-class _WeightPlanner(LoadPlanner):
-    """Gives torch's reader the memory for the stored chunks of one weight."""
+class _RegionPlanner(LoadPlanner):
+    """Gives torch's reader the memory for the stored chunks of a part of a tensor.
 
-    def __init__(self, name: str, index: tuple[int, ...], stored: TensorStorageMetadata):
-        rest = stored.size[len(index) :]
-        self._name, self._stored, self._shape = name, stored, rest
-        self._wanted = ChunkStorageMetadata(
-            torch.Size([*index, *(0 for _ in rest)]), torch.Size([*(1 for _ in index), *rest])
-        )
-        self._data = torch.empty(self._wanted.sizes, dtype=stored.properties.dtype)
+    Attributes:
+        data: the part, of the stored dtype; undefined until it is read.
+    """
 
-    def weight(self) -> Tensor:
-        return self._data.view(self._shape)
+    def __init__(self, name: str, stored: TensorStorageMetadata, offset: Sequence[int], shape: Sequence[int]):
+        self._name, self._stored = name, stored
+        self._wanted = ChunkStorageMetadata(torch.Size(offset), torch.Size(shape))
+        self.data = torch.empty(self._wanted.sizes, dtype=stored.properties.dtype)
 
     def create_local_plan(self) -> LoadPlan:
         return LoadPlan(create_read_items_for_chunk_list(self._name, self._stored, [self._wanted]))
 
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        """Give the slice of the weight that one stored chunk fills."""
-        part = self._data
+        """Give the slice of the part that one stored chunk fills."""
+        part = self.data
         for axis, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
             part = part.narrow(axis, start, length)
         return part

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import norm_on_gpu
 from .rms_norm import widened
 
 
@@ -32,14 +33,18 @@ def layer_norm(hidden: Tensor, weight: Tensor, bias: Tensor, eps: float, shift: 
 
 
 class _LayerNorm(torch.autograd.Function):
-    """torch's layer norm of widened values, which are widened again in the backward pass."""
+    """Triton's kernel on a GPU, else torch's layer norm of values that are widened again in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, eps: float, shift: float) -> Tensor:
+        ctx.shift, ctx.on_gpu = shift, norm_on_gpu.takes(hidden)
+        if ctx.on_gpu:
+            normed, mean, scale = norm_on_gpu.forward(hidden, weight, bias, eps, shift)
+            ctx.save_for_backward(hidden, weight, bias, mean, scale)
+            return normed
         normed, mean, scale = torch.ops.aten.native_layer_norm(
             widened(hidden), list(weight.shape), widened(weight) + shift, widened(bias), eps
         )
-        ctx.shift = shift
         ctx.save_for_backward(hidden, weight, bias, mean, scale)
         return normed.to(weight.dtype)
 
@@ -47,6 +52,10 @@ class _LayerNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, mean, scale = ctx.saved_tensors
+        if ctx.on_gpu:
+            trained = any(ctx.needs_input_grad[1:3])
+            gradients = norm_on_gpu.backward(gradient, hidden, weight, mean, scale, ctx.shift, trained)
+            return *gradients, None, None
         gradients = torch.ops.aten.native_layer_norm_backward(
             widened(gradient), widened(hidden), list(weight.shape), mean, scale,
             widened(weight) + ctx.shift, widened(bias), list(ctx.needs_input_grad[:3]),

@@ -18,6 +18,8 @@ from torch.autograd.function import once_differentiable
 
 from mft_megatron.mcore.platform import devices
 
+from . import norm_on_gpu
+
 
 class Kernel(NamedTuple):
     """An implementation; all take and return the same.
@@ -53,12 +55,17 @@ def widened(value: Tensor) -> Tensor:
     return value if value.dtype == torch.float64 else value.float()
 
 
+def has_torchs_kernel() -> bool:
+    """Whether this torch has a kernel of RMSNorm for CUDA, with its backward pass: since 2.9."""
+    return hasattr(torch.ops.aten, "_fused_rms_norm_backward")
+
+
 def choose(hidden: Tensor, weight: Tensor, shift: float) -> Kernel:
-    """Choose the implementation for these tensors: torch's kernel on a GPU where it can compute this."""
+    """Choose the implementation for these tensors: on a GPU torch's kernel if it can compute this, else Triton's."""
     same = hidden.dtype == weight.dtype and not shift
-    if devices.on_gpu(hidden) and same and hasattr(torch.ops.aten, "_fused_rms_norm_backward"):
+    if devices.on_gpu(hidden) and same and has_torchs_kernel():
         return TORCH
-    return PLAIN
+    return TRITON if norm_on_gpu.takes(hidden) else PLAIN
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -123,6 +130,18 @@ def _torch_backward(
     return torch.ops.aten._fused_rms_norm_backward(gradient, hidden, shape, scale, weight, mask)
 
 
+def _triton_forward(hidden: Tensor, weight: Tensor, eps: float, shift: float) -> tuple[Tensor, Tensor]:
+    normed, _, scale = norm_on_gpu.forward(hidden, weight, None, eps, shift)
+    return normed, scale
+
+
+def _triton_backward(
+    gradient: Tensor, hidden: Tensor, weight: Tensor, scale: Tensor, shift: float, trained: bool
+) -> tuple[Tensor, Tensor | None]:
+    return norm_on_gpu.backward(gradient, hidden, weight, None, scale, shift, trained)[:2]
+
+
 PLAIN = Kernel(_plain_forward, _plain_backward)
-# since torch 2.9, CUDA; rounded once, after the multiplication
+# on CUDA; rounded once, after the multiplication
 TORCH = Kernel(_torch_forward, _torch_backward)
+TRITON = Kernel(_triton_forward, _triton_backward)

@@ -33,6 +33,7 @@ from mft_megatron.mcore.parallel.device_batch import DeviceBatch
 from mft_megatron.mcore.platform import devices, environment, mixed_products
 from mft_megatron.mcore.platform.megatron_fixes import become, sum_weight_gradients_without_apex
 
+from .compiler import choose_compiler
 from .config import dtype_of, transformer_config
 from .embedding import ScaledEmbedding
 from .initialize import initialize_adapters, initialize_weights, mark_split_weights
@@ -189,6 +190,7 @@ def build_model(arguments: Arguments, vocab_size: int) -> list[DistributedDataPa
     Weights are initialised from the seed, or uninitialised where ``--load`` is about to fill them. Gradients are summed
     over data-parallel ranks and micro-batches, never averaged.
     """
+    choose_compiler(arguments)
     count = arguments.distributed.num_virtual_stages_per_pipeline_rank
     stages: Sequence[int | None] = [None] if count is None else range(count)
     return wrap(arguments, [_build_chunk(arguments, vocab_size, stage) for stage in stages])

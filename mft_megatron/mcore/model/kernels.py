@@ -10,7 +10,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from mft_megatron.arguments.table import Arguments
 from mft_megatron.mcore.adapters import nf4
 from mft_megatron.mcore.attention.backends import choose, shape_of
+from mft_megatron.mcore.kernels import triton_support
+from mft_megatron.mcore.kernels.norm_triton import LONGEST_ROW
+from mft_megatron.mcore.kernels.rms_norm import has_torchs_kernel
 from mft_megatron.mcore.platform import devices, mixed_products
+
+from . import compiler
 
 
 def fusions(arguments: Arguments) -> dict[str, bool]:
@@ -63,12 +68,31 @@ def describe(arguments: Arguments, config: TransformerConfig) -> str:
     linear = {"local": "Megatron-Core", "transformer_engine": "Transformer Engine"}[config.transformer_impl]
     if config.fp8:
         linear += f" in fp8 ({config.fp8}, {config.fp8_recipe})"
+    not_compiled = compiler.why_not(arguments)
     names = {"bias_activation_fusion": "bias and SwiGLU", "bias_dropout_fusion": "bias and dropout"}
     fused = [words for name, words in names.items() if getattr(config, name)]
     if config.gradient_accumulation_fusion:
         fused.append(f"sums of gradients{_how_summed(arguments, config)}")
     quantized = f"; {nf4.describe()}" if arguments.lora.peft_type == "qlora" else ""
-    return f"{attention.describe()}; linear layers: {linear}{quantized}; fused: {', '.join(fused) or 'nothing'}"
+    return (
+        f"{attention.describe()}{_in_triton(arguments)}; linear layers: {linear}{quantized}; "
+        f"fused: {', '.join(fused) or 'nothing'}{'' if not_compiled is None else f'; {not_compiled}'}"
+    )
+
+
+def _in_triton(arguments: Arguments) -> str:
+    """Describe what Triton's kernels compute on a GPU, or why they cannot."""
+    network = arguments.network
+    rope = network.position_embedding_type == "rope"
+    mixed = network.apply_layernorm_1p or arguments.precision.fp32_residual_connection
+    norms = mixed or (network.normalization == "RMSNorm" and not has_torchs_kernel())
+    norms = norms and network.hidden_size <= LONGEST_ROW
+    kinds = [name for name, used in (("rotary embedding", rope), ("norms", norms)) if used]
+    if not devices.HAS_CUDA or not kinds:
+        return ""
+    obstacle = triton_support.obstacle()
+    how = "Triton" if obstacle is None else f"PyTorch's operators, since Triton cannot run ({obstacle})"
+    return f"; {' and '.join(kinds)}: {how}"
 
 
 def _how_summed(arguments: Arguments, config: TransformerConfig) -> str:

@@ -192,11 +192,18 @@ def raise_on_all_ranks(refusal: str | None) -> None:
     Raises:
         InputError: a rank has a message: the first one, the same on all ranks.
     """
-    if not any_rank(refusal is not None):
-        return
-    refusals: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(refusals, refusal)
-    raise InputError(next(message for message in refusals if message is not None))
+    first = first_of_any_rank(refusal)
+    if first is not None:
+        raise InputError(first)
+
+
+def first_of_any_rank(message: str | None) -> str | None:
+    """The message of the first rank that has one, the same on all ranks; ``None`` without one; a collective."""
+    if not any_rank(message is not None):
+        return None
+    messages: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, message)
+    return next(found for found in messages if found is not None)
 
 
 def broadcast_from_main(value: Tensor) -> Tensor:

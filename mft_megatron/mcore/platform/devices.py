@@ -49,7 +49,9 @@ def prepare() -> None:
         try:
             if _simulated is not None:
                 patches.apply_simulated(_simulated)
-            elif not HAS_CUDA:
+            elif HAS_CUDA:
+                patches.apply_with_cuda()
+            else:
                 patches.apply_without_cuda()
             import megatron.core.models.gpt.gpt_layer_specs
             import megatron.core.optimizer  # noqa: F401

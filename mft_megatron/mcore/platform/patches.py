@@ -14,7 +14,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 
-from . import gradient_norm, megatron_fixes, pipeline_messages, without_cuda
+from . import gradient_norm, jit_fuser, megatron_fixes, pipeline_messages, without_cuda
 from .simulated_gpu import SimulatedGPU
 from .simulation import cuda_functions, process_group, weight_marks
 
@@ -59,6 +59,11 @@ SIMULATED = {
     "messages sent together": Patch(process_group.replace_coalescing, _DRY_RUN),
     "marks of weights": Patch(weight_marks.keep_weights_of_linear_layers, _DRY_RUN),
 }
+WITH_CUDA = {
+    "jit": Patch(
+        jit_fuser.choose_at_each_call, "tests/mcore/platform/test_jit_fuser.py::test_megatron_chooses_when_imported"
+    )
+}
 WHERE_NEEDED = {
     "class of a built module": Patch(megatron_fixes.become, f"{_FIXES}::test_megatron_takes_no_class_for_these"),
     "te_general_gemm": Patch(megatron_fixes.define_te_general_gemm, f"{_FIXES}::test_routers_need_te_general_gemm"),
@@ -88,13 +93,20 @@ WHERE_NEEDED = {
         megatron_fixes.sum_weight_gradients_without_apex, f"{_FIXES}::test_linear_layers_ask_apex"
     ),
 }
-PATCHES = WITHOUT_CUDA | WHERE_NEEDED
+PATCHES = WITHOUT_CUDA | {f"{name} on CUDA": patch for name, patch in WITH_CUDA.items()} | WHERE_NEEDED
 
 
 @functools.cache
 def apply_without_cuda() -> None:
     """Apply every patch for a machine without CUDA, in the order of the table, once per process."""
     for patch in WITHOUT_CUDA.values():
+        patch.apply()
+
+
+@functools.cache
+def apply_with_cuda() -> None:
+    """Apply every patch for a machine with CUDA, once per process."""
+    for patch in WITH_CUDA.values():
         patch.apply()
 
 

@@ -20,7 +20,6 @@ CPU = torch.device("cpu")
 FACTORIES = ("empty", "zeros", "ones", "full", "tensor", "empty_like")
 # modules of Megatron-Core that make tensors on the device "cuda"
 FACTORY_USERS = (
-    "dist_checkpointing.exchange_utils",
     "optimizer.clip_grads",
     "optimizer.grad_scaler",
     "optimizer.optimizer",

@@ -16,7 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mft_megatron.mcore.kernels import rotary_triton
+from mft_megatron.mcore.kernels import norm_triton, rotary_triton
 
 POINTERS = {"bf16": "*bf16", "fp32": "*fp32"}
 
@@ -32,6 +32,21 @@ def rotary_variants():
             **dict.fromkeys(("heads", "token_stride", "head_stride"), "i32"),
         }  # fmt: skip
         yield f"rotary {heads}x{size}", rotary_triton.rotate_kernel, signature, constants, 4
+
+
+def norm_variants():
+    """Name, kernel, signature and constants of norms of the widest rows, of a 70B model's, and of heads."""
+    fp32 = dict.fromkeys(("mean", "scale", "of_weight", "of_bias"), "*fp32")
+    pointers = dict.fromkeys(("hidden", "weight", "bias", "normed", "gradient", "of_hidden"), "*bf16") | fp32
+    numbers = dict.fromkeys(("rows", "row_stride", "gradient_stride"), "i32") | {"eps": "fp32", "shift": "fp32"}
+    for size in (norm_triton.LONGEST_ROW, 5120, 128):
+        for centered in (False, True):
+            for kernel in (norm_triton.forward_kernel, norm_triton.backward_kernel):
+                constants = dict(SIZE=size, CENTERED=centered, TRAINED=True, **norm_triton.blocks(size))
+                warps = constants.pop("num_warps")
+                constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+                name = f"norm {kernel.__name__.partition('_')[0]} {size}{' centered' if centered else ''}"
+                yield name, kernel, pointers | numbers, constants, warps
 
 
 def compiled(kernel, signature, constants, warps, capability):
@@ -61,7 +76,7 @@ if __name__ == "__main__":
     json.dump(
         {
             f"{name} sm_{target}": compiled(*variant, target)
-            for name, *variant in rotary_variants()
+            for name, *variant in (*rotary_variants(), *norm_variants())
             for target in targets
         },
         sys.stdout,

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mft_megatron.mcore.kernels import norm_on_gpu
 from mft_megatron.mcore.kernels.layer_norm import layer_norm
 from tests.mcore.kernels.saved import saved_bytes
 
@@ -51,6 +52,16 @@ def test_keeps_no_converted_input():
     tokens = hidden[..., 0].numel()
     assert saved_bytes(lambda: layer_norm(*values, EPS, 1.0), *values) == 2 * 4 * tokens
     assert saved_bytes(lambda: converted(*values, EPS, 1.0), *values) > 2 * hidden.nbytes
+
+
+def test_on_a_simulated_gpu_results_have_shapes_and_dtypes(monkeypatch):
+    monkeypatch.setattr(norm_on_gpu, "takes", lambda hidden: True)
+    values, gradient = operands(torch.float32, torch.bfloat16)
+    values = [value.to("meta").requires_grad_() for value in values]
+    output = layer_norm(*values, EPS, 1.0)
+    gradients = torch.autograd.grad(output, values, gradient.to("meta"))
+    for result, like in zip((output, *gradients), (gradient, *values), strict=True):
+        assert (result.shape, result.dtype) == (like.shape, like.dtype)
 
 
 def test_frozen_parameters():

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from mft_megatron.mcore.kernels import rms_norm as module
-from mft_megatron.mcore.kernels.rms_norm import PLAIN, TORCH, choose, rms_norm
+from mft_megatron.mcore.kernels import triton_support
+from mft_megatron.mcore.kernels.norm_triton import LONGEST_ROW
+from mft_megatron.mcore.kernels.rms_norm import PLAIN, TORCH, TRITON, choose, rms_norm
 from mft_megatron.mcore.platform import devices
 from tests.mcore.kernels.saved import saved_bytes
 
@@ -80,12 +82,17 @@ def test_a_frozen_weight_has_no_gradient():
 
 def test_choice(monkeypatch):
     bf16, fp32 = torch.zeros(2, 8, dtype=torch.bfloat16), torch.zeros(2, 8)
+    fp64, wide = torch.zeros(2, 8).double(), torch.zeros(2, LONGEST_ROW + 1)
     assert choose(bf16, bf16[0], 0.0) is PLAIN
     monkeypatch.setattr(devices, "on_gpu", lambda tensor: True)
-    has_kernel = hasattr(torch.ops.aten, "_fused_rms_norm_backward")
-    assert choose(bf16, bf16[0], 0.0) is (TORCH if has_kernel else PLAIN)
-    assert choose(bf16, bf16[0], 1.0) is PLAIN
-    assert choose(fp32, bf16[0], 0.0) is PLAIN
+    for obstacle, other in ((None, TRITON), ("Triton is not installed", PLAIN)):
+        monkeypatch.setattr(triton_support, "obstacle", lambda obstacle=obstacle: obstacle)
+        has_kernel = hasattr(torch.ops.aten, "_fused_rms_norm_backward")
+        assert choose(bf16, bf16[0], 0.0) is (TORCH if has_kernel else other)
+        assert choose(bf16, bf16[0], 1.0) is other
+        assert choose(fp32, bf16[0], 0.0) is other
+        assert choose(fp64, fp64[0], 1.0) is PLAIN
+        assert choose(wide, wide[0], 1.0) is PLAIN
 
 
 @pytest.mark.skipif(not hasattr(torch.ops.aten, "_fused_rms_norm_backward"), reason="this torch has no such kernel")
@@ -110,8 +117,9 @@ def test_torchs_kernel_is_called_as_it_is_described(monkeypatch):
     assert names == ["grad_out", "input", "normalized_shape", "rstd", "weight", "output_mask"]
 
 
-def test_on_a_simulated_gpu_there_are_no_other_tensors(monkeypatch):
-    monkeypatch.setattr(devices, "on_gpu", lambda tensor: tensor.is_meta)
+@pytest.mark.parametrize("kernel", [TORCH, TRITON])
+def test_on_a_simulated_gpu_results_have_shapes_and_dtypes(monkeypatch, kernel):
+    monkeypatch.setattr(module, "choose", lambda *values: kernel)
     hidden, weight, gradient = operands(torch.bfloat16, torch.bfloat16)
     hidden, weight = (value.detach().to("meta").requires_grad_() for value in (hidden, weight))
     for result, like in zip(

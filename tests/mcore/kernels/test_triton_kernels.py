@@ -35,11 +35,12 @@ def interpreted():
     return run("interpreted", TRITON_INTERPRET="1")
 
 
-@pytest.mark.parametrize("kernel", ["rotary"])
-def test_against_fp64(kernel):
+# a norm of six elements loses most
+@pytest.mark.parametrize(("kernel", "most"), [("rotary", 2), ("norm", 5)])
+def test_against_fp64(kernel, most):
     errors = {name: error for name, error in interpreted().items() if name.startswith(kernel)}
     assert len(errors) > 20
-    assert {name: error for name, error in errors.items() if not error < 2} == {}
+    assert {name: error for name, error in errors.items() if not error < most} == {}
 
 
 @pytest.mark.skipif(Version("3.3") > TRITON, reason="compiling ahead of time was called otherwise before Triton 3.3")

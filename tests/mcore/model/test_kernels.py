@@ -88,6 +88,41 @@ def test_sums_of_gradients_with_older_torch(monkeypatch, release, apex, words):
     assert describe(arguments, config).endswith(f"bias and dropout, {words}")
 
 
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        ("", ""),
+        ("--position-embedding-type rope", "rotary embedding: "),
+        ("--apply-layernorm-1p", "norms: "),
+        ("--position-embedding-type rope --normalization RMSNorm --apply-layernorm-1p", "rotary embedding and norms: "),
+    ],
+)
+@pytest.mark.parametrize(
+    ("obstacle", "how"),
+    [(None, "Triton; "), ("no gcc", "PyTorch's operators, since Triton cannot run (no gcc); ")],
+)
+def test_kernels_in_triton(monkeypatch, extra, words, obstacle, how):
+    from mft_megatron.mcore.kernels import triton_support
+    from mft_megatron.mcore.model.kernels import describe
+
+    on_cuda(monkeypatch, "2.10", apex=False)
+    monkeypatch.setattr(triton_support, "obstacle", lambda: obstacle)
+    line = describe(*of(f"--bf16 {extra}"))
+    assert f"attention: flash; {words}{how if words else ''}linear layers: " in line
+
+
+def test_a_norm_without_a_kernel_of_torch(monkeypatch):
+    """RMSNorm is in Triton where torch is older than 2.9."""
+    from mft_megatron.mcore.kernels import triton_support
+    from mft_megatron.mcore.model import kernels
+
+    on_cuda(monkeypatch, "2.10", apex=False)
+    monkeypatch.setattr(triton_support, "obstacle", lambda: None)
+    for has_kernel in (False, True):
+        monkeypatch.setattr(kernels, "has_torchs_kernel", lambda has_kernel=has_kernel: has_kernel)
+        assert ("; norms: Triton" in kernels.describe(*of("--bf16 --normalization RMSNorm"))) != has_kernel
+
+
 def test_gelu_is_not_fused(monkeypatch):
     from mft_megatron.arguments.command import parse_arguments
     from mft_megatron.mcore.model.kernels import fusions

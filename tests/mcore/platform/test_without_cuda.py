@@ -23,9 +23,8 @@ if __name__ == "__main__":
     from tests.parallel.run import train_save_load
     print(train_save_load({prefix!r}, {folder!r}))
 """
-# needed by a loss scale (parallel/test_precision.py) and by ranks that each read a part of a checkpoint
-# (parallel/test_checkpoints_of_distributed_optimizer.py)
-ELSEWHERE = ("optimizer.grad_scaler", "dist_checkpointing.exchange_utils")
+# needed by a loss scale (parallel/test_precision.py)
+ELSEWHERE = ("optimizer.grad_scaler",)
 DISABLE = {
     **{name: f"del patches.WITHOUT_CUDA[{name!r}]" for name in patches.WITHOUT_CUDA},
     **{

@@ -18,6 +18,8 @@ from mft_megatron.mcore.platform.simulated_gpu import SimulatedGPU
 from .listener import listener
 
 META = torch.device("meta")
+# storages on the host that a process with a GPU would have pinned
+_pinned = torch.utils.weak.WeakIdKeyDictionary()
 
 
 class _Stream:
@@ -125,6 +127,12 @@ def replace_cuda_functions(gpu: SimulatedGPU) -> None:
     _replace(torch.cuda.nvtx, range_push=_nothing(), range_pop=_nothing())
 
 
+def as_pinned(tensor: Tensor) -> Tensor:
+    """Let a tensor on the host count as pinned; returns it."""
+    _pinned[tensor.untyped_storage()] = True
+    return tensor
+
+
 def replace_tensor_methods() -> None:
     """Let tensors without content name themselves CUDA's, by which Megatron-Core's optimizer sorts, and be pinned."""
     original_type: Callable[..., Any] = torch.Tensor.type
@@ -137,15 +145,11 @@ def replace_tensor_methods() -> None:
     def cuda(tensor: Tensor, device: Any = None, non_blocking: bool = False, **options: Any) -> Tensor:
         return original_to(tensor, META, non_blocking=non_blocking)
 
-    pinned = torch.utils.weak.WeakIdKeyDictionary()
-
     def pin(tensor: Tensor, device: Any = None) -> Tensor:
-        copy = tensor.clone()
-        pinned[copy.untyped_storage()] = True
-        return copy
+        return as_pinned(tensor.clone())
 
     def is_pinned(tensor: Tensor, device: Any = None) -> bool:
-        return tensor.untyped_storage() in pinned
+        return tensor.untyped_storage() in _pinned
 
     _replace(torch.Tensor, type=cuda_type, cuda=cuda, pin_memory=pin, is_pinned=is_pinned)
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .cuda_functions import META
+from .cuda_functions import META, as_pinned
 from .listener import listener
 
 aten = torch.ops.aten
@@ -66,7 +66,7 @@ class SimulatedDevice(TorchDispatchMode):
             listener().waited("value")
             return self._answer(args[0].dtype)
         if kwargs.get("pin_memory"):
-            kwargs = {**kwargs, "pin_memory": False}
+            return as_pinned(func(*args, **{**kwargs, "pin_memory": False}))
         device = kwargs.get("device")
         if device is not None and device.type == "cuda":
             kwargs = {**kwargs, "device": META}

@@ -1,0 +1,86 @@
+"""Each byte of a checkpoint's tensors is read by one rank of those that need it; all ranks say why one cannot read."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.parallel.run import arguments_for, plans_of, trainer_and_split
+from tests.ranks import run_on_ranks
+
+# several buckets, so that the ranks' slices of the states cut weights
+BUCKETS = "--bf16 --use-distributed-optimizer --overlap-grad-reduce --ddp-bucket-size 30001"
+EXPERTS = "--expert-model-parallel-size 2 --micro-batch-size 1"
+
+
+def _save(prefix, folder, options, world, shape):
+    """Train a step and save."""
+    import numpy as np
+
+    from mft_megatron.mcore.checkpointing import checkpoint
+    from mft_megatron.mcore.parallel import process_groups
+    from mft_megatron.run_folder import CheckpointInfo
+
+    arguments = arguments_for(prefix, options, world, shape)
+    with process_groups.process_groups(arguments.distributed, 1):
+        trainer, split = trainer_and_split(prefix, options, world, shape)
+        trainer.train_step(split, plans_of(split, 1)[0], np.ones(4))
+        info = CheckpointInfo(1, 0, {}, 500, {}, "", 1, 8, layout=process_groups.parallel_layout())
+        checkpoint.save(Path(folder), trainer, info, arguments.checkpoint)
+
+
+def _load(prefix, folder, options, world, shape, fails=None):
+    """Load the checkpoint.
+
+    Args:
+        fails: the rank that cannot read tensors, for an error of its disk.
+
+    Returns:
+        bytes of tensors in the checkpoint, bytes of them that this rank read, and its error.
+    """
+    import torch.distributed as dist
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.planner import LoadItemType
+
+    from mft_megatron.errors import InputError
+    from mft_megatron.mcore.checkpointing import checkpoint
+    from mft_megatron.mcore.parallel import process_groups
+    from mft_megatron.run_folder import latest_checkpoint
+
+    read, read_data = [], FileSystemReader.read_data
+
+    def counted(self, plan, planner):
+        tensors = [item.storage_index for item in plan.items if item.type == LoadItemType.TENSOR]
+        if tensors and dist.get_rank() == fails:
+            raise OSError(5, "Input/output error")
+        read.extend(self.storage_data[index].length for index in tensors)
+        return read_data(self, plan, planner)
+
+    FileSystemReader.read_data = counted
+    arguments = arguments_for(prefix, options, world, shape)
+    with process_groups.process_groups(arguments.distributed, 1):
+        trainer, _ = trainer_and_split(prefix, options, world, shape)
+        path, info = (newest := latest_checkpoint(folder)).path, newest.info
+        stored = FileSystemReader(path).read_metadata()
+        all_bytes = sum(where.length for index, where in stored.storage_data.items() if index.offset is not None)
+        try:
+            checkpoint.load(path, trainer, info, arguments.checkpoint)
+        except InputError as error:
+            return all_bytes, sum(read), str(error)
+        return all_bytes, sum(read), None
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [("llama", BUCKETS), pytest.param("experts", f"{BUCKETS} {EXPERTS}", marks=pytest.mark.slow)],
+)
+def test_each_byte_is_read_once(dataset_prefix, tmp_path, shape, options):
+    run_on_ranks(2, _save, dataset_prefix, str(tmp_path), options, 2, shape)
+    results = run_on_ranks(2, _load, dataset_prefix, str(tmp_path), options, 2, shape)
+    all_bytes = results[0][0]
+    assert sum(read for _, read, _ in results) == all_bytes
+    assert max(read for _, read, _ in results) < 0.55 * all_bytes
+    assert all(error is None for *_, error in results)
+    # an error of one rank, in the same run of ranks that have nothing else in common
+    failed = run_on_ranks(2, _load, dataset_prefix, str(tmp_path), options, 2, shape, 1)
+    assert len({error for *_, error in failed}) == 1
+    assert "iter_0000001: cannot be read ([Errno 5] Input/output error); the checkpoint is damaged" in failed[0][2]
