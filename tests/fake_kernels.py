@@ -144,7 +144,7 @@ def flash_attn_varlen_func(
 
 
 class DotProductAttention(torch.nn.Module):
-    """The module of Transformer Engine 2.11, for ``thd`` only.
+    """The module of Transformer Engine 2.9 to 2.11, for ``thd`` only; ``num_splits`` came with 2.10.
 
     cuDNN has no dropout with a mask that is aligned at the end, and none with a window.
     """
@@ -202,6 +202,8 @@ class DotProductAttention(torch.nn.Module):
         num_splits=1,
     ):
         _check(query_layer, key_layer, value_layer, cu_seqlens_q, cu_seqlens_kv)
+        assert query_layer.dtype == key_layer.dtype == value_layer.dtype
+        assert num_splits == 1
         assert query_layer.shape[1:] == (self.heads, self.size)
         assert key_layer.shape[1:] == (self.groups, self.size)
         assert qkv_format == "thd"

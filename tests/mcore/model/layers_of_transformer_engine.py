@@ -25,8 +25,10 @@ def main(prefix, folder, options):
 
     transformer_engine.require = lambda arguments: None
     from megatron.core.extensions.transformer_engine import HAVE_TE
+    from megatron.core.tensor_parallel.layers import HAVE_TE as LAYERS_HAVE_TE
 
     assert HAVE_TE, "Megatron-Core imports more of Transformer Engine than the stand-in has"
+    assert LAYERS_HAVE_TE, "Megatron-Core's own linear layers import more of Transformer Engine than the stand-in has"
     world_size = int(__import__("os").environ.get("WORLD_SIZE", 1))
     both = [arguments_for(prefix, f"{options} --transformer-impl {name}", world_size) for name in IMPLEMENTATIONS]
     dataset = open_dataset(both[0])
@@ -42,6 +44,7 @@ def main(prefix, folder, options):
             trainer = Trainer(arguments, dataset.vocab_size, 4)
             layer = trainer.chunks[0].module.decoder.layers[0]
             results[name] = {"curve": [step(trainer, number) for number in range(2)]}
+            results[name]["fused"] = trainer.chunks[0].config.gradient_accumulation_fusion
             results[name]["modules"] = [
                 type(module).__name__ for module in (layer.self_attention.linear_qkv, layer.self_attention.linear_proj)
             ]

@@ -23,7 +23,7 @@ def found(process):
     return json.loads(next(line for line in process.stdout.splitlines() if line.startswith("FOUND "))[6:])
 
 
-def check(result):
+def check(result, tolerance=1e-6):
     local, engine = result["local"], result["transformer_engine"]
     assert local["modules"] == ["ColumnParallelLinear", "RowParallelLinear"]
     assert engine["modules"] == ["TELayerNormColumnParallelLinear", "TERowParallelLinear"]
@@ -35,12 +35,23 @@ def check(result):
         [*local["curve"], *[local["third"]] * 3],
         strict=True,
     ):
-        assert ours == pytest.approx(theirs, rel=1e-6)
+        assert ours == pytest.approx(theirs, rel=tolerance)
 
 
 @pytest.mark.parametrize("options", [pytest.param("", marks=pytest.mark.slow), WITH_BIASES])
 def test_layers_and_checkpoints_are_those_of_the_local_ones(dataset_prefix, tmp_path, options):
     check(found(run_tool("-W", "ignore", SCRIPT, dataset_prefix, tmp_path, *options.split())))
+
+
+@pytest.mark.parametrize(
+    "options",
+    ["--bf16 --overlap-grad-reduce", pytest.param("--fp16 --initial-loss-scale 1024", marks=pytest.mark.slow)],
+)
+def test_they_add_gradients_of_weights_to_their_sums_themselves(dataset_prefix, tmp_path, options):
+    """The norm of gradients would be NaN if the tensors that stand for them were added, and double if both were."""
+    result = found(run_tool("-W", "ignore", SCRIPT, dataset_prefix, tmp_path, *options.split()))
+    assert result["transformer_engine"]["fused"] is result["local"]["fused"] is True
+    check(result, 5e-3)
 
 
 @pytest.mark.slow
