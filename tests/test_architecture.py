@@ -38,7 +38,7 @@ ORDER = {
     "dry_run": (
         *(
             "rank_report",
-            "code_lines|memory_account|step_counters",
+            "code_lines|operations|memory_account|step_counters",
             "rank_run",
             "mock_data|model_description|refusals|processes",
             "start",

@@ -46,9 +46,11 @@ class MemoryAccount:
     Attributes:
         now: bytes.
         by_category: bytes of each category now.
+        keeps_activations: whether a backward pass follows, so that what a forward pass leaves are activations.
     """
 
     def __init__(self) -> None:
+        self.keeps_activations = True
         self.now, self.by_category = 0, Counter[str](dict.fromkeys(CATEGORIES, 0))
         self._blocks: dict[int, _Block] = {}
         self._bytes: Counter[tuple[str, str]] = Counter()
@@ -56,6 +58,7 @@ class MemoryAccount:
         self._peak, self._line = 0, ""
         self._at_peak: tuple[LiveTensors, ...] = ()
         self._by_category_at_peak: dict[str, int] = {}
+        self._made: list[int] = []
         self._fused: list[list[weakref.ref[torch.UntypedStorage]]] = []
 
     def add(self, tensors: Iterable[Tensor]) -> None:
@@ -75,6 +78,7 @@ class MemoryAccount:
         key, size = id(storage), allocated(storage)
         category = OPTIMIZER if line.state else LOGITS if line.output else TEMPORARIES
         self._blocks[key] = _Block(size, category, line.text, weakref.ref(storage, lambda _: self._free(key)))
+        self._made.append(key)
         self._change(self._blocks[key], size, 1)
         if self.now > self._peak:
             self._peak, self._line, self._by_category_at_peak = self.now, line.text, {}
@@ -109,19 +113,34 @@ class MemoryAccount:
             storage = tensor.untyped_storage()
             if tensor.is_meta and storage.nbytes():
                 self.add([tensor])
-                self._move(storage, category)
+                self._move(id(storage), category)
 
-    def save(self, tensor: Tensor) -> None:
-        """Note that a tensor is kept for the backward pass."""
-        self._move(tensor.untyped_storage(), ACTIVATIONS, (TEMPORARIES, COMMUNICATION))
+    def begin_forward(self) -> None:
+        """Begin the forward pass of a model, or of a layer that is recomputed."""
+        self._made = []
+
+    def end_module(self, inputs: Iterable[Tensor]) -> None:
+        """Count what a module was given, and what it has made and is still alive, for kept for the backward pass.
+
+        torch's hooks on saved tensors would tell more, but a backward pass would get copies of weights, without the
+        attributes by which Megatron-Core accumulates gradients.
+        """
+        if not self.keeps_activations:
+            return
+        for key in self._made:
+            if key in self._blocks:
+                self._move(key, ACTIVATIONS, (TEMPORARIES, COMMUNICATION))
+        self._made = []
+        for tensor in inputs:
+            self._move(id(tensor.untyped_storage()), ACTIVATIONS, (TEMPORARIES, COMMUNICATION))
 
     def send(self, tensors: Iterable[Tensor]) -> None:
         """Note that tensors are buffers of a message."""
         for tensor in tensors:
-            self._move(tensor.untyped_storage(), COMMUNICATION, (TEMPORARIES,))
+            self._move(id(tensor.untyped_storage()), COMMUNICATION, (TEMPORARIES,))
 
-    def _move(self, storage: torch.UntypedStorage, category: str, of: Iterable[str] = CATEGORIES) -> None:
-        block = self._blocks.get(id(storage))
+    def _move(self, key: int, category: str, of: Iterable[str] = CATEGORIES) -> None:
+        block = self._blocks.get(key)
         if block is None or block.category == category or block.category not in of:
             return
         self._change(block, -block.size, -1)

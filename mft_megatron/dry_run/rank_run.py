@@ -12,6 +12,7 @@ from mft_megatron.mcore.optim.held_tensors import held_tensors
 from mft_megatron.mcore.parallel import process_groups
 from mft_megatron.mcore.platform.simulation import listener
 from mft_megatron.mcore.platform.simulation.device_mode import running
+from mft_megatron.mcore.platform.simulation.expert_load import ExpertLoad
 from mft_megatron.mcore.platform.simulation.process_group import start
 from mft_megatron.mcore.trainer import Trainer
 
@@ -23,7 +24,13 @@ STEPS = 2
 ANSWERS = {"any_rank": 0.0, "_unscale_main_grads_and_check_for_nan": 0.0}
 
 
-def run_rank(arguments: Arguments, dataset: PackedDataset, rank: int, vocab_size: int | None = None) -> RankReport:
+def run_rank(
+    arguments: Arguments,
+    dataset: PackedDataset,
+    rank: int,
+    vocab_size: int | None = None,
+    busiest_expert: float = 1.0,
+) -> RankReport:
     """Take two training steps as one rank of the layout of ``arguments``, and report what they need.
 
     The process simulates a GPU (:func:`mft_megatron.mcore.platform.devices.simulate`) and can be one rank only.
@@ -33,50 +40,25 @@ def run_rank(arguments: Arguments, dataset: PackedDataset, rank: int, vocab_size
         dataset: packed for ``--seq-length``.
         rank: which of the world.
         vocab_size: rows of the model's vocabulary; ``None`` for those of the data set.
+        busiest_expert: load of the busiest expert of each layer, one of this rank's, in multiples of the mean.
 
     Raises:
         InputError: something in ``arguments`` cannot be simulated.
     """
     began = time.perf_counter()
     start(rank, arguments.world_size)
-    split, size = dataset.split("train"), arguments.batch_sizes
-    with process_groups.process_groups(arguments.distributed, arguments.initialization.seed), running(ANSWERS):
-        counters = StepCounters(group_name)
-        listener.listen(counters)
-        trainer = Trainer(arguments, vocab_size or dataset.vocab_size, len(dataset.tasks))
-        steps, consumed = [], 0
-        for number in range(1, STEPS + 1):
-            _mark(counters, trainer)
-            counters.reset()
-            plan = plan_step(
-                split,
-                seed=arguments.initialization.seed,
-                global_batch_size=size.after(consumed),
-                consumed_samples=consumed,
-                end=arguments.total_packs,
-                batch_multiple=arguments.batch_multiple,
-                order_version=dataset.entry.order_version,
-            )
-            trainer.train_step(split, plan, np.ones(len(dataset.tasks)))
-            consumed += plan.num_packs
-            steps.append(
-                Step(
-                    number,
-                    plan.num_packs // arguments.training.micro_batch_size // trainer.ranks.data_size,
-                    counters.memory.at_peak(),
-                    counters.waits(),
-                    counters.copies(),
-                    counters.messages(),
-                    counters.operations,
-                    counters.kernels,
-                )
-            )
-        _mark(counters, trainer)
-        resident = dict(counters.memory.by_category)
-        listener.listen(None)
-        models = [chunk.module for chunk in trainer.chunks]
-        weights = [weight for model in models for weight in model.parameters()]
+    with process_groups.process_groups(arguments.distributed, arguments.initialization.seed):
         position = process_groups.position()
+        with running(ANSWERS, _load(arguments, position["expert"], busiest_expert)):
+            counters = StepCounters(group_name)
+            listener.listen(counters)
+            trainer = Trainer(arguments, vocab_size or dataset.vocab_size, len(dataset.tasks))
+            steps = _steps(arguments, dataset, trainer, counters)
+            _mark(counters, trainer)
+            resident = dict(counters.memory.by_category)
+            listener.listen(None)
+            models = [chunk.module for chunk in trainer.chunks]
+            weights = [weight for model in models for weight in model.parameters()]
     return RankReport(
         rank=rank,
         position=position,
@@ -86,12 +68,53 @@ def run_rank(arguments: Arguments, dataset: PackedDataset, rank: int, vocab_size
         parameters=sum(weight.numel() for weight in weights),
         trained_parameters=sum(weight.numel() for weight in weights if weight.requires_grad),
         resident=resident,
-        steps=tuple(steps),
+        steps=steps,
         evaluation=None,
         save=None,
         save_host=None,
         seconds=time.perf_counter() - began,
     )
+
+
+def _load(arguments: Arguments, expert_rank: int, busiest: float) -> ExpertLoad | None:
+    """The load of experts: the busiest one is the first of this rank."""
+    experts = arguments.network.num_experts
+    if experts is None:
+        return None
+    of_rank = experts // arguments.distributed.expert_model_parallel_size
+    return ExpertLoad(experts, arguments.network.moe_router_topk, busiest, expert_rank * of_rank)
+
+
+def _steps(arguments: Arguments, dataset: PackedDataset, trainer: Trainer, counters: StepCounters) -> tuple[Step, ...]:
+    """Take the first steps of a run."""
+    split, steps, consumed = dataset.split("train"), [], 0
+    for number in range(1, STEPS + 1):
+        _mark(counters, trainer)
+        counters.reset()
+        plan = plan_step(
+            split,
+            seed=arguments.initialization.seed,
+            global_batch_size=arguments.batch_sizes.after(consumed),
+            consumed_samples=consumed,
+            end=arguments.total_packs,
+            batch_multiple=arguments.batch_multiple,
+            order_version=dataset.entry.order_version,
+        )
+        trainer.train_step(split, plan, np.ones(len(dataset.tasks)))
+        consumed += plan.num_packs
+        steps.append(
+            Step(
+                number,
+                plan.num_packs // arguments.training.micro_batch_size // trainer.ranks.data_size,
+                counters.memory.at_peak(),
+                counters.waits(),
+                counters.copies(),
+                counters.messages(),
+                counters.operations,
+                counters.kernels,
+            )
+        )
+    return tuple(steps)
 
 
 def group_name(group: dist.ProcessGroup) -> str:

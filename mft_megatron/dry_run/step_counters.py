@@ -4,13 +4,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.flop_counter import flop_registry
 
 from .code_lines import code_line
 from .memory_account import MemoryAccount
+from .operations import operations_of
 from .rank_report import Copies, HostWaits, Messages
 
 
@@ -43,15 +42,17 @@ class StepCounters:
         self._message_bytes: Counter[tuple[str, str, int]] = Counter()
         self.memory.reset_peak()
 
-    def ran(self, operator: Any, arguments: tuple[Any, ...], outputs: list[Tensor]) -> None:
+    def ran(
+        self,
+        operator: Any,
+        arguments: tuple[Any, ...],
+        outputs: list[Tensor],
+        values: Callable[[Tensor], Tensor | None],
+    ) -> None:
         """Count an operator."""
         if not operator.is_view:
             self.kernels += 1
-            count = flop_registry.get(operator._overloadpacket)
-            if count is not None:
-                # torch's formula for addmm does not expect the argument out_dtype
-                arguments = tuple(argument for argument in arguments if not isinstance(argument, torch.dtype))
-                self.operations += count(*arguments, out_val=outputs[0] if len(outputs) == 1 else tuple(outputs))
+            self.operations += operations_of(operator, arguments, outputs, values)
         self.memory.add(outputs)
 
     def waited(self, kind: str) -> None:
@@ -77,9 +78,13 @@ class StepCounters:
         self._message_bytes[key] += size
         self.memory.send(tensors)
 
-    def saved(self, tensor: Tensor) -> None:
-        """Note that a tensor is kept for the backward pass."""
-        self.memory.save(tensor)
+    def entered_model(self) -> None:
+        """Begin a forward pass."""
+        self.memory.begin_forward()
+
+    def left_module(self, inputs: list[Tensor]) -> None:
+        """Take what a module has made and still is alive for activations."""
+        self.memory.end_module(inputs)
 
     def resized(self, storage: Any) -> None:
         """Count a storage's new size."""

@@ -87,10 +87,10 @@ def arguments_of(words, world_size):
     return parse_arguments(words, world_size, packed_lengths)
 
 
-def _report(words, world_size, rank):
+def _report(words, world_size, rank, **options):
     from mft_megatron.data.loading.dataset import PackedDataset
     from mft_megatron.dry_run.rank_run import run_rank
 
     arguments = arguments_of(words, world_size)
     dataset = PackedDataset.open(arguments.data.data_path, arguments.data.seq_length)
-    return run_rank(arguments, dataset, rank)
+    return run_rank(arguments, dataset, rank, **options)

@@ -4,7 +4,8 @@ import pytest
 import torch
 from packaging.version import Version
 
-from mft_megatron.dry_run.rank_report import CATEGORIES, GRADIENTS, OPTIMIZER, WEIGHTS
+from mft_megatron.dry_run.rank_report import ACTIVATIONS, CATEGORIES, GRADIENTS, OPTIMIZER, WEIGHTS
+from tests.dry_run.simulated import MODEL
 
 
 def rounded(size):
@@ -116,9 +117,9 @@ def products(words, world_size, rank):
 
     counted, ran = Counter(), StepCounters.ran
 
-    def count(self, operator, arguments, outputs):
+    def count(self, operator, arguments, outputs, values):
         counted[str(operator)] += 1
-        ran(self, operator, arguments, outputs)
+        ran(self, operator, arguments, outputs, values)
 
     StepCounters.ran = count
     _report(words, world_size, rank)
@@ -133,3 +134,60 @@ def test_gradients_of_weights_are_added_in_place(simulation):
     """
     found = simulation.report(function=products)
     assert found == {"aten.addmm.dtype_out": 2 * 8 * (4 * 4 + 1) + 1, "aten.mm.dtype_out": 2 * 8 + 1}
+
+
+def test_fp16_updates_weights(simulation):
+    """The simulated loss scale finds no overflow, or the optimizer would not step and have no states."""
+    fp16 = simulation.report(model=MODEL.replace("--bf16", "--fp16"))
+    bf16 = simulation.report()
+    assert abs(fp16.resident[OPTIMIZER] - bf16.resident[OPTIMIZER]) < 2**12
+
+
+def test_recomputing_keeps_less(simulation):
+    sequence = "--tensor-model-parallel-size 2 --sequence-parallel"
+    words = f"{sequence} --recompute-granularity"
+    kept = [
+        simulation.report(one, 2, model=MODEL.replace("-size 1 ", "-size 8 ")).steps[-1].memory
+        for one in (
+            sequence,
+            f"{words} selective --recompute-modules core_attn layernorm mlp",
+            f"{words} full --recompute-method uniform --recompute-num-layers 1",
+        )
+    ]
+    assert kept[0].by_category[ACTIVATIONS] > kept[1].by_category[ACTIVATIONS] > kept[2].by_category[ACTIVATIONS]
+    assert kept[0].peak > kept[1].peak > kept[2].peak
+
+
+@pytest.mark.parametrize("dispatcher", ["allgather", "alltoall"])
+def test_experts_take_the_load_that_is_given(simulation, dispatcher):
+    words = (
+        f"--num-experts 4 --moe-router-topk 2 --expert-model-parallel-size 2 --moe-token-dispatcher-type {dispatcher}"
+    )
+    even, skewed = (simulation.report(words, 2, function=function) for function in (None, report_of_skewed))
+    # two experts of four have 3/2 and 5/6 of the mean instead of 1 and 1
+    assert even.steps[-1].operations < skewed.steps[-1].operations
+    assert even.steps[-1].memory.peak < skewed.steps[-1].memory.peak
+    assert {wait.kind for wait in even.steps[-1].waits} & {"size", "event", "copy"}
+
+
+def report_of_skewed(words, world_size, rank):
+    from tests.dry_run.simulated import _report
+
+    return _report(words, world_size, rank, busiest_expert=1.5)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--attention-dropout 0.1 --hidden-dropout 0.1",
+        "--group-query-attention --num-query-groups 2 --window-size 32,0",
+        "--peft-type lora --lora-rank 4",
+        "--cross-entropy-impl megatron --mft-loss focal-sample",
+        "--optimizer sgd --mft-loss task-token --mft-normalization micro-batch",
+        "--recompute-granularity full --recompute-method block --recompute-num-layers 1 --mft-loss focal-task",
+    ],
+)
+def test_features_run(simulation, words):
+    report = simulation.report(words)
+    assert report.steps[-1].operations > 0
+    assert not [wait for wait in report.steps[-1].waits if wait.kind == "device"]

@@ -47,23 +47,12 @@ SHOWN = {
         "    torch.distributed.all_reduce(t)\n"
         "c.wait()"
     ),
-    "marks of weights": (
-        "from megatron.core.tensor_parallel import layers\n"
-        "from mft_megatron.mcore.platform import megatron_fixes, mixed_products\n"
-        "megatron_fixes.sum_weight_gradients_without_apex(mixed_products.add_weight_gradient)\n"
-        "w = torch.nn.Parameter(torch.empty(8, 8, device='meta'))\n"
-        "w.main_grad, w.grad_added_to_main_grad = torch.empty_like(w), False\n"
-        "linear = layers.linear_with_grad_accumulation_and_async_allreduce\n"
-        "linear(torch.empty(4, 8, device='meta'), w, None, True, False, False).sum().backward()\n"
-        "print(w.grad_added_to_main_grad)"
-    ),
 }
 DONE = {
     "jit": "True",
     "tensor methods": "torch.meta.FloatTensor",
     "sizes of storages": "0",
     "objects of other ranks": "True",
-    "marks of weights": "False",
 }
 
 

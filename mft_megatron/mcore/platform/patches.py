@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 from . import gradient_norm, jit_fuser, megatron_fixes, pipeline_messages, without_cuda
 from .simulated_gpu import SimulatedGPU
-from .simulation import cuda_functions, process_group, weight_marks
+from .simulation import cuda_functions, process_group
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,6 @@ SIMULATED = {
     "choices of kernels": Patch(cuda_functions.replace_kernel_choices, _DRY_RUN),
     "objects of other ranks": Patch(process_group.replace_object_collectives, _DRY_RUN),
     "messages sent together": Patch(process_group.replace_coalescing, _DRY_RUN),
-    "marks of weights": Patch(weight_marks.keep_weights_of_linear_layers, _DRY_RUN),
 }
 WITH_CUDA = {
     "jit": Patch(

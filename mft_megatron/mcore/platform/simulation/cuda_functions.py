@@ -37,6 +37,9 @@ class _Stream:
     def query(self) -> bool:
         return True
 
+    def is_capturing(self) -> bool:
+        return False
+
     def elapsed_time(self, end: "_Stream") -> float:
         return 0.0
 
@@ -124,6 +127,12 @@ def replace_cuda_functions(gpu: SimulatedGPU) -> None:
         **random,
     )
     _replace(torch.cuda.random, **random)
+    _replace(
+        torch.accelerator,
+        current_stream=lambda device=None: _Stream(),
+        current_device_index=lambda: 0,
+        synchronize=lambda device=None: listener().waited("device"),
+    )
     _replace(torch.cuda.nvtx, range_push=_nothing(), range_pop=_nothing())
 
 
@@ -151,7 +160,15 @@ def replace_tensor_methods() -> None:
     def is_pinned(tensor: Tensor, device: Any = None) -> bool:
         return tensor.untyped_storage() in _pinned
 
-    _replace(torch.Tensor, type=cuda_type, cuda=cuda, pin_memory=pin, is_pinned=is_pinned)
+    _replace(
+        torch.Tensor,
+        type=cuda_type,
+        cuda=cuda,
+        is_cuda=property(lambda tensor: tensor.is_meta),
+        pin_memory=pin,
+        is_pinned=is_pinned,
+        record_stream=_nothing(),
+    )
 
 
 def replace_tensors_from_values() -> None:
@@ -196,7 +213,56 @@ def replace_kernel_choices() -> None:
     def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
         return torch.native_dropout(input, p, training)[0] if training and 0 < p < 1 else input
 
-    _replace(torch.nn.functional, dropout=dropout)
+    def attention(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        if query.dtype in (torch.bfloat16, torch.float16) and attn_mask is None and query.shape[-1] <= 256:
+            return _flash(query, key, value, dropout_p, is_causal, scale)
+        if not enable_gqa:
+            return _memory_efficient(query, key, value, attn_mask, dropout_p, is_causal, scale)
+        options = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": True}
+        return plain(query, key, value, attn_mask, **options)
+
+    functional = torch.nn.functional
+    plain: Callable[..., Tensor] = functional.scaled_dot_product_attention
+    _replace(functional, dropout=dropout, scaled_dot_product_attention=attention)
+
+
+def _flash(query: Tensor, key: Tensor, value: Tensor, dropout: float, causal: bool, scale: float | None) -> Tensor:
+    """FlashAttention as torch calls it: heads are padded to a multiple of 8."""
+    size = query.shape[-1]
+    scale = size**-0.5 if scale is None else scale
+    if size % 8:
+        query, key, value = (torch.nn.functional.pad(tensor, (0, 8 - size % 8)) for tensor in (query, key, value))
+    output = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, dropout, causal, False, scale=scale)
+    return output[0][..., :size]
+
+
+def _memory_efficient(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    causal: bool,
+    scale: float | None,
+) -> Tensor:
+    """Memory-efficient attention as torch calls it: a mask becomes a bias whose rows are aligned."""
+    if mask is not None and mask.dtype == torch.bool:
+        bias = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask.logical_not(), float("-inf"))
+        mask = torch.nn.functional.pad(bias, (0, -bias.shape[-1] % 16))[..., : bias.shape[-1]]
+        mask = mask.expand(query.shape[0], query.shape[1], -1, -1)
+    output = torch.ops.aten._scaled_dot_product_efficient_attention(
+        query, key, value, mask, True, dropout, causal, scale=scale
+    )
+    return output[0]
 
 
 def replace_jit() -> None:

@@ -7,7 +7,8 @@
     a copy to the GPU        ─► counted, pinned or not
     a copy to the host       ─► zeros; the host has waited
     a message                ─► counted; nothing is sent
-    any other operator       ─► runs on shapes alone
+    a size depends on values ─► they are known, or it is an error; the host has waited
+    any other operator       ─► runs on shapes alone, and on values where they are known
 """
 
 import contextlib
@@ -21,7 +22,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from mft_megatron.errors import InputError
+
 from .cuda_functions import META, as_pinned
+from .expert_load import ExpertLoad
+from .known_values import KnownValues
 from .listener import listener
 
 aten = torch.ops.aten
@@ -41,6 +46,8 @@ KINDS = {
     "recv": "receive",
     "recv_any_source": "receive",
 }
+# a tensor of this many bytes keeps its values when it is copied to the GPU
+KNOWN_COPIES = 2**21
 # a copy to the host of more bytes than this has no content
 HOST_CONTENT = 2**20
 
@@ -48,14 +55,16 @@ HOST_CONTENT = 2**20
 class SimulatedDevice(TorchDispatchMode):
     """Runs torch's operators on the meta device in place of CUDA, and tells the listener what they would do."""
 
-    def __init__(self, answers: dict[str, float]):
+    def __init__(self, answers: dict[str, float], load: ExpertLoad | None = None):
         """Prepare.
 
         Args:
-            answers: what is answered where a function of this name reads a value; 1 elsewhere.
+            answers: what is answered where a function of this name reads an unknown value; 1 elsewhere.
+            load: of experts; ``None`` where the model has none.
         """
         super().__init__()
-        self._answers = answers
+        self._answers, self._load = answers, load
+        self._values = KnownValues()
 
     def run(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator."""
@@ -64,7 +73,8 @@ class SimulatedDevice(TorchDispatchMode):
             return self._send(func, args, kwargs)
         if func is aten._local_scalar_dense.default and args[0].is_meta:
             listener().waited("value")
-            return self._answer(args[0].dtype)
+            known = self._values.of(args[0])
+            return self._answer(args[0].dtype) if known is None else known.item()
         if kwargs.get("pin_memory"):
             return as_pinned(func(*args, **{**kwargs, "pin_memory": False}))
         device = kwargs.get("device")
@@ -74,12 +84,27 @@ class SimulatedDevice(TorchDispatchMode):
             out = self._to(func, args, kwargs)
         elif func is aten.copy_.default:
             out = self._copy(func, args, kwargs)
+        elif func in (aten.masked_select.default, aten.nonzero.default) and args[0].is_meta:
+            out = self._sized(func, args)
         else:
             out = func(*args, **kwargs)
         outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor) and leaf.is_meta]
         if outputs:
-            listener().ran(func, args, outputs)
+            self._values.follow(func, args, kwargs, outputs)
+            if func is aten.topk.default and self._load is not None and self._load.routes(outputs[1], args[0]):
+                self._values.give(outputs[1], self._load.chosen(len(args[0])))
+            listener().ran(func, args, outputs, self._values.of)
         return out
+
+    def _sized(self, func: Any, args: Any) -> Tensor:
+        """An operator whose result's size depends on values."""
+        listener().waited("size")
+        mask = self._values.of(args[-1])
+        if mask is None:
+            raise InputError(f"a dry run cannot know the size of {func}'s result, which depends on values")
+        if func is aten.nonzero.default:
+            return args[0].new_empty((int(mask.count_nonzero()), args[0].dim()), dtype=torch.long)
+        return args[0].new_empty(int(mask.expand(torch.broadcast_shapes(mask.shape, args[0].shape)).sum()))
 
     def _answer(self, dtype: torch.dtype) -> float | int | bool:
         frame: Any = sys._getframe(2)
@@ -99,10 +124,14 @@ class SimulatedDevice(TorchDispatchMode):
             return func(*args, **kwargs)
         if target.type == META.type:
             _host_to_device(source, kwargs.get("non_blocking", False))
-            return func(*args, **kwargs)
+            copy = func(*args, **kwargs)
+            if source.nbytes <= KNOWN_COPIES:
+                self._values.give(copy, source)
+            return copy
         if not kwargs.get("non_blocking", False):
             listener().waited("copy")
-        return _on_host(source, kwargs.get("dtype") or source.dtype)
+        known, dtype = self._values.of(source), kwargs.get("dtype") or source.dtype
+        return _on_host(source, dtype) if known is None else known.to(dtype, copy=True)
 
     def _copy(self, func: Any, args: Any, kwargs: Any) -> Any:
         target, source = args[:2]
@@ -110,15 +139,25 @@ class SimulatedDevice(TorchDispatchMode):
         if source.is_meta and not target.is_meta:
             if not non_blocking:
                 listener().waited("copy")
+            known = self._values.of(source)
+            if known is not None:
+                target.copy_(known)
             return target
         if target.is_meta and not source.is_meta and source.dim():
             _host_to_device(source, non_blocking)
+            out = func(*args, **kwargs)
+            if source.nbytes <= KNOWN_COPIES and target.is_contiguous():
+                self._values.give(target, source)
+            return out
         return func(*args, **kwargs)
 
     def _send(self, func: Any, args: Any, kwargs: Any) -> Any:
         name = func._schema.name.split("::")[1]
         name = name.removesuffix("_")
         result = func(*args, **kwargs)
+        if name == "_allgather_base" and (known := self._values.of(args[1])) is not None:
+            # ranks route their tokens alike
+            self._values.give(args[0], known.flatten().repeat(args[0].numel() // known.numel()).view(args[0].shape))
         leaves = [leaf for leaf in tree_leaves([args, kwargs]) if isinstance(leaf, Tensor)]
         group = next(
             (
@@ -148,8 +187,8 @@ def _bytes(tensors: Any) -> int:
 
 
 def _host_to_device(source: Tensor, non_blocking: bool) -> None:
-    pinned = source.is_pinned()
-    listener().copied(source.nbytes, pinned, waits=not (pinned and non_blocking))
+    without_wait = source.is_pinned()
+    listener().copied(source.nbytes, without_wait, waits=not (without_wait and non_blocking))
 
 
 def _on_host(source: Tensor, dtype: torch.dtype) -> Tensor:
@@ -161,17 +200,34 @@ def _on_host(source: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @contextlib.contextmanager
-def running(answers: dict[str, float]) -> Iterator[None]:
+def running(answers: dict[str, float], load: ExpertLoad | None = None) -> Iterator[None]:
     """Simulate the GPU: operators run on shapes, and the listener is told of them.
 
     Args:
-        answers: what is answered where a function of this name reads a value; 1 elsewhere.
+        answers: what is answered where a function of this name reads an unknown value; 1 elsewhere.
+        load: of experts; ``None`` where the model has none.
     """
 
-    def save(tensor: Tensor) -> Tensor:
-        if tensor.is_meta:
-            listener().saved(tensor)
-        return tensor
+    depth = 0
 
-    with SimulatedDevice(answers), torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
-        yield
+    def entered(module: torch.nn.Module, inputs: Any) -> None:
+        nonlocal depth
+        depth += 1
+        if depth == 1:
+            listener().entered_model()
+
+    def left(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+        nonlocal depth
+        depth -= 1
+        listener().left_module([leaf for leaf in inputs if isinstance(leaf, Tensor) and leaf.is_meta])
+
+    handles = [
+        torch.nn.modules.module.register_module_forward_pre_hook(entered),
+        torch.nn.modules.module.register_module_forward_hook(left),
+    ]
+    try:
+        with SimulatedDevice(answers, load):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()

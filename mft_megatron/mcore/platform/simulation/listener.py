@@ -1,6 +1,6 @@
 """Who is told what a simulated GPU would have done."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
@@ -10,13 +10,20 @@ from torch import Tensor
 class Listener(Protocol):
     """Receives what happens on the simulated GPU, at the moment when it happens."""
 
-    def ran(self, operator: Any, arguments: tuple[Any, ...], outputs: list[Tensor]) -> None:
-        """An operator has run on the simulated GPU; ``outputs`` are its tensors there, views and results in place too.
+    def ran(
+        self,
+        operator: Any,
+        arguments: tuple[Any, ...],
+        outputs: list[Tensor],
+        values: Callable[[Tensor], Tensor | None],
+    ) -> None:
+        """An operator has run on the simulated GPU.
 
         Args:
             operator: torch's, an overload.
             arguments: positional ones.
-            outputs: tensors on the simulated GPU.
+            outputs: tensors on the simulated GPU, also views and results in place.
+            values: gives a CPU tensor with a tensor's values, ``None`` where they are unknown.
         """
 
     def waited(self, kind: str) -> None:
@@ -31,8 +38,11 @@ class Listener(Protocol):
     def sent(self, kind: str, group: torch.distributed.ProcessGroup, tensors: Iterable[Tensor], size: int) -> None:
         """A message within a group; ``tensors`` are its buffers, ``size`` the larger of both directions in bytes."""
 
-    def saved(self, tensor: Tensor) -> None:
-        """A tensor was saved for the backward pass."""
+    def entered_model(self) -> None:
+        """A module's forward pass begins that is within no other's."""
+
+    def left_module(self, inputs: list[Tensor]) -> None:
+        """A module's forward pass has ended; ``inputs`` are tensors that it was given."""
 
     def resized(self, storage: torch.UntypedStorage) -> None:
         """The memory of a storage was freed or allocated again."""
