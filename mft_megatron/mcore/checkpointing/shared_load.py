@@ -30,6 +30,7 @@ from mft_megatron.mcore.parallel import process_groups
 from mft_megatron.mcore.platform import devices
 from mft_megatron.mcore.platform.releases import accepted
 
+from .blocks import overlap
 from .failures import agreed
 from .shared_reading import Piece, SharedReader
 from .tensor_reader import TensorReader
@@ -109,7 +110,7 @@ class SharedLoad(TorchDistLoadShardedStrategy):
             (name, *chunk)
             for name, parts in wanted.items()
             for chunk in self._reader.chunks(name)
-            if any(_overlap(*chunk, offset, content.shape) is not None for offset, content in parts)
+            if any(overlap(*chunk, offset, content.shape) is not None for offset, content in parts)
         }
         of_ranks: list[set[_Chunk]] = [needed] * group.size()
         if group.size() > 1:
@@ -121,9 +122,9 @@ class SharedLoad(TorchDistLoadShardedStrategy):
             start = (*stored.index, stored.start[0] + piece.first, *stored.start[1:])
             rows = piece.content.view((*(1 for _ in stored.index), *piece.content.shape))
             for offset, content in wanted.get(stored.name, ()):
-                overlap = _overlap(start, rows.shape, offset, content.shape)
-                if overlap is not None:
-                    content[overlap[1]] = rows[overlap[0]]
+                common = overlap(start, rows.shape, offset, content.shape)
+                if common is not None:
+                    content[common[1]] = rows[common[0]]
 
         reader = SharedReader(_Chunks(self._reader), group)
         reader.read([[one] for one in slices], take)
@@ -154,17 +155,3 @@ def _slice_of(chunk: _Chunk) -> WeightSlice:
     name, offset, shape = chunk
     stacked = next((axis for axis, size in enumerate(shape[:-1]) if size != 1), len(shape) - 1)
     return WeightSlice(name, offset[:stacked], offset[stacked:], shape[stacked:])
-
-
-def _overlap(
-    first: Sequence[int], first_shape: Sequence[int], second: Sequence[int], second_shape: Sequence[int]
-) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
-    """The overlap of two blocks of a tensor, as an index of the first and of the second; ``None`` if there is none."""
-    in_first, in_second = [], []
-    for a, a_size, b, b_size in zip(first, first_shape, second, second_shape, strict=True):
-        start, end = max(a, b), min(a + a_size, b + b_size)
-        if start >= end:
-            return None
-        in_first.append(slice(start - a, end - a))
-        in_second.append(slice(start - b, end - b))
-    return tuple(in_first), tuple(in_second)

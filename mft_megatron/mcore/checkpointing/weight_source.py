@@ -5,6 +5,7 @@ Each rank asks a source for its slices of the weights alone, so that no rank hol
 """
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from mft_megatron.errors import InputError
 from mft_megatron.run_folder import CheckpointInfo
 
+from .blocks import overlap
 from .finite import refuse_non_finite
 from .tensor_reader import TensorReader
 from .vocabulary import VOCABULARY_WEIGHTS
@@ -70,8 +72,8 @@ class WeightSource(Protocol):
 class CheckpointSource:
     """Weights of the checkpoint in one ``iter_NNNNNNN`` folder, for a run whose base is not in its own checkpoints.
 
-    A weight of a layer is read whole and kept until another one is read: slices of one weight, such as gate and up
-    projection, are read consecutively. Memory is that of one weight.
+    Of a weight of a layer those chunks are read, whole, that a slice needs a part of, and kept until another weight is
+    read: slices of one weight, such as gate and up projection, are read consecutively. Memory is that of one weight.
     """
 
     def __init__(self, path: Path, info: CheckpointInfo):
@@ -87,7 +89,8 @@ class CheckpointSource:
         self.info = info
         self._path = path
         self._reader = TensorReader(path)
-        self._last: tuple[tuple[str, tuple[int, ...]], Tensor] | None = None
+        self._weight: tuple[str, tuple[int, ...]] | None = None
+        self._chunks: dict[tuple[int, ...], Tensor] = {}
 
     def read(self, wanted: WeightSlice) -> Tensor:
         """Read one slice, on the CPU, in the dtype that it is stored in. Rows beyond the vocabulary are 0.
@@ -95,37 +98,46 @@ class CheckpointSource:
         Raises:
             InputError: the checkpoint has no such weight or slice, or is damaged.
         """
-        weight = self._whole(wanted.name, wanted.index)
         needed = [axis.stop for axis in wanted.region]
         if wanted.name in VOCABULARY_WEIGHTS:
             needed[0] = self.info.vocab_size
-        if weight.dim() != len(needed) or any(n > there for n, there in zip(needed, weight.shape, strict=True)):
-            raise InputError(
-                f"{self._path}: {wanted.name} has the shape {list(weight.shape)}, at least {needed} is needed; it is a "
-                "checkpoint of another model"
-            )
+        dtype = self._require(wanted, needed)
+        if self._weight != (wanted.name, wanted.index):
+            self._chunks = {}  # frees them before the next ones are in memory
+            self._weight = wanted.name, wanted.index
+        content = torch.zeros(wanted.stacked_shape, dtype=dtype)
         real = min(wanted.shape[0], max(0, needed[0] - wanted.start[0]))
-        rows = slice(wanted.start[0], wanted.start[0] + real)
-        content = weight[(rows, *wanted.region[1:])]
-        if real == wanted.shape[0]:
-            return content
-        padded = torch.zeros(wanted.shape, dtype=content.dtype)
-        padded[:real] = content
-        return padded
+        # only the rows of real tokens, whatever the checkpoint has beyond
+        shape = (*wanted.stacked_shape[: len(wanted.index)], real, *wanted.shape[1:])
+        for offset, sizes in self._reader.chunks(wanted.name):
+            common = overlap(offset, sizes, wanted.offset, shape)
+            if common is not None:
+                content[common[1]] = self._chunk(wanted, offset, sizes)[common[0]]
+        return content.view(wanted.shape)
 
-    def _whole(self, name: str, index: tuple[int, ...]) -> Tensor:
-        if self._last is not None and self._last[0] == (name, index):
-            return self._last[1]
-        self._last = None  # frees it before the next one is in memory
-        if not self._reader.has_entry(name):
-            raise InputError(f"{self._path}: has no {name}; it is a checkpoint of another model, or of adapters")
-        stack = self._reader.entry(name)[0][: len(index)]
-        if any(position >= size for position, size in zip(index, stack, strict=True)):
+    def _require(self, wanted: WeightSlice, needed: Sequence[int]) -> torch.dtype:
+        """Check that the checkpoint has a weight of at least the shape ``needed``; returns its dtype."""
+        if not self._reader.has_entry(wanted.name):
+            raise InputError(f"{self._path}: has no {wanted.name}; it is a checkpoint of another model, or of adapters")
+        shape, dtype = self._reader.entry(wanted.name)
+        stack, weight = shape[: len(wanted.index)], shape[len(wanted.index) :]
+        if any(position >= size for position, size in zip(wanted.index, stack, strict=True)):
             raise InputError(
-                f"{self._path}: has {stack[0]} layers of {name}, and layer {index[0]} is needed; it is a "
+                f"{self._path}: has {stack[0]} layers of {wanted.name}, and layer {wanted.index[0]} is needed; it is a "
                 "checkpoint of another model"
             )
-        weight = self._reader.read(name, index)
-        refuse_non_finite(weight, f"{self._path}: {name} {list(index) or ''}", "take an earlier checkpoint")
-        self._last = (name, index), weight
-        return weight
+        if len(weight) != len(needed) or any(n > there for n, there in zip(needed, weight, strict=True)):
+            raise InputError(
+                f"{self._path}: {wanted.name} has the shape {list(weight)}, at least {list(needed)} is needed; it is a "
+                "checkpoint of another model"
+            )
+        return dtype
+
+    def _chunk(self, wanted: WeightSlice, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+        """A stored chunk, whole, read once while slices of its weight are asked for."""
+        if offset not in self._chunks:
+            chunk = self._reader.read_region(wanted.name, offset, shape)
+            where = f"{self._path}: {wanted.name} {list(wanted.index) or ''}"
+            refuse_non_finite(chunk, where, "take an earlier checkpoint")
+            self._chunks[offset] = chunk
+        return self._chunks[offset]

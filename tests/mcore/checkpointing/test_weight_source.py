@@ -62,15 +62,17 @@ def test_rows_beyond_the_vocabulary_are_zero(stored, source):
     assert source.read(WeightSlice(EMBEDDING, (), (0, 0), (5, 6))).equal(embedding[:5])
 
 
-def test_a_weight_is_read_once_for_all_its_slices(source, monkeypatch):
+def test_only_needed_chunks_are_read_and_once_for_all_slices_of_a_weight(source, stored, monkeypatch):
     asked = []
-    read = source._reader.read
-    monkeypatch.setattr(source._reader, "read", lambda *wanted: asked.append(wanted) or read(*wanted))
-    for first in ((0, 0), (6, 0)):
-        source.read(WeightSlice(LAYERS, (1,), first, (6, 6)))
+    read = source._reader.read_region
+    monkeypatch.setattr(source._reader, "read_region", lambda *wanted: asked.append(wanted) or read(*wanted))
+    for first, rows in ((0, 6), (5, 3), (7, 5)):
+        part = source.read(WeightSlice(LAYERS, (1,), (first, 2), (rows, 4)))
+        assert part.equal(stored[1][LAYERS][1, first : first + rows, 2:])
     source.read(WeightSlice(NORM, (), (0,), (6,)))
-    source.read(WeightSlice(LAYERS, (1,), (0, 0), (6, 6)))
-    assert asked == [(LAYERS, (1,)), (NORM, ()), (LAYERS, (1,))]
+    source.read(WeightSlice(LAYERS, (1,), (7, 0), (1, 6)))
+    first, second = (LAYERS, (1, 0, 0), (1, 6, 6)), (LAYERS, (1, 6, 0), (1, 6, 6))
+    assert asked == [first, second, (NORM, (0,), (6,)), second]
 
 
 @pytest.mark.parametrize(
