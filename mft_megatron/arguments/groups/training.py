@@ -73,7 +73,8 @@ class TrainingArguments:
     )
     attention_backend: str = option(
         "auto",
-        "Kernel of attention. auto: flash if its package works, else varlen, else local; the log says which. local: "
+        "Kernel of attention. auto: on Hopper and Blackwell FlashAttention 3 or 4 if its package works in torch; "
+        "else flash if its package works, else varlen, else local; the log says which. local: "
         "PyTorch's scaled dot-product attention, everywhere. varlen: the FlashAttention in torch, from "
         "2.12 on, or 2.11 without grouped queries. flash: the package flash-attn. fused: cuDNN's, through Transformer "
         "Engine. All but local need CUDA and --bf16 or --fp16. Unlike in Megatron unfused is refused.",

@@ -11,11 +11,12 @@ flash    the package flash-attn: FlashAttention 2, with dropout
 fused    cuDNN's attention through Transformer Engine
 =======  ======================================================================================================
 
-``auto`` takes flash where that package works, else varlen, else local. The first two are the same kernels; the package
-comes first because it has dropout and is newer than what torch was built with, and because a user who built flash-attn
-wants it used. auto never takes fused: Transformer Engine's choice depends on versions of cuDNN and on environment
-variables, so the options of a run would not determine what computes it. Every kernel is compared with local by
-``tests/gpu``. On the CPU and in fp32 auto takes local.
+On Hopper and Blackwell ``auto`` takes varlen with FlashAttention 3 or 4 where its package works (:mod:`.newer_flash`).
+Otherwise it takes flash where that package works, else varlen, else local. The first two are the same kernels; the
+package comes first because it has dropout and is newer than what torch was built with, and because a user who built
+flash-attn wants it used. auto never takes fused: Transformer Engine's choice depends on versions of cuDNN and on
+environment variables, so the options of a run would not determine what computes it. Every kernel is compared with local
+by ``tests/gpu``. On the CPU and in fp32 auto takes local.
 """
 
 import mft_megatron.mcore.platform.patched  # noqa: F401  (before Megatron-Core)
@@ -33,6 +34,7 @@ from mft_megatron.mcore.platform import devices
 from mft_megatron.mcore.platform.optional_packages import FLASH_ATTN, TRANSFORMER_ENGINE, Package, missing
 from mft_megatron.mcore.platform.precisions import BY_DTYPE
 
+from . import newer_flash
 from .cuda_kernels import Fused, flash, lacking_of_varlen, varlen
 from .sdpa import local
 
@@ -84,16 +86,19 @@ class Choice:
         name: of the backend.
         kernel: its function.
         why_not: by name, the reason why ``auto`` did not take a backend that it prefers; only on CUDA.
+        generation: of FlashAttention, in torch's words, where it is not the one that is built into torch.
     """
 
     name: str
     kernel: Kernel
     why_not: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    generation: str | None = None
 
     def describe(self) -> str:
         """Describe the choice in a line for the log."""
         reasons = "; ".join(f"{name} {reason}" for name, reason in self.why_not.items())
-        return f"attention: {self.name}" + (f" ({reasons})" if reasons else "")
+        name = self.name if self.generation is None else f"{self.name} with {self.generation}"
+        return f"attention: {name}" + (f" ({reasons})" if reasons else "")
 
 
 def choose(backend: str, shape: AttentionShape) -> Choice:
@@ -108,6 +113,11 @@ def choose(backend: str, shape: AttentionShape) -> Choice:
     """
     if backend == "auto":
         why_not: dict[str, str] = {}
+        if devices.HAS_CUDA and unavailable("varlen", shape) is None:
+            generation, reasons = newer_flash.activate(shape)
+            why_not |= reasons
+            if generation is not None:
+                return Choice("varlen", varlen, why_not, generation)
         for name in ("flash", "varlen") if devices.HAS_CUDA else ():
             reason = unavailable(name, shape)
             if reason is None:

@@ -241,7 +241,8 @@ def test_auto_takes_the_first_that_can(monkeypatch, missing, shape, chosen, why_
     fake_kernels.install(monkeypatch, dict.fromkeys(missing))
     choice = choose("auto", shape)
     assert choice.name == chosen
-    assert set(choice.why_not) == set(why_not)
+    # of the others test_newer_flash
+    assert set(choice.why_not) - {"FA3", "FA4"} == set(why_not)
     assert all(text in choice.why_not[name] for name, text in why_not.items())
     line = choice.describe()
     assert line.startswith(f"attention: {chosen}")
