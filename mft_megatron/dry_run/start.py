@@ -43,6 +43,7 @@ class DryStart:
 
     Attributes:
         arguments: complete and checked.
+        measured: the same with as many micro-batches in a step as are computed.
         dataset: that it trains on.
         mock: the tasks whose samples are made up; ``None`` for a data set of the user's.
         ranks: to report on.
@@ -50,6 +51,7 @@ class DryStart:
     """
 
     arguments: Arguments
+    measured: Arguments
     dataset: PackedDataset
     mock: tuple[MockTask, ...] | None
     ranks: tuple[int, ...]
@@ -85,7 +87,9 @@ def started(command_line: CommandLine) -> Iterator[DryStart]:
         dataset, _ = open_dataset(arguments, main_rank=True)
         of_data = [] if mock is not None else check_data_of_model(arguments, dataset)
         evaluation_of(arguments, dataset)
-        yield DryStart(arguments, dataset, mock, ranks, (*of_model, *notes, *of_data))
+        every = options.all_micro_batches or dataset.padded
+        measured = arguments if every else fewer_micro_batches(arguments)
+        yield DryStart(arguments, measured, dataset, mock, ranks, (*of_model, *notes, *of_data))
 
 
 def smallest_world(layout: DistributedArguments) -> int:
@@ -93,6 +97,21 @@ def smallest_world(layout: DistributedArguments) -> int:
     tp, pp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
     of_experts = layout.expert_model_parallel_size * (layout.expert_tensor_parallel_size or tp)
     return pp * math.lcm(tp * layout.context_parallel_size, of_experts)
+
+
+def fewer_micro_batches(arguments: Arguments) -> Arguments:
+    """Leave no more micro-batches in a step than two for each pipeline stage, with which memory reaches its peak.
+
+    A stage of any schedule has fewer than that in flight, and what a later one needs is what an earlier one needed.
+    """
+    training, stages = arguments.training, arguments.distributed.pipeline_model_parallel_size
+    rows = 2 * stages * training.micro_batch_size * arguments.data_parallel_size
+    if max(arguments.batch_sizes.sizes) <= rows:
+        return arguments
+    training = dataclasses.replace(
+        training, global_batch_size=rows, rampup_batch_size=None, step_batch_size_schedule=None
+    )
+    return dataclasses.replace(arguments, training=training)
 
 
 def reported_ranks(arguments: Arguments, wanted: Sequence[int] | None) -> tuple[int, ...]:

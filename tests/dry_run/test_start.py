@@ -68,6 +68,23 @@ def test_ranks_of_a_layout(words, world_size, ranks):
     assert (ready.arguments.world_size, ready.ranks) == (world_size, ranks)
 
 
+@pytest.mark.parametrize(
+    ("words", "rows"),
+    [
+        ("--pipeline-model-parallel-size 2 --global-batch-size 64 --world-size 4", 8),
+        ("--pipeline-model-parallel-size 2 --global-batch-size 8 --world-size 4", 8),
+        ("--pipeline-model-parallel-size 2 --global-batch-size 64 --all-micro-batches", 64),
+        ("--rampup-batch-size 2 2 100 --global-batch-size 64", 2),
+        ("--global-batch-size 64 --micro-batch-size 4", 8),
+        ("--global-batch-size 64 --mock-padding-mode padding", 64),
+    ],
+)
+def test_no_more_micro_batches_are_computed_than_the_peak_needs(words, rows):
+    ready = start(f"{RANDOM} {words}")
+    assert ready.measured.batch_sizes.after(0) == rows
+    assert max(ready.arguments.batch_sizes.sizes) == (64 if "64" in words else 8)
+
+
 def test_the_length_of_rows_may_follow_from_mock_data():
     assert start(f"{RANDOM.replace('--seq-length 64', '')} --mock-data 96").dataset.seq_length == 96
 

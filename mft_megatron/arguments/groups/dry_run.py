@@ -30,6 +30,11 @@ class DryRunArguments:
     world_size: int | None = option(
         None, "Number of ranks. Not given: the fewest that the parallel layout can have.", metavar="N", at_least=1
     )
+    all_micro_batches: bool = option(
+        False,
+        "Compute all micro-batches of a step. Not given: no more than two for each pipeline stage, where rows are not "
+        "padded; memory has then reached its peak, and more take time alone.",
+    )
     gpu: str = option(
         "a100-80g",
         "The GPU that is simulated: options and kernels are chosen as for it.",

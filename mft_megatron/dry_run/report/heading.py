@@ -1,14 +1,17 @@
-"""The first lines of a report: layout, data, first step, and notes."""
+"""The first lines of a report: layout, data, first step, kernels, and notes."""
 
 from collections.abc import Iterator
 
+from mft_megatron.arguments.notes import notes
 from mft_megatron.dry_run.start import DryStart
+from mft_megatron.mcore.model import kernels
+from mft_megatron.mcore.model.config import transformer_config
 from mft_megatron.training.loop import next_plan
 from mft_megatron.training.progress import Progress
 
 
 def heading(start: DryStart, gpu: str) -> Iterator[str]:
-    """Lines about the run: the layout, the data, the first step and notes."""
+    """Lines about the run: the layout, the data, the first step, the kernels and notes."""
     arguments, dataset, layout = start.arguments, start.dataset, start.arguments.distributed
     sizes = {
         "TP": layout.tensor_model_parallel_size,
@@ -32,5 +35,15 @@ def heading(start: DryStart, gpu: str) -> Iterator[str]:
     for name, count in zip(dataset.tasks, plan.counts.tokens_K.tolist(), strict=True):
         if len(dataset.tasks) > 1:
             yield f"  task {name}: {count:,} supervised tokens"
-    for note in start.notes:
+    if start.measured is not arguments:
+        per_step = len(plan.packs_G) // arguments.training.micro_batch_size // arguments.data_parallel_size
+        yield (
+            f"of the {per_step} micro-batches of a step {2 * layout.pipeline_model_parallel_size} are computed, with "
+            "which memory reaches its peak; what is counted in a step is of these (--all-micro-batches computes all)"
+        )
+    yield kernels.describe(arguments, transformer_config(arguments))
+    # mock data are made for two steps, so nothing follows from how many rows there are
+    num_packs = dataset.split("train").num_packs if start.mock is None else max(arguments.batch_sizes.sizes)
+    probable = notes(arguments, num_packs, "valid" in dataset.splits, on_gpu=True)
+    for note in (*start.notes, *probable):
         yield f"note: {note}"
