@@ -73,3 +73,16 @@ def test_runs_of_other_processes(dataset_prefix, tmp_path):
     kept = on("cpu", "save", dataset_prefix, "", str(tmp_path))
     assert on("cpu", "load", dataset_prefix, "", kept["path"])["third"] == kept["third"]
     assert on("cpu", "collectives")["backend"] == "gloo"
+
+
+def test_comparisons_of_kernels_find_a_fault(monkeypatch):
+    from mft_megatron.mcore.kernels import rms_norm, rotary
+    from tests.gpu import test_cuda_kernels as kernels
+
+    norm, rotation = next(name for name in kernels.NORMS if "RMSNorm" in name), next(iter(kernels.ROTATIONS))
+    assert max(kernels.error_of_norm(name, "cpu") for name in kernels.NORMS) < 6
+    assert max(kernels.error_of_rotation(name, "cpu") for name in kernels.ROTATIONS) < 3
+    monkeypatch.setattr(rms_norm, "widened", lambda value: value.bfloat16().float())
+    assert kernels.error_of_norm(norm, "cpu") > 100
+    monkeypatch.setattr(rotary, "rotate", lambda value, rotation: 1.001 * value)
+    assert kernels.error_of_rotation(rotation, "cpu") > 100

@@ -10,7 +10,7 @@ from tests.ranks import run_on_ranks
 LENGTHS = (7, 1, 16, 8)
 
 
-def attend(tensors, lengths, layer_number=1, training=True, **options):
+def attend(tensors, lengths, layer_number=1, training=True, rotation=None, **options):
     """Call attention as Megatron does: query [T, heads, d], key and value [T, groups, d] -> [T, heads, d]."""
     from megatron.core.transformer.enums import AttnMaskType
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -23,7 +23,8 @@ def attend(tensors, lengths, layer_number=1, training=True, **options):
     config = TransformerConfig(num_layers=4, hidden_size=32, num_attention_heads=4, **options)
     attention = PackedAttention(config, layer_number, AttnMaskType.causal, "self").train(training)
     shard = ContextParallelShard(Spans.of(np.array(lengths), np.array(lengths)), None)
-    out = attention(*(tensor.unsqueeze(1) for tensor in tensors), None, packed_seq_params=PackedStream(shard=shard))
+    stream = PackedStream(shard=shard, rotation=rotation)
+    out = attention(*(tensor.unsqueeze(1) for tensor in tensors), None, packed_seq_params=stream)
     assert out.shape == (len(tensors[0]), 1, tensors[0][0].numel())
     return out.view(tensors[0].shape)
 
@@ -118,3 +119,34 @@ def _wrong_use():
 
 def test_only_causal_self_attention():
     assert run_on_ranks(1, _wrong_use) == [True]
+
+
+def test_queries_and_keys_are_rotated():
+    from mft_megatron.mcore.kernels.rotary import Rotation, rotate
+
+    query, key, value = make(torch.float32)
+    rotation = Rotation(torch.rand(len(query), 4, generator=torch.Generator().manual_seed(2)), False)
+    rotated = attend((rotate(query, rotation), rotate(key, rotation), value), LENGTHS)
+    assert attend((query, key, value), LENGTHS, rotation=rotation).equal(rotated)
+    assert not torch.allclose(attend((query, key, value), LENGTHS), rotated)
+
+
+@pytest.mark.parametrize(
+    ("on_gpu", "options", "keeps"),
+    [(True, {}, False), (True, {"qk_layernorm": True}, True), (False, {}, True)],
+)
+def test_on_a_gpu_the_linear_layers_output_is_not_kept(monkeypatch, on_gpu, options, keeps):
+    """Query, key and value are slices of it; whoever keeps a slice keeps all of it."""
+    from mft_megatron.mcore.kernels.rotary import Rotation
+    from mft_megatron.mcore.platform import devices
+
+    monkeypatch.setattr(devices, "on_gpu", lambda tensor: on_gpu)
+    mixed = torch.randn(sum(LENGTHS), 8, 8, requires_grad=True)
+    slices = mixed.split((4, 2, 2), 1)
+    rotation = Rotation(torch.rand(sum(LENGTHS), 4), False)
+    storages = set()
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: storages.add(tensor.untyped_storage().data_ptr()) or tensor, lambda tensor: tensor
+    ):
+        attend(slices, LENGTHS, rotation=rotation, **options)
+    assert (mixed.untyped_storage().data_ptr() in storages) == keeps
