@@ -52,7 +52,9 @@ def dry_run(command_line: CommandLine) -> int:
         if not options.json:
             print("\n".join(about), end="\n\n", flush=True)
         vocab_size = model_vocab_size(start.arguments, start.dataset)
-        run = functools.partial(run_rank, start.measured, start.dataset, vocab_size=vocab_size)
+        run = functools.partial(
+            run_rank, start.measured, start.dataset, vocab_size=vocab_size, busiest_expert=options.busiest_expert
+        )
         reports = []
         for report in run_in_processes(run, start.ranks):
             print(f"rank {report.rank}: {report.seconds:.0f} s", file=sys.stderr, flush=True)

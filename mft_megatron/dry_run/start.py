@@ -81,6 +81,8 @@ def started(command_line: CommandLine) -> Iterator[DryStart]:
         if arguments.finished:
             raise InputError(f"{arguments.checkpoint.save}: this run is finished; there is no step to report on")
         refuse_not_simulated(arguments)
+        if arguments.network.num_experts is None and options.busiest_expert > 1:
+            raise InputError(f"--busiest-expert {options.busiest_expert:g}: the model has no experts; leave it out")
         ranks = reported_ranks(arguments, options.rank)
         if mock is not None:
             _write(mock, arguments, options)

@@ -139,6 +139,7 @@ def test_lengths_and_vocabulary_must_be_known(words, line):
 @pytest.mark.parametrize(
     ("words", "line"),
     [
+        ("--busiest-expert 2", "--busiest-expert 2: the model has no experts; leave it out"),
         ("--skip-train", "--dry-run cannot simulate --skip-train"),
         ("--vocab-size 9", "--vocab-size 9: the model of --hf-checkpoint has 32000; leave it out"),
         ("--num-layers 4", "--num-layers gives num_layers = 4"),

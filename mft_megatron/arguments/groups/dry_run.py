@@ -40,6 +40,12 @@ class DryRunArguments:
         "The GPU that is simulated: options and kernels are chosen as for it.",
         choices=("a100-40g", "a100-80g", "h100-80g", "h200-141g", "b200-180g"),
     )
+    busiest_expert: float = option(
+        1.0,
+        "Tokens of the busiest expert of each layer, in multiples of the mean; the ranks that are reported on have it. "
+        "1 is a balanced load. Which tokens a router sends where is not known.",
+        at_least=1,
+    )
     json: bool = option(False, "Print the report as JSON.")
     mock_data: tuple[MockTask, ...] | None = option(
         None,
