@@ -18,7 +18,7 @@ from . import norm_triton, triton_support
 def takes(hidden: Tensor) -> bool:
     """Whether the kernels can normalise this tensor, [..., H], on this machine; references in fp64 are not for them."""
     wanted = devices.on_gpu(hidden) and hidden.dtype != torch.float64 and hidden.shape[-1] <= norm_triton.LONGEST_ROW
-    return wanted and triton_support.obstacle() is None
+    return wanted and triton_support.obstacle(hidden.device) is None
 
 
 def forward(

@@ -46,7 +46,7 @@ class Rotation:
 def rotate(value: Tensor, rotation: Rotation) -> Tensor:
     """Rotate the first R elements of each head: [T, heads, d] -> [T, heads, d], contiguous."""
     # references in fp64 run on a GPU, too, and the kernel computes in fp32
-    if devices.on_gpu(value) and value.dtype != torch.float64 and triton_support.obstacle() is None:
+    if devices.on_gpu(value) and value.dtype != torch.float64 and triton_support.obstacle(value.device) is None:
         return _Rotate.apply(value, *rotation.parts(), rotation.interleaved)
     cos, sin = (part[:, None] for part in rotation.parts(value.dtype))
     rotated, rest = value.tensor_split([2 * cos.shape[-1]], -1)

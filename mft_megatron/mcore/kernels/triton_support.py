@@ -8,19 +8,15 @@ import functools
 
 import torch
 
-from mft_megatron.mcore.platform import devices
 
+def obstacle(device: torch.device) -> str | None:
+    """Say in a line why Triton's kernels cannot run on a device; ``None`` where they can, as on a simulated GPU.
 
-def obstacle() -> str | None:
-    """Say in a line why Triton's kernels cannot run; ``None`` where they can, which holds for a simulated GPU.
-
-    The first call launches a kernel; ask before a run starts, so that it starts without Triton instead of failing in
-    its first step.
+    The first call launches a kernel, so that a run without a compiler does without Triton instead of failing.
     """
-    device = devices.device()
     if device.type == "meta":
         return None
-    return _trial(device) if devices.HAS_CUDA else "there is no GPU"
+    return _trial(device) if device.type == "cuda" else "there is no GPU"
 
 
 @functools.cache

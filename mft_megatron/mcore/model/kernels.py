@@ -90,7 +90,7 @@ def _in_triton(arguments: Arguments) -> str:
     kinds = [name for name, used in (("rotary embedding", rope), ("norms", norms)) if used]
     if not devices.HAS_CUDA or not kinds:
         return ""
-    obstacle = triton_support.obstacle()
+    obstacle = triton_support.obstacle(devices.device())
     how = "Triton" if obstacle is None else f"PyTorch's operators, since Triton cannot run ({obstacle})"
     return f"; {' and '.join(kinds)}: {how}"
 

@@ -35,7 +35,7 @@ def rotary():
 
 def norms():
     """Largest errors of results and gradients of every case, as models call them on a GPU."""
-    devices.on_gpu, triton_support.obstacle = lambda tensor: True, lambda: None
+    devices.on_gpu, triton_support.obstacle = lambda tensor: True, lambda device: None
     # torch has no kernel of its own on the CPU
     rms_norm.TORCH = rms_norm.TRITON
     # so that each has several blocks of rows

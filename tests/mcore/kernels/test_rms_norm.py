@@ -86,7 +86,7 @@ def test_choice(monkeypatch):
     assert choose(bf16, bf16[0], 0.0) is PLAIN
     monkeypatch.setattr(devices, "on_gpu", lambda tensor: True)
     for obstacle, other in ((None, TRITON), ("Triton is not installed", PLAIN)):
-        monkeypatch.setattr(triton_support, "obstacle", lambda obstacle=obstacle: obstacle)
+        monkeypatch.setattr(triton_support, "obstacle", lambda device, obstacle=obstacle: obstacle)
         has_kernel = hasattr(torch.ops.aten, "_fused_rms_norm_backward")
         assert choose(bf16, bf16[0], 0.0) is (TORCH if has_kernel else other)
         assert choose(bf16, bf16[0], 1.0) is other

@@ -44,7 +44,7 @@ def simulated_kernel(monkeypatch):
         return rotary_cases.expected(value, angles, interleaved).to(value.dtype)
 
     monkeypatch.setattr(devices, "on_gpu", lambda tensor: True)
-    monkeypatch.setattr(triton_support, "obstacle", lambda: None)
+    monkeypatch.setattr(triton_support, "obstacle", lambda device: None)
     monkeypatch.setattr(rotary, "rotate_on_gpu", formula)
 
 
@@ -65,22 +65,17 @@ def test_the_kernel_keeps_cosines_and_sines_alone(simulated_kernel):
 
 def test_on_a_simulated_gpu_a_contiguous_tensor_is_made(monkeypatch):
     monkeypatch.setattr(devices, "on_gpu", lambda tensor: tensor.is_meta)
-    monkeypatch.setattr(triton_support, "obstacle", lambda: None)
+    monkeypatch.setattr(triton_support, "obstacle", lambda device: None)
     value = torch.empty(6, 2, 24, dtype=torch.bfloat16, device="meta")[..., :8].requires_grad_()
     result = rotate(value, Rotation(torch.empty(6, 4, device="meta"), False))
     assert (result.shape, result.dtype, result.is_contiguous()) == (value.shape, value.dtype, True)
     assert torch.autograd.grad(result.sum(), value)[0].shape == value.shape
 
 
-def test_obstacles(monkeypatch):
-    monkeypatch.setattr(devices, "device", lambda: torch.device("cpu"))
-    monkeypatch.setattr(devices, "HAS_CUDA", False)
-    assert triton_support.obstacle() == "there is no GPU"
-    monkeypatch.setattr(devices, "device", lambda: torch.device("meta"))
-    assert triton_support.obstacle() is None
-    # a GPU in a process that has none: whatever the first launch says, in a line
-    monkeypatch.setattr(devices, "HAS_CUDA", True)
-    monkeypatch.setattr(devices, "device", lambda: torch.device("cuda", 99))
-    reason = triton_support.obstacle()
+def test_obstacles():
+    assert triton_support.obstacle(torch.device("cpu")) == "there is no GPU"
+    assert triton_support.obstacle(torch.device("meta")) is None
+    # a GPU that no machine has: whatever the first launch says, in a line
+    reason = triton_support.obstacle(torch.device("cuda", 99))
     assert "Error: " in reason
     assert "\n" not in reason

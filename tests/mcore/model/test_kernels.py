@@ -106,7 +106,7 @@ def test_kernels_in_triton(monkeypatch, extra, words, obstacle, how):
     from mft_megatron.mcore.model.kernels import describe
 
     on_cuda(monkeypatch, "2.10", apex=False)
-    monkeypatch.setattr(triton_support, "obstacle", lambda: obstacle)
+    monkeypatch.setattr(triton_support, "obstacle", lambda device: obstacle)
     line = describe(*of(f"--bf16 {extra}"))
     assert f"attention: flash; {words}{how if words else ''}linear layers: " in line
 
@@ -117,7 +117,7 @@ def test_a_norm_without_a_kernel_of_torch(monkeypatch):
     from mft_megatron.mcore.model import kernels
 
     on_cuda(monkeypatch, "2.10", apex=False)
-    monkeypatch.setattr(triton_support, "obstacle", lambda: None)
+    monkeypatch.setattr(triton_support, "obstacle", lambda device: None)
     for has_kernel in (False, True):
         monkeypatch.setattr(kernels, "has_torchs_kernel", lambda has_kernel=has_kernel: has_kernel)
         assert ("; norms: Triton" in kernels.describe(*of("--bf16 --normalization RMSNorm"))) != has_kernel
