@@ -65,6 +65,15 @@ def test_zeros_of_gradients_are_read_only_where_they_are_logged(simulation):
     check(simulation.report("--log-num-zeros-in-grad", 1, 0, SMALL), most=2)
 
 
+def test_waits_of_experts_are_known(simulation):
+    """Sizes that depend on the routing are read in Megatron-Core, three times in each layer of a micro-batch."""
+    words = "--num-experts 4 --moe-ffn-hidden-size 64 --moe-router-topk 2"
+    step = simulation.report(words, 1, 0, SMALL).steps[-1]
+    assert {wait.kind for wait in step.waits if wait.in_micro_batches} == {"size", "copy"}
+    assert sum(wait.in_micro_batches for wait in step.waits) <= 3 * 2 * step.micro_batches
+    assert sum(wait.outside for wait in step.waits) == 1
+
+
 def _plants(torch, devices):
     """Functions of token losses that make the host wait, by name."""
     return {

@@ -65,6 +65,32 @@ def train(prefix, options, steps=2):
         return {"curve": curve, "allocated": allocated, "kernel": getattr(kernel, "__name__", type(kernel).__name__)}
 
 
+def waits(prefix, options):
+    """Waits of the host in the third step of a run, as torch sees them: one message each."""
+    import warnings
+
+    import torch
+
+    from mft_megatron.data.loading.step_plan import plan_step
+    from tests.parallel.run import TASK_WEIGHTS
+
+    with _groups(prefix, options):
+        trainer, split, arguments = _trainer(prefix, options)
+        for index in range(2):
+            _step(trainer, split, index)
+        size = arguments.training.global_batch_size
+        plan = plan_step(split, seed=1, global_batch_size=size, consumed_samples=2 * size)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                trainer.train_step(split, plan, TASK_WEIGHTS)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return [str(one.message) for one in caught if "synchronizing" in str(one.message)]
+
+
 def _info():
     from mft_megatron.mcore.parallel import process_groups
     from mft_megatron.run_folder import CheckpointInfo
