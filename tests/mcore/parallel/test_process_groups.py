@@ -116,3 +116,17 @@ def test_the_refusal_of_any_rank_is_raised(monkeypatch):
     monkeypatch.setattr(process_groups.dist, "all_gather_object", gather)
     with pytest.raises(InputError, match=r"^of the second$"):
         process_groups.raise_on_all_ranks(None)
+
+
+def test_ranks_that_cannot_connect_are_refused_with_the_reason(monkeypatch):
+    from mft_megatron.mcore.parallel import process_groups
+
+    def fail(value):
+        raise torch.distributed.DistBackendError(
+            "NCCL error in: ProcessGroupNCCL.cpp:94, invalid usage\nLast error:\nDuplicate GPU detected : rank 1"
+        )
+
+    monkeypatch.setattr(process_groups, "any_rank", fail)
+    with pytest.raises(InputError, match=r"cannot connect to each other: Duplicate GPU detected : rank 1") as refusal:
+        process_groups._connect()
+    assert refusal.value.always
