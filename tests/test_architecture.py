@@ -39,6 +39,7 @@ ORDER = {
         *(
             "rank_report",
             "code_lines|operations|memory_account|step_counters",
+            "other_peaks",
             "rank_run",
             "mock_data|model_description|refusals|processes",
             "start",

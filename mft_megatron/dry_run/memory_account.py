@@ -94,6 +94,10 @@ class MemoryAccount:
         self._bytes[block.line, block.category] += size
         self._counts[block.line, block.category] += count
 
+    def holds(self, key: int) -> bool:
+        """Whether a storage is counted and alive; ``key`` is its ``id``."""
+        return key in self._blocks
+
     def resize(self, storage: torch.UntypedStorage) -> None:
         """Count a storage that has another size now."""
         block = self._blocks.get(id(storage))

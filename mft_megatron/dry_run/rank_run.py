@@ -16,6 +16,7 @@ from mft_megatron.mcore.platform.simulation.expert_load import ExpertLoad
 from mft_megatron.mcore.platform.simulation.process_group import start
 from mft_megatron.mcore.trainer import Trainer
 
+from .other_peaks import evaluation_memory, save_memory
 from .rank_report import GRADIENTS, OPTIMIZER, WEIGHTS, RankReport, Step
 from .step_counters import StepCounters
 
@@ -56,6 +57,8 @@ def run_rank(
             steps = _steps(arguments, dataset, trainer, counters)
             _mark(counters, trainer)
             resident = dict(counters.memory.by_category)
+            evaluation = evaluation_memory(arguments, dataset, trainer, counters)
+            save, save_host = save_memory(arguments, trainer, counters)
             listener.listen(None)
             models = [chunk.module for chunk in trainer.chunks]
             weights = [weight for model in models for weight in model.parameters()]
@@ -69,9 +72,9 @@ def run_rank(
         trained_parameters=sum(weight.numel() for weight in weights if weight.requires_grad),
         resident=resident,
         steps=steps,
-        evaluation=None,
-        save=None,
-        save_host=None,
+        evaluation=evaluation,
+        save=save,
+        save_host=save_host,
         seconds=time.perf_counter() - began,
     )
 

@@ -17,7 +17,8 @@ class StepCounters:
     """Listens to a simulated GPU: counts what a step does, and passes memory on to its account.
 
     Attributes:
-        memory: the account.
+        memory: the account of the GPU's memory.
+        host: the account of tensors on the host; ``None`` while no one asks for it.
         operations: floating-point operations since the last reset.
         kernels: operators that launch a kernel since the last reset.
     """
@@ -29,6 +30,7 @@ class StepCounters:
             group_name: names a process group.
         """
         self.memory = MemoryAccount()
+        self.host: MemoryAccount | None = None
         self._group_name = group_name
         self.reset()
 
@@ -68,8 +70,10 @@ class StepCounters:
         if waits:
             self._waits[line.text, "pageable copy" if not pinned else "copy", line.scheduled] += 1
 
-    def copied_to_host(self, tensor: Tensor) -> None:
-        """Take a copy on the host for none of the GPU's memory."""
+    def on_host(self, tensors: list[Tensor]) -> None:
+        """Count tensors on the host, if anyone asks for them."""
+        if self.host is not None:
+            self.host.add(tensors)
 
     def sent(self, kind: str, group: dist.ProcessGroup, tensors: Iterable[Tensor], size: int) -> None:
         """Count a message."""

@@ -130,10 +130,10 @@ def products(words, world_size, rank):
 def test_gradients_of_weights_are_added_in_place(simulation):
     """Those of 4 matrices of 4 layers and of the output layer, in each of 2 steps of 8 micro-batches; no tensor.
 
-    What torch can do is tried once.
+    What torch can do is tried once. An evaluation of 4 micro-batches has logits and no gradients.
     """
     found = simulation.report(function=products)
-    assert found == {"aten.addmm.dtype_out": 2 * 8 * (4 * 4 + 1) + 1, "aten.mm.dtype_out": 2 * 8 + 1}
+    assert found == {"aten.addmm.dtype_out": 2 * 8 * (4 * 4 + 1) + 1, "aten.mm.dtype_out": 2 * 8 + 4 + 1}
 
 
 def test_fp16_updates_weights(simulation):
@@ -191,3 +191,17 @@ def test_features_run(simulation, words):
     report = simulation.report(words)
     assert report.steps[-1].operations > 0
     assert not [wait for wait in report.steps[-1].waits if wait.kind == "device"]
+
+
+@pytest.mark.parametrize("words", ["--use-distributed-optimizer", "", "--no-save-optim"])
+def test_saves_and_evaluations(simulation, words, tmp_path):
+    report = simulation.report(f"{words} --save {tmp_path}", 2, split=(80, 20, 0))
+    held = sum(report.resident.values())
+    assert held < report.evaluation.peak < report.steps[-1].memory.peak
+    assert held <= report.save.peak < held + 2**20
+    assert report.evaluation.by_category[ACTIVATIONS] == report.resident[ACTIVATIONS]
+    weights, states = report.resident[WEIGHTS], report.resident[OPTIMIZER]
+    # Each of two ranks writes half; without the distributed optimizer, states of all weights are on each.
+    expected = weights / 2 + (states if "use-dist" in words else states / 2 if not words else 0)
+    assert expected * 0.95 < report.save_host < expected * 1.2 + 2**17
+    assert simulation.report(words).save is None

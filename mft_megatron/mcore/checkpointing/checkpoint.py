@@ -114,7 +114,7 @@ class Writer:
         process_groups.write_on_main(path, begin, if_it_fails(path))
         self._path = path
         with _failure_reported(path), trainer.weights.whole(), _quiet():
-            state = _state(trainer, self._options, training_state, self._with_base)
+            state = state_to_save(trainer, self._options, training_state, self._with_base)
             plans = self._plans_for(state)
             request = dist_checkpointing.save(
                 state,
@@ -177,9 +177,10 @@ def save(
     return path
 
 
-def _state(
+def state_to_save(
     trainer: Trainer, options: CheckpointArguments, training_state: TrainingState | None, with_base: bool
 ) -> dict[str, Any]:
+    """Build the sharded state of a checkpoint, as :class:`Writer` writes it; a collective of all ranks."""
     model_state = _model_state(trainer, with_base)
     state = {
         "model": model_state,

@@ -45,6 +45,15 @@ def test_what_is_unknown_is_not_guessed():
     assert values.of(numbers) is not None
     run(values, aten.add_.Tensor, numbers, unknown)
     assert values.of(numbers) is None
+    # an operator that changes its arguments and returns nothing
+    numbers, steps = known(values, torch.tensor([4])), known(values, torch.tensor([1]))
+    aten._foreach_add_.List([numbers], [steps])
+    values.follow(aten._foreach_add_.List, ([numbers], [steps]), {}, [])
+    assert values.of(numbers).tolist() == [5]
+    unknown = torch.empty(1, dtype=torch.int64, device="meta")
+    aten._foreach_add_.List([numbers], [unknown])
+    values.follow(aten._foreach_add_.List, ([numbers], [unknown]), {}, [])
+    assert values.of(numbers) is None
 
 
 def test_the_load_of_experts_is_as_stated():

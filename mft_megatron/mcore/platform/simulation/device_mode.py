@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 
 from mft_megatron.errors import InputError
 
@@ -65,6 +66,8 @@ class SimulatedDevice(TorchDispatchMode):
         super().__init__()
         self._answers, self._load = answers, load
         self._values = KnownValues()
+        # storages without content that stand for large ones on the host
+        self._host: Any = WeakIdKeyDictionary()
 
     def run(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator."""
@@ -88,9 +91,13 @@ class SimulatedDevice(TorchDispatchMode):
             out = self._sized(func, args)
         else:
             out = func(*args, **kwargs)
-        outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor) and leaf.is_meta]
+        outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        on_host = [leaf for leaf in outputs if not leaf.is_meta or self._is_on_host(leaf, args)]
+        if on_host:
+            listener().on_host(on_host)
+            outputs = [leaf for leaf in outputs if all(leaf is not one for one in on_host)]
+        self._values.follow(func, args, kwargs, outputs)
         if outputs:
-            self._values.follow(func, args, kwargs, outputs)
             if func is aten.topk.default and self._load is not None and self._load.routes(outputs[1], args[0]):
                 self._values.give(outputs[1], self._load.chosen(len(args[0])))
             listener().ran(func, args, outputs, self._values.of)
@@ -105,6 +112,16 @@ class SimulatedDevice(TorchDispatchMode):
         if func is aten.nonzero.default:
             return args[0].new_empty((int(mask.count_nonzero()), args[0].dim()), dtype=torch.long)
         return args[0].new_empty(int(mask.expand(torch.broadcast_shapes(mask.shape, args[0].shape)).sum()))
+
+    def _is_on_host(self, output: Tensor, args: Any) -> bool:
+        """Whether a result without content stands for one on the host, as what it was made from does."""
+        if not self._host:
+            return False
+        inputs = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor) and leaf.is_meta]
+        if not inputs or not all(leaf.untyped_storage() in self._host for leaf in inputs):
+            return output.untyped_storage() in self._host
+        self._host[output.untyped_storage()] = True
+        return True
 
     def _answer(self, dtype: torch.dtype) -> float | int | bool:
         frame: Any = sys._getframe(2)
@@ -131,13 +148,21 @@ class SimulatedDevice(TorchDispatchMode):
         if not kwargs.get("non_blocking", False):
             listener().waited("copy")
         known, dtype = self._values.of(source), kwargs.get("dtype") or source.dtype
-        return _on_host(source, dtype) if known is None else known.to(dtype, copy=True)
+        return self._to_host(source, dtype) if known is None else known.to(dtype, copy=True)
+
+    def _to_host(self, source: Tensor, dtype: torch.dtype) -> Tensor:
+        """A copy of a tensor of the simulated GPU on the host: zeros, or without content where it is large."""
+        if source.numel() * dtype.itemsize <= HOST_CONTENT:
+            return torch.zeros(source.shape, dtype=dtype)
+        copy = torch.empty(source.shape, dtype=dtype, device=META)
+        self._host[copy.untyped_storage()] = True
+        return copy
 
     def _copy(self, func: Any, args: Any, kwargs: Any) -> Any:
         target, source = args[:2]
         non_blocking = args[2] if len(args) > 2 else kwargs.get("non_blocking", False)
         if source.is_meta and not target.is_meta:
-            if not non_blocking:
+            if not non_blocking and source.untyped_storage() not in self._host:
                 listener().waited("copy")
             known = self._values.of(source)
             if known is not None:
@@ -158,6 +183,8 @@ class SimulatedDevice(TorchDispatchMode):
         if name == "_allgather_base" and (known := self._values.of(args[1])) is not None:
             # ranks route their tokens alike
             self._values.give(args[0], known.flatten().repeat(args[0].numel() // known.numel()).view(args[0].shape))
+        elif name != "send":
+            self._values.forget(leaf for leaf in tree_leaves(args[0]) if isinstance(leaf, Tensor))
         leaves = [leaf for leaf in tree_leaves([args, kwargs]) if isinstance(leaf, Tensor)]
         group = next(
             (
@@ -189,14 +216,6 @@ def _bytes(tensors: Any) -> int:
 def _host_to_device(source: Tensor, non_blocking: bool) -> None:
     without_wait = source.is_pinned()
     listener().copied(source.nbytes, without_wait, waits=not (without_wait and non_blocking))
-
-
-def _on_host(source: Tensor, dtype: torch.dtype) -> Tensor:
-    """A copy of a tensor of the simulated GPU on the host: zeros, or without content where it is large."""
-    size = source.numel() * dtype.itemsize
-    copy = torch.zeros(source.shape, dtype=dtype, device="cpu" if size <= HOST_CONTENT else META)
-    listener().copied_to_host(copy)
-    return copy
 
 
 @contextlib.contextmanager

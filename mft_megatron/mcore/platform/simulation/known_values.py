@@ -4,6 +4,8 @@ Sizes of results may depend on values: how many tokens go to an expert, how long
 on the CPU beside the operator that has no content, by the same operator.
 """
 
+import functools
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -62,17 +64,19 @@ class KnownValues:
             kwargs: of the operator.
             outputs: its results on the simulated GPU.
         """
-        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.is_meta]
+        written = _written(operator, args, kwargs)
         if operator in _FACTORIES:
-            if outputs[0].nbytes > MOST:
+            if not outputs or outputs[0].nbytes > MOST:
                 return
-            inputs = []
-        elif not inputs or not self._storages:
+            known: dict[int, Tensor | None] = {}
+        elif not self._storages:
             return
-        known = {id(tensor): self.of(tensor) for tensor in inputs}
-        if operator not in _FACTORIES and any(values is None for values in known.values()):
-            self._forget(operator, inputs, outputs)
-            return
+        else:
+            inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.is_meta]
+            known = {id(tensor): self.of(tensor) for tensor in inputs}
+            if not known or any(values is None for values in known.values()):
+                self.forget(written)
+                return
 
         def on_host(leaf: Any) -> Any:
             if isinstance(leaf, Tensor) and leaf.is_meta:
@@ -85,17 +89,33 @@ class KnownValues:
             results = [leaf for leaf in tree_leaves(operator(*host_args, **host_kwargs)) if isinstance(leaf, Tensor)]
         except (RuntimeError, TypeError):
             # an operator that the CPU does not have
-            self._forget(operator, inputs, outputs)
+            self.forget(written)
             return
-        for tensor, values in zip(outputs, results, strict=True):
+        # an operator that changes its arguments has changed their values, too
+        for tensor, values in zip(outputs, results, strict=False):
             if tensor.untyped_storage() not in self._storages:
                 self.give(tensor, values)
 
-    def _forget(self, operator: Any, inputs: list[Tensor], outputs: list[Tensor]) -> None:
-        """Forget what was changed in place by something unknown."""
-        for tensor in outputs:
-            if not operator.is_view and any(tensor is one for one in inputs):
-                self._storages.pop(tensor.untyped_storage(), None)
+    def forget(self, tensors: Iterable[Tensor]) -> None:
+        """Know no longer what tensors hold, after they were changed by something unknown."""
+        for tensor in tensors:
+            self._storages.pop(tensor.untyped_storage(), None)
+
+
+def _written(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The arguments of an operator that it changes."""
+    return [
+        leaf
+        for position, name in _changed_arguments(operator)
+        for leaf in tree_leaves(args[position] if position < len(args) else kwargs.get(name))
+        if isinstance(leaf, Tensor) and leaf.is_meta
+    ]
+
+
+@functools.cache
+def _changed_arguments(operator: Any) -> list[tuple[int, str]]:
+    arguments = enumerate(operator._schema.arguments)
+    return [(position, one.name) for position, one in arguments if one.alias_info and one.alias_info.is_write]
 
 
 def _view(content: Tensor, tensor: Tensor) -> Tensor:

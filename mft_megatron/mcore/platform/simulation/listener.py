@@ -32,8 +32,8 @@ class Listener(Protocol):
     def copied(self, size: int, pinned: bool, waits: bool) -> None:
         """A tensor of ``size`` bytes was copied to the GPU, from pinned memory or not; the host may have waited."""
 
-    def copied_to_host(self, tensor: Tensor) -> None:
-        """A tensor was copied to the host; ``tensor`` is the copy, which has no content either where it is large."""
+    def on_host(self, tensors: list[Tensor]) -> None:
+        """Tensors on the host that an operator has made or changed; large copies of the GPU's have no content."""
 
     def sent(self, kind: str, group: torch.distributed.ProcessGroup, tensors: Iterable[Tensor], size: int) -> None:
         """A message within a group; ``tensors`` are its buffers, ``size`` the larger of both directions in bytes."""
