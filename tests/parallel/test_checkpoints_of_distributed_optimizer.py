@@ -130,3 +130,39 @@ def test_with_and_without_the_distributed_optimizer(dataset_prefix, tmp_path):
 def test_any_layout_resumes_from_any_other(dataset_prefix, tmp_path, precision):
     """Tensors are the same, bit for bit, and in fp32 equal up to rounding after another step."""
     _exchange(dataset_prefix, tmp_path, LAYOUTS, precision, not precision)
+
+
+def _resume(prefix, options, world, folder, save_after):
+    """Train steps 0 to 4 with a save after ``save_after``, or resume and train the remaining ones."""
+    from mft_megatron.mcore.parallel import process_groups
+
+    arguments = arguments_for(prefix, options, world)
+    with process_groups.process_groups(arguments.distributed, arguments.initialization.seed):
+        trainer, split = trainer_and_split(prefix, f"{options} --seed {1 if save_after else 77}", world)
+        start, curve = 0, []
+        if save_after is None:
+            _load(trainer, folder)
+            start = 3
+        for number in range(start, 5):
+            curve.append(_step(trainer, split, number))
+            if number + 1 == save_after:
+                _save(trainer, folder, save_after)
+        return curve
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("world", "options"),
+    [
+        (2, OVERLAP),
+        (2, f"{OVERLAP} --bf16 {DROPOUT}"),
+        (4, f"{VPP} {OVERLAP} {DROPOUT}"),
+        (4, f"{TP2} {SHARDED} --bf16 {DROPOUT}"),
+        (2, f"{OVERLAP} --fp16 --initial-loss-scale 65536 {DROPOUT}"),
+        (2, f"{OVERLAP} --bf16 --grad-reduce-in-bf16"),
+    ],
+)
+def test_resuming_is_bit_equal(dataset_prefix, tmp_path, world, options):
+    whole = run_on_ranks(world, _resume, dataset_prefix, options, world, str(tmp_path), 3)[0]
+    resumed = run_on_ranks(world, _resume, dataset_prefix, options, world, str(tmp_path), None)[0]
+    assert resumed == whole[3:]
