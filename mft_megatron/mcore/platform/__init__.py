@@ -1,1 +1,1 @@
-"""This machine: devices, known releases, optional packages, number formats, all patches of Megatron-Core and torch."""
+"""This machine: devices, releases, optional packages, number formats, mixed products, patches of other packages."""
