@@ -4,7 +4,8 @@
 
     hidden states [T, H] ─┬─► megatron      output linear, vocab_parallel_cross_entropy of all logits ─┬─► Σ c_t·l_t
                           ├─► fused-linear  supervised tokens, block by block, slope known before  ─┤   backward
-                          └─► recomputed    the same, slope unknown: focal-sample's way ───────────────┘
+                          ├─► recomputed    the same, slope unknown: focal-sample's way ──────────────┤
+                          └─► liger         Liger-Kernel's, on a GPU where it is installed ───────────┘
 
 Each runs forward and backward under Megatron's data parallelism, which gathers the weight's gradient in fp32. Time: in
 turn in one process, medians of rounds. Memory: each in a fresh process, peak resident memory (VmHWM of Linux) above the
@@ -12,6 +13,7 @@ resident memory before; torch's counters with a GPU.
 """
 
 import argparse
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -33,9 +35,12 @@ from mft_megatron.mcore.parallel.data_parallel import DistributedDataParallel, D
 from mft_megatron.mcore.platform import devices
 from mft_megatron.mcore.platform.megatron_fixes import sum_weight_gradients_without_apex
 from mft_megatron.mcore.platform.mixed_products import add_weight_gradient
+from mft_megatron.mcore.platform.optional_packages import importable
 from mft_megatron.mcore.platform.precisions import DTYPES
 
-MEGATRON, FUSED, RECOMPUTED = VARIANTS = ("megatron", "fused-linear", "recomputed")
+MEGATRON, FUSED, RECOMPUTED, LIGER = "megatron", "fused-linear", "recomputed", "liger"
+VARIANTS = (MEGATRON, FUSED, RECOMPUTED, *([LIGER] if devices.HAS_CUDA and importable("liger_kernel") else []))
+IGNORED = -100  # labels that Liger-Kernel passes over
 # what models are trained in; fp16 would need a loss scale
 TRAINED = ("fp32", "bf16")
 
@@ -73,6 +78,7 @@ class Case:
         mask_T = torch.rand(tokens, generator=generator).argsort() < round(supervised * tokens)
         self.coefficient_T = (mask_T.double() / mask_T.sum()).to(device)
         self.supervised_N = mask_T.nonzero()[:, 0].to(device)
+        self.masked_T = self.labels_T.masked_fill(~mask_T.to(device), IGNORED)
 
     def losses(self, variant: str) -> Tensor:
         """Token losses of a variant, fp32 [1, T]."""
@@ -82,10 +88,18 @@ class Case:
         slope = Slope(self.coefficient_T).take(self.supervised_N) if variant == FUSED else None
         return self.layer(self.hidden, targets=Targets(self.labels_T, self.supervised_N, slope, self.vocabulary))
 
+    def liger(self) -> Tensor:
+        """Mean loss of supervised tokens by Liger-Kernel, which has no coefficients; here those are all the same."""
+        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as Fused
+
+        found = Fused.apply(self.hidden.squeeze(1), self.layer.weight, self.masked_T)
+        # newer releases give further values beside the loss
+        return (found[0] if isinstance(found, tuple) else found).double()
+
     def once(self, variant: str) -> Tensor:
         """Run forward and backward; returns the value, a scalar. Gradients are in ``hidden.grad`` and ``main_grad``."""
         self.hidden.grad = None
-        value = (self.coefficient_T * self.losses(variant)[0].double()).sum()
+        value = self.liger() if variant == LIGER else (self.coefficient_T * self.losses(variant)[0].double()).sum()
         value.backward()
         return value.detach()
 
@@ -96,8 +110,9 @@ class Case:
             self.model.zero_grad_buffer()
             found = self.once(variant), self.hidden.grad.float(), self.layer.weight.main_grad
             expected = expected or (*found[:2], found[2].clone())
+            # Liger adds the blocks' gradients of the weight in 16 bits
+            near = 1e-5 if self.hidden.dtype == torch.float32 else 5e-2 if variant == LIGER else 1e-2
             for ours, theirs in zip(found, expected, strict=True):
-                near = 1e-5 if self.hidden.dtype == torch.float32 else 1e-2
                 difference = (ours - theirs).norm() / theirs.norm()
                 if difference > near:
                     sys.exit(f"{variant} differs from {MEGATRON} by {difference:.1e}")
@@ -131,8 +146,12 @@ def measure(shape: tuple, hidden_size: int, seed: int, repeat: int) -> dict:
     case = Case(*shape, hidden_size, seed)
     case.compare()
     variants = times(case, repeat)
+    if devices.HAS_CUDA:
+        # torch counts what it allocates, whatever ran before
+        for variant, numbers in variants.items():
+            numbers["peak_bytes"] = peak_memory_of(functools.partial(case.once, variant))
     del case
-    for variant, numbers in variants.items():
+    for variant, numbers in variants.items() if not devices.HAS_CUDA else ():
         words = ["--peak-of", variant, "--hidden-size", hidden_size, "--seed", seed, "--vocabularies", vocabulary]
         words += ["--tokens", tokens, "--precisions", precision, "--supervised", supervised]
         numbers["peak_bytes"] = peak_in_fresh_process([str(word) for word in words])
