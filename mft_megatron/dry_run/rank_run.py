@@ -8,6 +8,7 @@ import torch.distributed as dist
 from mft_megatron.arguments.table import Arguments
 from mft_megatron.data.loading.dataset import PackedDataset
 from mft_megatron.data.loading.step_plan import plan_step
+from mft_megatron.mcore.adapters.quantized_linear import hold_shapes
 from mft_megatron.mcore.optim.held_tensors import held_tensors
 from mft_megatron.mcore.parallel import process_groups
 from mft_megatron.mcore.platform.simulation import listener
@@ -54,6 +55,7 @@ def run_rank(
             counters = StepCounters(group_name)
             listener.listen(counters)
             trainer = Trainer(arguments, vocab_size or dataset.vocab_size, len(dataset.tasks))
+            frozen = [layer for chunk in trainer.chunks for layer in hold_shapes(chunk.module)]
             steps = _steps(arguments, dataset, trainer, counters)
             _mark(counters, trainer)
             resident = dict(counters.memory.by_category)
@@ -68,7 +70,7 @@ def run_rank(
         layers=tuple(layer.layer_number for model in models for layer in model.decoder.layers),
         embedding=any(model.pre_process for model in models),
         output=any(model.post_process for model in models),
-        parameters=sum(weight.numel() for weight in weights),
+        parameters=sum(weight.numel() for weight in (*weights, *(layer.weight for layer in frozen))),
         trained_parameters=sum(weight.numel() for weight in weights if weight.requires_grad),
         resident=resident,
         steps=steps,

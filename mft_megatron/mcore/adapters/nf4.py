@@ -108,16 +108,33 @@ class Bitsandbytes:
         return torch.ops.bitsandbytes.dequantize_4bit(codes.view(-1, 1), magnitudes, BLOCK, "nf4", list(shape), dtype)
 
 
-Kernels = Reference | Bitsandbytes
+class Simulated:
+    """First level of a dry run: results of the shapes that bitsandbytes gives, which allocates nothing else."""
+
+    name = "bitsandbytes, simulated"
+
+    def quantize(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Allocate the results of :meth:`Reference.quantize`."""
+        n = weight.numel()
+        return weight.new_empty(-(-n // 2), dtype=torch.uint8), weight.new_empty(-(-n // BLOCK), dtype=torch.float32)
+
+    def dequantize(self, codes: Tensor, magnitudes: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Allocate the result of :meth:`Reference.dequantize`."""
+        return codes.new_empty(shape, dtype=dtype)
+
+
+Kernels = Reference | Bitsandbytes | Simulated
 
 
 @functools.cache
 def kernels() -> Kernels:
-    """Choose the kernels of the first level: the library's on CUDA, the reference elsewhere.
+    """Choose the kernels of the first level: the library's on CUDA, shapes alone in a dry run, the reference elsewhere.
 
     Raises:
         InputError: there is a CUDA device, and the library is not installed.
     """
+    if devices.device().type == "meta":
+        return Simulated()
     return Bitsandbytes() if devices.HAS_CUDA else Reference()
 
 

@@ -142,7 +142,8 @@ class QuantizedLinear(torch.nn.Module):
             raise ValueError(
                 f"rows of {allocated.shape[1]} elements on a rank are no multiple of the block size {BLOCK}"
             )
-        self.weight = torch.empty_like(allocated, device="meta", requires_grad=False)
+        # a single element: the meta device is that of a simulated GPU, whose memory is counted
+        self.weight = torch.empty((), dtype=allocated.dtype, device="meta").expand(allocated.shape)
 
     def hold_weight(self, content: Tensor, module: str) -> None:
         """Quantise this rank's shard of the weight and keep the result; a collective of the tensor-parallel ranks.
@@ -153,6 +154,24 @@ class QuantizedLinear(torch.nn.Module):
         """
         source_R = source_of_rows(module, self.config, content.shape[0]).to(devices.device())
         self.quantized = quantize(content.to(devices.device()), source_R, self.split_axis, self.tp_group)
+
+    def hold_shapes(self, module: str) -> None:
+        """Keep what :meth:`hold_weight` keeps, without content, on a simulated GPU.
+
+        Args:
+            module: as there.
+        """
+        rows, blocks = self.weight.shape[0], self.weight.shape[1] // BLOCK
+        of_source = source_of_rows(module, self.config, rows).bincount() * blocks * dist.get_world_size(self.tp_group)
+        groups = int((-(-of_source // GROUP)).sum())
+        codes, _ = kernels().quantize(self.weight)
+        self.quantized = QuantizedWeight(
+            codes,
+            codes.new_empty(rows, blocks),
+            codes.new_empty(rows, dtype=torch.int32),
+            codes.new_empty(groups, dtype=torch.float32),
+            codes.new_empty(groups, dtype=torch.float32),
+        )
 
     def weight_or_raise(self) -> QuantizedWeight:
         """Give the content.
@@ -182,10 +201,11 @@ def _product(
     **named: Any,
 ) -> Tensor:
     weight = quantized.dequantize(dtype)
-    address = weight.data_ptr()
+    # not by its address: tensors of a dry run have none
+    storage = weight.untyped_storage()._cdata
 
     def pack(saved: Tensor) -> Tensor | QuantizedWeight:
-        return quantized if saved.data_ptr() == address else saved
+        return quantized if saved.untyped_storage()._cdata == storage else saved
 
     def unpack(kept: Tensor | QuantizedWeight) -> Tensor:
         return kept.dequantize(dtype) if isinstance(kept, QuantizedWeight) else kept
@@ -222,6 +242,14 @@ def quantize_layer(layer: ModuleSpec) -> None:
 def quantized_layers(model: torch.nn.Module) -> dict[str, QuantizedLinear]:
     """Quantised linear layers of a model, by module name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+
+
+def hold_shapes(model: torch.nn.Module) -> list[QuantizedLinear]:
+    """Let the quantised layers of a model keep shapes without content; returns the layers."""
+    layers = quantized_layers(model)
+    for name, layer in layers.items():
+        layer.hold_shapes(name.rpartition(".")[2])
+    return list(layers.values())
 
 
 def quantized_shards(model: GPTModel) -> Iterator[tuple[str, QuantizedLinear, list[ShardedTensor]]]:

@@ -10,6 +10,8 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from mft_megatron.mcore.adapters.quantized_linear import quantized_layers
+
 
 @dataclasses.dataclass(frozen=True)
 class HeldTensors:
@@ -34,6 +36,10 @@ def held_tensors(chunks: Sequence[DistributedDataParallel], optimizer: MegatronO
         optimizer: over all of them.
     """
     weights = [tensor for chunk in chunks for tensor in (*chunk.module.parameters(), *chunk.module.buffers())]
+    for chunk in chunks:
+        for layer in quantized_layers(chunk.module).values():
+            if layer.quantized is not None:
+                weights += vars(layer.quantized).values()
     gradients = [p.grad for p in weights if p.grad is not None]
     for chunk in chunks:
         for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
