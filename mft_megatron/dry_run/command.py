@@ -14,7 +14,7 @@ from mft_megatron.arguments.table import Arguments
 from mft_megatron.errors import InputError
 from mft_megatron.options import out_of_range
 
-from .processes import run_in_processes
+from .processes import RankError, run_in_processes
 from .rank_report import RankReport
 from .report.advice import advice
 from .report.tables import details, table
@@ -55,10 +55,7 @@ def dry_run(command_line: CommandLine) -> int:
         run = functools.partial(
             run_rank, start.measured, start.dataset, vocab_size=vocab_size, busiest_expert=options.busiest_expert
         )
-        reports = []
-        for report in run_in_processes(run, start.ranks):
-            print(f"rank {report.rank}: {report.seconds:.0f} s", file=sys.stderr, flush=True)
-            reports.append(report)
+        reports = _reports(run_in_processes(run, start.ranks))
         results = [Result(report, *judge(start.arguments, report, gpu.memory)) for report in reports]
     if options.json:
         content = {"about": about, "gpu": options.gpu, "gpu_memory": gpu.memory, "not_known": UNKNOWN}
@@ -66,6 +63,19 @@ def dry_run(command_line: CommandLine) -> int:
     else:
         print("\n".join(report_lines(results)))
     return 1 if any(result.verdict.fits == "no" for result in results) else 0
+
+
+def _reports(ranks: Iterator[RankReport]) -> list[RankReport]:
+    """Wait for the reports, and say which are there."""
+    reports = []
+    try:
+        for report in ranks:
+            print(f"rank {report.rank}: {report.seconds:.0f} s", file=sys.stderr, flush=True)
+            reports.append(report)
+    except RankError as error:
+        print(error, file=sys.stderr, flush=True)
+        raise InputError(f"--dry-run cannot simulate this run: {error.summary}; the lines above say where") from None
+    return reports
 
 
 @dataclasses.dataclass(frozen=True)

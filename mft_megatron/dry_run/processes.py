@@ -15,7 +15,19 @@ _context = multiprocessing.get_context("fork")
 
 
 class RankError(Exception):
-    """A rank ended with an error that is not of the user's input; its message is the traceback."""
+    """A rank ended with an error that is not of the user's input.
+
+    Attributes:
+        summary: the rank and the error in a line; the message is the traceback.
+    """
+
+    def __init__(self, traceback_text: str, summary: str):
+        super().__init__(traceback_text, summary)
+        self.summary = summary
+
+    def __str__(self) -> str:
+        text: str = self.args[0]
+        return text
 
 
 def run_in_processes(function: Callable[[int], R], ranks: Sequence[int], at_once: int | None = None) -> Iterator[R]:
@@ -93,5 +105,6 @@ def _call(function: Callable[[int], R], rank: int, sender: Connection) -> None:
         sender.send((function(rank), None))
     except InputError as error:
         sender.send((None, InputError(f"rank {rank}: {error}")))
-    except Exception:
-        sender.send((None, RankError(f"rank {rank}:\n{traceback.format_exc()}")))
+    except Exception as error:
+        summary = f"rank {rank}: {type(error).__name__}: {error}"
+        sender.send((None, RankError(f"rank {rank}:\n{traceback.format_exc()}", summary)))

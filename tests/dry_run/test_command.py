@@ -6,8 +6,10 @@ import json
 import pytest
 
 from mft_megatron.arguments.groups.dry_run import DryRunArguments
-from mft_megatron.dry_run.command import Result, judge, report_lines
+from mft_megatron.dry_run.command import Result, _reports, judge, report_lines
+from mft_megatron.dry_run.processes import RankError
 from mft_megatron.dry_run.report.advice import advice
+from mft_megatron.errors import InputError
 from mft_megatron.mcore.platform.simulated_gpu import SIMULATED_GPUS
 from mft_megatron.options import info_of
 from tests.arguments.command_line import parse
@@ -62,6 +64,16 @@ def test_ranks_that_do_not_fit_are_named():
     assert not any(line.startswith("rank 0 does not fit") for line in lines)
     assert any(line.startswith("allowance: 2 GiB") for line in lines)
     assert not any("fit (" in line for line in report_lines(results(80)))
+
+
+def test_an_unexpected_error_is_one_line_below_its_traceback(capsys):
+    def ranks():
+        yield report()
+        raise RankError("rank 3:\nTraceback", "rank 3: ValueError: unknown")
+
+    with pytest.raises(InputError, match="cannot simulate this run: rank 3: ValueError: unknown; the lines above"):
+        _reports(ranks())
+    assert capsys.readouterr().err.splitlines() == ["rank 0: 3 s", "rank 3:", "Traceback"]
 
 
 def test_json_has_everything():

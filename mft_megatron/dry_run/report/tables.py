@@ -1,12 +1,27 @@
 """The report of a dry run as text: a table with a column for each rank, then the details of each rank."""
 
+import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from mft_megatron.dry_run.rank_report import CATEGORIES, HostWaits, LiveTensors, Memory, Messages, RankReport, Step
 
 from .verdict import GIB, Verdict
 
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """A unit of memory: its name and its bytes."""
+
+    name: str
+    bytes: int
+
+    def text(self, size: int) -> str:
+        """A number of bytes in this unit."""
+        return f"{size / self.bytes:.2f}"
+
+
+GIBIBYTES, MEBIBYTES = Unit("GiB", GIB), Unit("MiB", 2**20)
 COLUMNS = 4  # ranks side by side
 LINES = 8  # of code that are listed of each kind
 
@@ -23,7 +38,8 @@ def details(report: RankReport) -> Iterator[str]:
     """Lines about one rank: what is alive at its peak, its messages, and the lines of code that make the host wait."""
     step = report.steps[-1]
     yield f"rank {report.rank}, step {step.number}: peak at {step.memory.line}, where these are alive:"
-    yield from _rows(_LIVE, step.memory.largest, "nothing")
+    unit = _unit([report.peak])
+    yield from _rows({unit.name: lambda live: unit.text(live.bytes), **_LIVE}, step.memory.largest, "nothing")
     yield f"rank {report.rank}, step {step.number}: messages"
     yield from _rows(_MESSAGES, _sent(step), "none")
     yield f"rank {report.rank}, step {step.number}: waits of the host for the GPU"
@@ -32,7 +48,7 @@ def details(report: RankReport) -> Iterator[str]:
 
 
 def _block(pairs: Sequence[tuple[RankReport, Verdict]]) -> Iterator[str]:
-    rows = {**_about(), **_memory(pairs), **_work()}
+    rows = {**_about(), **_memory(pairs, _unit(judged.peak for _, judged in pairs)), **_work()}
     cells = [(name, *(cell(report, judged) for report, judged in pairs)) for name, cell in rows.items()]
     width = max(len(name) for name, *_ in cells)
     widths = [max(len(row[column]) for row in cells) for column in range(1, len(pairs) + 1)]
@@ -54,18 +70,19 @@ def _about() -> dict[str, Cell]:
     }
 
 
-def _memory(pairs: Sequence[tuple[RankReport, Verdict]]) -> dict[str, Cell]:
-    rows: dict[str, Cell] = {"GiB at the peak of a step": lambda report, _: ""}
-    rows.update({f"  {category}": functools.partial(_of_category, category) for category in CATEGORIES})
-    rows["  sum"] = lambda report, _: _gib(_last(report).memory.peak)
+def _memory(pairs: Sequence[tuple[RankReport, Verdict]], unit: Unit) -> dict[str, Cell]:
+    size, name = unit.text, unit.name
+    rows: dict[str, Cell] = {f"{name} at the peak of a step": lambda report, _: ""}
+    rows.update({f"  {category}": functools.partial(_of_category, unit, category) for category in CATEGORIES})
+    rows["  sum"] = lambda report, _: size(_last(report).memory.peak)
     if any(report.steps[0].memory.peak > _last(report).memory.peak for report, _ in pairs):
-        rows["GiB at the peak of the first step"] = lambda report, _: _gib(report.steps[0].memory.peak)
-    rows["GiB at the peak of an evaluation"] = lambda report, _: _peak(report.evaluation)
-    rows["GiB at the peak of a save"] = lambda report, _: _peak(report.save)
-    rows["  and on the host"] = lambda report, _: "-" if report.save_host is None else _gib(report.save_host)
-    rows["GiB of the GPU"] = lambda _, judged: _gib(judged.gpu)
-    rows["  allowance"] = lambda _, judged: _gib(judged.allowance)
-    rows["  free"] = lambda _, judged: _gib(judged.free)
+        rows[f"{name} at the peak of the first step"] = lambda report, _: size(report.steps[0].memory.peak)
+    rows[f"{name} at the peak of an evaluation"] = lambda report, _: _peak(report.evaluation, unit)
+    rows[f"{name} at the peak of a save"] = lambda report, _: _peak(report.save, unit)
+    rows["  and on the host"] = lambda report, _: "-" if report.save_host is None else size(report.save_host)
+    rows["GiB of the GPU"] = lambda _, judged: GIBIBYTES.text(judged.gpu)
+    rows["  allowance"] = lambda _, judged: GIBIBYTES.text(judged.allowance)
+    rows["  free"] = lambda _, judged: GIBIBYTES.text(judged.free)
     rows["fits"] = lambda _, judged: judged.fits
     return rows
 
@@ -77,7 +94,7 @@ def _work() -> dict[str, Cell]:
         "  TFLOPs": lambda report, _: f"{_last(report).operations / 1e12:,.1f}",
         "  kernels": lambda report, _: f"{_last(report).kernels:,}",
         "  messages": lambda report, _: f"{sum(m.count for m in _sent(_last(report))):,}",
-        "  GiB of messages": lambda report, _: _gib(sum(m.bytes for m in _sent(_last(report)))),
+        "  GiB of messages": lambda report, _: GIBIBYTES.text(sum(m.bytes for m in _sent(_last(report)))),
         "  copies to the GPU": lambda report, _: f"{sum(c.count for c in _last(report).copies):,}",
         "  waits in a micro-batch": lambda report, _: f"{waits_in_micro_batch(_last(report)):g}",
         "  waits outside of them": lambda report, _: f"{sum(w.outside for w in _last(report).waits):,}",
@@ -94,8 +111,13 @@ def _sent(step: Step) -> list[Messages]:
     return [message for message in step.messages if message.ranks > 1]
 
 
-def _of_category(category: str, report: RankReport, _: Verdict) -> str:
-    return _gib(_last(report).memory.by_category.get(category, 0))
+def _of_category(unit: Unit, category: str, report: RankReport, _: Verdict) -> str:
+    return unit.text(_last(report).memory.by_category.get(category, 0))
+
+
+def _unit(peaks: Iterable[int]) -> Unit:
+    """The unit for a column of peaks: mebibytes for small models."""
+    return GIBIBYTES if max(peaks) >= GIB else MEBIBYTES
 
 
 def _last(report: RankReport) -> Step:
@@ -113,16 +135,11 @@ def _layers(report: RankReport) -> str:
     return f"{'E ' if report.embedding else ''}{words}{' L' if report.output else ''}"
 
 
-def _peak(memory: Memory | None) -> str:
-    return "-" if memory is None else _gib(memory.peak)
-
-
-def _gib(size: int) -> str:
-    return f"{size / GIB:.2f}"
+def _peak(memory: Memory | None, unit: Unit) -> str:
+    return "-" if memory is None else unit.text(memory.peak)
 
 
 _LIVE: Mapping[str, Callable[[LiveTensors], str]] = {
-    "GiB": lambda live: _gib(live.bytes),
     "category": lambda live: live.category,
     "tensors": lambda live: f"{live.count:,}",
     "made at": lambda live: live.line,

@@ -58,6 +58,13 @@ def test_a_first_step_that_needs_no_more_has_no_row():
     assert "GiB at the peak of the first step" not in rows([report(first=18.0)])
 
 
+def test_small_models_are_in_mebibytes():
+    small = report(first=0.5, second=0.5, evaluation=0.25)
+    found = rows([small])
+    assert (found["sum"], found["MiB at the peak of an evaluation"]) == (["512.00"], ["256.00"])
+    assert any(line.startswith("  MiB ") for line in details(small))
+
+
 def test_many_ranks_are_in_several_blocks():
     reports = [report(rank) for rank in range(6)]
     lines = list(table(reports, [verdict(one, 40 * GIB) for one in reports]))
