@@ -98,6 +98,12 @@ class MemoryAccount:
         """Whether a storage is counted and alive; ``key`` is its ``id``."""
         return key in self._blocks
 
+    def drop(self, tensor: Tensor) -> None:
+        """Count a tensor no longer: it has no content on a real GPU either."""
+        block = self._blocks.pop(id(tensor.untyped_storage()), None)
+        if block is not None:
+            self._change(block, -block.size, -1)
+
     def resize(self, storage: torch.UntypedStorage) -> None:
         """Count a storage that has another size now."""
         block = self._blocks.get(id(storage))

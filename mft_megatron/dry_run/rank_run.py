@@ -56,6 +56,8 @@ def run_rank(
             listener.listen(counters)
             trainer = Trainer(arguments, vocab_size or dataset.vocab_size, len(dataset.tasks))
             frozen = [layer for chunk in trainer.chunks for layer in hold_shapes(chunk.module)]
+            for layer in frozen:
+                counters.memory.drop(layer.weight)
             steps = _steps(arguments, dataset, trainer, counters)
             _mark(counters, trainer)
             resident = dict(counters.memory.by_category)

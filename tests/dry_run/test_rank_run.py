@@ -1,5 +1,7 @@
 """Reports of single ranks: bytes that follow from the model, messages of each layout, waits that are planted."""
 
+import json
+
 import pytest
 import torch
 from packaging.version import Version
@@ -205,3 +207,48 @@ def test_saves_and_evaluations(simulation, words, tmp_path):
     expected = weights / 2 + (states if "use-dist" in words else states / 2 if not words else 0)
     assert expected * 0.95 < report.save_host < expected * 1.2 + 2**17
     assert simulation.report(words).save is None
+
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "max_position_embeddings": 512,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-05,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float16",
+    "vocab_size": 1000,
+}
+
+
+def report_of_start(words, world_size, rank):
+    """Report on a start from a description of a model, with mock data."""
+    from mft_megatron.arguments.command import read_command_line
+    from mft_megatron.arguments.groups.dry_run import DRY_RUN
+    from mft_megatron.dry_run.rank_run import run_rank
+    from mft_megatron.dry_run.start import started
+
+    words = ["--dry-run", "--world-size", str(world_size), *words[words.index("--hf-checkpoint") :]]
+    with started(read_command_line(words, more=DRY_RUN)) as ready:
+        return run_rank(ready.arguments, ready.dataset, rank)
+
+
+def test_weights_in_4_bits(simulation, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    words = f"--hf-checkpoint {tmp_path} --seq-length 128 --bf16 --global-batch-size 4 --lora-rank 8 --peft-type"
+    lora, qlora = (simulation.report(f"{words} {kind}", function=report_of_start) for kind in ("lora", "qlora"))
+    matrices = 4 * (3 * 64 * 64 + 64 * 64 + 3 * 64 * 128)
+    saved = lora.resident[WEIGHTS] - qlora.resident[WEIGHTS]
+    # Two bytes become half of one; beside it 16 matrices have four tensors of magnitudes, indices, groups and offsets,
+    # each of at most 1 KiB here.
+    assert 1.5 * matrices - 16 * 4 * 1024 < saved < 1.5 * matrices - 16 * 4 * 256
+    assert lora.parameters == qlora.parameters
+    # a dequantised weight is not kept for the backward pass
+    kept = [one.by_category[ACTIVATIONS] for one in (lora.steps[-1].memory, qlora.steps[-1].memory)]
+    assert kept[1] < kept[0] + 2 * 64 * 256
+    assert sum(lora.resident.values()) - saved == pytest.approx(sum(qlora.resident.values()), abs=2**14)
