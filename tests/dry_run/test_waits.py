@@ -38,12 +38,20 @@ CASES = {
 }
 
 
-def check(report, most=1):
-    """Nothing waits within micro-batches, ``most`` times in the rest of a step, and each micro-batch is one copy."""
+# Reads of values that a file may make in a step. Megatron-Core 0.19 also reads the norm of experts that there are not.
+NORM = {"megatron/core/optimizer/clip_grads.py": 2}
+OVERFLOW = {"megatron/core/optimizer/optimizer.py": 1, "mft_megatron/mcore/parallel/process_groups.py": 1}
+ZEROS = {"megatron/core/optimizer/clip_grads.py": 3}
+
+
+def check(report, most=NORM):
+    """Nothing waits within micro-batches, only ``most`` in the rest of a step, and each micro-batch is one copy."""
     step = report.steps[-1]
     assert not [wait for wait in step.waits if wait.in_micro_batches]
     assert not [wait for wait in step.waits if wait.kind != "value"]
-    assert sum(wait.outside for wait in step.waits) <= most, step.waits
+    for wait in step.waits:
+        assert wait.outside <= most.get(wait.line.partition(":")[0], 0), step.waits
+    assert sum(wait.outside for wait in step.waits) <= 4
     assert all(copies.pinned for copies in step.copies), step.copies
     assert sum(copies.in_micro_batches for copies in step.copies) == step.micro_batches
     # counts and weights of the tasks
@@ -57,21 +65,19 @@ def test_a_step_reads_the_gradient_norm_and_nothing_else(simulation, case):
 
 
 def test_with_fp16_a_step_also_reads_whether_gradients_overflowed(simulation):
-    report = simulation.report("", 1, 0, FP16)
-    check(report, most=3)
+    check(simulation.report("", 1, 0, FP16), most=NORM | OVERFLOW)
 
 
 def test_zeros_of_gradients_are_read_only_where_they_are_logged(simulation):
-    check(simulation.report("--log-num-zeros-in-grad", 1, 0, SMALL), most=2)
+    check(simulation.report("--log-num-zeros-in-grad", 1, 0, SMALL), most=ZEROS)
 
 
 def test_waits_of_experts_are_known(simulation):
-    """Sizes that depend on the routing are read in Megatron-Core, three times in each layer of a micro-batch."""
+    """Sizes that depend on the routing are read in Megatron-Core, three times at most in a layer and micro-batch."""
     words = "--num-experts 4 --moe-ffn-hidden-size 64 --moe-router-topk 2"
     step = simulation.report(words, 1, 0, SMALL).steps[-1]
     assert {wait.kind for wait in step.waits if wait.in_micro_batches} == {"size", "copy"}
     assert sum(wait.in_micro_batches for wait in step.waits) <= 3 * 2 * step.micro_batches
-    assert sum(wait.outside for wait in step.waits) == 1
 
 
 def _plants(torch, devices):
@@ -116,8 +122,8 @@ def _report_of_planted(plant, of_step, words, world_size, rank):
     [
         ("reads", False),
         ("copies", False),
-        ("brings back", False),
-        ("takes a number", False),
+        pytest.param("brings back", False, marks=pytest.mark.slow),
+        pytest.param("takes a number", False, marks=pytest.mark.slow),
         ("waits for all", False),
         ("reads", True),
     ],
