@@ -23,6 +23,8 @@ from .rank_report import (
 # torch's allocator rounds sizes up to this
 ROUNDING = 512
 LARGEST = 20
+# where Megatron-Core makes the buffer of gathered inputs that all layers share
+SHARED_BUFFER = "megatron/core/utils.py:"
 
 
 def allocated(storage: torch.UntypedStorage) -> int:
@@ -138,7 +140,7 @@ class MemoryAccount:
         if not self.keeps_activations:
             return
         for key in self._made:
-            if key in self._blocks:
+            if key in self._blocks and not self._blocks[key].line.startswith(SHARED_BUFFER):
                 self._move(key, ACTIVATIONS, (TEMPORARIES, COMMUNICATION))
         self._made = []
         for tensor in inputs:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from packaging.version import Version
 
-from mft_megatron.dry_run.rank_report import ACTIVATIONS, CATEGORIES, GRADIENTS, OPTIMIZER, WEIGHTS
+from mft_megatron.dry_run.rank_report import ACTIVATIONS, CATEGORIES, COMMUNICATION, GRADIENTS, OPTIMIZER, WEIGHTS
 from tests.dry_run.simulated import MODEL
 
 
@@ -66,6 +66,9 @@ def test_bytes_of_what_stays_follow_from_the_parameters(simulation):
 def test_layouts(simulation, words, world_size, rank, layers, expected):
     report = simulation.report(words, world_size, rank)
     assert report.layers == layers
+    # a pipeline stage keeps its last input; gathered inputs are in a buffer that stays
+    assert report.resident[ACTIVATIONS] < 2**16
+    assert report.resident[COMMUNICATION] > 2**12 or "sequence-parallel" not in words
     assert expected <= {(one.kind, one.group) for one in report.steps[-1].messages if one.ranks == world_size}
 
 
