@@ -78,6 +78,12 @@ KERNELS: Mapping[str, Backend] = {
 }
 
 
+# names of kernels, and of generations of FlashAttention, from the one that auto takes first to the last
+PREFERRED = (*(generation.name for generation in newer_flash.GENERATIONS), "flash", "varlen", "local")
+# those of them that auto does not take in this run, with the reason
+_left_out: dict[str, str] = {}
+
+
 @dataclasses.dataclass(frozen=True)
 class Choice:
     """The kernel that computes attention.
@@ -93,6 +99,11 @@ class Choice:
     kernel: Kernel
     why_not: Mapping[str, str] = dataclasses.field(default_factory=dict)
     generation: str | None = None
+
+    @property
+    def preferred_as(self) -> str:
+        """Its name in :data:`PREFERRED`."""
+        return self.generation or self.name
 
     def describe(self) -> str:
         """Describe the choice in a line for the log."""
@@ -114,12 +125,13 @@ def choose(backend: str, shape: AttentionShape) -> Choice:
     if backend == "auto":
         why_not: dict[str, str] = {}
         if devices.HAS_CUDA and unavailable("varlen", shape) is None:
-            generation, reasons = newer_flash.activate(shape)
+            generation, reasons = newer_flash.activate(shape, frozenset(_left_out))
+            why_not |= {name: reason for name, reason in _left_out.items() if name not in KERNELS}
             why_not |= reasons
             if generation is not None:
                 return Choice("varlen", varlen, why_not, generation)
         for name in ("flash", "varlen") if devices.HAS_CUDA else ():
-            reason = unavailable(name, shape)
+            reason = _left_out.get(name) or unavailable(name, shape)
             if reason is None:
                 return Choice(name, KERNELS[name].make(), why_not)
             why_not[name] = reason
@@ -128,6 +140,11 @@ def choose(backend: str, shape: AttentionShape) -> Choice:
     if reason is not None:
         raise InputError(f"--attention-backend {backend} {reason}")
     return Choice(backend, KERNELS[backend].make())
+
+
+def leave_out(name: str, reason: str) -> None:
+    """Let auto take no kernel of this name in :data:`PREFERRED` from now on, in the whole process."""
+    _left_out[name] = reason
 
 
 def unavailable(backend: str, shape: AttentionShape) -> str | None:

@@ -50,11 +50,12 @@ GENERATIONS = (
 
 
 @functools.cache
-def activate(shape: AttentionShape) -> tuple[str | None, Mapping[str, str]]:
+def activate(shape: AttentionShape, without: frozenset[str] = frozenset()) -> tuple[str | None, Mapping[str, str]]:
     """Put the first generation that computes this attention right behind ``torch.nn.attention.varlen``.
 
     Args:
         shape: of the attention, which ``varlen`` can compute.
+        without: names of generations that are not taken.
 
     Returns:
         the generation's name, or ``None`` if FlashAttention 2 stays; and by name, the reason why one was not taken.
@@ -62,8 +63,9 @@ def activate(shape: AttentionShape) -> tuple[str | None, Mapping[str, str]]:
     reasons: dict[str, str] = {}
     if devices.device().type != "cuda":  # simulated
         return None, reasons
+    _restore()
     for generation in GENERATIONS:
-        if devices.capability()[0] not in generation.majors:
+        if devices.capability()[0] not in generation.majors or generation.name in without:
             continue
         reason = _try(generation, shape, devices.device())
         if reason is None:
@@ -88,10 +90,15 @@ def _try(generation: Generation, shape: AttentionShape, device: torch.device) ->
     except Exception as error:  # symbols of another torch, a compiler of its own, shapes that it lacks
         first = (str(error).strip() or "no message").splitlines()[0][:200]
         reason = f"cannot compute this ({type(error).__name__}: {first})"
-    with contextlib.suppress(Exception):
-        if attention.current_flash_attention_impl() is not None:
-            attention.restore_flash_attention_impl()
+    _restore()
     return reason
+
+
+def _restore() -> None:
+    """Let FlashAttention 2 be active again; in a torch that knows no other it is."""
+    with contextlib.suppress(Exception):
+        if torch.nn.attention.current_flash_attention_impl() is not None:
+            torch.nn.attention.restore_flash_attention_impl()
 
 
 def _is_right(shape: AttentionShape, window: int | None, device: torch.device) -> bool:

@@ -8,6 +8,15 @@ import functools
 
 import torch
 
+# why another process of the run does without Triton
+_elsewhere: str | None = None
+
+
+def do_without(reason: str | None) -> None:
+    """Let this process do without Triton on a GPU, for a reason, as another one does; or not, with ``None``."""
+    global _elsewhere
+    _elsewhere = reason
+
 
 def obstacle(device: torch.device) -> str | None:
     """Say in a line why Triton's kernels cannot run on a device; ``None`` where they can, as on a simulated GPU.
@@ -16,7 +25,7 @@ def obstacle(device: torch.device) -> str | None:
     """
     if device.type == "meta":
         return None
-    return _trial(device) if device.type == "cuda" else "there is no GPU"
+    return (_elsewhere or _trial(device)) if device.type == "cuda" else "there is no GPU"
 
 
 @functools.cache

@@ -24,6 +24,8 @@ from torch import Tensor
 from mft_megatron.arguments.table import Arguments
 from mft_megatron.losses.objective import Slope
 from mft_megatron.mcore.adapters.lora import add_adapters
+from mft_megatron.mcore.attention.agreement import agree
+from mft_megatron.mcore.attention.backends import shape_of
 from mft_megatron.mcore.attention.packed_attention import PackedStream
 from mft_megatron.mcore.kernels.rotary import Rotation
 from mft_megatron.mcore.moe.experts import mark_expert_weights, rows_of_tokens
@@ -191,6 +193,8 @@ def build_model(arguments: Arguments, vocab_size: int) -> list[DistributedDataPa
     over data-parallel ranks and micro-batches, never averaged.
     """
     choose_compiler(arguments)
+    config = transformer_config(arguments)
+    agree(arguments.training.attention_backend, shape_of(config, config.attention_dropout))
     count = arguments.distributed.num_virtual_stages_per_pipeline_rank
     stages: Sequence[int | None] = [None] if count is None else range(count)
     return wrap(arguments, [_build_chunk(arguments, vocab_size, stage) for stage in stages])

@@ -9,6 +9,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +24,8 @@ from mft_megatron.errors import InputError
 from mft_megatron.mcore.platform import devices
 
 from . import teardown, timeouts
+
+T = TypeVar("T")
 
 
 @contextlib.contextmanager
@@ -201,9 +204,14 @@ def first_of_any_rank(message: str | None) -> str | None:
     """The message of the first rank that has one, the same on all ranks; ``None`` without one; a collective."""
     if not any_rank(message is not None):
         return None
-    messages: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(messages, message)
-    return next(found for found in messages if found is not None)
+    return next(found for found in of_all_ranks(message) if found is not None)
+
+
+def of_all_ranks(value: T) -> list[T]:
+    """The value of each rank, which can be pickled, in the order of the ranks; a collective."""
+    values = [value] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def broadcast_from_main(value: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """FlashAttention 3 and 4 are taken by auto where they compute what plain PyTorch does, and else FlashAttention 2."""
 
 import sys
+import types
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from mft_megatron.arguments.values.attention import AttentionShape
 from mft_megatron.mcore.platform import devices
 from tests import fake_kernels
+from tests.ranks import run_on_ranks
 
 SHAPE = AttentionShape("bf16", 16, window=20, grouped_queries=True, context_parallel=True)
 ABSENT = {"FA3": "is not installed (no flash_attn_interface)", "FA4": "is not installed (no flash_attn.cute.interface)"}
@@ -168,3 +170,59 @@ def test_random_numbers_of_the_run_stay(choice):
     before = torch.get_rng_state()
     choice({"FA3": RIGHT})
     assert torch.get_rng_state().equal(before)
+
+
+def _agreed(works, installed):
+    """The kernel that this rank takes after all have agreed, where some of them lack generations and packages."""
+    from mft_megatron.arguments.command import parse_arguments
+    from mft_megatron.mcore.attention import agreement, backends, newer_flash
+    from mft_megatron.mcore.parallel import process_groups
+    from tests.command_lines import SHORT_RUN
+
+    layout = parse_arguments(SHORT_RUN.split(), 2).distributed
+    with process_groups.process_groups(layout, 1), pytest.MonkeyPatch.context() as patch:
+        rank = torch.distributed.get_rank()
+        gpu = types.SimpleNamespace(
+            HAS_CUDA=True, device=lambda: torch.device("cuda", 0), capability=lambda: (9, 0)
+        )  # the ranks still talk with gloo
+        for module in (agreement, backends, newer_flash):
+            patch.setattr(module, "devices", gpu)
+        patch.setattr(
+            newer_flash, "_try", lambda generation, *_: None if generation.name in works[rank] else "gave wrong numbers"
+        )
+        patch.setattr(
+            backends,
+            "unavailable",
+            lambda name, shape: None if name in ("varlen", *installed[rank]) else "is not installed",
+        )
+        patch.setattr(backends, "_left_out", {})
+        newer_flash.activate.cache_clear()
+        agreement.agree("auto", SHAPE)
+        choice = backends.choose("auto", SHAPE)
+        agreement.agree("auto", SHAPE)
+        newer_flash.activate.cache_clear()
+        return choice.preferred_as, choice.describe()
+
+
+@pytest.mark.parametrize(
+    ("works", "installed", "taken", "said"),
+    [
+        (({"FA3"}, {"FA3"}), ((), ()), "FA3", "attention: varlen with FA3"),
+        (({"FA3"}, ()), ((), ()), "varlen", "FA3 is not taken, since on rank 1 it gave wrong numbers"),
+        (({"FA3", "FA4"}, {"FA4"}), ((), ()), "FA4", "FA3 is not taken"),
+        (({"FA3"}, {"FA4"}), (("flash",), ()), "varlen", "flash is not taken, since on rank 1 it is not installed"),
+    ],
+)
+def test_all_ranks_take_the_same(works, installed, taken, said):
+    for name, words in run_on_ranks(2, _agreed, works, installed):
+        assert name == taken
+        assert said in words
+
+
+def test_a_generation_that_is_left_out_is_active_no_longer(choice):
+    from mft_megatron.mcore.attention import newer_flash
+
+    _, torch_functions = choice({"FA3": RIGHT})
+    assert torch_functions.current() == "FA3"
+    assert newer_flash.activate(SHAPE, frozenset({"FA3"}))[0] is None
+    assert torch_functions.current() is None
