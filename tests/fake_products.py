@@ -8,7 +8,8 @@ import functools
 
 import torch
 
-from mft_megatron.mcore.platform import devices, mixed_products
+from mft_megatron.mcore.kernels import mixed_products
+from mft_megatron.mcore.platform import devices
 
 # the first release of each kind
 RELEASES = ("2.6", "2.8", "2.10")

@@ -62,6 +62,7 @@ WITHOUT_MEGATRON = (
     "mcore.checkpointing.vocabulary",
     "mcore.checkpointing.weight_source",
     "mcore.kernels.layer_norm",
+    "mcore.kernels.mixed_products",
     "mcore.kernels.norm_triton",
     "mcore.kernels.rms_norm",
     "mcore.kernels.rotary",

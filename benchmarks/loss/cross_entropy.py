@@ -28,13 +28,13 @@ from measuring.peak_memory import peak_memory_of
 
 from mft_megatron.arguments.groups.distributed import DistributedArguments
 from mft_megatron.losses.objective import Slope
+from mft_megatron.mcore.kernels.mixed_products import add_weight_gradient
 from mft_megatron.mcore.model.config import TransformerConfig
 from mft_megatron.mcore.output_layer.cross_entropy import FusedOutputLayer, Targets, vocab_parallel_nll
 from mft_megatron.mcore.parallel import process_groups
 from mft_megatron.mcore.parallel.data_parallel import DistributedDataParallel, DistributedDataParallelConfig
 from mft_megatron.mcore.platform import devices
 from mft_megatron.mcore.platform.megatron_fixes import sum_weight_gradients_without_apex
-from mft_megatron.mcore.platform.mixed_products import add_weight_gradient
 from mft_megatron.mcore.platform.optional_packages import importable
 from mft_megatron.mcore.platform.precisions import DTYPES
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from packaging.version import Version
 
-from mft_megatron.mcore.platform.mixed_products import add_product, adds_in_fp32, multiply, writes_fp32
+from mft_megatron.mcore.kernels.mixed_products import add_product, adds_in_fp32, multiply, writes_fp32
 
 
 def operands(dtype, rows, inner=515, columns=264):

@@ -30,8 +30,8 @@ QUICK = 3
 
 def _fused(prefix, options, world_size, shape):
     """Train with the fusion; also return how many sums of gradients it made."""
+    from mft_megatron.mcore.kernels import mixed_products
     from mft_megatron.mcore.model import config, gpt
-    from mft_megatron.mcore.platform import mixed_products
 
     plain, add, sums = config.fusions, mixed_products.add_weight_gradient, []
     config.fusions = lambda arguments: {**plain(arguments), "gradient_accumulation_fusion": True}

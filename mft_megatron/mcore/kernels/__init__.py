@@ -1,1 +1,1 @@
-"""Operations of this project's layers, each one function for CPU and CUDA that keeps little for its backward pass."""
+"""Operations of layers, each one function for CPU and GPU that keeps little for its backward pass, or adds in fp32."""

@@ -27,12 +27,13 @@ from mft_megatron.mcore.adapters.lora import add_adapters
 from mft_megatron.mcore.attention.agreement import agree
 from mft_megatron.mcore.attention.backends import shape_of
 from mft_megatron.mcore.attention.packed_attention import PackedStream
+from mft_megatron.mcore.kernels import mixed_products
 from mft_megatron.mcore.kernels.rotary import Rotation
 from mft_megatron.mcore.moe.experts import mark_expert_weights, rows_of_tokens
 from mft_megatron.mcore.output_layer.cross_entropy import FusedOutputLayer, Targets, vocab_parallel_nll
 from mft_megatron.mcore.parallel.data_parallel import wrap
 from mft_megatron.mcore.parallel.device_batch import DeviceBatch
-from mft_megatron.mcore.platform import devices, environment, mixed_products
+from mft_megatron.mcore.platform import devices, environment
 from mft_megatron.mcore.platform.megatron_fixes import become, sum_weight_gradients_without_apex
 
 from .compiler import choose_compiler

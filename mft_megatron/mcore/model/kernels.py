@@ -10,10 +10,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from mft_megatron.arguments.table import Arguments
 from mft_megatron.mcore.adapters import nf4
 from mft_megatron.mcore.attention.backends import choose, shape_of
-from mft_megatron.mcore.kernels import triton_support
+from mft_megatron.mcore.kernels import mixed_products, triton_support
 from mft_megatron.mcore.kernels.norm_triton import LONGEST_ROW
 from mft_megatron.mcore.kernels.rms_norm import has_torchs_kernel
-from mft_megatron.mcore.platform import devices, mixed_products
+from mft_megatron.mcore.platform import devices
 
 from . import compiler
 

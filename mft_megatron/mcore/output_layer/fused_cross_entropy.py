@@ -10,9 +10,9 @@
 hidden size. Where ``dL/dl_t``, the *slope*, is known in the forward pass, the lower line runs there, on the logits that
 have just been computed; otherwise the backward pass computes the logits a second time, block by block.
 
-Of 16-bit hidden states the logits are in fp32 as the product gives them (:mod:`.mixed_products`). Rounded to 16 bits
-are their gradients, as factors of the two products after them, and the gradient of the hidden states, once. How many
-tokens a block has is in :mod:`.logit_blocks`.
+Of 16-bit hidden states the logits are in fp32 as the product gives them (``kernels/mixed_products.py``). Rounded to 16
+bits are their gradients, as factors of the two products after them, and the gradient of the hidden states, once. How
+many tokens a block has is in :mod:`.logit_blocks`.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mft_megatron.losses.objective import Slope
-from mft_megatron.mcore.platform.mixed_products import add_product, multiply
+from mft_megatron.mcore.kernels.mixed_products import add_product, multiply
 
 from .logit_blocks import block_rule
 

@@ -17,8 +17,8 @@ def layers_of(fusion, sequence_parallel, overlap):
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
     from megatron.core.transformer.transformer_config import TransformerConfig
 
+    from mft_megatron.mcore.kernels.mixed_products import add_weight_gradient
     from mft_megatron.mcore.platform.megatron_fixes import sum_weight_gradients_without_apex
-    from mft_megatron.mcore.platform.mixed_products import add_weight_gradient
 
     sum_weight_gradients_without_apex(add_weight_gradient)
     config = TransformerConfig(

@@ -20,8 +20,8 @@ import functools
 import torch
 from torch import Tensor
 
-from . import devices
-from .optional_packages import importable
+from mft_megatron.mcore.platform import devices
+from mft_megatron.mcore.platform.optional_packages import importable
 
 # apex's kernel that adds the gradient of a linear layer's weight to a sum in one operation
 APEX_KERNEL = "fused_weight_gradient_mlp_cuda"

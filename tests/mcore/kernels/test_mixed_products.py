@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from mft_megatron.mcore.platform import mixed_products
-from mft_megatron.mcore.platform.mixed_products import add_product, multiply
+from mft_megatron.mcore.kernels import mixed_products
+from mft_megatron.mcore.kernels.mixed_products import add_product, multiply
 from tests import fake_products
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
