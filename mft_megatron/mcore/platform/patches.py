@@ -2,8 +2,9 @@
 
 ::
 
-    WITHOUT_CUDA    applied by ``devices.prepare`` before Megatron-Core is imported, only where there is no CUDA
-    SIMULATED       applied by ``devices.prepare`` instead, where a GPU is simulated
+    WITHOUT_CUDA    applied by ``devices.prepare`` before Megatron-Core is imported, where there is no CUDA
+    WITH_CUDA       the same, where there is
+    SIMULATED       the same, where a GPU is simulated
     WHERE_NEEDED    called by the layer files that need them, on any machine
 
 When a release of Megatron-Core is added to :data:`.versions.MEGATRON_CORE`, run the tests named here under it: each
@@ -36,6 +37,7 @@ class Patch:
 
 _EACH = "tests/mcore/platform/test_without_cuda.py::test_each_is_still_needed"
 _FIXES = "tests/mcore/platform/test_megatron_fixes.py"
+_DRY_RUN = "tests/dry_run/test_simulated_gpu.py::test_each_is_still_needed"
 
 WITHOUT_CUDA = {
     "jit": Patch(without_cuda.stub_jit, "tests/mcore/platform/test_without_cuda.py::test_megatron_compiles_by_default"),
@@ -47,8 +49,11 @@ WITHOUT_CUDA = {
         without_cuda.convert_token_counts, "tests/parallel/test_experts.py::test_the_replacement_is_still_needed"
     ),
 }
-_DRY_RUN = "tests/dry_run/test_simulated_gpu.py::test_each_is_still_needed"
-
+WITH_CUDA = {
+    "jit": Patch(
+        jit_fuser.choose_at_each_call, "tests/mcore/platform/test_jit_fuser.py::test_megatron_chooses_when_imported"
+    )
+}
 SIMULATED = {
     "jit": Patch(cuda_functions.replace_jit, _DRY_RUN),
     "tensor methods": Patch(cuda_functions.replace_tensor_methods, _DRY_RUN),
@@ -57,11 +62,6 @@ SIMULATED = {
     "choices of kernels": Patch(cuda_functions.replace_kernel_choices, _DRY_RUN),
     "objects of other ranks": Patch(process_group.replace_object_collectives, _DRY_RUN),
     "messages sent together": Patch(process_group.replace_coalescing, _DRY_RUN),
-}
-WITH_CUDA = {
-    "jit": Patch(
-        jit_fuser.choose_at_each_call, "tests/mcore/platform/test_jit_fuser.py::test_megatron_chooses_when_imported"
-    )
 }
 WHERE_NEEDED = {
     "class of a built module": Patch(megatron_fixes.become, f"{_FIXES}::test_megatron_takes_no_class_for_these"),
@@ -92,7 +92,12 @@ WHERE_NEEDED = {
         megatron_fixes.sum_weight_gradients_without_apex, f"{_FIXES}::test_linear_layers_ask_apex"
     ),
 }
-PATCHES = WITHOUT_CUDA | {f"{name} on CUDA": patch for name, patch in WITH_CUDA.items()} | WHERE_NEEDED
+PATCHES = (
+    WITHOUT_CUDA
+    | {f"{name} on CUDA": patch for name, patch in WITH_CUDA.items()}
+    | {f"{name} of a simulated GPU": patch for name, patch in SIMULATED.items()}
+    | WHERE_NEEDED
+)
 
 
 @functools.cache

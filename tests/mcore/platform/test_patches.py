@@ -26,6 +26,12 @@ def test_every_function_that_replaces_is_in_the_table():
         public = {node.name for node in tree.body if isinstance(node, ast.FunctionDef) and node.name[0] != "_"}
         assert public
         assert public <= listed
+    for module in (patches.cuda_functions, patches.process_group):
+        tree = ast.parse(Path(module.__file__).read_text())
+        functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+        replacing = {name for name in functions if name.startswith("replace_")}
+        assert replacing
+        assert replacing <= listed
 
 
 def test_every_fix_is_called_by_a_layer():
