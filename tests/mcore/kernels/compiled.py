@@ -1,4 +1,4 @@
-"""Registers and spilled bytes of every Triton kernel, compiled ahead of time for GPUs that are not here; prints JSON.
+"""Registers, spilled bytes and narrow offsets of every Triton kernel, compiled for GPUs that are not here; prints JSON.
 
 Usage: ``python -m tests.mcore.kernels.compiled [COMPUTE CAPABILITY …]``, 80 and 90 by default. It needs Triton, which
 brings NVIDIA's assembler, and no GPU.
@@ -50,7 +50,7 @@ def norm_variants():
 
 
 def compiled(kernel, signature, constants, warps, capability):
-    """Compile a kernel; return the assembler's registers and spilled bytes a thread."""
+    """Compile a kernel; return the assembler's registers and spilled bytes a thread, and offsets of rows in 32 bits."""
     signature = {name: "constexpr" if name in constants else signature[name] for name in kernel.arg_names}
     pointers = [index for index, kind in enumerate(signature.values()) if kind.startswith("*")]
     source = ASTSource(kernel, signature, constants, {(index,): [["tt.divisibility", 16]] for index in pointers})
@@ -63,7 +63,8 @@ def compiled(kernel, signature, constants, warps, capability):
         log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     registers = int(re.search(r"Used (\d+) registers", log)[1])
     spills = sum(map(int, re.findall(r"(\d+) bytes spill", log)))
-    return {"registers": registers, "spilled": spills}
+    narrow = re.findall(r"tt\.addptr .*(?:ptr<\w+>, i32|tensor<\d+x1xi32>) loc", result.asm["ttir"])
+    return {"registers": registers, "spilled": spills, "narrow": len(narrow)}
 
 
 def assembler():

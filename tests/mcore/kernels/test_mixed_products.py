@@ -81,3 +81,26 @@ def test_one_operation_since_torch_2_10(monkeypatch):
 def test_what_a_release_can_do_is_in_words(monkeypatch, release, words):
     fake_products.install(monkeypatch, release)
     assert words in mixed_products.describe()
+
+
+def test_what_comes_out_wrong_is_not_taken(monkeypatch):
+    """A kernel that leaves out the summand, or writes nothing, costs time and no digits."""
+    fake_products.install(monkeypatch, "2.10")
+    multiplied = torch.mm
+    monkeypatch.setattr(torch, "addmm", lambda total, left, right, **options: multiplied(left, right, **options))
+    monkeypatch.setattr(torch, "mm", lambda left, right, *, out=None, **options: out)
+    assert not mixed_products.adds_in_fp32(torch.device("cpu"))
+    assert not mixed_products.writes_fp32(torch.device("cpu"))
+
+
+def test_an_error_that_is_not_about_dtypes_is_raised(monkeypatch):
+    """A GPU that is out of order does not look like an old torch."""
+
+    def failing(*operands, **options):
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED")
+
+    fake_products.install(monkeypatch, "2.10")
+    for name, tried in (("mm", mixed_products.writes_fp32), ("addmm", mixed_products.adds_in_fp32)):
+        monkeypatch.setattr(torch, name, failing)
+        with pytest.raises(RuntimeError, match="NOT_INITIALIZED"):
+            tried(torch.device("cpu"))

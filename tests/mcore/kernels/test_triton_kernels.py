@@ -43,10 +43,25 @@ def test_against_fp64(kernel, most):
     assert {name: error for name, error in errors.items() if not error < most} == {}
 
 
-@pytest.mark.skipif(Version("3.3") > TRITON, reason="compiling ahead of time was called otherwise before Triton 3.3")
-def test_compiled_ahead_of_time_nothing_is_spilled(tmp_path):
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    if Version("3.3") > TRITON:
+        pytest.skip("compiling ahead of time was called otherwise before Triton 3.3")
+    return run("compiled", TRITON_CACHE_DIR=str(tmp_path_factory.mktemp("kernels")))
+
+
+# those of a token's heads, and of the programs' sums; norms of 128 elements have several rows in a program
+@pytest.mark.parametrize(("kernel", "most"), [("rotary", 1), ("norm forward 128", 0), ("norm backward 128", 2)])
+def test_rows_are_found_by_64_bits(compiled, kernel, most):
+    """A micro-batch of 2³¹ elements, as 262,144 tokens of 8,192, overflows offsets of 32 bits."""
+    narrow = {name: use["narrow"] for name, use in compiled.items() if name.startswith(kernel)}
+    assert len(narrow) >= 4
+    assert max(narrow.values()) <= most
+
+
+def test_compiled_ahead_of_time_nothing_is_spilled(compiled):
     """A thread has 255 registers; what is spilled goes to memory, which these kernels are bound by."""
-    kernels = run("compiled", TRITON_CACHE_DIR=str(tmp_path))
+    kernels = compiled
     for name, use in kernels.items():
         print(f"{name}: {use['registers']} registers, {use['spilled']} bytes spilled")
     assert {name.rpartition(" ")[2] for name in kernels} == {"sm_80", "sm_90"}
