@@ -14,7 +14,7 @@ def spread(value: Tensor, ids_BS: Tensor) -> Tensor:
 
     Args:
         value: one value for each sample or task, any dtype.
-        ids_BS: int64, indices into ``value``.
+        ids_BS: int32 or int64, indices into ``value``.
     """
     return value.index_select(0, ids_BS.flatten()).view(ids_BS.shape)
 
@@ -23,7 +23,7 @@ def sample_sums(sample_ids_BS: Tensor, value_BS: Tensor, num_segments: int) -> T
     """Sum of a per-token value over the tokens of each sample: fp64 [``num_segments``]; differentiable.
 
     Args:
-        sample_ids_BS: int64, index of the sample within the micro-batch.
+        sample_ids_BS: int32 or int64, index of the sample within the micro-batch.
         value_BS: any dtype.
         num_segments: how many sample indices there are.
     """
@@ -35,7 +35,7 @@ def task_sums(task_ids_BS: Tensor, value_BS: Tensor, num_tasks: int) -> Tensor:
     """Sum of a per-token value over the tokens of each task: fp64 [K]; a constant.
 
     Args:
-        task_ids_BS: int64, index of the task.
+        task_ids_BS: int32 or int64, index of the task.
         value_BS: any dtype.
         num_tasks: ``K``.
     """

@@ -21,8 +21,8 @@ class Supervision:
     """Weights of the tokens of a micro-batch, fp64 [B, S] and constant; without any, all three are the loss mask.
 
     Attributes:
-        task_ids_BS: int64; any valid task where nothing is supervised.
-        sample_ids_BS: int64, index of the sample within the micro-batch, which holds the whole sample.
+        task_ids_BS: int32 or int64; any valid task where nothing is supervised.
+        sample_ids_BS: int32 or int64, index of the sample within the micro-batch, which holds the whole sample.
         num_segments: how many sample indices there are; known on the host, so that nothing waits for the device.
         mask_BS: 1 where the token is supervised, else 0.
         turn_weights_BS: ``u_t``; 0 where the token is not supervised.

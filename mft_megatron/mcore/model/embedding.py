@@ -14,7 +14,7 @@ class ScaledEmbedding(VocabParallelEmbedding):
     """Megatron's embedding times √hidden size, rounded to the weights' dtype: 55.5 for 3,072 in bf16, not 55.43."""
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """Embed int64 [B, S] -> [B, S, hidden], or [S / TP, B, hidden] under sequence parallelism."""
+        """Embed ids, int32 or int64 [B, S] -> [B, S, hidden], or [S / TP, B, hidden] under sequence parallelism."""
         return super().forward(input_ids) * scale(self.embedding_dim, self.weight.dtype)
 
 

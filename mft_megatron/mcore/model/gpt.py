@@ -131,7 +131,7 @@ class PackedGPTModel(GPTModel):
         return shard.scatter(output[0], batch.tokens_BS.numel())[None]
 
     def _rotation(self, positions: Tensor) -> Rotation | None:
-        """Rotation by the positions of tokens, int64 [T]; ``None`` without rotary embedding."""
+        """Rotation by the positions of tokens, int32 [T]; ``None`` without rotary embedding."""
         if self.position_embedding_type != "rope":
             return None
         return self.rotary_pos_emb.rotation(positions)

@@ -23,7 +23,7 @@ class RotaryByPosition(RotaryEmbedding):
     inv_freq: Tensor
 
     def rotation(self, positions: Tensor) -> Rotation:
-        """Compute the rotation of each token's queries and keys from its position, int64 [T]."""
+        """Compute the rotation of each token's queries and keys from its position, int32 or int64 [T]."""
         self.inv_freq = self.inv_freq.to(positions.device)
         scaled = positions.to(self.inv_freq.dtype)
         if self.seq_len_interpolation_factor is not None:

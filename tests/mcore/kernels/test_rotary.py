@@ -40,6 +40,7 @@ def simulated_kernel(monkeypatch):
     """Tensors that count as on a GPU with Triton; the kernel is replaced by the formula in fp64."""
 
     def formula(value, cos, sin, interleaved, back=False):
+        assert value.dtype != torch.float64, "the kernel computes in fp32"
         angles = torch.atan2(-sin if back else sin, cos)
         return rotary_cases.expected(value, angles, interleaved).to(value.dtype)
 

@@ -162,3 +162,19 @@ def test_megatron_is_told_to_be_deterministic_on_cuda(monkeypatch, extra, expect
     """Its embedding then takes rows by index, whose gradient has a deterministic algorithm."""
     fake_kernels.install(monkeypatch)
     assert of(f"--bf16 {extra}")[1].deterministic_mode == expected
+
+
+def test_ranks_agree_before_a_stage_is_built(monkeypatch):
+    """Each rank takes part, also one whose stage has no layer, and only then chooses the kernels of its layers."""
+    from mft_megatron.mcore.model import gpt
+
+    done = []
+    arguments, _ = of("--window-size 8,0 --attention-dropout 0.25")
+    monkeypatch.setattr(gpt, "choose_compiler", lambda arguments: done.append("compiler and Triton"))
+    monkeypatch.setattr(gpt, "agree", lambda *words: done.append(words))
+    monkeypatch.setattr(gpt, "_build_chunk", lambda *words: done.append("stage"))
+    monkeypatch.setattr(gpt, "wrap", lambda arguments, stages: stages)
+    gpt.build_model(arguments, 128)
+    shape = gpt.shape_of(gpt.transformer_config(arguments), 0.25)
+    assert (shape.window, shape.dropout) == (8, 0.25)
+    assert done == ["compiler and Triton", ("auto", shape), "stage"]
