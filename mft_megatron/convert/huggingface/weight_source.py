@@ -1,6 +1,7 @@
 """A Hugging Face folder as a source of weights, for imports and for runs that start from it directly."""
 
 import contextlib
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -71,17 +72,23 @@ class HuggingFaceSource:
     def read(self, wanted: WeightSlice) -> Tensor:
         """Read one slice, in the dtype that it is stored in. Rows beyond the vocabulary are 0.
 
+        Where parts of a weight, such as gate and up projection, are stored in several dtypes, that is the widest.
+
         Raises:
             InputError: a file has become shorter.
         """
         weight = self._by_name[wanted.name]
         blocks, names = weight.blocks(self.sizes), weight.hf_names_at(wanted.index)
         first, column = wanted.start[0], wanted.start[1] if wanted.start[1:] else 0
-        content = torch.zeros(wanted.shape, dtype=self.files.weights[names[0]].dtype)
+        dtypes = [self.files.weights[name].dtype for name in names]
+        content = torch.zeros(wanted.shape, dtype=functools.reduce(torch.promote_types, dtypes))
         filled = 0
         # rows beyond the vocabulary are in no block and stay 0
         for block in slice_blocks(blocks, first, first + wanted.shape[0]):
             rows = content[filled : filled + block.rows]
-            self.files.read_block(rows, names[block.source], block.start, column)
+            stored = rows if rows.dtype == dtypes[block.source] else torch.empty_like(rows, dtype=dtypes[block.source])
+            self.files.read_block(stored, names[block.source], block.start, column)
+            if stored is not rows:
+                rows.copy_(stored)
             filled += block.rows
         return content

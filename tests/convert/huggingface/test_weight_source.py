@@ -98,3 +98,19 @@ def test_weights_are_those_of_the_checkpoint(models, layout, size, most_read, al
         read.append([fraction for _, fraction in result])
     assert max(map(max, read)) <= most_read + 1e-9
     assert max(map(sum, zip(*read, strict=True))) <= all_read + 1e-9
+
+
+def test_parts_of_a_weight_may_have_several_dtypes(tmp_path):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from mft_megatron.convert.huggingface.weight_source import HuggingFaceSource
+    from mft_megatron.mcore.checkpointing.weight_source import WeightSlice
+
+    tiny_models.write_model("llama3 tied", tmp_path / "hf", "bfloat16")
+    file = tmp_path / "hf" / "model.safetensors"
+    weights = {name: one.float() if "up_proj" in name else one for name, one in load_file(file).items()}
+    save_file(weights, file, {"format": "pt"})
+    gate, up = (weights[f"model.layers.0.mlp.{name}_proj.weight"] for name in ("gate", "up"))
+    wanted = WeightSlice("decoder.layers.mlp.linear_fc1.weight", (0,), (2, 0), (len(gate) + len(up) - 3, up.shape[1]))
+    assert HuggingFaceSource(tmp_path / "hf").read(wanted).equal(torch.cat([gate[2:].float(), up[:-1]]))
