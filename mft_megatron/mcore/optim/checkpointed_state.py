@@ -55,7 +55,9 @@ def stored_state(optimizer: MegatronOptimizer, model_state: dict[str, Any]) -> d
     steps = _steps_taken(optimizer)
     # an optimizer that has never stepped has no state, and its main weights equal the weights
     tensors = _stored_tensors(optimizer, model_state) if steps else {}
-    return {"steps": steps, "loss_scale": _scale_state(optimizer), "tensors": tensors}
+    # no empty entry: it would be a value that other ranks lack, which Megatron-Core logs as an error
+    also = {"tensors": tensors} if tensors else {}
+    return {"steps": steps, "loss_scale": _scale_state(optimizer), **also}
 
 
 def wanted_state(optimizer: MegatronOptimizer, model_state: dict[str, Any], steps: int) -> dict[str, Any]:
@@ -82,7 +84,7 @@ def restore(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
         return
     for number, part in enumerate(_parts(optimizer)):
         for index, weight in enumerate(_weights(part)):
-            tensors = state["tensors"].get(f"{number}.{index}")
+            tensors = state.get("tensors", {}).get(f"{number}.{index}")
             if tensors is None:
                 continue  # other ranks have the whole weight's states
             if isinstance(part, DistributedOptimizer):

@@ -113,3 +113,29 @@ def test_a_save_needs_the_memory_of_a_ranks_states(dataset_prefix, options):
     stored = list(itertools.chain(*(rank["keys"] for rank in ranks)))
     assert len(stored) == len(set(stored))
     assert {kind.split(".")[2] for kind, _, _ in stored} == {"exp_avg", "exp_avg_sq", "fp32_param"}
+
+
+def _values_in_common(prefix, options):
+    """Keys of the optimizer's unsharded values on each rank, where one rank writes all states and the other none."""
+    from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+
+    from mft_megatron.mcore.checkpointing.checkpoint import state_to_save
+    from mft_megatron.mcore.optim import gathered_states
+    from mft_megatron.mcore.parallel import process_groups
+    from tests.parallel.run import TASK_WEIGHTS, arguments_for, plans_of, trainer_and_split
+
+    gathered_states.writers_of = lambda sizes, ranks: [0] * len(sizes)
+    arguments = arguments_for(prefix, options, 2)
+    with process_groups.process_groups(arguments.distributed, 1):
+        trainer, split = trainer_and_split(prefix, options, 2)
+        trainer.train_step(split, plans_of(split, 1, 1)[0], TASK_WEIGHTS)
+        _, common = save_preprocess(state_to_save(trainer, arguments.checkpoint, None, True), False)
+    return sorted(common["optimizer"])
+
+
+def test_a_rank_that_writes_no_states_has_no_other_values(dataset_prefix):
+    """Megatron-Core logs each rank whose unsharded values differ from rank 0's."""
+    assert (
+        run_on_ranks(2, _values_in_common, dataset_prefix, "--bf16 --use-distributed-optimizer")
+        == [["loss_scale", "steps"]] * 2
+    )
