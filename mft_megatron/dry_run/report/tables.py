@@ -168,4 +168,4 @@ def _rows(columns: Mapping[str, Callable[..., str]], entries: Sequence[object], 
     for row in cells:
         yield "  " + "  ".join(value.ljust(wide) for value, wide in zip(row, widths, strict=True)).rstrip()
     if len(entries) > LINES:
-        yield f"  and {len(entries) - LINES} more; --json has up to 20"
+        yield f"  and {len(entries) - LINES} more, in --json"
