@@ -57,6 +57,12 @@ def disk_reported(place: Path, consequence: str, remedy: str, always: bool = Fal
         raise InputError(line, always) from None
 
 
+def in_a_line(error: BaseException) -> str:
+    """Class and first line of an error of other software, to be quoted in a line."""
+    first = (str(error).strip() or "no message").splitlines()[0][:300]
+    return f"{type(error).__name__}: {first}"
+
+
 def _concerns(error: OSError, place: Path) -> bool:
     """Whether an error may be about a place: it names no file, or one in the place or above it."""
     name = named_file(error)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mft_megatron.arguments.values.attention import AttentionShape
+from mft_megatron.errors import in_a_line
 from mft_megatron.mcore.parallel.attention_spans import Spans
 from mft_megatron.mcore.platform import devices
 from mft_megatron.mcore.platform.precisions import DTYPES
@@ -88,8 +89,7 @@ def _try(generation: Generation, shape: AttentionShape, device: torch.device) ->
     except ModuleNotFoundError:
         reason = f"is not installed (no {generation.module})"
     except Exception as error:  # symbols of another torch, a compiler of its own, shapes that it lacks
-        first = (str(error).strip() or "no message").splitlines()[0][:200]
-        reason = f"cannot compute this ({type(error).__name__}: {first})"
+        reason = f"cannot compute this ({in_a_line(error)})"
     _restore()
     return reason
 

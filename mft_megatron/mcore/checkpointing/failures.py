@@ -10,7 +10,7 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
 from mft_megatron.checkpoint_files import damage, remedy
-from mft_megatron.errors import InputError
+from mft_megatron.errors import InputError, in_a_line
 from mft_megatron.mcore.parallel import process_groups
 from mft_megatron.run_folder import INFO
 
@@ -51,5 +51,4 @@ def reason(error: BaseException) -> str:
         # only the coordinator has the failures of other ranks
         failures = [failure for failure, _ in error.failures.values()]
         error = failures[0] if failures else RuntimeError("on another rank")
-    text = str(error).strip() or "no message"
-    return f"{type(error).__name__}: {text.splitlines()[0][:300]}"
+    return in_a_line(error)

@@ -8,6 +8,8 @@ import functools
 
 import torch
 
+from mft_megatron.errors import in_a_line
+
 # why another process of the run does without Triton
 _elsewhere: str | None = None
 
@@ -36,6 +38,5 @@ def _trial(device: torch.device) -> str | None:
         value = torch.zeros(1, 1, 2, device=device)
         launch(value, torch.empty_like(value), value[0, :, :1], value[0, :, :1], False, False)
     except Exception as error:  # an ImportError, a missing compiler, a driver that is too old, ...
-        first = (str(error).strip() or "no message").splitlines()[0][:200]
-        return f"{type(error).__name__}: {first}"
+        return in_a_line(error)
     return None

@@ -34,6 +34,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from mft_megatron.mcore.kernels.rms_norm import widened
 from mft_megatron.mcore.platform.megatron_fixes import define_te_general_gemm
 
 define_te_general_gemm()
@@ -153,7 +154,7 @@ class PackedRouter(TopKRouter):
 
         So it does not depend on which rows are in the same micro-batch. ``rows_TB``: bool, as in :meth:`routing`.
         """
-        squares = torch.logsumexp(at_least_fp32(logits), dim=-1).square()
+        squares = torch.logsumexp(widened(logits), dim=-1).square()
         rows_BT = rows_TB.t().to(squares.dtype)
         tokens_B = self._summed(rows_BT.sum(1), self.tp_cp_group)
         value = (rows_BT @ squares / tokens_B.clamp(min=1)).mean()
@@ -165,7 +166,7 @@ class PackedRouter(TopKRouter):
         They are those of the choice and the probabilities without bias, groups and capacity. ``rows_TB``: bool, as in
         :meth:`routing`.
         """
-        chosen, scores = compute_routing_scores_for_aux_loss(at_least_fp32(logits), self.topk, self.score_function)
+        chosen, scores = compute_routing_scores_for_aux_loss(widened(logits), self.topk, self.score_function)
         rows_BT = rows_TB.t().to(scores.dtype)
         scores_BE = rows_BT @ scores
         with torch.no_grad():
@@ -224,8 +225,3 @@ class PackedRouter(TopKRouter):
         total = value.clone()
         dist.all_reduce(total, group=group)
         return total
-
-
-def at_least_fp32(value: Tensor) -> Tensor:
-    """Convert to fp32, but leave fp64 as it is."""
-    return value if value.dtype == torch.float64 else value.float()

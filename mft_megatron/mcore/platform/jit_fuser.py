@@ -11,6 +11,8 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
+from mft_megatron.errors import in_a_line
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -59,9 +61,7 @@ def problem(device: torch.device) -> str | None:
     try:
         right = torch.compile(_double)(numbers).equal(2 * numbers)
     except Exception as error:  # of torch, Triton, the C compiler or the file system
-        cause = getattr(error, "inner_exception", error)
-        first = (str(cause).strip() or "no message").splitlines()[0][:200]
-        return f"{type(cause).__name__}: {first}"
+        return in_a_line(getattr(error, "inner_exception", error))
     return None if right else "a compiled function gave wrong numbers"
 
 

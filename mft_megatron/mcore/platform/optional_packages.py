@@ -5,6 +5,8 @@ import importlib
 
 from packaging.version import Version
 
+from mft_megatron.errors import in_a_line
+
 
 @dataclasses.dataclass(frozen=True)
 class Package:
@@ -49,10 +51,9 @@ def missing(package: Package) -> str | None:
         absent = isinstance(error, ModuleNotFoundError) and error.name == package.module.partition(".")[0]
         if absent:
             return f"needs {package.name}, which is not installed: {package.install}"
-        first = (str(error).strip() or "no message").splitlines()[0][:200]
         return (
-            f"needs {package.name}, which is installed and cannot be imported ({type(error).__name__}: {first}): build "
-            f"it again for this torch with {package.install}"
+            f"needs {package.name}, which is installed and cannot be imported ({in_a_line(error)}): build it again for "
+            f"this torch with {package.install}"
         )
     if version is None or Version(version) < Version(package.least):
         return (
