@@ -33,7 +33,7 @@ class Simulation:
             write_dataset(prefix, LENGTH, **data)
             self._prefixes[key] = prefix
         command = f"{model} --data-path {self._prefixes[key]} {words}".split()
-        self._pipe.send((function or _report, (command, world_size, rank)))
+        self._pipe.send((function or report_of_rank, (command, world_size, rank)))
         result = self._pipe.recv()
         if isinstance(result, Exception):
             raise result
@@ -54,7 +54,6 @@ def _serve(pipe, gpu, setup):
         setup()
     devices.simulate(SIMULATED_GPUS[gpu])
     # imported once, before processes are forked
-
     import mft_megatron.dry_run.rank_run  # noqa: F401
 
     context = multiprocessing.get_context("fork")
@@ -87,7 +86,8 @@ def arguments_of(words, world_size):
     return parse_arguments(words, world_size, packed_lengths)
 
 
-def _report(words, world_size, rank, **options):
+def report_of_rank(words, world_size, rank, **options):
+    """Report on a rank in this process, which simulates a GPU; ``options``: of ``run_rank``."""
     from mft_megatron.data.loading.dataset import PackedDataset
     from mft_megatron.dry_run.rank_run import run_rank
 

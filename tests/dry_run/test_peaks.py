@@ -8,7 +8,7 @@ import pytest
 
 from mft_megatron.arguments.values.mock_data import mock_task
 from mft_megatron.dry_run.mock_data import write_mock_data
-from tests.dry_run.simulated import _report
+from tests.dry_run.simulated import report_of_rank
 
 GIB = 2**30
 LENGTH, VOCABULARY = 4096, 32000
@@ -78,7 +78,7 @@ def _report_of_a_kept_copy(words, world_size, rank):
         return report
 
     PackedAttention.forward, Trainer.train_step = keeps, forgets
-    return _report(words, world_size, rank)
+    return report_of_rank(words, world_size, rank)
 
 
 def test_a_copy_that_is_kept_exceeds_the_bound(peak_of):

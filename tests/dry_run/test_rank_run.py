@@ -9,6 +9,8 @@ from packaging.version import Version
 from mft_megatron.dry_run.rank_report import ACTIVATIONS, CATEGORIES, COMMUNICATION, GRADIENTS, OPTIMIZER, WEIGHTS
 from tests.dry_run.simulated import MODEL
 
+SMALL = f"{MODEL} --global-batch-size 2"
+
 
 def rounded(size):
     return -(-size // 512) * 512
@@ -28,6 +30,7 @@ def test_bytes_of_what_stays_follow_from_the_parameters(simulation):
         assert step.memory.by_category[GRADIENTS] == report.resident[GRADIENTS]
         assert step.micro_batches == 4
         assert sum(one.bytes for one in step.memory.largest) <= step.memory.peak
+    assert (report.save, report.save_host) == (None, None)  # nothing is saved without --save
 
 
 @pytest.mark.slow
@@ -97,10 +100,10 @@ def planted():
 
 
 def report_of_planted(words, world_size, rank):
-    from tests.dry_run.simulated import _report
+    from tests.dry_run.simulated import report_of_rank
 
     planted()
-    return _report(words, world_size, rank)
+    return report_of_rank(words, world_size, rank)
 
 
 def test_planted_waits_are_counted_with_their_line(simulation):
@@ -111,7 +114,6 @@ def test_planted_waits_are_counted_with_their_line(simulation):
     assert {("device", 0, 1), ("event", 0, 1)} <= waits
     line = next(wait.line for wait in report.steps[-1].waits if wait.kind == "value")
     assert line.startswith("megatron/core/transformer/attention.py:")
-    assert not {wait.kind for wait in simulation.report().steps[-1].waits} & {"device", "event"}
 
 
 def products(words, world_size, rank):
@@ -119,7 +121,7 @@ def products(words, world_size, rank):
     from collections import Counter
 
     from mft_megatron.dry_run.step_counters import StepCounters
-    from tests.dry_run.simulated import _report
+    from tests.dry_run.simulated import report_of_rank
 
     counted, ran = Counter(), StepCounters.ran
 
@@ -128,7 +130,7 @@ def products(words, world_size, rank):
         ran(self, operator, arguments, outputs, values)
 
     StepCounters.ran = count
-    _report(words, world_size, rank)
+    report_of_rank(words, world_size, rank)
     return {name: number for name, number in counted.items() if "mm.dtype" in name}
 
 
@@ -144,8 +146,7 @@ def test_gradients_of_weights_are_added_in_place(simulation):
 
 def test_fp16_updates_weights(simulation):
     """The simulated loss scale finds no overflow, or the optimizer would not step and have no states."""
-    fp16 = simulation.report(model=MODEL.replace("--bf16", "--fp16"))
-    bf16 = simulation.report()
+    fp16, bf16 = (simulation.report(model=model) for model in (SMALL.replace("--bf16", "--fp16"), SMALL))
     assert abs(fp16.resident[OPTIMIZER] - bf16.resident[OPTIMIZER]) < 2**12
 
 
@@ -169,7 +170,7 @@ def test_experts_take_the_load_that_is_given(simulation, dispatcher):
     words = (
         f"--num-experts 4 --moe-router-topk 2 --expert-model-parallel-size 2 --moe-token-dispatcher-type {dispatcher}"
     )
-    even, skewed = (simulation.report(words, 2, function=function) for function in (None, report_of_skewed))
+    even, skewed = (simulation.report(words, 2, 0, SMALL, function) for function in (None, report_of_skewed))
     # two experts of four have 3/2 and 5/6 of the mean instead of 1 and 1
     assert even.steps[-1].operations < skewed.steps[-1].operations
     assert even.steps[-1].memory.peak < skewed.steps[-1].memory.peak
@@ -177,9 +178,9 @@ def test_experts_take_the_load_that_is_given(simulation, dispatcher):
 
 
 def report_of_skewed(words, world_size, rank):
-    from tests.dry_run.simulated import _report
+    from tests.dry_run.simulated import report_of_rank
 
-    return _report(words, world_size, rank, busiest_expert=1.5)
+    return report_of_rank(words, world_size, rank, busiest_expert=1.5)
 
 
 @pytest.mark.slow

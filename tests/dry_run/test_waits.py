@@ -8,7 +8,7 @@ import functools
 
 import pytest
 
-from tests.dry_run.simulated import MODEL, _report
+from tests.dry_run.simulated import MODEL, report_of_rank
 
 SMALL = f"{MODEL} --num-layers 2 --global-batch-size 2"
 ONE_LAYER = f"{MODEL} --num-layers 1 --global-batch-size 2"
@@ -114,7 +114,7 @@ def _report_of_planted(plant, of_step, words, world_size, rank):
         Trainer.train_step = planted_step
     else:
         Objective.contribution = planted_contribution
-    return _report(words, world_size, rank)
+    return report_of_rank(words, world_size, rank)
 
 
 @pytest.mark.parametrize(

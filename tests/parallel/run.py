@@ -245,6 +245,14 @@ def whole(of_ranks):
     }
 
 
+def info_of_step(step):
+    """The description of a checkpoint that this rank's run saves after a step."""
+    from mft_megatron.mcore.parallel import process_groups
+    from mft_megatron.run_folder import CheckpointInfo
+
+    return CheckpointInfo(step, 0, {}, 500, {}, "", 1, 8, layout=process_groups.parallel_layout())
+
+
 def some_steps(prefix, extra, world_size, folder, save_after, steps, seed=1234):
     """Train some steps; return losses, gradient norms and learning rates.
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mft_megatron.run_folder import latest_checkpoint
-from tests.parallel.run import arguments_for, trainer_and_split
+from tests.parallel.run import arguments_for, info_of_step, trainer_and_split
 from tests.ranks import run_on_ranks
 from tests.saved_checkpoints import optimizer_numbers, tensors_of
 
@@ -37,11 +37,8 @@ def _step(trainer, split, number):
 
 def _save(trainer, folder, step):
     from mft_megatron.mcore.checkpointing import checkpoint
-    from mft_megatron.mcore.parallel import process_groups
-    from mft_megatron.run_folder import CheckpointInfo
 
-    info = CheckpointInfo(step, 0, {}, 500, {}, "", 1, 8, layout=process_groups.parallel_layout())
-    checkpoint.save(Path(folder), trainer, info, trainer.arguments.checkpoint)
+    checkpoint.save(Path(folder), trainer, info_of_step(step), trainer.arguments.checkpoint)
 
 
 def _load(trainer, folder):

@@ -8,18 +8,11 @@ import pytest
 import torch
 
 from mft_megatron.run_folder import iteration_folder
-from tests.parallel.run import arguments_for, plans_of, trainer_and_split
+from tests.parallel.run import arguments_for, info_of_step, plans_of, trainer_and_split
 from tests.ranks import run_on_ranks
 from tests.saved_checkpoints import tensors_of
 
 SHARDED = "--use-distributed-optimizer --save"
-
-
-def _info(step):
-    from mft_megatron.mcore.parallel import process_groups
-    from mft_megatron.run_folder import CheckpointInfo
-
-    return CheckpointInfo(step, 0, {}, 500, {}, "", 1, 8, layout=process_groups.parallel_layout())
 
 
 def _save_four_times(prefix, folder, options, world):
@@ -52,11 +45,11 @@ def _save_four_times(prefix, folder, options, world):
             if plan is not None:
                 trainer.train_step(split, plan, np.ones(4))
             counts.append(0)
-            writer.save(Path(folder), trainer, _info(step), {"step": step})
+            writer.save(Path(folder), trainer, info_of_step(step), {"step": step})
             writer.finish()
         counts.append(0)
         by_itself = dataclasses.replace(arguments.checkpoint, async_save=False)
-        checkpoint.save(Path(f"{folder}/by itself"), trainer, _info(3), by_itself, {"step": 3})
+        checkpoint.save(Path(f"{folder}/by itself"), trainer, info_of_step(3), by_itself, {"step": 3})
     return counts[1:5]
 
 

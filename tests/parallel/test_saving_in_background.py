@@ -5,18 +5,11 @@ from pathlib import Path
 import numpy as np
 
 from mft_megatron.run_folder import latest_checkpoint
-from tests.parallel.run import arguments_for, plans_of, trainer_and_split
+from tests.parallel.run import arguments_for, info_of_step, plans_of, trainer_and_split
 from tests.ranks import run_on_ranks
 from tests.saved_checkpoints import tensors_of
 
 OPTIONS = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --async-save --save"
-
-
-def _info(step):
-    from mft_megatron.mcore.parallel import process_groups
-    from mft_megatron.run_folder import CheckpointInfo
-
-    return CheckpointInfo(step, 0, {}, 500, {}, "", 1, 8, layout=process_groups.parallel_layout())
 
 
 def _newest(folder):
@@ -38,15 +31,15 @@ def _save_twice(prefix, folder, world):
         plans = plans_of(split, 1)
         trainer.train_step(split, plans[0], np.ones(4))
         at_once = dataclasses.replace(arguments.checkpoint, async_save=False)
-        checkpoint.save(Path(f"{folder}/at once"), trainer, _info(1), at_once)
+        checkpoint.save(Path(f"{folder}/at once"), trainer, info_of_step(1), at_once)
         writer = checkpoint.Writer(arguments.checkpoint)
-        writer.save(Path(folder), trainer, _info(1), None, lambda: facts.append("complete 1"))
+        writer.save(Path(folder), trainer, info_of_step(1), None, lambda: facts.append("complete 1"))
         facts.append(_newest(folder))
         for plan in plans[1:3]:
             trainer.train_step(split, plan, np.ones(4))
         process_groups.barrier()
         facts.append("trained")
-        writer.save(Path(folder), trainer, _info(3), None, lambda: facts.append("complete 3"))
+        writer.save(Path(folder), trainer, info_of_step(3), None, lambda: facts.append("complete 3"))
         process_groups.barrier()
         facts.append(_newest(folder))
         process_groups.barrier()
@@ -85,14 +78,14 @@ def _lose_a_writer(prefix, folder, world):
         trainer, split = trainer_and_split(prefix, f"{OPTIONS} {folder}", world)
         trainer.train_step(split, plans_of(split, 1)[0], np.ones(4))
         writer = checkpoint.Writer(arguments.checkpoint)
-        writer.save(Path(folder), trainer, _info(1))
+        writer.save(Path(folder), trainer, info_of_step(1))
         writer.finish()
         schedule = TemporalAsyncCaller.schedule_async_call
         if not process_groups.is_main():
             TemporalAsyncCaller.schedule_async_call = lambda self, request: schedule(
                 self, request._replace(async_fn=_die, preload_fn=None)
             )
-        writer.save(Path(folder), trainer, _info(2))
+        writer.save(Path(folder), trainer, info_of_step(2))
         try:
             writer.finish()
         except InputError as error:

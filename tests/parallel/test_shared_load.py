@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.parallel.run import arguments_for, plans_of, trainer_and_split
+from tests.parallel.run import arguments_for, info_of_step, plans_of, trainer_and_split
 from tests.ranks import run_on_ranks
 
 # several buckets, so that the ranks' slices of the states cut weights
@@ -18,14 +18,12 @@ def _save(prefix, folder, options, world, shape):
 
     from mft_megatron.mcore.checkpointing import checkpoint
     from mft_megatron.mcore.parallel import process_groups
-    from mft_megatron.run_folder import CheckpointInfo
 
     arguments = arguments_for(prefix, options, world, shape)
     with process_groups.process_groups(arguments.distributed, 1):
         trainer, split = trainer_and_split(prefix, options, world, shape)
         trainer.train_step(split, plans_of(split, 1)[0], np.ones(4))
-        info = CheckpointInfo(1, 0, {}, 500, {}, "", 1, 8, layout=process_groups.parallel_layout())
-        checkpoint.save(Path(folder), trainer, info, arguments.checkpoint)
+        checkpoint.save(Path(folder), trainer, info_of_step(1), arguments.checkpoint)
 
 
 def _load(prefix, folder, options, world, shape, fails=None):

@@ -18,8 +18,6 @@ from triton.compiler import ASTSource
 
 from mft_megatron.mcore.kernels import norm_triton, rotary_triton
 
-POINTERS = {"bf16": "*bf16", "fp32": "*fp32"}
-
 
 def rotary_variants():
     """Name, kernel, signature and constants of the rotation at a 70B model's sizes, and with a part of each head."""
