@@ -7,7 +7,7 @@ import pytest
 from mft_megatron.batch_sizes import BatchSizes
 from mft_megatron.data.loading.dataset import PackedDataset
 from mft_megatron.data.loading.step_plan import plan_step
-from mft_megatron.training.loop import _next_plan
+from mft_megatron.training.loop import next_plan
 from mft_megatron.training.progress import Progress
 from mft_megatron.training.saving import order_version
 from tests.made_dataset import write_dataset
@@ -39,7 +39,7 @@ def arguments_of(resumed, weights_alone=False):
 def test_a_run_keeps_the_order_that_it_began_with(dataset, resumed, weights_alone, version):
     arguments = arguments_of(resumed, weights_alone)
     assert order_version(arguments, dataset) == version
-    plan = _next_plan(dataset, arguments, Progress(1, 16))
+    plan = next_plan(dataset, arguments, Progress(1, 16))
     split = dataset.split("train")
     expected, other = (
         plan_step(split, seed=7, global_batch_size=16, consumed_samples=16, order_version=either).packs_G.tolist()
