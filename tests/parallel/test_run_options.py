@@ -32,6 +32,7 @@ def _run(prefix, runs, world_size):
     import os
     import signal
 
+    from mft_megatron.mcore.parallel import timeouts
     from mft_megatron.mcore.trainer import Trainer
     from mft_megatron.training.pretrain import pretrain
 
@@ -48,6 +49,8 @@ def _run(prefix, runs, world_size):
         Trainer.train_step = step
         os.environ["MASTER_PORT"] = str(port)
         pretrain(arguments_for(prefix, f"{SMALL} {words}", world_size), os.environ["RANK"] == "0")
+        # a hang of a later step ends the run after minutes, one of the start after an hour
+        assert (timeouts._current < timeouts.LONG) == ("--skip-train" not in words)
     return signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
 
 

@@ -16,7 +16,7 @@ from mft_megatron.mcore.parallel.host_copies import ALIGNMENT, copy_together
 from mft_megatron.mcore.platform import devices
 from tests.batches import one_segment
 
-OUTPUT = {"labels_BS", "loss_mask_BS", "sample_ids_BS", "task_ids_BS", "token_weights_BS"}
+OUTPUT = {"labels_BS", "loss_mask_BS", "sample_ids_BS", "task_ids_BS", "token_weights_BS", "sample_weights_BS"}
 
 
 class Copies(TorchDispatchMode):
@@ -39,7 +39,8 @@ def _batch():
     weights = np.linspace(0, 1, 24, dtype=np.float32)[None]
     mask = (np.arange(24) % 5 == 0).astype(np.uint8)[None]
     lengths = np.array([21])
-    return dataclasses.replace(batch, loss_mask_BS=mask, token_weights_BS=weights, lengths_B=lengths)
+    every = {"loss_mask_BS": mask, "token_weights_BS": weights, "sample_weights_BS": 3 - weights, "lengths_B": lengths}
+    return dataclasses.replace(batch, **every)
 
 
 @pytest.fixture
@@ -65,6 +66,7 @@ def _same(tensor, array):
 @pytest.mark.parametrize("size", [1, 2])
 def test_all_values_arrive(on, size):
     batch, copied = _batch(), on(rank=size - 1, size=size)
+    assert not any(value is None for value in vars(batch).values())
     names = {name for name, value in vars(batch).items() if isinstance(value, np.ndarray)}
     assert all(_same(getattr(copied, name), getattr(batch, name)) for name in names)
     assert {getattr(copied, name).dtype for name in names} == {torch.int32, torch.uint8, torch.float32}

@@ -130,3 +130,24 @@ def test_ranks_that_cannot_connect_are_refused_with_the_reason(monkeypatch):
     with pytest.raises(InputError, match=r"cannot connect to each other: Duplicate GPU detected : rank 1") as refusal:
         process_groups._connect()
     assert refusal.value.always
+
+
+def _refused_at_the_start():
+    """What a rank that cannot connect says, and whether it has left the group of all ranks."""
+    from mft_megatron.arguments.groups.distributed import DistributedArguments
+    from mft_megatron.mcore.parallel import process_groups
+
+    def refuse():
+        raise InputError("no way to the others")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(process_groups, "_connect", refuse)
+        try:
+            with process_groups.process_groups(DistributedArguments(), seed=1):
+                return "started", torch.distributed.is_initialized()
+        except InputError as refusal:
+            return str(refusal), torch.distributed.is_initialized()
+
+
+def test_ranks_connect_before_anything_else():
+    assert run_on_ranks(1, _refused_at_the_start) == [("no way to the others", False)]
