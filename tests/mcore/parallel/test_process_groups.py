@@ -133,7 +133,7 @@ def test_ranks_that_cannot_connect_are_refused_with_the_reason(monkeypatch):
 
 
 def _refused_at_the_start():
-    """What a rank that cannot connect says, and whether it has left the group of all ranks."""
+    """The refusal of a rank that cannot connect, and whether it has left the group of all ranks."""
     from mft_megatron.arguments.groups.distributed import DistributedArguments
     from mft_megatron.mcore.parallel import process_groups
 
