@@ -26,7 +26,7 @@ from measuring.peak_memory import peak_memory_of
 from mft_megatron.arguments.command import parse_arguments
 from mft_megatron.batch import Batch
 from mft_megatron.convert.huggingface.weight_source import HuggingFaceSource
-from mft_megatron.mcore.checkpointing.load_weights import fill_model
+from mft_megatron.mcore.checkpointing.load_weights import fill_models
 from mft_megatron.mcore.model.gpt import build_model
 from mft_megatron.mcore.parallel import process_groups
 from mft_megatron.mcore.parallel.device_batch import to_device
@@ -55,7 +55,7 @@ class Ours:
         words = f"{RUN} {OURS[variant]} {'--bf16' * bf16} --seq-length {tokens_BS.size} --hf-checkpoint {folder}"
         arguments = parse_arguments(words.split(), hf_model=source.info)
         (self.chunk,) = build_model(arguments, source.info.vocab_size)
-        fill_model(self.chunk.module, source)
+        fill_models([self.chunk.module], source)
         self.chunk.train()
         length = tokens_BS.shape[1]
         positions, segments = np.arange(tokens_BS.size) % length, np.arange(tokens_BS.size) // length
