@@ -37,7 +37,7 @@ ORDER = {
     "verify": ("packs|objective", "command"),
     "dry_run": (
         *(
-            "rank_report",
+            "rank_report|measured_steps",
             "code_lines|operations|memory_account|step_counters",
             "other_peaks",
             "rank_run",

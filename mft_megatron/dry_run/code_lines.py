@@ -19,7 +19,8 @@ class CodeLine:
 
     Attributes:
         text: ``file:line``.
-        scheduled: within the pipeline schedule, and not in the reduction of gradients at its end.
+        scheduled: within the pipeline schedule, and not in the data-parallel messages and sums of a step, which may
+            overlap with its first or last micro-batch.
         output: part of the output layer or of the loss.
         state: makes a state of the optimizer.
     """
@@ -35,7 +36,7 @@ class _Function:
     file: str
     named: bool
     schedules: bool
-    finalizes: bool
+    once: bool
     output: bool
     state: bool
 
@@ -49,7 +50,7 @@ def _function(code: CodeType) -> _Function:
         file,
         named=bool(root) and not file.startswith(_SIMULATION),
         schedules=file == "megatron/core/pipeline_parallel/schedules.py",
-        finalizes="finalize_model_grads" in code.co_name,
+        once="finalize_model_grads" in code.co_name or file == "megatron/core/distributed/param_and_grad_buffer.py",
         output=file.startswith(("mft_megatron/losses/", "mft_megatron/mcore/output_layer/"))
         or file.endswith("cross_entropy.py")
         or (code.co_name == "_postprocess" and file.endswith(("gpt_model.py", "gpt.py"))),
@@ -59,7 +60,7 @@ def _function(code: CodeType) -> _Function:
 
 def code_line() -> CodeLine:
     """The line of code that this is called for."""
-    text, scheduled, finalizes, output, state = "", False, False, False, False
+    text, scheduled, once, output, state = "", False, False, False, False
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         function = _function(frame.f_code)
@@ -68,8 +69,8 @@ def code_line() -> CodeLine:
             if function.schedules and (node := torch._C._current_autograd_node()) is not None:
                 text = f"{node.name()}, backward at {text}"
         scheduled |= function.schedules
-        finalizes |= function.finalizes
+        once |= function.once
         output |= function.output
         state |= function.state
         frame = frame.f_back
-    return CodeLine(text or "outside of Megatron-Core and this package", scheduled and not finalizes, output, state)
+    return CodeLine(text or "outside of Megatron-Core and this package", scheduled and not once, output, state)

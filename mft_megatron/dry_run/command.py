@@ -53,7 +53,12 @@ def dry_run(command_line: CommandLine) -> int:
             print("\n".join(about), end="\n\n", flush=True)
         vocab_size = model_vocab_size(start.arguments, start.dataset)
         run = functools.partial(
-            run_rank, start.measured, start.dataset, vocab_size=vocab_size, busiest_expert=options.busiest_expert
+            run_rank,
+            start.measured,
+            start.dataset,
+            vocab_size=vocab_size,
+            busiest_expert=options.busiest_expert,
+            micro_batches=start.micro_batches,
         )
         reports = _reports(run_in_processes(run, start.ranks))
         results = [Result(report, *judge(start.arguments, report, gpu.memory)) for report in reports]

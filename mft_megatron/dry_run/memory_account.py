@@ -63,9 +63,8 @@ class MemoryAccount:
         self._made: list[int] = []
         self._fused: list[list[weakref.ref[torch.UntypedStorage]]] = []
 
-    def add(self, tensors: Iterable[Tensor]) -> None:
-        """Count the storages of tensors, unless they are known."""
-        line = None
+    def add(self, tensors: Iterable[Tensor], line: CodeLine | None = None) -> None:
+        """Count the storages of tensors, unless they are known; ``line`` is the one that this is called for."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
             if id(storage) in self._blocks or not storage.nbytes():

@@ -21,6 +21,7 @@ from mft_megatron.errors import InputError
 SPLIT = (2.0, 1.0, 0.0)
 MOST_TOKENS = 2**24
 MOST_SAMPLES = 2**20
+LEAST_PADDED = 2**12
 _SEED = 1234
 
 
@@ -88,7 +89,9 @@ def _lengths(tasks: Sequence[MockTask], seq_length: int, num_packs: int, padding
     mean = np.mean([task.lengths(1000, random).clip(max=seq_length).mean() for task in tasks])
     in_pack = 1.0 if padding_mode == "padding" else max(seq_length / mean, 1.0)
     fraction = SPLIT[0] / sum(SPLIT)
-    samples = min(max(num_packs, 2) * in_pack / fraction, MOST_TOKENS / mean, MOST_SAMPLES)
+    # the longest rows of a step are those of a large data set
+    packs = max(num_packs, LEAST_PADDED) if padding_mode == "padding" else max(num_packs, 2)
+    samples = min(packs * in_pack / fraction, MOST_TOKENS / mean, MOST_SAMPLES)
     # Each split of each task has at least one.
     of_task = max(int(np.ceil(samples / len(tasks))), 4)
     return [task.lengths(of_task, random).clip(max=seq_length) for task in tasks]

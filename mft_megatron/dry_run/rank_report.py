@@ -114,9 +114,13 @@ class Messages:
 class Step:
     """One training step of a rank.
 
+    Where not all micro-batches are computed, what is counted in them is multiplied: the counts are those of the whole
+    step. Micro-batches of packed samples differ in their attention, and these of a step are taken for alike.
+
     Attributes:
         number: of the step, from 1.
-        micro_batches: how many this rank computes.
+        micro_batches: how many this rank has.
+        computed: how many of them are computed.
         memory: at the step's peak.
         waits: by line, the most frequent first.
         copies: by line.
@@ -127,6 +131,7 @@ class Step:
 
     number: int
     micro_batches: int
+    computed: int
     memory: Memory
     waits: tuple[HostWaits, ...]
     copies: tuple[Copies, ...]
@@ -149,6 +154,8 @@ class RankReport:
         trained_parameters: those that are trained.
         resident: bytes by category that stay between steps, after the last one.
         steps: the training steps, in order; the first one also makes what is kept from then on.
+        longest: memory at the peak of a step with the longest rows of the data set; ``None`` where all rows are equally
+            long.
         evaluation: memory at the peak of an evaluation after the steps; ``None`` if the run evaluates nothing.
         save: memory of the GPU at the peak of a save after the steps; ``None`` if the run saves nothing.
         save_host: bytes of tensors that the save holds on the host at its peak; ``None`` if the run saves nothing.
@@ -164,6 +171,7 @@ class RankReport:
     trained_parameters: int
     resident: dict[str, int]
     steps: tuple[Step, ...]
+    longest: Memory | None
     evaluation: Memory | None
     save: Memory | None
     save_host: int | None
@@ -172,7 +180,7 @@ class RankReport:
     @property
     def peak(self) -> int:
         """Most bytes of the GPU at any time of steps, evaluation and save."""
-        others = [memory.peak for memory in (self.evaluation, self.save) if memory is not None]
+        others = [memory.peak for memory in (self.longest, self.evaluation, self.save) if memory is not None]
         return max([step.memory.peak for step in self.steps] + others)
 
     def as_json(self) -> dict[str, Any]:

@@ -1,13 +1,14 @@
 """The real training steps of one rank of a layout, in this process, on a simulated GPU."""
 
 import time
+from fractions import Fraction
 
 import numpy as np
 import torch.distributed as dist
 
 from mft_megatron.arguments.table import Arguments
 from mft_megatron.data.loading.dataset import PackedDataset
-from mft_megatron.data.loading.step_plan import plan_step
+from mft_megatron.data.loading.step_plan import plan_longest, plan_step
 from mft_megatron.mcore.adapters.quantized_linear import hold_shapes
 from mft_megatron.mcore.optim.held_tensors import held_tensors
 from mft_megatron.mcore.parallel import process_groups
@@ -17,8 +18,9 @@ from mft_megatron.mcore.platform.simulation.expert_load import ExpertLoad
 from mft_megatron.mcore.platform.simulation.process_group import start
 from mft_megatron.mcore.trainer import Trainer
 
+from .measured_steps import rows_of_peak
 from .other_peaks import evaluation_memory, save_memory
-from .rank_report import GRADIENTS, OPTIMIZER, WEIGHTS, RankReport, Step
+from .rank_report import GRADIENTS, OPTIMIZER, WEIGHTS, Memory, RankReport, Step
 from .step_counters import StepCounters
 
 STEPS = 2
@@ -32,6 +34,7 @@ def run_rank(
     rank: int,
     vocab_size: int | None = None,
     busiest_expert: float = 1.0,
+    micro_batches: int | None = None,
 ) -> RankReport:
     """Take two training steps as one rank of the layout of ``arguments``, and report what they need.
 
@@ -43,6 +46,7 @@ def run_rank(
         rank: which of the world.
         vocab_size: rows of the model's vocabulary; ``None`` for those of the data set.
         busiest_expert: load of the busiest expert of each layer, one of this rank's, in multiples of the mean.
+        micro_batches: of a step of this rank, where ``arguments`` have fewer than the run.
 
     Raises:
         InputError: something in ``arguments`` cannot be simulated.
@@ -58,7 +62,8 @@ def run_rank(
             frozen = [layer for chunk in trainer.chunks for layer in hold_shapes(chunk.module)]
             for layer in frozen:
                 counters.memory.drop(layer.weight)
-            steps = _steps(arguments, dataset, trainer, counters)
+            steps = _steps(arguments, dataset, trainer, counters, micro_batches)
+            longest = _longest(arguments, dataset, trainer, counters) if dataset.padded else None
             _mark(counters, trainer)
             resident = dict(counters.memory.by_category)
             evaluation = evaluation_memory(arguments, dataset, trainer, counters)
@@ -76,6 +81,7 @@ def run_rank(
         trained_parameters=sum(weight.numel() for weight in weights if weight.requires_grad),
         resident=resident,
         steps=steps,
+        longest=longest,
         evaluation=evaluation,
         save=save,
         save_host=save_host,
@@ -92,7 +98,13 @@ def _load(arguments: Arguments, expert_rank: int, busiest: float) -> ExpertLoad 
     return ExpertLoad(experts, arguments.network.moe_router_topk, busiest, expert_rank * of_rank)
 
 
-def _steps(arguments: Arguments, dataset: PackedDataset, trainer: Trainer, counters: StepCounters) -> tuple[Step, ...]:
+def _steps(
+    arguments: Arguments,
+    dataset: PackedDataset,
+    trainer: Trainer,
+    counters: StepCounters,
+    micro_batches: int | None,
+) -> tuple[Step, ...]:
     """Take the first steps of a run."""
     split, steps, consumed = dataset.split("train"), [], 0
     for number in range(1, STEPS + 1):
@@ -103,16 +115,17 @@ def _steps(arguments: Arguments, dataset: PackedDataset, trainer: Trainer, count
             seed=arguments.initialization.seed,
             global_batch_size=arguments.batch_sizes.after(consumed),
             consumed_samples=consumed,
-            end=arguments.total_packs,
-            batch_multiple=arguments.batch_multiple,
             order_version=dataset.entry.order_version,
         )
         trainer.train_step(split, plan, np.ones(len(dataset.tasks)))
         consumed += plan.num_packs
+        computed = plan.num_packs // arguments.training.micro_batch_size // trainer.ranks.data_size
+        counters.times = Fraction(micro_batches or computed, computed)
         steps.append(
             Step(
                 number,
-                plan.num_packs // arguments.training.micro_batch_size // trainer.ranks.data_size,
+                micro_batches or computed,
+                computed,
                 counters.memory.at_peak(),
                 counters.waits(),
                 counters.copies(),
@@ -124,12 +137,22 @@ def _steps(arguments: Arguments, dataset: PackedDataset, trainer: Trainer, count
     return tuple(steps)
 
 
+def _longest(arguments: Arguments, dataset: PackedDataset, trainer: Trainer, counters: StepCounters) -> Memory:
+    """Take a step of the longest rows."""
+    rows = min(arguments.training.global_batch_size, rows_of_peak(arguments))
+    split = dataset.split("train")
+    counters.reset()
+    trainer.train_step(split, plan_longest(split, rows), np.ones(len(dataset.tasks)))
+    return counters.memory.at_peak()
+
+
 def group_name(group: dist.ProcessGroup) -> str:
     """Name of a process group from Megatron-Core's description: ``tensor``, ``data with cp``, …; ``world`` for all."""
     if group.group_desc == "default_pg":
         return "world"
     words = group.group_desc.lower().removesuffix("_group").split("_")
-    return " ".join(word for word in words if word not in ("model", "parallel", "group")) or "tensor and pipeline"
+    name = " ".join(word for word in words if word not in ("model", "parallel", "group"))
+    return f"{name} expert" if name.endswith(" and") else name or "tensor and pipeline"
 
 
 def _mark(counters: StepCounters, trainer: Trainer) -> None:

@@ -29,6 +29,7 @@ from mft_megatron.data.loading.dataset import PackedDataset, packed_lengths, tra
 from mft_megatron.errors import InputError
 from mft_megatron.training.pretrain import check_data_of_model, evaluation_of, open_dataset
 
+from .measured_steps import largest_batch, measured_steps
 from .mock_data import write_mock_data
 from .model_description import describe_model, model_folder
 from .refusals import refuse_not_simulated
@@ -43,7 +44,7 @@ class DryStart:
 
     Attributes:
         arguments: complete and checked.
-        measured: the same with as many micro-batches in a step as are computed.
+        measured: the same with as many micro-batches in each step as are computed.
         dataset: that it trains on.
         mock: the tasks whose samples are made up; ``None`` for a data set of the user's.
         ranks: to report on.
@@ -56,6 +57,22 @@ class DryStart:
     mock: tuple[MockTask, ...] | None
     ranks: tuple[int, ...]
     notes: Sequence[str]
+
+    @property
+    def largest_batch(self) -> int:
+        """Rows of the largest global batch that is to come."""
+        return largest_batch(self.arguments)
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of a rank in a step with the largest global batch."""
+        return self.largest_batch // (self.arguments.training.micro_batch_size * self.arguments.data_parallel_size)
+
+    @property
+    def computed_micro_batches(self) -> int:
+        """How many of them are computed."""
+        rows = self.measured.training.global_batch_size
+        return rows // (self.arguments.training.micro_batch_size * self.arguments.data_parallel_size)
 
 
 @contextlib.contextmanager
@@ -90,8 +107,7 @@ def started(command_line: CommandLine) -> Iterator[DryStart]:
         of_data = [] if mock is not None else check_data_of_model(arguments, dataset)
         evaluation_of(arguments, dataset)
         every = options.all_micro_batches or dataset.padded
-        measured = arguments if every else fewer_micro_batches(arguments)
-        yield DryStart(arguments, measured, dataset, mock, ranks, (*of_model, *notes, *of_data))
+        yield DryStart(arguments, measured_steps(arguments, every), dataset, mock, ranks, (*of_model, *notes, *of_data))
 
 
 def smallest_world(layout: DistributedArguments) -> int:
@@ -99,21 +115,6 @@ def smallest_world(layout: DistributedArguments) -> int:
     tp, pp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
     of_experts = layout.expert_model_parallel_size * (layout.expert_tensor_parallel_size or tp)
     return pp * math.lcm(tp * layout.context_parallel_size, of_experts)
-
-
-def fewer_micro_batches(arguments: Arguments) -> Arguments:
-    """Leave no more micro-batches in a step than two for each pipeline stage, with which memory reaches its peak.
-
-    A stage of any schedule has fewer than that in flight, and what a later one needs is what an earlier one needed.
-    """
-    training, stages = arguments.training, arguments.distributed.pipeline_model_parallel_size
-    rows = 2 * stages * training.micro_batch_size * arguments.data_parallel_size
-    if max(arguments.batch_sizes.sizes) <= rows:
-        return arguments
-    training = dataclasses.replace(
-        training, global_batch_size=rows, rampup_batch_size=None, step_batch_size_schedule=None
-    )
-    return dataclasses.replace(arguments, training=training)
 
 
 def reported_ranks(arguments: Arguments, wanted: Sequence[int] | None) -> tuple[int, ...]:
@@ -201,7 +202,7 @@ def _write(tasks: Sequence[MockTask], arguments: Arguments, options: DryRunArgum
         Path(arguments.data.data_path),
         tasks,
         arguments.data.seq_length,
-        2 * max(arguments.batch_sizes.sizes),
+        2 * largest_batch(arguments),
         vocab_size,
         options.mock_padding_mode,
         options.mock_supervised,

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable
+from fractions import Fraction
 from typing import Any
 
 import torch.distributed as dist
@@ -19,8 +20,7 @@ class StepCounters:
     Attributes:
         memory: the account of the GPU's memory.
         host: the account of tensors on the host; ``None`` while no one asks for it.
-        operations: floating-point operations since the last reset.
-        kernels: operators that launch a kernel since the last reset.
+        times: what counts of micro-batches are multiplied with, where not all of a step are computed.
     """
 
     def __init__(self, group_name: Callable[[dist.ProcessGroup], str]):
@@ -32,16 +32,19 @@ class StepCounters:
         self.memory = MemoryAccount()
         self.host: MemoryAccount | None = None
         self._group_name = group_name
+        self.times = Fraction(1)
         self.reset()
 
     def reset(self) -> None:
         """Count from 0, and look for the peak from now on."""
-        self.operations = self.kernels = 0
+        # the last part of each key is whether it is of a micro-batch
+        self._operations: Counter[tuple[bool]] = Counter()
+        self._kernels: Counter[tuple[bool]] = Counter()
         self._waits: Counter[tuple[str, str, bool]] = Counter()
         self._copies: Counter[tuple[str, bool, bool]] = Counter()
-        self._copied_bytes: Counter[tuple[str, bool]] = Counter()
-        self._messages: Counter[tuple[str, str, int]] = Counter()
-        self._message_bytes: Counter[tuple[str, str, int]] = Counter()
+        self._copied_bytes: Counter[tuple[str, bool, bool]] = Counter()
+        self._messages: Counter[tuple[str, str, int, bool]] = Counter()
+        self._message_bytes: Counter[tuple[str, str, int, bool]] = Counter()
         self.memory.reset_peak()
 
     def ran(
@@ -52,10 +55,13 @@ class StepCounters:
         values: Callable[[Tensor], Tensor | None],
     ) -> None:
         """Count an operator."""
-        if not operator.is_view:
-            self.kernels += 1
-            self.operations += operations_of(operator, arguments, outputs, values)
-        self.memory.add(outputs)
+        if operator.is_view:
+            self.memory.add(outputs)
+            return
+        line = code_line()
+        self._kernels[line.scheduled,] += 1
+        self._operations[line.scheduled,] += operations_of(operator, arguments, outputs, values)
+        self.memory.add(outputs, line)
 
     def waited(self, kind: str) -> None:
         """Count a wait of the host."""
@@ -66,7 +72,7 @@ class StepCounters:
         """Count a copy to the GPU."""
         line = code_line()
         self._copies[line.text, pinned, line.scheduled] += 1
-        self._copied_bytes[line.text, pinned] += size
+        self._copied_bytes[line.text, pinned, line.scheduled] += size
         if waits:
             self._waits[line.text, "pageable copy" if not pinned else "copy", line.scheduled] += 1
 
@@ -77,7 +83,7 @@ class StepCounters:
 
     def sent(self, kind: str, group: dist.ProcessGroup, tensors: Iterable[Tensor], size: int) -> None:
         """Count a message."""
-        key = kind, self._group_name(group), group.size()
+        key = kind, self._group_name(group), group.size(), code_line().scheduled
         self._messages[key] += 1
         self._message_bytes[key] += size
         self.memory.send(tensors)
@@ -98,29 +104,48 @@ class StepCounters:
         """Begin or end a region that is one kernel."""
         (self.memory.begin_kernel if begins else self.memory.end_kernel)()
 
+    @property
+    def operations(self) -> int:
+        """Floating-point operations of a step."""
+        return self._of_step(self._operations, ())
+
+    @property
+    def kernels(self) -> int:
+        """Operators of a step that launch a kernel."""
+        return self._of_step(self._kernels, ())
+
     def waits(self) -> tuple[HostWaits, ...]:
-        """Waits since the last reset, the most frequent first."""
-        total: Counter[tuple[str, str]] = Counter()
-        for (line, kind, _), count in self._waits.items():
-            total[line, kind] += count
-        return tuple(
-            HostWaits(line, kind, self._waits[line, kind, True], self._waits[line, kind, False])
-            for (line, kind), _ in total.most_common()
-        )
+        """Waits of a step, the most frequent first."""
+        waits = [
+            HostWaits(*key, self._of_micro_batches(self._waits, key), self._waits[(*key, False)])
+            for key in dict.fromkeys(key[:-1] for key in self._waits)
+        ]
+        return tuple(sorted(waits, key=lambda wait: -wait.in_micro_batches - wait.outside))
 
     def copies(self) -> tuple[Copies, ...]:
-        """Copies to the GPU since the last reset, the most bytes first."""
-        return tuple(
+        """Copies to the GPU in a step, the most bytes first."""
+        copies = [
             Copies(
-                line,
-                pinned,
-                self._copies[line, pinned, True] + self._copies[line, pinned, False],
-                size,
-                self._copies[line, pinned, True],
+                *key,
+                self._of_step(self._copies, key),
+                self._of_step(self._copied_bytes, key),
+                self._of_micro_batches(self._copies, key),
             )
-            for (line, pinned), size in self._copied_bytes.most_common()
-        )
+            for key in dict.fromkeys(key[:-1] for key in self._copies)
+        ]
+        return tuple(sorted(copies, key=lambda one: -one.bytes))
 
     def messages(self) -> tuple[Messages, ...]:
-        """Messages since the last reset, the most bytes first."""
-        return tuple(Messages(*key, self._messages[key], size) for key, size in self._message_bytes.most_common())
+        """Messages of a step, the most bytes first."""
+        messages = [
+            Messages(*key, self._of_step(self._messages, key), self._of_step(self._message_bytes, key))
+            for key in dict.fromkeys(key[:-1] for key in self._messages)
+        ]
+        return tuple(sorted(messages, key=lambda one: -one.bytes))
+
+    def _of_micro_batches(self, counts: Counter[Any], key: tuple[Any, ...]) -> int:
+        """The count of all micro-batches of a step, from that of the computed ones."""
+        return round(counts[(*key, True)] * self.times)
+
+    def _of_step(self, counts: Counter[Any], key: tuple[Any, ...]) -> int:
+        return self._of_micro_batches(counts, key) + counts[(*key, False)]

@@ -1,5 +1,6 @@
 """Reports of single ranks: bytes that follow from the model, messages of each layout, waits that are planted."""
 
+import functools
 import json
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from packaging.version import Version
 
 from mft_megatron.dry_run.rank_report import ACTIVATIONS, CATEGORIES, COMMUNICATION, GRADIENTS, OPTIMIZER, WEIGHTS
-from tests.dry_run.simulated import MODEL
+from tests.dry_run.simulated import MODEL, _report
 
 SMALL = f"{MODEL} --global-batch-size 2"
 
@@ -74,6 +75,44 @@ def test_layouts(simulation, words, world_size, rank, layers, expected):
     assert report.resident[ACTIVATIONS] < 2**16
     assert report.resident[COMMUNICATION] > 2**12 or "sequence-parallel" not in words
     assert expected <= {(one.kind, one.group) for one in report.steps[-1].messages if one.ranks == world_size}
+
+
+@pytest.mark.parametrize(
+    ("words", "world_size"),
+    [
+        ("--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather", 2),
+        (
+            "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2 "
+            "--num-layers-per-virtual-pipeline-stage 1",
+            8,
+        ),
+        ("--num-experts 4 --moe-router-topk 2 --expert-model-parallel-size 2 --moe-token-dispatcher-type alltoall", 2),
+    ],
+)
+def test_counts_of_a_step_follow_from_some_of_its_micro_batches(simulation, words, world_size):
+    """Messages and sums of data parallelism are once a step, also where they overlap with a micro-batch."""
+    of_rank = 16 * world_size // (4 if "tensor" in words else 1)
+    whole = simulation.report(f"{words} --global-batch-size {of_rank}", world_size).steps[-1]
+    some = simulation.report(
+        f"{words} --global-batch-size {of_rank // 4}", world_size, function=functools.partial(_report, micro_batches=16)
+    ).steps[-1]
+    assert (whole.micro_batches, whole.computed, some.micro_batches, some.computed) == (16, 16, 16, 4)
+    assert sorted(map(str, some.messages)) == sorted(map(str, whole.messages))
+    assert some.waits == whole.waits
+    # a few kernels are in a schedule and once a step; samples differ in length, and attention's work with them
+    assert some.kernels == pytest.approx(whole.kernels, rel=0.01)
+    assert some.operations == pytest.approx(whole.operations, rel=0.05)
+    (some_copies,), (copies,) = some.copies, whole.copies
+    assert (some_copies.count, some_copies.in_micro_batches) == (copies.count, copies.in_micro_batches)
+    assert some_copies.bytes == pytest.approx(copies.bytes, rel=0.1)
+
+
+def test_padded_rows_need_most_where_all_are_long(simulation):
+    words = "--pipeline-model-parallel-size 2 --global-batch-size 2"
+    padded = simulation.report(words, 2, padding_mode="padding")
+    assert max(step.memory.by_category[ACTIVATIONS] for step in padded.steps) < padded.longest.by_category[ACTIVATIONS]
+    assert padded.peak >= padded.longest.peak
+    assert simulation.report(words, 2).longest is None
 
 
 def planted():

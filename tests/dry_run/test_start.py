@@ -2,10 +2,12 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from mft_megatron.arguments.command import read_command_line
 from mft_megatron.arguments.groups.dry_run import DRY_RUN, refuse_without_dry_run
+from mft_megatron.data.loading.step_plan import plan_longest, row_costs
 from mft_megatron.dry_run.start import started
 from mft_megatron.errors import InputError
 
@@ -75,6 +77,9 @@ def test_ranks_of_a_layout(words, world_size, ranks):
         ("--pipeline-model-parallel-size 2 --global-batch-size 8 --world-size 4", 8),
         ("--pipeline-model-parallel-size 2 --global-batch-size 64 --all-micro-batches", 64),
         ("--rampup-batch-size 2 2 100 --global-batch-size 64", 2),
+        # the first step has one micro-batch, and later ones as many as there are stages
+        ("--rampup-batch-size 1 1 100 --global-batch-size 8 --pipeline-model-parallel-size 4", 8),
+        ("--rampup-batch-size 1 1 100 --global-batch-size 8 --all-micro-batches", 8),
         ("--global-batch-size 64 --micro-batch-size 4", 8),
         ("--global-batch-size 64 --mock-padding-mode padding", 64),
     ],
@@ -82,7 +87,19 @@ def test_ranks_of_a_layout(words, world_size, ranks):
 def test_no_more_micro_batches_are_computed_than_the_peak_needs(words, rows):
     ready = start(f"{RANDOM} {words}")
     assert ready.measured.batch_sizes.after(0) == rows
-    assert max(ready.arguments.batch_sizes.sizes) == (64 if "64" in words else 8)
+    largest = 64 if "64" in words else 8
+    assert max(ready.arguments.batch_sizes.sizes) == largest
+    of_rank = ready.arguments.training.micro_batch_size * ready.arguments.data_parallel_size
+    assert (ready.micro_batches, ready.computed_micro_batches) == (largest // of_rank, rows // of_rank)
+
+
+def test_the_longest_rows_are_found():
+    split = start(f"{RANDOM} --mock-padding-mode padding --mock-data uniform:2:60").dataset.split("train")
+    costs = np.sort(row_costs(split, np.arange(split.num_packs)))
+    for rows in (4, split.num_packs + 2):
+        found = row_costs(split, plan_longest(split, rows).packs_G)
+        assert sorted(found[:4]) == costs[-4:].tolist()
+        assert len(found) == rows
 
 
 def test_the_length_of_rows_may_follow_from_mock_data():

@@ -33,7 +33,7 @@ class DryRunArguments:
     all_micro_batches: bool = option(
         False,
         "Compute all micro-batches of a step. Not given: no more than two for each pipeline stage, where rows are not "
-        "padded; memory has then reached its peak, and more take time alone.",
+        "padded; memory has then reached its peak, and counts are multiplied to those of the whole step.",
     )
     gpu: str = option(
         "a100-80g",

@@ -69,6 +69,13 @@ def plan_evaluation(split: PackedSplit, global_batch_size: int) -> Iterator[Step
         yield _plan(split, packs_G, np.zeros_like(packs_G))
 
 
+def plan_longest(split: PackedSplit, rows: int) -> StepPlan:
+    """Plan a step of the rows that cost most, repeated where the split has fewer than ``rows``."""
+    costs_G = row_costs(split, np.arange(split.num_packs))
+    packs_G = np.resize(np.argsort(-costs_G, kind="stable")[:rows], rows)
+    return _plan(split, packs_G, np.zeros_like(packs_G))
+
+
 def _plan(split: PackedSplit, packs_G: np.ndarray, epochs_G: np.ndarray) -> StepPlan:
     return StepPlan(packs_G, split.counts(packs_G), epochs_G, row_costs(split, packs_G))
 

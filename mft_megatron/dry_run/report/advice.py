@@ -7,7 +7,8 @@ from mft_megatron.dry_run.rank_report import ACTIVATIONS, GRADIENTS, LOGITS, OPT
 def advice(arguments: Arguments, report: RankReport) -> list[str]:
     """List what the run does not use yet, in the order of the bytes that it concerns; empty where all is used."""
     layout, training = arguments.distributed, arguments.training
-    peak = max(report.steps, key=lambda step: step.memory.peak).memory.by_category
+    steps = [step.memory for step in report.steps] + ([] if report.longest is None else [report.longest])
+    peak = max(steps, key=lambda memory: memory.peak).by_category
     states = peak[OPTIMIZER] + peak[GRADIENTS]
     trained = arguments.adapters is None
     tries = [

@@ -35,11 +35,13 @@ def heading(start: DryStart, gpu: str) -> Iterator[str]:
     for name, count in zip(dataset.tasks, plan.counts.tokens_K.tolist(), strict=True):
         if len(dataset.tasks) > 1:
             yield f"  task {name}: {count:,} supervised tokens"
-    if start.measured is not arguments:
-        per_step = len(plan.packs_G) // arguments.training.micro_batch_size // arguments.data_parallel_size
+    if len(arguments.batch_sizes.remaining(arguments.progress[1])) > 1:
+        yield f"batches grow: memory and counts are those of a step of {start.largest_batch:,} rows, the largest"
+    if start.computed_micro_batches < start.micro_batches:
         yield (
-            f"of the {per_step} micro-batches of a step {2 * layout.pipeline_model_parallel_size} are computed, with "
-            "which memory reaches its peak; what is counted in a step is of these (--all-micro-batches computes all)"
+            f"of the {start.micro_batches} micro-batches of a step {start.computed_micro_batches} are computed, with "
+            "which memory reaches its peak; counts are multiplied to those of the step (--all-micro-batches computes "
+            "all)"
         )
     yield kernels.describe(arguments, transformer_config(arguments))
     # mock data are made for two steps, so nothing follows from how many rows there are

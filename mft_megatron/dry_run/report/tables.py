@@ -77,6 +77,8 @@ def _memory(pairs: Sequence[tuple[RankReport, Verdict]], unit: Unit) -> dict[str
     rows["  sum"] = lambda report, _: size(_last(report).memory.peak)
     if any(report.steps[0].memory.peak > _last(report).memory.peak for report, _ in pairs):
         rows[f"{name} at the peak of the first step"] = lambda report, _: size(report.steps[0].memory.peak)
+    if any(report.longest is not None for report, _ in pairs):
+        rows[f"{name} at the peak with the longest rows"] = lambda report, _: _peak(report.longest, unit)
     rows[f"{name} at the peak of an evaluation"] = lambda report, _: _peak(report.evaluation, unit)
     rows[f"{name} at the peak of a save"] = lambda report, _: _peak(report.save, unit)
     rows["  and on the host"] = lambda report, _: "-" if report.save_host is None else size(report.save_host)

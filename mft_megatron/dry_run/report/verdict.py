@@ -49,7 +49,11 @@ class Verdict:
 def verdict(report: RankReport, gpu: int) -> Verdict:
     """Compare a rank with a GPU of ``gpu`` bytes."""
     peaks = {f"step {step.number}": step.memory.peak for step in report.steps}
-    for name, memory in (("evaluation", report.evaluation), ("save", report.save)):
+    for name, memory in (
+        ("the longest rows", report.longest),
+        ("evaluation", report.evaluation),
+        ("save", report.save),
+    ):
         if memory is not None:
             peaks[name] = memory.peak
     when = max(peaks, key=lambda name: peaks[name])

@@ -20,7 +20,13 @@ def test_the_peak_and_the_allowance_decide(gpu, fits, free):
 
 @pytest.mark.parametrize(
     ("peaks", "when"),
-    [({}, "step 1"), ({"second": 21}, "step 2"), ({"evaluation": 30}, "evaluation"), ({"save": 30}, "save")],
+    [
+        ({}, "step 1"),
+        ({"second": 21}, "step 2"),
+        ({"evaluation": 30}, "evaluation"),
+        ({"save": 30}, "save"),
+        ({"longest": 30}, "the longest rows"),
+    ],
 )
 def test_the_highest_peak_counts(peaks, when):
     judged = verdict(report(**peaks), 80 * GIB)
@@ -56,6 +62,13 @@ def test_the_columns_of_ranks():
 
 def test_a_first_step_that_needs_no_more_has_no_row():
     assert "GiB at the peak of the first step" not in rows([report(first=18.0)])
+
+
+def test_the_longest_rows_have_a_row_where_rows_are_padded():
+    found = rows([report(longest=25.0), report(1)])
+    assert found["GiB at the peak with the longest rows"] == ["25.00", "-"]
+    assert found["free"] == ["11.75", "17.00"]
+    assert "GiB at the peak with the longest rows" not in rows([report()])
 
 
 def test_small_models_are_in_mebibytes():
