@@ -1,6 +1,7 @@
 """The rules of docs/ARCHITECTURE.md: what a file may import, how many modules a folder has, what ``__init__`` holds."""
 
 import ast
+import functools
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -315,6 +316,7 @@ def test_a_package_exports_no_names(path):
     assert len(others) == len(version), path
 
 
+@functools.cache
 def names_of(module: str) -> set[str]:
     """Names that a module of the package defines or imports, at any depth; modules of a folder."""
     path = PACKAGE.parent / module.replace(".", "/")
