@@ -38,7 +38,7 @@ from mft_megatron.mcore.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAIN = "plain mean"
-TIMED = ("before_step", "contribution", "sums", "statistics_after", "by_task")
+TIMED = ("before_step", "weigh", "contribution", "sums", "statistics_after", "by_task")
 MODEL = (
     "--num-attention-heads 8 --swiglu --normalization RMSNorm --position-embedding-type rope --disable-bias-linear "
     "--untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0 --lr 1e-4 --train-iters 1000"
@@ -48,12 +48,15 @@ MODEL = (
 class PlainMean(Objective):
     """The mean of a micro-batch's supervised tokens, without coefficients and without anything to report."""
 
-    def contribution(self, factors, batch, loss_BS: Tensor, over_ranks=None) -> tuple[Tensor, Tensor]:
+    def weigh(self, factors, batch) -> None:
+        """Nothing: the mean has no coefficients."""
+
+    def contribution(self, factors, batch, loss_BS: Tensor, *others) -> tuple[Tensor, Tensor]:
         """The mean, a scalar, and the mask in place of coefficients, [B, S]."""
         mask_BS = batch.loss_mask_BS.float()
         return (loss_BS * mask_BS).sum() / mask_BS.sum().clamp(min=1), mask_BS
 
-    def sums(self, batch, loss_BS: Tensor, coefficient_BS: Tensor, num_tasks: int, mine_BS=None) -> Tensor:
+    def sums(self, batch, loss_BS: Tensor, coefficient_BS: Tensor, num_tasks: int, *others) -> Tensor:
         """Zeros: nothing is reported."""
         return torch.zeros(len(SUMS), num_tasks, dtype=torch.float64, device=loss_BS.device)
 
@@ -85,9 +88,9 @@ def timed(objective: Objective, clock: Clock, names: tuple[str, ...] = TIMED) ->
 
     clocked = {name: counted(getattr(objective, name)) for name in names}
 
-    def contribution(factors, batch, loss_BS: Tensor, over_ranks) -> tuple[Tensor, Tensor]:
+    def contribution(factors, batch, loss_BS: Tensor, *others) -> tuple[Tensor, Tensor]:
         marked_BS = _BackwardMark.apply(loss_BS, clock.stop)
-        value, coefficient_BS = clocked["contribution"](factors, batch, marked_BS, over_ranks)
+        value, coefficient_BS = clocked["contribution"](factors, batch, marked_BS, *others)
         return _BackwardMark.apply(value, clock.start), coefficient_BS
 
     for name, function in {**clocked, "contribution": contribution}.items():
