@@ -9,7 +9,7 @@ the pieces that pass by.
 import mft_megatron.mcore.platform.patched  # noqa: F401  (before Megatron-Core)
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -38,6 +38,10 @@ from .weight_source import WeightSlice
 
 # name of a tensor, and offset and shape of one of its chunks
 _Chunk: TypeAlias = "tuple[str, tuple[int, ...], tuple[int, ...]]"
+# an index of a tensor
+_Block: TypeAlias = "tuple[slice, ...]"
+# offset of a part that a rank needs, and the tensor that it is loaded into
+_Part: TypeAlias = "tuple[tuple[int, ...], Tensor]"
 
 
 class SharedLoad(TorchDistLoadShardedStrategy):
@@ -103,15 +107,12 @@ class SharedLoad(TorchDistLoadShardedStrategy):
     @torch.no_grad()
     def _fill(self, shards: Sequence[ShardedTensor], group: dist.ProcessGroup) -> str | None:
         """Load into the content of shards; returns why this rank could not read a chunk, or ``None``."""
-        wanted: dict[str, list[tuple[tuple[int, ...], Tensor]]] = {}
+        wanted: dict[str, list[_Part]] = {}
         for shard in shards:
             wanted.setdefault(shard.key, []).append((tuple(shard.global_offset), _content(shard)))
-        needed = {
-            (name, *chunk)
-            for name, parts in wanted.items()
-            for chunk in self._reader.chunks(name)
-            if any(overlap(*chunk, offset, content.shape) is not None for offset, content in parts)
-        }
+        chunks = {name: list(self._reader.chunks(name)) for name in wanted}
+        parts = {name: Parts(wanted[name], [shape for _, shape in chunks[name]]) for name in wanted}
+        needed = {(name, *chunk) for name in wanted for chunk in chunks[name] if next(parts[name].within(*chunk), None)}
         of_ranks: list[set[_Chunk]] = [needed] * group.size()
         if group.size() > 1:
             dist.all_gather_object(of_ranks, needed, group=group)
@@ -121,14 +122,47 @@ class SharedLoad(TorchDistLoadShardedStrategy):
             stored = slices[piece.weight]
             start = (*stored.index, stored.start[0] + piece.first, *stored.start[1:])
             rows = piece.content.view((*(1 for _ in stored.index), *piece.content.shape))
-            for offset, content in wanted.get(stored.name, ()):
-                common = overlap(start, rows.shape, offset, content.shape)
-                if common is not None:
-                    content[common[1]] = rows[common[0]]
+            if stored.name in parts:
+                for of_rows, of_content, content in parts[stored.name].within(start, rows.shape):
+                    content[of_content] = rows[of_rows]
 
         reader = SharedReader(_Chunks(self._reader), group)
         reader.read([[one] for one in slices], take)
         return reader.refusal
+
+
+class Parts:
+    """The parts of one tensor that a rank needs, by the layer and expert that they are of.
+
+    A stack of 94 layers of 128 experts has 12,032 chunks: to compare each with every part would take minutes.
+    """
+
+    def __init__(self, parts: Sequence[_Part], chunk_shapes: Iterable[Sequence[int]]):
+        """Sort the parts.
+
+        Args:
+            parts: offset and content of each.
+            chunk_shapes: shapes of the tensor's stored chunks.
+        """
+        shapes = [*(content.shape for _, content in parts), *chunk_shapes]
+        # leading axes of which every part and every chunk has one element
+        self._stacked = min(
+            next((axis for axis, size in enumerate(shape) if size != 1), len(shape)) for shape in shapes
+        )
+        self._by_index: dict[tuple[int, ...], list[_Part]] = {}
+        for offset, content in parts:
+            self._by_index.setdefault(offset[: self._stacked], []).append((offset, content))
+
+    def within(self, offset: tuple[int, ...], shape: Sequence[int]) -> Iterator[tuple[_Block, _Block, Tensor]]:
+        """The parts that a chunk, or a piece of one, overlaps.
+
+        Yields:
+            the elements of the chunk, those of the part, and the part's content.
+        """
+        for start, content in self._by_index.get(offset[: self._stacked], ()):
+            common = overlap(offset, shape, start, content.shape)
+            if common is not None:
+                yield *common, content
 
 
 class _Chunks:
