@@ -14,9 +14,11 @@ def model_folder(path: str) -> str:
     """The folder of a model that is given by it or by the ``config.json`` in it.
 
     Raises:
-        InputError: it is a file with another name.
+        InputError: there is no such file, or it has another name.
     """
     file = Path(path)
+    if file.name == CONFIG and not file.exists():
+        raise InputError(f"--hf-checkpoint {path}: no such file")
     if not file.is_file():
         return path
     if file.name != CONFIG:

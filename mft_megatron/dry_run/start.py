@@ -98,8 +98,8 @@ def started(command_line: CommandLine) -> Iterator[DryStart]:
         if arguments.finished:
             raise InputError(f"{arguments.checkpoint.save}: this run is finished; there is no step to report on")
         refuse_not_simulated(arguments)
-        if arguments.network.num_experts is None and options.busiest_expert > 1:
-            raise InputError(f"--busiest-expert {options.busiest_expert:g}: the model has no experts; leave it out")
+        if problem := check_busiest_expert(arguments, options.busiest_expert):
+            raise InputError(problem)
         ranks = reported_ranks(arguments, options.rank)
         if mock is not None:
             _write(mock, arguments, options)
@@ -115,6 +115,19 @@ def smallest_world(layout: DistributedArguments) -> int:
     tp, pp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
     of_experts = layout.expert_model_parallel_size * (layout.expert_tensor_parallel_size or tp)
     return pp * math.lcm(tp * layout.context_parallel_size, of_experts)
+
+
+def check_busiest_expert(arguments: Arguments, busiest: float) -> str | None:
+    """Check that an expert can have ``busiest`` times its equal share of tokens."""
+    experts, topk = arguments.network.num_experts, arguments.network.moe_router_topk
+    if experts is None:
+        return f"--busiest-expert {busiest:g}: the model has no experts; leave it out" if busiest > 1 else None
+    if busiest > experts / topk:
+        return (
+            f"--busiest-expert {busiest:g}: where each token takes {topk} of {experts} experts, one that all take has "
+            f"{experts / topk:g} times its equal share; give no more"
+        )
+    return None
 
 
 def reported_ranks(arguments: Arguments, wanted: Sequence[int] | None) -> tuple[int, ...]:

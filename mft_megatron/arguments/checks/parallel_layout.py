@@ -14,7 +14,7 @@ def check_layout(a: Arguments) -> str | None:
         return (
             f"{a.world_size} ranks cannot be divided into --tensor-model-parallel-size {tp} × "
             f"--pipeline-model-parallel-size {pp}{context} = {tp * pp * cp}; start a multiple of {tp * pp * cp} with "
-            "torchrun"
+            "torchrun (of a dry run: --world-size)"
         )
     if a.distributed.sequence_parallel and tp == 1:
         return "--sequence-parallel needs --tensor-model-parallel-size of at least 2; leave it out"
@@ -155,7 +155,8 @@ def check_experts_layout(a: Arguments) -> str | None:
     if a.world_size % (etp * ep * pp):
         return (
             f"{a.world_size} ranks cannot be divided into expert-tensor size {etp} × --expert-model-parallel-size {ep} "
-            f"× --pipeline-model-parallel-size {pp} = {etp * ep * pp}; start a multiple of that with torchrun"
+            f"× --pipeline-model-parallel-size {pp} = {etp * ep * pp}; start a multiple of that with torchrun "
+            "(of a dry run: --world-size)"
         )
     if a.network.expert_size % etp:
         return f"--expert-tensor-parallel-size {etp} does not divide --moe-ffn-hidden-size {a.network.expert_size}"
