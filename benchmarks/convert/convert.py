@@ -63,7 +63,8 @@ def write_model(folder: Path, shape: tuple[int, ...], layers: int) -> int:
     writer = ShardWriter(folder, planned, 10**9)
     generator = torch.Generator().manual_seed(1)
     for weight in planned:
-        values = torch.empty(weight.shape, dtype=torch.int16).random_(generator=generator)
+        # bits of finite numbers; a model with NaN or infinities is refused
+        values = torch.empty(weight.shape, dtype=torch.int16).random_(0, 0x7F80, generator=generator)
         writer.write(weight.name, values.view(torch.bfloat16))
     writer.finish()
     return sum(weight.size for weight in planned)
