@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+from mft_megatron.arguments.command import read_command_line
+from mft_megatron.arguments.groups.dry_run import DRY_RUN
 from mft_megatron.arguments.values.mock_data import mock_task
 from mft_megatron.data.loading.dataset import PackedDataset
 from mft_megatron.dry_run.mock_data import LEAST_PADDED, MOST_TOKENS, write_mock_data
@@ -58,6 +60,12 @@ def test_several_tasks_share_rows_and_long_samples_are_cut(tmp_path):
     # a quarter of 64 tokens, all of them targets
     assert split.totals.tokens_K[1] == 16 * split.totals.samples_K[1]
     assert split.totals.samples_K[0] == split.totals.samples_K[1]
+
+
+def test_a_refused_value_is_named_with_the_reason_and_the_forms():
+    with pytest.raises(InputError) as refusal:
+        read_command_line("--dry-run --mock-data no_such.txt".split(), more=DRY_RUN)
+    assert "--mock-data: no_such.txt: No such file or directory; give [NAME=]N, " in str(refusal.value)
 
 
 def test_padded_and_joined_rows(tmp_path):

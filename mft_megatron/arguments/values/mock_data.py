@@ -1,5 +1,6 @@
 """Lengths of the samples of a task that does not exist, the values of ``--mock-data``."""
 
+import argparse
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
@@ -45,19 +46,30 @@ class MockTask:
         return drawn.clip(min=2)
 
 
+class LengthsError(argparse.ArgumentTypeError, ValueError):
+    """A value that is not of :data:`FORMS`; argparse prints its message as it is."""
+
+
 def mock_task(text: str) -> MockTask:
     """Parse one value of ``--mock-data``; see :data:`FORMS`.
 
     Raises:
-        ValueError: it has none of these forms, or a length is not from 2 to 2^30 tokens.
+        LengthsError: it has none of these forms, or a length is not from 2 to 2^30 tokens.
     """
+    try:
+        return _parsed(text)
+    except ValueError as error:
+        raise LengthsError(f"{text}: {error}; give {FORMS}") from None
+
+
+def _parsed(text: str) -> MockTask:
     name, _, form = text.rpartition("=")
     word, *fields = form.split(":")
     if word in _NUMBERS and len(fields) == _NUMBERS[word]:
         return MockTask(form, name or None, word, _CHECKS[word](fields))
     lengths = (int(form),) if form.isdecimal() else _of_file(Path(form))
     if not lengths or not all(2 <= length <= LONGEST for length in lengths):
-        raise ValueError(f"{text}: lengths must be from 2 to 2^30 tokens")
+        raise ValueError("lengths must be from 2 to 2^30 tokens")
     return MockTask(form, name or None, "lengths", lengths)
 
 
@@ -82,8 +94,4 @@ def _of_file(path: Path) -> tuple[float, ...]:
     try:
         return tuple(int(line) for line in path.read_text().split())
     except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from None
-
-
-# The message of argparse that refuses a value contains the function's name.
-mock_task.__name__ = f"length; give {FORMS}"
+        raise ValueError(error.strerror) from None
