@@ -8,7 +8,7 @@ import torch
 from packaging.version import Version
 
 from mft_megatron.dry_run.rank_report import ACTIVATIONS, CATEGORIES, COMMUNICATION, GRADIENTS, OPTIMIZER, WEIGHTS
-from tests.dry_run.simulated import MODEL, _report
+from tests.dry_run.simulated import MODEL, report_of_rank
 
 SMALL = f"{MODEL} --global-batch-size 2"
 
@@ -94,7 +94,9 @@ def test_counts_of_a_step_follow_from_some_of_its_micro_batches(simulation, word
     of_rank = 16 * world_size // (4 if "tensor" in words else 1)
     whole = simulation.report(f"{words} --global-batch-size {of_rank}", world_size).steps[-1]
     some = simulation.report(
-        f"{words} --global-batch-size {of_rank // 4}", world_size, function=functools.partial(_report, micro_batches=16)
+        f"{words} --global-batch-size {of_rank // 4}",
+        world_size,
+        function=functools.partial(report_of_rank, micro_batches=16),
     ).steps[-1]
     assert (whole.micro_batches, whole.computed, some.micro_batches, some.computed) == (16, 16, 16, 4)
     assert sorted(map(str, some.messages)) == sorted(map(str, whole.messages))

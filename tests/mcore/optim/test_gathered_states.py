@@ -107,8 +107,9 @@ def test_a_save_needs_the_memory_of_a_ranks_states(dataset_prefix, options):
     for rank in ranks:
         assert rank["storages"] == rank["stored"]  # no second copy when they are written
         assert rank["stored"] <= rank["all"] / 2 + rank["largest"]
-        # outgoing and incoming pieces of a round, and of the one before while the process group still holds them
-        assert rank["peak"] <= rank["stored"] + 2 * (4 * elements + 4 * elements / 2) + 4096
+        # outgoing and incoming pieces of a round, and of a few before while the process group still holds them: gloo's
+        # threads let go of them late on a busy machine. A whole bucket would be eight times as much.
+        assert rank["peak"] <= rank["stored"] + 4 * (4 * elements + 4 * elements / 2) + 4096
         assert rank["wanted"] <= 1.1 * rank["all"] / 2
     stored = list(itertools.chain(*(rank["keys"] for rank in ranks)))
     assert len(stored) == len(set(stored))
