@@ -112,6 +112,20 @@ class Arguments:
         return kind == "none" or not (self.lora.save_adapters_only or kind == "qlora")
 
     @property
+    def layout_in_words(self) -> str:
+        """The parallel layout without sizes of 1, as in ``TP 8 × PP 4``; empty for one process."""
+        layout = self.distributed
+        sizes = {
+            "TP": layout.tensor_model_parallel_size,
+            "PP": layout.pipeline_model_parallel_size,
+            "VPP": layout.num_virtual_stages_per_pipeline_rank or 1,
+            "CP": layout.context_parallel_size,
+            "EP": layout.expert_model_parallel_size,
+            "DP": self.data_parallel_size,
+        }
+        return " × ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
+
+    @property
     def data_parallel_size(self) -> int:
         """Number of ranks that train on different packs."""
         layout = self.distributed

@@ -17,7 +17,7 @@ from mft_megatron.data.storage.ledger import Ledger, TokenizerEntry
 from mft_megatron.data.storage.sample_writer import SampleWriter, TaskTally
 from mft_megatron.errors import InputError
 
-# Of training and validation packs: steps that take more use packs again.
+# Twice as many training packs as validation packs; steps that need more packs than there are use them again.
 SPLIT = (2.0, 1.0, 0.0)
 MOST_TOKENS = 2**24
 MOST_SAMPLES = 2**20

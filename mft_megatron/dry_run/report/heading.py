@@ -12,16 +12,8 @@ from mft_megatron.training.progress import Progress
 
 def heading(start: DryStart, gpu: str) -> Iterator[str]:
     """Lines about the run: the layout, the data, the first step, the kernels and notes."""
-    arguments, dataset, layout = start.arguments, start.dataset, start.arguments.distributed
-    sizes = {
-        "TP": layout.tensor_model_parallel_size,
-        "PP": layout.pipeline_model_parallel_size,
-        "VPP": layout.num_virtual_stages_per_pipeline_rank or 1,
-        "CP": layout.context_parallel_size,
-        "EP": layout.expert_model_parallel_size,
-        "DP": arguments.data_parallel_size,
-    }
-    words = " × ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "no parallelism"
+    arguments, dataset = start.arguments, start.dataset
+    words = arguments.layout_in_words or "no parallelism"
     yield f"dry run: {arguments.world_size} rank(s) on {gpu}, simulated; {words}; {arguments.precision.name}"
     plan = next_plan(dataset, arguments, Progress(*arguments.progress))
     tokens, positions = dataset.split("train").num_tokens(plan.packs_G), len(plan.packs_G) * dataset.seq_length

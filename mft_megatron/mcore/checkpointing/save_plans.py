@@ -42,7 +42,7 @@ class SavePlans:
         self.strategy, self.is_new = self._new_strategy(), True
 
     def adapt(self, state: dict[str, Any]) -> None:
-        """Plan anew if the shards of a rank are not those of the save before; a collective of all ranks.
+        """Make a new plan if any rank has other shards than in the save before; a collective of all ranks.
 
         Args:
             state: the sharded state dict to be saved.

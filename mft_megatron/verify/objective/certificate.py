@@ -129,21 +129,12 @@ def _chosen(patterns: Sequence[str] | None, num_layers: int) -> Chosen:
 
 def _layout(arguments: Arguments) -> str:
     layout = arguments.distributed
-    sizes = {
-        "TP": layout.tensor_model_parallel_size,
-        "PP": layout.pipeline_model_parallel_size,
-        "VPP": layout.num_virtual_stages_per_pipeline_rank or 1,
-        "CP": layout.context_parallel_size,
-        "EP": layout.expert_model_parallel_size,
-        "DP": arguments.data_parallel_size,
-    }
-    parts = [f"{name} {size}" for name, size in sizes.items() if size > 1]
     also = {
         "sequence parallel": layout.sequence_parallel,
         "distributed optimizer": layout.use_distributed_optimizer,
         "overlapped": layout.overlap_grad_reduce,
     }
-    words = [" × ".join(parts) or "one process", *(name for name, on in also.items() if on)]
+    words = [arguments.layout_in_words or "one process", *(name for name, on in also.items() if on)]
     return f"{arguments.world_size} rank(s), {', '.join(words)}, micro-batches of {arguments.training.micro_batch_size}"
 
 
