@@ -70,7 +70,7 @@ def start_training(
             )
         return
     from mft_megatron.training.pretrain import pretrain
-    from mft_megatron.training.saving import Sources
+    from mft_megatron.training.saving.sources import Sources
 
     pretrain(arguments, main_rank, Sources(model, adapter), exports)
 
@@ -80,7 +80,7 @@ def run_and_export(
 ) -> None:
     """Train with ``--save-hf``: rank 0 exports checkpoints during the run, and the newest at its end."""
     from mft_megatron.convert.huggingface.model_export import refuse_export
-    from mft_megatron.training.saving import remove_exported
+    from mft_megatron.training.saving.saver import remove_exported
 
     options, resume = arguments.checkpoint, arguments.resume
     refuse_export(arguments.network, resume is not None and resume.info.from_hugging_face)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from mft_megatron.disk_errors import FULL, OF_FILES, disk_error, explain, failure, named_file
+from mft_megatron.exit_codes import BAD_INPUT, INTERRUPTED, READER_GONE
 
 # Seconds that a silent rank leaves the rank that prints the error.
 PATIENCE = 5
@@ -20,11 +21,13 @@ class InputError(Exception):
     Attributes:
         always: every process that raises it prints it, because others may not raise it; otherwise one rank prints for
             all.
+        code: exit code of the command, a value of :mod:`.exit_codes`.
     """
 
-    def __init__(self, message: str, always: bool = False):
+    def __init__(self, message: str, always: bool = False, code: int = BAD_INPUT):
         super().__init__(message)
         self.always = always
+        self.code = code
 
 
 @contextlib.contextmanager
@@ -80,8 +83,8 @@ def run_command(main: Callable[[], int | None], quiet: bool = False) -> int:
         quiet: do not print an error that other processes raise, too; set on all ranks of a machine but one.
 
     Returns:
-        the exit code: the result of ``main``; 2 after an :class:`InputError` or a file, or the output, that cannot be
-        read or written; 130 after an interrupt; 141 if the reader of the output has gone.
+        the exit code, of :mod:`.exit_codes`: the result of ``main``, or that of an :class:`InputError`; BAD_INPUT after
+        a file, or the output, that cannot be read or written; INTERRUPTED; READER_GONE.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         # text of the user's data, which a terminal may be unable to show, must not end a command
@@ -94,15 +97,15 @@ def run_command(main: Callable[[], int | None], quiet: bool = False) -> int:
         else:
             # torchrun ends all ranks as soon as one exits: the rank that prints the reason must be first.
             time.sleep(PATIENCE)
-        return 2
+        return error.code
     except BrokenPipeError:
         # The reader, such as head, has closed the pipe: prevent a second error when Python flushes at exit.
         _drop_output()
-        return 141
+        return READER_GONE
     except KeyboardInterrupt:
         if not quiet:
             print("interrupted; the same command goes on from what is complete", file=sys.stderr, flush=True)
-        return 130
+        return INTERRUPTED
     except OSError as error:
         error = disk_error(error) or error
         if error.filename is None and error.errno not in OF_FILES:
@@ -110,7 +113,7 @@ def run_command(main: Callable[[], int | None], quiet: bool = False) -> int:
         line = failure(error, "the output, or a file without a name", "nothing was completed there")
         print(f"error: {line}", file=sys.stderr, flush=True)
         _finish_output()
-        return 2
+        return BAD_INPUT
 
 
 def _finish_output() -> int:
@@ -122,7 +125,7 @@ def _finish_output() -> int:
     except OSError as error:
         print(f"error: the output cannot be written: {explain(error, '.')}", file=sys.stderr, flush=True)
         _drop_output()
-        return 2
+        return BAD_INPUT
     return 0
 
 

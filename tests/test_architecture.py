@@ -12,6 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "mft_megatron"
 FLOORS = {
     "": 0,
+    "run_folder": 0,
     "arguments": 1,
     "data": 1,
     "losses": 1,
@@ -23,6 +24,7 @@ FLOORS = {
 }
 # A file imports from its own sub-package and from those listed before it; "a|b" are modules at the top of the room.
 ORDER = {
+    "run_folder": ("names|replace_text|files|content|configuration|tokenizer", "description", "found", "retention"),
     "data": (
         "sample_slices|permutation|_sample_index",
         *("storage", "tokenizers", "records", "chat_templates", "packing", "tasks", "loading", "preprocessing"),

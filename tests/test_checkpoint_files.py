@@ -9,9 +9,10 @@ import pytest
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
-from mft_megatron.checkpoint_files import damage, remedy
 from mft_megatron.errors import InputError
-from mft_megatron.run_folder import INFO, TRACKER, checkpoint_of, latest_checkpoint
+from mft_megatron.run_folder.files import damage, remedy
+from mft_megatron.run_folder.found import checkpoint_of, latest_checkpoint
+from mft_megatron.run_folder.names import INFO, TRACKER
 from tests.arguments.command_line import checkpoint
 
 

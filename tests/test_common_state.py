@@ -11,7 +11,7 @@ import torch
 from mft_megatron.common_state import read_args, read_common
 from mft_megatron.convert.megatron.description import read_description
 from mft_megatron.errors import InputError
-from mft_megatron.run_folder import is_of_megatron
+from mft_megatron.run_folder.description import is_of_megatron
 from tests.convert.megatron_models import SHAPE, args_of, move_to_object
 from tests.ranks import run_on_ranks
 from tests.trap import Trap

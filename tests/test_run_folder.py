@@ -10,21 +10,11 @@ import pytest
 from mft_megatron.convert.commands.huggingface import mcore_to_hf
 from mft_megatron.convert.huggingface.families.llama import LLAMA
 from mft_megatron.errors import InputError
-from mft_megatron.run_folder import (
-    BEST,
-    INFO,
-    TRACKER,
-    CheckpointInfo,
-    best_checkpoint,
-    iteration_folder,
-    latest_checkpoint,
-    read_info,
-    record_best,
-    remove_checkpoint,
-    replace_text,
-    superseded,
-    write_info,
-)
+from mft_megatron.run_folder.description import CheckpointInfo, read_info, write_info
+from mft_megatron.run_folder.found import best_checkpoint, latest_checkpoint
+from mft_megatron.run_folder.names import BEST, INFO, TRACKER, iteration_folder
+from mft_megatron.run_folder.replace_text import replace_text
+from mft_megatron.run_folder.retention import record_best, remove_checkpoint, superseded
 
 
 def checkpoint(folder, iteration, **options):
@@ -172,7 +162,8 @@ def test_a_checkpoint_of_megatron_lm_is_told_from_an_unfinished_save(tmp_path, n
 
     import torch
 
-    from mft_megatron.run_folder import TRACKER, latest_checkpoint
+    from mft_megatron.run_folder.found import latest_checkpoint
+    from mft_megatron.run_folder.names import TRACKER
 
     path = tmp_path / name
     path.mkdir()

@@ -29,7 +29,7 @@ from results import Comparison
 from trainings import Training, run_all
 
 from mft_megatron.errors import InputError, run_command
-from mft_megatron.run_folder import replace_text
+from mft_megatron.run_folder.replace_text import replace_text
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CONTENTS = {"samples", "tokenizer", "data", "base", "runs", "logs", "results.json", "table.md", "plot.png"}

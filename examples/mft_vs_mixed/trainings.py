@@ -28,7 +28,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from mft_megatron.errors import InputError
-from mft_megatron.run_folder import METRICS, replace_text
+from mft_megatron.run_folder.names import METRICS
+from mft_megatron.run_folder.replace_text import replace_text
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before the process that is forked imports torch
 PROCESSES = multiprocessing.get_context("forkserver")

@@ -7,7 +7,7 @@ from mft_megatron.arguments.groups.network import NetworkArguments
 from mft_megatron.errors import InputError
 from mft_megatron.lora import Lora, Target, read_targets
 from mft_megatron.options import Given
-from mft_megatron.run_folder import CheckpointRef
+from mft_megatron.run_folder.description import CheckpointRef
 
 
 def adapters_of(options: LoraArguments, network: NetworkArguments) -> Lora | None:

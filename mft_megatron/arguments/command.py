@@ -27,7 +27,7 @@ from mft_megatron.arguments.groups.multi_task import MFTCODER_BALANCERS
 from mft_megatron.errors import InputError
 from mft_megatron.lora import Lora
 from mft_megatron.options import Given, build_parser, fill, missing_option, parse
-from mft_megatron.run_folder import CheckpointInfo, CheckpointRef
+from mft_megatron.run_folder.description import CheckpointInfo, CheckpointRef
 
 from .adapters import from_adapter, from_checkpoint
 from .completion import complete

@@ -10,14 +10,10 @@ from mft_megatron.arguments.groups.network import NetworkArguments, stored_netwo
 from mft_megatron.errors import InputError
 from mft_megatron.lora import Lora
 from mft_megatron.options import Given, spelling
-from mft_megatron.run_folder import (
-    CheckpointInfo,
-    CheckpointRef,
-    checkpoint_of,
-    content_digest,
-    is_checkpoint,
-    latest_checkpoint,
-)
+from mft_megatron.run_folder.content import content_digest
+from mft_megatron.run_folder.description import CheckpointInfo, CheckpointRef
+from mft_megatron.run_folder.found import checkpoint_of, latest_checkpoint
+from mft_megatron.run_folder.names import is_checkpoint
 
 
 @dataclasses.dataclass(frozen=True)

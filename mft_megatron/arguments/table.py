@@ -26,7 +26,7 @@ from mft_megatron.arguments.groups.transformer_engine import TransformerEngineAr
 from mft_megatron.arguments.groups.validation import ValidationArguments
 from mft_megatron.batch_sizes import BatchSizes, ramp_up, step_schedule
 from mft_megatron.lora import Lora
-from mft_megatron.run_folder import CheckpointRef
+from mft_megatron.run_folder.description import CheckpointRef
 
 GROUPS: tuple[tuple[str, type], ...] = (
     ("network", NetworkArguments),

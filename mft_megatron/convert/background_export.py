@@ -21,7 +21,9 @@ from typing import IO
 from mft_megatron.convert.commands.convert import main
 from mft_megatron.disk_errors import explain
 from mft_megatron.errors import InputError
-from mft_megatron.run_folder import INFO, iteration_folder, latest_checkpoint, read_info
+from mft_megatron.run_folder.description import read_info
+from mft_megatron.run_folder.found import latest_checkpoint
+from mft_megatron.run_folder.names import INFO, iteration_folder
 
 # environment variables that make a process one of torchrun's ranks
 _RANKS = ("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR")

@@ -41,7 +41,7 @@ def dry_run(command_line: CommandLine) -> int:
     gpu = SIMULATED_GPUS[options.gpu]
     devices.simulate(gpu)
     # what follows imports Megatron-Core
-    from mft_megatron.training.saving import model_vocab_size
+    from mft_megatron.training.saving.data_order import model_vocab_size
 
     from .rank_run import run_rank
     from .report.heading import heading

@@ -7,7 +7,7 @@ from mft_megatron.convert.huggingface.converted_checkpoint import describe
 from mft_megatron.convert.huggingface.model_folder import CONFIG, read_architecture, read_config, unread_entries
 from mft_megatron.errors import InputError
 from mft_megatron.mcore.platform.precisions import PRECISIONS
-from mft_megatron.run_folder import CheckpointInfo
+from mft_megatron.run_folder.description import CheckpointInfo
 
 
 def model_folder(path: str) -> str:

@@ -24,7 +24,9 @@ from .garbage_collection import GarbageCollection
 from .progress import Progress
 from .records import StepRecord, train_record
 from .run_log import RunLog
-from .saving import RunState, Saver, order_version
+from .saving.data_order import order_version
+from .saving.run_state import RunState
+from .saving.saver import Saver
 from .shares.share_log import ShareLog
 from .throughput import segment_lengths, step_operations
 

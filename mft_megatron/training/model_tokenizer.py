@@ -14,7 +14,8 @@ from mft_megatron.data.tokenizers.load import TOKENIZERS, load_tokenizer
 from mft_megatron.data.tokenizers.tokenizer import Tokenizer
 from mft_megatron.data.tokenizers.tokenizer_files import read_chat_template
 from mft_megatron.errors import InputError
-from mft_megatron.run_folder import HUGGINGFACE, TOKENIZER, CheckpointInfo, CheckpointRef
+from mft_megatron.run_folder.description import CheckpointInfo, CheckpointRef
+from mft_megatron.run_folder.names import HUGGINGFACE, TOKENIZER
 
 FILES = {"HuggingFaceTokenizer": "tokenizer.json", "SentencePieceTokenizer": "tokenizer.model"}
 

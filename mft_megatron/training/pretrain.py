@@ -21,24 +21,20 @@ from mft_megatron.mcore.model import kernels
 from mft_megatron.mcore.parallel import process_groups
 from mft_megatron.mcore.platform import devices, environment
 from mft_megatron.mcore.trainer import Trainer
-from mft_megatron.run_folder import CONFIG, effective_configuration, replace_text
+from mft_megatron.run_folder.configuration import effective_configuration
+from mft_megatron.run_folder.names import CONFIG
+from mft_megatron.run_folder.replace_text import replace_text
 
 from .epochs import EpochProof
 from .evaluation import Evaluation
 from .loop import train
 from .model_tokenizer import chat_format_line, check_model_tokenizer
 from .run_log import RunLog
-from .saving import (
-    NO_SOURCES,
-    Exports,
-    Saver,
-    Sources,
-    keep_source,
-    keep_tokenizer,
-    model_vocab_size,
-    refuse_other_data,
-    resume,
-)
+from .saving.data_order import model_vocab_size, refuse_other_data
+from .saving.kept_files import keep_source, keep_tokenizer
+from .saving.resume import resume
+from .saving.saver import Exports, Saver
+from .saving.sources import NO_SOURCES, Sources
 from .shares.share_log import ShareLog
 from .task_weights import data_weights_text
 

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 from mft_megatron.arguments.groups.logging import LoggingArguments
 from mft_megatron.disk_errors import explain
 from mft_megatron.errors import InputError
-from mft_megatron.run_folder import METRICS, TENSORBOARD
+from mft_megatron.run_folder.names import METRICS, TENSORBOARD
 
 from .events import EventRecord, event_text
 from .log_sinks.board import Board

@@ -3,7 +3,8 @@
 import dataclasses
 
 from mft_megatron.arguments.command import parse_arguments
-from mft_megatron.run_folder import TRACKER, CheckpointInfo, write_info
+from mft_megatron.run_folder.description import CheckpointInfo, write_info
+from mft_megatron.run_folder.names import TRACKER
 from tests.command_lines import SHORT_RUN, SMALL
 
 # SHORT_RUN without the shape of the model, which a checkpoint holds

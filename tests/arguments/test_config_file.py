@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mft_megatron.arguments.table import GROUPS, Arguments
 from mft_megatron.errors import InputError
-from mft_megatron.run_folder import effective_configuration
+from mft_megatron.run_folder.configuration import effective_configuration
 from tests.arguments.command_line import checkpoint, parse
 from tests.command_lines import SHORT_RUN
 from tests.refusals import refused

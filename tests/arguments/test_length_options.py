@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from mft_megatron.arguments.command import parse_arguments
-from mft_megatron.run_folder import effective_configuration
+from mft_megatron.run_folder.configuration import effective_configuration
 from tests.arguments.command_line import WITHOUT_SHAPE, checkpoint
 from tests.command_lines import SHORT_RUN
 from tests.refusals import refused

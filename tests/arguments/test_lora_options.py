@@ -8,7 +8,8 @@ import pytest
 from mft_megatron.arguments.command import make_arguments, parse_arguments, read_command_line
 from mft_megatron.convert.run_start import open_start
 from mft_megatron.lora import Lora, Target, num_sources, read_targets
-from mft_megatron.run_folder import content_digest, effective_configuration
+from mft_megatron.run_folder.configuration import effective_configuration
+from mft_megatron.run_folder.content import content_digest
 from tests.arguments.command_line import WITHOUT_SHAPE, checkpoint, parse, resumed
 from tests.command_lines import SHORT_RUN
 from tests.refusals import refused

@@ -6,7 +6,8 @@ import json
 import pytest
 
 from mft_megatron.arguments.values.layer_pattern import layer_frequency
-from mft_megatron.run_folder import INFO, TRACKER, CheckpointInfo, iteration_folder, write_info
+from mft_megatron.run_folder.description import CheckpointInfo, write_info
+from mft_megatron.run_folder.names import INFO, TRACKER, iteration_folder
 from tests.arguments.command_line import parse, resumed
 from tests.refusals import refused
 

@@ -8,7 +8,7 @@ import yaml
 from mft_megatron.arguments.completion import complete, default_normalization
 from mft_megatron.arguments.notes import notes
 from mft_megatron.loss_names import FINE_TUNING_NORMALIZATION as TUNED
-from mft_megatron.run_folder import effective_configuration
+from mft_megatron.run_folder.configuration import effective_configuration
 from tests.arguments.command_line import checkpoint, parse, resumed
 from tests.refusals import refused
 

@@ -3,7 +3,8 @@
 import pytest
 
 from mft_megatron.mcore.parallel.data_parallel import data_parallel_config
-from mft_megatron.run_folder import TRACKER, CheckpointInfo, write_info
+from mft_megatron.run_folder.description import CheckpointInfo, write_info
+from mft_megatron.run_folder.names import TRACKER
 from tests.arguments.command_line import parse
 from tests.refusals import refused
 

@@ -8,7 +8,8 @@ import pytest
 from mft_megatron.arguments.command import parse_arguments
 from mft_megatron.arguments.groups.checkpointing import CheckpointArguments
 from mft_megatron.arguments.start import Start
-from mft_megatron.run_folder import INFO, TRACKER, CheckpointInfo
+from mft_megatron.run_folder.description import CheckpointInfo
+from mft_megatron.run_folder.names import INFO, TRACKER
 from tests.arguments.command_line import WITHOUT_SHAPE, checkpoint, parse, resumed
 from tests.refusals import refused
 

@@ -76,7 +76,8 @@ def write_run(run, info, weights, iteration=7, **changes):
     """Write a run folder with a checkpoint of these weights; its description is ``info`` with ``changes``."""
     from mft_megatron.mcore.checkpointing.tensor_writer import Weight, write_weights
     from mft_megatron.mcore.checkpointing.weight_source import WeightSlice
-    from mft_megatron.run_folder import TRACKER, iteration_folder, write_info
+    from mft_megatron.run_folder.description import write_info
+    from mft_megatron.run_folder.names import TRACKER, iteration_folder
 
     run = Path(run)
     path = iteration_folder(run, iteration)

@@ -10,7 +10,7 @@ import pytest
 from mft_megatron.convert import background_export as module
 from mft_megatron.convert.background_export import Exports
 from mft_megatron.errors import InputError
-from mft_megatron.run_folder import CheckpointInfo, CheckpointRef, write_info
+from mft_megatron.run_folder.description import CheckpointInfo, CheckpointRef, write_info
 
 PROGRAM = """
 import json, os, pathlib, signal, sys, time

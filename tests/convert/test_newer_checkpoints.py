@@ -8,7 +8,7 @@ from mft_megatron.arguments.groups.network import NetworkArguments, stored_netwo
 from mft_megatron.convert.huggingface.stored_model import CheckpointModel
 from mft_megatron.convert.peft.adapted_weights import family_of_info
 from mft_megatron.convert.peft.merge import refuse_other_model
-from mft_megatron.run_folder import CheckpointInfo, CheckpointRef
+from mft_megatron.run_folder.description import CheckpointInfo, CheckpointRef
 from tests.refusals import refused
 
 SHAPE = {"num_layers": 2, "hidden_size": 8, "num_attention_heads": 2}

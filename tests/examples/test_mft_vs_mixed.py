@@ -19,7 +19,7 @@ from mft_megatron.arguments.command import parse_arguments
 from mft_megatron.data.loading.build_batch import build_batch
 from mft_megatron.data.loading.dataset import PackedDataset
 from mft_megatron.errors import InputError
-from mft_megatron.run_folder import CheckpointInfo, write_info
+from mft_megatron.run_folder.description import CheckpointInfo, write_info
 from tests.ranks import run_tool
 from tests.refusals import refusal
 

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from mft_megatron.run_folder import latest_checkpoint
+from mft_megatron.run_folder.found import latest_checkpoint
 from tests.ranks import run_forked, run_on_ranks
 from tests.refusals import refusal
 from tests.run_records import events, records

@@ -90,7 +90,7 @@ def test_a_data_set_that_needs_more_tokens_is_refused(checkpoint, dataset_prefix
     from mft_megatron.arguments.command import parse_arguments
     from mft_megatron.data.loading.dataset import PackedDataset
     from mft_megatron.errors import InputError
-    from mft_megatron.training.saving import refuse_other_data
+    from mft_megatron.training.saving.data_order import refuse_other_data
 
     small = tmp_path / "small"
     shutil.copytree(checkpoint, small)

@@ -106,7 +106,7 @@ def _hf_difference(checkpoint, hf, prefix):
     from mft_megatron.mcore.parallel import process_groups
     from mft_megatron.mcore.parallel.device_batch import to_device
     from mft_megatron.mcore.trainer import Trainer
-    from mft_megatron.run_folder import latest_checkpoint
+    from mft_megatron.run_folder.found import latest_checkpoint
 
     words = [*RUN, *LAYOUT, "--data-path", prefix, "--load", str(checkpoint), "--finetune", "--seed", "99"]
     arguments = parse_arguments(words, 4, lambda prefix: [128])

@@ -93,7 +93,7 @@ def waits(prefix, options):
 
 def _info():
     from mft_megatron.mcore.parallel import process_groups
-    from mft_megatron.run_folder import CheckpointInfo
+    from mft_megatron.run_folder.description import CheckpointInfo
 
     return CheckpointInfo(2, 16, {}, 1, {}, "", 1, 8, layout=process_groups.parallel_layout())
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from mft_megatron.run_folder import iteration_folder
+from mft_megatron.run_folder.names import iteration_folder
 from tests.ranks import ROOT
 from tests.run_records import records
 from tests.saved_checkpoints import optimizer_numbers, tensors_of

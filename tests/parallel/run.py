@@ -248,7 +248,7 @@ def whole(of_ranks):
 def info_of_step(step):
     """The description of a checkpoint that this rank's run saves after a step."""
     from mft_megatron.mcore.parallel import process_groups
-    from mft_megatron.run_folder import CheckpointInfo
+    from mft_megatron.run_folder.description import CheckpointInfo
 
     return CheckpointInfo(step, 0, {}, 500, {}, "", 1, 8, layout=process_groups.parallel_layout())
 
@@ -266,7 +266,8 @@ def some_steps(prefix, extra, world_size, folder, save_after, steps, seed=1234):
     from mft_megatron.mcore.checkpointing import checkpoint
     from mft_megatron.mcore.parallel import process_groups
     from mft_megatron.mcore.trainer import Trainer
-    from mft_megatron.run_folder import CheckpointInfo, latest_checkpoint
+    from mft_megatron.run_folder.description import CheckpointInfo
+    from mft_megatron.run_folder.found import latest_checkpoint
 
     arguments = arguments_for(prefix, f"{extra} --seed {seed}", world_size)
     dataset = open_dataset(arguments)
@@ -300,7 +301,7 @@ def train_save_load(prefix, folder):
     from mft_megatron.mcore.checkpointing import checkpoint
     from mft_megatron.mcore.parallel import process_groups
     from mft_megatron.mcore.trainer import Trainer
-    from mft_megatron.run_folder import CheckpointInfo
+    from mft_megatron.run_folder.description import CheckpointInfo
 
     arguments = arguments_for(prefix, "--hidden-dropout 0.1 --attention-dropout 0.1", 1)
     dataset = open_dataset(arguments)

@@ -72,7 +72,8 @@ def _run(prefix, extra, world_size, rising=None):
     from mft_megatron.training.epochs import EpochProof
     from mft_megatron.training.evaluation import Evaluation
     from mft_megatron.training.loop import train
-    from mft_megatron.training.saving import Saver, resume
+    from mft_megatron.training.saving.resume import resume
+    from mft_megatron.training.saving.saver import Saver
     from mft_megatron.training.shares.share_log import ShareLog
 
     arguments = arguments_for(prefix, f"{STEPS} {extra}", world_size)

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mft_megatron.run_folder import latest_checkpoint
+from mft_megatron.run_folder.found import latest_checkpoint
 from tests.parallel.run import arguments_for, info_of_step, trainer_and_split
 from tests.ranks import run_on_ranks
 from tests.saved_checkpoints import optimizer_numbers, tensors_of

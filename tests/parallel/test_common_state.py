@@ -11,7 +11,7 @@ from mft_megatron.common_state import ENTRY
 from mft_megatron.errors import InputError
 from mft_megatron.mcore.checkpointing import common_state
 from mft_megatron.mcore.checkpointing.tensor_reader import TensorReader
-from mft_megatron.run_folder import latest_checkpoint
+from mft_megatron.run_folder.found import latest_checkpoint
 from tests.parallel.run import some_steps
 from tests.ranks import run_on_ranks
 

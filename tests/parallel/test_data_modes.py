@@ -159,7 +159,8 @@ def _run(prefix, extra, world_size, fault=None):
     from mft_megatron.training.epochs import EpochProof
     from mft_megatron.training.evaluation import Evaluation
     from mft_megatron.training.loop import train as train_loop
-    from mft_megatron.training.saving import Saver, resume
+    from mft_megatron.training.saving.resume import resume
+    from mft_megatron.training.saving.saver import Saver
     from mft_megatron.training.shares.share_log import ShareLog
 
     if fault is not None:

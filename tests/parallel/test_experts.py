@@ -89,7 +89,8 @@ def _train(prefix, extra, world, steps, shape="experts", seed=None, folder=None,
     from mft_megatron.mcore.checkpointing import checkpoint
     from mft_megatron.mcore.parallel import process_groups
     from mft_megatron.mcore.trainer import Trainer
-    from mft_megatron.run_folder import CheckpointInfo, latest_checkpoint
+    from mft_megatron.run_folder.description import CheckpointInfo
+    from mft_megatron.run_folder.found import latest_checkpoint
 
     arguments = arguments_for(prefix, extra if seed is None else f"{extra} --seed {seed}", world, shape)
     dataset = open_dataset(arguments)
@@ -161,7 +162,7 @@ def _weights(prefix, extra, world, folder):
     from mft_megatron.mcore.checkpointing.tensor_reader import TensorReader
     from mft_megatron.mcore.parallel import process_groups
     from mft_megatron.mcore.trainer import Trainer
-    from mft_megatron.run_folder import CheckpointInfo
+    from mft_megatron.run_folder.description import CheckpointInfo
 
     arguments = arguments_for(prefix, extra, world, "experts")
     with process_groups.process_groups(arguments.distributed, arguments.initialization.seed):

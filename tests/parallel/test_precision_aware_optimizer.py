@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mft_megatron.run_folder import latest_checkpoint
+from mft_megatron.run_folder.found import latest_checkpoint
 from tests.parallel.run import arguments_for, trainer_and_split
 from tests.parallel.test_checkpoints_of_distributed_optimizer import _load, _save, _step
 from tests.ranks import run_on_ranks

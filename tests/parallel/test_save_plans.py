@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from mft_megatron.run_folder import iteration_folder
+from mft_megatron.run_folder.names import iteration_folder
 from tests.parallel.run import arguments_for, info_of_step, plans_of, trainer_and_split
 from tests.ranks import run_on_ranks
 from tests.saved_checkpoints import tensors_of

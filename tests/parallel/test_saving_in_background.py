@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mft_megatron.run_folder import latest_checkpoint
+from mft_megatron.run_folder.found import latest_checkpoint
 from tests.parallel.run import arguments_for, info_of_step, plans_of, trainer_and_split
 from tests.ranks import run_on_ranks
 from tests.saved_checkpoints import tensors_of
@@ -108,7 +108,7 @@ def _diverge(prefix, folder):
     from mft_megatron.errors import InputError
     from mft_megatron.mcore.trainer import Trainer
     from mft_megatron.training.pretrain import pretrain
-    from mft_megatron.training.saving import Saver
+    from mft_megatron.training.saving.saver import Saver
 
     evaluate, calls = Trainer.evaluate, []
 

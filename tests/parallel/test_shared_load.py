@@ -43,7 +43,7 @@ def _load(prefix, folder, options, world, shape, fails=None):
     from mft_megatron.errors import InputError
     from mft_megatron.mcore.checkpointing import checkpoint
     from mft_megatron.mcore.parallel import process_groups
-    from mft_megatron.run_folder import latest_checkpoint
+    from mft_megatron.run_folder.found import latest_checkpoint
     from tests.live_bytes import Peak
 
     read, read_data = [], FileSystemReader.read_data

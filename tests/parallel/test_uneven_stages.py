@@ -50,7 +50,8 @@ def _train(prefix, extra, world, shape, steps, folder=None, save_after=None):
     from mft_megatron.mcore.checkpointing import checkpoint
     from mft_megatron.mcore.parallel import process_groups
     from mft_megatron.mcore.trainer import Trainer
-    from mft_megatron.run_folder import CheckpointInfo, latest_checkpoint
+    from mft_megatron.run_folder.description import CheckpointInfo
+    from mft_megatron.run_folder.found import latest_checkpoint
 
     arguments = arguments_for(prefix, extra, world, shape)
     dataset = open_dataset(arguments)

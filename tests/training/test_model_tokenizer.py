@@ -9,7 +9,7 @@ import pytest
 
 from mft_megatron.data.tokenizers.differences import tokenizer_difference
 from mft_megatron.data.tokenizers.load import load_tokenizer
-from mft_megatron.run_folder import CheckpointRef
+from mft_megatron.run_folder.description import CheckpointRef
 from mft_megatron.training.model_tokenizer import chat_format_line, check_model_tokenizer
 from tests.refusals import refused_call
 

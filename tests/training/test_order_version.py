@@ -9,7 +9,7 @@ from mft_megatron.data.loading.dataset import PackedDataset
 from mft_megatron.data.loading.step_plan import plan_step
 from mft_megatron.training.loop import next_plan
 from mft_megatron.training.progress import Progress
-from mft_megatron.training.saving import order_version
+from mft_megatron.training.saving.data_order import order_version
 from tests.made_dataset import write_dataset
 
 

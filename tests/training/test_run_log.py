@@ -10,7 +10,7 @@ import threading
 
 import pytest
 
-from mft_megatron.run_folder import METRICS
+from mft_megatron.run_folder.names import METRICS
 from mft_megatron.training.log_sinks.board import Board
 from mft_megatron.training.log_sinks.record_file import RecordFile
 from mft_megatron.training.run_log import RunLog

@@ -13,21 +13,18 @@ from mft_megatron.data.loading.dataset import PackedDataset
 from mft_megatron.errors import InputError
 from mft_megatron.mcore.checkpointing import checkpoint
 from mft_megatron.mcore.parallel import process_groups
-from mft_megatron.run_folder import (
-    INFO,
-    TRACKER,
-    best_checkpoint,
-    iteration_folder,
-    latest_checkpoint,
-    read_info,
-    record_best,
-    replace_text,
-    write_info,
-)
-from mft_megatron.training import saving
+from mft_megatron.run_folder.description import read_info, write_info
+from mft_megatron.run_folder.found import best_checkpoint, latest_checkpoint
+from mft_megatron.run_folder.names import INFO, TRACKER, iteration_folder
+from mft_megatron.run_folder.replace_text import replace_text
+from mft_megatron.run_folder.retention import record_best
 from mft_megatron.training.progress import Progress
 from mft_megatron.training.run_log import RunLog
-from mft_megatron.training.saving import Saver, Sources, keep_tokenizer, resume
+from mft_megatron.training.saving import saver
+from mft_megatron.training.saving.kept_files import keep_tokenizer
+from mft_megatron.training.saving.resume import resume
+from mft_megatron.training.saving.saver import Saver
+from mft_megatron.training.saving.sources import Sources
 
 
 @pytest.fixture
@@ -231,9 +228,9 @@ def interrupt(monkeypatch, where):
     if where == "before the checkpoint is complete":
         monkeypatch.setattr(f"{__name__}.write_info", killed)
     elif where == "before the best is recorded":
-        monkeypatch.setattr(saving, "record_best", killed)
+        monkeypatch.setattr(saver, "record_best", killed)
     elif where == "before the removal":
-        monkeypatch.setattr(saving, "superseded", killed)
+        monkeypatch.setattr(saver, "superseded", killed)
     else:
         monkeypatch.setattr("shutil.rmtree", killed)
 
@@ -367,4 +364,4 @@ def test_adapters_name_their_model_by_its_whole_path(job, tmp_path, monkeypatch)
     words = "--data-path data --seq-length 128 --micro-batch-size 2 --train-iters 10 --lr 1e-3 --save other --load run"
     arguments = parse_arguments(f"{words} --finetune --peft-type lora --save-adapters-only".split())
     assert arguments.base.path == Path("run/iter_0000001")
-    assert saving._base_of_adapters(arguments)[0] == str(tmp_path / "run" / "iter_0000001")
+    assert saver._base_of_adapters(arguments)[0] == str(tmp_path / "run" / "iter_0000001")

@@ -1,7 +1,8 @@
 """Check what a run saves, and that a checkpoint that it loads fits it."""
 
 from mft_megatron.arguments.table import Arguments
-from mft_megatron.run_folder import CheckpointInfo, is_checkpoint
+from mft_megatron.run_folder.description import CheckpointInfo
+from mft_megatron.run_folder.names import is_checkpoint
 
 
 def check_checkpointing(a: Arguments) -> str | None:

@@ -12,7 +12,9 @@ from mft_megatron.data.storage.ledger import Ledger, read_ledger
 from mft_megatron.errors import InputError
 from mft_megatron.git_lfs import refuse_pointer
 from mft_megatron.options import option, read_options
-from mft_megatron.run_folder import TOKENIZER, CheckpointRef, select_checkpoint
+from mft_megatron.run_folder.description import CheckpointRef
+from mft_megatron.run_folder.found import select_checkpoint
+from mft_megatron.run_folder.names import TOKENIZER
 
 from .options import best_of_load_option, exported_folder_option
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mft_megatron.options import option, read_options
-from mft_megatron.run_folder import refuse_adapters, select_checkpoint
+from mft_megatron.run_folder.found import refuse_adapters, select_checkpoint
 
 from .options import (
     best_option,

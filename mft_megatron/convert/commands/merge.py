@@ -7,14 +7,11 @@ from typing import TYPE_CHECKING
 
 from mft_megatron.errors import InputError
 from mft_megatron.options import option, read_options
-from mft_megatron.run_folder import (
-    TOKENIZER_FILES,
-    CheckpointRef,
-    content_digest,
-    is_checkpoint,
-    latest_checkpoint,
-    select_checkpoint,
-)
+from mft_megatron.run_folder.content import content_digest
+from mft_megatron.run_folder.description import CheckpointRef
+from mft_megatron.run_folder.found import latest_checkpoint, select_checkpoint
+from mft_megatron.run_folder.names import is_checkpoint
+from mft_megatron.run_folder.tokenizer import TOKENIZER_FILES
 
 from .options import best_of_load_option, new_folder_option, parse_size, print_notes, shard_size_option
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mft_megatron.errors import InputError
 from mft_megatron.options import option, read_options
-from mft_megatron.run_folder import select_checkpoint
+from mft_megatron.run_folder.found import select_checkpoint
 
 from .options import best_option, load_option, new_folder_option, tokenizer_option
 

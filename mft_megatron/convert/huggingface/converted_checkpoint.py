@@ -11,7 +11,9 @@ from mft_megatron.convert.atomic_folder import replacing
 from mft_megatron.mcore.checkpointing.tensor_writer import Weight, write_weights
 from mft_megatron.mcore.checkpointing.weight_source import WeightSlice, WeightSource
 from mft_megatron.mcore.platform.precisions import BY_DTYPE
-from mft_megatron.run_folder import HUGGINGFACE, TRACKER, CheckpointInfo, iteration_folder, replace_text, write_info
+from mft_megatron.run_folder.description import CheckpointInfo, write_info
+from mft_megatron.run_folder.names import HUGGINGFACE, TRACKER, iteration_folder
+from mft_megatron.run_folder.replace_text import replace_text
 
 FILE_BYTES = 512 * 2**20
 

@@ -13,7 +13,10 @@ from mft_megatron.arguments.groups.network import NetworkArguments
 from mft_megatron.convert.atomic_folder import refuse_content, replacing
 from mft_megatron.convert.huggingface.families.table import family_for
 from mft_megatron.errors import InputError
-from mft_megatron.run_folder import TOKENIZER, CheckpointRef, copy_tokenizer, refuse_adapters
+from mft_megatron.run_folder.description import CheckpointRef
+from mft_megatron.run_folder.found import refuse_adapters
+from mft_megatron.run_folder.names import TOKENIZER
+from mft_megatron.run_folder.tokenizer import copy_tokenizer
 
 from .chat_files import chat_template_of, write_chat_template, write_stop_tokens
 from .family import Family

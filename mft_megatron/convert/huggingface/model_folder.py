@@ -9,7 +9,8 @@ from mft_megatron.convert.huggingface.families.table import family_of, note_on_u
 from mft_megatron.errors import InputError
 from mft_megatron.git_lfs import refuse_pointer
 from mft_megatron.json_files import read_json_object
-from mft_megatron.run_folder import INFO, TOKENIZER_FILES, TRACKER
+from mft_megatron.run_folder.names import INFO, TRACKER
+from mft_megatron.run_folder.tokenizer import TOKENIZER_FILES
 
 from .config_entries.entry import whole_number
 from .family import Family

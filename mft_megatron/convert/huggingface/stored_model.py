@@ -22,7 +22,8 @@ from mft_megatron.lora import is_adapter
 from mft_megatron.mcore.checkpointing.tensor_reader import TensorReader
 from mft_megatron.mcore.checkpointing.vocabulary import has_shape, without_padding
 from mft_megatron.mcore.platform.precisions import BY_DTYPE
-from mft_megatron.run_folder import HUGGINGFACE, CheckpointInfo, CheckpointRef
+from mft_megatron.run_folder.description import CheckpointInfo, CheckpointRef
+from mft_megatron.run_folder.names import HUGGINGFACE
 
 from .family import Family, first_difference
 from .mapped_weight import MappedWeight

@@ -6,7 +6,7 @@ from pathlib import Path
 from mft_megatron.arguments.groups.network import NetworkArguments
 from mft_megatron.common_state import COMMON, INDEX, OBJECT, read_args, read_common
 from mft_megatron.errors import InputError
-from mft_megatron.run_folder import INFO, TRACKER, iteration_folder
+from mft_megatron.run_folder.names import INFO, TRACKER, iteration_folder
 
 from .arguments import network_of, read_megatron_lm
 from .run_config import RUN_CONFIG, megatron_lm_args, read_model_section

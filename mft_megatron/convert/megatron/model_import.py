@@ -25,7 +25,7 @@ from mft_megatron.mcore.checkpointing.tensor_writer import Weight
 from mft_megatron.mcore.checkpointing.vocabulary import EMBEDDING, has_shape
 from mft_megatron.mcore.checkpointing.weight_source import WeightSlice
 from mft_megatron.mcore.platform.precisions import BY_DTYPE, model_dtype
-from mft_megatron.run_folder import OF_NO_FAMILY, CheckpointInfo
+from mft_megatron.run_folder.description import OF_NO_FAMILY, CheckpointInfo
 
 from .description import find_checkpoint, read_description
 from .weights import StackedWeight, stored_names, weights_of

@@ -30,7 +30,7 @@ from mft_megatron.convert.huggingface.mapped_weight import MappedWeight
 from mft_megatron.convert.huggingface.row_layouts import Block, Blocks, Sizes, glu, qkv, rows_of, sizes_of, split
 from mft_megatron.errors import InputError
 from mft_megatron.lora import LORA_A, LORA_B, Lora, Target
-from mft_megatron.run_folder import CheckpointInfo
+from mft_megatron.run_folder.description import CheckpointInfo
 
 # A [rank, in] and B [out, rank] of a matrix [out, in]
 Factors: TypeAlias = tuple[Tensor, Tensor]

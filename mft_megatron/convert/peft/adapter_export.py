@@ -19,7 +19,8 @@ from mft_megatron.convert.huggingface.model_folder import GENERATION, copy_files
 from mft_megatron.convert.huggingface.safetensors_reader import SINGLE
 from mft_megatron.convert.huggingface.safetensors_writer import PlannedWeight, write_shards
 from mft_megatron.lora import Lora
-from mft_megatron.run_folder import HUGGINGFACE, INFO, TRACKER, CheckpointInfo, CheckpointRef
+from mft_megatron.run_folder.description import CheckpointInfo, CheckpointRef
+from mft_megatron.run_folder.names import HUGGINGFACE, INFO, TRACKER
 
 from .adapter_reader import AdapterReader
 from .config import CONFIG, WEIGHTS, config_of

@@ -7,7 +7,7 @@ import torch
 from mft_megatron.errors import InputError
 from mft_megatron.lora import LORA_A, LORA_B, Lora, is_adapter
 from mft_megatron.mcore.checkpointing.tensor_reader import TensorReader
-from mft_megatron.run_folder import CheckpointRef
+from mft_megatron.run_folder.description import CheckpointRef
 
 from .adapted_weights import AdaptedMatrix, Factors, adapted_weights, family_of_info, stacked_shapes
 

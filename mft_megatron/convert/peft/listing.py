@@ -13,7 +13,8 @@ from mft_megatron.errors import InputError
 from mft_megatron.lora import is_adapter
 from mft_megatron.mcore.checkpointing.tensor_reader import TensorReader
 from mft_megatron.mcore.platform.precisions import BY_DTYPE
-from mft_megatron.run_folder import INFO, CheckpointRef, read_info
+from mft_megatron.run_folder.description import CheckpointRef, read_info
+from mft_megatron.run_folder.names import INFO
 
 from .adapter_reader import lora_of_checkpoint
 from .config import CONFIG, WEIGHTS, read_config

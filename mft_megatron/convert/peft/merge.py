@@ -22,7 +22,9 @@ from mft_megatron.convert.huggingface.model_folder import CONFIG
 from mft_megatron.convert.huggingface.stored_model import CheckpointModel, FolderModel, StoredModel
 from mft_megatron.errors import InputError
 from mft_megatron.lora import Lora
-from mft_megatron.run_folder import CheckpointInfo, CheckpointRef, is_checkpoint, latest_checkpoint
+from mft_megatron.run_folder.description import CheckpointInfo, CheckpointRef
+from mft_megatron.run_folder.found import latest_checkpoint
+from mft_megatron.run_folder.names import is_checkpoint
 
 from .adapted_weights import Factors
 

@@ -9,7 +9,7 @@ from mft_megatron.convert.huggingface.row_layouts import Block, Blocks, slice_bl
 from mft_megatron.errors import InputError
 from mft_megatron.lora import LORA_A, LORA_B
 from mft_megatron.mcore.checkpointing.weight_source import WeightSlice
-from mft_megatron.run_folder import CheckpointInfo
+from mft_megatron.run_folder.description import CheckpointInfo
 
 from .adapted_weights import AdaptedWeight, Factors, adapted_weights, family_of_info
 from .config import read_config

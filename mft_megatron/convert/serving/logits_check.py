@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mft_megatron.errors import InputError
 from mft_megatron.mcore.platform.precisions import DTYPES
-from mft_megatron.run_folder import CheckpointRef
+from mft_megatron.run_folder.description import CheckpointRef
 
 from .one_process import open_model
 

@@ -10,7 +10,7 @@ from mft_megatron.arguments.table import Arguments
 from mft_megatron.convert.huggingface.weight_source import HuggingFaceSource
 from mft_megatron.mcore.checkpointing.weight_source import CheckpointSource, WeightSource
 from mft_megatron.options import Given
-from mft_megatron.run_folder import CheckpointRef
+from mft_megatron.run_folder.description import CheckpointRef
 
 # what a run needs and a forward pass does not use; no dropout, and no padding of the vocabulary
 FORWARD_ONLY: Given = {

@@ -32,7 +32,9 @@ from mft_megatron.mcore.parallel.sharded_weights import shards_of
 from mft_megatron.mcore.platform import devices
 from mft_megatron.mcore.platform.releases import accepted
 from mft_megatron.mcore.trainer import Trainer
-from mft_megatron.run_folder import TRACKER, CheckpointInfo, iteration_folder, replace_text, write_info
+from mft_megatron.run_folder.description import CheckpointInfo, write_info
+from mft_megatron.run_folder.names import TRACKER, iteration_folder
+from mft_megatron.run_folder.replace_text import replace_text
 
 from .common_state import if_it_fails, require_common, write_common
 from .failures import agreed, reading_failed, reason

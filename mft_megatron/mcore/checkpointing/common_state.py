@@ -15,11 +15,11 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 
-from mft_megatron.checkpoint_files import remedy
 from mft_megatron.common_state import COMMON, ENTRY
 from mft_megatron.errors import InputError
 from mft_megatron.mcore.parallel import process_groups
-from mft_megatron.run_folder import INFO, TRACKER
+from mft_megatron.run_folder.files import remedy
+from mft_megatron.run_folder.names import INFO, TRACKER
 
 from .tensor_reader import TensorReader
 

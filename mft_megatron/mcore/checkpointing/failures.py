@@ -9,10 +9,10 @@ from typing import TypeVar
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
-from mft_megatron.checkpoint_files import damage, remedy
 from mft_megatron.errors import InputError, in_a_line
 from mft_megatron.mcore.parallel import process_groups
-from mft_megatron.run_folder import INFO
+from mft_megatron.run_folder.files import damage, remedy
+from mft_megatron.run_folder.names import INFO
 
 T = TypeVar("T")
 

@@ -25,11 +25,11 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from mft_megatron.checkpoint_files import damage, remedy
 from mft_megatron.common_state import INDEX
 from mft_megatron.errors import InputError
 from mft_megatron.inert_pickle import Inert, InertUnpickler
-from mft_megatron.run_folder import INFO
+from mft_megatron.run_folder.files import damage, remedy
+from mft_megatron.run_folder.names import INFO
 
 # what an index is made of; other names in it, such as those of save plans, are not needed
 _CLASSES = (

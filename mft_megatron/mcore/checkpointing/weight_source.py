@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mft_megatron.errors import InputError
-from mft_megatron.run_folder import CheckpointInfo
+from mft_megatron.run_folder.description import CheckpointInfo
 
 from .blocks import overlap
 from .finite import refuse_non_finite

@@ -21,7 +21,9 @@ from mft_megatron.mcore.trainer import Trainer
 from mft_megatron.training.evaluation import Evaluation
 from mft_megatron.training.pretrain import open_dataset
 from mft_megatron.training.run_log import RunLog
-from mft_megatron.training.saving import NO_SOURCES, Sources, model_vocab_size, order_version, refuse_other_data, resume
+from mft_megatron.training.saving.data_order import model_vocab_size, order_version, refuse_other_data
+from mft_megatron.training.saving.resume import resume
+from mft_megatron.training.saving.sources import NO_SOURCES, Sources
 
 from .comparison import ROUNDINGS, Bounds, Line, bounds_of, compare, hint, note_of_zeros, table
 from .plan import check_pass

@@ -63,7 +63,7 @@ def objective(command_line: Sequence[str]) -> int:
     _refuse(given)
     arguments, notes = comparable(given)
     # what follows loads torch
-    from mft_megatron.training.saving import Sources
+    from mft_megatron.training.saving.sources import Sources
 
     from .certificate import certify
 

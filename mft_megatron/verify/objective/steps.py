@@ -22,7 +22,7 @@ from mft_megatron.errors import InputError
 from mft_megatron.mcore.parallel.whole_tensors import gather_gradients
 from mft_megatron.mcore.reference_model import ReferenceModel
 from mft_megatron.mcore.trainer import Trainer
-from mft_megatron.training.saving import order_version
+from mft_megatron.training.saving.data_order import order_version
 
 from .terms import StoredSamples, Text, Totals, coefficients, count, count_pass, targets, task_factors
 

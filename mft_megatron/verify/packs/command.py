@@ -17,7 +17,9 @@ from mft_megatron.data.packing.packing_options import SPLITS
 from mft_megatron.data.sample_slices import SampleSlices
 from mft_megatron.errors import InputError
 from mft_megatron.options import info_of, option, read_options
-from mft_megatron.run_folder import CheckpointRef, replace_text, select_checkpoint
+from mft_megatron.run_folder.description import CheckpointRef
+from mft_megatron.run_folder.found import select_checkpoint
+from mft_megatron.run_folder.replace_text import replace_text
 
 from .isolation import Bounds, RowReport, comparable_rows, compare_row
 from .report import HEADER, as_json, is_certified, legend, line, verdict
@@ -159,7 +161,7 @@ def _open_model(
     options: PacksOptions, checkpoint: CheckpointRef | None, dataset: PackedDataset
 ) -> "tuple[OpenedModel, str]":
     """Open the model and check that it fits the data set; returns its precision, too."""
-    from mft_megatron.training.saving import refuse_other_data
+    from mft_megatron.training.saving.data_order import refuse_other_data
 
     from .run_model import KERNELS, open_run_model, options_of_run, refuse_coupled_samples
 

@@ -9,7 +9,8 @@ from mft_megatron.arguments.table import GROUPS
 from mft_megatron.convert.serving.one_process import OpenedModel, open_model
 from mft_megatron.errors import InputError
 from mft_megatron.options import Given
-from mft_megatron.run_folder import CONFIG, CheckpointRef
+from mft_megatron.run_folder.description import CheckpointRef
+from mft_megatron.run_folder.names import CONFIG
 
 # options of a run that decide how its forward pass is computed
 KERNELS = (

@@ -12,7 +12,7 @@ from mft_megatron.convert.huggingface.chat_files import (
     write_chat_template,
     write_stop_tokens,
 )
-from mft_megatron.run_folder import CheckpointInfo
+from mft_megatron.run_folder.description import CheckpointInfo
 from tests.refusals import refused
 
 OWN, TRAINED = "{{ messages }} of the tokenizer\n", "{{ messages }}\n é of the data\n"

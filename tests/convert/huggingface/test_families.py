@@ -17,7 +17,7 @@ from mft_megatron.convert.huggingface.weight_source import HuggingFaceSource
 from mft_megatron.convert.peft.adapted_weights import linear_weights
 from mft_megatron.errors import InputError
 from mft_megatron.lora import KNOWN_TARGETS
-from mft_megatron.run_folder import latest_checkpoint
+from mft_megatron.run_folder.found import latest_checkpoint
 from tests.convert import tiny_models
 from tests.convert.tiny_models import MODELS
 from tests.ranks import ROOT, run_on_ranks

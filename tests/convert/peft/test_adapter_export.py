@@ -12,7 +12,7 @@ from mft_megatron.convert.peft.adapted_weights import family_of_info, stacked_sh
 from mft_megatron.convert.peft.weight_source import AdapterSource
 from mft_megatron.errors import InputError
 from mft_megatron.mcore.checkpointing.weight_source import WeightSlice
-from mft_megatron.run_folder import HUGGINGFACE, TOKENIZER
+from mft_megatron.run_folder.names import HUGGINGFACE, TOKENIZER
 from tests.convert import made_adapters, tiny_models
 from tests.convert.made_adapters import RANK
 from tests.refusals import refused_call

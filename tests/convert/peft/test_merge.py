@@ -14,7 +14,8 @@ from mft_megatron.convert.huggingface.chat_files import chat_template_of
 from mft_megatron.convert.peft import merge
 from mft_megatron.errors import InputError
 from mft_megatron.mcore.checkpointing.tensor_reader import TensorReader
-from mft_megatron.run_folder import HUGGINGFACE, TOKENIZER, content_digest
+from mft_megatron.run_folder.content import content_digest
+from mft_megatron.run_folder.names import HUGGINGFACE, TOKENIZER
 from tests.convert import made_adapters, tiny_models
 from tests.full_disk import largest_file
 from tests.refusals import refused_call

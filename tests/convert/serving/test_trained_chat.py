@@ -19,7 +19,7 @@ from mft_megatron.data.packing.packing_options import PackingOptions
 from mft_megatron.data.preprocessing.preprocess import preprocess
 from mft_megatron.data.preprocessing.recipe import Recipe
 from mft_megatron.data.tasks.task_files import TaskFiles
-from mft_megatron.run_folder import CheckpointInfo
+from mft_megatron.run_folder.description import CheckpointInfo
 from tests.data.chat_templates.templates import (
     GEMMA,
     LLAMA3,

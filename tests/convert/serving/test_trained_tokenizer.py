@@ -8,7 +8,8 @@ import pytest
 from mft_megatron.convert.huggingface.chat_files import write_chat_template
 from mft_megatron.convert.serving.trained_tokenizer import tokenizer_finding
 from mft_megatron.data.tokenizers.load import load_tokenizer
-from mft_megatron.run_folder import CheckpointInfo, copy_tokenizer
+from mft_megatron.run_folder.description import CheckpointInfo
+from mft_megatron.run_folder.tokenizer import copy_tokenizer
 from tests.data.chat_templates.templates import QWEN2, save_tokenizer
 
 KIND = "HuggingFaceTokenizer"

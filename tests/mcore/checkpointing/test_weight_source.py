@@ -6,7 +6,7 @@ import torch
 from mft_megatron.errors import InputError
 from mft_megatron.mcore.checkpointing.tensor_writer import Weight, write_weights
 from mft_megatron.mcore.checkpointing.weight_source import CheckpointSource, WeightSlice
-from mft_megatron.run_folder import CheckpointInfo
+from mft_megatron.run_folder.description import CheckpointInfo
 
 LAYERS = "decoder.layers.mlp.linear_fc1.weight"
 EMBEDDING = "embedding.word_embeddings.weight"

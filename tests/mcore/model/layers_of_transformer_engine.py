@@ -20,7 +20,7 @@ def main(prefix, folder, options):
     from mft_megatron.mcore.model import transformer_engine
     from mft_megatron.mcore.parallel import process_groups
     from mft_megatron.mcore.trainer import Trainer
-    from mft_megatron.run_folder import CheckpointInfo
+    from mft_megatron.run_folder.description import CheckpointInfo
     from tests.parallel.run import arguments_for, open_dataset
 
     transformer_engine.require = lambda arguments: None

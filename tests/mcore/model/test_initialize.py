@@ -24,7 +24,7 @@ def _save(folder, extra, world_size):
     from mft_megatron.mcore.checkpointing.tensor_reader import TensorReader
     from mft_megatron.mcore.parallel import process_groups
     from mft_megatron.mcore.trainer import Trainer
-    from mft_megatron.run_folder import CheckpointInfo
+    from mft_megatron.run_folder.description import CheckpointInfo
 
     arguments = parse_arguments((BASE + extra).split(), world_size)
     with process_groups.process_groups(arguments.distributed, arguments.initialization.seed):

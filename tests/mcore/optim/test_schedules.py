@@ -231,7 +231,7 @@ def _save_and_resume(make, folder):
     """Weights and rates of a third step, and of the third step after resuming from a checkpoint of the second."""
     from mft_megatron.mcore.checkpointing import checkpoint
     from mft_megatron.mcore.parallel import process_groups
-    from mft_megatron.run_folder import CheckpointInfo
+    from mft_megatron.run_folder.description import CheckpointInfo
 
     trainer = make()
     _update(trainer, 0), _update(trainer, 1)

@@ -1,13 +1,12 @@
-"""Checkpoints of a run: when they are saved, which are kept, and how a run resumes from one."""
+"""Checkpoints of a run: when they are saved, and which are kept."""
 
 import contextlib
 import dataclasses
 import os
-import shutil
 import time
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Protocol
 
 from mft_megatron.arguments.groups.checkpointing import CheckpointArguments
 from mft_megatron.arguments.table import Arguments
@@ -16,34 +15,18 @@ from mft_megatron.data.loading.dataset import PackedDataset
 from mft_megatron.disk_errors import explain
 from mft_megatron.errors import InputError
 from mft_megatron.mcore.checkpointing import checkpoint
-from mft_megatron.mcore.checkpointing.load_weights import fill_weights
-from mft_megatron.mcore.checkpointing.weight_source import CheckpointSource, WeightSource
 from mft_megatron.mcore.parallel import process_groups
 from mft_megatron.mcore.trainer import Trainer
-from mft_megatron.run_folder import (
-    HUGGINGFACE,
-    TOKENIZER,
-    CheckpointInfo,
-    content_digest,
-    copy_tokenizer,
-    iteration_folder,
-    not_retained,
-    record_best,
-    remove_checkpoint,
-    restore_best,
-    superseded,
-)
+from mft_megatron.run_folder.content import content_digest
+from mft_megatron.run_folder.description import CheckpointInfo
+from mft_megatron.run_folder.names import iteration_folder
+from mft_megatron.run_folder.retention import not_retained, record_best, remove_checkpoint, superseded
+from mft_megatron.training.events import event_record
+from mft_megatron.training.progress import Progress
+from mft_megatron.training.run_log import RunLog
 
-from .epochs import EpochState
-from .evaluation import EvaluationState
-from .events import event_record
-from .progress import Progress
-from .run_log import RunLog
-from .shares.share_log import RunShareState
-
-
-class RunState(EvaluationState, EpochState, RunShareState):
-    """The state that a run saves with its weights and resumes from, beside the optimizer's; empty before the first."""
+from .data_order import model_vocab_size, order_version
+from .run_state import RunState
 
 
 class Exports(Protocol):
@@ -58,45 +41,6 @@ class Exports(Protocol):
 
     def poll(self) -> Sequence[dict[str, str | float]]:
         """Report exports that have ended: the fields of the event "export", or of "export failed"."""
-
-
-class ModelSource(WeightSource, Protocol):
-    """The model of ``--hf-checkpoint``."""
-
-    def keep(self, target: Path) -> None:
-        """Copy into ``target`` what an export is to give back."""
-
-    def close(self) -> None:
-        """Close the files; reading opens them again."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Sources:
-    """Hugging Face folders that a run reads; opened where the command is read, since training imports no conversion.
-
-    Attributes:
-        model: the folder of ``--hf-checkpoint``; ``None`` where no weights are read from it.
-        adapter: the folder of ``--hf-adapter``; ``None`` where there is none.
-    """
-
-    model: ModelSource | None = None
-    adapter: WeightSource | None = None
-
-    def check(self, arguments: Arguments) -> None:
-        """Check that every folder that the run reads is open.
-
-        Raises:
-            ValueError: one is missing, and the run would train beside random weights.
-        """
-        for option, needed, source in (
-            ("--hf-checkpoint", arguments.reads_hf, self.model),
-            ("--hf-adapter", arguments.starts_from_adapter, self.adapter),
-        ):
-            if needed and source is None:
-                raise ValueError(f"{option}: open the folder before the run starts")
-
-
-NO_SOURCES = Sources()
 
 
 class Saver:
@@ -264,102 +208,3 @@ def remove_exported(options: CheckpointArguments, spared: Collection[Path]) -> N
                 remove_checkpoint(path)
             except OSError as error:  # the run and its exports are complete
                 print(f"{path} is exported and cannot be removed ({explain(error, path)}); remove it", flush=True)
-
-
-def refuse_other_data(arguments: Arguments, dataset: PackedDataset) -> None:
-    """Check that the data set fits the checkpoint.
-
-    Raises:
-        InputError: another vocabulary, or, unless ``--finetune`` starts a new pass, another data set.
-    """
-    if arguments.resume is None:
-        return
-    path, info = arguments.resume.path, arguments.resume.info
-    # models from Hugging Face may have more rows in their vocabulary than their tokenizers have tokens
-    if info.vocab_size != dataset.vocab_size and not (info.source and info.vocab_size > dataset.vocab_size):
-        raise InputError(
-            f"{path}: made for a vocabulary of {info.vocab_size}, the data set {arguments.data.data_path} has "
-            f"{dataset.vocab_size}; preprocess the data with the model's tokenizer"
-        )
-    if not arguments.weights_alone and info.dataset_hash != dataset.dataset_hash:
-        raise InputError(
-            f"--load {path}: saved while training on another data set than --data-path {arguments.data.data_path}; "
-            "continue with that one, or start a new pass from these weights with --finetune"
-        )
-
-
-def model_vocab_size(arguments: Arguments, dataset: PackedDataset) -> int:
-    """Rows of the model's vocabulary; a model from Hugging Face may have more than the data set's tokenizer."""
-    return dataset.vocab_size if arguments.resume is None else arguments.resume.info.vocab_size
-
-
-def order_version(arguments: Arguments, dataset: PackedDataset) -> int:
-    """Version of the order of packs: a new run takes that of the data set, one that resumes keeps its checkpoint's."""
-    if arguments.resume is None or arguments.weights_alone:
-        return dataset.entry.order_version
-    return arguments.resume.info.order_version
-
-
-def resume(
-    arguments: Arguments, trainer: Trainer, log: RunLog, sources: Sources = NO_SOURCES
-) -> tuple[Progress, RunState]:
-    """Load the checkpoint of ``--load``, if there is one, and weights that it does not have from ``sources``.
-
-    A run that resumes in its own folder gets back the best checkpoint of the step that it resumes from, since it will
-    replace all that came later.
-
-    Returns:
-        the progress and the state of the run at that checkpoint.
-
-    Raises:
-        ValueError: a folder that the run reads is not in ``sources``.
-    """
-    state: RunState = {}
-    if arguments.resume is None:
-        return Progress(), state
-    sources.check(arguments)
-    path, info = arguments.resume.path, arguments.resume.info
-    options = dataclasses.replace(arguments.checkpoint, finetune=arguments.weights_alone)
-    if sources.model is not None:
-        with contextlib.closing(sources.model):
-            fill_weights(trainer, sources.model)
-    elif arguments.base is not None:
-        fill_weights(trainer, CheckpointSource(arguments.base.path, arguments.base.info))
-    if arguments.base != arguments.resume:
-        # a checkpoint has the state that Saver.save was given, as JSON-like values
-        state = cast(RunState, checkpoint.load(path, trainer, info, options))
-    if sources.adapter is not None and arguments.starts_from_adapter:
-        fill_weights(trainer, sources.adapter, adapters=True)
-    progress = Progress()
-    if not options.finetune:
-        progress = Progress(info.iteration, info.consumed_samples, info.skipped_steps)
-    also = {"adapter": arguments.lora.hf_adapter} if arguments.starts_from_adapter else {}
-    if arguments.base is not None and arguments.base != arguments.resume:
-        also["base"] = str(arguments.base.path)
-    log.write(event_record(progress, "load", path=str(path), finetune=options.finetune, **also))
-    best = state["stopping"]["run"]["step"] if "stopping" in state else None
-    if options.save is not None and path.resolve().parent == Path(options.save).resolve():
-        if process_groups.is_main():
-            restore_best(Path(options.save), best)
-    elif best is not None:
-        log.print(f"the best evaluation so far was at step {best}; a checkpoint of it is in {path.parent} alone")
-    return progress, state
-
-
-def keep_source(folder: Path, arguments: Arguments, sources: Sources) -> None:
-    """Copy the files kept of a model from Hugging Face into the run folder, so that an export has them."""
-    if arguments.resume is None or not arguments.resume.info.source:
-        return
-    target = folder / HUGGINGFACE
-    if arguments.starts_from_hf and sources.model is not None:
-        sources.model.keep(target)
-        return
-    source = arguments.resume.path.parent / HUGGINGFACE
-    if source.is_dir() and source.resolve() != target.resolve():
-        shutil.copytree(source, target, dirs_exist_ok=True)
-
-
-def keep_tokenizer(folder: Path, model: str, log: RunLog) -> None:
-    """Copy the tokenizer's files into the run folder, so that an export is complete; print a line if they are gone."""
-    if not copy_tokenizer(Path(model), folder / TOKENIZER):
-        log.print(f"the tokenizer {model} is gone: an export of this run will need --tokenizer-model")

@@ -1,0 +1,108 @@
+"""Checkpoints of a run folder: the newest, the best, or that of an iteration."""
+
+from pathlib import Path
+
+from mft_megatron.errors import InputError
+from mft_megatron.run_folder.files import remedy
+
+from .description import CheckpointRef, DamagedCheckpointError, is_of_megatron, read_info
+from .names import BEST, INFO, TRACKER, iteration_folder
+
+
+def latest_checkpoint(folder: Path | str, option: str = "--load") -> CheckpointRef:
+    """Return the newest complete checkpoint in ``folder``, which may also be one ``iter_NNNNNNN`` itself.
+
+    Raises:
+        InputError: there is none, or it is unfinished or has another format.
+    """
+    folder = Path(folder)
+    if folder.name.startswith("iter_") and folder.is_dir():
+        return _described(folder, option)
+    absent, otherwise = "no checkpoint was completed there", f"give a folder that --save wrote, or leave {option} out"
+    return _named_checkpoint(folder, TRACKER, option, absent, otherwise)
+
+
+def checkpoint_of(folder: Path | str, iteration: int, option: str = "--load") -> CheckpointRef:
+    """Return the complete checkpoint of one iteration in ``folder``.
+
+    Raises:
+        InputError: there is none, or it is unfinished or has another format.
+    """
+    path = iteration_folder(Path(folder), iteration)
+    if not path.is_dir():
+        there = ", ".join(sorted(found.name for found in Path(folder).glob("iter_*"))) or "no checkpoint"
+        raise InputError(f"{option} {folder} --ckpt-step {iteration}: {path} does not exist; there is {there}")
+    return _described(path, option)
+
+
+def best_checkpoint(folder: Path | str, option: str = "--load") -> CheckpointRef:
+    """Return the checkpoint with the best evaluation of the run in ``folder``.
+
+    Raises:
+        InputError: no best checkpoint was kept, or it is unfinished or has another format.
+    """
+    absent, otherwise = (
+        "no best checkpoint was kept there",
+        "give the folder of a run that kept one, or take its newest",
+    )
+    return _named_checkpoint(Path(folder), BEST, option, absent, otherwise)
+
+
+def select_checkpoint(folder: Path | str, best: bool, option: str = "--load") -> CheckpointRef:
+    """Return :func:`best_checkpoint` or :func:`latest_checkpoint`."""
+    return best_checkpoint(folder, option) if best else latest_checkpoint(folder, option)
+
+
+def refuse_adapters(checkpoint: CheckpointRef) -> None:
+    """Check that a checkpoint is a plain model, the only thing that becomes a Hugging Face model.
+
+    Raises:
+        InputError: the checkpoint has adapters.
+    """
+    if checkpoint.info.lora is not None:
+        raise InputError(
+            f"--load {checkpoint.path}: has adapters; merge-lora writes the model with them merged into it, "
+            "lora-to-peft writes them alone"
+        )
+
+
+def _named_checkpoint(folder: Path, file_name: str, option: str, absent: str, otherwise: str) -> CheckpointRef:
+    """Return the checkpoint whose iteration is in a file of ``folder``.
+
+    Args:
+        folder: the run folder.
+        file_name: name of the file with the iteration.
+        option: the option that gave the folder, for messages.
+        absent: what a missing file means, for messages.
+        otherwise: what to do then.
+    """
+    file = folder / file_name
+    if not file.is_file():
+        what = "does not exist" if not folder.exists() else f"has no {file_name}, so {absent}"
+        raise InputError(f"{option} {folder}: {what}; {otherwise}")
+    text = file.read_text().strip()
+    if text == "release" and is_of_megatron(folder / text):
+        return CheckpointRef(folder / text, read_info(folder / text, option))
+    if not text.isdecimal():
+        raise InputError(
+            f"{file}: {text!r} is not an iteration number; write the number of an existing iter_ folder; "
+            f"{remedy(file, INFO)}"
+        )
+    path = iteration_folder(folder, int(text))
+    if not path.is_dir():
+        raise InputError(
+            f"{file} names iteration {text}, but {path} does not exist; correct the number in it; {remedy(path, INFO)}"
+        )
+    return _described(path, option)
+
+
+def _described(path: Path, option: str) -> CheckpointRef:
+    """Return the checkpoint ``path``; of a damaged one the error names the newest whole one beside it.
+
+    Raises:
+        InputError: as :func:`read_info`.
+    """
+    try:
+        return CheckpointRef(path, read_info(path, option))
+    except DamagedCheckpointError as error:
+        raise InputError(f"{error}; {remedy(path, INFO)}") from None

@@ -1,0 +1,40 @@
+"""The files of a run folder by name.
+
+::
+
+    DIR/iter_0000010/                        Megatron-Core distributed checkpoint (torch_dist) …
+    DIR/iter_0000010/mft_checkpoint.json     … and this project's description of it: CheckpointInfo
+    DIR/latest_checkpointed_iteration.txt    iteration of the newest complete checkpoint (Megatron's name and content)
+    DIR/best_checkpointed_iteration.txt      iteration of the checkpoint with the best evaluation
+    DIR/config.yaml                          the effective configuration
+    DIR/metrics.jsonl                        one JSON object per logged step, evaluation or event
+    DIR/tensorboard/                         the same scalars
+    DIR/tokenizer/                           the tokenizer's files, so that an export is complete
+    DIR/huggingface/                         for a model from Hugging Face: its config.json, generation configuration,
+                                             tokenizer and licence, which an export copies unchanged
+
+The description is written last and renamed into place: a folder without it is an unfinished save and is not loaded.
+The files that name a checkpoint are written after it, and the checkpoints that they name are never removed.
+"""
+
+from pathlib import Path
+
+TRACKER = "latest_checkpointed_iteration.txt"
+BEST = "best_checkpointed_iteration.txt"
+INFO = "mft_checkpoint.json"
+CONFIG = "config.yaml"
+METRICS = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
+TOKENIZER = "tokenizer"
+HUGGINGFACE = "huggingface"
+
+
+def iteration_folder(folder: Path, iteration: int) -> Path:
+    """The folder of the checkpoint of ``iteration`` in a run folder."""
+    return folder / f"iter_{iteration:07d}"
+
+
+def is_checkpoint(folder: Path | str) -> bool:
+    """Whether ``folder`` is a run folder with a complete checkpoint, or itself one ``iter_NNNNNNN``."""
+    folder = Path(folder)
+    return folder.name.startswith("iter_") or (folder / TRACKER).exists()

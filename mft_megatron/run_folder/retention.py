@@ -1,0 +1,67 @@
+"""Checkpoints of a run that are kept: the best is recorded, and those that need not be kept are removed."""
+
+import shutil
+from pathlib import Path
+
+from mft_megatron.errors import InputError
+
+from .description import CheckpointRef, read_info
+from .found import best_checkpoint, latest_checkpoint
+from .names import BEST, INFO, iteration_folder
+from .replace_text import replace_text
+
+
+def record_best(folder: Path, iteration: int) -> None:
+    """Record the complete checkpoint of ``iteration`` as the best of the run in ``folder``."""
+    replace_text(folder / BEST, f"{iteration}\n")
+
+
+def restore_best(folder: Path, iteration: int | None) -> None:
+    """Record the checkpoint of ``iteration`` as the best again, for a run that resumes from an earlier iteration.
+
+    If it does not exist, or was not saved as the best, the run has no best checkpoint.
+    """
+    if iteration is not None:
+        path = iteration_folder(folder, iteration)
+        if path.is_dir() and read_info(path).best:
+            record_best(folder, iteration)
+            return
+    (folder / BEST).unlink(missing_ok=True)
+
+
+def superseded(folder: Path) -> list[Path]:
+    """Checkpoints that were saved only as the best and are no longer the best nor the newest, oldest first.
+
+    All such checkpoints in ``folder``, including those that an interrupted job did not remove.
+    """
+    return [found.path for found in _unnamed(folder) if not found.info.asked_for]
+
+
+def not_retained(folder: Path, interval: int) -> list[Path]:
+    """Checkpoints whose iteration is not a multiple of ``interval`` and that are neither the newest nor the best."""
+    return [found.path for found in _unnamed(folder) if found.info.iteration % interval]
+
+
+def _unnamed(folder: Path) -> list[CheckpointRef]:
+    """Complete checkpoints of the run in ``folder`` except the newest and the best, in the order of their names."""
+    named = [latest_checkpoint(folder).path]
+    if (folder / BEST).is_file():
+        named.append(best_checkpoint(folder).path)
+    found = []
+    for path in sorted(folder.glob("iter_*")):
+        if path in named or path.is_symlink() or not path.is_dir():
+            continue
+        try:
+            info = read_info(path)
+        except InputError:  # unfinished, or written by another program
+            continue
+        # A copy that the user made under another name has the iteration of its original.
+        if path == iteration_folder(folder, info.iteration):
+            found.append(CheckpointRef(path, info))
+    return found
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Remove a checkpoint, its description first, so that an interruption leaves an unfinished save."""
+    (path / INFO).unlink()
+    shutil.rmtree(path)

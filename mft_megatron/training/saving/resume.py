@@ -1,0 +1,66 @@
+"""Resume a run from a checkpoint."""
+
+import contextlib
+import dataclasses
+from pathlib import Path
+from typing import cast
+
+from mft_megatron.arguments.table import Arguments
+from mft_megatron.mcore.checkpointing import checkpoint
+from mft_megatron.mcore.checkpointing.load_weights import fill_weights
+from mft_megatron.mcore.checkpointing.weight_source import CheckpointSource
+from mft_megatron.mcore.parallel import process_groups
+from mft_megatron.mcore.trainer import Trainer
+from mft_megatron.run_folder.retention import restore_best
+from mft_megatron.training.events import event_record
+from mft_megatron.training.progress import Progress
+from mft_megatron.training.run_log import RunLog
+
+from .run_state import RunState
+from .sources import NO_SOURCES, Sources
+
+
+def resume(
+    arguments: Arguments, trainer: Trainer, log: RunLog, sources: Sources = NO_SOURCES
+) -> tuple[Progress, RunState]:
+    """Load the checkpoint of ``--load``, if there is one, and weights that it does not have from ``sources``.
+
+    A run that resumes in its own folder gets back the best checkpoint of the step that it resumes from, since it will
+    replace all that came later.
+
+    Returns:
+        the progress and the state of the run at that checkpoint.
+
+    Raises:
+        ValueError: a folder that the run reads is not in ``sources``.
+    """
+    state: RunState = {}
+    if arguments.resume is None:
+        return Progress(), state
+    sources.check(arguments)
+    path, info = arguments.resume.path, arguments.resume.info
+    options = dataclasses.replace(arguments.checkpoint, finetune=arguments.weights_alone)
+    if sources.model is not None:
+        with contextlib.closing(sources.model):
+            fill_weights(trainer, sources.model)
+    elif arguments.base is not None:
+        fill_weights(trainer, CheckpointSource(arguments.base.path, arguments.base.info))
+    if arguments.base != arguments.resume:
+        # a checkpoint has the state that Saver.save was given, as JSON-like values
+        state = cast(RunState, checkpoint.load(path, trainer, info, options))
+    if sources.adapter is not None and arguments.starts_from_adapter:
+        fill_weights(trainer, sources.adapter, adapters=True)
+    progress = Progress()
+    if not options.finetune:
+        progress = Progress(info.iteration, info.consumed_samples, info.skipped_steps)
+    also = {"adapter": arguments.lora.hf_adapter} if arguments.starts_from_adapter else {}
+    if arguments.base is not None and arguments.base != arguments.resume:
+        also["base"] = str(arguments.base.path)
+    log.write(event_record(progress, "load", path=str(path), finetune=options.finetune, **also))
+    best = state["stopping"]["run"]["step"] if "stopping" in state else None
+    if options.save is not None and path.resolve().parent == Path(options.save).resolve():
+        if process_groups.is_main():
+            restore_best(Path(options.save), best)
+    elif best is not None:
+        log.print(f"the best evaluation so far was at step {best}; a checkpoint of it is in {path.parent} alone")
+    return progress, state
