@@ -22,3 +22,19 @@ OWNED = 16
 # what a shell returns for processes that SIGINT and SIGPIPE end
 INTERRUPTED = 130
 READER_GONE = 141
+
+# outcomes by code, as outcome.json, logs and docs name them
+NAMES = {
+    FINISHED: "finished",
+    FAILED: "failed",
+    BAD_INPUT: "bad input",
+    LEFT: "left",
+    DIVERGED: "diverged",
+    STALLED: "stalled",
+    DAMAGED: "damaged",
+    NO_PROGRESS: "no progress",
+    STORAGE: "storage",
+    OWNED: "owned",
+    INTERRUPTED: "interrupted",
+    READER_GONE: "reader gone",
+}

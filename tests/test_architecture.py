@@ -24,7 +24,12 @@ FLOORS = {
 }
 # A file imports from its own sub-package and from those listed before it; "a|b" are modules at the top of the room.
 ORDER = {
-    "run_folder": ("names|replace_text|files|content|configuration|tokenizer", "description", "found", "retention"),
+    "run_folder": (
+        "names|replace_text|files|content|configuration|tokenizer|outcome",
+        "description",
+        "found",
+        "retention",
+    ),
     "data": (
         "sample_slices|permutation|_sample_index",
         *("storage", "tokenizers", "records", "chat_templates", "packing", "tasks", "loading", "preprocessing"),

@@ -7,6 +7,7 @@
     DIR/latest_checkpointed_iteration.txt    iteration of the newest complete checkpoint (Megatron's name and content)
     DIR/best_checkpointed_iteration.txt      iteration of the checkpoint with the best evaluation
     DIR/config.yaml                          the effective configuration
+    DIR/outcome.json                         how the newest start of the run ended
     DIR/metrics.jsonl                        one JSON object per logged step, evaluation or event
     DIR/tensorboard/                         the same scalars
     DIR/tokenizer/                           the tokenizer's files, so that an export is complete
@@ -23,6 +24,7 @@ TRACKER = "latest_checkpointed_iteration.txt"
 BEST = "best_checkpointed_iteration.txt"
 INFO = "mft_checkpoint.json"
 CONFIG = "config.yaml"
+OUTCOME = "outcome.json"
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 TOKENIZER = "tokenizer"
