@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mft_megatron.mcore.checkpointing.finite import refuse_to_write
 from mft_megatron.mcore.platform.precisions import BY_DTYPE
 
 from .safetensors_reader import INDEX, SINGLE, read_header
@@ -80,10 +81,12 @@ class ShardWriter:
 
         Raises:
             ValueError: dtype or shape is not as planned.
+            InputError: an element is NaN or infinite.
         """
         file_name, offset, planned = self._positions.pop(name)
         if tuple(weight.shape) != planned.shape or weight.dtype != planned.dtype:
             raise ValueError(f"{name}: {weight.dtype} {tuple(weight.shape)} where {planned} was announced")
+        refuse_to_write(weight, name)
         file = self._files[file_name]
         file.seek(offset)
         _write_all(file, weight.view(-1).view(torch.uint8).numpy().data)
@@ -125,6 +128,7 @@ def write_shards(
 
     Raises:
         ValueError: a weight is missing, or not as planned.
+        InputError: an element of a weight is NaN or infinite.
         OSError: a file cannot be written.
     """
     with contextlib.closing(ShardWriter(folder, planned, shard_bytes)) as writer:

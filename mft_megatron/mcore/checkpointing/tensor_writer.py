@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWr
 from mft_megatron.disk_errors import disk_error
 
 from .common_state import write_no_common
+from .finite import refuse_to_write
 from .weight_source import WeightSlice, WeightSource
 
 
@@ -59,6 +60,7 @@ def write_weights(
         file_bytes: bytes after which a new file is begun. Memory is that of one file's slices.
 
     Raises:
+        InputError: an element of a weight is NaN or infinite.
         OSError: a file cannot be written.
     """
     writer = FileSystemWriter(path)
@@ -124,6 +126,7 @@ class _SlicePlanner(SavePlanner):
         content = self._source.read(part)
         if tuple(content.shape) != part.shape:
             raise ValueError(f"{part}: the content has the shape {tuple(content.shape)}")
+        refuse_to_write(content, f"{part.name} {list(part.index) or ''}".rstrip())
         return content.view(part.stacked_shape)
 
     def set_up_planner(

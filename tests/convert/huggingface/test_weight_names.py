@@ -14,6 +14,7 @@ from mft_megatron.convert.huggingface.families.table import FAMILIES
 from mft_megatron.convert.huggingface.mapped_weight import names_of
 from mft_megatron.convert.huggingface.weight_names import find_renaming, has_adapters
 from mft_megatron.errors import InputError
+from mft_megatron.mcore.checkpointing import tensor_writer
 from tests.convert import tiny_models
 from tests.ranks import run_on_ranks
 from tests.refusals import refused_call
@@ -258,6 +259,7 @@ def test_a_checkpoint_that_is_not_finite_is_named(model, tmp_path, monkeypatch):
     weights[name][5, 41] = float("inf")
     tiny_models.save_weights(weights, model / "model.safetensors")
     monkeypatch.setattr(safetensors_reader, "refuse_non_finite", lambda *arguments: None)
+    monkeypatch.setattr(tensor_writer, "refuse_to_write", lambda *arguments: None)
     hf_to_mcore(["--hf", str(model), "--save", str(tmp_path / "checkpoint")])
     one = {"one": (str(tmp_path / "checkpoint"), str(model))}
     with pytest.raises(pytest.fail.Exception, match=r"mlp.linear_fc2.weight \[1\] has an infinity in it"):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mft_megatron.errors import InputError
+from mft_megatron.mcore.checkpointing import tensor_writer
 from mft_megatron.mcore.checkpointing.tensor_writer import Weight, write_weights
 from mft_megatron.mcore.checkpointing.weight_source import CheckpointSource, WeightSlice
 from mft_megatron.run_folder.description import CheckpointInfo
@@ -97,11 +98,16 @@ def test_a_vocabulary_that_is_not_whole_is_refused(stored):
         source.read(WeightSlice(EMBEDDING, (), (0, 0), (4, 6)))
 
 
-def test_weights_that_are_not_finite_are_named(tmp_path):
+def test_weights_that_are_not_finite_are_named(tmp_path, monkeypatch):
+    """When they are written, and when a checkpoint is read that another program wrote."""
     weight = torch.ones(2, 4, 6)
     weight[1, 3, 5] = float("nan")
     slices = [WeightSlice(LAYERS, (layer,), (0, 0), (4, 6)) for layer in range(2)]
-    write_weights(tmp_path, {LAYERS: Weight(LAYERS, (2, 4, 6), weight.dtype)}, slices, InMemory({LAYERS: weight}), 200)
+    planned, content = {LAYERS: Weight(LAYERS, (2, 4, 6), weight.dtype)}, InMemory({LAYERS: weight})
+    with pytest.raises(InputError, match=r"linear_fc1.weight \[1\] would have NaN in it, .* nothing is written"):
+        write_weights(tmp_path, planned, slices, content, 200)
+    monkeypatch.setattr(tensor_writer, "refuse_to_write", lambda *arguments: None)
+    write_weights(tmp_path, planned, slices, content, 200)
     source = CheckpointSource(tmp_path, CheckpointInfo(1, 0, {}, 5, {}, "", 1, 8))
     source.read(WeightSlice(LAYERS, (0,), (0, 0), (4, 6)))
     with pytest.raises(InputError, match=r"linear_fc1.weight \[1\] has NaN in it, and every loss would be NaN; take"):
