@@ -77,6 +77,14 @@ def complete(environment: MutableMapping[str, str]) -> None:
     )
 
 
+def rank_variable(environment: Mapping[str, str]) -> str | None:
+    """Variable with this process's rank that a launcher set, which it has not itself; ``None`` without a launcher."""
+    if "TORCHELASTIC_RUN_ID" in environment and "RANK" in environment:
+        return "RANK"
+    launcher = _launcher(environment)
+    return None if launcher is None else launcher.rank
+
+
 def local_rank(environment: Mapping[str, str]) -> int:
     """Index of this process among those of its machine, also before :func:`complete`; 0 for a process by itself."""
     launcher = _launcher(environment)
