@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mft_megatron import launcher
+from mft_megatron import launcher, parent_process
 from mft_megatron.errors import InputError, run_command
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 def main() -> int | None:
     """Check every option first; only then load torch and start process groups."""
+    parent_process.end_with_launcher(os.environ)
     from mft_megatron.arguments.checks.lora import check_trained_model
     from mft_megatron.arguments.command import make_arguments, read_command_line
     from mft_megatron.arguments.groups.dry_run import DRY_RUN, DryRunArguments, refuse_without_dry_run
@@ -72,6 +73,7 @@ def start_training(
     from mft_megatron.training.pretrain import pretrain
     from mft_megatron.training.saving.sources import Sources
 
+    parent_process.end_forked_with_this()
     pretrain(arguments, main_rank, Sources(model, adapter), exports)
 
 

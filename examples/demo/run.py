@@ -9,13 +9,17 @@ Every step prints the command it runs, so that each can be run again by hand.
 """
 
 import argparse
+import functools
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from mft_megatron import parent_process
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BOLD, PLAIN = ("\033[1m", "\033[0m") if sys.stdout.isatty() else ("", "")
@@ -32,7 +36,10 @@ def run(title: str, *command: str | Path) -> None:
     words = [str(word) for word in command]
     print(f"\n{BOLD}── {title}{PLAIN}\n$ {shlex.join(_readable(word) for word in words)}", flush=True)
     start = time.perf_counter()
-    result = subprocess.run(words, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    # a step, such as torchrun with its ranks, ends with the demo; torchrun ends its ranks when it gets SIGTERM
+    end_with_this = functools.partial(parent_process.ask_kernel, signal.SIGTERM)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(words, cwd=ROOT, env=environment, preexec_fn=end_with_this)
     if result.returncode:
         sys.exit(f"the demo stopped: {title!r} ended with exit code {result.returncode}")
     print(f"   ({time.perf_counter() - start:.0f} s)", flush=True)

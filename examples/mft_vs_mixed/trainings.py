@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from mft_megatron import parent_process
 from mft_megatron.errors import InputError
 from mft_megatron.run_folder.names import METRICS
 from mft_megatron.run_folder.replace_text import replace_text
@@ -120,6 +121,7 @@ def _run_script(words: Sequence[str], root: Path, log: Path, seconds: Connection
         log: where its output is appended.
         seconds: receives its processor time, with that of its children.
     """
+    parent_process.end_with_parent()
     with log.open("a") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)

@@ -18,6 +18,7 @@ from collections import deque
 from pathlib import Path
 from typing import IO
 
+from mft_megatron import parent_process
 from mft_megatron.convert.commands.convert import main
 from mft_megatron.disk_errors import explain
 from mft_megatron.errors import InputError
@@ -157,7 +158,7 @@ class Exports:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=environment,
+            env=parent_process.told_to_end_with_this(environment),
             text=True,
         )
         self._running = _Running(checkpoint, process, output, time.perf_counter())

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Generic, TypeVar
 
+from mft_megatron import parent_process
 from mft_megatron.errors import InputError
 
 R = TypeVar("R")
@@ -101,6 +102,7 @@ class _Rank(Generic[R]):
 
 def _call(function: Callable[[int], R], rank: int, sender: Connection) -> None:
     """Send the result, or the error, of a rank."""
+    parent_process.end_with_parent()
     try:
         sender.send((function(rank), None))
     except InputError as error:

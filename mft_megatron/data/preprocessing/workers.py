@@ -3,10 +3,10 @@
 import collections
 import functools
 import os
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from mft_megatron import parent_process
 from mft_megatron.data.tasks.record_batches import RecordBatch, TokenizedBatch
 from mft_megatron.data.tokenizers.load import load_tokenizer
 from mft_megatron.data.tokenizers.tokenizer import Tokenizer
@@ -18,7 +18,6 @@ from .encoding import Encoder, TaskEncoding
 from .pretokenized import samples_of
 
 if TYPE_CHECKING:
-    import multiprocessing.process
     from concurrent.futures import Future, ProcessPoolExecutor
 
 
@@ -118,19 +117,10 @@ def _start_worker(tokenizer_type: str, tokenizer_model: str, backend: str, encod
     global _encoder
     import multiprocessing
 
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=_exit_with, args=(parent,), daemon=True).start()
+    parent_process.end_with_parent(None if parent is None else parent.pid)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     _encoder = Encoder(load_tokenizer(tokenizer_type, tokenizer_model, backend), encodings)
-
-
-def _exit_with(parent: "multiprocessing.process.BaseProcess") -> None:
-    """Exit when the main process does: if it is killed, it cannot end its workers, which would wait for ever."""
-    import multiprocessing.connection
-
-    multiprocessing.connection.wait([parent.sentinel])
-    os._exit(1)
 
 
 def _encode_in_worker(task: str, batch: RecordBatch) -> EncodedBatch:
