@@ -30,6 +30,7 @@ from mft_megatron.mcore.optim.checkpointed_state import restore, stored_state, w
 from mft_megatron.mcore.parallel import process_groups, timeouts
 from mft_megatron.mcore.parallel.sharded_weights import shards_of
 from mft_megatron.mcore.platform import devices
+from mft_megatron.mcore.platform.checkpoint_pickles import refuse_code
 from mft_megatron.mcore.platform.releases import accepted
 from mft_megatron.mcore.trainer import Trainer
 from mft_megatron.run_folder.description import CheckpointInfo, write_info
@@ -48,6 +49,7 @@ from .tensor_reader import TensorReader
 TrainingState: TypeAlias = dict[str, Any]
 # entries of Megatron-Core's sharded state dict by key
 ShardedState: TypeAlias = dict[str, Any]
+_EXTRA_STATE = "_extra_state"
 
 
 class Writer:
@@ -242,6 +244,7 @@ def load(path: Path, trainer: Trainer, info: CheckpointInfo, options: Checkpoint
         raise
     except (Exception, CheckpointException) as error:  # torch's is no subclass of Exception
         raise InputError(reading_failed(path, error), always=True) from error
+    agreed(path, lambda: refuse_code(_extra_states(loaded["model"])))
     for name, chunk in _named_chunks(trainer):
         current = chunk.state_dict()
         kept = current.keys() - loaded["model"][name].keys() if not info.has_base else absent[name]
@@ -274,6 +277,10 @@ def _non_finite(path: Path, trainer: Trainer) -> str | None:
     return None
 
 
+def _extra_states(model_state: dict[str, dict[str, object]]) -> dict[str, object]:
+    return {key: state for chunk in model_state.values() for key, state in chunk.items() if key.endswith(_EXTRA_STATE)}
+
+
 def _named_chunks(trainer: Trainer) -> Iterator[tuple[str, GPTModel]]:
     return ((f"chunk{number}", chunk.module) for number, chunk in enumerate(trainer.chunks))
 
@@ -299,7 +306,7 @@ def _remove_absent_states(model_state: dict[str, ShardedState], reader: TensorRe
         name: [
             key
             for key, entry in chunk.items()
-            if key.endswith("_extra_state")
+            if key.endswith(_EXTRA_STATE)
             and isinstance(entry, ShardedObject)
             and not reader.has_entry(entry.unique_key)
         ]

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from mft_megatron.mcore.parallel import process_groups
 from mft_megatron.mcore.platform import devices
+from mft_megatron.mcore.platform.checkpoint_pickles import load_without_code
 from mft_megatron.mcore.platform.releases import accepted
 
 from .blocks import overlap
@@ -35,6 +36,8 @@ from .failures import agreed
 from .shared_reading import Piece, SharedReader
 from .tensor_reader import TensorReader
 from .weight_source import WeightSlice
+
+load_without_code()
 
 # name of a tensor, and offset and shape of one of its chunks
 _Chunk: TypeAlias = "tuple[str, tuple[int, ...], tuple[int, ...]]"

@@ -7,19 +7,13 @@ executed: it may come from anywhere.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import (
-    _MEM_FORMAT_ENCODING,
-    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorProperties,
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
@@ -27,41 +21,9 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from mft_megatron.common_state import INDEX
 from mft_megatron.errors import InputError
-from mft_megatron.inert_pickle import Inert, InertUnpickler
+from mft_megatron.mcore.platform.checkpoint_pickles import IndexUnpickler
 from mft_megatron.run_folder.files import damage, remedy
 from mft_megatron.run_folder.names import INFO
-
-# what an index is made of; other names in it, such as those of save plans, are not needed
-_CLASSES = (
-    Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorStorageMetadata,
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    TensorProperties,
-    _MEM_FORMAT_ENCODING,
-    _StorageInfo,
-    torch.Size,
-    torch.serialization._get_layout,
-)
-_BY_NAME = {(known.__module__, known.__qualname__): known for known in _CLASSES}
-
-
-class _IndexUnpickler(InertUnpickler):
-    """Unpickler that knows dtypes and the classes of torch's index; every other name stands for an inert class."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("builtins", "getattr"):
-            return _member
-        if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
-            return dtype
-        return _BY_NAME.get((module, name)) or super().find_class(module, name)
-
-
-def _member(owner: object, name: str) -> object:
-    """A memory format: the first releases of Python 3.11 pickle members of an enum by name, all others by value."""
-    return _MEM_FORMAT_ENCODING[name] if owner is _MEM_FORMAT_ENCODING else Inert(owner, name)
 
 
 class TensorReader:
@@ -77,7 +39,7 @@ class TensorReader:
         self._reader = FileSystemReader(path)
         try:
             with open(path / INDEX, "rb") as stream:
-                self._metadata: Metadata = _IndexUnpickler(stream).load()
+                self._metadata: Metadata = IndexUnpickler(stream).load()
             if not isinstance(self._metadata, Metadata):
                 raise TypeError("it holds no index of torch")
         except Exception as error:  # a pickle can fail in any way

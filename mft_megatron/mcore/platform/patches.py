@@ -15,7 +15,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 
-from . import gradient_norm, jit_fuser, megatron_fixes, pipeline_messages, without_cuda
+from . import checkpoint_pickles, gradient_norm, jit_fuser, megatron_fixes, pipeline_messages, without_cuda
 from .simulated_gpu import SimulatedGPU
 from .simulation import cuda_functions, process_group
 
@@ -64,6 +64,10 @@ SIMULATED = {
     "messages sent together": Patch(process_group.replace_coalescing, _DRY_RUN),
 }
 WHERE_NEEDED = {
+    "pickles of checkpoints": Patch(
+        checkpoint_pickles.load_without_code,
+        "tests/mcore/checkpointing/test_untrusted_checkpoints.py::test_torch_executes_what_a_checkpoint_names",
+    ),
     "class of a built module": Patch(megatron_fixes.become, f"{_FIXES}::test_megatron_takes_no_class_for_these"),
     "te_general_gemm": Patch(megatron_fixes.define_te_general_gemm, f"{_FIXES}::test_routers_need_te_general_gemm"),
     "scale of experts' losses": Patch(

@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 import torch
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, save
+from torch.distributed.checkpoint import FileSystemWriter, save
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, MetadataIndex
 
 from mft_megatron.errors import InputError
@@ -23,10 +23,10 @@ def checkpoint(tmp_path):
 def test_weights_are_read_and_unknown_names_of_the_index_are_inert(checkpoint):
     path, weights = checkpoint
     sprung = path / "sprung"
-    index = FileSystemReader(path).read_metadata()
+    index = pickle.loads((path / ".metadata").read_bytes())
     index.planner_data = {"trap": Trap(sprung)}
     (path / ".metadata").write_bytes(pickle.dumps(index))
-    FileSystemReader(path).read_metadata()
+    pickle.loads((path / ".metadata").read_bytes())
     assert sprung.exists()  # torch executes it
     sprung.unlink()
     reader = TensorReader(path)
@@ -41,7 +41,7 @@ def test_weights_are_read_and_unknown_names_of_the_index_are_inert(checkpoint):
 def test_memory_formats_by_name_are_read(checkpoint, monkeypatch):
     """Python 3.11.0 to 3.11.3 pickle a member of an enum as ``getattr(class, name)``, all others by its value."""
     path, weights = checkpoint
-    index = FileSystemReader(path).read_metadata()
+    index = pickle.loads((path / ".metadata").read_bytes())
     by_name = lambda member, protocol: (getattr, (type(member), member.name))  # noqa: E731
     monkeypatch.setattr(_MEM_FORMAT_ENCODING, "__reduce_ex__", by_name)
     (path / ".metadata").write_bytes(pickle.dumps(index))
