@@ -27,6 +27,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from mft_megatron import progress_marks
 from mft_megatron.arguments.table import Arguments
 from mft_megatron.batch import StepPlan, TaskCounts
 from mft_megatron.data.loading.dataset import PackedDataset, PackedSplit, Rows
@@ -183,6 +184,7 @@ class Trainer:
             scale=loss_scale(self.optimizer),
             expert_losses=experts.losses_of_step(self.chunks, self.arguments),
         )
+        progress_marks.mark("optimizer")
         updated, grad_norm, zeros = self.optimizer.step()
         # experts have an optimizer of their own, which not all ranks share
         if report.scale is not None and process_groups.any_rank(not updated):
@@ -290,6 +292,7 @@ class Trainer:
             micro_batch_size=1,
             forward_only=forward_only,
         )
+        progress_marks.mark("sums of all ranks")
         return process_groups.sum_over_world(sums)
 
     def _width_multiple(self) -> int:

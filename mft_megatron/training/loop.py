@@ -3,6 +3,7 @@
 import math
 import time
 
+from mft_megatron import progress_marks
 from mft_megatron.arguments.groups.mixed_precision import MixedPrecisionArguments
 from mft_megatron.arguments.table import Arguments
 from mft_megatron.batch import StepPlan
@@ -59,13 +60,16 @@ def train(
         steps = StepLogger(arguments, dataset, trainer, shares, log)
         while progress.step < training.train_iters:
             before, plan = progress, next_plan(dataset, arguments, progress)
+            progress_marks.mark_step(progress.step + 1, plan.packs_G)
             report = trainer.train_step(split, plan, balance.weight_K)
             timeouts.limit()
             progress = before.after_step(plan.num_packs, skipped=report is None or report.overflow)
+            progress_marks.mark("after the step")
             steps.count(progress, plan, report, followed=_other_work_follows(arguments, balance, progress.step))
             shares.count(plan, report)
             _refuse_divergence(arguments.precision, progress, report)
             saver.poll(progress, log)
+            progress_marks.mark("after the step")
             epochs.after_step(trainer, log, before, progress)
             if balance.after_step(trainer, log, progress):
                 steps.count_draw()
@@ -73,8 +77,10 @@ def train(
             exit_reason = exits.reason(progress.step)
             steps.write(progress, last)
             if progress.step % arguments.validation.eval_interval == 0 or last:
+                progress_marks.mark("evaluation")
                 with garbage.around_evaluation():
                     evaluation.run(trainer, log, progress)
+                progress_marks.mark("after the step")
             garbage.after_step(progress.step)
             shares.judge(log, before, progress, over=last or bool(evaluation.finished))
             ending, best = last or bool(exit_reason or evaluation.finished), evaluation.is_best(progress)

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from mft_megatron import progress_marks
 from mft_megatron.batch import Batch, Ranks, StepPlan
 from mft_megatron.data.sample_slices import concatenate_slices
 
@@ -59,7 +60,15 @@ class MicroBatches:
         num_used: number of micro-batches that iteration has yielded so far.
     """
 
-    def __init__(self, dataset: PackedDataset, rows: Sequence[Rows], epochs: np.ndarray, width_multiple: int):
+    def __init__(
+        self,
+        dataset: PackedDataset,
+        rows: Sequence[Rows],
+        epochs: np.ndarray,
+        width_multiple: int,
+        packs: np.ndarray | None = None,
+        split: str | None = None,
+    ):
         """Take the rows of a rank as they are; see :meth:`of_plan` and :meth:`of_draw`.
 
         Args:
@@ -68,8 +77,11 @@ class MicroBatches:
             epochs: int64 [micro-batches, rows], the epoch each row is used for.
             width_multiple: in a padded data set the width of a micro-batch is a multiple of this many tokens, or the
                 sequence length.
+            packs: int64 [micro-batches, rows], for progress marks; ``None`` where rows are no packs.
+            split: whose packs they are.
         """
         self._dataset = dataset
+        self._packs, self._split = packs, split
         self._rows = rows
         self._epochs = epochs
         self._width_multiple = width_multiple
@@ -93,7 +105,7 @@ class MicroBatches:
         """
         indices = shard_plan(plan, ranks, micro_batch_size, split.dataset.padded)
         rows = [[split.slices_of(pack) for pack in packs_B] for packs_B in plan.packs_G[indices]]
-        return cls(split.dataset, rows, plan.epochs_G[indices], width_multiple)
+        return cls(split.dataset, rows, plan.epochs_G[indices], width_multiple, plan.packs_G[indices], split.name)
 
     @classmethod
     def of_draw(
@@ -132,9 +144,13 @@ class MicroBatches:
         return len(self._rows)
 
     def __iter__(self) -> Iterator[Batch[np.ndarray]]:
-        for rows in self._rows:
+        for index, rows in enumerate(self._rows):
             self.num_used += 1
-            yield build_batch(self._dataset, rows, self._width(rows))
+            packs = None if self._packs is None else self._packs[index]
+            progress_marks.mark("read", micro_batch=index, split=self._split, packs=packs)
+            batch = build_batch(self._dataset, rows, self._width(rows))
+            progress_marks.mark("micro-batch", micro_batch=index, split=self._split, packs=packs)
+            yield batch
 
     def skip(self) -> None:
         """Count all micro-batches as used without building them."""

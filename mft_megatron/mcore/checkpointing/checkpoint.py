@@ -21,6 +21,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch.distributed.checkpoint.api import CheckpointException
 
+from mft_megatron import progress_marks
 from mft_megatron.arguments.groups.checkpointing import CheckpointArguments
 from mft_megatron.disk_errors import disk_error, explain, writing_fails
 from mft_megatron.errors import InputError
@@ -99,6 +100,7 @@ class Writer:
             InputError: this checkpoint, or the previous one in the background, could not be written; on every rank.
         """
         self.finish()
+        progress_marks.mark("save", checkpoint=info.iteration)
         path = iteration_folder(folder, info.iteration)
 
         def begin() -> None:
@@ -162,6 +164,7 @@ class Writer:
     def _complete(self, blocking: bool) -> None:
         if self._queue is None or not self._queue.get_num_unfinalized_calls():
             return
+        progress_marks.mark("save in the background", checkpoint=self._path.name)
         with _failure_reported(self._path, " in the background"), _quiet(), timeouts.long_waits():
             self._queue.maybe_finalize_async_calls(blocking)
 
@@ -223,6 +226,7 @@ def load(path: Path, trainer: Trainer, info: CheckpointInfo, options: Checkpoint
     Raises:
         InputError: the checkpoint lacks something that this model needs, or is damaged.
     """
+    progress_marks.mark("load", checkpoint=str(path))
     model_state = _model_state(trainer, info.has_base)
     state: dict[str, Any] = {"model": model_state}
     # raises a one-line error if the index is damaged, which Megatron-Core would notice late
