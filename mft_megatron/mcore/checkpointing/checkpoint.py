@@ -25,11 +25,12 @@ from mft_megatron import progress_marks
 from mft_megatron.arguments.groups.checkpointing import CheckpointArguments
 from mft_megatron.disk_errors import disk_error, explain, writing_fails
 from mft_megatron.errors import InputError
+from mft_megatron.exit_codes import DAMAGED, DIVERGED
 from mft_megatron.lora import is_adapter
 from mft_megatron.losses.focal import TaskStatistics
 from mft_megatron.mcore.optim.checkpointed_state import restore, stored_state, wanted_state
+from mft_megatron.mcore.optim.finite_states import find_non_finite
 from mft_megatron.mcore.parallel import process_groups, timeouts
-from mft_megatron.mcore.parallel.sharded_weights import shards_of
 from mft_megatron.mcore.platform import devices
 from mft_megatron.mcore.platform.checkpoint_pickles import refuse_code
 from mft_megatron.mcore.platform.releases import accepted
@@ -40,7 +41,6 @@ from mft_megatron.run_folder.replace_text import replace_text
 
 from .common_state import if_it_fails, require_common, write_common
 from .failures import agreed, reading_failed, reason
-from .finite import refuse_non_finite
 from .random_state import random_state, set_random_state, sharded_random_state
 from .save_plans import SavePlans
 from .shared_load import SharedLoad
@@ -97,11 +97,15 @@ class Writer:
             the checkpoint's folder, complete unless it is written in the background.
 
         Raises:
-            InputError: this checkpoint, or the previous one in the background, could not be written; on every rank.
+            InputError: this checkpoint, or the previous one in the background, could not be written; or a weight or a
+                state of the optimizer is not finite, and nothing is written; on every rank.
         """
         self.finish()
         progress_marks.mark("save", checkpoint=info.iteration)
         path = iteration_folder(folder, info.iteration)
+        found = find_non_finite(trainer.chunks, trainer.optimizer, self._with_base)
+        if found is not None:
+            raise InputError(_not_saved(path, found), code=DIVERGED)
 
         def begin() -> None:
             shutil.rmtree(path, ignore_errors=True)  # left by an interrupted save, or by a run that is being repeated
@@ -202,6 +206,14 @@ def state_to_save(
     return state
 
 
+def _not_saved(path: Path, found: str) -> str:
+    """Say in a line that a run is not saved, because of what :func:`.finite_states.find_non_finite` found."""
+    return (
+        f"{path}: {found} in it, and is not saved; training has diverged, and {if_it_fails(path)}. Lower --lr or "
+        "--clip-grad or lengthen the warm-up, and continue from there with --load"
+    )
+
+
 def _replicas() -> torch.distributed.ProcessGroup:
     """Ranks that have the same weights."""
     return parallel_state.get_data_parallel_group(with_context_parallel=True)
@@ -253,7 +265,6 @@ def load(path: Path, trainer: Trainer, info: CheckpointInfo, options: Checkpoint
         current = chunk.state_dict()
         kept = current.keys() - loaded["model"][name].keys() if not info.has_base else absent[name]
         chunk.load_state_dict({**loaded["model"][name], **{key: current[key] for key in kept}})
-    process_groups.raise_on_all_ranks(_non_finite(path, trainer))
     if whole:
         trainer.scheduler.load_state_dict(loaded["scheduler"])
     if with_optimizer:
@@ -261,24 +272,17 @@ def load(path: Path, trainer: Trainer, info: CheckpointInfo, options: Checkpoint
         trainer.scheduler.step(increment=0)
     else:
         trainer.optimizer.reload_model_params()
+    found = find_non_finite(trainer.chunks, trainer.optimizer, info.has_base)
+    if found is not None:
+        raise InputError(
+            f"{path}: {found} in it, and every loss would be NaN; take an earlier one with --ckpt-step", code=DAMAGED
+        )
     if with_rng:
         set_random_state(loaded["rng"])
     if whole and "statistics" in loaded:
         statistics = {name: value.to(devices.device()) for name, value in loaded["statistics"].items()}
         trainer.statistics = TaskStatistics(**statistics)
     return loaded.get("training", {}) if whole else {}
-
-
-def _non_finite(path: Path, trainer: Trainer) -> str | None:
-    """Refuse weights that are not finite: the message, or ``None``."""
-    try:
-        for _, chunk in _named_chunks(trainer):
-            for shard in shards_of(chunk):
-                layer = list(shard.global_offset[: shard.prepend_axis_num]) or ""
-                refuse_non_finite(shard.data, f"{path}: {shard.key} {layer}", "take an earlier one with --ckpt-step")
-    except InputError as error:
-        return str(error)
-    return None
 
 
 def _extra_states(model_state: dict[str, dict[str, object]]) -> dict[str, object]:

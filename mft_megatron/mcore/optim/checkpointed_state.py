@@ -30,7 +30,6 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.cpu_offloading.hybrid_optimizer import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.grad_scaler import MegatronGradScaler
-from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -39,6 +38,7 @@ from mft_megatron.mcore.platform import devices
 from .gathered_states import gathered_states, sliced_parts
 from .slices import ADAM, MAIN, keeps_other_dtypes, kinds_of, slice_of_rank, write_states
 from .stored_parts import Sharded, StoredPart, stored_parts
+from .updated_weights import main_of, parts_of, weights_of
 
 PREFIX = "optimizer.state"
 # the entry of a slice's states that says where in the blocks its elements are
@@ -70,7 +70,7 @@ def wanted_state(optimizer: MegatronOptimizer, model_state: dict[str, Any], step
     """
     if not steps:
         return {"tensors": {}}
-    for part in _parts(optimizer):
+    for part in parts_of(optimizer):
         _allocate(part, steps)
     return {"tensors": _wanted_tensors(optimizer, model_state)}
 
@@ -82,8 +82,8 @@ def restore(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
     if not state["steps"]:
         optimizer.reload_model_params()
         return
-    for number, part in enumerate(_parts(optimizer)):
-        for index, weight in enumerate(_weights(part)):
+    for number, part in enumerate(parts_of(optimizer)):
+        for index, weight in enumerate(weights_of(part)):
             tensors = state.get("tensors", {}).get(f"{number}.{index}")
             if tensors is None:
                 continue  # other ranks have the whole weight's states
@@ -110,7 +110,7 @@ def _states_in(tensors: dict[str, Any]) -> dict[str, Tensor]:
 def _gather_weights(optimizer: MegatronOptimizer) -> None:
     """Give all ranks the weights that were rounded to remainders, which each rank did for its slice."""
     chunks: list[DistributedDataParallel] = []
-    for part in _parts(optimizer):
+    for part in parts_of(optimizer):
         sliced = isinstance(part, DistributedOptimizer) and keeps_other_dtypes(part)
         if sliced and part.optimizer.store_param_remainders:
             chunks += [chunk for chunk in part.model_chunks if chunk not in chunks]
@@ -118,34 +118,10 @@ def _gather_weights(optimizer: MegatronOptimizer) -> None:
         chunk.start_param_sync(force_sync=True)
 
 
-def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
-    """Chained optimizers, without those that have no parameters; Megatron has a separate one for experts."""
-    return [part for part in optimizer.chained_optimizers if not part.is_stub_optimizer]
-
-
-def _weights(part: MegatronOptimizer) -> Iterator[Parameter]:
-    """Weights of this rank that the optimizer updates, whole or the rank's slices of them."""
-    if isinstance(part, DistributedOptimizer):
-        for buffer in part.buffers:
-            for bucket in buffer.buckets:
-                yield from (weight for weight in buffer.param_index_map if weight in bucket.params)
-    elif isinstance(part, Float16OptimizerWithFloat16Params):
-        for halves, wholes in zip(part.float16_groups, part.fp32_from_fp32_groups, strict=True):
-            yield from halves
-            yield from wholes
-    else:
-        yield from part.get_parameters()
-
-
-def _main(weight: Parameter) -> Tensor:
-    """The tensor that the optimizer updates: an fp32 copy of the weight, or the weight itself where it is fp32."""
-    return getattr(weight, "main_param", weight)
-
-
 def _steps_taken(optimizer: MegatronOptimizer) -> int:
     """Steps of Adam, or 1 if SGD has stepped; the same on all ranks, including those without parameters."""
     counts, on_device = [0], []
-    for part in _parts(optimizer):
+    for part in parts_of(optimizer):
         # Transformer Engine and apex count in the groups
         counts += [int(group.get("step") or 0) for group in part.optimizer.param_groups]
         for state in part.optimizer.state.values():
@@ -166,9 +142,9 @@ def _stored_tensors(optimizer: MegatronOptimizer, model_state: dict[str, Any]) -
     """Sharded states that this rank stores, by names that matter to no reader; a collective of all ranks."""
     entries = _entries(model_state)
     states: dict[str, dict[str, Sharded]] = {}
-    for number, part in enumerate(_parts(optimizer)):
+    for number, part in enumerate(parts_of(optimizer)):
         if isinstance(part, DistributedOptimizer):
-            stored = {id(weight): _main_parts(part, entries[id(weight)]) for weight in _weights(part)}
+            stored = {id(weight): _main_parts(part, entries[id(weight)]) for weight in weights_of(part)}
             parts = sliced_parts(part, stored)
             for index, kind, content in gathered_states(part, parts):
                 shard = parts[index].part.holding(content, f"{PREFIX}.{kind}", 0)
@@ -189,8 +165,8 @@ def _whole_tensors(
     number: int, part: MegatronOptimizer, entries: dict[int, Sharded]
 ) -> Iterator[tuple[str, dict[str, Sharded]]]:
     """Sharded states of an optimizer that has them whole on each data-parallel rank; their content is the states."""
-    for index, weight in enumerate(_weights(part)):
-        main = _main(weight)
+    for index, weight in enumerate(weights_of(part)):
+        main = main_of(weight)
         state = part.optimizer.state[main]
         tensors = {kind: value for kind, value in state.items() if kind != "step" and value is not None}
         if main is not weight:
@@ -206,11 +182,11 @@ def _wanted_tensors(optimizer: MegatronOptimizer, model_state: dict[str, Any]) -
     """Sharded states that this rank needs, by optimizer and weight."""
     entries = _entries(model_state)
     states: dict[str, dict[str, Any]] = {}
-    for number, part in enumerate(_parts(optimizer)):
+    for number, part in enumerate(parts_of(optimizer)):
         if not isinstance(part, DistributedOptimizer):
             states.update(_whole_tensors(number, part, entries))
             continue
-        for index, weight in enumerate(_weights(part)):
+        for index, weight in enumerate(weights_of(part)):
             start, end = slice_of_rank(part, weight)
             if start < end:
                 states[f"{number}.{index}"] = _wanted_blocks(weight, entries[id(weight)], start, end)
@@ -273,7 +249,7 @@ def _allocate_other_dtypes(inner: Any) -> None:
 
 
 def _restore_whole(part: MegatronOptimizer, weight: Parameter, tensors: dict[str, Tensor]) -> None:
-    main = _main(weight)
+    main = main_of(weight)
     for kind, value in tensors.items():
         (main if kind == MAIN else part.optimizer.state[main][kind]).copy_(value)
 
@@ -294,4 +270,4 @@ def _restore_scale(optimizer: MegatronOptimizer, state: dict[str, float]) -> Non
 
 
 def _scaler(optimizer: MegatronOptimizer) -> MegatronGradScaler | None:
-    return getattr(_parts(optimizer)[0], "grad_scaler", None) if _parts(optimizer) else None
+    return getattr(parts_of(optimizer)[0], "grad_scaler", None) if parts_of(optimizer) else None
