@@ -181,11 +181,11 @@ def _run_folder_reported(arguments: Arguments) -> contextlib.AbstractContextMana
 @contextlib.contextmanager
 def _reported_on_all_ranks() -> Iterator[None]:
     """Raise an error of the main process on every rank, so that none waits for it; a collective of all ranks."""
-    refusal = None
+    refusal: InputError | None = None
     try:
         yield
     except InputError as error:
-        refusal = str(error)
+        refusal = error
     process_groups.raise_on_all_ranks(refusal)
 
 

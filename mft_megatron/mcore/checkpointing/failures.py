@@ -30,7 +30,7 @@ def agreed(path: Path, read: Callable[[], T]) -> T:
     try:
         result = read()
     except (Exception, CheckpointException) as error:  # torch's is no subclass of Exception
-        process_groups.raise_on_all_ranks(reading_failed(path, error))
+        process_groups.raise_on_all_ranks(error if isinstance(error, InputError) else reading_failed(path, error))
         raise
     process_groups.raise_on_all_ranks(None)
     return result

@@ -186,21 +186,23 @@ def any_rank(value: bool) -> bool:
     return sum_over_world(torch.full((), int(value), device=devices.device())).item() > 0
 
 
-def raise_on_all_ranks(refusal: str | None) -> None:
+def raise_on_all_ranks(refusal: str | InputError | None) -> None:
     """Raise on every rank what a rank refuses, so that none waits for another; a collective of all ranks.
 
     Args:
-        refusal: the message of this rank; ``None`` without one.
+        refusal: the message of this rank, or the error with its exit code; ``None`` without one.
 
     Raises:
-        InputError: a rank has a message: the first one, the same on all ranks.
+        InputError: a rank has a message: the first one, with its exit code, the same on all ranks.
     """
-    first = first_of_any_rank(refusal)
+    error = InputError(refusal) if isinstance(refusal, str) else refusal
+    first = first_of_any_rank(None if error is None else (str(error), error.code))
     if first is not None:
-        raise InputError(first)
+        message, code = first
+        raise InputError(message, code=code)
 
 
-def first_of_any_rank(message: str | None) -> str | None:
+def first_of_any_rank(message: T | None) -> T | None:
     """The message of the first rank that has one, the same on all ranks; ``None`` without one; a collective."""
     if not any_rank(message is not None):
         return None

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from mft_megatron.errors import InputError
+from mft_megatron.exit_codes import BAD_INPUT, DIVERGED
 from mft_megatron.mcore.model.parameters import count_parameters
 from tests.ranks import run_on_ranks
 
@@ -109,13 +110,14 @@ def test_the_refusal_of_any_rank_is_raised(monkeypatch):
 
     def gather(refusals, mine):
         assert mine is None
-        refusals[:] = [None, "of the second", "of the third"]
+        refusals[:] = [None, ("of the second", DIVERGED), ("of the third", BAD_INPUT)]
 
     monkeypatch.setattr(process_groups, "any_rank", lambda value: True)
     monkeypatch.setattr(process_groups.dist, "get_world_size", lambda: 3)
     monkeypatch.setattr(process_groups.dist, "all_gather_object", gather)
-    with pytest.raises(InputError, match=r"^of the second$"):
+    with pytest.raises(InputError, match=r"^of the second$") as refusal:
         process_groups.raise_on_all_ranks(None)
+    assert refusal.value.code == DIVERGED
 
 
 def test_ranks_that_cannot_connect_are_refused_with_the_reason(monkeypatch):
