@@ -19,6 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mft_megatron.errors import InputError
+from mft_megatron.typed_json import from_json
 
 # Number of sources of each matrix, in models without a gate and with one.
 SOURCES = {"linear_qkv": (3, 3), "linear_proj": (1, 1), "linear_fc1": (1, 2), "linear_fc2": (1, 1)}
@@ -106,13 +107,9 @@ class Lora:
         """Make the adapters that :meth:`as_dict` described.
 
         Raises:
-            TypeError, KeyError: ``content`` is no such description.
+            ValueError: ``content`` is no such description.
         """
-        targets = tuple(
-            Target(**{**target, "parts": tuple(tuple(part) for part in target["parts"])})
-            for target in content["targets"]
-        )
-        return Lora(**{**content, "targets": targets})
+        return from_json(Lora, content)
 
     def describe(self) -> str:
         """Return one line for the log."""

@@ -8,6 +8,7 @@ from typing import Any
 from mft_megatron.common_state import read_args, read_common
 from mft_megatron.errors import InputError
 from mft_megatron.lora import Lora
+from mft_megatron.typed_json import from_json, parse_json
 
 from .names import INFO
 from .replace_text import replace_text
@@ -118,12 +119,12 @@ def read_info(path: Path, option: str = "--load") -> CheckpointInfo:
     """
     file = path / INFO
     try:
-        content = json.loads(file.read_text())
+        content = parse_json(file)
         version = content.get("format_version", FORMAT_VERSION) if isinstance(content, dict) else FORMAT_VERSION
         if version not in READABLE_VERSIONS:  # before its fields, which may be others
             known = ", ".join(map(str, READABLE_VERSIONS))
             raise InputError(f"{file}: format version {version}, this program reads {known}")
-        info = CheckpointInfo(**content)
+        info = from_json(CheckpointInfo, content)
         if info.lora is not None:
             Lora.from_dict(info.lora)
     except FileNotFoundError:

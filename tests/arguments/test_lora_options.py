@@ -203,7 +203,7 @@ def test_a_damaged_description_of_adapters_is_refused(tmp_path):
     content = json.loads(file.read_text())
     del content["lora"]["targets"]
     file.write_text(json.dumps(content))
-    with refused("mft_checkpoint.json: not a checkpoint description ('targets'); the file is damaged"):
+    with refused("mft_checkpoint.json: not a checkpoint description (Object missing required field `targets`); "):
         resumed(f"--load {folder}")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from mft_megatron.data.storage.ledger import InputFile, JsonObject
 from mft_megatron.errors import InputError
+from mft_megatron.typed_json import from_json, parse_json
 
 from .encoded_cache import VERSION
 
@@ -137,18 +138,14 @@ def read_part(part: Part, file: Path) -> PartEntry:
         InputError: it is damaged, of another version, or of another part.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(file)
         versions = content.pop("format"), content.pop("format_version")
         if versions != (FORMAT, VERSION):
             raise InputError(
                 f"{file}: a part of version {versions[1]}, this program reads {VERSION}; run part "
                 f"{part.number}/{part.count} again"
             )
-        content["part"] = Part(**content["part"])
-        content["sources"] = {
-            name: [InputFile(**source) for source in sources] for name, sources in content["sources"].items()
-        }
-        entry = PartEntry(**content)
+        entry = from_json(PartEntry, content)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{file}: damaged ({error}); run part {part.number}/{part.count} again") from None
     if entry.part != part:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mft_megatron.errors import InputError
+from mft_megatron.typed_json import from_json, parse_json
 
 FORMAT = "mft_megatron packed dataset"
 PACK_SUFFIXES = (".npy", "_offsets.npy", "_cuts.npy")  # of the files that belong to one length
@@ -262,7 +263,7 @@ def read_ledger(prefix: str | Path, option: str = "--data-path ") -> Ledger:
     """
     path = ledger_path(prefix)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path)
     except FileNotFoundError:
         if next(path.parent.glob(f"{glob.escape(Path(prefix).name)}.part-*-of-*_part.json"), None) is not None:
             raise InputError(
@@ -279,36 +280,25 @@ def read_ledger(prefix: str | Path, option: str = "--data-path ") -> Ledger:
         known = ", ".join(map(str, READABLE_VERSIONS))
         raise InputError(f"{path}: format version {version}, this program reads {known}; preprocess again")
     try:
-        return _from_dict(content)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: incomplete ledger ({error}); preprocess the data again") from None
+        ledger = from_json(Ledger, content)
+        _refuse_inconsistent(ledger)
+    except ValueError as error:
+        raise InputError(f"{path}: damaged ledger ({error}); preprocess the data again") from None
+    return ledger
 
 
-def _from_dict(content: JsonObject) -> Ledger:
-    tasks = [
-        TaskEntry(**{**task, "sources": [InputFile(**source) for source in task["sources"]]})
-        for task in content["tasks"]
-    ]
-    lengths = {
-        length: LengthEntry(
-            options=entry["options"],
-            tasks=[TaskCut(**task) for task in entry["tasks"]],
-            packs={split: PackEntry(**packed) for split, packed in entry["packs"].items()},
-            order_version=entry.get("order_version", 1),
-        )
-        for length, entry in content["lengths"].items()
-    }
-    arrays = {name: ArrayEntry(**entry) for name, entry in content["arrays"].items()}
-    tokenizer = TokenizerEntry(**content["tokenizer"])
-    _refuse_inconsistent(lengths, len(tasks))
-    return Ledger(**{**content, "tasks": tasks, "lengths": lengths, "arrays": arrays, "tokenizer": tokenizer})
+def _refuse_inconsistent(ledger: Ledger) -> None:
+    """Check what the types of a ledger do not say.
 
-
-def _refuse_inconsistent(lengths: dict[str, LengthEntry], num_tasks: int) -> None:
-    if not lengths or not all(length.isdecimal() for length in lengths):
-        raise TypeError(f"lengths {', '.join(lengths) or 'missing'}")
-    if any(len(entry.tasks) != num_tasks for entry in lengths.values()):
-        raise TypeError("a length and the data set differ in their number of tasks")
+    Raises:
+        ValueError: lengths are missing or are no numbers, a length has other tasks, or a file is outside the data set.
+    """
+    if not ledger.lengths or not all(length.isdecimal() for length in ledger.lengths):
+        raise ValueError(f"lengths {', '.join(ledger.lengths) or 'missing'}")
+    if any(len(entry.tasks) != len(ledger.tasks) for entry in ledger.lengths.values()):
+        raise ValueError("a length and the data set differ in their number of tasks")
+    if outside := next((suffix for suffix in ledger.arrays if "/" in suffix), None):
+        raise ValueError(f"{outside!r} is no file of the data set")
 
 
 def file_sha256(path: str | Path) -> str:
