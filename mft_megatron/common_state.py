@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO
 
 from .errors import InputError
-from .inert_pickle import Inert, InertUnpickler
+from .parsing.inert_pickle import Inert, InertUnpickler
 
 COMMON = "common.pt"
 OBJECT = "common_state"

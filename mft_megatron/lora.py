@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mft_megatron.errors import InputError
-from mft_megatron.typed_json import from_json
+from mft_megatron.parsing.typed_json import from_json
 
 # Number of sources of each matrix, in models without a gate and with one.
 SOURCES = {"linear_qkv": (3, 3), "linear_proj": (1, 1), "linear_fc1": (1, 2), "linear_fc2": (1, 1)}

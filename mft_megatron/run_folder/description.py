@@ -8,7 +8,7 @@ from typing import Any
 from mft_megatron.common_state import read_args, read_common
 from mft_megatron.errors import InputError
 from mft_megatron.lora import Lora
-from mft_megatron.typed_json import from_json, parse_json
+from mft_megatron.parsing.typed_json import from_json, parse_json
 
 from .names import INFO
 from .replace_text import replace_text

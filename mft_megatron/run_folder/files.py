@@ -8,7 +8,7 @@ import zipfile
 from pathlib import Path
 
 from mft_megatron.common_state import COMMON, INDEX
-from mft_megatron.inert_pickle import InertUnpickler
+from mft_megatron.parsing.inert_pickle import InertUnpickler
 
 # Megatron-Core's file that says which kind of checkpoint it is
 FORMAT = "metadata.json"

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from mft_megatron.data.chat_templates.trained_format import TrainedFormat, trained_format
 from mft_megatron.data.storage.ledger import Ledger, read_ledger
 from mft_megatron.errors import InputError
-from mft_megatron.git_lfs import refuse_pointer
 from mft_megatron.options import option, read_options
+from mft_megatron.parsing.git_lfs import refuse_pointer
 from mft_megatron.run_folder.description import CheckpointRef
 from mft_megatron.run_folder.found import select_checkpoint
 from mft_megatron.run_folder.names import TOKENIZER

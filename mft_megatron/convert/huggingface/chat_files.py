@@ -9,7 +9,7 @@ from pathlib import Path
 from mft_megatron.data.chat_templates.trained_format import TrainedFormat
 from mft_megatron.data.tokenizers.tokenizer_files import read_chat_template
 from mft_megatron.errors import InputError
-from mft_megatron.json_files import read_json_object
+from mft_megatron.parsing.json_files import read_json_object
 from mft_megatron.run_folder.description import CheckpointInfo
 
 from .model_folder import CONFIG, GENERATION, TEMPLATES

@@ -7,8 +7,8 @@ from pathlib import Path
 from mft_megatron.arguments.groups.network import NetworkArguments
 from mft_megatron.convert.huggingface.families.table import family_of, note_on_unread
 from mft_megatron.errors import InputError
-from mft_megatron.git_lfs import refuse_pointer
-from mft_megatron.json_files import read_json_object
+from mft_megatron.parsing.git_lfs import refuse_pointer
+from mft_megatron.parsing.json_files import read_json_object
 from mft_megatron.run_folder.names import INFO, TRACKER
 from mft_megatron.run_folder.tokenizer import TOKENIZER_FILES
 

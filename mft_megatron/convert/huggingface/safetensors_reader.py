@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from mft_megatron.errors import InputError
-from mft_megatron.git_lfs import refuse_pointer
 from mft_megatron.mcore.checkpointing.finite import refuse_non_finite
 from mft_megatron.mcore.platform.precisions import PRECISIONS
+from mft_megatron.parsing.git_lfs import refuse_pointer
 
 DTYPES = {precision.safetensors: precision.dtype for precision in PRECISIONS}
 SINGLE = "model.safetensors"

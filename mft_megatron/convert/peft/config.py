@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from mft_megatron.errors import InputError
-from mft_megatron.json_files import read_json_object
 from mft_megatron.lora import Lora
+from mft_megatron.parsing.json_files import read_json_object
 
 from .adapted_weights import AdaptedMatrix
 

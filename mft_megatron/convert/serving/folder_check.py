@@ -16,8 +16,8 @@ from mft_megatron.convert.huggingface.model_folder import (
 from mft_megatron.convert.huggingface.safetensors_reader import WeightFiles
 from mft_megatron.convert.huggingface.weight_check import refuse_mismatch
 from mft_megatron.errors import InputError
-from mft_megatron.json_files import read_json_object
 from mft_megatron.mcore.platform.precisions import BY_DTYPE
+from mft_megatron.parsing.json_files import read_json_object
 
 from .finding import Finding
 from .prompts import CHAT, ServedTokenizer, render

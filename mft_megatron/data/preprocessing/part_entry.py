@@ -10,7 +10,7 @@ from typing import Any
 
 from mft_megatron.data.storage.ledger import InputFile, JsonObject
 from mft_megatron.errors import InputError
-from mft_megatron.typed_json import from_json, parse_json
+from mft_megatron.parsing.typed_json import from_json, parse_json
 
 from .encoded_cache import VERSION
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mft_megatron.errors import InputError
-from mft_megatron.typed_json import from_json, parse_json
+from mft_megatron.parsing.typed_json import from_json, parse_json
 
 FORMAT = "mft_megatron packed dataset"
 PACK_SUFFIXES = (".npy", "_offsets.npy", "_cuts.npy")  # of the files that belong to one length

@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeAlias
 from mft_megatron.data.storage.ledger import InputFile
 from mft_megatron.disk_errors import failure
 from mft_megatron.errors import InputError
-from mft_megatron.git_lfs import refuse_pointer
+from mft_megatron.parsing.git_lfs import refuse_pointer
 
 from .json_array import BOM, items_of_array, starts_with_array
 from .record_batches import RecordBatch, TokenizedBatch

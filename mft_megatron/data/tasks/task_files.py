@@ -9,7 +9,7 @@ from pathlib import Path
 from mft_megatron.data.records.record_formats import is_record
 from mft_megatron.data.storage.weights import TOKEN_WEIGHTS
 from mft_megatron.errors import InputError
-from mft_megatron.git_lfs import refuse_pointer
+from mft_megatron.parsing.git_lfs import refuse_pointer
 
 from .json_array import BOM, starts_with_array
 from .tokenized_file import IDS, MASK, files_on_disk

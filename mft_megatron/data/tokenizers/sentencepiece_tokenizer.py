@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from mft_megatron.errors import InputError
-from mft_megatron.git_lfs import refuse_pointer
-from mft_megatron.json_files import read_json_object
+from mft_megatron.parsing.git_lfs import refuse_pointer
+from mft_megatron.parsing.json_files import read_json_object
 
 from .backends import FastBackend
 from .beginnings import always, never, unless_space

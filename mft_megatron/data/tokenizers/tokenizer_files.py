@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from mft_megatron.errors import InputError
-from mft_megatron.git_lfs import refuse_pointer
-from mft_megatron.json_files import read_json_object
+from mft_megatron.parsing.git_lfs import refuse_pointer
+from mft_megatron.parsing.json_files import read_json_object
 
 
 def read_chat_template(folder: Path) -> str | None:

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import ReadItem
 
-from mft_megatron.inert_pickle import Inert, InertUnpickler
+from mft_megatron.parsing.inert_pickle import Inert, InertUnpickler
 
 # what an index is made of; other names in it, such as those of save plans, are not needed
 _CLASSES = (

@@ -17,7 +17,6 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mft_megatron import git_lfs
 from mft_megatron.data.storage.dataset_writer import report_full_disk
 from mft_megatron.data.storage.indexed_dataset import IndexedDatasetWriter
 from mft_megatron.data.tasks import reader as reader_module
@@ -25,6 +24,7 @@ from mft_megatron.data.tasks.reader import TaskReader
 from mft_megatron.data.tasks.record_batches import TokenizedBatch
 from mft_megatron.data.tasks.task_files import TaskFiles, check_task_name, left_out_lines, parse_tasks
 from mft_megatron.errors import InputError
+from mft_megatron.parsing import git_lfs
 from tests import source_code
 from tests.refusals import refused_call
 

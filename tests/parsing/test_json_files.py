@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from mft_megatron.json_files import read_json_object
+from mft_megatron.parsing.json_files import read_json_object
 from tests.ranks import ROOT
 from tests.refusals import refused_call
 
@@ -35,7 +35,7 @@ def test_what_is_no_object_is_one_line(tmp_path, content, reason):
 def test_text_is_utf_8_whatever_the_locale(tmp_path):
     (tmp_path / "config.json").write_text('{"name": "é ▁的"}', encoding="utf-8")
     code = (
-        "import locale, pathlib\nfrom mft_megatron.json_files import read_json_object\n"
+        "import locale, pathlib\nfrom mft_megatron.parsing.json_files import read_json_object\n"
         "print(locale.getpreferredencoding(False), ascii(read_json_object(pathlib.Path('config.json'))['name']))"
     )
     environment = {**os.environ, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C", "PYTHONPATH": str(ROOT)}

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mft_megatron.errors import InputError
-from mft_megatron.git_lfs import refuse_pointer
+from mft_megatron.parsing.git_lfs import refuse_pointer
 
 
 def read_json_object(file: Path, remedy: str | None = None) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from mft_megatron.typed_json import from_json, parse_json
+from mft_megatron.parsing.typed_json import from_json, parse_json
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Files from anywhere: JSON, pickles and pointers, parsed without trust in them."""
