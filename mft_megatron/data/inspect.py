@@ -11,6 +11,7 @@ from mft_megatron.data.loading.dataset import PackedDataset
 from mft_megatron.data.packing.build_packs import build_packs
 from mft_megatron.data.packing.packing_options import PackingOptions
 from mft_megatron.data.storage.arrays import check_files
+from mft_megatron.data.storage.checked_values import refuse_bad_values
 from mft_megatron.data.storage.indexed_dataset import IndexedDataset
 from mft_megatron.data.storage.ledger import Ledger
 from mft_megatron.data.storage.stored_samples import read_stored_samples
@@ -103,12 +104,13 @@ def show_histograms(prefix: str, ledger: Ledger) -> Iterator[str]:
 
 
 def check(prefix: str, ledger: Ledger) -> None:
-    """Check every hash, and that packing the stored samples with the ledger's options gives its counts and packs.
+    """Check every hash and value, and that packing the stored samples with the ledger's options gives its packs.
 
     Raises:
         InputError: something does not agree; the message names the first such thing.
     """
     check_files(prefix, ledger.arrays, hashes=True)
+    refuse_bad_values(prefix, ledger)
     stored = read_stored_samples(prefix, ledger)
     lengths = IndexedDataset(f"{prefix}_input_ids").lengths
     _agree(f"{prefix}_loss_mask.idx: lengths", stored.lengths, lengths)

@@ -6,6 +6,7 @@ from mft_megatron.batch import Batch
 from mft_megatron.data.sample_slices import concatenate_slices, ranges
 
 from .dataset import PackedDataset, Rows
+from .known_values import refuse_unknown_values
 
 
 def build_batch(dataset: PackedDataset, rows: Rows, width: int | None = None) -> Batch[np.ndarray]:
@@ -19,6 +20,9 @@ def build_batch(dataset: PackedDataset, rows: Rows, width: int | None = None) ->
         dataset: of the samples.
         rows: B rows, whose slices have at most ``width`` tokens in total.
         width: positions of a row; by default the data set's sequence length.
+
+    Raises:
+        InputError: a token id is not in the vocabulary, or a mask is no mask.
     """
     tokens, num_rows = dataset.tokens, len(rows)
     width = dataset.seq_length if width is None else width
@@ -36,10 +40,11 @@ def build_batch(dataset: PackedDataset, rows: Rows, width: int | None = None) ->
     segment_start = filled * width if dataset.joined else slice_start
     last = np.cumsum(used_B[filled] if dataset.joined else slices.lengths) - 1
 
-    slice_tokens = tokens.items[source].astype(np.int64)
+    slice_tokens, slice_mask = tokens.items[source].astype(np.int64), dataset.mask.items[source]
+    refuse_unknown_values(dataset, slices, slice_tokens, slice_mask)
     labels = np.append(slice_tokens[1:], 0)
     labels[last] = 0
-    mask = np.append(dataset.mask.items[source][1:], np.uint8(0))
+    mask = np.append(slice_mask[1:], np.uint8(0))
     mask[last] = 0
     token_weights = sample_weights = None
     if dataset.token_weights is not None:

@@ -18,6 +18,7 @@ from mft_megatron.data.packing.packing_options import SPLITS
 from mft_megatron.data.packing.packs import pack_files
 from mft_megatron.data.sample_slices import NO_SLICES, SampleSlices, ranges
 from mft_megatron.data.storage.arrays import check_files, load_array, load_task_ids
+from mft_megatron.data.storage.checked_values import refuse_bad_values
 from mft_megatron.data.storage.indexed_dataset import IndexedDataset
 from mft_megatron.data.storage.ledger import Ledger, LengthEntry, read_ledger
 from mft_megatron.data.storage.weights import load_sample_weights, load_token_weights
@@ -99,7 +100,8 @@ class PackedDataset:
         Args:
             prefix: the ``--output-prefix`` it was written to.
             seq_length: tokens of a pack.
-            check: what is compared with the ledger: "sizes" of all files, or "hashes", which reads every byte.
+            check: what is compared with the ledger: "sizes" of all files, or "hashes", which reads every byte and
+                also checks the values.
 
         Raises:
             InputError: there is no ledger or not one of this format, the data set is not packed for this length, or a
@@ -109,6 +111,8 @@ class PackedDataset:
         ledger = read_ledger(prefix)
         _packed_for(ledger, prefix, seq_length)
         check_files(prefix, ledger.arrays_for(seq_length), hashes=check == "hashes")
+        if check == "hashes":
+            refuse_bad_values(prefix, ledger)
         return cls(prefix, ledger, seq_length)
 
     @property
@@ -193,6 +197,18 @@ class PackedSplit:
     def slices_of(self, pack: int) -> SampleSlices:
         """Slices of a pack; none for -1, the empty pack."""
         return self.slices(slice(self._offsets[pack], self._offsets[pack + 1])) if pack >= 0 else NO_SLICES
+
+    def packs_of(self, sample: int, token: int) -> list[int]:
+        """Find the packs that hold a token of a sample, in a pass over all slices; for messages.
+
+        Args:
+            sample: index of the sample.
+            token: index within the sample.
+        """
+        found = np.flatnonzero(np.asarray(self._samples) == sample)
+        slices = self.slices(found)
+        holds = (slices.starts <= token) & (token < slices.starts + slices.lengths)
+        return (np.searchsorted(self._offsets, found[holds], "right") - 1).tolist()
 
     def slices_of_packs(self, packs_G: np.ndarray) -> tuple[SampleSlices, np.ndarray]:
         """Slices of some packs, concatenated.
