@@ -32,6 +32,10 @@ UNUSABLE: Mapping[int, str] = {
 OF_FILES = (*FULL, errno.EIO, errno.EROFS, errno.ESTALE)
 
 
+class NoRoomError(OSError):
+    """Too little space, found before anything is written; ``strerror`` says how much is missing."""
+
+
 def is_of_disk(error: OSError) -> bool:
     """Whether the error is about a place that cannot be written or read, and not about one file that is missing."""
     return error.errno in FULL or error.errno in UNUSABLE
@@ -45,6 +49,8 @@ def explain(error: OSError, place: Path | str) -> str:
         place: file or folder that was written or read; it need not exist.
     """
     number = error.errno or 0
+    if isinstance(error, NoRoomError):
+        return f"{FULL[number]}: {error.strerror}"
     if number in FULL:
         return f"{FULL[number]} ({free_space(place)})"
     if number in UNUSABLE:
@@ -87,22 +93,6 @@ def disk_error(error: BaseException) -> OSError | None:
         if found and int(found[1]) in OF_FILES:
             return OSError(int(found[1]), os.strerror(int(found[1])))
         seen = seen.__cause__ or seen.__context__
-    return None
-
-
-def writing_fails(folder: Path) -> OSError | None:
-    """Write a mebibyte into a folder and remove it; returns the error, for writers that hide theirs."""
-    file = folder / f".probe.{os.getpid()}"
-    try:
-        try:
-            with open(file, "wb") as stream:
-                stream.write(bytes(1 << 20))
-                stream.flush()
-                os.fsync(stream.fileno())
-        finally:
-            file.unlink(missing_ok=True)
-    except OSError as error:
-        return error
     return None
 
 

@@ -5,11 +5,9 @@ imports. Commands run in a new process where that is the point of a test, and ar
 """
 
 import contextlib
-import functools
 import multiprocessing
 import os
 import pickle
-import queue
 import runpy
 import socket
 import subprocess
@@ -28,39 +26,12 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["mft_megatron.training.pretrain", "torch._dynamo"])
 
 
-class _Results:
-    """A queue for one object at a time, between a process and its children."""
-
-    def __init__(self):
-        self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 (lives as long as the process)
-
-    def put(self, thing):
-        self._file.write(pickle.dumps(thing))
-
-    def get_nowait(self):
-        self._file.seek(0)
-        content = self._file.read()
-        self._file.seek(0)
-        self._file.truncate()
-        if not content:
-            raise queue.Empty
-        return pickle.loads(content)
-
-
 def _ready_forked_process():
-    """Set one thread, and let Megatron-Core's checkpoint writer return its results without another process.
-
-    Its queue would start a process that imports torch: two seconds on each rank.
-    """
+    """Set one thread."""
     import torch
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
-    # the function has had this name since 0.17, and one with an underscore before
-    name = "get_write_results_queue"
-    name = name if hasattr(filesystem_async, name) else f"_{name}"
-    setattr(filesystem_async, name, functools.cache(lambda *mode: _Results()))
 
 
 def _be_rank(rank, world_size, port):

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from mft_megatron.disk_errors import disk_error, explain, free_space, writing_fails
+from mft_megatron.disk_errors import disk_error, explain, free_space
 from mft_megatron.errors import InputError, disk_reported, run_command
 from tests.full_disk import largest_file
 from tests.ranks import ROOT
@@ -150,14 +150,6 @@ def test_several_files_that_cannot_be_copied_are_one_line(tmp_path, capsys):
     shutil.rmtree(tmp_path / "to")
     with pytest.raises(InputError, match=f"^{tmp_path}: File too large"), disk_reported(tmp_path, "x", "y"):
         copy()
-
-
-def test_a_folder_is_tried(tmp_path):
-    assert writing_fails(tmp_path) is None
-    with largest_file(1000):
-        assert writing_fails(tmp_path).errno == errno.EFBIG
-    assert writing_fails(tmp_path / "gone").errno == errno.ENOENT
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("text", ["'short'", "'longer than any buffer' * 9999"])

@@ -7,6 +7,7 @@ from mft_megatron.run_folder.files import remedy
 
 from .description import CheckpointRef, DamagedCheckpointError, is_of_megatron, read_info
 from .names import BEST, INFO, TRACKER, iteration_folder
+from .publishing import restore_replaced
 
 
 def latest_checkpoint(folder: Path | str, option: str = "--load") -> CheckpointRef:
@@ -29,7 +30,7 @@ def checkpoint_of(folder: Path | str, iteration: int, option: str = "--load") ->
         InputError: there is none, or it is unfinished or has another format.
     """
     path = iteration_folder(Path(folder), iteration)
-    if not path.is_dir():
+    if not path.is_dir() and not restore_replaced(path):
         there = ", ".join(sorted(found.name for found in Path(folder).glob("iter_*"))) or "no checkpoint"
         raise InputError(f"{option} {folder} --ckpt-step {iteration}: {path} does not exist; there is {there}")
     return _described(path, option)
@@ -89,7 +90,7 @@ def _named_checkpoint(folder: Path, file_name: str, option: str, absent: str, ot
             f"{remedy(file, INFO)}"
         )
     path = iteration_folder(folder, int(text))
-    if not path.is_dir():
+    if not path.is_dir() and not restore_replaced(path):
         raise InputError(
             f"{file} names iteration {text}, but {path} does not exist; correct the number in it; {remedy(path, INFO)}"
         )

@@ -14,8 +14,10 @@
     DIR/huggingface/                         for a model from Hugging Face: its config.json, generation configuration,
                                              tokenizer and licence, which an export copies unchanged
 
-The description is written last and renamed into place: a folder without it is an unfinished save and is not loaded.
-The files that name a checkpoint are written after it, and the checkpoints that they name are never removed.
+    DIR/.saving.iter_0000010.TOKEN           a checkpoint that is being written, and others of :mod:`.publishing`
+
+A checkpoint gets its name when all of it is on the disk. The description is its last file: a folder without it is no
+checkpoint. The files that name a checkpoint are written after it, and the checkpoints that they name are never removed.
 """
 
 from pathlib import Path

@@ -4,9 +4,13 @@ import contextlib
 import os
 from pathlib import Path
 
+from .publishing import sync_folder
+
 
 def replace_text(path: Path, text: str) -> None:
     """Write a small text file atomically: a reader sees the old content or the new, never a part.
+
+    It is on the disk when this returns.
 
     Raises:
         OSError: it cannot be written; the error names it.
@@ -18,6 +22,7 @@ def replace_text(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        sync_folder(path.parent)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)

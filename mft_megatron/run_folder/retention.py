@@ -7,7 +7,8 @@ from mft_megatron.errors import InputError
 
 from .description import CheckpointRef, read_info
 from .found import best_checkpoint, latest_checkpoint
-from .names import BEST, INFO, iteration_folder
+from .names import BEST, iteration_folder
+from .publishing import set_aside
 from .replace_text import replace_text
 
 
@@ -62,6 +63,9 @@ def _unnamed(folder: Path) -> list[CheckpointRef]:
 
 
 def remove_checkpoint(path: Path) -> None:
-    """Remove a checkpoint, its description first, so that an interruption leaves an unfinished save."""
-    (path / INFO).unlink()
-    shutil.rmtree(path)
+    """Remove a checkpoint, which is none from the first moment; an interruption leaves a leftover under another name.
+
+    Raises:
+        OSError: it cannot be removed.
+    """
+    shutil.rmtree(set_aside(path))

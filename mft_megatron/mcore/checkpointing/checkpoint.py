@@ -1,13 +1,14 @@
 """Megatron-Core distributed checkpoints: write one, load one into any parallel layout.
 
-A save is complete when its description (``mft_checkpoint.json``) and then the tracker file have been renamed to their
-final names; a save that was interrupted before is never loaded. Random-number states belong to a parallel layout and
-are restored only into the same one.
+A save is complete when its folder, and then the tracker file, have been renamed to their final names; a save that was
+interrupted before is never loaded. Random-number states belong to a parallel layout and are restored only into the same
+one.
 """
 
 import mft_megatron.mcore.platform.patched  # noqa: F401  (before Megatron-Core)
 
 import contextlib
+import dataclasses
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -17,15 +18,15 @@ from typing import Any, TypeAlias
 import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch.distributed.checkpoint.api import CheckpointException
 
 from mft_megatron import progress_marks
 from mft_megatron.arguments.groups.checkpointing import CheckpointArguments
-from mft_megatron.disk_errors import disk_error, explain, writing_fails
+from mft_megatron.disk_errors import disk_error, explain
 from mft_megatron.errors import InputError
-from mft_megatron.exit_codes import DAMAGED, DIVERGED
+from mft_megatron.exit_codes import DAMAGED, DIVERGED, STORAGE
 from mft_megatron.lora import is_adapter
 from mft_megatron.losses.focal import TaskStatistics
 from mft_megatron.mcore.optim.checkpointed_state import restore, stored_state, wanted_state
@@ -37,14 +38,17 @@ from mft_megatron.mcore.platform.releases import accepted
 from mft_megatron.mcore.trainer import Trainer
 from mft_megatron.run_folder.description import CheckpointInfo, write_info
 from mft_megatron.run_folder.names import TRACKER, iteration_folder
+from mft_megatron.run_folder.publishing import new_token, publish, unfinished_folder
 from mft_megatron.run_folder.replace_text import replace_text
+from mft_megatron.run_folder.space import refuse_without_room
 
-from .common_state import if_it_fails, require_common, write_common
+from .common_state import if_it_fails, require_common, sharded_copy, write_common
 from .failures import agreed, reading_failed, reason
 from .random_state import random_state, set_random_state, sharded_random_state
 from .save_plans import SavePlans
 from .shared_load import SharedLoad
 from .tensor_reader import TensorReader
+from .writers.save_in_progress import SaveInProgress
 
 # CPU tensors, numbers, strings, lists and dicts
 TrainingState: TypeAlias = dict[str, Any]
@@ -53,11 +57,27 @@ ShardedState: TypeAlias = dict[str, Any]
 _EXTRA_STATE = "_extra_state"
 
 
+class SaveError(InputError):
+    """A checkpoint could not be written, on any rank: nothing of it is left, and the run folder is as it was."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Unfinished:
+    """A checkpoint that is being written in ``folder``, and will be ``path``."""
+
+    path: Path
+    folder: Path
+    info: CheckpointInfo
+    when_complete: Callable[[], None] | None
+    part: SaveInProgress
+
+
 class Writer:
     """Writes one checkpoint at a time; with ``--async-save`` in the background.
 
     Background processes write a copy of the weights and states. All ranks learn in the same call of :meth:`poll` or
-    :meth:`finish` that writing has ended; only then is the checkpoint the newest of the run.
+    :meth:`finish` that writing has ended; only then is the checkpoint the newest of the run. Until it is, and if it
+    fails, what the run folder had stays as it was (:mod:`mft_megatron.run_folder.publishing`).
     """
 
     def __init__(self, options: CheckpointArguments, with_base: bool = True):
@@ -68,9 +88,9 @@ class Writer:
             with_base: include all weights; otherwise those of adapters alone.
         """
         self._options, self._with_base = options, with_base
-        self._queue = AsyncCallsQueue() if options.async_save else None
-        self._path = Path()
+        self._unfinished: _Unfinished | None = None
         self._plans: SavePlans | None = None
+        self._token: str | None = None
 
     @timeouts.long_waits()
     def save(
@@ -97,8 +117,8 @@ class Writer:
             the checkpoint's folder, complete unless it is written in the background.
 
         Raises:
-            InputError: this checkpoint, or the previous one in the background, could not be written; or a weight or a
-                state of the optimizer is not finite, and nothing is written; on every rank.
+            SaveError: this checkpoint, or the previous one in the background, could not be written; on every rank.
+            InputError: a weight or a state of the optimizer is not finite, and nothing is written; on every rank.
         """
         self.finish()
         progress_marks.mark("save", checkpoint=info.iteration)
@@ -106,58 +126,48 @@ class Writer:
         found = find_non_finite(trainer.chunks, trainer.optimizer, self._with_base)
         if found is not None:
             raise InputError(_not_saved(path, found), code=DIVERGED)
-
-        def begin() -> None:
-            shutil.rmtree(path, ignore_errors=True)  # left by an interrupted save, or by a run that is being repeated
-            path.mkdir(parents=True)
-
-        def describe() -> None:
-            write_info(path, info)
-            replace_text(folder / TRACKER, f"{info.iteration}\n")
-
-        def complete() -> None:
-            process_groups.barrier()
-            process_groups.write_on_main(path, describe, if_it_fails(path))
-            if when_complete is not None:
-                when_complete()
-
-        process_groups.write_on_main(path, begin, if_it_fails(path))
-        self._path = path
-        with _failure_reported(path), trainer.weights.whole(), _quiet():
+        unfinished = unfinished_folder(folder, info.iteration, self._job())
+        with _removed_after_error(unfinished), trainer.weights.whole(), _quiet():
             state = state_to_save(trainer, self._options, training_state, self._with_base)
             plans = self._plans_for(state)
-            request = dist_checkpointing.save(
-                state,
-                str(path),
-                sharded_strategy=plans.strategy,
-                validate_access_integrity=plans.is_new,
-                async_sharded_save=self._queue is not None,
-                # since 0.17 the default is the queue of another package
-                **accepted(dist_checkpointing.save, async_strategy="mcore"),
-            )
-            write_common(state, path)
-            if self._queue is not None:
-                request.add_finalize_fn(complete)
-                self._queue.schedule_async_request(request)
-        if self._queue is None:
-            complete()
+            _on_main(path, lambda: _begin(unfinished, plans.bytes))
+            sharded, common = save_preprocess(state, plans.is_new)
+            strategy = plans.strategy
+            # since 0.17 the default is the queue of another package
+            way = accepted(strategy.async_save, async_strategy="mcore")
+            part = strategy.async_save({**sharded, **sharded_copy(common)}, unfinished, **way)
+            part.write(in_background=self._options.async_save)
+            if process_groups.is_main() and part.failure is None:
+                part.failure = _failure(lambda: write_common(common, unfinished))
+        self._unfinished = _Unfinished(path, unfinished, info, when_complete, part)
+        if not self._options.async_save:
+            self._complete()
         return path
 
     def poll(self) -> None:
         """Complete a checkpoint whose writing has ended; a collective of all ranks.
 
         Raises:
-            InputError: it could not be written.
+            SaveError: it could not be written.
         """
-        self._complete(blocking=False)
+        if self._unfinished is not None and self._unfinished.part.has_ended():
+            self._complete(" in the background")
 
     def finish(self) -> None:
         """Wait for a checkpoint that is being written and complete it; a collective of all ranks.
 
         Raises:
-            InputError: it could not be written.
+            SaveError: it could not be written.
         """
-        self._complete(blocking=True)
+        if self._unfinished is not None:
+            self._complete(" in the background")
+
+    def _job(self) -> str:
+        """The job's word in the names of unfinished checkpoints, the same on all ranks."""
+        if self._token is None:
+            chosen = torch.tensor([int(new_token(), 16)])
+            self._token = f"{int(process_groups.broadcast_from_main(chosen)):08x}"
+        return self._token
 
     def _plans_for(self, state: dict[str, Any]) -> SavePlans:
         if self._plans is None:
@@ -165,12 +175,80 @@ class Writer:
         self._plans.adapt(state)
         return self._plans
 
-    def _complete(self, blocking: bool) -> None:
-        if self._queue is None or not self._queue.get_num_unfinalized_calls():
-            return
-        progress_marks.mark("save in the background", checkpoint=self._path.name)
-        with _failure_reported(self._path, " in the background"), _quiet(), timeouts.long_waits():
-            self._queue.maybe_finalize_async_calls(blocking)
+    @timeouts.long_waits()
+    def _complete(self, how: str = "") -> None:
+        """Wait for this rank's files, and make the checkpoint the newest once all ranks have written theirs."""
+        assert self._unfinished is not None
+        saved, self._unfinished = self._unfinished, None
+        progress_marks.mark(f"save{how}", checkpoint=saved.info.iteration)
+        saved.part.wait()
+        with _removed_after_error(saved.folder), _quiet():
+            _agree(saved.path, saved.part.failure, how)
+            results = saved.part.gather()
+
+            def publish_newest() -> None:
+                saved.part.write_index(results)
+                write_info(saved.folder, saved.info)
+                publish(saved.folder, saved.path)
+                replace_text(saved.path.parent / TRACKER, f"{saved.info.iteration}\n")
+
+            _on_main(saved.path, publish_newest, how)
+        if saved.when_complete is not None:
+            saved.when_complete()
+
+
+def _begin(unfinished: Path, needed: int) -> None:
+    """Make the folder that a checkpoint is written into, where there is room for it.
+
+    Raises:
+        OSError: there is none, or the folder cannot be made.
+    """
+    unfinished.parent.mkdir(parents=True, exist_ok=True)
+    refuse_without_room(unfinished.parent, needed)
+    unfinished.mkdir()
+
+
+def _failure(write: Callable[[], None]) -> OSError | None:
+    try:
+        write()
+    except OSError as error:
+        return error
+    return None
+
+
+def _on_main(path: Path, write: Callable[[], None], how: str = "") -> None:
+    """Write on the main rank alone, while the others wait; a collective of all ranks.
+
+    Raises:
+        SaveError: it cannot be written; on every rank.
+    """
+    _agree(path, _failure(write) if process_groups.is_main() else None, how)
+
+
+def _agree(path: Path, failure: Exception | None, how: str) -> None:
+    """Raise on every rank the first failure that a rank had in writing the checkpoint ``path``; a collective.
+
+    Raises:
+        SaveError: there is one.
+    """
+    message = None
+    if failure is not None:
+        disk = disk_error(failure)
+        why = reason(failure) if disk is None else explain(disk, path)
+        message = f"{path}: cannot be written{how} ({why}); {if_it_fails(path)}"
+    if (first := process_groups.first_of_any_rank(message)) is not None:
+        raise SaveError(first, code=STORAGE)
+
+
+@contextlib.contextmanager
+def _removed_after_error(unfinished: Path) -> Iterator[None]:
+    """Leave nothing of a checkpoint that cannot be completed, so that it does not fill the disk."""
+    try:
+        yield
+    except BaseException:
+        if process_groups.is_main():
+            shutil.rmtree(unfinished, ignore_errors=True)
+        raise
 
 
 def save(
@@ -335,15 +413,3 @@ def _quiet() -> Iterator[None]:
         warnings.filterwarnings("ignore", message="The argument order of load has been changed")
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
         yield
-
-
-@contextlib.contextmanager
-def _failure_reported(path: Path, how: str = "") -> Iterator[None]:
-    """Turn the failure of Megatron-Core's writers, which every rank learns of, into a one-line error."""
-    try:
-        yield
-    except (OSError, CheckpointException) as error:  # torch's is no subclass of Exception
-        # torch and the writing processes hide why the disk took no more
-        disk = disk_error(error) or writing_fails(path)
-        why = reason(error) if disk is None else explain(disk, path)
-        raise InputError(f"{path}: cannot be written{how} ({why}); {if_it_fails(path)}") from error

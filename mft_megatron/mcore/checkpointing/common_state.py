@@ -8,16 +8,16 @@ import mft_megatron.mcore.platform.patched  # noqa: F401  (before Megatron-Core)
 
 import inspect
 import io
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 
-from mft_megatron.common_state import COMMON, ENTRY
+from mft_megatron.common_state import COMMON, ENTRY, OBJECT
 from mft_megatron.errors import InputError
-from mft_megatron.mcore.parallel import process_groups
 from mft_megatron.run_folder.files import remedy
 from mft_megatron.run_folder.names import INFO, TRACKER
 
@@ -34,23 +34,24 @@ def if_it_fails(path: Path) -> str:
     return f"no checkpoint was completed in {path.parent}, so nothing can be resumed from there yet"
 
 
-def write_common(state: dict[str, Any], path: Path) -> None:
-    """Write ``common.pt``, on the main rank, where Megatron-Core's save has not; a collective of all ranks.
+def write_common(common: dict[str, Any], path: Path) -> None:
+    """Write ``common.pt``, on the main rank alone.
 
     Args:
-        state: the sharded state dict that was given to Megatron-Core's save.
+        common: the state that is not sharded.
         path: the checkpoint's folder.
 
     Raises:
-        InputError: the file cannot be written; on every rank.
+        OSError: it cannot be written.
     """
+    _write(common, path / COMMON)
 
-    def write() -> None:
-        if not (path / COMMON).exists():
-            _, common = save_preprocess(state, validate_access_integrity=False)
-            _write(common, path / COMMON)
 
-    process_groups.write_on_main(path / COMMON, write, if_it_fails(path))
+def sharded_copy(common: dict[str, Any]) -> dict[str, ShardedObject]:
+    """The entries of a sharded state dict in which this release of Megatron-Core looks for the common state."""
+    if not _READS_OBJECT:
+        return {}
+    return {OBJECT: ShardedObject(OBJECT, common, (1,), (0,), replica_id=torch.distributed.get_rank())}
 
 
 def write_no_common(path: Path) -> None:
@@ -66,7 +67,10 @@ def _write(common: dict[str, Any], file: Path) -> None:
     # torch.save to a path would hide the OSError of a full disk
     content = io.BytesIO()
     torch.save(common, content)
-    file.write_bytes(content.getbuffer())
+    with open(file, "xb") as stream:
+        stream.write(content.getbuffer())
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def require_common(path: Path, reader: TensorReader) -> None:

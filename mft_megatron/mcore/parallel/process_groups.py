@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mft_megatron.arguments.groups.distributed import DistributedArguments
 from mft_megatron.batch import Ranks
-from mft_megatron.disk_errors import explain
+from mft_megatron.disk_errors import explain, named_file
 from mft_megatron.errors import InputError
 from mft_megatron.mcore.platform import devices
 
@@ -240,7 +240,7 @@ def write_on_main(place: Path, write: Callable[[], object], consequence: str) ->
             try:
                 write()
             except OSError as error:
-                problem = f"{error.filename or place}: cannot be written: {explain(error, place)}; {consequence}"
+                problem = f"{named_file(error) or place}: cannot be written: {explain(error, place)}; {consequence}"
         raise_on_all_ranks(problem)
 
 

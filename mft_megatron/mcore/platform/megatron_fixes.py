@@ -108,3 +108,16 @@ def precise_states_without_transformer_engine() -> None:
         optimizer_config.is_te_min_version("0")
     except TypeError:
         optimizer_config.is_te_min_version = lambda version: False
+
+
+def write_without_results_process() -> None:
+    """Let Megatron-Core's checkpoint writers start no process that hands over their results.
+
+    The first save of each rank would start one, and a second that watches it: they import torch, which takes seconds,
+    stay when the rank is killed, and hold its output. Results are handed over by
+    :class:`mft_megatron.mcore.checkpointing.writers.background.Background` instead.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    if filesystem_async._results_queue is None:
+        filesystem_async._results_queue = "unused"

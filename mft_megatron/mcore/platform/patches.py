@@ -95,6 +95,9 @@ WHERE_NEEDED = {
     "weight gradients without apex": Patch(
         megatron_fixes.sum_weight_gradients_without_apex, f"{_FIXES}::test_linear_layers_ask_apex"
     ),
+    "results of checkpoint writers": Patch(
+        megatron_fixes.write_without_results_process, f"{_FIXES}::test_writers_start_a_process_for_their_results"
+    ),
 }
 PATCHES = (
     WITHOUT_CUDA

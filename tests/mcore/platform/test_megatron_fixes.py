@@ -175,3 +175,20 @@ def _precise_config():
 def test_offloading_asks_transformer_engine():
     replaced, needed = run_on_ranks(1, _precise_config)[0]
     assert replaced == needed
+
+
+def test_writers_start_a_process_for_their_results(monkeypatch):
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    # the function has had this name since 0.17, and one with an underscore before
+    name = "get_write_results_queue"
+    queue = getattr(filesystem_async, name if hasattr(filesystem_async, name) else f"_{name}")
+    started = []
+    monkeypatch.setattr(filesystem_async, "_results_queue", None)
+    monkeypatch.setattr("multiprocessing.context.BaseContext.Manager", lambda context: started.append(context))
+    with pytest.raises(AttributeError):  # there is no queue in this manager
+        queue()
+    assert len(started) == 1
+    megatron_fixes.write_without_results_process()
+    queue()
+    assert len(started) == 1
