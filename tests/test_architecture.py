@@ -26,7 +26,7 @@ FLOORS = {
 # A file imports from its own sub-package and from those listed before it; "a|b" are modules at the top of the room.
 ORDER = {
     "run_folder": (
-        "names|publishing|space|replace_text|files|content|configuration|tokenizer|outcome",
+        "names|publishing|space|replace_text|file_hash|manifest|files|content|configuration|tokenizer|outcome",
         "description",
         "found",
         "retention",

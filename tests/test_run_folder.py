@@ -15,6 +15,7 @@ from mft_megatron.run_folder.found import best_checkpoint, latest_checkpoint
 from mft_megatron.run_folder.names import BEST, INFO, TRACKER, iteration_folder
 from mft_megatron.run_folder.replace_text import replace_text
 from mft_megatron.run_folder.retention import record_best, remove_checkpoint, superseded
+from tests.descriptions import description_of
 
 
 def checkpoint(folder, iteration, **options):
@@ -77,7 +78,7 @@ def test_a_folder_without_such_a_file_is_refused(tmp_path):
 
 def test_a_description_without_the_newer_fields_can_be_read(tmp_path):
     path = checkpoint(tmp_path, 10)
-    content = json.loads((path / INFO).read_text())
+    content = description_of(path / INFO)
     del content["best"], content["asked_for"], content["order_version"]
     content["format_version"] = 2
     (path / INFO).write_text(json.dumps(content))

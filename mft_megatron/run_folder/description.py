@@ -1,4 +1,7 @@
-"""The description of a checkpoint, which is read before any weight."""
+"""The description of a checkpoint, which is read before any weight.
+
+It protects itself: its last entry is a digest of the others, so a description that was edited or damaged is refused.
+"""
 
 import dataclasses
 import json
@@ -10,13 +13,17 @@ from mft_megatron.errors import InputError
 from mft_megatron.lora import Lora
 from mft_megatron.parsing.typed_json import from_json, parse_json
 
+from .file_hash import digest
+from .manifest import DamagedCheckpointError
 from .names import INFO
 from .replace_text import replace_text
 
 # Version 2 stores optimizer states by weight, independent of the optimizer; of version 1 only weights can be loaded.
 # Version 3 names the order of the data that the run follows, and its normalisation.
-FORMAT_VERSION = 3
-READABLE_VERSIONS = (1, 2, 3)
+# Version 4 has hashes of all files, itself included.
+FORMAT_VERSION = 4
+READABLE_VERSIONS = (1, 2, 3, 4)
+_DIGEST = "digest"
 # ``source`` of a model from Megatron-LM that no Hugging Face architecture can express.
 OF_NO_FAMILY = "Megatron-LM"
 
@@ -56,6 +63,8 @@ class CheckpointInfo:
         base_digest: :func:`content_digest` of ``base``.
         order_version: version of the order of packs (docs/FORMATS.md); 1 where a checkpoint does not say.
         mft_normalization: ``--mft-normalization``; older checkpoints do not say, and it was global unless it was given.
+        manifest: digest of the manifest, which has the hashes of all other files; empty where there is none, as in
+            format versions before 4.
         format_version: version of this format.
     """
 
@@ -85,6 +94,7 @@ class CheckpointInfo:
     base_digest: str = ""
     order_version: int = 1
     mft_normalization: str = "global"
+    manifest: str = ""
     format_version: int = FORMAT_VERSION
 
     @property
@@ -96,10 +106,6 @@ class CheckpointInfo:
     def from_hugging_face(self) -> bool:
         """Whether an export copies the configuration of the Hugging Face model that it came from."""
         return self.source not in ("", OF_NO_FAMILY)
-
-
-class DamagedCheckpointError(InputError):
-    """A checkpoint is unfinished or damaged; another one may be whole."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,13 +126,20 @@ def read_info(path: Path, option: str = "--load") -> CheckpointInfo:
     file = path / INFO
     try:
         content = parse_json(file)
-        version = content.get("format_version", FORMAT_VERSION) if isinstance(content, dict) else FORMAT_VERSION
+        if not isinstance(content, dict):
+            raise ValueError("it holds no object")
+        version = content.get("format_version", FORMAT_VERSION)
         if version not in READABLE_VERSIONS:  # before its fields, which may be others
             known = ", ".join(map(str, READABLE_VERSIONS))
             raise InputError(f"{file}: format version {version}, this program reads {known}")
-        info = from_json(CheckpointInfo, content)
+        fields = {name: value for name, value in content.items() if name != _DIGEST}
+        info = from_json(CheckpointInfo, fields)
         if info.lora is not None:
             Lora.from_dict(info.lora)
+        if version >= 4 and _DIGEST not in content:
+            raise ValueError("it has no digest")
+        if _DIGEST in content and file.read_bytes() != description_text(fields).encode():
+            raise DamagedCheckpointError(f"{file}: changed since it was written: its digest is another; restore it")
     except FileNotFoundError:
         if is_of_megatron(path):
             raise InputError(
@@ -154,4 +167,10 @@ def is_of_megatron(path: Path) -> bool:
 
 def write_info(path: Path, info: CheckpointInfo) -> None:
     """Write ``info`` into the checkpoint folder ``path``, as the last file of a save."""
-    replace_text(path / INFO, json.dumps(dataclasses.asdict(info), indent=2) + "\n")
+    replace_text(path / INFO, description_text(dataclasses.asdict(info)))
+
+
+def description_text(content: dict[str, Any]) -> str:
+    """The text of a description with this content, and the digest of it."""
+    own = digest(json.dumps(content).encode())
+    return json.dumps({**content, _DIGEST: own}, indent=2) + "\n"

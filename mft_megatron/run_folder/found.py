@@ -5,7 +5,8 @@ from pathlib import Path
 from mft_megatron.errors import InputError
 from mft_megatron.run_folder.files import remedy
 
-from .description import CheckpointRef, DamagedCheckpointError, is_of_megatron, read_info
+from .description import CheckpointRef, is_of_megatron, read_info
+from .manifest import DamagedCheckpointError
 from .names import BEST, INFO, TRACKER, iteration_folder
 from .publishing import restore_replaced
 

@@ -3,6 +3,7 @@
 ::
 
     DIR/iter_0000010/                        Megatron-Core distributed checkpoint (torch_dist) …
+    DIR/iter_0000010/mft_manifest.json       … sizes and hashes of its files …
     DIR/iter_0000010/mft_checkpoint.json     … and this project's description of it: CheckpointInfo
     DIR/latest_checkpointed_iteration.txt    iteration of the newest complete checkpoint (Megatron's name and content)
     DIR/best_checkpointed_iteration.txt      iteration of the checkpoint with the best evaluation
@@ -25,6 +26,7 @@ from pathlib import Path
 TRACKER = "latest_checkpointed_iteration.txt"
 BEST = "best_checkpointed_iteration.txt"
 INFO = "mft_checkpoint.json"
+MANIFEST = "mft_manifest.json"
 CONFIG = "config.yaml"
 OUTCOME = "outcome.json"
 METRICS = "metrics.jsonl"

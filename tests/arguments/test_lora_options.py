@@ -12,6 +12,7 @@ from mft_megatron.run_folder.configuration import effective_configuration
 from mft_megatron.run_folder.content import content_digest
 from tests.arguments.command_line import WITHOUT_SHAPE, checkpoint, parse, resumed
 from tests.command_lines import SHORT_RUN
+from tests.descriptions import description_of, redescribe
 from tests.refusals import refused
 
 LORA = Lora(8, 16.0, read_targets(["q_proj", "linear_proj"], gated=True))
@@ -200,9 +201,9 @@ def test_checkpoints_of_adapters_must_not_replace_their_model(tmp_path):
 def test_a_damaged_description_of_adapters_is_refused(tmp_path):
     folder = _with_adapters(tmp_path / "run")
     file = folder / "iter_0000005" / "mft_checkpoint.json"
-    content = json.loads(file.read_text())
-    del content["lora"]["targets"]
-    file.write_text(json.dumps(content))
+    lora = description_of(file)["lora"]
+    del lora["targets"]
+    redescribe(file, lora=lora)
     with refused("mft_checkpoint.json: not a checkpoint description (Object missing required field `targets`); "):
         resumed(f"--load {folder}")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from mft_megatron.convert.commands.check import check
+from tests.descriptions import redescribe
 from tests.ranks import run_on_ranks
 from tests.refusals import refused_call
 
@@ -65,7 +66,7 @@ def test_output_and_failures(models, tmp_path):
     generation.write_text('{"eos_token_id": 511}')
     shutil.copytree(models / "checkpoint of model", tmp_path / "run")
     file = tmp_path / "run" / "iter_0000000" / "mft_checkpoint.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "vocab_size": 510}))
+    redescribe(file, vocab_size=510)
     (plain, same, other, low, strict, from_file, wrong, smaller), in_16_bits = run_on_ranks(
         1,
         _check,
@@ -119,7 +120,7 @@ def test_what_is_served_is_what_was_trained(models, dataset_prefix, tokenizer_fo
     trained = {"name": "mftcoder", "source": "{{ messages[0].content }}", "others": {}}
     of_data = {**ledger["tokenizer"], "fingerprint": "of files that are gone"}
     tokenizer = {**of_data, "stop_token_ids": [3, 9], "chat_template": trained}
-    file.write_text(json.dumps({**json.loads(file.read_text()), "tokenizer": tokenizer}))
+    redescribe(file, tokenizer=tokenizer)
     data = ["--data-path", dataset_prefix]
     (passed, other, of_run, of_both), _ = run_on_ranks(
         1,

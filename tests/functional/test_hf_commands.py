@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from tests.descriptions import redescribe
 from tests.ranks import run_tool, torchrun
 
 RUN = (
@@ -95,7 +96,7 @@ def test_a_data_set_that_needs_more_tokens_is_refused(checkpoint, dataset_prefix
     small = tmp_path / "small"
     shutil.copytree(checkpoint, small)
     file = small / "iter_0000000" / "mft_checkpoint.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "vocab_size": 499}))
+    redescribe(file, vocab_size=499)
     command_line = [*RUN[2:], "--data-path", str(dataset_prefix), "--lr", "1e-3", "--load"]
     dataset = PackedDataset.open(str(dataset_prefix), 128)
     with pytest.raises(InputError, match=r"vocabulary of 499, .* has 500; preprocess the data with the model's token"):

@@ -13,6 +13,7 @@ import yaml
 
 from tests.batches import one_segment
 from tests.command_lines import SMALL
+from tests.descriptions import description_of, redescribe
 from tests.full_disk import largest_file
 from tests.made_dataset import batch_of_packs
 from tests.preprocessed_again import preprocess_again
@@ -206,8 +207,7 @@ def test_export_refuses_in_one_line(run_folder, hf_folder, tmp_path):
     other = tmp_path / "gelu"
     shutil.copytree(run_folder, other)
     info = other / "iter_0000005" / "mft_checkpoint.json"
-    content = json.loads(info.read_text())
-    info.write_text(json.dumps({**content, "architecture": {**content["architecture"], "swiglu": False}}))
+    redescribe(info, architecture={**description_of(info)["architecture"], "swiglu": False})
     line = refusal(run_forked(*tool, "--load", other, "--hf", tmp_path / "hf"))
     assert "swiglu is False, Llama has True" in line
     assert not list(tmp_path.glob("*hf*"))

@@ -25,6 +25,7 @@ from mft_megatron.training.saving.kept_files import keep_tokenizer
 from mft_megatron.training.saving.resume import resume
 from mft_megatron.training.saving.saver import Saver
 from mft_megatron.training.saving.sources import Sources
+from tests.descriptions import description_of
 
 
 @pytest.fixture
@@ -351,9 +352,9 @@ def test_old_descriptions_are_asked_for(job):
     run = job()
     run.step(10, best=True)
     file = iteration_folder(run.folder, 10) / INFO
-    content = json.loads(file.read_text())
+    content = description_of(file)
     assert (content.pop("best"), content.pop("asked_for")) == (True, False)
-    file.write_text(json.dumps(content))
+    file.write_text(json.dumps({**content, "format_version": 2}))
     assert run.step(20, best=True) == [10, 20]
 
 

@@ -12,6 +12,7 @@ from mft_megatron.mcore.checkpointing.tensor_writer import Weight, write_weights
 from mft_megatron.mcore.checkpointing.weight_source import WeightSlice, WeightSource
 from mft_megatron.mcore.platform.precisions import BY_DTYPE
 from mft_megatron.run_folder.description import CheckpointInfo, write_info
+from mft_megatron.run_folder.manifest import write_manifest
 from mft_megatron.run_folder.names import HUGGINGFACE, TRACKER, iteration_folder
 from mft_megatron.run_folder.replace_text import replace_text
 
@@ -65,7 +66,7 @@ def write_checkpoint(
     with replacing(target) as partial:
         path = iteration_folder(partial, 0)
         path.mkdir()
-        write_weights(path, weights, slices, source, FILE_BYTES)
+        files = write_weights(path, weights, slices, source, FILE_BYTES)
         keep(partial / HUGGINGFACE)
-        write_info(path, info)
+        write_info(path, dataclasses.replace(info, manifest=write_manifest(path, files)))
         replace_text(partial / TRACKER, "0\n")

@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from mft_megatron import progress_marks
 from mft_megatron.arguments.groups.checkpointing import CheckpointArguments
+from mft_megatron.common_state import COMMON
 from mft_megatron.disk_errors import disk_error, explain
 from mft_megatron.errors import InputError
 from mft_megatron.exit_codes import DAMAGED, DIVERGED, STORAGE
@@ -37,6 +38,7 @@ from mft_megatron.mcore.platform.checkpoint_pickles import refuse_code
 from mft_megatron.mcore.platform.releases import accepted
 from mft_megatron.mcore.trainer import Trainer
 from mft_megatron.run_folder.description import CheckpointInfo, write_info
+from mft_megatron.run_folder.manifest import write_manifest
 from mft_megatron.run_folder.names import TRACKER, iteration_folder
 from mft_megatron.run_folder.publishing import new_token, publish, unfinished_folder
 from mft_megatron.run_folder.replace_text import replace_text
@@ -138,7 +140,7 @@ class Writer:
             part = strategy.async_save({**sharded, **sharded_copy(common)}, unfinished, **way)
             part.write(in_background=self._options.async_save)
             if process_groups.is_main() and part.failure is None:
-                part.failure = _failure(lambda: write_common(common, unfinished))
+                part.failure = _failure(lambda: part.hashes.update({COMMON: write_common(common, unfinished)}))
         self._unfinished = _Unfinished(path, unfinished, info, when_complete, part)
         if not self._options.async_save:
             self._complete()
@@ -184,11 +186,11 @@ class Writer:
         saved.part.wait()
         with _removed_after_error(saved.folder), _quiet():
             _agree(saved.path, saved.part.failure, how)
-            results = saved.part.gather()
+            written = saved.part.gather()
 
             def publish_newest() -> None:
-                saved.part.write_index(results)
-                write_info(saved.folder, saved.info)
+                manifest = write_manifest(saved.folder, saved.part.write_index(written))
+                write_info(saved.folder, dataclasses.replace(saved.info, manifest=manifest))
                 publish(saved.folder, saved.path)
                 replace_text(saved.path.parent / TRACKER, f"{saved.info.iteration}\n")
 

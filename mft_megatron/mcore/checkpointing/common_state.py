@@ -8,7 +8,6 @@ import mft_megatron.mcore.platform.patched  # noqa: F401  (before Megatron-Core)
 
 import inspect
 import io
-import os
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from mft_megatron.common_state import COMMON, ENTRY, OBJECT
 from mft_megatron.errors import InputError
+from mft_megatron.run_folder.file_hash import FileHash, write_hashed
 from mft_megatron.run_folder.files import remedy
 from mft_megatron.run_folder.names import INFO, TRACKER
 
@@ -34,17 +34,20 @@ def if_it_fails(path: Path) -> str:
     return f"no checkpoint was completed in {path.parent}, so nothing can be resumed from there yet"
 
 
-def write_common(common: dict[str, Any], path: Path) -> None:
+def write_common(common: dict[str, Any], path: Path) -> FileHash:
     """Write ``common.pt``, on the main rank alone.
 
     Args:
         common: the state that is not sharded.
         path: the checkpoint's folder.
 
+    Returns:
+        size and hashes of the file.
+
     Raises:
         OSError: it cannot be written.
     """
-    _write(common, path / COMMON)
+    return _write(common, path / COMMON)
 
 
 def sharded_copy(common: dict[str, Any]) -> dict[str, ShardedObject]:
@@ -54,23 +57,23 @@ def sharded_copy(common: dict[str, Any]) -> dict[str, ShardedObject]:
     return {OBJECT: ShardedObject(OBJECT, common, (1,), (0,), replica_id=torch.distributed.get_rank())}
 
 
-def write_no_common(path: Path) -> None:
+def write_no_common(path: Path) -> FileHash:
     """Write the ``common.pt`` of a checkpoint that holds weights alone.
+
+    Returns:
+        size and hashes of the file.
 
     Raises:
         OSError: it cannot be written.
     """
-    _write({}, path / COMMON)
+    return _write({}, path / COMMON)
 
 
-def _write(common: dict[str, Any], file: Path) -> None:
+def _write(common: dict[str, Any], file: Path) -> FileHash:
     # torch.save to a path would hide the OSError of a full disk
     content = io.BytesIO()
     torch.save(common, content)
-    with open(file, "xb") as stream:
-        stream.write(content.getbuffer())
-        stream.flush()
-        os.fsync(stream.fileno())
+    return write_hashed(file, content.getbuffer())
 
 
 def require_common(path: Path, reader: TensorReader) -> None:

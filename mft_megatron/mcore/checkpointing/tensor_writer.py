@@ -27,11 +27,15 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
 
+from mft_megatron.common_state import COMMON
 from mft_megatron.disk_errors import disk_error
+from mft_megatron.run_folder.file_hash import FileHash, hash_file
+from mft_megatron.run_folder.files import FORMAT
 
 from .common_state import write_no_common
 from .finite import refuse_to_write
 from .weight_source import WeightSlice, WeightSource
+from .writers.hashed_files import HashedFileSystem
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +53,7 @@ def write_weights(
     slices: Sequence[WeightSlice],
     source: WeightSource,
     file_bytes: int,
-) -> None:
+) -> Mapping[str, FileHash]:
     """Write the checkpoint ``path``, an existing, empty folder.
 
     Args:
@@ -59,11 +63,16 @@ def write_weights(
         source: the content of the slices, in their weight's dtype.
         file_bytes: bytes after which a new file is begun. Memory is that of one file's slices.
 
+    Returns:
+        size and hashes of the files by name.
+
     Raises:
         InputError: an element of a weight is NaN or infinite.
         OSError: a file cannot be written.
     """
+    files: dict[str, FileHash] = {}
     writer = FileSystemWriter(path)
+    writer.fs = HashedFileSystem(files)
     writer.set_up_storage_writer(is_coordinator=True)
     planner = _SlicePlanner(slices, source)
     plans = [SavePlan([_item(part, weights) for part in group]) for group in _files(slices, weights, file_bytes)]
@@ -75,8 +84,9 @@ def write_weights(
         except RuntimeError as error:
             # on a full disk torch.save raises its own error over the OSError that names the cause
             raise disk_error(error) or error from None
-    write_no_common(path)
+    files[COMMON] = write_no_common(path)
     save_config(CheckpointingConfig("torch_dist", 1), str(path))
+    files[FORMAT] = hash_file(path / FORMAT)
     chunks: dict[str, list[ChunkStorageMetadata]] = {name: [] for name in weights}
     for part in slices:
         chunks[part.name].append(_chunk(part))
@@ -85,6 +95,7 @@ def write_weights(
         for name, weight in weights.items()
     }
     writer.finish(Metadata(content), written)
+    return files
 
 
 def _chunk(part: WeightSlice) -> ChunkStorageMetadata:

@@ -17,6 +17,7 @@ from mft_megatron.mcore.checkpointing.tensor_reader import TensorReader
 from mft_megatron.run_folder.content import content_digest
 from mft_megatron.run_folder.names import HUGGINGFACE, TOKENIZER
 from tests.convert import made_adapters, tiny_models
+from tests.descriptions import description_of, redescribe
 from tests.full_disk import largest_file
 from tests.refusals import refused_call
 
@@ -245,7 +246,7 @@ def test_stop_tokens_of_a_model_without_generation_configuration(cases, tmp_path
     shutil.copytree(case.hf, tmp_path / "hf", ignore=shutil.ignore_patterns("generation_config.json"))
     shutil.copytree(case.adapters, tmp_path / "run")
     file = tmp_path / "run" / "iter_0000007" / "mft_checkpoint.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "tokenizer": {"stop_token_ids": [5, 9]}}))
+    redescribe(file, tokenizer={"stop_token_ids": [5, 9]})
     for number, words in enumerate((("--load", tmp_path / "run"), ("--adapter", case.peft))):
         merge_lora([*map(str, words), "--base", str(tmp_path / "hf"), "--hf", str(tmp_path / str(number))])
     assert json.loads((tmp_path / "0" / "generation_config.json").read_text()) == {"eos_token_id": [5, 9]}
@@ -261,7 +262,7 @@ def test_the_chat_format_that_was_trained(cases, tmp_path, capsys, base_has_temp
     file = run / "iter_0000007" / "mft_checkpoint.json"
     trained = {"name": "mftcoder", "source": "{{ trained }}", "others": {}}
     tokenizer = {"stop_token_ids": [3, 9], "chat_template": trained}
-    file.write_text(json.dumps({**json.loads(file.read_text()), "tokenizer": tokenizer}))
+    redescribe(file, tokenizer=tokenizer)
     (run / HUGGINGFACE / "chat_template.jinja").write_text("{{ of the model }}")
     shutil.copytree(case.hf, tmp_path / "hf")
     if base_has_template:
@@ -327,13 +328,13 @@ def test_a_base_that_is_gone_or_has_changed(cases, tmp_path, capsys):
     case, target = cases("qwen2 tied"), tmp_path / "merged"
     shutil.copytree(case.adapters, tmp_path / "run")
     file = tmp_path / "run" / "iter_0000007" / "mft_checkpoint.json"
-    description = json.loads(file.read_text())
+    description = description_of(file)
     for changes, reason in (
         ({"base": ""}, "does not say of which model; give --base"),
         ({"base": str(tmp_path / "gone")}, "which is gone; give --base, where it is now"),
         ({"base_digest": "0"}, "has changed since; give --base, the one that the adapters were trained on"),
     ):
-        file.write_text(json.dumps({**description, **changes}))
+        redescribe(file, **{**description, **changes})
         assert reason in refusal(target, "--load", tmp_path / "run")
     merge_lora(["--load", str(tmp_path / "run"), "--base", str(case.hf), "--hf", str(target)])
     assert f"note: --base {case.hf} holds other files than" in capsys.readouterr().out

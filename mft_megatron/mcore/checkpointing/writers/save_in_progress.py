@@ -14,14 +14,15 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.storage import WriteResult
 
 from mft_megatron.mcore.parallel import process_groups
+from mft_megatron.run_folder.file_hash import FileHash, hash_file
 from mft_megatron.run_folder.files import FORMAT
 from mft_megatron.run_folder.publishing import sync_file
 
 from .background import Background
-from .part_files import PartFile, write_files
+from .hashed_files import HashedFileSystem
+from .part_files import PartFile, Written, write_files
 
 # of torch.distributed.checkpoint, with the folder
 StorageWriter: TypeAlias = Any
@@ -32,6 +33,7 @@ class SaveInProgress:
 
     Attributes:
         failure: why this rank's files could not be written, once they are.
+        hashes: of files by name that the main rank writes besides.
     """
 
     def __init__(self, writer: StorageWriter, index: Metadata | None):
@@ -42,9 +44,10 @@ class SaveInProgress:
             index: of the checkpoint, without places; on the main rank alone.
         """
         self._writer, self._index = writer, index
-        self._results: list[WriteResult] = []
-        self._background: Background[list[WriteResult]] | None = None
+        self._written = Written()
+        self._background: Background[Written] | None = None
         self.failure: Exception | None = None
+        self.hashes: dict[str, FileHash] = {}
 
     def write(self, in_background: bool) -> None:
         """Copy what this rank writes to the host, and write it; no error is raised here, on a rank alone.
@@ -58,7 +61,7 @@ class SaveInProgress:
             # what was copied need not stay on the device until the files are written
             copy_to_host = self._writer.write_buckets = None
             if not in_background:
-                self._results = write_files(files)
+                self._written = write_files(files)
             elif files:
                 self._background = Background(functools.partial(write_files, files))
         except Exception as error:
@@ -72,31 +75,37 @@ class SaveInProgress:
         """Wait until this rank has written."""
         if self._background is not None:
             try:
-                self._results = self._background.result()
+                self._written = self._background.result()
             except Exception as error:
                 self.failure = error
             self._background = None
 
-    def gather(self) -> list[list[WriteResult]]:
-        """Gather on the main rank where each item is; empty on the others; a collective of all ranks."""
+    def gather(self) -> list[Written]:
+        """Gather on the main rank what each rank has written; empty on the others; a collective of all ranks."""
         gathered: list[Any] | None = [None] * dist.get_world_size() if process_groups.is_main() else None
-        dist.gather_object(self._results, gathered)
+        dist.gather_object(self._written, gathered)
         return gathered or []
 
-    def write_index(self, results: list[list[WriteResult]]) -> None:
+    def write_index(self, written: list[Written]) -> dict[str, FileHash]:
         """Write the files of the whole checkpoint, on the main rank alone.
 
         Args:
-            results: of all ranks.
+            written: by each rank.
+
+        Returns:
+            size and hashes of all files of the checkpoint by name.
 
         Raises:
             OSError: one cannot be written.
         """
         assert self._index is not None
         folder = Path(self._writer.checkpoint_dir)
-        self._writer.finish(self._index, results)
+        files = {**self.hashes, **{name: found for part in written for name, found in part.hashes.items()}}
+        self._writer.fs = HashedFileSystem(files)
+        self._writer.finish(self._index, [part.items for part in written])
         save_config(CheckpointingConfig("torch_dist", 1), str(folder))
         sync_file(folder / FORMAT)
+        return {**files, FORMAT: hash_file(folder / FORMAT)}
 
 
 class SaveStrategy(TorchDistSaveShardedStrategy):

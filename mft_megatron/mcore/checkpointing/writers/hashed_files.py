@@ -1,0 +1,40 @@
+"""The file system of torch's checkpoint writers, with files that are hashed while they are written."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch.distributed.checkpoint.filesystem import FileSystem
+
+from mft_megatron.run_folder.file_hash import FileHash, create_hashed
+
+
+class HashedFileSystem(FileSystem):
+    """Local files; those that are written are hashed."""
+
+    def __init__(self, files: dict[str, FileHash]):
+        """
+        Args:
+            files: takes size and hashes of each file by name when it is closed.
+        """
+        super().__init__()
+        self._files = files
+
+    @contextlib.contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[object]:  # type: ignore[override]
+        """Open a file."""
+        if mode != "wb":
+            with super().create_stream(path, mode) as stream:
+                yield stream
+            return
+        buffer, file = create_hashed(path)
+        with buffer:
+            yield buffer
+        self._files[Path(path).name] = file.result()
+
+    def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
+        """Rename a file."""
+        super().rename(path, new_path)
+        if (written := self._files.pop(Path(path).name, None)) is not None:
+            self._files[Path(new_path).name] = written
