@@ -32,7 +32,7 @@ TEST_WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(TEST_WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo mft-vs-mixed test test-kernels test-all test-newest test-oldest test-with-others gpu-ready test-gpu bench-gpu \
+.PHONY: help setup demo mft-vs-mixed test test-kernels test-all test-faults test-newest test-oldest test-with-others gpu-ready test-gpu bench-gpu \
 	imports lint sanitize docs clean
 
 help: ## list the targets
@@ -55,6 +55,10 @@ test-kernels: setup ## the tests of kernels with Triton, by its interpreter and 
 
 test-all: setup ## all tests, those that take minutes too
 	$(PYTEST)
+
+# SEED and CHAIN repeat a chain of kills; KILLS=50 for a shorter round
+test-faults: setup ## 200 times kill -9 at random instants of every kind of job, each resumed and compared; about 40 minutes
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m tests.faults.run $(KILLS:%=--kills %) $(SEED:%=--seed %) $(CHAIN:%=--chain %)
 
 test-newest: ## the tests of every change on Python 3.12 or 3.13 with the newest Megatron-Core and torch, in .venv-newest
 	@$(or $(PYTHON_NEWEST),false) -c '$(IS_NEWEST)' 2>/dev/null || { \

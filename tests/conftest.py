@@ -8,6 +8,7 @@ from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 from tests import source_code
+from tests.made_tokenizer import write_tokenizer
 from tests.ranks import run_tool
 
 # no test depends on the speed of the machine
@@ -17,22 +18,9 @@ settings.load_profile("without clocks")
 
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory):
-    """A Hugging Face tokenizer folder: byte-level BPE with 500 ids, trained on a module of source code."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    special = ["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"]
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=500, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator([source_code.module(seed=1, functions=136)], trainer)
+    """The folder of :mod:`tests.made_tokenizer`."""
     folder = tmp_path_factory.mktemp("tokenizer")
-    tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": special[0], "pad_token": special[1]}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    write_tokenizer(folder)
     return folder
 
 

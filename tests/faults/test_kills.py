@@ -1,0 +1,33 @@
+"""A dozen of the kills of ``make test-faults``: each job is resumed by the same command and compared."""
+
+import random
+
+import pytest
+
+from tests.faults.chains import References, run_chain
+from tests.faults.jobs import fork_server
+from tests.faults.scenarios import SCENARIOS, Material
+
+# scenario and most kills, by the seed of the chain
+CHAINS = {1: ("one rank", 4), 2: ("coba", 4), 3: ("packing", 3), 4: ("preprocessing", 1)}
+
+
+@pytest.fixture(scope="module")
+def server():
+    with fork_server() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def references(server, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("faults")
+    return References(folder, Material(folder, server), SCENARIOS)
+
+
+@pytest.mark.parametrize("seed", CHAINS)
+def test_a_killed_job_is_resumed_as_if_nothing_had_been(server, references, tmp_path, seed):
+    name, kills = CHAINS[seed]
+    reference, generator = references.of(name, server), random.Random(seed)
+    report = run_chain(server, references.material, SCENARIOS[name], reference, generator, kills, tmp_path / "out")
+    assert report.problems == [], f"SEED={seed}: {report.kills}"
+    assert report.kills
