@@ -30,6 +30,7 @@ ORDER = {
         "description",
         "found",
         "retention",
+        "owner",
     ),
     "data": (
         "sample_slices|permutation|_sample_index",

@@ -9,6 +9,7 @@
     DIR/best_checkpointed_iteration.txt      iteration of the checkpoint with the best evaluation
     DIR/config.yaml                          the effective configuration
     DIR/outcome.json                         how the newest start of the run ended
+    DIR/owner.json, DIR/.owner.lock          the process that owns the folder, while there is one
     DIR/metrics.jsonl                        one JSON object per logged step, evaluation or event
     DIR/tensorboard/                         the same scalars
     DIR/tokenizer/                           the tokenizer's files, so that an export is complete
@@ -29,6 +30,8 @@ INFO = "mft_checkpoint.json"
 MANIFEST = "mft_manifest.json"
 CONFIG = "config.yaml"
 OUTCOME = "outcome.json"
+OWNER = "owner.json"
+LOCK = ".owner.lock"
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 TOKENIZER = "tokenizer"

@@ -1,0 +1,122 @@
+"""The record of a run folder's owner, ``owner.json``: which process of which machine, and since when."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import socket
+import time
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+
+# variables with the number of a job, by scheduler
+_JOBS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID")
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnerRecord:
+    """A process that owns a run folder, stored as JSON with these names.
+
+    Attributes:
+        host: name of its machine.
+        pid: its process id there.
+        since: when it became the owner, in UTC (ISO 8601).
+        what: what it does, such as "training".
+        job: number of its job, where a scheduler says so.
+        boot: identity of the machine's kernel since it was started.
+        pid_namespace: identity of the set of processes in which ``pid`` counts, such as a container's.
+        started: when the process started, in ticks of that kernel; with ``pid`` it identifies the process.
+        token: random, of this ownership alone.
+    """
+
+    host: str
+    pid: int
+    since: str
+    what: str
+    job: str = ""
+    boot: str = ""
+    pid_namespace: str = ""
+    started: int = 0
+    token: str = ""
+
+    def describe(self) -> str:
+        """The owner for messages."""
+        job = f"job {self.job}, " if self.job else ""
+        return f"{self.what} on {self.host or 'an unknown machine'}, {job}process {self.pid}, since {self.since}"
+
+    def same_processes(self, other: "OwnerRecord") -> bool:
+        """Whether both count process ids in the same set: on one machine that has not been started anew."""
+        names = ("host", "boot", "pid_namespace")
+        return all(getattr(self, name) == getattr(other, name) for name in names)
+
+    def same_machine(self, other: "OwnerRecord") -> bool:
+        """Whether both are on one machine that has not been started anew."""
+        return (self.host, self.boot) == (other.host, other.boot)
+
+
+def this_process(what: str, environment: Mapping[str, str] = os.environ) -> OwnerRecord:
+    """Describe this process as an owner from now on."""
+    return OwnerRecord(
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        since=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        what=what,
+        job=next((environment[name] for name in _JOBS if name in environment), ""),
+        boot=_first_line(Path("/proc/sys/kernel/random/boot_id")),
+        pid_namespace=_link(Path("/proc/self/ns/pid")),
+        started=start_of(os.getpid()) or 0,
+        token=uuid.uuid4().hex,
+    )
+
+
+def parse(text: str) -> OwnerRecord:
+    """Read a record; of one that is damaged, or has only been begun, nothing but that there is one is known."""
+    try:
+        content = json.loads(text)
+        record = OwnerRecord(**{field.name: content[field.name] for field in dataclasses.fields(OwnerRecord)})
+        numbers = (record.pid, record.started)
+        if any(type(value) is not (int if value in numbers else str) for value in dataclasses.astuple(record)):
+            raise ValueError
+        return record
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return OwnerRecord(host="", pid=0, since="an unknown time", what="something", token="damaged")
+
+
+def is_running(record: OwnerRecord) -> bool:
+    """Whether the process of a record with the same process ids as this one is running, or stopped, and not ended."""
+    if record.pid <= 0:
+        return False
+    started = start_of(record.pid)
+    if started is not None:
+        return started == record.started
+    try:
+        os.kill(record.pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # a process of another user, whom the machine hides
+        return True
+    return not Path("/proc/self/stat").exists()  # a process that has ended, and that nobody has waited for
+
+
+def start_of(process: int) -> int | None:
+    """When a process started, in ticks of the kernel; ``None`` if it has ended or cannot be asked."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        # the name of the program, in parentheses, may contain anything
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        return None if fields[0] in "ZX" else int(fields[19])
+    return None
+
+
+def _first_line(file: Path) -> str:
+    try:
+        return file.read_text().strip()
+    except OSError:
+        return ""
+
+
+def _link(file: Path) -> str:
+    try:
+        return os.readlink(file)
+    except OSError:
+        return ""
