@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mft_megatron.convert.background_export import Exports
     from mft_megatron.convert.huggingface.weight_source import HuggingFaceSource
     from mft_megatron.convert.peft.weight_source import AdapterSource
+    from mft_megatron.run_folder.owner.owner import Owner
 
 
 def main() -> int | None:
@@ -30,6 +31,7 @@ def main() -> int | None:
     from mft_megatron.arguments.groups.dry_run import DRY_RUN, DryRunArguments, refuse_without_dry_run
     from mft_megatron.convert.run_start import open_start
     from mft_megatron.data.loading.dataset import packed_lengths, training_packs
+    from mft_megatron.run_folder.owner.owner import Owner
 
     command_line = read_command_line(sys.argv[1:], more=DRY_RUN)
     if command_line.group(DryRunArguments).dry_run:
@@ -44,13 +46,14 @@ def main() -> int | None:
     if problem := check_trained_model(arguments):
         raise InputError(problem)
     main_rank = os.environ.get("RANK", "0") == "0"
-    run = functools.partial(start_training, arguments, main_rank, model, adapter)
     # A run that only evaluates saves nothing that could be exported.
     save, save_hf = arguments.checkpoint.save, arguments.checkpoint.save_hf
-    if save is None or save_hf is None or arguments.validation.skip_train:
-        run()
-    else:
-        run_and_export(arguments, Path(save), Path(save_hf), main_rank, run)
+    with Owner(save or ".") as owner:
+        run = functools.partial(start_training, arguments, main_rank, model, adapter, owner)
+        if save is None or save_hf is None or arguments.validation.skip_train:
+            run()
+        else:
+            run_and_export(arguments, Path(save), Path(save_hf), main_rank, run)
     return None
 
 
@@ -59,6 +62,7 @@ def start_training(
     main_rank: bool,
     model: "HuggingFaceSource | None",
     adapter: "AdapterSource | None",
+    owner: "Owner",
     exports: "Exports | None" = None,
 ) -> None:
     """Train, unless the run is finished: a job in a chain that has nothing left to do has not failed."""
@@ -74,7 +78,7 @@ def start_training(
     from mft_megatron.training.saving.sources import Sources
 
     parent_process.end_forked_with_this()
-    pretrain(arguments, main_rank, Sources(model, adapter), exports)
+    pretrain(arguments, main_rank, Sources(model, adapter), exports, owner)
 
 
 def run_and_export(

@@ -23,6 +23,7 @@ from mft_megatron.mcore.platform import devices, environment
 from mft_megatron.mcore.trainer import Trainer
 from mft_megatron.run_folder.configuration import effective_configuration
 from mft_megatron.run_folder.names import CONFIG
+from mft_megatron.run_folder.owner.owner import Owner
 from mft_megatron.run_folder.replace_text import replace_text
 
 from .epochs import EpochProof
@@ -42,7 +43,11 @@ HASHED_BYTES = 16 * 2**30
 
 
 def pretrain(
-    arguments: Arguments, main_rank: bool = True, sources: Sources = NO_SOURCES, exports: Exports | None = None
+    arguments: Arguments,
+    main_rank: bool = True,
+    sources: Sources = NO_SOURCES,
+    exports: Exports | None = None,
+    owner: Owner | None = None,
 ) -> None:
     """Train as the arguments say.
 
@@ -51,10 +56,17 @@ def pretrain(
         main_rank: whether this process is rank 0, which alone checks the content of the data set.
         sources: the folders of ``--hf-checkpoint`` and ``--hf-adapter``, opened.
         exports: exports the checkpoints of ``--save-hf-interval``; on rank 0 only.
+        owner: ownership of the run folder, for a caller that does something with it afterwards: rank 0 acquires it
+            here, and the caller gives it back. Otherwise it ends with the run.
 
     Raises:
-        InputError: the data set, the tokenizer, the weights or the checkpoint cannot be used, or training diverged.
+        InputError: the data set, the tokenizer, the weights or the checkpoint cannot be used, training diverged, or
+            another run owns the run folder.
     """
+    if owner is None:
+        with Owner(arguments.checkpoint.save or ".") as owner:
+            pretrain(arguments, main_rank, sources, exports, owner)
+        return
     dataset, checked = open_dataset(arguments, main_rank)
     model_lines = check_data_of_model(arguments, dataset, main_rank)
     evaluation = evaluation_of(arguments, dataset)
@@ -63,6 +75,8 @@ def pretrain(
     with process_groups.process_groups(arguments.distributed, arguments.initialization.seed):
         options = arguments.checkpoint
         with _reported_on_all_ranks(), _run_folder_reported(arguments):
+            if options.save is not None and process_groups.is_main():
+                owner.acquire()
             log = RunLog(process_groups.is_main(), options.save, arguments.logging)
         try:
             log.print(f"{arguments.world_size} rank(s) on {devices.describe()}")
@@ -94,7 +108,7 @@ def pretrain(
             epochs.load(state, log, progress)
             shares = ShareLog(arguments, dataset)
             shares.load(state, log, progress)
-            saver = Saver(arguments, dataset, exports)
+            saver = Saver(arguments, dataset, exports, owner)
             train(arguments, dataset, trainer, evaluation, epochs, shares, saver, log, progress)
         finally:
             log.close()

@@ -82,13 +82,18 @@ class Writer:
     fails, what the run folder had stays as it was (:mod:`mft_megatron.run_folder.publishing`).
     """
 
-    def __init__(self, options: CheckpointArguments, with_base: bool = True):
+    def __init__(
+        self, options: CheckpointArguments, with_base: bool = True, refuse_if_lost: Callable[[], None] = lambda: None
+    ):
         """Prepare to write.
 
         Args:
             options: how to write, and whether checkpoints include the optimizer and the random-number state.
             with_base: include all weights; otherwise those of adapters alone.
+            refuse_if_lost: called on the main rank before a checkpoint is begun, and before it becomes the newest;
+                raises an ``InputError`` where this job must not write into the run folder any more.
         """
+        self._refuse_if_lost = refuse_if_lost
         self._options, self._with_base = options, with_base
         self._unfinished: _Unfinished | None = None
         self._plans: SavePlans | None = None
@@ -132,7 +137,12 @@ class Writer:
         with _removed_after_error(unfinished), trainer.weights.whole(), _quiet():
             state = state_to_save(trainer, self._options, training_state, self._with_base)
             plans = self._plans_for(state)
-            _on_main(path, lambda: _begin(unfinished, plans.bytes))
+
+            def begin() -> None:
+                self._refuse_if_lost()
+                _begin(unfinished, plans.bytes)
+
+            _on_main(path, begin)
             sharded, common = save_preprocess(state, plans.is_new)
             strategy = plans.strategy
             # since 0.17 the default is the queue of another package
@@ -189,6 +199,7 @@ class Writer:
             written = saved.part.gather()
 
             def publish_newest() -> None:
+                self._refuse_if_lost()
                 manifest = write_manifest(saved.folder, saved.part.write_index(written))
                 write_info(saved.folder, dataclasses.replace(saved.info, manifest=manifest))
                 publish(saved.folder, saved.path)
@@ -210,10 +221,10 @@ def _begin(unfinished: Path, needed: int) -> None:
     unfinished.mkdir()
 
 
-def _failure(write: Callable[[], None]) -> OSError | None:
+def _failure(write: Callable[[], None]) -> OSError | InputError | None:
     try:
         write()
-    except OSError as error:
+    except (OSError, InputError) as error:
         return error
     return None
 
@@ -223,6 +234,7 @@ def _on_main(path: Path, write: Callable[[], None], how: str = "") -> None:
 
     Raises:
         SaveError: it cannot be written; on every rank.
+        InputError: as ``write``; on every rank.
     """
     _agree(path, _failure(write) if process_groups.is_main() else None, how)
 
@@ -232,14 +244,18 @@ def _agree(path: Path, failure: Exception | None, how: str) -> None:
 
     Raises:
         SaveError: there is one.
+        InputError: it is one that another place has put into words.
     """
     message = None
-    if failure is not None:
+    if isinstance(failure, InputError):
+        message = str(failure), failure.code
+    elif failure is not None:
         disk = disk_error(failure)
         why = reason(failure) if disk is None else explain(disk, path)
-        message = f"{path}: cannot be written{how} ({why}); {if_it_fails(path)}"
+        message = f"{path}: cannot be written{how} ({why}); {if_it_fails(path)}", STORAGE
     if (first := process_groups.first_of_any_rank(message)) is not None:
-        raise SaveError(first, code=STORAGE)
+        text, code = first
+        raise (SaveError if code == STORAGE else InputError)(text, code=code)
 
 
 @contextlib.contextmanager

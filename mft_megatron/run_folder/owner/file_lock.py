@@ -21,7 +21,7 @@ _NFS_LOCAL = {"nolock", "local_lock=all", "local_lock=flock"}
 
 
 class Reach(enum.Enum):
-    """Who sees the locks of a file system, as a clause for messages."""
+    """Extent to which locks of a file system are seen, as a clause for messages."""
 
     ALL = "every machine sees its locks"
     HOST = "only processes of the same machine see its locks"
@@ -29,7 +29,7 @@ class Reach(enum.Enum):
 
 
 class Attempt(enum.Enum):
-    """What came of an attempt to get a lock."""
+    """Result of an attempt to get a lock."""
 
     HELD = "held by this process"
     REFUSED = "held by another process"
@@ -93,7 +93,7 @@ class FileLock:
 
 
 def reach_of_locks(folder: Path, mounts: str | None = None) -> Reach:
-    """Who sees the locks of the file system that holds ``folder``.
+    """Find out who sees the locks of the file system that holds ``folder``.
 
     Args:
         folder: exists.

@@ -43,7 +43,7 @@ class Pace:
 
     beat: float = 10.0
     silence: float = 60.0
-    patience: float = 8.0
+    patience: float = 5.0
     settle: float = 3.0
     look: float = 0.25
 
@@ -181,7 +181,7 @@ class Owner:
             )
 
     def _judge(self, record: OwnerRecord | None, attempt: Attempt, watch: "_Watch") -> str | None:
-        """Why the owner is gone; ``None`` while that is not known.
+        """Say why the owner is gone; ``None`` while that is not known.
 
         Raises:
             InputError: it is not gone.
@@ -282,7 +282,7 @@ class Owner:
 
 
 class _Watch:
-    """What has been seen of an owner since it was seen first."""
+    """Observations of an owner since it was seen first."""
 
     def __init__(self) -> None:
         self._token: str | None = ""

@@ -20,6 +20,7 @@ from mft_megatron.mcore.trainer import Trainer
 from mft_megatron.run_folder.content import content_digest
 from mft_megatron.run_folder.description import CheckpointInfo
 from mft_megatron.run_folder.names import iteration_folder
+from mft_megatron.run_folder.owner.owner import Owner
 from mft_megatron.run_folder.retention import not_retained, record_best, remove_checkpoint, superseded
 from mft_megatron.training.events import event_record
 from mft_megatron.training.progress import Progress
@@ -46,19 +47,27 @@ class Exports(Protocol):
 class Saver:
     """Checkpoints of a run in ``--save``; without it nothing is saved."""
 
-    def __init__(self, arguments: Arguments, dataset: PackedDataset, exports: Exports | None = None):
+    def __init__(
+        self,
+        arguments: Arguments,
+        dataset: PackedDataset,
+        exports: Exports | None = None,
+        owner: Owner | None = None,
+    ):
         """
         Args:
             arguments: of the run.
             dataset: that it trains on.
             exports: exports the checkpoints of ``--save-hf-interval``; on rank 0 only.
+            owner: ownership of the run folder, which rank 0 has acquired; nothing is saved once it is lost.
         """
+        self._owner = owner or Owner(arguments.checkpoint.save or ".")
         self._arguments = arguments
         self._dataset = dataset
         self._exports = exports
         self._folder = None if arguments.checkpoint.save is None else Path(arguments.checkpoint.save)
         self._base, self._base_digest = _base_of_adapters(arguments)
-        self._writer = checkpoint.Writer(arguments.checkpoint, arguments.saves_base)
+        self._writer = checkpoint.Writer(arguments.checkpoint, arguments.saves_base, self._owner.refuse_if_lost)
 
     def due(self, step: int, ending: bool, best: bool = False) -> bool:
         """Whether to save after ``step``.
@@ -111,6 +120,7 @@ class Saver:
 
     def poll(self, progress: Progress, log: RunLog) -> None:
         """Complete a checkpoint that has meanwhile been written in the background, and log exports that have ended."""
+        self._owner.refuse_if_doubted()
         self._writer.poll()
         for details in self._exports.poll() if self._exports is not None else ():
             log.write(event_record(progress, "export failed" if "failed" in details else "export", **details))
