@@ -1,4 +1,4 @@
-"""Build the C++ sample index; everything else about the package is in pyproject.toml.
+"""Build the C++ extensions; everything else about the package is in pyproject.toml.
 
 ``MFT_CXX_FLAGS``: further compiler and linker flags, as ``make sanitize`` gives them.
 """
@@ -59,7 +59,15 @@ setuptools.setup(
             cxx_std=17,
             extra_compile_args=["-O3", "-Wall", "-Wextra", *FLAGS],
             extra_link_args=FLAGS,
-        )
+        ),
+        Pybind11Extension(
+            "mft_megatron.data._mapped_files",
+            ["csrc/mapped_files_bindings.cpp", "csrc/mapped_files.cpp"],
+            depends=["csrc/mapped_files.hpp"],
+            cxx_std=17,
+            extra_compile_args=["-O3", "-Wall", "-Wextra", *FLAGS],
+            extra_link_args=FLAGS,
+        ),
     ],
     cmdclass={"build_ext": BuildExtension},
 )

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-EXTENSION = "mft_megatron.data._sample_index"
+EXTENSIONS = ("mft_megatron.data._sample_index", "mft_megatron.data._mapped_files")
 # module and distribution; protobuf and tensorboard write the log of a run
 NEEDED = {
     "numpy": "numpy",
@@ -41,9 +41,9 @@ def main():
             f"GPU, or {OTHER_PYTHON}"
         )
     refuse_missing(NEEDED)
-    if not can_import(EXTENSION):
+    if not all(map(can_import, EXTENSIONS)):
         refuse_missing(TO_BUILD)
-        print("building the C++ extension", flush=True)
+        print("building the C++ extensions", flush=True)
         subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=ROOT, check=True)
     from mft_megatron.mcore.platform import devices, patched  # noqa: F401  (refuses releases that cannot work)
     from mft_megatron.mcore.platform.optional_packages import BITSANDBYTES, FLASH_ATTN, TRANSFORMER_ENGINE, missing

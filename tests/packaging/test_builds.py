@@ -50,8 +50,9 @@ def test_the_sdist_has_what_a_build_reads(sdist):
 
 def test_the_wheel_has_the_extension_its_types_and_the_commands(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    extension = f"mft_megatron/data/_sample_index{sysconfig.get_config_var('EXT_SUFFIX')}"
-    assert {extension, "mft_megatron/data/_sample_index.pyi", "mft_megatron/py.typed"} <= names
+    ends = (sysconfig.get_config_var("EXT_SUFFIX"), ".pyi")
+    compiled = {f"mft_megatron/data/{name}{end}" for name in ("_sample_index", "_mapped_files") for end in ends}
+    assert {*compiled, "mft_megatron/py.typed"} <= names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     commands = {name.partition(".data/data/")[2] for name in names} - {""}
     assert commands == {"share/mft_megatron/pretrain_mft.py"} | {

@@ -13,6 +13,7 @@ import numpy as np
 from mft_megatron import progress_marks
 from mft_megatron.batch import Batch, Ranks, StepPlan
 from mft_megatron.data.sample_slices import concatenate_slices
+from mft_megatron.data.storage.mapped_files import readable
 
 from .build_batch import build_batch
 from .dataset import PackedDataset, PackedSplit, Rows
@@ -148,7 +149,8 @@ class MicroBatches:
             self.num_used += 1
             packs = None if self._packs is None else self._packs[index]
             progress_marks.mark("read", micro_batch=index, split=self._split, packs=packs)
-            batch = build_batch(self._dataset, rows, self._width(rows))
+            with readable():
+                batch = build_batch(self._dataset, rows, self._width(rows))
             progress_marks.mark("micro-batch", micro_batch=index, split=self._split, packs=packs)
             yield batch
 

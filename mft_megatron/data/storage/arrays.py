@@ -8,6 +8,7 @@ import numpy as np
 from mft_megatron.errors import InputError
 
 from .ledger import ArrayEntry, file_sha256, ledger_path
+from .mapped_files import watched
 
 # dtype of _task_ids.npy, the task of each sample
 TASK_ID_DTYPE = np.uint16
@@ -52,7 +53,7 @@ def load_array(path: str | Path, dtype: type[np.generic], axes: int) -> np.ndarr
         raise InputError(f"{path}: damaged ({' '.join(str(error).split())}); preprocess the data again") from None
     if array.dtype != dtype or array.ndim != axes:
         raise InputError(f"{path}: damaged, {array.dtype} with {array.ndim} axes; preprocess the data again")
-    return array
+    return watched(array, path)
 
 
 def load_task_ids(prefix: str | Path) -> np.ndarray:

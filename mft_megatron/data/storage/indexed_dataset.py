@@ -24,6 +24,8 @@ import numpy as np
 
 from mft_megatron.errors import InputError
 
+from .mapped_files import watched
+
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 # type code in the index → dtype of an item
@@ -130,8 +132,10 @@ class IndexedDataset:
             raise InputError(f"{idx_path}: {size} bytes, an index of {n} sequences has {expected}; the file is damaged")
         self._marks = (idx_path, _HEADER.size + 12 * n, marks)
         dtype = DTYPES[code]
-        self.lengths = np.memmap(idx_path, np.int32, "r", _HEADER.size, (n,)) if n else np.empty(0, np.int32)
-        pointers = np.memmap(idx_path, np.uint8, "r", _HEADER.size + 4 * n, (8 * n,)) if n else np.empty(0, np.uint8)
+        self.lengths, pointers = np.empty(0, np.int32), np.empty(0, np.uint8)
+        if n:
+            self.lengths = watched(np.memmap(idx_path, np.int32, "r", _HEADER.size, (n,)), idx_path)
+            pointers = watched(np.memmap(idx_path, np.uint8, "r", _HEADER.size + 4 * n, (8 * n,)), idx_path)
         self._pointers = pointers.view(np.int64)  # bytes; not aligned to 8 in the file, which numpy accepts
         self._item_size = dtype.itemsize
         items = int(self.start_of(n - 1)) + int(self.lengths[-1]) if n else 0
@@ -140,7 +144,7 @@ class IndexedDataset:
                 f"{bin_path}: {bin_path.stat().st_size} bytes, its index says {items * dtype.itemsize}; preprocess the "
                 "data again"
             )
-        self.items = np.memmap(bin_path, dtype, "r") if items else np.empty(0, dtype)
+        self.items = watched(np.memmap(bin_path, dtype, "r"), bin_path) if items else np.empty(0, dtype)
 
     @functools.cached_property
     def documents(self) -> np.ndarray:

@@ -1,6 +1,8 @@
 """Data sets whose files and ledger were rewritten together: values that the model does not know are named."""
 
 import dataclasses
+import gc
+import os
 import re
 
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 
 from mft_megatron.data.inspect import check
 from mft_megatron.data.loading.dataset import PackedDataset
+from mft_megatron.data.loading.micro_batches import MicroBatches
 from mft_megatron.data.storage.checked_values import first_outside
 from mft_megatron.data.storage.ledger import ArrayEntry, file_sha256, ledger_path, read_ledger
 from tests.made_dataset import TASKS, VOCABULARY, batch_of_packs, write_dataset
@@ -117,3 +120,15 @@ def test_the_first_value_outside_is_found_wherever_it_is():
     assert first_outside(values[1:], 3) == 16
     assert first_outside(np.full(2, 65535, np.uint16), 1 << 17) is None
     assert first_outside(values[:0], 1) is None
+
+
+def test_a_file_that_is_cut_off_under_a_run_is_named(prefix):
+    split = PackedDataset.open(prefix, 128).split("train")
+    rows = [[split.slices_of(pack)] for pack in range(2)]
+    batches = iter(MicroBatches(split.dataset, rows, np.zeros((2, 1), np.int64), 16))
+    next(batches)
+    os.truncate(f"{prefix}_input_ids.bin", 0)
+    said = refused_call(next, batches)
+    del split, rows, batches
+    gc.collect()  # the file is reported as long as it is mapped
+    assert said.startswith(f"{prefix}_input_ids.bin: was cut off or replaced while it was read, and has 0 bytes now")
