@@ -69,6 +69,7 @@ def _owners(a: Arguments) -> list[tuple[str, object, str]]:
         ("ckpt_step", checkpoint.load, "--load"),
         ("exit_on_missing_checkpoint", checkpoint.load, "--load"),
         ("save_retain_interval", checkpoint.save_interval, "--save-interval"),
+        ("keep_last", checkpoint.save, "--save"),
         ("async_save", checkpoint.save, "--save"),
         ("exit_signal", train.exit_signal_handler, "--exit-signal-handler"),
         ("manual_gc_", train.manual_gc, "--manual-gc"),

@@ -38,9 +38,23 @@ def superseded(folder: Path) -> list[Path]:
     return [found.path for found in _unnamed(folder) if not found.info.asked_for]
 
 
-def not_retained(folder: Path, interval: int) -> list[Path]:
-    """Checkpoints whose iteration is not a multiple of ``interval`` and that are neither the newest nor the best."""
-    return [found.path for found in _unnamed(folder) if found.info.iteration % interval]
+def not_kept(folder: Path, last: int | None, interval: int | None) -> list[Path]:
+    """Checkpoints that neither of two options keeps, and that are neither the newest nor the best, oldest first.
+
+    Those after the newest, of a run that was resumed from an earlier one, are left alone until it comes to them.
+
+    Args:
+        folder: the run folder.
+        last: number of the newest checkpoints that are kept.
+        interval: checkpoints whose iteration is divisible by this are kept.
+    """
+    if last is None and interval is None:
+        return []
+    newest = latest_checkpoint(folder).info.iteration
+    earlier = sorted(found.info.iteration for found in _complete(folder) if found.info.iteration <= newest)
+    kept = [] if last is None else earlier[-last:]
+    kept += [] if interval is None else [iteration for iteration in earlier if iteration % interval == 0]
+    return [found.path for found in _unnamed(folder) if found.info.iteration in set(earlier).difference(kept)]
 
 
 def _unnamed(folder: Path) -> list[CheckpointRef]:
@@ -48,9 +62,14 @@ def _unnamed(folder: Path) -> list[CheckpointRef]:
     named = [latest_checkpoint(folder).path]
     if (folder / BEST).is_file():
         named.append(best_checkpoint(folder).path)
+    return [found for found in _complete(folder) if found.path not in named]
+
+
+def _complete(folder: Path) -> list[CheckpointRef]:
+    """Complete checkpoints of the run in ``folder``, in the order of their names; no links and no copies."""
     found = []
     for path in sorted(folder.glob("iter_*")):
-        if path in named or path.is_symlink() or not path.is_dir():
+        if path.is_symlink() or not path.is_dir():
             continue
         try:
             info = read_info(path)

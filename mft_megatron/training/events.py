@@ -88,6 +88,15 @@ EVENTS: Mapping[str, Event] = {
             Field("best", bool, "true if it has the best evaluation so far; else absent", optional=True),
         ),
     ),
+    "save failed": Event(
+        "a checkpoint could not be written; the one before is still the newest, and the run goes on",
+        (
+            Field("path", str, "the folder that it would have had"),
+            _REASON,
+            Field("failures", int, "saves that failed since the last one that did not"),
+            Field("next", int | None, "step of the next attempt; null if that is the next save that is asked for"),
+        ),
+    ),
     "remove": Event("a checkpoint was removed", (Field("path", str, "its folder"), _REASON)),
     "export": Event(
         "a checkpoint was exported while the run continues",

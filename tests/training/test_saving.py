@@ -1,6 +1,7 @@
 """Checkpoints that a run keeps, also when it is interrupted; and the tokenizer's files in its folder."""
 
 import dataclasses
+import errno
 import json
 import random
 from pathlib import Path
@@ -11,17 +12,21 @@ import pytest
 from mft_megatron.arguments.command import parse_arguments
 from mft_megatron.data.loading.dataset import PackedDataset
 from mft_megatron.errors import InputError
+from mft_megatron.exit_codes import STORAGE
 from mft_megatron.mcore.checkpointing import checkpoint
 from mft_megatron.mcore.parallel import process_groups
 from mft_megatron.run_folder.description import read_info, write_info
 from mft_megatron.run_folder.found import best_checkpoint, latest_checkpoint
 from mft_megatron.run_folder.names import INFO, TRACKER, iteration_folder
+from mft_megatron.run_folder.publishing import remove_leftovers, set_aside
 from mft_megatron.run_folder.replace_text import replace_text
 from mft_megatron.run_folder.retention import record_best
 from mft_megatron.training.progress import Progress
 from mft_megatron.training.run_log import RunLog
 from mft_megatron.training.saving import saver
+from mft_megatron.training.saving.attempts import LAST_WAITS, MOST_FAILURES, Attempts
 from mft_megatron.training.saving.kept_files import keep_tokenizer
+from mft_megatron.training.saving.removal import Removal
 from mft_megatron.training.saving.resume import resume
 from mft_megatron.training.saving.saver import Saver
 from mft_megatron.training.saving.sources import Sources
@@ -132,10 +137,12 @@ class Job:
 def job(dataset_prefix, tmp_path, monkeypatch):
     """Start a job, or start it again; all have the same run folder."""
     monkeypatch.setattr(checkpoint.Writer, "save", fake_save)
+    monkeypatch.setattr(Removal, "_remove", lambda removal: None)  # in a thread
     monkeypatch.setattr(checkpoint, "load", fake_load)
     monkeypatch.setattr(process_groups, "parallel_layout", dict)
     monkeypatch.setattr(process_groups, "is_main", lambda: True)
     monkeypatch.setattr(process_groups, "any_rank", bool)
+    monkeypatch.setattr(process_groups, "of_all_ranks", lambda value: [value])
     return lambda words="": Job(dataset_prefix, tmp_path / "run", words)
 
 
@@ -233,7 +240,7 @@ def interrupt(monkeypatch, where):
     elif where == "before the removal":
         monkeypatch.setattr(saver, "superseded", killed)
     else:
-        monkeypatch.setattr("shutil.rmtree", killed)
+        monkeypatch.setattr("mft_megatron.training.saving.removal.set_aside", lambda path: killed(set_aside(path)))
 
 
 POINTS = (
@@ -297,11 +304,11 @@ def test_a_checkpoint_that_cannot_be_removed_is_named_and_the_run_continues(job,
     run = job()
     run.step(10, best=True)
 
-    def fail(path):
+    def fail(path, target):
         raise PermissionError(13, "Permission denied", str(path))
 
     with monkeypatch.context() as patch:
-        patch.setattr("shutil.rmtree", fail)
+        patch.setattr("os.rename", fail)
         run.step(20, best=True)
     assert run.best() == 20
     assert "iter_0000010 is no longer the best checkpoint and cannot be removed" in capsys.readouterr().out
@@ -366,3 +373,139 @@ def test_adapters_name_their_model_by_its_whole_path(job, tmp_path, monkeypatch)
     arguments = parse_arguments(f"{words} --finetune --peft-type lora --save-adapters-only".split())
     assert arguments.base.path == Path("run/iter_0000001")
     assert saver._base_of_adapters(arguments)[0] == str(tmp_path / "run" / "iter_0000001")
+
+
+class FullDisk:
+    """A disk that takes no checkpoint while ``full`` is true; counts attempts."""
+
+    def __init__(self, monkeypatch):
+        self.full, self.attempts, self.waits = True, [], []
+        monkeypatch.setattr(checkpoint.Writer, "save", self._save)
+        monkeypatch.setattr("time.sleep", self.waits.append)
+
+    def _save(self, folder, trainer, info, state, when_complete):
+        self.attempts.append(info.iteration)
+        if self.full:
+            path = iteration_folder(folder, info.iteration)
+            raise checkpoint.SaveError(f"{path}: cannot be written (the disk is full)", path)
+        fake_save(None, folder, trainer, info, state, when_complete)
+
+
+def test_a_save_that_fails_is_tried_again_and_the_run_goes_on(job, monkeypatch, capsys):
+    run = job("--save-interval 20")
+    run.step(20)
+    disk = FullDisk(monkeypatch)
+    for step in range(21, 45):
+        run.step(step)
+    # at 40 as asked for, then a tenth of the interval later
+    assert (disk.attempts, run.kept()) == ([40, 42], [20])
+    disk.full = False
+    for step in range(45, 62):
+        run.step(step)
+    assert (disk.attempts, run.kept()) == ([40, 42, 46, 60], [20, 46, 60])
+    assert read_info(iteration_folder(run.folder, 46)).asked_for
+    lines = [line for line in capsys.readouterr().out.splitlines() if "save failed" in line]
+    assert len(lines) == 2
+    assert lines[0].endswith(
+        f"iter_0000040 | reason {run.folder}/iter_0000040: cannot be written (the disk is full) | failures 1 | next 42"
+    )
+
+
+def test_a_run_whose_saves_all_fail_ends(job, monkeypatch):
+    run, disk = job("--save-interval 20"), FullDisk(monkeypatch)
+    for step in range(1, 60):
+        run.step(step)
+    with pytest.raises(InputError, match="6 saves have failed in a row") as error:
+        run.step(60)
+    assert error.value.code == STORAGE
+    assert disk.attempts == [20, 22, 26, 34, 40, 60]
+    assert len(disk.attempts) == MOST_FAILURES
+
+
+def test_the_last_save_of_a_run_is_tried_again_at_once_and_then_it_ends(job, monkeypatch):
+    run, disk = job(), FullDisk(monkeypatch)
+    with pytest.raises(InputError, match=r"the disk is full\); it was the last of the run") as error:
+        run.step(10, ending=True)
+    assert error.value.code == STORAGE
+    assert disk.attempts == [10, 10, 10]
+    assert tuple(disk.waits) == LAST_WAITS
+    disk.full = False
+    assert run.step(11, ending=True) == [11]
+
+
+def test_a_best_that_cannot_be_recorded_ends_no_run(job, monkeypatch, capsys):
+    run = job()
+    run.step(10, best=True)
+
+    def fail(folder, iteration):
+        raise OSError(errno.EIO, "", str(folder / "best"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(saver, "record_best", fail)
+        assert run.step(20, best=True) == [10, 20]
+    assert run.best() == 10
+    out = capsys.readouterr().out
+    assert "best: cannot be written: Input/output error" in out
+    assert "best True" not in out.splitlines()[-1]
+
+
+def test_the_schedule_of_attempts():
+    attempts = Attempts(interval=1000)
+    steps = []
+    for _ in range(MOST_FAILURES - 1):
+        attempts.failed(0, "full")
+        steps.append(attempts.next)
+    assert steps == [100, 200, 400, 800, 1000]
+    attempts.succeeded()
+    assert not attempts.due(10**9)
+    attempts.failed(7, "full")
+    assert [attempts.due(step) for step in (106, 107)] == [False, True]
+    without = Attempts(None)
+    without.failed(7, "full")
+    assert not without.due(10**9)
+
+
+def test_the_last_checkpoints_are_kept(job):
+    run = job("--save-interval 10 --keep-last 2 --save-retain-interval 30")
+    for step, expected in ((10, [10]), (20, [10, 20]), (30, [20, 30]), (40, [30, 40]), (50, [30, 40, 50])):
+        assert run.step(step) == expected
+    assert run.step(55, best=True) == [30, 50, 55]
+    assert run.step(60) == [30, 55, 60]
+    assert run.step(70) == [30, 55, 60, 70]
+    assert job("--save-interval 10 --keep-last 1").step(80) == [55, 80]
+    remove_leftovers(run.folder)
+    assert not list(run.folder.glob(".*"))
+
+
+def test_what_waits_for_its_export_is_kept(job, monkeypatch):
+    run = job("--save-interval 10 --keep-last 1")
+    run.saver._exports = SimpleNamespace(waiting=[iteration_folder(run.folder, 10)], add=None, poll=list)
+    run.step(10)
+    assert run.step(20) == [10, 20]
+    run.saver._exports.waiting = []
+    assert run.step(30) == [30]
+
+
+def test_checkpoints_of_an_abandoned_future_are_left_alone(job):
+    run = job("--save-interval 10 --keep-last 1")
+    for step in (10, 20, 30):
+        iteration_folder(run.folder, step).mkdir(parents=True)
+        write_info(iteration_folder(run.folder, step), run.saver._info(Progress(step, step), False, False))
+    assert run.step(15, ending=True) == [15, 20, 30]
+    assert run.step(40) == [40]
+
+
+def test_files_are_removed_behind_the_run(tmp_path):
+    folders = [iteration_folder(tmp_path, number) for number in range(3)]
+    removal = Removal()
+    for folder in folders:
+        folder.mkdir()
+        removal.add(folder)
+        assert not folder.exists()
+    removal.finish()
+    assert list(tmp_path.iterdir()) == []
+    assert removal.problems() == []
+    removal._waiting.append(tmp_path / "gone")
+    removal._remove()
+    assert removal.problems() == [f"{tmp_path}/gone cannot be removed (No such file or directory); remove it"]
+    assert removal.problems() == []

@@ -54,8 +54,14 @@ class CheckpointArguments:
     )
     save_retain_interval: int | None = option(
         None,
-        "Keep only checkpoints of iterations divisible by this, the newest, and with --save-best the best; others "
-        "are removed when the next one is complete.",
+        "Keep only checkpoints of iterations divisible by this, the newest (or as many as --keep-last), and with "
+        "--save-best the best; others are removed when the next one is complete.",
+        at_least=1,
+    )
+    keep_last: int | None = option(
+        None,
+        "Keep only this many of the newest checkpoints, those of --save-retain-interval, and with --save-best the "
+        "best; others are removed when the next one is complete and on the disk. Not Megatron's.",
         at_least=1,
     )
     finetune: bool = option(False, "Load only the weights and start at iteration 0 with a fresh optimizer.")

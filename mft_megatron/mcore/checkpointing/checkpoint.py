@@ -60,7 +60,15 @@ _EXTRA_STATE = "_extra_state"
 
 
 class SaveError(InputError):
-    """A checkpoint could not be written, on any rank: nothing of it is left, and the run folder is as it was."""
+    """A checkpoint could not be written, on any rank: nothing of it is left, and the run folder is as it was.
+
+    Attributes:
+        path: the folder that it would have had.
+    """
+
+    def __init__(self, message: str, path: Path):
+        super().__init__(message, code=STORAGE)
+        self.path = path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,7 +263,7 @@ def _agree(path: Path, failure: Exception | None, how: str) -> None:
         message = f"{path}: cannot be written{how} ({why}); {if_it_fails(path)}", STORAGE
     if (first := process_groups.first_of_any_rank(message)) is not None:
         text, code = first
-        raise (SaveError if code == STORAGE else InputError)(text, code=code)
+        raise SaveError(text, path) if code == STORAGE else InputError(text, code=code)
 
 
 @contextlib.contextmanager

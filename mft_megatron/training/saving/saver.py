@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import os
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -14,6 +14,7 @@ from mft_megatron.data.chat_templates.trained_format import trained_format
 from mft_megatron.data.loading.dataset import PackedDataset
 from mft_megatron.disk_errors import explain
 from mft_megatron.errors import InputError
+from mft_megatron.exit_codes import STORAGE
 from mft_megatron.mcore.checkpointing import checkpoint
 from mft_megatron.mcore.parallel import process_groups
 from mft_megatron.mcore.trainer import Trainer
@@ -21,12 +22,14 @@ from mft_megatron.run_folder.content import content_digest
 from mft_megatron.run_folder.description import CheckpointInfo
 from mft_megatron.run_folder.names import iteration_folder
 from mft_megatron.run_folder.owner.owner import Owner
-from mft_megatron.run_folder.retention import not_retained, record_best, remove_checkpoint, superseded
+from mft_megatron.run_folder.retention import not_kept, record_best, remove_checkpoint, superseded
 from mft_megatron.training.events import event_record
 from mft_megatron.training.progress import Progress
 from mft_megatron.training.run_log import RunLog
 
+from .attempts import LAST_WAITS, Attempts
 from .data_order import model_vocab_size, order_version
+from .removal import Removal
 from .run_state import RunState
 
 
@@ -68,6 +71,8 @@ class Saver:
         self._folder = None if arguments.checkpoint.save is None else Path(arguments.checkpoint.save)
         self._base, self._base_digest = _base_of_adapters(arguments)
         self._writer = checkpoint.Writer(arguments.checkpoint, arguments.saves_base, self._owner.refuse_if_lost)
+        self._attempts = Attempts(arguments.checkpoint.save_interval)
+        self._removal = Removal()
 
     def due(self, step: int, ending: bool, best: bool = False) -> bool:
         """Whether to save after ``step``.
@@ -77,7 +82,7 @@ class Saver:
             ending: whether the run ends here.
             best: whether the step has the best evaluation so far, and the best checkpoint is to be kept.
         """
-        return self._folder is not None and (best or self._asked_for(step, ending))
+        return self._folder is not None and (best or self._asked_for(step, ending) or self._attempts.due(step))
 
     def save(
         self, trainer: Trainer, progress: Progress, log: RunLog, ending: bool, best: bool, state: RunState
@@ -85,7 +90,8 @@ class Saver:
         """Save a checkpoint that is :meth:`due`; with ``--async-save`` it is complete, and logged, only later.
 
         The best checkpoint is recorded when it is complete, and only then those that were saved for having been the
-        best are removed; one that was asked for never is.
+        best are removed; one that was asked for never is. A checkpoint that cannot be written leaves the one before
+        the newest, and the run goes on: :mod:`.attempts` says until when. The last one of a run is waited for.
 
         Args:
             trainer: to be saved.
@@ -94,40 +100,56 @@ class Saver:
             ending: as in :meth:`due`.
             best: as in :meth:`due`.
             state: of the run, the same on every rank.
+
+        Raises:
+            InputError: the last checkpoint of the run, or several in a row, cannot be written; the weights are not
+                finite; on every rank.
         """
         if self._folder is None:
             return
         start, folder = time.perf_counter(), self._folder
-        path, retained = iteration_folder(folder, progress.step), self._arguments.checkpoint.save_retain_interval
+        path = iteration_folder(folder, progress.step)
+        info = self._info(progress, ending, best)
 
         def when_complete() -> None:
+            self._attempts.succeeded()
             seconds = round(time.perf_counter() - start, 3)
-            if best:
-                consequence = "the checkpoint is complete, and not recorded as the best of the run"
-                process_groups.write_on_main(folder, lambda: record_best(folder, progress.step), consequence)
-            also = {"best": True} if best else {}
+            also = {"best": True} if best and self._record_best(folder, progress, log) else {}
             log.write(event_record(progress, "save", path=str(path), seconds=seconds, **also))
             if self._exports is not None and self._to_export(progress.step):
                 self._exports.add(path)
             if process_groups.is_main():
-                if best:
-                    self._remove(superseded(folder), "no longer the best checkpoint", progress, log)
-                if retained is not None:
-                    reason = f"not retained by --save-retain-interval {retained}"
-                    self._remove(not_retained(folder, retained), reason, progress, log)
+                self._remove_old(folder, best, progress, log)
 
-        self._writer.save(folder, trainer, self._info(progress, ending, best), dict(state), when_complete)
+        def write() -> None:
+            self._writer.save(folder, trainer, info, dict(state), when_complete)
+            if ending:
+                self._writer.finish()
+
+        self._tried(self._writer.finish, progress, log)
+        for wait in LAST_WAITS if ending else ():
+            if self._tried(write, progress, log):
+                return
+            time.sleep(wait)
+        self._tried(write, progress, log, last=ending)
 
     def poll(self, progress: Progress, log: RunLog) -> None:
-        """Complete a checkpoint that has meanwhile been written in the background, and log exports that have ended."""
+        """Complete a checkpoint that has meanwhile been written in the background, and log exports that have ended.
+
+        Raises:
+            InputError: it cannot be written, and the run gives up; on every rank.
+        """
         self._owner.refuse_if_doubted()
-        self._writer.poll()
+        self._tried(self._writer.poll, progress, log)
+        for line in self._removal.problems():
+            log.print(line)
         for details in self._exports.poll() if self._exports is not None else ():
             log.write(event_record(progress, "export failed" if "failed" in details else "export", **details))
 
     def finish(self) -> None:
         """Wait for a checkpoint that is being written in the background, and complete it."""
         self._writer.finish()
+        self._removal.finish()
 
     @contextlib.contextmanager
     def completed_first(self) -> Iterator[None]:
@@ -139,15 +161,63 @@ class Saver:
             yield
         except InputError as error:
             if not error.always:
-                self.finish()
+                try:
+                    self.finish()
+                except checkpoint.SaveError as also:
+                    raise InputError(f"{error}; and {also}", code=error.code) from also
             raise
+
+    def _tried(self, write: Callable[[], None], progress: Progress, log: RunLog, last: bool = False) -> bool:
+        """Write a checkpoint, or complete one; returns whether that did not fail, the same on every rank.
+
+        Args:
+            write: raises ``SaveError`` on every rank.
+            progress: of the run now.
+            log: takes the event.
+            last: whether the run ends after this attempt.
+
+        Raises:
+            InputError: it fails, and nothing more is tried.
+        """
+        try:
+            write()
+        except checkpoint.SaveError as error:
+            if last:
+                raise InputError(f"{error}; it was the last of the run", code=STORAGE) from error
+            self._attempts.failed(progress.step, str(error))
+            details = {"failures": self._attempts.failures, "next": self._attempts.next}
+            log.write(event_record(progress, "save failed", path=str(error.path), reason=str(error), **details))
+            return False
+        return True
+
+    def _record_best(self, folder: Path, progress: Progress, log: RunLog) -> bool:
+        """Record the checkpoint as the best; returns whether that was possible, the same on every rank."""
+        consequence = "the checkpoint is complete, and not recorded as the best of the run"
+        try:
+            process_groups.write_on_main(folder, lambda: record_best(folder, progress.step), consequence)
+        except InputError as error:
+            log.print(str(error))
+            return False
+        return True
+
+    def _remove_old(self, folder: Path, best: bool, progress: Progress, log: RunLog) -> None:
+        """Remove the checkpoints that are not to be kept now that a newer one is complete, on the main rank alone."""
+        last, interval = self._arguments.checkpoint.keep_last, self._arguments.checkpoint.save_retain_interval
+        options = [f"--keep-last {last}"] * (last is not None)
+        options += [f"--save-retain-interval {interval}"] * (interval is not None)
+        try:
+            if best:
+                self._remove(superseded(folder), "no longer the best checkpoint", progress, log)
+            self._remove(not_kept(folder, last, interval), f"not kept by {' and '.join(options)}", progress, log)
+        except (OSError, InputError) as error:  # the run goes on without it, and every other rank does
+            log.print(f"{folder}: nothing is removed ({error})")
 
     def _remove(self, paths: Sequence[Path], reason: str, progress: Progress, log: RunLog) -> None:
         """Remove checkpoints; one that is still to be exported is removed with a later one."""
         waiting = self._exports.waiting if self._exports is not None else ()
         for path in (path for path in paths if path not in waiting):
             try:
-                remove_checkpoint(path)
+                self._removal.add(path)
             except OSError as error:  # failing to delete an old checkpoint must not stop training
                 log.print(f"{path} is {reason} and cannot be removed ({explain(error, path)}); remove it")
             else:
@@ -186,7 +256,7 @@ class Saver:
             decoupled_lr=a.learning_rate.decoupled_lr is not None,
             layout=process_groups.parallel_layout(),
             best=best,
-            asked_for=self._asked_for(progress.step, ending),
+            asked_for=self._asked_for(progress.step, ending) or self._attempts.due(progress.step),
             source=a.resume.info.source if a.resume is not None else "",
             lora=a.adapters.as_dict() if a.adapters is not None else None,
             peft_type=a.lora.peft_type,
@@ -211,9 +281,9 @@ def _base_of_adapters(arguments: Arguments) -> tuple[str, str]:
 
 def remove_exported(options: CheckpointArguments, spared: Collection[Path]) -> None:
     """Remove checkpoints that were kept only until their export, after the last one of a run, except ``spared``."""
-    interval = options.save_retain_interval
-    if options.save is not None and interval is not None and options.save_hf_interval is not None:
-        for path in (path for path in not_retained(Path(options.save), interval) if path not in spared):
+    last, interval = options.keep_last, options.save_retain_interval
+    if options.save is not None and options.save_hf_interval is not None:
+        for path in (path for path in not_kept(Path(options.save), last, interval) if path not in spared):
             try:
                 remove_checkpoint(path)
             except OSError as error:  # the run and its exports are complete

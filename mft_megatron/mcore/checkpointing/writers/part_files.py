@@ -6,6 +6,7 @@ Its bytes are hashed on their way to the disk. Nothing is read again.
 import mft_megatron.mcore.platform.patched  # noqa: F401  (before Megatron-Core)
 
 import dataclasses
+import errno
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -79,6 +80,9 @@ def _write_file(file: PartFile) -> Written:
             items.append(_result(item, name, offset, stream.tell()))
         stream.flush()
         os.fsync(hashed.fileno())
+        there = os.fstat(hashed.fileno()).st_size
+        if there != stream.tell():
+            raise OSError(errno.EIO, f"{there:,} of {stream.tell():,} bytes are there after writing", str(path))
     return Written(items, {name: hashed.result()})
 
 
