@@ -12,7 +12,7 @@ from mft_megatron.convert.huggingface.families.llama import LLAMA
 from mft_megatron.errors import InputError
 from mft_megatron.run_folder.description import CheckpointInfo, read_info, write_info
 from mft_megatron.run_folder.found import best_checkpoint, latest_checkpoint
-from mft_megatron.run_folder.names import BEST, INFO, TRACKER, iteration_folder
+from mft_megatron.run_folder.names import BEST, INFO, TRACKER, is_checkpoint, iteration_folder
 from mft_megatron.run_folder.replace_text import replace_text
 from mft_megatron.run_folder.retention import record_best, remove_checkpoint, superseded
 from tests.descriptions import description_of
@@ -68,12 +68,30 @@ def test_a_folder_without_such_a_file_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"--load .*nothing: does not exist; give the folder of a run that kept one"):
         best_checkpoint(tmp_path / "nothing")
     (tmp_path / TRACKER).unlink()
+    (path / INFO).unlink()
     with pytest.raises(
         InputError, match=f"has no {TRACKER}, so no checkpoint was completed there; .* leave --from out"
     ):
         latest_checkpoint(tmp_path, "--from")
     with pytest.raises(InputError, match="does not exist; give a folder that --save wrote"):
         latest_checkpoint(tmp_path / "nothing")
+
+
+def test_a_lost_tracker_is_named_unless_there_is_one_checkpoint_alone(tmp_path):
+    """The first save of a run may be interrupted between the checkpoint's name and the tracker."""
+    first = checkpoint(tmp_path, 10)
+    (tmp_path / TRACKER).unlink()
+    iteration_folder(tmp_path, 20).mkdir()  # unfinished
+    assert is_checkpoint(tmp_path)
+    assert latest_checkpoint(tmp_path).path == first
+    iteration_folder(tmp_path, 20).rmdir()
+    checkpoint(tmp_path, 20)
+    (tmp_path / TRACKER).unlink()
+    assert is_checkpoint(tmp_path)
+    lost = f"--from {tmp_path}: its file {TRACKER}, which names the newest checkpoint, is lost"
+    remedy = f"(iter_0000010, iter_0000020); write the number .*: echo 20 > {tmp_path / TRACKER}"
+    with pytest.raises(InputError, match=f"{lost}.*{remedy}".replace("(", r"\(").replace(")", r"\)")):
+        latest_checkpoint(tmp_path, "--from")
 
 
 def test_a_description_without_the_newer_fields_can_be_read(tmp_path):

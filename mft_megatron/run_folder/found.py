@@ -7,7 +7,7 @@ from mft_megatron.run_folder.files import remedy
 
 from .description import CheckpointRef, is_of_megatron, read_info
 from .manifest import DamagedCheckpointError
-from .names import BEST, INFO, TRACKER, iteration_folder
+from .names import BEST, INFO, TRACKER, complete_checkpoints, iteration_folder
 from .publishing import restore_replaced
 
 
@@ -80,6 +80,16 @@ def _named_checkpoint(folder: Path, file_name: str, option: str, absent: str, ot
     """
     file = folder / file_name
     if not file.is_file():
+        complete = complete_checkpoints(folder) if file_name == TRACKER else []
+        if len(complete) == 1:  # the first save of a run was interrupted just before it wrote the file
+            return _described(complete[0], option)
+        if complete:
+            names = ", ".join(path.name for path in complete[-5:])
+            raise InputError(
+                f"{option} {folder}: its file {file_name}, which names the newest checkpoint, is lost, and several are "
+                f"complete ({names}); write the number of the one to go on from into it: "
+                f"echo {int(complete[-1].name.removeprefix('iter_'))} > {file}"
+            )
         what = "does not exist" if not folder.exists() else f"has no {file_name}, so {absent}"
         raise InputError(f"{option} {folder}: {what}; {otherwise}")
     text = file.read_text().strip()

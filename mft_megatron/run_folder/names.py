@@ -46,4 +46,9 @@ def iteration_folder(folder: Path, iteration: int) -> Path:
 def is_checkpoint(folder: Path | str) -> bool:
     """Whether ``folder`` is a run folder with a complete checkpoint, or itself one ``iter_NNNNNNN``."""
     folder = Path(folder)
-    return folder.name.startswith("iter_") or (folder / TRACKER).exists()
+    return folder.name.startswith("iter_") or (folder / TRACKER).exists() or bool(complete_checkpoints(folder))
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints in a run folder, whatever its files say of them, in the order of their names."""
+    return sorted(file.parent for file in folder.glob(f"iter_*/{INFO}"))

@@ -33,7 +33,7 @@ from .model_tokenizer import chat_format_line, check_model_tokenizer
 from .run_log import RunLog
 from .saving.data_order import model_vocab_size, refuse_other_data
 from .saving.kept_files import keep_source, keep_tokenizer
-from .saving.resume import resume
+from .saving.resume import restore_tracker, resume
 from .saving.saver import Exports, Saver
 from .saving.sources import NO_SOURCES, Sources
 from .shares.share_log import ShareLog
@@ -205,6 +205,7 @@ def _reported_on_all_ranks() -> Iterator[None]:
 
 def _describe_run(folder: Path, arguments: Arguments, dataset: PackedDataset, log: RunLog, sources: Sources) -> None:
     """Write the configuration into the run folder, and copy into it what an export needs beside checkpoints."""
+    restore_tracker(folder, arguments, log)
     replace_text(folder / CONFIG, effective_configuration(arguments.as_options(), arguments.world_size))
     keep_source(folder, arguments, sources)
     keep_tokenizer(folder, arguments.data.tokenizer_model or dataset.ledger.tokenizer.model, log)

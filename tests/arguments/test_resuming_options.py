@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 
@@ -143,6 +144,19 @@ def test_the_folder_of_another_run_is_not_overwritten(tmp_path):
     with refused("holds the checkpoints of another run: add --load"):
         parse(f"--save {folder}")
     assert resumed(f"--save {folder}/ --load {folder}").resume is not None
+
+
+def test_a_folder_whose_tracker_is_lost_is_not_overwritten(tmp_path):
+    folder = checkpoint(tmp_path)
+    (folder / TRACKER).unlink()
+    with refused("holds the checkpoints of another run: add --load"):
+        parse(f"--save {folder}")
+    assert resumed(f"--save {folder} --load {folder}").resume.info.iteration == 5
+    shutil.copytree(folder / "iter_0000005", folder / "iter_0000007")
+    for words in (f"--save {folder} --load {folder}", f"--load {folder}"):
+        with refused(f"its file {TRACKER}, which names the newest checkpoint, is lost", "iter_0000005, iter_0000007"):
+            resumed(words)
+    assert resumed(f"--save {folder} --load {folder} --ckpt-step 5").resume.info.iteration == 5
 
 
 @pytest.mark.parametrize("words", ["", "--finetune"])

@@ -27,7 +27,7 @@ from mft_megatron.training.saving import saver
 from mft_megatron.training.saving.attempts import LAST_WAITS, MOST_FAILURES, Attempts
 from mft_megatron.training.saving.kept_files import keep_tokenizer
 from mft_megatron.training.saving.removal import Removal
-from mft_megatron.training.saving.resume import resume
+from mft_megatron.training.saving.resume import restore_tracker, resume
 from mft_megatron.training.saving.saver import Saver
 from mft_megatron.training.saving.sources import Sources
 from tests.descriptions import description_of
@@ -217,6 +217,18 @@ def test_other_ranks_touch_nothing(job, monkeypatch):
     assert run.best() == 10
     record_best(run.folder, 30)  # as the main rank does
     assert run.step(30, best=True) == [10, 20, 30]
+
+
+def test_a_lost_tracker_is_written_again(job, capsys):
+    run = job()
+    run.step(10, ending=True)
+    restore_tracker(run.folder, job().arguments, run.log)
+    (run.folder / TRACKER).unlink()
+    capsys.readouterr()
+    again = job()
+    restore_tracker(run.folder, again.arguments, again.log)
+    assert (run.folder / TRACKER).read_text() == "10\n"
+    assert f"{TRACKER}, which names the newest checkpoint, is missing; it is iter_0000010" in capsys.readouterr().out
 
 
 def test_a_restarted_job_removes_what_the_first_one_saved(job):

@@ -233,7 +233,10 @@ class Owner:
         found = self._read()
         if found is None or found.token != gone.token:  # another run was faster
             return False
-        replace_text(self._file, _as_text(mine))
+        try:
+            replace_text(self._file, _as_text(mine))
+        except FileNotFoundError:  # another run is the owner already, and removes what was left unfinished
+            return False
         if not certain:
             # without locks another run may do the same now: the last one to write is the owner
             time.sleep(self._pace.settle)

@@ -11,6 +11,8 @@ from mft_megatron.mcore.checkpointing.load_weights import fill_weights
 from mft_megatron.mcore.checkpointing.weight_source import CheckpointSource
 from mft_megatron.mcore.parallel import process_groups
 from mft_megatron.mcore.trainer import Trainer
+from mft_megatron.run_folder.names import TRACKER
+from mft_megatron.run_folder.replace_text import replace_text
 from mft_megatron.run_folder.retention import restore_best
 from mft_megatron.training.events import event_record
 from mft_megatron.training.progress import Progress
@@ -64,3 +66,11 @@ def resume(
     elif best is not None:
         log.print(f"the best evaluation so far was at step {best}; a checkpoint of it is in {path.parent} alone")
     return progress, state
+
+
+def restore_tracker(folder: Path, arguments: Arguments, log: RunLog) -> None:
+    """Write the file that names the newest checkpoint again, for a run that resumes in a folder that lacks it."""
+    if arguments.resume is not None and arguments.in_own_folder and not (folder / TRACKER).exists():
+        path = arguments.resume.path
+        log.print(f"{folder}: {TRACKER}, which names the newest checkpoint, is missing; it is {path.name} from now on")
+        replace_text(folder / TRACKER, f"{arguments.resume.info.iteration}\n")
