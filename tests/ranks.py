@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -112,6 +113,34 @@ def _run_on_ranks(world_size, port, function, arguments, timeout):
                 process.kill()
 
 
+def _ending_rank_main(streams, rank, world_size, port, function, arguments):
+    _redirect(streams)
+    _be_rank(rank, world_size, port)
+    _ready_forked_process()
+    function(*arguments)
+
+
+def ends_of_ranks(world_size, function, *arguments, timeout=60):
+    """Call ``function(*arguments)`` on ranks that may end in any way; returns the exit code and stderr of each.
+
+    A rank that has not ended within ``timeout`` seconds is killed, and its exit code is ``None``.
+    """
+    with tempfile.TemporaryDirectory() as folder, reserved_ports(1) as (port,):
+        processes, errors = [], [Path(folder) / str(rank) for rank in range(world_size)]
+        for rank, path in enumerate(errors):
+            rank_arguments = ([os.devnull, path], rank, world_size, port, function, arguments)
+            processes.append(_context.Process(target=_ending_rank_main, args=rank_arguments))
+            processes[-1].start()
+        end = time.monotonic() + timeout
+        for process in processes:
+            process.join(max(end - time.monotonic(), 0))
+        codes = [process.exitcode for process in processes]
+        for process in processes:
+            process.kill()
+            process.join()
+        return [(code, path.read_text()) for code, path in zip(codes, errors, strict=True)]
+
+
 def run_tool(*command, **options):
     """Run one of the project's commands as a user would; returns the completed process, with its output as text."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -120,11 +149,16 @@ def run_tool(*command, **options):
     )
 
 
-def _script_main(script, words, streams, rank_arguments):
+def _redirect(streams):
+    """Send standard output and standard error to files."""
     for stream, path in zip((sys.stdout, sys.stderr), streams, strict=True):
         file = os.open(path, os.O_WRONLY | os.O_CREAT)
         os.dup2(file, stream.fileno())
         os.close(file)
+
+
+def _script_main(script, words, streams, rank_arguments):
+    _redirect(streams)
     if rank_arguments is not None:
         _be_rank(*rank_arguments)
     _ready_forked_process()

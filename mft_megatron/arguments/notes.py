@@ -28,6 +28,7 @@ def notes(a: Arguments, training_packs: int, has_validation: bool, on_gpu: bool 
         *_dropout(a),
         *_precision(a, on_gpu),
         *_normalization(a),
+        *_timeouts(a),
     ]
 
 
@@ -122,4 +123,13 @@ def _normalization(a: Arguments) -> Iterator[str]:
         yield (
             f"--mft-normalization {m.mft_normalization}: the run had {info.mft_normalization} up to its checkpoint; "
             "leave the option out to keep that"
+        )
+
+
+def _timeouts(a: Arguments) -> Iterator[str]:
+    asked_for, stall = a.distributed.distributed_timeout_minutes, a.distributed.stall_timeout
+    if asked_for is not None and a.world_size > 1 and asked_for <= stall:
+        yield (
+            f"--distributed-timeout-minutes {asked_for}: ends a run that hangs before --stall-timeout {stall:g} can "
+            "say which rank does; give a shorter --stall-timeout"
         )

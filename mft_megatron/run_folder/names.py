@@ -10,6 +10,7 @@
     DIR/config.yaml                          the effective configuration
     DIR/outcome.json                         how the newest start of the run ended
     DIR/owner.json, DIR/.owner.lock          the process that owns the folder, while there is one
+    DIR/stalls/                              reports of hangs, a folder for each
     DIR/metrics.jsonl                        one JSON object per logged step, evaluation or event
     DIR/tensorboard/                         the same scalars
     DIR/tokenizer/                           the tokenizer's files, so that an export is complete
@@ -32,6 +33,7 @@ CONFIG = "config.yaml"
 OUTCOME = "outcome.json"
 OWNER = "owner.json"
 LOCK = ".owner.lock"
+STALLS = "stalls"
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 TOKENIZER = "tokenizer"

@@ -38,6 +38,8 @@ from .saving.saver import Exports, Saver
 from .saving.sources import NO_SOURCES, Sources
 from .shares.share_log import ShareLog
 from .task_weights import data_weights_text
+from .watchdog.limits import Limits
+from .watchdog.watchdog import watching
 
 HASHED_BYTES = 16 * 2**30
 
@@ -64,9 +66,26 @@ def pretrain(
             another run owns the run folder.
     """
     if owner is None:
-        with Owner(arguments.checkpoint.save or ".") as owner:
-            pretrain(arguments, main_rank, sources, exports, owner)
+        with Owner(arguments.checkpoint.save or ".") as owner, _watched(arguments):
+            _pretrain(arguments, main_rank, sources, exports, owner)
         return
+    with _watched(arguments):
+        _pretrain(arguments, main_rank, sources, exports, owner)
+
+
+def _watched(arguments: Arguments) -> contextlib.AbstractContextManager[None]:
+    """Watch the progress of a run on this rank, within ``--stall-timeout`` and ``--start-timeout``."""
+    layout, folder = arguments.distributed, arguments.checkpoint.save
+    limits = Limits(60 * layout.stall_timeout, 60 * layout.start_timeout)
+    rank = int(os.environ.get("RANK", 0))
+    return watching(limits, rank, arguments.world_size, None if folder is None else Path(folder), _position_text)
+
+
+def _position_text() -> str:
+    return ", ".join(f"{name} rank {rank}" for name, rank in process_groups.position().items())
+
+
+def _pretrain(arguments: Arguments, main_rank: bool, sources: Sources, exports: Exports | None, owner: Owner) -> None:
     dataset, checked = open_dataset(arguments, main_rank)
     model_lines = check_data_of_model(arguments, dataset, main_rank)
     evaluation = evaluation_of(arguments, dataset)

@@ -61,11 +61,27 @@ class DistributedArguments:
         "Process-group backend. Unlike in Megatron the default is nccl with CUDA and gloo without.",
         choices=("auto", "nccl", "gloo"),
     )
-    distributed_timeout_minutes: int = option(
-        10,
+    distributed_timeout_minutes: int | None = option(
+        None,
         "Longest duration of a collective operation of a step. At the start, up to the end of the first step, and "
-        "while a checkpoint is written it is an hour, or this if it is longer.",
+        "while a checkpoint is written it is an hour, or more where --start-timeout or this is. Unlike in Megatron the "
+        "default is 10, or 2 more than --stall-timeout if that is longer: --stall-timeout says which rank hangs, this "
+        "does not.",
         at_least=1,
+    )
+    stall_timeout: float = option(
+        10.0,
+        "End a run that makes no progress for this many minutes: each rank writes where it is, with its Python stacks, "
+        "into the folder stalls of --save, one line says which ranks did not arrive, and the exit code is 12. A "
+        "micro-batch or an update is progress; raise this where one takes longer. 0: off.",
+        at_least=0,
+        metavar="MINUTES",
+    )
+    start_timeout: float = option(
+        60.0,
+        "The same for the start, the first step, and wherever a checkpoint is loaded, saved or checked. 0: off.",
+        at_least=0,
+        metavar="MINUTES",
     )
 
     use_distributed_optimizer: bool = option(
@@ -111,6 +127,12 @@ class DistributedArguments:
     ddp_average_in_collective: bool = option(
         False, "Refused: gradients are summed over ranks, because the objective contains the whole normalisation."
     )
+
+    @property
+    def collective_minutes(self) -> int:
+        """Longest duration of a collective of a step: the one asked for, or one that a stall is reported before."""
+        default = max(10, math.ceil(self.stall_timeout) + 2)
+        return default if self.distributed_timeout_minutes is None else self.distributed_timeout_minutes
 
     @property
     def splits_experts_otherwise(self) -> bool:

@@ -23,7 +23,7 @@ from mft_megatron.disk_errors import explain, named_file
 from mft_megatron.errors import InputError
 from mft_megatron.mcore.platform import devices
 
-from . import teardown, timeouts
+from . import flight_recorder, teardown, timeouts
 
 T = TypeVar("T")
 
@@ -48,8 +48,10 @@ def process_groups(layout: DistributedArguments, seed: int) -> Iterator[None]:
             "--num-distributed-optimizer-instances: Megatron-Core makes its groups of ranks with einops; install that "
             "with pip install einops, or leave the option out"
         )
-    started, timeout = not dist.is_initialized(), timeouts.begin(layout.distributed_timeout_minutes)
+    started, timeout = not dist.is_initialized(), timeouts.begin(layout.collective_minutes, layout.start_timeout)
     if started:
+        if devices.HAS_CUDA:
+            flight_recorder.keep(os.environ)
         for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
             os.environ.setdefault(name, value)
         dist.init_process_group(devices.backend(layout.distributed_backend), timeout=timeout)

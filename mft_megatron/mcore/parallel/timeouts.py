@@ -15,18 +15,21 @@ LONG = datetime.timedelta(hours=1)
 # whose timeouts can be changed
 BACKENDS = ("gloo", "nccl")
 
-_of_steps = _current = LONG
+_of_steps = _long = _current = LONG
 
 
-def begin(minutes: int) -> datetime.timedelta:
+def begin(minutes: int, start_minutes: float = 0) -> datetime.timedelta:
     """Remember the timeout of steps; returns the timeout of the start, with which process groups are to be made.
 
     Args:
         minutes: the longest duration of a collective of a step.
+        start_minutes: the time after which the watchdog ends a start, or a save, that hangs. Collectives wait longer,
+            so that it can say which rank does.
     """
-    global _of_steps, _current
+    global _of_steps, _long, _current
     _of_steps = datetime.timedelta(minutes=minutes)
-    _current = max(_of_steps, LONG)
+    _long = max(LONG, datetime.timedelta(minutes=start_minutes + 2))
+    _current = max(_of_steps, _long)
     return _current
 
 
@@ -39,7 +42,7 @@ def limit() -> None:
 def long_waits() -> Iterator[None]:
     """Let ranks wait for long inside the block, for one that reads or writes."""
     before = _current
-    _set(max(before, LONG))
+    _set(max(before, _long))
     try:
         yield
     finally:

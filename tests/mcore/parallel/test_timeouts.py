@@ -7,6 +7,7 @@ import pytest
 import torch
 from packaging.version import Version
 
+from mft_megatron.arguments.groups.distributed import DistributedArguments
 from tests.ranks import run_on_ranks
 
 
@@ -63,4 +64,13 @@ def _limits():
 
 
 def test_the_start_has_an_hour_or_more():
-    assert run_on_ranks(1, _limits) == [[60, 3, 90, 90]]
+    """The watchdog's limit of the start is an hour: collectives wait longer, so that it can say which rank hangs."""
+    assert run_on_ranks(1, _limits) == [[62, 3, 90, 90]]
+
+
+@pytest.mark.parametrize(
+    ("options", "minutes"),
+    [({}, 12), ({"stall_timeout": 0.5}, 10), ({"stall_timeout": 30}, 32), ({"distributed_timeout_minutes": 4}, 4)],
+)
+def test_collectives_wait_longer_than_the_watchdog(options, minutes):
+    assert DistributedArguments(**options).collective_minutes == minutes
