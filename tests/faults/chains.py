@@ -106,7 +106,7 @@ def run_chain(
             target = generator.choice(scenario.targets)
             if not job.wait_for(instant.step, instant.kind, instant.delay):
                 # it was faster than expected; a run that is finished can be started again
-                finished = job.wait() == 0
+                finished = job.wait() == 0 or _was_done(scenario, output)
                 if not finished:
                     report.problems.append(_failure(job, output))
                 break
@@ -124,7 +124,7 @@ def run_chain(
                 )
     if scenario.trains or not finished:
         with server.started(material.command(scenario, out), output) as job:
-            if job.wait() != 0:
+            if job.wait() != 0 and not _was_done(scenario, output):
                 report.problems.append(_failure(job, output))
                 return report
             _, left = processes.wait_until_gone(server.pid, SLACK)
@@ -188,6 +188,11 @@ def _kill(job: Job, target: str, generator: random.Random) -> str:
         return "all"
     processes.kill([job.pid if target == "launcher" else generator.choice(helpers if target == "helper" else ranks)])
     return target
+
+
+def _was_done(scenario: Scenario, output: Path) -> bool:
+    """Whether the last line refuses to make again what is complete."""
+    return scenario.done is not None and scenario.done in output.read_text(errors="replace").splitlines()[-1]
 
 
 def _failure(job: Job, output: Path) -> str:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import pickle
+import warnings
 from pathlib import Path
 
 # fields of records that tell the time, or where
@@ -15,6 +16,8 @@ def digests(run_folder: Path) -> dict[str, dict[str, str]]:
 
     from tests.saved_checkpoints import tensors_of
 
+    # torch says that it reads in a single process
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch.distributed.checkpoint")
     found = {}
     for path in sorted(run_folder.glob("iter_*")):
         of_path = {

@@ -42,6 +42,7 @@ class Scenario:
         phases: in which it is killed.
         targets: what is killed: "all" processes, one "rank", the "launcher" alone, or a "helper" of a rank; a worker of
             a command is a rank.
+        done: words of the refusal to make again what a job had completed before it was killed.
         copied: what ``{out}`` has at the beginning: the name of a folder of :class:`Material`.
         weight: how often it is taken, beside the others.
     """
@@ -53,6 +54,7 @@ class Scenario:
     restarts: int = 0
     phases: tuple[str, ...] = TRAINING
     targets: tuple[str, ...] = ("all", "rank", "launcher")
+    done: str | None = None
     copied: str | None = None
     weight: int = 1
 
@@ -124,6 +126,7 @@ SCENARIOS = {
         script="tools/convert_checkpoint.py",
         phases=("conversion",),
         targets=("all",),
+        done="exists already",
     ),
 }  # fmt: skip
 
