@@ -96,9 +96,11 @@ class EpochProof:
             progress: progress after it.
 
         Raises:
-            InputError: one of them did not use the data as planned; on every rank.
+            InputError: one of them did not use the data as planned, or a file of the data set is no longer the one that
+                was opened; on every rank.
         """
         for epoch in range(self._epoch(before.consumed_samples), self._epoch(progress.consumed_samples)):
+            self._refuse_changed_files(progress)
             used = self._used(trainer, epoch)
             trainer.usage.forget(epoch)
             complete = epoch * self._split.num_packs >= self._began
@@ -119,6 +121,15 @@ class EpochProof:
         digest_K = (high_K.astype(np.uint64) << np.uint64(32)) + low_K.astype(np.uint64)
         used = Usage(slices_K, digest_K)
         return used + self._used_before if epoch == self._resumed_epoch else used
+
+    def _refuse_changed_files(self, progress: Progress) -> None:
+        """Check the data set's files, each rank what it sees of them; a collective of all ranks."""
+        refusal = None
+        try:
+            self._split.dataset.files.refuse_change()
+        except InputError as error:
+            refusal = f"step {progress.step}: {error}"
+        process_groups.raise_on_all_ranks(refusal)
 
     def _refuse_difference(self, epoch: int, used: Usage, progress: Progress) -> None:
         planned = self._planned

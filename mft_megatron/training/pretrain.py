@@ -136,7 +136,8 @@ def _pretrain(arguments: Arguments, main_rank: bool, sources: Sources, exports: 
 def open_dataset(arguments: Arguments, main_rank: bool) -> tuple[PackedDataset, bool]:
     """Open the data set and check it against its ledger: on rank 0 by content, on the others by the sizes of files.
 
-    Rank 0 reads every byte, unless that would keep the others waiting for minutes.
+    Rank 0 reads every byte, unless that would keep the others waiting for minutes. While the run reads the files, each
+    rank looks at them now and then (:mod:`mft_megatron.data.storage.opened_files`).
 
     Returns:
         the data set, and whether it is small enough for its content to be checked.
@@ -147,7 +148,10 @@ def open_dataset(arguments: Arguments, main_rank: bool) -> tuple[PackedDataset, 
     prefix = arguments.data.data_path
     small = sum(entry.size for entry in read_ledger(prefix).arrays.values()) <= HASHED_BYTES
     check = "hashes" if main_rank and small else "sizes"
-    return PackedDataset.open(prefix, arguments.data.seq_length, check), small
+    dataset = PackedDataset.open(prefix, arguments.data.seq_length, check)
+    # one rank of each machine, which may have files of its own
+    dataset.files.compares = os.environ.get("LOCAL_RANK", "0") == "0"
+    return dataset, small
 
 
 def check_data_of_model(arguments: Arguments, dataset: PackedDataset, main_rank: bool = True) -> list[str]:

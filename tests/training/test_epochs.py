@@ -157,3 +157,21 @@ def test_a_global_batch_of_several_epochs(dataset):
     run.proof.after_step(run.trainer, run.log, Progress(), run.progress)
     assert run.judged == [(0, True), (1, True)]
     assert np.sum(run.state()["usage"]["pieces"]) == split.slices_of_packs(plan.packs_G[-3:])[1].sum()
+
+
+def test_an_epoch_ends_with_a_look_at_the_files(tmp_path, monkeypatch):
+    """A file that was written to is found by one rank, and refused on all; within an epoch nothing is said."""
+    write_dataset(tmp_path / "set", 256)
+    run = Run(PackedDataset.open(tmp_path / "set", 256))
+    packs = run.split.num_packs
+    run.until(packs - packs % 8 - 8)
+    with open(tmp_path / "set_input_ids.bin", "r+b") as file:
+        file.write(b"x")
+    assert len(run.log) == 0
+    monkeypatch.setattr(epochs.process_groups, "of_all_ranks", lambda message: [None, message])
+    with pytest.raises(
+        InputError, match=rf"^step \d+: {tmp_path}/set_input_ids.bin: was changed while it is"
+    ) as caught:
+        run.until(2 * packs)
+    assert not caught.value.always
+    assert len(run.log) == 0

@@ -21,6 +21,7 @@ from mft_megatron.data.storage.arrays import check_files, load_array, load_task_
 from mft_megatron.data.storage.checked_values import refuse_bad_values
 from mft_megatron.data.storage.indexed_dataset import IndexedDataset
 from mft_megatron.data.storage.ledger import Ledger, LengthEntry, read_ledger
+from mft_megatron.data.storage.opened_files import OpenedFiles
 from mft_megatron.data.storage.weights import load_sample_weights, load_token_weights
 from mft_megatron.errors import InputError
 
@@ -60,6 +61,7 @@ class PackedDataset:
 
     Attributes:
         prefix: first part of its files' paths.
+        files: its files as they were when it was opened.
         ledger: of the data set.
         entry: of this length, in the ledger.
         seq_length: tokens of a pack.
@@ -75,9 +77,17 @@ class PackedDataset:
         token_weights: weights of the turns of all tokens, float32; ``None`` where all are 0 or 1.
     """
 
-    def __init__(self, prefix: str, ledger: Ledger, seq_length: int):
-        """Map the files of ``prefix`` that belong to ``seq_length``; nothing is compared with the ledger."""
+    def __init__(self, prefix: str, ledger: Ledger, seq_length: int, files: OpenedFiles | None = None):
+        """Map the files of ``prefix`` that belong to ``seq_length``; nothing is compared with the ledger.
+
+        Args:
+            prefix: of the data set.
+            ledger: of the data set.
+            seq_length: tokens of a pack.
+            files: as they were before they were compared with the ledger.
+        """
         self.prefix = prefix
+        self.files = files or OpenedFiles(prefix, ledger.arrays_for(seq_length))
         self.ledger = ledger
         self.seq_length = seq_length
         self.tasks: tuple[str, ...] = tuple(task.name for task in ledger.tasks)
@@ -110,10 +120,12 @@ class PackedDataset:
         prefix = str(prefix)
         ledger = read_ledger(prefix)
         _packed_for(ledger, prefix, seq_length)
+        files = OpenedFiles(prefix, ledger.arrays_for(seq_length))
         check_files(prefix, ledger.arrays_for(seq_length), hashes=check == "hashes")
         if check == "hashes":
             refuse_bad_values(prefix, ledger)
-        return cls(prefix, ledger, seq_length)
+            files.keep_blocks()
+        return cls(prefix, ledger, seq_length, files)
 
     @property
     def splits(self) -> tuple[str, ...]:

@@ -103,7 +103,9 @@ class MicroBatches:
 
         Raises:
             ValueError: as :func:`.step_plan.shard_plan`.
+            InputError: a file of the data set is no longer the one that was opened, as far as this process sees it.
         """
+        split.dataset.files.poll()
         indices = shard_plan(plan, ranks, micro_batch_size, split.dataset.padded)
         rows = [[split.slices_of(pack) for pack in packs_B] for packs_B in plan.packs_G[indices]]
         return cls(split.dataset, rows, plan.epochs_G[indices], width_multiple, plan.packs_G[indices], split.name)
