@@ -4,8 +4,9 @@ import dataclasses
 from collections.abc import Sequence
 
 from mft_megatron.data.chat_templates.builtin_formats import FORMATS
-from mft_megatron.data.packing.packing_options import OVERLONG, PACKERS, PADDING_MODES, PackingOptions
+from mft_megatron.data.packing.packing_options import PACKERS, PADDING_MODES, PackingOptions
 from mft_megatron.data.records.segments import SUPERVISE
+from mft_megatron.data.storage.ledger import OVERLONG
 from mft_megatron.data.tokenizers.backend_names import BACKENDS
 from mft_megatron.data.tokenizers.load import TOKENIZERS
 from mft_megatron.errors import InputError

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,26 +32,29 @@ def from_json(kind: type[T], content: object) -> T:
         content: decoded JSON.
 
     Raises:
-        ValueError: a key is missing or unknown, or a value has another type; the message names the first one.
+        ValueError: a key is missing or unknown, a value has another type, or a number does not fit 64 bits; the
+            message names the first one.
     """
     try:
         made = msgspec.convert(content, kind)
     except msgspec.ValidationError as error:
         raise ValueError(str(error)) from None
-    unknown = next(_unknown(content, dataclasses.asdict(made), ""), None)  # type: ignore[call-overload]
-    if unknown is not None:
-        raise ValueError(f"unknown key {unknown}")
+    problem = next(_problems(content, dataclasses.asdict(made), ""), None)  # type: ignore[call-overload]
+    if problem is not None:
+        raise ValueError(problem)
     return made
 
 
-def _unknown(content: object, known: object, where: str) -> Any:
-    """Names of the keys of ``content`` that are not in ``known``, with those of the objects that they are in."""
+def _problems(content: object, known: object, where: str) -> Iterator[str]:
+    """Keys of ``content`` that are not in ``known``, and numbers of more than 64 bits, with where they are."""
     if isinstance(content, Mapping) and isinstance(known, Mapping):
         for key, value in content.items():
             if key in known:
-                yield from _unknown(value, known[key], f"{where}{key}.")
+                yield from _problems(value, known[key], f"{where}{key}.")
             else:
-                yield f"{where}{key}"
+                yield f"unknown key {where}{key}"
     elif isinstance(content, list) and isinstance(known, list | tuple):
         for index, (value, other) in enumerate(zip(content, known, strict=True)):
-            yield from _unknown(value, other, f"{where}{index}.")
+            yield from _problems(value, other, f"{where}{index}.")
+    elif isinstance(content, int) and not -(2**63) <= content < 2**63:
+        yield f"{where[:-1]} is a number of more than 64 bits"

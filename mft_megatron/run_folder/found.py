@@ -10,6 +10,9 @@ from .manifest import DamagedCheckpointError
 from .names import BEST, INFO, TRACKER, complete_checkpoints, iteration_folder
 from .publishing import restore_replaced
 
+# digits of an iteration; more are damage
+LONGEST_ITERATION = 18
+
 
 def latest_checkpoint(folder: Path | str, option: str = "--load") -> CheckpointRef:
     """Return the newest complete checkpoint in ``folder``, which may also be one ``iter_NNNNNNN`` itself.
@@ -92,10 +95,10 @@ def _named_checkpoint(folder: Path, file_name: str, option: str, absent: str, ot
             )
         what = "does not exist" if not folder.exists() else f"has no {file_name}, so {absent}"
         raise InputError(f"{option} {folder}: {what}; {otherwise}")
-    text = file.read_text().strip()
+    text = file.read_bytes().decode(errors="backslashreplace").strip()
     if text == "release" and is_of_megatron(folder / text):
         return CheckpointRef(folder / text, read_info(folder / text, option))
-    if not text.isdecimal():
+    if not text.isdecimal() or len(text) > LONGEST_ITERATION:
         raise InputError(
             f"{file}: {text!r} is not an iteration number; write the number of an existing iter_ folder; "
             f"{remedy(file, INFO)}"

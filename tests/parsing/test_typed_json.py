@@ -49,6 +49,7 @@ def test_values_are_read():
         ({"by_name": {"x": {}}}, "missing required field `size`"),
         ({"note": 0}, "Expected `str | null`, got `int`"),
         ({"more": 1}, "unknown key more"),
+        ({"anything": {"n": [2**63]}}, r"anything\.n\.0 is a number of more than 64 bits"),
         ({"files": [{"size": 1}, {"size": 1, "more": 1}]}, r"unknown key files\.1\.more"),
         ({"by_name": {"x": {"size": 1, "more": 1}}}, r"unknown key by_name\.x\.more"),
     ],

@@ -160,6 +160,8 @@ class WeightFiles:
             for name, file in weight_map.items():
                 if name.endswith(COMPUTED_BUFFERS):
                     continue
+                if not isinstance(file, str):
+                    raise TypeError(f"{name} is in no file")
                 names_by_file.setdefault(file, set()).add(name)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{index}: not an index of weights ({error}); download it again") from None

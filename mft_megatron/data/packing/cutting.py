@@ -11,9 +11,8 @@ import numpy as np
 
 from mft_megatron.data.sample_slices import SampleSlices, ranges, supervised_tokens, weight_sums
 from mft_megatron.data.storage.indexed_dataset import IndexedDataset
+from mft_megatron.data.storage.ledger import OVERLONG
 from mft_megatron.data.storage.weights import StoredWeights
-
-from .packing_options import OVERLONG
 
 # outcomes of a sample; those up to WINDOWED keep it
 KEPT, TRUNCATED, WINDOWED, TOO_LONG, CUT_TO_NOTHING = range(5)
@@ -59,7 +58,7 @@ def cut_samples(
         mask: loss masks, of which only those of overlong samples are read.
         task_ids: uint16 [samples].
         seq_length: tokens of a pack, at least 2.
-        overlong_of_task: a value of :data:`.packing_options.OVERLONG` for each task.
+        overlong_of_task: a value of :data:`mft_megatron.data.storage.ledger.OVERLONG` for each task.
         weights: of the samples; ``None`` where all are 1.
     """
     outcome = np.zeros(len(lengths), np.uint8)
@@ -100,7 +99,7 @@ def _windows(samples: np.ndarray, lengths: np.ndarray, policy: np.ndarray, seq_l
     Args:
         samples: int64 [N], indices.
         lengths: int64 [N], tokens.
-        policy: uint8 [N], index into :data:`.packing_options.OVERLONG`.
+        policy: uint8 [N], index into :data:`mft_megatron.data.storage.ledger.OVERLONG`.
     """
     step = seq_length - 1
     count = np.select([policy == 0, policy == 3], [0, -(-(lengths - 1) // step)], 1)

@@ -3,11 +3,12 @@
 import dataclasses
 from collections.abc import Sequence
 
-from mft_megatron.data.storage.ledger import LengthEntry, TaskEntry
+from mft_megatron.data.storage.ledger import OVERLONG, LengthEntry, TaskEntry
 from mft_megatron.errors import InputError
+from mft_megatron.parsing.typed_json import from_json
 
 SPLITS = ("train", "valid", "test")
-OVERLONG = ("drop", "truncate", "truncate-left", "split")
+PACKINGS = ("mixed", "per-task")
 PADDING_MODES = ("pack", "padding", "concat")
 PACKERS = ("mixed", "decreasing")
 
@@ -24,7 +25,7 @@ class PackingOptions:
         seed: of the split, of sampling, of the packer and of the order of documents.
         overlong: a value of :data:`OVERLONG`; a task may have another one.
         padding_mode: a value of :data:`PADDING_MODES`.
-        packing: "mixed", or "per-task": a pack has samples of one task only.
+        packing: a value of :data:`PACKINGS`; "per-task": a pack has samples of one task only.
         packer: a value of :data:`PACKERS`, for training rows of several samples: "mixed" spreads the samples of each
             task evenly over the rows; "decreasing" packs from the longest sample to the shortest, as in other splits.
         task_sampling: ratio of each task, by name; see :mod:`.sampling`.
@@ -52,11 +53,18 @@ class PackingOptions:
             ledger_path: of the ledger, for the error.
 
         Raises:
-            InputError: the entry holds other fields than these options.
+            InputError: the entry holds other fields or values than these options.
         """
         try:
-            return cls(**{**entry.options, "packer": entry.packer, "split": tuple(entry.options["split"])})
-        except (TypeError, KeyError) as error:
+            options = from_json(cls, {**entry.options, "packer": entry.packer})
+            choices = {"overlong": OVERLONG, "padding_mode": PADDING_MODES, "packing": PACKINGS, "packer": PACKERS}
+            for name, known in choices.items():
+                if getattr(options, name) not in known:
+                    raise ValueError(f"{name} {getattr(options, name)!r}")
+            if not 0 < options.sampling_epochs < 2**31:
+                raise ValueError(f"sampling_epochs {options.sampling_epochs}")
+            return options
+        except ValueError as error:
             raise InputError(
                 f"{ledger_path}: packing options that cannot be read ({error}); preprocess again"
             ) from None

@@ -23,6 +23,9 @@ ARRAYS_VERSION = 2  # of the arrays alone; the hash of a data set, and with it t
 # of the order in which an epoch uses packs: 1 any order, 2 one that mixes tasks (mft_megatron.data.loading.epoch_order)
 ORDER_VERSION = 2
 
+# what becomes of samples that are longer than a pack: values of ``--overlong`` and of a task's ``overlong``
+OVERLONG = ("drop", "truncate", "truncate-left", "split")
+
 # values of a JSON object, decoded; each reader knows the types of its keys
 JsonObject = dict[str, Any]
 
@@ -293,10 +296,15 @@ def _refuse_inconsistent(ledger: Ledger) -> None:
     Raises:
         ValueError: lengths are missing or are no numbers, a length has other tasks, or a file is outside the data set.
     """
-    if not ledger.lengths or not all(length.isdecimal() for length in ledger.lengths):
+    if not ledger.lengths or not all(length.isdecimal() and len(length) < 10 for length in ledger.lengths):
         raise ValueError(f"lengths {', '.join(ledger.lengths) or 'missing'}")
     if any(len(entry.tasks) != len(ledger.tasks) for entry in ledger.lengths.values()):
         raise ValueError("a length and the data set differ in their number of tasks")
+    if other := next((task for task in ledger.tasks if task.overlong not in (None, *OVERLONG)), None):
+        raise ValueError(f"task {other.name}: overlong {other.overlong!r}")
+    for length, entry in ledger.lengths.items():
+        if "padding_mode" not in entry.options or str(entry.options.get("seq_length")) != length:
+            raise ValueError(f"the options of length {length} are not of that length")
     if outside := next((suffix for suffix in ledger.arrays if "/" in suffix), None):
         raise ValueError(f"{outside!r} is no file of the data set")
 

@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mft_megatron.data.packing.packing_options import OVERLONG
 from mft_megatron.data.records.record_formats import RECORD_FORMATS
+from mft_megatron.data.storage.ledger import OVERLONG
 from mft_megatron.errors import InputError
 from mft_megatron.suggestions import did_you_mean
 

@@ -35,7 +35,7 @@ class TaskFiles:
         template: as ``--chat-template``.
         weight: of the task in training, at least 0.
         sampling: epochs of the task in one pass, above 0.
-        overlong: a value of :data:`mft_megatron.data.packing.packing_options.OVERLONG`.
+        overlong: a value of :data:`mft_megatron.data.storage.ledger.OVERLONG`.
         fim_rate: fraction of documents to be written as fill-in-the-middle, 0 to 1.
         left_out: files of its folders that are not read.
     """

@@ -170,4 +170,9 @@ class HuggingFaceTokenizer(Tokenizer):
         token = self._config.get(name)
         if isinstance(token, dict):
             token = token.get("content")
-        return self._tokenizer.token_to_id(token) if token else None
+        try:
+            return self._tokenizer.token_to_id(token) if token else None
+        except (TypeError, UnicodeEncodeError):  # no text, or one that cannot be a token
+            raise InputError(
+                f"{self._file.parent}: {name} is {token!r}, not a token; download the tokenizer again"
+            ) from None

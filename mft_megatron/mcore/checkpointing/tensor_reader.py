@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from mft_megatron.common_state import INDEX
 from mft_megatron.errors import InputError
-from mft_megatron.mcore.platform.checkpoint_pickles import IndexUnpickler
+from mft_megatron.mcore.platform.checkpoint_pickles import load_index
 from mft_megatron.run_folder.files import damage, remedy
 from mft_megatron.run_folder.names import INFO
 
@@ -39,9 +39,7 @@ class TensorReader:
         self._reader = FileSystemReader(path)
         try:
             with open(path / INDEX, "rb") as stream:
-                self._metadata: Metadata = IndexUnpickler(stream).load()
-            if not isinstance(self._metadata, Metadata):
-                raise TypeError("it holds no index of torch")
+                self._metadata = load_index(stream)
         except Exception as error:  # a pickle can fail in any way
             how = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
             raise InputError(f"{path}: its index {INDEX} {how}; the checkpoint is damaged; {_remedy(path)}") from None

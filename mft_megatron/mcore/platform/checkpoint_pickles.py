@@ -10,7 +10,8 @@ import os
 import pickle
 import types
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -82,6 +83,46 @@ _RECIPES = "transformer_engine.common.recipe"
 _RECIPE_NAMES = {("megatron.core.extensions.transformer_engine", "TEDelayedScaling")}
 
 
+def load_index(stream: IO[bytes]) -> Metadata:
+    """Load the index of a checkpoint.
+
+    Args:
+        stream: the open file ``.metadata``.
+
+    Raises:
+        ValueError: it is no index of torch, or a part of it has another type or names a file of another folder.
+        Exception: it is no pickle.
+    """
+    index = IndexUnpickler(stream).load()
+    if not isinstance(index, Metadata) or not isinstance(index.state_dict_metadata, dict):
+        raise ValueError("it holds no index of torch")
+    for name, entry in index.state_dict_metadata.items():
+        if not (isinstance(name, str) and isinstance(entry, TensorStorageMetadata | BytesStorageMetadata)):
+            raise ValueError(f"{name!r} is no entry of an index")
+        if isinstance(entry, TensorStorageMetadata) and not _is_whole(entry):
+            raise ValueError(f"its entry {name} is damaged")
+    if not isinstance(index.storage_data, dict):
+        raise ValueError("it does not say where entries are stored")
+    for key, stored in index.storage_data.items():
+        if not (isinstance(key, MetadataIndex) and isinstance(stored, _StorageInfo)):
+            raise ValueError("it does not say where entries are stored")
+        name, numbers = stored.relative_path, (stored.offset, stored.length)
+        if not isinstance(name, str) or Path(name).name != name:
+            raise ValueError(f"{key.fqn} is stored in {name!r}, which is no file of this folder")
+        if not all(isinstance(number, int) and number >= 0 for number in numbers):
+            raise ValueError(f"it does not say where in {name} {key.fqn} is stored")
+    return index
+
+
+def _is_whole(entry: TensorStorageMetadata) -> bool:
+    """Whether shape, dtype and chunks of a tensor have their types."""
+    typed = isinstance(entry.properties, TensorProperties) and isinstance(entry.properties.dtype, torch.dtype)
+    if not typed or not isinstance(entry.chunks, list):
+        return False
+    chunks = [(getattr(chunk, "offsets", None), getattr(chunk, "sizes", None)) for chunk in entry.chunks]
+    return all(isinstance(size, torch.Size) for size in (entry.size, *(size for chunk in chunks for size in chunk)))
+
+
 class _NamesOnly(InertUnpickler):
     """Unpickler that calls nothing and refuses names that extra states have no use for."""
 
@@ -103,7 +144,7 @@ def load_without_code() -> None:
     """
     os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
     replace: tuple[tuple[Any, str, object], ...] = (
-        (filesystem, "pickle", types.SimpleNamespace(**{**vars(pickle), "load": _load_index})),
+        (filesystem, "pickle", types.SimpleNamespace(**{**vars(pickle), "load": load_index})),
         (default_planner.DefaultLoadPlanner, "load_bytes", _load_object),
         (torch.storage, "_load_from_bytes", _load_tensors),
     )
@@ -133,10 +174,6 @@ def refuse_code(extra_states: Mapping[str, object]) -> None:
             _NamesOnly(io.BytesIO(content)).load()
         except Exception as error:  # a pickle can fail in any way
             raise ValueError(f"{key} is no state of a layer: {error}") from None
-
-
-def _load_index(stream: Any) -> object:
-    return IndexUnpickler(stream).load()
 
 
 def _load_object(planner: default_planner.DefaultLoadPlanner, read_item: ReadItem, value: io.BytesIO) -> None:

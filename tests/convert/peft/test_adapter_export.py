@@ -181,7 +181,7 @@ def no_adapters(info, weights):
 
 def damaged_description(info, weights):
     del info["lora"]["targets"]
-    return info, "not a checkpoint description ('targets'); the file is damaged"
+    return info, "not a checkpoint description (Object missing required field `targets`); "
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from mft_megatron.data.packing import cutting
 from mft_megatron.data.packing.cutting import CUT_TO_NOTHING, KEPT, TOO_LONG, TRUNCATED, WINDOWED, cut_samples
-from mft_megatron.data.packing.packing_options import OVERLONG
+from mft_megatron.data.storage.ledger import OVERLONG
 from tests.data.stores import stored_of
 
 MASKS = st.lists(st.lists(st.integers(0, 1), min_size=2, max_size=30).filter(lambda mask: any(mask[1:])), min_size=1)

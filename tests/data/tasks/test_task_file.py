@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mft_megatron.data.packing.packing_options import OVERLONG
+from mft_megatron.data.storage.ledger import OVERLONG
 from mft_megatron.data.tasks.task_file import read_task_file
 from mft_megatron.data.tasks.task_files import TaskFiles, parse_tasks
 from mft_megatron.errors import InputError
