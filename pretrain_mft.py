@@ -16,22 +16,24 @@ from mft_megatron import launcher, parent_process
 from mft_megatron.errors import InputError, run_command
 
 if TYPE_CHECKING:
+    from mft_megatron.arguments.command import CommandLine
     from mft_megatron.arguments.table import Arguments
     from mft_megatron.convert.background_export import Exports
     from mft_megatron.convert.huggingface.weight_source import HuggingFaceSource
     from mft_megatron.convert.peft.weight_source import AdapterSource
     from mft_megatron.run_folder.owner.owner import Owner
+    from mft_megatron.training.restarts.endings import Ending
 
 
 def main() -> int | None:
     """Check every option first; only then load torch and start process groups."""
     parent_process.end_with_launcher(os.environ)
-    from mft_megatron.arguments.checks.lora import check_trained_model
-    from mft_megatron.arguments.command import make_arguments, read_command_line
+    from mft_megatron.arguments.command import read_command_line
+    from mft_megatron.arguments.groups.checkpointing import CheckpointArguments
     from mft_megatron.arguments.groups.dry_run import DRY_RUN, DryRunArguments, refuse_without_dry_run
-    from mft_megatron.convert.run_start import open_start
-    from mft_megatron.data.loading.dataset import packed_lengths, training_packs
+    from mft_megatron.arguments.groups.validation import ValidationArguments
     from mft_megatron.run_folder.owner.owner import Owner
+    from mft_megatron.training.restarts.endings import exit_code_of, supervised
 
     command_line = read_command_line(sys.argv[1:], more=DRY_RUN)
     if command_line.group(DryRunArguments).dry_run:
@@ -40,21 +42,33 @@ def main() -> int | None:
         return dry_run(command_line)
     refuse_without_dry_run(command_line.asked_for)
     launcher.complete(os.environ)
+    main_rank = os.environ.get("RANK", "0") == "0"
+    save = command_line.group(CheckpointArguments).save
+    # a run that only evaluates has no outcome
+    folder = None if command_line.group(ValidationArguments).skip_train else save
+    with Owner(save or ".") as owner, supervised(folder, main_rank):
+        ending = run(command_line, main_rank, owner)
+        return exit_code_of(ending, folder, main_rank)
+
+
+def run(command_line: "CommandLine", main_rank: bool, owner: "Owner") -> "Ending":
+    """Complete and check every option, and train."""
+    from mft_megatron.arguments.checks.lora import check_trained_model
+    from mft_megatron.arguments.command import make_arguments
+    from mft_megatron.convert.run_start import open_start
+    from mft_megatron.data.loading.dataset import packed_lengths, training_packs
+
     start, model, adapter = open_start(command_line)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     arguments = make_arguments(command_line, start, world_size, packed_lengths, training_packs)
     if problem := check_trained_model(arguments):
         raise InputError(problem)
-    main_rank = os.environ.get("RANK", "0") == "0"
+    train = functools.partial(start_training, arguments, main_rank, model, adapter, owner)
     # A run that only evaluates saves nothing that could be exported.
     save, save_hf = arguments.checkpoint.save, arguments.checkpoint.save_hf
-    with Owner(save or ".") as owner:
-        run = functools.partial(start_training, arguments, main_rank, model, adapter, owner)
-        if save is None or save_hf is None or arguments.validation.skip_train:
-            run()
-        else:
-            run_and_export(arguments, Path(save), Path(save_hf), main_rank, run)
-    return None
+    if save is None or save_hf is None or arguments.validation.skip_train:
+        return train()
+    return train_and_export(arguments, Path(save), Path(save_hf), main_rank, train)
 
 
 def start_training(
@@ -64,8 +78,10 @@ def start_training(
     adapter: "AdapterSource | None",
     owner: "Owner",
     exports: "Exports | None" = None,
-) -> None:
+) -> "Ending":
     """Train, unless the run is finished: a job in a chain that has nothing left to do has not failed."""
+    from mft_megatron.training.restarts.endings import Ending
+
     if arguments.finished:
         if main_rank:
             print(
@@ -73,33 +89,44 @@ def start_training(
                 f"train on with a larger {'--train-iters' if arguments.total_packs is None else '--num-train-epochs'}",
                 flush=True,
             )
-        return
+        return Ending(arguments.training.train_iters)
     from mft_megatron.training.pretrain import pretrain
     from mft_megatron.training.saving.sources import Sources
 
     parent_process.end_forked_with_this()
-    pretrain(arguments, main_rank, Sources(model, adapter), exports, owner)
+    return pretrain(arguments, main_rank, Sources(model, adapter), exports, owner)
 
 
-def run_and_export(
-    arguments: "Arguments", run_folder: Path, hf_folder: Path, main_rank: bool, run: Callable[..., None]
-) -> None:
-    """Train with ``--save-hf``: rank 0 exports checkpoints during the run, and the newest at its end."""
+def train_and_export(
+    arguments: "Arguments", run_folder: Path, hf_folder: Path, main_rank: bool, train: "Callable[..., Ending]"
+) -> "Ending":
+    """Train with ``--save-hf``: rank 0 exports checkpoints during the run, and the newest at its end.
+
+    A signal leaves exports to the next start.
+    """
+    from mft_megatron import exit_signals
     from mft_megatron.convert.huggingface.model_export import refuse_export
+    from mft_megatron.training.restarts.endings import left_before_the_export
     from mft_megatron.training.saving.saver import remove_exported
 
     options, resume = arguments.checkpoint, arguments.resume
     refuse_export(arguments.network, resume is not None and resume.info.from_hugging_face)
     if not main_rank:
-        run()
-        return
-    with open_exports(arguments, hf_folder) as exports:
-        if options.save_hf_interval is not None and resume is not None and not arguments.weights_alone:
-            exports.catch_up(run_folder, options.save_hf_interval, resume.path)
-        run(exports)
-        exports.export_newest(run_folder)
+        return train()
+    try:
+        with open_exports(arguments, hf_folder) as exports:
+            if options.save_hf_interval is not None and resume is not None and not arguments.weights_alone:
+                exports.catch_up(run_folder, options.save_hf_interval, resume.path)
+            ending = train(exports)
+            if ending.hurried:
+                raise exit_signals.LeaveNow
+            exit_signals.enter(exit_signals.Phase.AFTER)
+            exports.export_newest(run_folder)
+    except exit_signals.LeaveNow:  # raised after training alone
+        return left_before_the_export(ending)
     remove_exported(options, exports.waiting)
     exports.refuse_failures()
+    return ending
 
 
 def open_exports(arguments: "Arguments", folder: Path) -> "Exports":

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from mft_megatron.disk_errors import FULL, OF_FILES, disk_error, explain, failure, named_file
-from mft_megatron.exit_codes import BAD_INPUT, INTERRUPTED, READER_GONE
+from mft_megatron.exit_codes import BAD_INPUT, FAILED, INTERRUPTED, READER_GONE
 
 # Seconds that a silent rank leaves the rank that prints the error.
 PATIENCE = 5
@@ -75,6 +75,20 @@ def _concerns(error: OSError, place: Path) -> bool:
     return file.is_relative_to(folder) or folder.is_relative_to(file)
 
 
+def exit_code(error: BaseException) -> int:
+    """The exit code, of :mod:`.exit_codes`, of a command that an error ends."""
+    if isinstance(error, InputError):
+        return error.code
+    if isinstance(error, BrokenPipeError):
+        return READER_GONE
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    if isinstance(error, OSError):
+        error = disk_error(error) or error
+        return FAILED if error.filename is None and error.errno not in OF_FILES else BAD_INPUT
+    return FAILED
+
+
 def run_command(main: Callable[[], int | None], quiet: bool = False) -> int:
     """Run a command-line entry; print an :class:`InputError` as one line on stderr.
 
@@ -107,13 +121,15 @@ def run_command(main: Callable[[], int | None], quiet: bool = False) -> int:
             print("interrupted; the same command goes on from what is complete", file=sys.stderr, flush=True)
         return INTERRUPTED
     except OSError as error:
-        error = disk_error(error) or error
-        if error.filename is None and error.errno not in OF_FILES:
+        code = exit_code(error)
+        if code == FAILED:
             raise
-        line = failure(error, "the output, or a file without a name", "nothing was completed there")
+        line = failure(
+            disk_error(error) or error, "the output, or a file without a name", "nothing was completed there"
+        )
         print(f"error: {line}", file=sys.stderr, flush=True)
         _finish_output()
-        return BAD_INPUT
+        return code
 
 
 def _finish_output() -> int:

@@ -34,7 +34,7 @@ SUBCOMMANDS = {
 TOOLS = ("preprocess_data", "pack_data", "inspect_data", "convert_checkpoint", "quantize_hf", "verify")
 # Options of other programs that the documents name.
 FOREIGN = {
-    "torchrun": "--nproc-per-node --standalone --nnodes --rdzv-id --rdzv-backend --rdzv-endpoint",
+    "torchrun": "--nproc-per-node --standalone --nnodes --rdzv-id --rdzv-backend --rdzv-endpoint --max-restarts",
     "pip": "--no-build-isolation --no-deps --dry-run --format --index-url --no-index --find-links",
     "venv": "--system-site-packages",
     "Slurm": "--nodes --ntasks-per-node --gpus-per-node --cpus-per-task --time --container-image --array --dependency",

@@ -118,10 +118,14 @@ class Exports:
         if self._running is not None:
             names = ", ".join(path.name for path in (self._running.checkpoint, *self._queue))
             print(f"--save-hf: waiting for {names}", flush=True)
-        while self._running is not None:
-            self._running.process.wait()
-            for result in (self._end(self._running), *self.poll()):
-                print("--save-hf: " + ", ".join(f"{name} {value}" for name, value in result.items()), flush=True)
+        try:
+            while self._running is not None:
+                self._running.process.wait()
+                for result in (self._end(self._running), *self.poll()):
+                    print("--save-hf: " + ", ".join(f"{name} {value}" for name, value in result.items()), flush=True)
+        except BaseException:  # a signal
+            self._stop()
+            raise
 
     def refuse_failures(self) -> None:
         """Report the exports that failed.

@@ -117,7 +117,11 @@ def _steps(
             consumed_samples=consumed,
             order_version=dataset.entry.order_version,
         )
-        trainer.train_step(split, plan, np.ones(len(dataset.tasks)))
+        # a run asks in each step whether a rank got a signal
+        trainer.leave_requested = lambda: False
+        report = trainer.train_step(split, plan, np.ones(len(dataset.tasks)))
+        if report is not None:
+            report.leave_requested()
         consumed += plan.num_packs
         computed = plan.num_packs // arguments.training.micro_batch_size // trainer.ranks.data_size
         counters.times = Fraction(micro_batches or computed, computed)

@@ -39,7 +39,7 @@ from mft_megatron.mcore.model.parameters import count_parameters
 from mft_megatron.mcore.optim.optimizer import build_optimizer, build_scheduler, learning_rate, loss_scale
 from mft_megatron.mcore.parallel.data_parallel import WeightGathering
 from mft_megatron.mcore.parallel.device_batch import DeviceBatch, to_device
-from mft_megatron.mcore.parallel.host_copies import copy_together
+from mft_megatron.mcore.parallel.host_copies import copy_for_later, copy_together
 from mft_megatron.mcore.parallel.message_shapes import message_shapes
 from mft_megatron.mcore.platform.pipeline_messages import take_known_shapes
 
@@ -49,6 +49,10 @@ from .platform import devices
 
 # the width of a padded micro-batch is a multiple of this many tokens
 WIDTH_MULTIPLE = 64
+# A rank that asks all to leave adds this to a sum of supervised tokens: fp64 adds whole numbers below 2^53 exactly, so
+# that the tokens of a step, fewer than this, and the requests of up to 8,192 ranks can be told apart.
+REQUEST = 2.0**40
+_TOKENS = SUMS.index("tokens_K")
 # as Megatron expects it: the sum to differentiate, a number of tokens, and figures to be logged
 MegatronLoss: TypeAlias = tuple[Tensor, Tensor, dict[str, Tensor]]
 
@@ -91,6 +95,8 @@ class StepReport(EvaluationReport):
         zeros_in_grad: elements of the gradients that are 0; ``None`` where they are not counted.
         expert_losses: balancing and z losses by Megatron's name, fp64 [layers], without coefficient; means over the
             step's micro-batches. NaN for layers without experts.
+        requests: number of ranks whose ``leave_requested`` was true, fp64 [] on the host, where it is since the
+            gradient norm was read; ``None`` where it is not asked.
     """
 
     weight_K: np.ndarray
@@ -100,11 +106,20 @@ class StepReport(EvaluationReport):
     grad_norm: float | None = None
     zeros_in_grad: int | None = None
     expert_losses: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    requests: Tensor | None = None
 
     @property
     def loss_scale(self) -> float | None:
         """Loss scale of this step, read from the device; ``None`` where the precision needs none."""
         return None if self.scale is None else self.scale.item()
+
+    def leave_requested(self) -> bool:
+        """Whether a rank asks all to leave after this step; the same on all ranks."""
+        return self.requests is not None and self.requests.item() > 0
+
+
+class EvaluationInterruptedError(Exception):
+    """An evaluation was given up on all ranks, because one asked for it."""
 
 
 class Trainer:
@@ -122,6 +137,8 @@ class Trainer:
         weights: read weights between steps within ``weights.whole()``; see
             :class:`.parallel.data_parallel.WeightGathering`.
         ranks: position of this rank in its data-parallel group.
+        leave_requested: asked in each step: whether this rank wants all to leave after it. ``None``: not asked.
+        interrupt_requested: asked in each batch of an evaluation: whether this rank wants all to give it up.
     """
 
     def __init__(self, arguments: Arguments, vocab_size: int, num_tasks: int):
@@ -145,6 +162,8 @@ class Trainer:
         self.scheduler: OptimizerParamScheduler = build_scheduler(arguments, self.optimizer)
         self.weights = WeightGathering(arguments, self.chunks)
         self.ranks = process_groups.ranks()
+        self.leave_requested: Callable[[], bool] | None = None
+        self.interrupt_requested: Callable[[], bool] | None = None
         take_known_shapes()
         self._schedule = get_forward_backward_func()
         for chunk in self.chunks:
@@ -175,7 +194,7 @@ class Trainer:
         self.optimizer.zero_grad()
         experts.begin_step(self.chunks, plan.num_packs / self.arguments.training.micro_batch_size)
         factors, samples_K = self._factors(split, plan, weight_K)
-        sums = self._run(self.objective, factors, micro_batches, forward_only=False)
+        sums, requests = self._run(self.objective, factors, micro_batches, False, self.leave_requested)
         micro_batches.add_used_to(self.usage)
         report = StepReport(
             **vars(_report(self.objective, factors, sums, samples_K)),
@@ -183,6 +202,7 @@ class Trainer:
             learning_rate=learning_rate(self.optimizer),
             scale=loss_scale(self.optimizer),
             expert_losses=experts.losses_of_step(self.chunks, self.arguments),
+            requests=None if requests is None else copy_for_later(requests),
         )
         progress_marks.mark("optimizer")
         updated, grad_norm, zeros = self.optimizer.step()
@@ -204,11 +224,15 @@ class Trainer:
             split: the split that the plans were made from.
             plans: of the batches, at least one.
             weight_K: as in :meth:`train_step`.
+
+        Raises:
+            EvaluationInterruptedError: ``interrupt_requested`` was true on a rank; on all ranks after the same batch.
         """
         objective = dataclasses.replace(self.objective, per_micro_batch=False)
         tokens_K, samples_K = _sums_of_weights([plan.counts for plan in plans])
         factors = objective.before_step(tokens_K, samples_K, torch.from_numpy(weight_K), self.statistics)
-        sums = (self._forward_only(objective, factors, self._micro_batches(split, plan)) for plan in plans)
+        asked = self.interrupt_requested
+        sums = (self._forward_only(objective, factors, self._micro_batches(split, plan), asked) for plan in plans)
         return _report(objective, factors, reduce(torch.add, sums), samples_K)
 
     def task_losses(self, dataset: PackedDataset, rows: Rows) -> np.ndarray:
@@ -260,19 +284,34 @@ class Trainer:
         micro_batch_size = self.arguments.training.micro_batch_size
         return MicroBatches.of_plan(split, plan, self.ranks, micro_batch_size, self._width_multiple())
 
-    def _forward_only(self, objective: Objective, factors: StepFactors, micro_batches: MicroBatches) -> Tensor:
+    def _forward_only(
+        self,
+        objective: Objective,
+        factors: StepFactors,
+        micro_batches: MicroBatches,
+        requested: Callable[[], bool] | None = None,
+    ) -> Tensor:
         for chunk in self.chunks:
             chunk.eval()
         with torch.no_grad(), self.weights.whole():
-            return self._run(objective, factors, micro_batches, forward_only=True)
+            sums, requests = self._run(objective, factors, micro_batches, True, requested)
+        if requests is not None and requests.item() > 0:
+            raise EvaluationInterruptedError
+        return sums
 
     def _run(
-        self, objective: Objective, factors: StepFactors, micro_batches: MicroBatches, forward_only: bool
-    ) -> Tensor:
+        self,
+        objective: Objective,
+        factors: StepFactors,
+        micro_batches: MicroBatches,
+        forward_only: bool,
+        requested: Callable[[], bool] | None,
+    ) -> tuple[Tensor, Tensor | None]:
         """Run this rank's micro-batches through the pipeline.
 
         Returns:
-            fp64 [len(SUMS), K], summed over all ranks.
+            sums: fp64 [len(SUMS), K], summed over all ranks.
+            requests: number of ranks where ``requested`` is true, fp64 []; ``None`` where it is not asked.
         """
         shapes = message_shapes(self.chunks[0].config, micro_batches.num_tokens) if micro_batches.padded else None
         for chunk in self.chunks:
@@ -293,7 +332,14 @@ class Trainer:
             forward_only=forward_only,
         )
         progress_marks.mark("sums of all ranks")
-        return process_groups.sum_over_world(sums)
+        if requested is None:
+            return process_groups.sum_over_world(sums), None
+        if requested():
+            sums[_TOKENS, 0] += REQUEST
+        process_groups.sum_over_world(sums)
+        requests = torch.floor(sums[_TOKENS, 0] / REQUEST)
+        sums[_TOKENS, 0] -= requests * REQUEST
+        return sums, requests
 
     def _width_multiple(self) -> int:
         """Tokens that the width of a padded micro-batch is a multiple of.

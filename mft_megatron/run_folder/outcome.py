@@ -64,10 +64,9 @@ def record_outcome(folder: Path | str, code: int, reason: str, step: int | None 
     if code == OWNED:
         return
     before = _known(Path(folder))
-    same_start = before is not None and before.start == start_name(os.environ)
-    if code == FAILED and same_start and before is not None and before.code is not None:
+    if code == FAILED and outcome_of_this_start(folder) is not None:
         return
-    if step is None and same_start and before is not None:
+    if step is None and before is not None and before.start == start_name(os.environ):
         step = before.step
     _write(Path(folder), NAMES[code], code, reason, step)
 
@@ -93,6 +92,20 @@ def read_outcome(folder: Path | str) -> Outcome | None:
         return None
     except (ValueError, TypeError) as error:
         raise InputError(f"{file}: not an outcome of a run ({error}); remove it, the next start writes it") from None
+    return outcome
+
+
+def began_here(folder: Path | str) -> bool:
+    """Whether the newest start that the file knows is this one."""
+    outcome = _known(Path(folder))
+    return outcome is not None and outcome.start == start_name(os.environ)
+
+
+def outcome_of_this_start(folder: Path | str) -> Outcome | None:
+    """The outcome that a rank of this start has recorded; ``None`` while it is running, or where none can be read."""
+    outcome = _known(Path(folder))
+    if outcome is None or outcome.code is None or outcome.start != start_name(os.environ):
+        return None
     return outcome
 
 

@@ -18,7 +18,7 @@ from mft_megatron.batch import StepPlan
 from mft_megatron.data.loading.dataset import PackedDataset, PackedSplit
 from mft_megatron.data.loading.step_plan import plan_evaluation
 from mft_megatron.errors import InputError
-from mft_megatron.mcore.trainer import Trainer
+from mft_megatron.mcore.trainer import EvaluationInterruptedError, Trainer
 
 from .balancing import BalanceState, task_balance
 from .early_stopping import EarlyStopping, StoppingContent
@@ -33,6 +33,7 @@ class EvaluationState(TypedDict, total=False):
 
     stopping: StoppingContent
     balance: BalanceState
+    postponed: bool
 
 
 class Evaluation:
@@ -62,6 +63,7 @@ class Evaluation:
         self._state = self._stopping.begin()
         self._keeps_best = arguments.checkpoint.save_best or options.early_stopping_patience is not None
         self._best_step: int | None = None
+        self._postponed = False
         if self._keeps_best and "valid" not in dataset.splits:
             raise InputError(
                 f"--save-best compares evaluations, and {dataset.prefix} has no validation split; preprocess it with "
@@ -80,11 +82,17 @@ class Evaluation:
         self.balance.begin(trainer, log, progress, first_loss_K)
 
     def run(self, trainer: Trainer, log: RunLog, progress: Progress) -> None:
-        """Evaluate on the validation split, if there is one, and stop tasks or note the best step accordingly."""
-        limit = self._arguments.validation.eval_iters
-        if "valid" not in self._dataset.splits or limit == 0:
+        """Evaluate on the validation split, if there is one, and stop tasks or note the best step accordingly.
+
+        An evaluation that a signal interrupts is :attr:`postponed`.
+        """
+        if not self._evaluates:
             return
-        record = self._record(trainer, progress, limit)
+        try:
+            record = self._record(trainer, progress, self._arguments.validation.eval_iters)
+        except EvaluationInterruptedError:
+            self.postpone(log)
+            return
         log.write(record)
         self._state, outcome = self._stopping.after_evaluation(self._state, record)
         if outcome.improved:
@@ -94,6 +102,28 @@ class Evaluation:
             log.write(event_record(progress, "task early stop", **event, weight=0.0))
         if outcome.stopped_tasks:
             self.balance.stop_tasks(self._state.active_K)
+
+    def postpone(self, log: RunLog) -> None:
+        """Leave the evaluation of this step to the job that resumes from it, because little time is left."""
+        self._postponed = self._evaluates
+        if self._postponed:
+            log.print("the evaluation of this step is left to the job that resumes")
+
+    def make_up(self, trainer: Trainer, log: RunLog, progress: Progress) -> bool:
+        """Make the evaluation that an earlier job postponed; returns whether there was one."""
+        postponed, self._postponed = self._postponed, False
+        if postponed:
+            self.run(trainer, log, progress)
+        return postponed
+
+    @property
+    def postponed(self) -> bool:
+        """Whether the evaluation of this step is left to the job that resumes from it."""
+        return self._postponed
+
+    @property
+    def _evaluates(self) -> bool:
+        return "valid" in self._dataset.splits and self._arguments.validation.eval_iters != 0
 
     @property
     def finished(self) -> str | None:
@@ -106,7 +136,8 @@ class Evaluation:
 
     def state(self) -> EvaluationState:
         """The state for a checkpoint."""
-        return {"stopping": self._state.as_dict(), "balance": self.balance.state()}
+        postponed: EvaluationState = {"postponed": True} if self._postponed else {}
+        return {"stopping": self._state.as_dict(), "balance": self.balance.state(), **postponed}
 
     def load(self, state: EvaluationState, log: RunLog, progress: Progress) -> None:
         """Continue from a checkpoint's state, as far as it has one."""
@@ -114,13 +145,14 @@ class Evaluation:
             self._state = self._stopping.resume(state["stopping"])
             for reason in self._stopping.changes(state["stopping"]):
                 log.write(event_record(progress, "warning", reason=reason))
+        self._postponed = state.get("postponed", False)
         if "balance" in state:
             self.balance.load(state["balance"], log, progress)
 
     def _evaluated_tasks(self) -> set[str]:
         """Names of the tasks that have a supervised token in an evaluation; --eval-iters may leave some out."""
         limit = self._arguments.validation.eval_iters
-        if "valid" not in self._dataset.splits or limit == 0:
+        if not self._evaluates:
             return set()
         plans = evaluation_plans(self._arguments, self._dataset.split("valid"), limit)
         return _named(self._dataset, np.sum([plan.counts.tokens_K for plan in plans], axis=0))

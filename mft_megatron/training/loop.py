@@ -24,6 +24,7 @@ from .exit_conditions import ExitConditions
 from .garbage_collection import GarbageCollection
 from .progress import Progress
 from .records import StepRecord, train_record
+from .restarts.endings import Ending
 from .run_log import RunLog
 from .saving.data_order import order_version
 from .saving.run_state import RunState
@@ -42,7 +43,7 @@ def train(
     saver: Saver,
     log: RunLog,
     progress: Progress,
-) -> Progress:
+) -> Ending:
     """Train from ``progress`` to the last step of the run, or until early stopping or an exit condition ends the run.
 
     Raises:
@@ -50,15 +51,31 @@ def train(
             the lowest loss scale; or an epoch did not use the data as planned.
     """
     split, training, balance = dataset.split("train"), arguments.training, evaluation.balance
-    exits, garbage = ExitConditions(training), GarbageCollection(training)
+    exits, garbage = ExitConditions(arguments), GarbageCollection(training)
+
+    def save(ending: bool) -> None:
+        best = evaluation.is_best(progress)
+        if saver.due(progress.step, ending, best):
+            usage = epochs.state(trainer, progress)
+            state: RunState = {**evaluation.state(), "usage": usage, "shares": shares.state()}
+            saver.save(trainer, progress, log, ending, best, state)
+
     with exits, garbage, saver.completed_first():
         evaluation.begin(trainer, log, progress)
+        if evaluation.make_up(trainer, log, progress):
+            over = evaluation.finished or progress.step == training.train_iters
+            if over or evaluation.is_best(progress):
+                save(ending=True)
         if evaluation.finished:
             log.write(event_record(progress, "early stop", reason=evaluation.finished))
-            return progress
+            saver.finish()
+            return Ending(progress.step)
         shares.expect(log, progress, balance.weight_K, order_version(arguments, dataset))
         steps = StepLogger(arguments, dataset, trainer, shares, log)
-        while progress.step < training.train_iters:
+        exit_reason = exits.begin(trainer)
+        if exit_reason is not None:
+            log.write(event_record(progress, "exit", reason=exit_reason))
+        while progress.step < training.train_iters and exit_reason is None:
             before, plan = progress, next_plan(dataset, arguments, progress)
             progress_marks.mark_step(progress.step + 1, plan.packs_G)
             report = trainer.train_step(split, plan, balance.weight_K)
@@ -74,29 +91,30 @@ def train(
             if balance.after_step(trainer, log, progress):
                 steps.count_draw()
             last = progress.step == training.train_iters
-            exit_reason = exits.reason(progress.step)
+            exit_reason = exits.reason(progress.step, report)
             steps.write(progress, last)
             if progress.step % arguments.validation.eval_interval == 0 or last:
                 progress_marks.mark("evaluation")
-                with garbage.around_evaluation():
-                    evaluation.run(trainer, log, progress)
+                if exits.hurried:
+                    evaluation.postpone(log)
+                else:
+                    with garbage.around_evaluation():
+                        evaluation.run(trainer, log, progress)
+                    if evaluation.postponed:
+                        exit_reason = exits.interrupted()
                 progress_marks.mark("after the step")
             garbage.after_step(progress.step)
             shares.judge(log, before, progress, over=last or bool(evaluation.finished))
-            ending, best = last or bool(exit_reason or evaluation.finished), evaluation.is_best(progress)
-            if saver.due(progress.step, ending, best):
-                usage = epochs.state(trainer, progress)
-                state: RunState = {**evaluation.state(), "usage": usage, "shares": shares.state()}
-                saver.save(trainer, progress, log, ending, best, state)
+            save(ending=last or bool(exit_reason or evaluation.finished))
             steps.exclude_time()
             if evaluation.finished:
                 log.write(event_record(progress, "early stop", reason=evaluation.finished))
                 break
-            if exit_reason is not None and not last:
+            if exit_reason is not None and (evaluation.postponed or not last):
                 log.write(event_record(progress, "exit", reason=exit_reason))
-                break
         saver.finish()
-        return progress
+        left = evaluation.postponed or (progress.step < training.train_iters and not evaluation.finished)
+        return Ending(progress.step, exit_reason if left else None, exits.hurried)
 
 
 def _other_work_follows(arguments: Arguments, balance: TaskBalance, step: int) -> bool:

@@ -23,6 +23,7 @@ from mft_megatron.mcore.platform import devices, environment
 from mft_megatron.mcore.trainer import Trainer
 from mft_megatron.run_folder.configuration import effective_configuration
 from mft_megatron.run_folder.names import CONFIG
+from mft_megatron.run_folder.outcome import record_running
 from mft_megatron.run_folder.owner.owner import Owner
 from mft_megatron.run_folder.replace_text import replace_text
 
@@ -30,6 +31,7 @@ from .epochs import EpochProof
 from .evaluation import Evaluation
 from .loop import train
 from .model_tokenizer import chat_format_line, check_model_tokenizer
+from .restarts.endings import Ending
 from .run_log import RunLog
 from .saving.data_order import model_vocab_size, refuse_other_data
 from .saving.kept_files import keep_source, keep_tokenizer
@@ -50,7 +52,7 @@ def pretrain(
     sources: Sources = NO_SOURCES,
     exports: Exports | None = None,
     owner: Owner | None = None,
-) -> None:
+) -> Ending:
     """Train as the arguments say.
 
     Args:
@@ -61,16 +63,18 @@ def pretrain(
         owner: ownership of the run folder, for a caller that does something with it afterwards: rank 0 acquires it
             here, and the caller gives it back. Otherwise it ends with the run.
 
+    Returns:
+        whether it is finished, or was saved and left.
+
     Raises:
         InputError: the data set, the tokenizer, the weights or the checkpoint cannot be used, training diverged, or
             another run owns the run folder.
     """
     if owner is None:
         with Owner(arguments.checkpoint.save or ".") as owner, _watched(arguments):
-            _pretrain(arguments, main_rank, sources, exports, owner)
-        return
+            return _pretrain(arguments, main_rank, sources, exports, owner)
     with _watched(arguments):
-        _pretrain(arguments, main_rank, sources, exports, owner)
+        return _pretrain(arguments, main_rank, sources, exports, owner)
 
 
 def _watched(arguments: Arguments) -> contextlib.AbstractContextManager[None]:
@@ -85,7 +89,7 @@ def _position_text() -> str:
     return ", ".join(f"{name} rank {rank}" for name, rank in process_groups.position().items())
 
 
-def _pretrain(arguments: Arguments, main_rank: bool, sources: Sources, exports: Exports | None, owner: Owner) -> None:
+def _pretrain(arguments: Arguments, main_rank: bool, sources: Sources, exports: Exports | None, owner: Owner) -> Ending:
     dataset, checked = open_dataset(arguments, main_rank)
     model_lines = check_data_of_model(arguments, dataset, main_rank)
     evaluation = evaluation_of(arguments, dataset)
@@ -96,6 +100,8 @@ def _pretrain(arguments: Arguments, main_rank: bool, sources: Sources, exports: 
         with _reported_on_all_ranks(), _run_folder_reported(arguments):
             if options.save is not None and process_groups.is_main():
                 owner.acquire()
+                if not arguments.validation.skip_train:
+                    record_running(options.save, arguments.progress[0])
             log = RunLog(process_groups.is_main(), options.save, arguments.logging)
         try:
             log.print(f"{arguments.world_size} rank(s) on {devices.describe()}")
@@ -119,7 +125,7 @@ def _pretrain(arguments: Arguments, main_rank: bool, sources: Sources, exports: 
             evaluation.load(state, log, progress)
             if arguments.validation.skip_train:
                 evaluation.run(trainer, log, progress)
-                return
+                return Ending(progress.step)
             on_gpu = devices.HAS_CUDA
             for note in notes(arguments, dataset.split("train").num_packs, "valid" in dataset.splits, on_gpu):
                 log.print(f"note: {note}")
@@ -128,7 +134,7 @@ def _pretrain(arguments: Arguments, main_rank: bool, sources: Sources, exports: 
             shares = ShareLog(arguments, dataset)
             shares.load(state, log, progress)
             saver = Saver(arguments, dataset, exports, owner)
-            train(arguments, dataset, trainer, evaluation, epochs, shares, saver, log, progress)
+            return train(arguments, dataset, trainer, evaluation, epochs, shares, saver, log, progress)
         finally:
             log.close()
 

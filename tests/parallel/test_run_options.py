@@ -13,12 +13,14 @@ WHOLE = (
     "--log-memory-to-tensorboard --log-world-size-to-tensorboard --log-validation-ppl-to-tensorboard --full-validation "
     "--manual-gc --manual-gc-interval 1"
 )
-# name, options, and the signal that rank 1 sends to itself before a step
+# name, options, and the step before which rank 1 sends a signal to itself, or "evaluation" for within the first one
 RUNS = (
     ("whole", f"{WHOLE} --save {{}}/whole", None),
     ("plain", "--save {}/plain", None),
     ("signal", "--exit-signal-handler --exit-signal SIGUSR1 --save {}/signal --load {}/signal", 2),
     ("signal", "--exit-signal-handler --exit-signal SIGUSR1 --save {}/signal --load {}/signal", None),
+    ("evaluating", "--save {}/evaluating --load {}/evaluating", "evaluation"),
+    ("evaluating", "--save {}/evaluating --load {}/evaluating", None),
     ("time", "--exit-duration-in-mins 0 --save {}/time", None),
     ("skip", "--skip-train --load {}/whole --save {}/skip", None),
     ("step", "--load {}/whole --ckpt-step 3 --eval-interval 3 --save {}/step", None),
@@ -36,7 +38,7 @@ def _run(prefix, runs, world_size):
     from mft_megatron.mcore.trainer import Trainer
     from mft_megatron.training.pretrain import pretrain
 
-    train_step = Trainer.train_step
+    train_step, evaluate = Trainer.train_step, Trainer.evaluate
     for words, disturbed, port in runs:
         steps = [0]
 
@@ -46,9 +48,16 @@ def _run(prefix, runs, world_size):
                 os.kill(os.getpid(), signal.SIGUSR1)
             return train_step(self, *arguments)
 
-        Trainer.train_step = step
+        def interrupted(self, *arguments, disturbed=disturbed):
+            if disturbed == "evaluation" and os.environ["RANK"] == "1":
+                os.kill(os.getpid(), signal.SIGTERM)
+            return evaluate(self, *arguments)
+
+        Trainer.train_step, Trainer.evaluate = step, interrupted
         os.environ["MASTER_PORT"] = str(port)
-        pretrain(arguments_for(prefix, f"{SMALL} {words}", world_size), os.environ["RANK"] == "0")
+        ending = pretrain(arguments_for(prefix, f"{SMALL} {words}", world_size), os.environ["RANK"] == "0")
+        assert ending.hurried == (disturbed is not None)
+        assert (ending.left is not None) == ("--exit-duration" in words or disturbed is not None)
         # a hang of a later step ends the run after minutes, one of the start after an hour
         assert (timeouts._current < timeouts.LONG) == ("--skip-train" not in words)
     return signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
@@ -129,8 +138,16 @@ def test_only_some_checkpoints_are_retained(folder):
 def test_a_signal_to_one_rank_saves_and_ends_all_and_the_run_can_be_resumed(folder):
     assert steps_of_events(folder / "signal") == [("save", 2), ("exit", 2), ("load", 2), ("save", 4)]
     reasons = [record["reason"] for record in events(folder / "signal", "exit")]
-    assert reasons == ["--exit-signal-handler: a rank got SIGUSR1"]
+    assert reasons == ["a rank got SIGUSR1"]
     last, whole = records(folder / "signal", "train")[-1], records(folder / "plain", "train")[-1]
+    assert (last["step"], last["loss"], last["grad_norm"]) == (4, whole["loss"], whole["grad_norm"])
+
+
+def test_an_evaluation_that_a_signal_interrupts_is_made_by_the_job_that_resumes(folder):
+    steps = steps_of_events(folder / "evaluating")
+    assert steps == [("save", 2), ("exit", 2), ("load", 2), ("save", 4)]
+    assert records(folder / "evaluating", "valid") == records(folder / "plain", "valid")
+    last, whole = records(folder / "evaluating", "train")[-1], records(folder / "plain", "train")[-1]
     assert (last["step"], last["loss"], last["grad_norm"]) == (4, whole["loss"], whole["grad_norm"])
 
 

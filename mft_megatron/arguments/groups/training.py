@@ -93,7 +93,9 @@ class TrainingArguments:
         at_least=0,
     )
     exit_signal_handler: bool = option(
-        False, "Save and stop on all ranks after the step in which any rank receives --exit-signal."
+        False,
+        "Save and stop on all ranks after the step in which any rank receives --exit-signal. Unlike in Megatron "
+        "SIGTERM and SIGUSR1 do that with --save without this option.",
     )
     exit_signal: str = option(
         "SIGTERM", "Signal of --exit-signal-handler.", choices=("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")

@@ -1,4 +1,4 @@
-"""Copy arrays of the host to the device together: one pinned buffer, one copy, and the host does not wait.
+"""Copies between the host and the device that the host does not wait for.
 
 ::
 
@@ -38,6 +38,17 @@ def copy_together(arrays: Sequence[np.ndarray], dtypes: Sequence[torch.dtype], d
     for view, array in zip(_views(buffer, arrays, dtypes, sizes, starts), arrays, strict=True):
         np.copyto(view.numpy(), array, casting="same_kind")
     return _views(buffer.to(device, non_blocking=True), arrays, dtypes, sizes, starts)
+
+
+def copy_for_later(value: Tensor) -> Tensor:
+    """Copy a value to the host without waiting: its content is there when the host has next waited for the device.
+
+    Args:
+        value: on the device, of any shape and dtype.
+    """
+    if value.device.type == "cpu":
+        return value
+    return torch.empty_like(value, device="cpu", pin_memory=devices.HAS_CUDA).copy_(value, non_blocking=True)
 
 
 def _views(

@@ -317,6 +317,17 @@ def _as_text(record: OwnerRecord) -> str:
     return json.dumps(dataclasses.asdict(record), indent=2) + "\n"
 
 
+def in_use(folder: Path | str) -> bool:
+    """Whether a process seems to own a run folder; its lock is not asked."""
+    file = Path(folder) / OWNER
+    try:
+        record = parse(file.read_text(errors="replace"))
+        silent = time.time() - file.stat().st_mtime
+    except OSError:
+        return False
+    return is_running(record) if record.same_processes(this_process("")) else silent < PACE.silence
+
+
 def describe_owner(folder: Path | str) -> str | None:
     """Say who owns a run folder, for people; ``None`` without an owner. Whether it still runs is not always known.
 
