@@ -11,6 +11,7 @@ from mft_megatron.data.storage.sample_writer import SampleWriter, TaskTally
 from tests import source_code
 
 VOCABULARY = 257  # all bytes, and padding
+PLANTED = 200  # a byte that no function has
 # interval at which each task takes functions
 TASKS = {"completion": 1, "explain": 2, "write": 4, "read": 9}
 
@@ -21,7 +22,16 @@ def functions(longest):
 
 
 def write_dataset(
-    prefix, seq_length, longest=None, documents=False, weights=None, tasks=TASKS, weighted="", seed=5, **options
+    prefix,
+    seq_length,
+    longest=None,
+    documents=False,
+    weights=None,
+    tasks=TASKS,
+    weighted="",
+    seed=5,
+    planted=None,
+    **options,
 ):
     """Write the data set ``prefix`` and return its ledger.
 
@@ -36,6 +46,7 @@ def write_dataset(
         tasks: by name the interval at which a task takes functions: 1 takes all, 2 every other one.
         weighted: what has weights other than 1: "samples", "turns" (two in each sample), or both words.
         seed: of these weights.
+        planted: task and number within it of the one sample whose third token is :data:`PLANTED`.
         options: of :class:`PackingOptions`.
     """
     weights, texts = weights or {}, functions(longest or seq_length)
@@ -45,8 +56,10 @@ def write_dataset(
         for name, interval in tasks.items():
             tally = TaskTally(name, {"template": "bytes"}, weights.get(name))
             writer.begin(tally)
-            for text in texts[::interval]:
+            for number, text in enumerate(texts[::interval]):
                 ids = np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+                if planted == (name, number):
+                    ids[2] = PLANTED
                 mask = (np.arange(len(ids)) >= (0 if documents else len(ids) // 2)).astype(np.uint8)
                 sample_weights = token_weights = None
                 if "samples" in weighted:

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from mft_megatron.arguments.groups.bad_steps import BadStepArguments
 from mft_megatron.arguments.groups.checkpointing import CheckpointArguments
 from mft_megatron.arguments.groups.data import DataArguments
 from mft_megatron.arguments.groups.distributed import DistributedArguments
@@ -35,6 +36,7 @@ GROUPS: tuple[tuple[str, type], ...] = (
     ("recompute", RecomputeArguments),
     ("initialization", InitializationArguments),
     ("learning rate", LearningRateArguments),
+    ("bad steps", BadStepArguments),
     ("checkpointing", CheckpointArguments),
     ("mixed precision", MixedPrecisionArguments),
     ("transformer engine", TransformerEngineArguments),
@@ -68,6 +70,7 @@ class Arguments:
     recompute: RecomputeArguments
     initialization: InitializationArguments
     learning_rate: LearningRateArguments
+    bad_steps: BadStepArguments
     checkpoint: CheckpointArguments
     precision: MixedPrecisionArguments
     transformer_engine: TransformerEngineArguments

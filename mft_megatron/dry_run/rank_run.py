@@ -10,6 +10,7 @@ from mft_megatron.arguments.table import Arguments
 from mft_megatron.data.loading.dataset import PackedDataset
 from mft_megatron.data.loading.step_plan import plan_longest, plan_step
 from mft_megatron.mcore.adapters.quantized_linear import hold_shapes
+from mft_megatron.mcore.optim.guarded_step import accept
 from mft_megatron.mcore.optim.held_tensors import held_tensors
 from mft_megatron.mcore.parallel import process_groups
 from mft_megatron.mcore.platform.simulation import listener
@@ -119,7 +120,7 @@ def _steps(
         )
         # a run asks in each step whether a rank got a signal
         trainer.leave_requested = lambda: False
-        report = trainer.train_step(split, plan, np.ones(len(dataset.tasks)))
+        report = trainer.train_step(split, plan, np.ones(len(dataset.tasks)), accept)
         if report is not None:
             report.leave_requested()
         consumed += plan.num_packs
@@ -146,7 +147,7 @@ def _longest(arguments: Arguments, dataset: PackedDataset, trainer: Trainer, cou
     rows = min(arguments.training.global_batch_size, rows_of_peak(arguments))
     split = dataset.split("train")
     counters.reset()
-    trainer.train_step(split, plan_longest(split, rows), np.ones(len(dataset.tasks)))
+    trainer.train_step(split, plan_longest(split, rows), np.ones(len(dataset.tasks)), accept)
     return counters.memory.at_peak()
 
 

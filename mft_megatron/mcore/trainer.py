@@ -17,7 +17,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial, reduce
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -36,7 +36,9 @@ from mft_megatron.losses.focal import TaskStatistics
 from mft_megatron.losses.objective import SUMS, Objective, Slope, StepFactors, WeighedTokens
 from mft_megatron.mcore.model.gpt import build_model
 from mft_megatron.mcore.model.parameters import count_parameters
+from mft_megatron.mcore.optim.guarded_step import Judge, guarded_step
 from mft_megatron.mcore.optim.optimizer import build_optimizer, build_scheduler, learning_rate, loss_scale
+from mft_megatron.mcore.output_layer.slice_losses import SliceLoss, SliceLosses
 from mft_megatron.mcore.parallel.data_parallel import WeightGathering
 from mft_megatron.mcore.parallel.device_batch import DeviceBatch, to_device
 from mft_megatron.mcore.parallel.host_copies import copy_for_later, copy_together
@@ -91,6 +93,7 @@ class StepReport(EvaluationReport):
         scale: loss scale of this step, fp32 [1] on the device; ``None`` where the precision needs none.
         overflow: whether gradients were too large for the loss scale, so that nothing was updated; losses may then be
             NaN or infinite.
+        refused: why the judge of the step refused it, so that nothing was updated; ``None`` where it did not.
         grad_norm: before clipping; ``None`` after an overflow.
         zeros_in_grad: elements of the gradients that are 0; ``None`` where they are not counted.
         expert_losses: balancing and z losses by Megatron's name, fp64 [layers], without coefficient; means over the
@@ -103,10 +106,16 @@ class StepReport(EvaluationReport):
     learning_rate: float
     scale: Tensor | None = None
     overflow: bool = False
+    refused: str | None = None
     grad_norm: float | None = None
     zeros_in_grad: int | None = None
     expert_losses: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     requests: Tensor | None = None
+
+    @property
+    def updated(self) -> bool:
+        """Whether the step updated the weights."""
+        return not self.overflow and self.refused is None
 
     @property
     def loss_scale(self) -> float | None:
@@ -131,6 +140,7 @@ class Trainer:
         objective: the loss of training steps.
         statistics: of earlier steps, by task; focal-task reads them.
         usage: sample slices that this rank has trained on.
+        left_out: sample slices of this rank that were planned and left out, with the whole global batch.
         chunks: this rank's chunks of the model.
         optimizer: Megatron-Core's.
         scheduler: of the learning rate and the weight decay.
@@ -156,7 +166,7 @@ class Trainer:
             options.mft_loss, options.focal_gamma, options.focal_detach, options.mft_normalization == "micro-batch"
         )
         self.statistics = TaskStatistics.none(num_tasks, devices.device())
-        self.usage = UsageByEpoch(num_tasks)
+        self.usage, self.left_out = UsageByEpoch(num_tasks), UsageByEpoch(num_tasks)
         self.chunks: list[DistributedDataParallel] = build_model(arguments, vocab_size)
         self.optimizer: MegatronOptimizer = build_optimizer(arguments, self.chunks)
         self.scheduler: OptimizerParamScheduler = build_scheduler(arguments, self.optimizer)
@@ -170,17 +180,21 @@ class Trainer:
             chunk.config.finalize_model_grads_func = _finalize_without_rescaling
             chunk.config.grad_scale_func = self.optimizer.scale_loss
 
-    def train_step(self, split: PackedSplit, plan: StepPlan, weight_K: np.ndarray) -> StepReport | None:
+    def train_step(
+        self, split: PackedSplit, plan: StepPlan, weight_K: np.ndarray, judge: Judge | None = None
+    ) -> StepReport | None:
         """Consume one global batch and update the weights.
 
         Args:
             split: the split that the plan was made from.
             plan: of the step.
             weight_K: fp64 [K], weight ``w_i`` of each task, ``alpha_i`` of the focal losses.
+            judge: may refuse the step before anything is updated, unless gradients overflow.
 
         Returns:
             the report; or ``None`` where no task with a weight has a supervised token in the batch: then nothing
-            changes, on any rank. Where gradients overflow, only the loss scale changes.
+            changes, on any rank. Where gradients overflow, only the loss scale changes. A step that was refused changes
+            no weights, states, statistics or schedules, and its packs count as left out; random numbers go on.
         """
         micro_batches = self._micro_batches(split, plan)
         tokens_K, samples_K = _sums_of_weights([plan.counts])
@@ -194,8 +208,8 @@ class Trainer:
         self.optimizer.zero_grad()
         experts.begin_step(self.chunks, plan.num_packs / self.arguments.training.micro_batch_size)
         factors, samples_K = self._factors(split, plan, weight_K)
+        biases = experts.biases(self.chunks) if judge is not None else ()
         sums, requests = self._run(self.objective, factors, micro_batches, False, self.leave_requested)
-        micro_batches.add_used_to(self.usage)
         report = StepReport(
             **vars(_report(self.objective, factors, sums, samples_K)),
             weight_K=weight_K,
@@ -205,14 +219,34 @@ class Trainer:
             requests=None if requests is None else copy_for_later(requests),
         )
         progress_marks.mark("optimizer")
-        updated, grad_norm, zeros = self.optimizer.step()
+        stepped = guarded_step(self.optimizer, judge, report.loss_K, report.token_weights_K, report.objective_K)
         # experts have an optimizer of their own, which not all ranks share
-        if report.scale is not None and process_groups.any_rank(not updated):
+        overflows = not stepped.updated and stepped.refused is None
+        if report.scale is not None and process_groups.any_rank(overflows):
+            micro_batches.add_used_to(self.usage)
             return dataclasses.replace(report, overflow=True)
+        report = dataclasses.replace(report, grad_norm=stepped.grad_norm, zeros_in_grad=stepped.zeros_in_grad)
+        if stepped.refused is not None:
+            for bias, before in biases:
+                bias.copy_(before)
+            micro_batches.add_used_to(self.left_out)
+            return dataclasses.replace(report, refused=stepped.refused)
+        micro_batches.add_used_to(self.usage)
         self.weights.after_update()
         self.scheduler.step(increment=1)
         self.statistics = self.objective.statistics_after(self.statistics, sums, samples_K)
-        return dataclasses.replace(report, grad_norm=grad_norm, zeros_in_grad=zeros)
+        return report
+
+    def leave_out(self, split: PackedSplit, plan: StepPlan) -> None:
+        """Count a global batch as left out; nothing is computed.
+
+        Args:
+            split: the split that the plan was made from.
+            plan: of the step.
+        """
+        micro_batches = self._micro_batches(split, plan)
+        micro_batches.skip()
+        micro_batches.add_used_to(self.left_out)
 
     def evaluate(self, split: PackedSplit, plans: Sequence[StepPlan], weight_K: np.ndarray) -> EvaluationReport:
         """Compute the losses of every task over some batches; no state changes.
@@ -257,6 +291,21 @@ class Trainer:
         )
         sums = self._forward_only(Objective("token"), StepFactors(zero_K, zero_K, zero_K), micro_batches)
         return (sums[SUMS.index("loss_K")] / sums[SUMS.index("token_weights_K")]).cpu().numpy()
+
+    def slice_losses(self, split: PackedSplit, plan: StepPlan) -> list[SliceLoss]:
+        """Compute the mean token loss of each sample slice of a batch; no state changes; a collective.
+
+        Returns:
+            those of this rank's micro-batches, without slices that supervise nothing; empty on ranks that report no
+            losses.
+        """
+        micro_batches = self._micro_batches(split, plan)
+        losses = SliceLosses(micro_batches.rows)
+        for chunk in self.chunks:
+            chunk.eval()
+        with torch.no_grad(), self.weights.whole():
+            self._pipeline(losses.of_batch, micro_batches, forward_only=True)
+        return losses.found
 
     def num_parameters(self, trained: bool = False) -> int:
         """Number of parameters of the whole model, or of the ``trained`` ones.
@@ -313,24 +362,9 @@ class Trainer:
             sums: fp64 [len(SUMS), K], summed over all ranks.
             requests: number of ranks where ``requested`` is true, fp64 []; ``None`` where it is not asked.
         """
-        shapes = message_shapes(self.chunks[0].config, micro_batches.num_tokens) if micro_batches.padded else None
-        for chunk in self.chunks:
-            chunk.config.variable_seq_lengths = micro_batches.padded
-            chunk.config.message_shapes = shapes
-        batches = (to_device(batch) for batch in micro_batches)
         sums = torch.zeros(len(SUMS), self.num_tasks, dtype=torch.float64, device=devices.device())
         factors = factors.to(sums.device)
-        self._schedule(
-            forward_step_func=partial(_forward, partial(_MicroBatchObjective, objective, factors, sums)),
-            # every chunk iterates over the same micro-batches, not at the same time
-            data_iterator=list(itertools.tee(batches, len(self.chunks))),
-            model=self.chunks,
-            num_microbatches=len(micro_batches),
-            # a micro-batch is one stream of tokens in the pipeline; Megatron ignores this length where widths vary
-            seq_length=self.arguments.training.micro_batch_size * self.arguments.data.seq_length,
-            micro_batch_size=1,
-            forward_only=forward_only,
-        )
+        self._pipeline(partial(_MicroBatchObjective, objective, factors, sums), micro_batches, forward_only)
         progress_marks.mark("sums of all ranks")
         if requested is None:
             return process_groups.sum_over_world(sums), None
@@ -340,6 +374,27 @@ class Trainer:
         requests = torch.floor(sums[_TOKENS, 0] / REQUEST)
         sums[_TOKENS, 0] -= requests * REQUEST
         return sums, requests
+
+    def _pipeline(
+        self, output_of: "Callable[[DeviceBatch], _Output]", micro_batches: MicroBatches, forward_only: bool
+    ) -> None:
+        """Run this rank's micro-batches through the pipeline; ``output_of`` each takes its token losses."""
+        shapes = message_shapes(self.chunks[0].config, micro_batches.num_tokens) if micro_batches.padded else None
+        for chunk in self.chunks:
+            chunk.config.variable_seq_lengths = micro_batches.padded
+            chunk.config.message_shapes = shapes
+        batches = (to_device(batch) for batch in micro_batches)
+        self._schedule(
+            forward_step_func=partial(_forward, output_of),
+            # every chunk iterates over the same micro-batches, not at the same time
+            data_iterator=list(itertools.tee(batches, len(self.chunks))),
+            model=self.chunks,
+            num_microbatches=len(micro_batches),
+            # a micro-batch is one stream of tokens in the pipeline; Megatron ignores this length where widths vary
+            seq_length=self.arguments.training.micro_batch_size * self.arguments.data.seq_length,
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
 
     def _width_multiple(self) -> int:
         """Tokens that the width of a padded micro-batch is a multiple of.
@@ -362,8 +417,18 @@ def _report(objective: Objective, factors: StepFactors, sums: Tensor, samples_K:
     return EvaluationReport(named["loss_K"], named["tokens_K"], named["token_weights_K"], by_task_K, named["share_K"])
 
 
+class _Output(Protocol):
+    """Takes the token losses of one micro-batch."""
+
+    def slope(self, batch: DeviceBatch) -> Slope | None:
+        """The gradient that they will receive, where it is known before them."""
+
+    def of_losses(self, loss_T: Tensor) -> MegatronLoss:
+        """Take the token losses; returns Megatron's 3-tuple."""
+
+
 def _forward(
-    objective_of: "Callable[[DeviceBatch], _MicroBatchObjective]",
+    output_of: Callable[[DeviceBatch], _Output],
     batches: Iterator[DeviceBatch],
     model: DistributedDataParallel,
 ) -> tuple[Tensor, Callable[[Tensor], MegatronLoss]]:
@@ -374,8 +439,8 @@ def _forward(
         loss_function: of the output of the last stage.
     """
     batch = next(batches)
-    objective = objective_of(batch)
-    return model.module.run(batch, slope=objective.slope), objective.of_losses
+    output = output_of(batch)
+    return model.module.run(batch, slope=output.slope), output.of_losses
 
 
 class _MicroBatchObjective:

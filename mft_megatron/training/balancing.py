@@ -26,6 +26,7 @@ from mft_megatron.losses.balancers.table import BALANCERS
 from mft_megatron.mcore.parallel import process_groups
 from mft_megatron.mcore.trainer import Trainer
 
+from .bad_steps.good_checkpoint import diverged
 from .events import event_record
 from .progress import Progress
 from .run_log import RunLog
@@ -141,7 +142,7 @@ class DrawnBalance(TaskBalance):
             if (number_K < 0).any():
                 raise InputError(f"{option}: numbers must be at least 0, not {number_K.tolist()}")
             values[name] = tuple(number_K[self._known_K])
-        self._dataset = dataset
+        self._arguments, self._dataset = arguments, dataset
         self._balancer = BALANCERS[self.kind](**values)
         self._state: State | None = None
         self._begun = 0  # the balancer's warm-up counts from this step
@@ -191,10 +192,9 @@ class DrawnBalance(TaskBalance):
         loss_K = trainer.task_losses(self._dataset, self._draws.rows(draw))
         loss = torch.from_numpy(loss_K[self._known_K])
         if not loss.isfinite().all():
-            raise InputError(
-                f"step {progress.step}: a validation loss is not finite ({loss_K.tolist()}); training has diverged. "
-                "Lower --lr, and continue from the last checkpoint with --load"
-            )
+            losses = f"a validation loss is not finite ({loss_K.tolist()})"
+            what = f"step {progress.step}: {losses}; training has diverged. Lower --lr"
+            raise diverged(self._arguments, what, most=progress.step - 1)
         state, weight, took_part = self._balancer.update(state, loss, progress.step - self._begun)
         if not weight.isfinite().all():
             raise InputError(

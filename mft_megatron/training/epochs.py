@@ -1,8 +1,11 @@
-"""Proof of each epoch: every slice of the training split was used exactly as often as planned.
+"""Proof of each epoch: every slice of the training split was used exactly as often as planned, or left out by name.
 
 ::
 
-    micro-batches of each rank ─► trainer.usage ─sum over data-parallel ranks─► against the index ─► "epoch" event
+    micro-batches of each rank ─► trainer.usage ─────┐
+    bad steps of each rank     ─► trainer.left_out ──┴─► sums over data-parallel ranks ─► against the index ─► "epoch"
+
+    used = planned - left out, by task
 
 Counting costs next to nothing in a step; the sum is made at an epoch's end and for a checkpoint only.
 """
@@ -24,7 +27,14 @@ from .progress import Progress
 from .run_log import RunLog
 
 
-class UsageState(TypedDict):
+class LeftOutState(TypedDict, total=False):
+    """Use that bad steps left out of the same epoch; absent in older checkpoints."""
+
+    left_out_pieces: list[int]
+    left_out_digest: list[str]
+
+
+class UsageState(LeftOutState):
     """Use of the data in a checkpoint, by all ranks: ``pieces`` and ``digest`` (hexadecimal) of each task in ``epoch``.
 
     ``began``: packs of the stream that had been consumed when counting began. ``seed``: of the order of the packs.
@@ -54,6 +64,7 @@ class EpochProof:
         self._began = 0
         # the epoch in which the run was resumed, and its use before that by all ranks
         self._resumed_epoch, self._used_before = 0, Usage.none(len(self._tasks))
+        self._left_out_before = self._used_before
 
     @functools.cached_property
     def _planned(self) -> Usage:
@@ -64,9 +75,9 @@ class EpochProof:
         usage = state.get("usage")
         if usage is not None and usage["seed"] == self._seed:
             self._began = usage["began"]
-            slices_K = np.array(usage["pieces"], np.int64)
-            digest_K = np.array([int(digest, 16) for digest in usage["digest"]], np.uint64)
-            self._resumed_epoch, self._used_before = usage["epoch"], Usage(slices_K, digest_K)
+            self._resumed_epoch, self._used_before = usage["epoch"], _usage(usage["pieces"], usage["digest"])
+            if "left_out_pieces" in usage:
+                self._left_out_before = _usage(usage["left_out_pieces"], usage["left_out_digest"])
             return
         self._began = progress.consumed_samples
         if self._began % self._split.num_packs:
@@ -77,13 +88,15 @@ class EpochProof:
     def state(self, trainer: Trainer, progress: Progress) -> UsageState:
         """The state for a checkpoint: the use of the current epoch by all ranks. A collective."""
         epoch = self._epoch(progress.consumed_samples)
-        used = self._used(trainer, epoch)
+        used, left_out = self._so_far(trainer, epoch)
         return {
             "seed": self._seed,
             "began": self._began,
             "epoch": epoch,
             "pieces": used.slices_K.tolist(),
             "digest": _hexadecimal(used),
+            "left_out_pieces": left_out.slices_K.tolist(),
+            "left_out_digest": _hexadecimal(left_out),
         }
 
     def after_step(self, trainer: Trainer, log: RunLog, before: Progress, progress: Progress) -> None:
@@ -101,26 +114,37 @@ class EpochProof:
         """
         for epoch in range(self._epoch(before.consumed_samples), self._epoch(progress.consumed_samples)):
             self._refuse_changed_files(progress)
-            used = self._used(trainer, epoch)
+            used, left_out = self._so_far(trainer, epoch)
             trainer.usage.forget(epoch)
+            trainer.left_out.forget(epoch)
             complete = epoch * self._split.num_packs >= self._began
             if complete:
-                self._refuse_difference(epoch, used, progress)
+                self._refuse_difference(epoch, used + left_out, progress)
+            columns = zip(
+                self._tasks, used.slices_K.tolist(), _hexadecimal(used), left_out.slices_K.tolist(), strict=True
+            )
             tasks = {
-                name: {"samples": slices, "digest": digest}
-                for name, slices, digest in zip(self._tasks, used.slices_K.tolist(), _hexadecimal(used), strict=True)
+                name: {"samples": slices, "digest": digest, **({"left_out": missing} if missing else {})}
+                for name, slices, digest, missing in columns
             }
             log.write(event_record(progress, "epoch", epoch=epoch, tasks=tasks, complete=complete))
 
-    def _used(self, trainer: Trainer, epoch: int) -> Usage:
-        """Use of an epoch so far, by all data-parallel ranks and before the checkpoint."""
-        usage = trainer.usage.of(epoch)
+    def _so_far(self, trainer: Trainer, epoch: int) -> tuple[Usage, Usage]:
+        """Sum what was used and what was left out of an epoch, by all data-parallel ranks and before the checkpoint."""
         # halves of digests, so that no sum overflows
-        parts = np.stack([usage.slices_K, usage.digest_K & 0xFFFFFFFF, usage.digest_K >> 32]).astype(np.int64)
-        slices_K, low_K, high_K = process_groups.sum_over_data(parts)
-        digest_K = (high_K.astype(np.uint64) << np.uint64(32)) + low_K.astype(np.uint64)
-        used = Usage(slices_K, digest_K)
-        return used + self._used_before if epoch == self._resumed_epoch else used
+        parts = [
+            part
+            for usage in (trainer.usage.of(epoch), trainer.left_out.of(epoch))
+            for part in (usage.slices_K, usage.digest_K & 0xFFFFFFFF, usage.digest_K >> 32)
+        ]
+        sums = process_groups.sum_over_data(np.stack(parts).astype(np.int64))
+        used, left_out = (
+            Usage(slices_K, (high_K.astype(np.uint64) << np.uint64(32)) + low_K.astype(np.uint64))
+            for slices_K, low_K, high_K in (sums[:3], sums[3:])
+        )
+        if epoch != self._resumed_epoch:
+            return used, left_out
+        return used + self._used_before, left_out + self._left_out_before
 
     def _refuse_changed_files(self, progress: Progress) -> None:
         """Check the data set's files, each rank what it sees of them; a collective of all ranks."""
@@ -150,6 +174,11 @@ class EpochProof:
 
     def _epoch(self, consumed_samples: int) -> int:
         return consumed_samples // self._split.num_packs
+
+
+def _usage(slices: list[int], digests: list[str]) -> Usage:
+    """The usage of each task that a checkpoint holds."""
+    return Usage(np.array(slices, np.int64), np.array([int(digest, 16) for digest in digests], np.uint64))
 
 
 def _hexadecimal(usage: Usage) -> list[str]:

@@ -20,6 +20,7 @@ from mft_megatron.data.loading.step_plan import plan_evaluation
 from mft_megatron.errors import InputError
 from mft_megatron.mcore.trainer import EvaluationInterruptedError, Trainer
 
+from .bad_steps.good_checkpoint import diverged
 from .balancing import BalanceState, task_balance
 from .early_stopping import EarlyStopping, StoppingContent
 from .events import event_record
@@ -162,10 +163,8 @@ class Evaluation:
         plans = list(evaluation_plans(self._arguments, split, limit))
         report = trainer.evaluate(split, plans, self.balance.weight_K)
         if not report.loss_K.isfinite().all():
-            raise InputError(
-                f"step {progress.step}: a validation loss is not finite; training has diverged. Lower --lr or "
-                "--clip-grad, and continue from the last checkpoint with --load"
-            )
+            what = f"step {progress.step}: a validation loss is not finite; training has diverged. "
+            raise diverged(self._arguments, f"{what}Lower --lr or --clip-grad", most=progress.step - 1)
         return valid_record(progress, report, self._dataset.tasks)
 
 

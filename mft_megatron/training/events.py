@@ -2,7 +2,7 @@
 
 import dataclasses
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias, TypedDict, cast
 
 from .progress import Progress
@@ -10,6 +10,8 @@ from .progress import Progress
 Type: TypeAlias = type | types.UnionType
 # more tasks than these are not listed on the terminal
 LISTED_TASKS = 8
+# more samples than these of a bad step are not listed on the terminal
+LISTED_SAMPLES = 3
 
 
 class EventRecord(TypedDict):
@@ -59,8 +61,39 @@ class Event:
 
 def _epoch_text(epoch: Mapping[str, Any]) -> str:
     samples = sum(task["samples"] for task in epoch["tasks"].values())
+    left_out = sum(task.get("left_out", 0) for task in epoch["tasks"].values())
     proved = "used exactly as planned" if epoch["complete"] else "counted in part, not judged"
-    return f"epoch {epoch['epoch']} is over | {samples:,} samples, {proved}"
+    but = f", but for {left_out:,} that bad steps left out" if left_out else ""
+    return f"epoch {epoch['epoch']} is over | {samples:,} samples, {proved}{but}"
+
+
+def _bad_step_text(step: Mapping[str, Any]) -> str:
+    return f"bad step | {step['reason']} | {step['action']} | {samples_text(step['samples'], step['slices'])}"
+
+
+def samples_text(samples: Sequence[Mapping[str, Any]], slices: Mapping[str, int]) -> str:
+    """Name the samples of a bad step with the largest losses, or those whose losses are not finite.
+
+    Args:
+        samples: of the event "bad step".
+        slices: of the same event.
+    """
+    named = ", ".join(
+        f"task {sample['task']} sample {sample['sample']} in pack {sample['pack']} ({_number(sample['loss'])})"
+        for sample in suspects(samples)
+    )
+    if slices["not_finite"]:
+        return f"losses of {slices['not_finite']:,} of {slices['all']:,} samples are not finite: {named}"
+    return f"largest losses: {named}" if named else "no sample of this batch has a loss"
+
+
+def suspects(samples: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    """The first samples of a bad step whose losses are not finite, or if there are none the first ones."""
+    return ([sample for sample in samples if isinstance(sample["loss"], str)] or samples)[:LISTED_SAMPLES]
+
+
+def _number(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.4g}"
 
 
 def _warning_text(warning: Mapping[str, Any]) -> str:
@@ -110,6 +143,22 @@ EVENTS: Mapping[str, Event] = {
         "a step updated nothing",
         (_REASON, Field("loss_scale", float, "loss scale at which gradients overflowed", optional=True)),
     ),
+    "bad step": Event(
+        "the numbers of a step are not finite or jump, and it updated nothing",
+        (
+            _REASON,
+            Field("action", str, "what becomes of it"),
+            Field("packs", int, "packs of its global batch"),
+            Field(
+                "samples",
+                list,
+                "samples with the largest losses: task, sample, pack, first_token of the slice, tokens (supervised) "
+                'and loss, which is "nan" or "inf" where it is not finite',
+            ),
+            Field("slices", dict, "sample slices of the batch that supervise a token: all, and not_finite"),
+        ),
+        _bad_step_text,
+    ),
     "warning": Event(
         "something deserves attention",
         (_REASON, Field("tasks", list, "names of the tasks concerned", optional=True)),
@@ -128,7 +177,12 @@ EVENTS: Mapping[str, Event] = {
         "a pass over the packs of the training split is over",
         (
             Field("epoch", int, "index of the pass, from 0"),
-            Field("tasks", dict, "by name: samples, how many sample slices were used, and digest of which"),
+            Field(
+                "tasks",
+                dict,
+                "by name: samples, how many sample slices were used, and digest of which; left_out, how many others "
+                "bad steps left out, if any",
+            ),
             Field("complete", bool, "whether all of it was counted and is proved to be as planned"),
         ),
         _epoch_text,

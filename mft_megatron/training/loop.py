@@ -1,21 +1,20 @@
 """The training loop: plan a step, take it, log it; at intervals update task weights, evaluate, save and stop."""
 
-import math
 import time
 
 from mft_megatron import progress_marks
-from mft_megatron.arguments.groups.mixed_precision import MixedPrecisionArguments
 from mft_megatron.arguments.table import Arguments
 from mft_megatron.batch import StepPlan
 from mft_megatron.data.loading.dataset import PackedDataset
 from mft_megatron.data.loading.step_plan import plan_step
-from mft_megatron.errors import InputError
 from mft_megatron.losses.table import LOSSES
 from mft_megatron.mcore.model.parameters import weight_norm
 from mft_megatron.mcore.parallel import timeouts
 from mft_megatron.mcore.platform import devices
 from mft_megatron.mcore.trainer import StepReport, Trainer
 
+from .bad_steps.bad_steps import BadSteps
+from .bad_steps.good_checkpoint import diverged
 from .balancing import TaskBalance
 from .epochs import EpochProof
 from .evaluation import Evaluation
@@ -40,6 +39,7 @@ def train(
     evaluation: Evaluation,
     epochs: EpochProof,
     shares: ShareLog,
+    bad_steps: BadSteps,
     saver: Saver,
     log: RunLog,
     progress: Progress,
@@ -47,8 +47,9 @@ def train(
     """Train from ``progress`` to the last step of the run, or until early stopping or an exit condition ends the run.
 
     Raises:
-        InputError: training diverged: the gradient norm or a validation loss is not finite, or gradients overflow at
-            the lowest loss scale; or an epoch did not use the data as planned.
+        InputError: training diverged: a step was bad and --on-bad-step or --max-bad-steps ends the run, a validation
+            loss is not finite, or gradients overflow at the lowest loss scale; or an epoch did not use the data as
+            planned.
     """
     split, training, balance = dataset.split("train"), arguments.training, evaluation.balance
     exits, garbage = ExitConditions(arguments), GarbageCollection(training)
@@ -57,7 +58,12 @@ def train(
         best = evaluation.is_best(progress)
         if saver.due(progress.step, ending, best):
             usage = epochs.state(trainer, progress)
-            state: RunState = {**evaluation.state(), "usage": usage, "shares": shares.state()}
+            state: RunState = {
+                **evaluation.state(),
+                **bad_steps.state(),
+                "usage": usage,
+                "shares": shares.state(),
+            }
             saver.save(trainer, progress, log, ending, best, state)
 
     with exits, garbage, saver.completed_first():
@@ -78,13 +84,15 @@ def train(
         while progress.step < training.train_iters and exit_reason is None:
             before, plan = progress, next_plan(dataset, arguments, progress)
             progress_marks.mark_step(progress.step + 1, plan.packs_G)
-            report = trainer.train_step(split, plan, balance.weight_K)
+            report = trainer.train_step(split, plan, balance.weight_K, bad_steps.judge)
             timeouts.limit()
-            progress = before.after_step(plan.num_packs, skipped=report is None or report.overflow)
+            progress = before.after_step(plan.num_packs, skipped=report is None or not report.updated)
             progress_marks.mark("after the step")
             steps.count(progress, plan, report, followed=_other_work_follows(arguments, balance, progress.step))
             shares.count(plan, report)
-            _refuse_divergence(arguments.precision, progress, report)
+            bad_steps.after_step(trainer, log, progress, plan, report)
+            if report is not None and report.overflow:
+                _refuse_lasting_overflow(arguments, progress, report.loss_scale, bad_steps.proven)
             saver.poll(progress, log)
             progress_marks.mark("after the step")
             epochs.after_step(trainer, log, before, progress)
@@ -172,6 +180,8 @@ class StepLogger:
             self._clock.exclude()
             reason = "gradients overflow at the loss scale"
             self._log.write(event_record(progress, "skip", reason=reason, loss_scale=report.loss_scale))
+        elif report.refused is not None:
+            self._clock.exclude()  # bad steps have an event of their own
         else:
             self._clock.count_step(complete=followed or self._due)
             self._newest = progress, plan, report
@@ -276,30 +286,26 @@ class StepClock:
         return seconds
 
 
-def _refuse_divergence(precision: MixedPrecisionArguments, progress: Progress, report: StepReport | None) -> None:
-    """Check that training can continue after a step.
+def _refuse_lasting_overflow(arguments: Arguments, progress: Progress, loss_scale: float | None, proven: int) -> None:
+    """Check that the loss scale can be lowered after a step whose gradients overflowed.
+
+    Args:
+        arguments: of the run.
+        progress: after the step.
+        loss_scale: of the step.
+        proven: steps of the newest weights that have had a finite loss.
 
     Raises:
-        InputError: the gradient norm is not finite, or gradients overflow at a loss scale that cannot be lowered.
+        InputError: it cannot, on every rank.
     """
-    if report is None:
-        return
-    if report.overflow:
-        _refuse_lasting_overflow(precision, progress, report.loss_scale)
-    elif report.grad_norm is not None and not math.isfinite(report.grad_norm):
-        raise InputError(
-            f"step {progress.step}: the gradient norm is {report.grad_norm}; training has diverged. Lower --lr or "
-            "--clip-grad or lengthen the warm-up, and continue from the last checkpoint with --load"
-        )
-
-
-def _refuse_lasting_overflow(precision: MixedPrecisionArguments, progress: Progress, loss_scale: float | None) -> None:
+    precision = arguments.precision
     # after an overflow a dynamic loss scale is lowered, but not below its minimum
     if loss_scale is None or (precision.dynamic_loss_scale and loss_scale > precision.min_loss_scale):
         return
-    remedy = "lower --lr or --clip-grad, or train with --bf16, and continue from the last checkpoint with --load"
+    remedy = "Lower --lr or --clip-grad, or train with --bf16"
     if not precision.dynamic_loss_scale:
-        remedy = f"lower --loss-scale, {remedy}"
-    raise InputError(
-        f"step {progress.step}: gradients overflow at the loss scale {loss_scale:g}, and it cannot be lowered; {remedy}"
+        remedy = "Lower --loss-scale, --lr or --clip-grad, or train with --bf16"
+    what = (
+        f"step {progress.step}: gradients overflow at the loss scale {loss_scale:g}, and it cannot be lowered. {remedy}"
     )
+    raise diverged(arguments, what, proven)

@@ -27,6 +27,7 @@ from mft_megatron.run_folder.outcome import record_running
 from mft_megatron.run_folder.owner.owner import Owner
 from mft_megatron.run_folder.replace_text import replace_text
 
+from .bad_steps.bad_steps import BadSteps
 from .epochs import EpochProof
 from .evaluation import Evaluation
 from .loop import train
@@ -133,8 +134,10 @@ def _pretrain(arguments: Arguments, main_rank: bool, sources: Sources, exports: 
             epochs.load(state, log, progress)
             shares = ShareLog(arguments, dataset)
             shares.load(state, log, progress)
+            bad_steps = BadSteps(arguments, dataset)
+            bad_steps.load(state, progress)
             saver = Saver(arguments, dataset, exports, owner)
-            return train(arguments, dataset, trainer, evaluation, epochs, shares, saver, log, progress)
+            return train(arguments, dataset, trainer, evaluation, epochs, shares, bad_steps, saver, log, progress)
         finally:
             log.close()
 

@@ -308,7 +308,10 @@ def test_adapters_need_a_model(dataset_prefix):
 
 def test_divergence_ends_the_run_without_saving(dataset_prefix, tmp_path):
     words = [*MODEL, *RUN, "--data-path", dataset_prefix, "--save", tmp_path / "run", "--clip-grad", 0, "--lr", "1e30"]
-    assert "training has diverged" in refused(*words)
+    line = refused(*words)
+    assert "step 2: the gradient norm is nan; it updated nothing. Every sample of the batch has a finite loss" in line
+    assert "so the weights are to blame: training has diverged. Lower --lr" in line
+    assert line.endswith("and start again: no checkpoint was saved before that")
     assert not list((tmp_path / "run").glob("iter_*"))
 
 

@@ -69,6 +69,7 @@ def _run(prefix, extra, world_size, rising=None):
     import torch
 
     from mft_megatron.mcore.trainer import Trainer
+    from mft_megatron.training.bad_steps.bad_steps import BadSteps
     from mft_megatron.training.epochs import EpochProof
     from mft_megatron.training.evaluation import Evaluation
     from mft_megatron.training.loop import train
@@ -99,7 +100,9 @@ def _run(prefix, extra, world_size, rising=None):
     epochs, shares = EpochProof(arguments, dataset), ShareLog(arguments, dataset)
     for part in (evaluation, epochs, shares):
         part.load(state, log, progress)
-    train(arguments, dataset, trainer, evaluation, epochs, shares, Saver(arguments, dataset), log, progress)
+    bad_steps, saver = BadSteps(arguments, dataset), Saver(arguments, dataset)
+    bad_steps.load(state, progress)
+    train(arguments, dataset, trainer, evaluation, epochs, shares, bad_steps, saver, log, progress)
     return log, draws
 
 

@@ -41,7 +41,9 @@ class Run:
         self.dataset, self.split, self.seed, self.log = dataset, dataset.split("train"), seed, Log()
         arguments = types.SimpleNamespace(initialization=types.SimpleNamespace(seed=seed))
         self.proof, self.progress = EpochProof(arguments, dataset), Progress(consumed // 8, consumed)
-        self.trainer = types.SimpleNamespace(usage=UsageByEpoch(len(dataset.tasks)))
+        self.trainer = types.SimpleNamespace(
+            **{name: UsageByEpoch(len(dataset.tasks)) for name in ("usage", "left_out")}
+        )
         self.proof.load(state or {}, self.log, self.progress)
 
     def step(self, spoil=lambda rows: rows):

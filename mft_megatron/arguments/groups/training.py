@@ -63,7 +63,7 @@ class TrainingArguments:
     )
     check_for_nan_in_loss_and_grad: bool = option(
         True,
-        "Refused: the gradient norm of each step is always checked, at no cost, and a run that has diverged ends.",
+        "Refused: losses and the gradient norm of each step are always checked, at no cost; see --on-bad-step.",
         flag="--no-check-for-nan-in-loss-and-grad",
     )
     exit_interval: int | None = option(

@@ -143,6 +143,11 @@ class MicroBatches:
         """Number of positions of each micro-batch, with the padding of its rows."""
         return [len(rows) * self._width(rows) for rows in self._rows]
 
+    @property
+    def rows(self) -> Sequence[Rows]:
+        """Sample slices of each row of each micro-batch."""
+        return self._rows
+
     def __len__(self) -> int:
         return len(self._rows)
 

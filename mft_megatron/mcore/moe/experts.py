@@ -137,6 +137,12 @@ def begin_step(chunks: Iterable[torch.nn.Module], num_micro_batches: float) -> N
         router.begin_step(1 / num_micro_batches)
 
 
+def biases(chunks: Iterable[torch.nn.Module]) -> list[tuple[Tensor, Tensor]]:
+    """The biases by which routers balance experts, each with a copy: Megatron-Core changes them with the gradients."""
+    found = (router.expert_bias for router in routers(chunks) if router.enable_expert_bias)
+    return [(bias, bias.clone()) for bias in found if bias is not None]
+
+
 def losses_of_step(chunks: Iterable[torch.nn.Module], arguments: Arguments) -> dict[str, Tensor]:
     """Sum the balancing and z losses of the step over all ranks; the same on every rank.
 

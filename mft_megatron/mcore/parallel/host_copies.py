@@ -3,8 +3,9 @@
 ::
 
     arrays on the host ─► one buffer, each at a multiple of 16 bytes ─► one copy ─► tensors on the device
+    tensors on the device ─► one copy to a buffer, read after the host has waited for something later
 
-A copy from memory that is not pinned goes through a buffer of the driver, and the host waits for that.
+A copy from or to memory that is not pinned goes through a buffer of the driver, and the host waits for that.
 """
 
 from collections.abc import Sequence

@@ -97,7 +97,7 @@ class ShareLog:
 
     def count(self, plan: StepPlan, report: StepReport | None) -> None:
         """Count a step that has just ended, unless it updated nothing."""
-        if report is not None and not report.overflow:
+        if report is not None and report.updated:
             self._account.count(plan, report)
 
     def read(self) -> RunShares:

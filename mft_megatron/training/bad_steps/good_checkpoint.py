@@ -1,0 +1,49 @@
+"""The newest checkpoint that a diverged run can continue from, and the error that names it."""
+
+from pathlib import Path
+
+from mft_megatron.arguments.table import Arguments
+from mft_megatron.errors import InputError
+from mft_megatron.exit_codes import DIVERGED
+from mft_megatron.mcore.parallel import process_groups
+from mft_megatron.run_folder.description import CheckpointRef, read_info
+
+
+def last_checkpoint(folder: Path, most: int) -> CheckpointRef | None:
+    """The newest complete checkpoint of at most ``most`` steps in a run folder; ``None`` if there is none."""
+    for path in sorted(folder.glob("iter_*"), reverse=True):
+        try:
+            info = read_info(path)
+        except InputError:  # unfinished or damaged
+            continue
+        if path.name == f"iter_{info.iteration:07d}" and info.iteration <= most:
+            return CheckpointRef(path, info)
+    return None
+
+
+def diverged(arguments: Arguments, what: str, most: int, options: str = "") -> InputError:
+    """Make the error that ends a diverged run, the same on every rank; a collective.
+
+    Args:
+        arguments: of the run.
+        what: what happened and what to change, in sentences without the last full stop.
+        most: steps of the newest checkpoint that may be continued from: one whose weights had finite losses.
+        options: to be added when continuing.
+    """
+    line = f"{what}, and {_continue_from(arguments, most, options)}" if process_groups.is_main() else None
+    return InputError(process_groups.first_of_any_rank(line) or what, code=DIVERGED)
+
+
+def _continue_from(arguments: Arguments, most: int, options: str) -> str:
+    folder = arguments.checkpoint.save
+    found = None if folder is None else last_checkpoint(Path(folder), most)
+    if folder is not None and found is not None:
+        newest = last_checkpoint(Path(folder), 10**9)
+        earlier = newest is not None and newest.info.iteration > found.info.iteration
+        step = f" --ckpt-step {found.info.iteration}" if earlier else ""
+        because = ", since later ones have the weights that diverged" if earlier else ""
+        return f"continue from {found.path} with --load {folder}{step}{options}{because}"
+    resumed = arguments.resume
+    if resumed is not None and not arguments.weights_alone and resumed.info.iteration <= most:
+        return f"continue from {resumed.path} with --load {resumed.path}{options}"
+    return f"start again{f' with{options}' if options else ''}: no checkpoint was saved before that"

@@ -1,0 +1,245 @@
+"""Bad steps on parallel layouts: a planted sample is found by name, nothing is updated, and the proof says so."""
+
+import contextlib
+import functools
+import itertools
+import json
+
+import pytest
+
+from tests.made_dataset import PLANTED, write_dataset
+from tests.parallel.layouts import ParallelLayout
+from tests.parallel.run import arguments_for
+from tests.ranks import reserved_ports, run_on_ranks
+from tests.run_records import events, records
+
+SMALL = "--num-layers 4 --hidden-size 32 --global-batch-size 8 --train-iters 8 --log-interval 1"
+PLANTED_TASK, PLANTED_SAMPLE = "write", 1
+
+
+@contextlib.contextmanager
+def poisoned():
+    """Let the planted token have an embedding that is not a number, in every model that is built inside the block."""
+    from mft_megatron.mcore.trainer import Trainer
+
+    build = Trainer.__init__
+
+    def spoil(module, inputs, output):
+        return output.masked_fill((inputs[0] == PLANTED)[..., None], float("nan"))
+
+    def built(self, *arguments):
+        build(self, *arguments)
+        for chunk in self.chunks:
+            if hasattr(chunk.module, "embedding"):
+                chunk.module.embedding.word_embeddings.register_forward_hook(spoil)
+
+    Trainer.__init__ = built
+    try:
+        yield
+    finally:
+        Trainer.__init__ = build
+
+
+def _run(prefix, runs, world_size):
+    """Make runs one after another, each with a poisoned sample; return the error of each."""
+    import os
+
+    from mft_megatron.errors import InputError
+    from mft_megatron.training.pretrain import pretrain
+
+    errors = []
+    for words, shape, port in runs:
+        os.environ["MASTER_PORT"] = str(port)
+        with poisoned():
+            try:
+                pretrain(arguments_for(prefix, f"{SMALL} {words}", world_size, shape), os.environ["RANK"] == "0")
+                errors.append(None)
+            except InputError as error:
+                errors.append((str(error), error.code))
+    return errors
+
+
+@pytest.fixture(scope="module")
+def prefix(tmp_path_factory):
+    prefix = tmp_path_factory.mktemp("bad_steps") / "set"
+    planted = (PLANTED_TASK, PLANTED_SAMPLE)
+    write_dataset(prefix, 128, longest=100, tasks={"completion": 2, PLANTED_TASK: 5}, planted=planted)
+    return prefix
+
+
+def index_of_planted(prefix):
+    """Index in the data set of the planted sample."""
+    ledger = json.loads(prefix.with_name("set_dataset.json").read_text())
+    (before,) = [task["kept"] for task in ledger["tasks"] if task["name"] != PLANTED_TASK]
+    return before + PLANTED_SAMPLE
+
+
+SKIP = "--on-bad-step skip --train-iters 3"
+LAYOUTS = ("TP2", "DP2 overlap", "CP2", "PP2 VPP2")
+# name of the run: options, shape, ranks
+RUNS = {
+    "stop": ("--save-interval 1", "llama", 1),
+    "limit": ("--on-bad-step skip --max-bad-steps 1 --global-batch-size 34", "llama", 1),
+    "bf16": (f"{SKIP} --bf16 --attention-dropout 0.1", "tied", 1),
+    **{layout: (f"{SKIP} {ParallelLayout(layout).options}", "deep", 2) for layout in LAYOUTS},
+}
+
+
+@pytest.fixture(scope="module")
+def errors(prefix):
+    """Errors of each run, by its name; their folders are beside the data set."""
+    found = {}
+    for world_size in (1, 2):
+        names = [name for name, (_, _, ranks) in RUNS.items() if ranks == world_size]
+        with reserved_ports(len(names)) as ports:
+            runs = [
+                (f"--save {prefix.parent / name.replace(' ', '')} {RUNS[name][0]}", RUNS[name][1], port)
+                for name, port in zip(names, ports, strict=True)
+            ]
+            for of_rank in run_on_ranks(world_size, _run, str(prefix), runs, world_size):
+                for name, error in zip(names, of_rank, strict=True):
+                    found.setdefault(name, []).append(error)
+    return found
+
+
+@pytest.mark.parametrize("name", [name for name, (words, *_) in RUNS.items() if words.startswith(SKIP)])
+def test_a_planted_sample_is_found_by_name_and_its_batches_are_left_out(prefix, errors, name):
+    folder, index = prefix.parent / name.replace(" ", ""), index_of_planted(prefix)
+    assert errors[name] == [None] * RUNS[name][2]
+    found = events(folder, "bad step")
+    assert found
+    for event in found:
+        not_finite = [sample for sample in event["samples"] if sample["loss"] == "nan"]
+        assert {(sample["task"], sample["sample"]) for sample in not_finite} == {(PLANTED_TASK, index)}
+        assert event["slices"]["not_finite"] == len(not_finite)
+        assert event["slices"]["all"] > len(not_finite)
+        assert event["reason"].endswith("is nan")
+        finite = [sample["loss"] for sample in event["samples"] if sample["loss"] != "nan"]
+        assert finite == sorted(finite, reverse=True)
+    steps = [record["step"] for record in records(folder, "train")]
+    assert sorted([*steps, *(event["step"] for event in found)]) == [1, 2, 3]
+    epochs = events(folder, "epoch")
+    assert epochs
+    assert all(event["complete"] for event in epochs)
+    left_out = sum(task.get("left_out", 0) for event in epochs for task in event["tasks"].values())
+    assert left_out > 0
+
+
+def test_the_order_of_bad_steps_and_losses_do_not_depend_on_the_layout(prefix, errors):
+    of_layouts = []
+    for layout in LAYOUTS:
+        folder = prefix.parent / layout.replace(" ", "")
+        steps = records(folder, "train")
+        of_layouts.append(([event["step"] for event in events(folder, "bad step")], [step["loss"] for step in steps]))
+    for (first, losses), (second, others) in itertools.pairwise(of_layouts):
+        assert first == second
+        assert losses == pytest.approx(others, rel=1e-6)
+
+
+def test_stopping_names_the_sample_and_the_checkpoint_to_go_on_from(prefix, errors):
+    ((line, code),) = errors["stop"]
+    (event,) = events(prefix.parent / "stop", "bad step")
+    assert code == 11
+    assert event["action"] == "the run ends"
+    step = event["step"]
+    assert line.startswith(f"step {step}: the loss is nan; it updated nothing. Losses of 1 of ")
+    assert f"task {PLANTED_TASK} sample {index_of_planted(prefix)} in pack {event['samples'][0]['pack']} (nan)" in line
+    folder = prefix.parent / "stop"
+    if step == 1:
+        assert line.endswith("start again with --on-bad-step skip: no checkpoint was saved before that")
+    else:
+        continues = f"continue from {folder}/iter_{step - 1:07d} with --load {folder} --on-bad-step skip"
+        assert line.endswith(continues)
+
+
+def test_more_bad_steps_in_a_row_than_allowed_end_the_run(prefix, errors):
+    """Each global batch holds every pack twice, and so the planted sample."""
+    ((line, code),) = errors["limit"]
+    assert code == 11
+    assert line.startswith(
+        "step 2: the loss is nan, bad step 2 in a row (--max-bad-steps 1); it updated nothing. Losses of 2 of"
+    )
+    actions = [event["action"] for event in events(prefix.parent / "limit", "bad step")]
+    assert actions == ["its global batch is left out", "the run ends"]
+
+
+def _refuse(numbers, seen):
+    numbers.append(seen)
+    return "no"
+
+
+def _judged(prefix, cases, world_size):
+    """In each case, the second step of a model whose first one was refused, and of one that has taken no other."""
+    import os
+
+    import numpy as np
+    import torch
+
+    from mft_megatron.mcore.parallel import process_groups
+    from mft_megatron.mcore.trainer import Trainer
+    from tests.parallel.run import open_dataset, plans_of
+
+    weight_K = np.ones(2)
+    found = []
+    for options, shape, port in cases:
+        os.environ["MASTER_PORT"] = str(port)
+        arguments = arguments_for(prefix, options, world_size, shape)
+        split = open_dataset(arguments).split("train")
+        with process_groups.process_groups(arguments.distributed, 1):
+            of_models = []
+            for refused in (True, False):
+                trainer = Trainer(arguments, split.dataset.vocab_size, 2)
+                first, second = plans_of(split, 1, 2)
+                if refused:
+                    numbers = []
+                    report = trainer.train_step(split, first, weight_K, functools.partial(_refuse, numbers))
+                    assert (report.refused, report.updated) == ("no", False)
+                    (seen,) = numbers
+                    assert (seen.loss, seen.grad_norm) == (pytest.approx(report.loss, rel=1e-15), report.grad_norm)
+                    assert seen.loss_K.tolist() == report.loss_K.tolist()
+                report = trainer.train_step(split, second, weight_K, lambda seen: None)
+                assert report.updated
+                facts = (report.loss, report.grad_norm, report.learning_rate, trainer.scheduler.num_steps)
+                used = [int(usage.of(0).slices_K.sum()) for usage in (trainer.usage, trainer.left_out)]
+                with trainer.weights.whole():
+                    state = [chunk.module.state_dict() for chunk in trainer.chunks]
+                # also the biases of routers, which a step changes with its gradients
+                values = {
+                    (index, name): value.clone()
+                    for index, chunk in enumerate(state)
+                    for name, value in chunk.items()
+                    if torch.is_tensor(value) and value.is_floating_point()
+                }
+                of_models.append((facts, used, values))
+            (facts, used, values), (wanted, alone, wanted_values) = of_models
+            differing = [name for name, value in values.items() if not value.equal(wanted_values[name])]
+            biases = [bool(value.any()) for (_, name), value in values.items() if name.endswith("expert_bias")]
+            found.append((facts, wanted, used, alone, differing, biases))
+    return found
+
+
+CASES = {
+    1: (
+        ("--fp16 --initial-loss-scale 1024", "llama"),
+        ("--mft-loss focal-task --optimizer sgd", "tied"),
+        ("--moe-router-enable-expert-bias --moe-router-score-function sigmoid", "experts"),
+    ),
+    2: (
+        ("--bf16 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather", "llama"),
+        ("--expert-model-parallel-size 2 --use-distributed-optimizer", "experts"),
+        ("--pipeline-model-parallel-size 2", "tied"),
+    ),
+}
+
+
+@pytest.mark.parametrize("world_size", CASES)
+def test_a_refused_step_leaves_no_trace_but_the_count_of_what_it_left_out(prefix, world_size):
+    with reserved_ports(len(CASES[world_size])) as ports:
+        cases = [(*case, port) for case, port in zip(CASES[world_size], ports, strict=True)]
+        for found in run_on_ranks(world_size, _judged, str(prefix), cases, world_size):
+            for (options, *_), (facts, wanted, used, alone, differing, biases) in zip(cases, found, strict=True):
+                assert facts == wanted
+                assert differing == []
+                assert (bool(biases) and all(biases)) == ("expert-bias" in options)
+                assert used[0] == alone[0]
+                assert used[1] > alone[1] == 0
