@@ -58,6 +58,7 @@ test-all: setup ## all tests, those that take minutes too
 
 # SEED and CHAIN repeat a chain of kills; KILLS=50 for a shorter round
 test-faults: setup ## 200 times kill -9 at random instants of every kind of job, each resumed and compared; about 40 minutes
+	FUZZ_ROUNDS=200 FUZZ_SEED=$(or $(SEED),1) $(PYTEST) tests/fuzz
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m tests.faults.run $(KILLS:%=--kills %) $(SEED:%=--seed %) $(CHAIN:%=--chain %)
 
 test-newest: ## the tests of every change on Python 3.12 or 3.13 with the newest Megatron-Core and torch, in .venv-newest

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+from mft_megatron.run_folder.outcome import read_outcome
 from tests.faults import comparison, instants, processes
 from tests.faults.instants import Instant, Span
 from tests.faults.jobs import Job, Mark, Server, run
@@ -100,6 +101,8 @@ def run_chain(
     """
     report, output, finished = Report(), out.with_suffix(".log"), False
     for _ in range(kills):
+        if finished:
+            break
         with server.started(material.command(scenario, out), output) as job:
             resumed = _newest(out / "run") if scenario.trains else 0
             instant = instants.choose(reference.spans, resumed, generator, scenario.phases)
@@ -117,6 +120,7 @@ def run_chain(
                 job.wait()
             seconds, left = processes.wait_until_gone(server.pid, limit)
             report.kills.append(Kill(target, instant, phase, seconds))
+            finished = scenario.trains and resumed == reference.spans[-1].begins.step
             if left:
                 report.problems.append(
                     f"{limit} s after a kill of {target} ({phase}) there still is: "
@@ -167,6 +171,8 @@ def _results(scenario: Scenario, out: Path, server: Server, problems: list[str])
     contents = server.digests(out / "run", out.with_suffix(".json"))
     if (out / "hf").exists():
         contents["hf"] = comparison.contents(out / "hf")
+    outcome = read_outcome(out / "run")
+    contents["outcome"] = {} if outcome is None else {"name": outcome.name, "code": outcome.code, "step": outcome.step}
     records, wrong = comparison.records(out / "run")
     problems += wrong
     return listing, contents, records

@@ -47,10 +47,14 @@ def _canonical(value: object) -> bytes:
     return pickle.dumps(value)
 
 
+# Said to be the owner's until the next start takes the folder over: a run that is killed after its last save has none.
+LEFT = {".owner.lock", "owner.json"}
+
+
 def listing(folder: Path) -> list[str]:
     """Files and folders below ``folder``, without those of TensorBoard, which writes a file for each start."""
     paths = (path.relative_to(folder) for path in folder.rglob("*"))
-    return sorted(str(path) for path in paths if "tensorboard" not in path.parts)
+    return sorted(str(path) for path in paths if "tensorboard" not in path.parts and path.name not in LEFT)
 
 
 def contents(folder: Path) -> dict[str, str]:

@@ -73,7 +73,9 @@ def choose(among: Sequence[Span], resumed: int, generator: random.Random, phases
     left = [span for span in among if span.begins.kind == "launch" or span.begins.step > resumed]
     possible = [phase for phase in phases if any(span.phase == phase for span in left)] or ["start"]
     phase = generator.choice(possible)
-    span = generator.choice([span for span in left if span.phase == phase])
+    of_phase = [span for span in left if span.phase == phase]
+    # rather an early one, so that the job that is started again has much left to be killed in
+    span = of_phase[int(len(of_phase) * generator.random() ** 2)]
     # spans differ with the load of the machine
     usual = statistics.median(span.seconds for span in among if span.phase == phase)
     return Instant(phase, span.begins.step, span.begins.kind, generator.uniform(0, 1.1) * max(span.seconds, usual))

@@ -23,7 +23,7 @@ RUN = (
     "--data-path {data} --save {out}/run --load {out}/run --lr 1e-3 --log-interval 1 --micro-batch-size 1 "
     "--global-batch-size 4 --mft-loss task-token --task-weights completion=2 --save-interval 2 --eval-interval 3 "
 )
-TEN = "--train-iters 10 "
+LENGTH = "--train-iters 14 "
 # functions that data sets are made of
 FUNCTIONS = {"small": 60, "large": 3000}
 TRAINING = ("start", "training", "evaluation", "saving", "background saving", "end")
@@ -70,13 +70,13 @@ class Scenario:
 
 
 SCENARIOS = {
-    "one rank": Scenario(MODEL + RUN + TEN, targets=("all",)),
+    "one rank": Scenario(MODEL + RUN + LENGTH, targets=("all",)),
     "TP2 PP2": Scenario(
-        MODEL + RUN + TEN + "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --sequence-parallel",
+        MODEL + RUN + LENGTH + "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --sequence-parallel",
         ranks=4,
     ),
     "async": Scenario(
-        MODEL + RUN + TEN + "--async-save --use-distributed-optimizer --bf16", ranks=2, weight=3,
+        MODEL + RUN + LENGTH + "--async-save --use-distributed-optimizer --bf16", ranks=2, weight=3,
         targets=("all", "rank", "launcher", "helper"),
     ),
     "epochs, ramp-up": Scenario(
@@ -85,25 +85,25 @@ SCENARIOS = {
         targets=("all",),
     ),
     "coba": Scenario(
-        MODEL + RUN.replace("--task-weights completion=2 ", "") + TEN
+        MODEL + RUN.replace("--task-weights completion=2 ", "") + LENGTH
         + "--task-balance coba --coba-warmup-steps 2 --coba-history-length 4 --save-best --async-save",
         targets=("all",),
     ),
     "famo": Scenario(
-        MODEL + RUN.replace("--task-weights completion=2 ", "") + TEN + "--task-balance famo",
+        MODEL + RUN.replace("--task-weights completion=2 ", "") + LENGTH + "--task-balance famo",
         ranks=2,
     ),
     "LoRA": Scenario(
-        RUN + TEN + "--hf-checkpoint {model} --peft-type lora --lora-rank 4 --lora-dropout 0.1 --save-adapters-only "
+        RUN + LENGTH + "--hf-checkpoint {model} --peft-type lora --lora-rank 4 --lora-dropout 0.1 --save-adapters-only "
         "--bf16",
         ranks=2,
     ),
     "export": Scenario(
-        MODEL + RUN + TEN + "--save-hf {out}/hf --save-hf-interval 4",
+        MODEL + RUN + LENGTH + "--save-hf {out}/hf --save-hf-interval 4",
         phases=("saving", "export", "end", "training"),
         targets=("all", "helper"),
     ),
-    "torchrun": Scenario(MODEL + RUN + TEN + "--async-save", ranks=2, forked=False, weight=2),
+    "torchrun": Scenario(MODEL + RUN + LENGTH + "--async-save", ranks=2, forked=False, weight=2),
     "preprocessing": Scenario(
         "{tasks} --tokenizer-model {tokenizer} --chat-template chatml --seq-length 128 --split 80,20,0 --workers 2 "
         "--output-prefix {out}/set",
@@ -212,7 +212,7 @@ class Material:
         """The folder of a run."""
 
         def write(folder: Path) -> None:
-            words = (MODEL + RUN + TEN).replace("{data}", str(self.data("small") / "set"))
+            words = (MODEL + RUN + LENGTH).replace("{data}", str(self.data("small") / "set"))
             words = words.replace("{out}/run", str(folder))
             run(self._server, Command("pretrain_mft.py", tuple(words.split())), self._folder / "run.log")
 
