@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mft_megatron.disk_errors import disk_error, failure
 from mft_megatron.errors import InputError
+from mft_megatron.run_folder.publishing import sync_folder, sync_tree
 
 
 def refuse_content(target: Path, option: str) -> None:
@@ -25,14 +26,19 @@ def refuse_content(target: Path, option: str) -> None:
 
 @contextlib.contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """Create a hidden folder beside ``target``; rename it to ``target`` on success, remove it on any error."""
+    """Create a hidden folder beside ``target``; rename it to ``target`` on success, remove it on any error.
+
+    What it holds is on the disk when it has its name: a checkpoint may be removed once it is exported.
+    """
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     partial.mkdir(parents=True)
     try:
         yield partial
+        sync_tree(partial)
         if target.exists():
             target.rmdir()
         os.replace(partial, target)
+        sync_folder(target.parent)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         disk = disk_error(error) if isinstance(error, Exception) and not isinstance(error, InputError) else None

@@ -20,10 +20,11 @@ import secrets
 import shutil
 from pathlib import Path
 
-from .names import iteration_folder
+from .names import BEST, CONFIG, TRACKER, iteration_folder
 
 _LEFTOVER = re.compile(r"\.(saving|replaced|removing)\.(iter_\d+)\.[0-9a-f]+")
-_SMALL_LEFTOVER = re.compile(r"\..+\.\d+\.tmp")
+# of the main rank alone, so its owner knows that nobody is writing them
+_SMALL_LEFTOVER = re.compile(rf"\.({'|'.join(map(re.escape, (TRACKER, BEST, CONFIG)))})\.\d+\.tmp")
 # renameat2's flag
 _EXCHANGE = 2
 _AT_FDCWD = -100
@@ -59,6 +60,18 @@ def sync_folder(path: Path) -> None:
         OSError: it is not there, or the disk fails.
     """
     _sync(path, _NO_SYNC)
+
+
+def sync_tree(path: Path) -> None:
+    """Wait until all that a folder and those in it hold is on the disk.
+
+    Raises:
+        OSError: the disk fails.
+    """
+    for folder, _, names in os.walk(path):
+        for name in names:
+            sync_file(Path(folder) / name)
+        sync_folder(Path(folder))
 
 
 def publish(unfinished: Path, path: Path) -> None:

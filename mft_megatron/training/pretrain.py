@@ -137,6 +137,7 @@ def _pretrain(arguments: Arguments, main_rank: bool, sources: Sources, exports: 
             bad_steps = BadSteps(arguments, dataset)
             bad_steps.load(state, progress)
             saver = Saver(arguments, dataset, exports, owner)
+            saver.rehearse(trainer, log)
             return train(arguments, dataset, trainer, evaluation, epochs, shares, bad_steps, saver, log, progress)
         finally:
             log.close()

@@ -14,6 +14,7 @@ from mft_megatron.data.loading.dataset import PackedDataset
 from mft_megatron.errors import InputError
 from mft_megatron.exit_codes import STORAGE
 from mft_megatron.mcore.checkpointing import checkpoint
+from mft_megatron.mcore.checkpointing.writers.agreement import SaveError
 from mft_megatron.mcore.parallel import process_groups
 from mft_megatron.run_folder.description import read_info, write_info
 from mft_megatron.run_folder.found import best_checkpoint, latest_checkpoint
@@ -399,7 +400,7 @@ class FullDisk:
         self.attempts.append(info.iteration)
         if self.full:
             path = iteration_folder(folder, info.iteration)
-            raise checkpoint.SaveError(f"{path}: cannot be written (the disk is full)", path)
+            raise SaveError(f"{path}: cannot be written (the disk is full)", path)
         fake_save(None, folder, trainer, info, state, when_complete)
 
 

@@ -25,9 +25,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from mft_megatron import progress_marks
 from mft_megatron.arguments.groups.checkpointing import CheckpointArguments
 from mft_megatron.common_state import COMMON
-from mft_megatron.disk_errors import disk_error, explain
 from mft_megatron.errors import InputError
-from mft_megatron.exit_codes import DAMAGED, DIVERGED, STORAGE
+from mft_megatron.exit_codes import DAMAGED, DIVERGED
 from mft_megatron.lora import is_adapter
 from mft_megatron.losses.focal import TaskStatistics
 from mft_megatron.mcore.optim.checkpointed_state import restore, stored_state, wanted_state
@@ -45,11 +44,12 @@ from mft_megatron.run_folder.replace_text import replace_text
 from mft_megatron.run_folder.space import refuse_without_room
 
 from .common_state import if_it_fails, require_common, sharded_copy, write_common
-from .failures import agreed, reading_failed, reason
+from .failures import agreed, reading_failed
 from .random_state import random_state, set_random_state, sharded_random_state
 from .save_plans import SavePlans
 from .shared_load import SharedLoad
 from .tensor_reader import TensorReader
+from .writers.agreement import agree, failure_of, on_main, removed_after_error
 from .writers.save_in_progress import SaveInProgress
 
 # CPU tensors, numbers, strings, lists and dicts
@@ -57,18 +57,6 @@ TrainingState: TypeAlias = dict[str, Any]
 # entries of Megatron-Core's sharded state dict by key
 ShardedState: TypeAlias = dict[str, Any]
 _EXTRA_STATE = "_extra_state"
-
-
-class SaveError(InputError):
-    """A checkpoint could not be written, on any rank: nothing of it is left, and the run folder is as it was.
-
-    Attributes:
-        path: the folder that it would have had.
-    """
-
-    def __init__(self, message: str, path: Path):
-        super().__init__(message, code=STORAGE)
-        self.path = path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +130,7 @@ class Writer:
         if found is not None:
             raise InputError(_not_saved(path, found), code=DIVERGED)
         unfinished = unfinished_folder(folder, info.iteration, self._job())
-        with _removed_after_error(unfinished), trainer.weights.whole(), _quiet():
+        with removed_after_error(unfinished), trainer.weights.whole(), _quiet():
             state = state_to_save(trainer, self._options, training_state, self._with_base)
             plans = self._plans_for(state)
 
@@ -150,7 +138,7 @@ class Writer:
                 self._refuse_if_lost()
                 _begin(unfinished, plans.bytes)
 
-            _on_main(path, begin)
+            on_main(path, begin)
             sharded, common = save_preprocess(state, plans.is_new)
             strategy = plans.strategy
             # since 0.17 the default is the queue of another package
@@ -158,7 +146,7 @@ class Writer:
             part = strategy.async_save({**sharded, **sharded_copy(common)}, unfinished, **way)
             part.write(in_background=self._options.async_save)
             if process_groups.is_main() and part.failure is None:
-                part.failure = _failure(lambda: part.hashes.update({COMMON: write_common(common, unfinished)}))
+                part.failure = failure_of(lambda: part.hashes.update({COMMON: write_common(common, unfinished)}))
         self._unfinished = _Unfinished(path, unfinished, info, when_complete, part)
         if not self._options.async_save:
             self._complete()
@@ -202,8 +190,8 @@ class Writer:
         saved, self._unfinished = self._unfinished, None
         progress_marks.mark(f"save{how}", checkpoint=saved.info.iteration)
         saved.part.wait()
-        with _removed_after_error(saved.folder), _quiet():
-            _agree(saved.path, saved.part.failure, how)
+        with removed_after_error(saved.folder), _quiet():
+            agree(saved.path, saved.part.failure, how)
             written = saved.part.gather()
 
             def publish_newest() -> None:
@@ -213,7 +201,7 @@ class Writer:
                 publish(saved.folder, saved.path)
                 replace_text(saved.path.parent / TRACKER, f"{saved.info.iteration}\n")
 
-            _on_main(saved.path, publish_newest, how)
+            on_main(saved.path, publish_newest, how)
         if saved.when_complete is not None:
             saved.when_complete()
 
@@ -225,56 +213,10 @@ def _begin(unfinished: Path, needed: int) -> None:
         OSError: there is none, or the folder cannot be made.
     """
     unfinished.parent.mkdir(parents=True, exist_ok=True)
+    for left in unfinished.parent.glob(f".saving.*{unfinished.suffix}"):  # of a save that failed, on a failing disk
+        shutil.rmtree(left, ignore_errors=True)
     refuse_without_room(unfinished.parent, needed)
     unfinished.mkdir()
-
-
-def _failure(write: Callable[[], None]) -> OSError | InputError | None:
-    try:
-        write()
-    except (OSError, InputError) as error:
-        return error
-    return None
-
-
-def _on_main(path: Path, write: Callable[[], None], how: str = "") -> None:
-    """Write on the main rank alone, while the others wait; a collective of all ranks.
-
-    Raises:
-        SaveError: it cannot be written; on every rank.
-        InputError: as ``write``; on every rank.
-    """
-    _agree(path, _failure(write) if process_groups.is_main() else None, how)
-
-
-def _agree(path: Path, failure: Exception | None, how: str) -> None:
-    """Raise on every rank the first failure that a rank had in writing the checkpoint ``path``; a collective.
-
-    Raises:
-        SaveError: there is one.
-        InputError: it is one that another place has put into words.
-    """
-    message = None
-    if isinstance(failure, InputError):
-        message = str(failure), failure.code
-    elif failure is not None:
-        disk = disk_error(failure)
-        why = reason(failure) if disk is None else explain(disk, path)
-        message = f"{path}: cannot be written{how} ({why}); {if_it_fails(path)}", STORAGE
-    if (first := process_groups.first_of_any_rank(message)) is not None:
-        text, code = first
-        raise SaveError(text, path) if code == STORAGE else InputError(text, code=code)
-
-
-@contextlib.contextmanager
-def _removed_after_error(unfinished: Path) -> Iterator[None]:
-    """Leave nothing of a checkpoint that cannot be completed, so that it does not fill the disk."""
-    try:
-        yield
-    except BaseException:
-        if process_groups.is_main():
-            shutil.rmtree(unfinished, ignore_errors=True)
-        raise
 
 
 def save(

@@ -16,12 +16,15 @@ from mft_megatron.disk_errors import explain
 from mft_megatron.errors import InputError
 from mft_megatron.exit_codes import STORAGE
 from mft_megatron.mcore.checkpointing import checkpoint
+from mft_megatron.mcore.checkpointing.writers.agreement import SaveError
+from mft_megatron.mcore.checkpointing.writers.rehearsal import bytes_of_save, rehearse
 from mft_megatron.mcore.parallel import process_groups
 from mft_megatron.mcore.trainer import Trainer
 from mft_megatron.run_folder.content import content_digest
 from mft_megatron.run_folder.description import CheckpointInfo
 from mft_megatron.run_folder.names import iteration_folder
 from mft_megatron.run_folder.owner.owner import Owner
+from mft_megatron.run_folder.publishing import remove_leftovers
 from mft_megatron.run_folder.retention import not_kept, record_best, remove_checkpoint, superseded
 from mft_megatron.training.events import event_record
 from mft_megatron.training.progress import Progress
@@ -31,6 +34,9 @@ from .attempts import LAST_WAITS, Attempts
 from .data_order import model_vocab_size, order_version
 from .removal import Removal
 from .run_state import RunState
+
+# a save that takes longer may not be over 30 s after SIGTERM, when torchrun kills its ranks
+SAFE_SECONDS = 20
 
 
 class Exports(Protocol):
@@ -73,6 +79,36 @@ class Saver:
         self._writer = checkpoint.Writer(arguments.checkpoint, arguments.saves_base, self._owner.refuse_if_lost)
         self._attempts = Attempts(arguments.checkpoint.save_interval)
         self._removal = Removal()
+
+    def rehearse(self, trainer: Trainer, log: RunLog) -> None:
+        """Remove what dead jobs have left in the run folder, and measure what a save costs; a collective of all ranks.
+
+        Args:
+            trainer: that is to be saved.
+            log: takes lines about both.
+
+        Raises:
+            InputError: a rank cannot write into the run folder; on every rank.
+        """
+        if self._folder is None:
+            return
+        left = remove_leftovers(self._folder) if process_groups.is_main() else []
+        if left:
+            names = ", ".join(path.name for path in left)
+            log.print(f"{self._folder}: removed what a job that has ended left unfinished ({len(left)}): {names}")
+        size = bytes_of_save(trainer)
+        rehearsal = rehearse(self._folder, size, self._arguments.checkpoint.async_save)
+        seconds = rehearsal.estimate(size)
+        behind = " behind the training" if self._arguments.checkpoint.async_save else ""
+        log.print(
+            f"a save writes about {size / 1e6:,.0f} MB, in about {seconds:,.1f} s{behind}: "
+            f"a rehearsal wrote {rehearsal.bytes / 1e6:,.1f} MB in {rehearsal.seconds:.3f} s"
+        )
+        if seconds > SAFE_SECONDS:
+            log.print(
+                f"note: torchrun ends its ranks 30 s after SIGTERM, and a save may take longer: let the job scheduler "
+                f"send its signal {seconds + SAFE_SECONDS:,.0f} s before the end (docs/RELIABILITY.md)"
+            )
 
     def due(self, step: int, ending: bool, best: bool = False) -> bool:
         """Whether to save after ``step``.
@@ -163,7 +199,7 @@ class Saver:
             if not error.always:
                 try:
                     self.finish()
-                except checkpoint.SaveError as also:
+                except SaveError as also:
                     raise InputError(f"{error}; and {also}", code=error.code) from also
             raise
 
@@ -181,7 +217,7 @@ class Saver:
         """
         try:
             write()
-        except checkpoint.SaveError as error:
+        except SaveError as error:
             if last:
                 raise InputError(f"{error}; it was the last of the run", code=STORAGE) from error
             self._attempts.failed(progress.step, str(error))

@@ -35,7 +35,9 @@ class SystemCalls:
     def __init__(self, monkeypatch, fails_at=None, error=Killed, exchanges=True):
         self.count, self._fails_at, self._error = 0, fails_at, error
         for name in CALLS:
-            monkeypatch.setattr(os, name, self._counted(name, getattr(os, name)))
+            # whether a disk is waited for makes no difference here, and takes long
+            call = getattr(os, name) if name != "fsync" else lambda number: None
+            monkeypatch.setattr(os, name, self._counted(name, call))
         exchange = publishing._exchange if exchanges else lambda one, other: False
         monkeypatch.setattr(publishing, "_exchange", self._counted("exchange", exchange))
         monkeypatch.setattr(shutil, "rmtree", self._remove)
@@ -99,15 +101,12 @@ def hidden(folder):
 def run(tmp_path):
     """A run folder with checkpoints 5 and 10; 10 is the newest and 5 the best."""
 
-    def make(number):
-        folder = tmp_path / f"run{number}"
-        folder.mkdir()
-        for iteration in (5, 10):
-            write(folder, iteration, f"old {iteration}")
-        (folder / BEST).write_text("5\n")
-        return folder
-
-    return make
+    first = tmp_path / "first"
+    first.mkdir()
+    for iteration in (5, 10):
+        write(first, iteration, f"old {iteration}")
+    (first / BEST).write_text("5\n")
+    return lambda number: shutil.copytree(first, tmp_path / f"run{number}")
 
 
 def number_of_calls(run, monkeypatch, iteration, exchanges):
@@ -146,7 +145,7 @@ def test_killed_at_any_call_the_newest_and_the_best_are_whole(run, monkeypatch, 
 
 
 @pytest.mark.parametrize("exchanges", [True, False])
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
 def test_a_disk_that_fails_at_any_call_leaves_the_previous_checkpoint_and_nothing_else(
     run, monkeypatch, number, exchanges
 ):
@@ -161,8 +160,6 @@ def test_a_disk_that_fails_at_any_call_leaves_the_previous_checkpoint_and_nothin
             assert read(folder, BEST) == "old 5"
             remove_leftovers(folder)
             assert hidden(folder) == []
-        shutil.rmtree(folder.parent)
-        folder.parent.mkdir()
 
 
 def test_everything_is_on_the_disk_before_it_is_named(run, monkeypatch):
@@ -208,13 +205,15 @@ def test_what_others_have_in_a_run_folder_is_no_leftover(tmp_path):
 
 
 def test_leftovers_are_named(tmp_path):
-    (tmp_path / ".tracker.77.tmp").write_text("")
+    (tmp_path / f".{TRACKER}.77.tmp").write_text("")
+    (tmp_path / ".of_others.77.tmp").write_text("")
     unfinished_folder(tmp_path, 5, "00ff").mkdir()
     write(tmp_path, 10, "old")
     aside = set_aside(iteration_folder(tmp_path, 10))
     assert not iteration_folder(tmp_path, 10).exists()
     removed = [path.name for path in remove_leftovers(tmp_path)]
-    assert removed == sorted([aside.name, ".saving.iter_0000005.00ff", ".tracker.77.tmp"])
+    assert removed == sorted([aside.name, ".saving.iter_0000005.00ff", f".{TRACKER}.77.tmp"])
+    assert hidden(tmp_path) == [".of_others.77.tmp"]
 
 
 def test_a_file_that_is_gone_cannot_be_synchronised(tmp_path):
