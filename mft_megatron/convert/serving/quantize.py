@@ -18,6 +18,7 @@ from mft_megatron.convert.atomic_folder import refuse_content, replacing
 from mft_megatron.convert.huggingface.model_folder import CONFIG, copy_files, kept_files, read_config
 from mft_megatron.data.loading.dataset import PackedDataset
 from mft_megatron.errors import InputError
+from mft_megatron.mcore.checkpointing.finite import refuse_to_write
 
 METHODS = ("gptq", "awq")
 # columns that have a scale in common
@@ -86,7 +87,8 @@ def quantize(source: Path, target: Path, method: str, texts: list[npt.NDArray[np
         texts: token ids of each sample, int64 [S].
 
     Raises:
-        InputError: llmcompressor is not installed, ``target`` has content, or a weight cannot be divided into groups.
+        InputError: llmcompressor is not installed, ``target`` has content, a weight cannot be divided into groups, or
+            what the library writes is not finite.
     """
     refuse_content(target, "--out")
     refuse_odd_sizes(source)
@@ -111,6 +113,7 @@ def quantize(source: Path, target: Path, method: str, texts: list[npt.NDArray[np
     )
     with replacing(target) as partial:
         model.save_pretrained(partial, save_compressed=True)
+        _refuse_non_finite(partial)
         # the library's configuration describes the compressed weights; every other file is the source's
         absent = [file for file in kept_files(source) if not (partial / file.relative_to(source)).exists()]
         copy_files(absent, source, partial)
@@ -129,6 +132,22 @@ def refuse_odd_sizes(source: Path) -> None:
         size = config.get(name)
         if isinstance(size, int) and size % GROUP:
             raise InputError(f"{source / CONFIG}: {name} {size} is not a multiple of {GROUP}, a group of columns")
+
+
+def _refuse_non_finite(folder: Path) -> None:
+    """Check the weights that the library has written, one at a time: scales may be NaN where a matrix is.
+
+    Raises:
+        InputError: an element is NaN or infinite.
+    """
+    from safetensors import safe_open
+
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as weights:
+            for name in weights.keys():  # noqa: SIM118  (it cannot be iterated over)
+                content = weights.get_tensor(name)
+                if content.is_floating_point():
+                    refuse_to_write(content, name)
 
 
 def _recipe(method: str) -> list[object]:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mft_megatron.disk_errors import is_of_disk
 from mft_megatron.errors import InputError
 
 from .ledger import ArrayEntry, file_sha256, ledger_path
@@ -46,10 +47,13 @@ def load_array(path: str | Path, dtype: type[np.generic], axes: int) -> np.ndarr
 
     Raises:
         InputError: the file is damaged, or has another dtype or number of axes.
+        OSError: the device fails.
     """
     try:
         array = np.load(path, mmap_mode="r")
     except Exception as error:  # a damaged header can raise any exception
+        if isinstance(error, OSError) and is_of_disk(error):
+            raise
         raise InputError(f"{path}: damaged ({' '.join(str(error).split())}); preprocess the data again") from None
     if array.dtype != dtype or array.ndim != axes:
         raise InputError(f"{path}: damaged, {array.dtype} with {array.ndim} axes; preprocess the data again")

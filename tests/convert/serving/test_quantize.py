@@ -4,12 +4,15 @@ The library that rounds weights needs a separate environment; a stand-in replace
 """
 
 import json
+import math
 import subprocess
 import sys
 import types
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from mft_megatron.convert.commands.quantize import main
 from mft_megatron.convert.serving.quantize import GROUP, IGNORED, calibration, quantize
@@ -148,6 +151,21 @@ def test_arguments_of_the_library_and_written_files(prefix, asked, model, tmp_pa
 def test_nothing_is_left_of_a_model_that_was_not_rounded(asked, model, tmp_path, monkeypatch):
     monkeypatch.setattr(_Model, "quantized", False)
     with pytest.raises(InputError, match="left the model as it was"):
+        quantize(model, tmp_path / "out", "gptq", [np.arange(5)])
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_a_scale_that_is_not_finite_is_refused(asked, model, tmp_path, monkeypatch):
+    """The library divides by what a matrix has, and writes what comes out."""
+    save = _Model.save_pretrained
+
+    def with_a_nan(self, folder, **named):
+        save(self, folder, **named)
+        weights = {"codes": torch.zeros(4, dtype=torch.int32), "w.weight_scale": torch.tensor([1.0, math.nan])}
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+    monkeypatch.setattr(_Model, "save_pretrained", with_a_nan)
+    with pytest.raises(InputError, match=r"^w.weight_scale would have NaN in it"):
         quantize(model, tmp_path / "out", "gptq", [np.arange(5)])
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 

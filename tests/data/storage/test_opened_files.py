@@ -3,10 +3,12 @@
 import os
 import time
 
+import numpy as np
 import pytest
 
 from mft_megatron.data.loading.dataset import PackedDataset
 from mft_megatron.data.storage import opened_files
+from mft_megatron.errors import run_command
 from tests.made_dataset import write_dataset
 from tests.refusals import refused_call
 
@@ -116,3 +118,15 @@ def test_a_file_system_that_does_not_answer_is_no_change_until_an_epoch_ends(ope
     opened._next = 0
     opened.poll()
     assert "it cannot be found any more (Input/output error: the device" in refused_call(opened.refuse_change)
+
+
+def test_a_device_that_fails_is_not_taken_for_a_damaged_file(file, monkeypatch, capsys):
+    def fail(path, mmap_mode):
+        raise OSError(5, os.strerror(5), str(path))
+
+    monkeypatch.setattr(np, "load", fail)
+    assert run_command(lambda: PackedDataset.open(file.parent / "set", 128)) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(
+        f"error: {file.parent / 'set_task_ids.npy'}: Input/output error: the device or the connection"
+    )
