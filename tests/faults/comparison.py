@@ -5,6 +5,10 @@ import json
 import pickle
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 # fields of records that tell the time, or where
 CLOCKS = {"step_time", "balance_time", "balance_share", "tflops", "seconds", "time"}
@@ -21,9 +25,7 @@ def digests(run_folder: Path) -> dict[str, dict[str, str]]:
     found = {}
     for path in sorted(run_folder.glob("iter_*")):
         of_path = {
-            name: hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
-            if tensor.numel()
-            else str(tuple(tensor.shape))
+            name: f"{tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(_bytes_of(tensor)).hexdigest()}"
             for name, tensor in tensors_of(path).items()
         }
         common = torch.load(path / "common.pt", weights_only=False)
@@ -32,12 +34,19 @@ def digests(run_folder: Path) -> dict[str, dict[str, str]]:
     return found
 
 
+def _bytes_of(tensor: "torch.Tensor") -> bytes:
+    import torch
+
+    # a tensor of one element may have the stride 0, which a view of bytes cannot have
+    return torch.empty(tensor.numel(), dtype=tensor.dtype).copy_(tensor.flatten()).view(torch.uint8).numpy().tobytes()
+
+
 def _canonical(value: object) -> bytes:
     """Bytes of a nested value that are equal for equal values."""
     import torch
 
     if isinstance(value, torch.Tensor):
-        return b"tensor" + value.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        return b"tensor" + _bytes_of(value)
     if isinstance(value, dict):
         return b"{" + b",".join(_canonical(key) + b":" + _canonical(value[key]) for key in value) + b"}"
     if isinstance(value, list | tuple):

@@ -183,12 +183,12 @@ class Server:
 
     def digests(self, run_folder: Path, result: Path) -> dict:
         """Call ``comparison.digests`` on a run folder, in a process that has torch."""
-        output = result.with_suffix(".log")
+        output = result.with_suffix(".digest")
         request = {"forked": True, "digest": str(run_folder), "result": str(result), "output": str(output)}
         job = Job(self, self._ask(request), output)
         code = job.wait()
         if code:
-            raise RuntimeError(f"{run_folder} cannot be read: {output.read_text()}")
+            raise RuntimeError(f"{run_folder} cannot be read: {_end_of(output)}")
         return json.loads(result.read_text())
 
     def close(self) -> None:
@@ -232,6 +232,10 @@ def run(server: Server, command: Command, output: Path) -> Sequence[Mark]:
     with server.started(command, output) as job:
         code = job.wait()
         if code != 0:
-            tail = output.read_text(errors="replace")[-3000:]
-            raise RuntimeError(f"{command.script} {' '.join(command.words)}: exit code {code}\n{tail}")
+            raise RuntimeError(f"{command.script} {' '.join(command.words)}: exit code {code}: {_end_of(output)}")
         return job.marks
+
+
+def _end_of(output: Path) -> str:
+    lines = [line for line in output.read_text(errors="replace").splitlines() if line.strip()]
+    return " / ".join(line[:300] for line in lines[-5:])
