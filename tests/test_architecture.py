@@ -35,7 +35,9 @@ ORDER = {
     "data": (
         "sample_slices|permutation|_sample_index|_mapped_files",
         *("storage", "tokenizers", "records", "chat_templates", "packing", "tasks", "loading", "preprocessing"),
-        "command_options|command|inspect|ledger_table",
+        "command_options|ledger_table|inspect",
+        "inspect_packs",
+        "command",
     ),
     "mcore": (
         *("platform", "kernels", "parallel", "attention", "moe", "output_layer", "adapters", "model", "optim"),

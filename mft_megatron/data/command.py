@@ -91,7 +91,11 @@ def inspect_main(command_line: Sequence[str]) -> None:
     from mft_megatron.data.records.notes import note_lines
 
     from .inspect import check, show_histograms, show_samples
+    from .inspect_packs import parse_packs, show_packs
 
+    packs = None if options.packs is None else parse_packs(options.packs)
+    if packs is None and options.seq_length is not None:
+        raise InputError("--seq-length has no effect without --packs; add that, or leave it out")
     ledger = read_ledger(prefix, option="")
     print(ledger_table(ledger))
     for task in ledger.tasks:
@@ -104,7 +108,11 @@ def inspect_main(command_line: Sequence[str]) -> None:
         for text in show_histograms(prefix, ledger):
             print(text)
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    for text in show_samples(prefix, ledger, options.samples, colour):
+    if packs is None:
+        shown = show_samples(prefix, ledger, options.samples, colour)
+    else:
+        shown = show_packs(prefix, ledger, packs, options.seq_length, colour)
+    for text in shown:
         print(text)
 
 

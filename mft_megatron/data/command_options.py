@@ -212,6 +212,15 @@ class InspectOptions:
     """Shows a packed data set: its ledger, and samples with their supervised tokens marked."""
 
     samples: int = option(1, "Samples to show of each task.", at_least=0)
+    packs: str | None = option(
+        None,
+        "Show these packs of the training split instead, e.g. 12,40, as the event 'bad step' of a run names them: the "
+        "text of each sample slice and the file and line that it came from, as far as the ledger knows.",
+        metavar="N,…",
+    )
+    seq_length: int | None = option(
+        None, "With --packs: tokens of a pack, where the data set is packed for several lengths.", at_least=1
+    )
     histograms: bool = option(False, "Show the lengths of the samples of each task.")
     check: bool = option(False, "Read everything again: hashes, counts and packs against the ledger.")
 

@@ -17,6 +17,7 @@ from mft_megatron.data.storage.ledger import Ledger
 from mft_megatron.data.storage.stored_samples import read_stored_samples
 from mft_megatron.data.storage.weights_of_tasks import count_token_weights, weights_by_task
 from mft_megatron.data.tokenizers.load import load_tokenizer
+from mft_megatron.data.tokenizers.tokenizer import Tokenizer
 from mft_megatron.errors import InputError
 
 # control characters other than line breaks and tabs would act on the terminal
@@ -39,14 +40,7 @@ def show_samples(prefix: str, ledger: Ledger, count: int, colour: bool) -> Itera
     """
     if count < 1:
         return
-    if not Path(ledger.tokenizer.model).exists():
-        raise InputError(f"the tokenizer {ledger.tokenizer.model} is gone, so samples cannot be shown; use --samples 0")
-    tokenizer = load_tokenizer(ledger.tokenizer.type, ledger.tokenizer.model)
-    if tokenizer.fingerprint != ledger.tokenizer.fingerprint:
-        raise InputError(
-            f"the tokenizer {ledger.tokenizer.model} is no longer the one that the data were made with, so samples "
-            "cannot be shown; put that one back, or use --samples 0"
-        )
+    tokenizer = tokenizer_of(ledger, "samples cannot be shown", "use --samples 0")
     dataset = PackedDataset.open(prefix, int(next(iter(ledger.lengths))))
     for task, name in enumerate(dataset.tasks):
         first = int(np.searchsorted(dataset.task_ids, task))
@@ -56,6 +50,28 @@ def show_samples(prefix: str, ledger: Ledger, count: int, colour: bool) -> Itera
             yield f"\n── {name}, sample {sample}: {len(dataset.tokens[sample])} tokens{weighs}"
             of_tokens = (dataset.token_weights or dataset.mask)[sample]
             yield marked(tokenizer, dataset.tokens[sample], of_tokens, colour)
+
+
+def tokenizer_of(ledger: Ledger, consequence: str, otherwise: str = "leave the option out") -> Tokenizer:
+    """Load the tokenizer of a data set.
+
+    Args:
+        ledger: of the data set.
+        consequence: of an error, for the message.
+        otherwise: what to do then.
+
+    Raises:
+        InputError: it is missing, or has changed.
+    """
+    if not Path(ledger.tokenizer.model).exists():
+        raise InputError(f"the tokenizer {ledger.tokenizer.model} is gone, so {consequence}; {otherwise}")
+    tokenizer = load_tokenizer(ledger.tokenizer.type, ledger.tokenizer.model)
+    if tokenizer.fingerprint != ledger.tokenizer.fingerprint:
+        raise InputError(
+            f"the tokenizer {ledger.tokenizer.model} is no longer the one that the data were made with, so "
+            f"{consequence}; put that one back, or {otherwise}"
+        )
+    return tokenizer
 
 
 class Decoder(Protocol):
