@@ -33,12 +33,13 @@ class EncodedCache:
     """A folder of entries.
 
     Attributes:
+        folder: of the entries.
         reused: number of entries that have been read from it.
     """
 
     def __init__(self, folder: Path):
         """Use ``folder``, which need not exist."""
-        self._folder = folder
+        self.folder = folder
         self.reused = 0
 
     def key(self, batch: RecordBatch, fingerprint: str) -> str:
@@ -79,12 +80,16 @@ class EncodedCache:
             unfinished.unlink(missing_ok=True)
             raise
 
+    def entries(self) -> int:
+        """Count the entries in the folder."""
+        return sum(1 for _ in self.folder.glob("*/*.npz"))
+
     def remove(self) -> None:
         """Remove the whole folder."""
-        shutil.rmtree(self._folder, ignore_errors=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _path(self, key: str) -> Path:
-        return self._folder / key[:2] / f"{key}.npz"
+        return self.folder / key[:2] / f"{key}.npz"
 
 
 def write_encoded(file: BinaryIO, encoded: EncodedBatch, first_line: int) -> None:

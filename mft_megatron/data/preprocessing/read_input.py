@@ -7,13 +7,17 @@ from typing import Protocol
 from mft_megatron.data.records.segments import LEFT_OUT
 from mft_megatron.data.storage.ledger import InputFile
 from mft_megatron.data.tasks.reader import Takes, TaskReader, every_batch
+from mft_megatron.data.tokenizers.backends import BackendMismatch
 from mft_megatron.errors import InputError
 
 from .encoded_batch import EncodedBatch
 from .encoded_cache import EncodedCache
 from .generation_prompts import GenerationPrompts
 from .recipe import Prepared, Recipe
-from .workers import Workers
+from .workers import WorkerKilledError, Workers
+
+# encoded batches, each of at most a mebibyte of input, that are kept when a record is refused
+WORTH_KEEPING = 64
 
 
 class EncodedInput(Protocol):
@@ -43,7 +47,7 @@ class ReadInput:
         Args:
             recipe: of the data set.
             prepared: what it names.
-            cache_folder: for encoded batches, if the recipe has none; removed at the end.
+            cache_folder: for encoded batches, if the recipe has none; removed when all have been read.
             takes: called for each batch of the input in order; batches for which it is false are not encoded.
         """
         self._recipe, self._takes = recipe, takes
@@ -58,11 +62,27 @@ class ReadInput:
         self._workers.__enter__()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *trace: object) -> None:
+        """End the workers; remove the cache, unless an error leaves encoded batches that are worth going on from.
+
+        Raises:
+            InputError: the error was one; it says that they are kept.
+        """
         self._workers.__exit__()
-        interrupted = kind is not None and not issubclass(kind, Exception)
-        if self._recipe.cache_dir is None and not interrupted:
+        if self._recipe.cache_dir is not None:
+            return
+        refused = isinstance(error, InputError)
+        least = WORTH_KEEPING if refused and not isinstance(error, WorkerKilledError) else 1
+        batches = 0 if kind is None or issubclass(kind, BackendMismatch) else self._cache.entries()
+        if batches < least:
             self._cache.remove()
+        elif isinstance(error, InputError):
+            raise InputError(
+                f"{error}. The same command goes on from {batches} encoded batches (to give up, remove "
+                f"{self._cache.folder.parent})",
+                error.always,
+                error.code,
+            ) from None
 
     @property
     def reused(self) -> int:

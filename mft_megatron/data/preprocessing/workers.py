@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from concurrent.futures import Future, ProcessPoolExecutor
 
 
+class WorkerKilledError(InputError):
+    """A process that encodes batches ended without a word."""
+
+
 class Workers:
     """Encodes the batches of all tasks; use it in a ``with`` statement. Batches in the cache are not encoded again."""
 
@@ -68,7 +72,8 @@ class Workers:
         """Encode batches of a task, in order.
 
         Raises:
-            InputError: as :meth:`.Encoder.encode`, or a worker process was killed.
+            InputError: as :meth:`.Encoder.encode`.
+            WorkerKilledError: a worker process was killed.
             BackendMismatch: as :meth:`.Encoder.encode`.
         """
         results: collections.deque[Callable[[], EncodedBatch]] = collections.deque()
@@ -99,7 +104,7 @@ class Workers:
         try:
             encoded = future.result()
         except BrokenExecutor:
-            raise InputError(
+            raise WorkerKilledError(
                 "--workers: a worker process was killed, most likely for memory; give fewer workers"
             ) from None
         return self._cached(key, batch, encoded)

@@ -154,7 +154,12 @@ def test_a_killed_run_continues_from_the_cache(make_dataset, tmp_path, encoded_t
     assert {path.name for path in tmp_path.iterdir()} == {f"set{end}" for end in (*ledger.arrays, "_dataset.json")}
 
 
-def test_a_run_that_fails_leaves_no_cache(make_dataset, tmp_path):
-    with pytest.raises(InputError, match="task b"):
-        make_dataset({"a": records("x"), "b": []}, output_prefix=tmp_path / "set")
+def test_a_refused_run_leaves_no_cache_unless_it_is_large(make_dataset, tmp_path, monkeypatch):
+    tasks = {"a": records("x"), "b": []}
+    with pytest.raises(InputError, match=r"or leave the task out$"):
+        make_dataset(tasks, output_prefix=tmp_path / "set")
     assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr("mft_megatron.data.preprocessing.read_input.WORTH_KEEPING", 1)
+    with pytest.raises(InputError, match=r"task b .* The same command goes on from 1 encoded batches"):
+        make_dataset(tasks, output_prefix=tmp_path / "set")
+    assert [path.name for path in tmp_path.iterdir()] == [".set.writing"]

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import re
 import shutil
 import unittest.mock
 from pathlib import Path
@@ -18,6 +19,7 @@ from mft_megatron.data.chat_templates.formats import chat_format
 from mft_megatron.data.inspect import check
 from mft_megatron.data.loading.dataset import PackedDataset
 from mft_megatron.data.packing.packing_options import PackingOptions
+from mft_megatron.data.preprocessing import workers
 from mft_megatron.data.preprocessing.encoding import Encoder, TaskEncoding
 from mft_megatron.data.preprocessing.preprocess import preprocess
 from mft_megatron.data.preprocessing.recipe import Recipe
@@ -318,7 +320,7 @@ def test_a_failure_leaves_an_existing_data_set_as_it_was(make_dataset, tmp_path,
     with pytest.raises(expected):
         make_dataset(records, output_prefix=prefix, workers=workers)
     kept = tmp_path / ".set.writing"  # what had been tokenised when it was interrupted
-    assert kept.exists() == (fault == "interrupt")
+    assert kept.exists() == (fault in ("interrupt", "disk"))
     after = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path != kept}
     assert after == before
     assert PackedDataset.open(str(prefix), 256, check="hashes").ledger.tasks[0].kept == 4
@@ -342,7 +344,8 @@ def test_a_failure_in_the_middle_of_publishing_leaves_no_data_set(make_dataset, 
         make_dataset({"t": [*GOOD, {"text": "y"}]}, output_prefix=prefix)
     with pytest.raises(InputError, match="no ledger"):
         PackedDataset.open(str(prefix), 256)
-    assert not list(tmp_path.glob(".*"))
+    assert [path.name for path in tmp_path.glob(".*")] == [".set.writing"]
+    assert [path.name for path in (tmp_path / ".set.writing").iterdir()] == ["parts"]  # batches to go on from
 
 
 def test_no_file_of_the_replaced_data_set_is_left(make_dataset, tmp_path):
@@ -365,6 +368,22 @@ def test_a_worker_that_dies_is_reported(make_dataset, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="--workers: a worker process was killed"):
         make_dataset({"t": GOOD}, output_prefix=tmp_path / "set", workers=2)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_worker_that_dies_loses_no_batch_that_was_complete(make_dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr("mft_megatron.data.preprocessing.workers._encode_in_worker", _encode_or_die)
+    monkeypatch.setattr("mft_megatron.data.preprocessing.workers.Workers.AHEAD", 0)
+    tasks = {"good": GOOD, "fatal": [{"text": "fatal"}]}
+    kept = f"goes on from 1 encoded batches (to give up, remove {tmp_path / '.set.writing'})"
+    with pytest.raises(InputError, match=re.escape(kept)):
+        make_dataset(tasks, output_prefix=tmp_path / "set", workers=2)
+    assert [path.suffix for path in (tmp_path / ".set.writing").rglob("*.*")] == [".npz"]
+    make_dataset(tasks, output_prefix=tmp_path / "set")
+    assert not list(tmp_path.glob(".*"))
+
+
+def _encode_or_die(task, batch):
+    return _die() if task == "fatal" else workers._encode_in_worker(task, batch)
 
 
 def _die(*_):
