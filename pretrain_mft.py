@@ -68,7 +68,7 @@ def run(command_line: "CommandLine", main_rank: bool, owner: "Owner") -> "Ending
     save, save_hf = arguments.checkpoint.save, arguments.checkpoint.save_hf
     if save is None or save_hf is None or arguments.validation.skip_train:
         return train()
-    return train_and_export(arguments, Path(save), Path(save_hf), main_rank, train)
+    return train_and_export(arguments, Path(save), Path(save_hf), main_rank, owner, train)
 
 
 def start_training(
@@ -93,12 +93,16 @@ def start_training(
     from mft_megatron.training.pretrain import pretrain
     from mft_megatron.training.saving.sources import Sources
 
-    parent_process.end_forked_with_this()
     return pretrain(arguments, main_rank, Sources(model, adapter), exports, owner)
 
 
 def train_and_export(
-    arguments: "Arguments", run_folder: Path, hf_folder: Path, main_rank: bool, train: "Callable[..., Ending]"
+    arguments: "Arguments",
+    run_folder: Path,
+    hf_folder: Path,
+    main_rank: bool,
+    owner: "Owner",
+    train: "Callable[..., Ending]",
 ) -> "Ending":
     """Train with ``--save-hf``: rank 0 exports checkpoints during the run, and the newest at its end.
 
@@ -115,6 +119,8 @@ def train_and_export(
         return train()
     try:
         with open_exports(arguments, hf_folder) as exports:
+            if arguments.finished:  # no rank trains, and what is left to do is done in the run folder
+                owner.acquire()
             if options.save_hf_interval is not None and resume is not None and not arguments.weights_alone:
                 exports.catch_up(run_folder, options.save_hf_interval, resume.path)
             ending = train(exports)

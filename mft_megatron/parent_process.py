@@ -7,7 +7,6 @@ do that, and looks every second in a thread whether the parent is still there, f
 
 import contextlib
 import ctypes
-import multiprocessing.util
 import os
 import signal
 import sys
@@ -59,14 +58,6 @@ def end_with_launcher(environment: Mapping[str, str]) -> None:
     while rank in _environment_of(links[-1][1]):
         links.append((links[-1][1], _parent_of(links[-1][1])))
     _watch(links, gently=False)
-
-
-def end_forked_with_this() -> None:
-    """Let every process that ``multiprocessing`` forks from this one from now on end with it, and hold no output.
-
-    For processes that other software starts, such as the checkpoint writers of Megatron-Core.
-    """
-    multiprocessing.util.register_after_fork(sys.modules[__name__], lambda module: end_with_parent(silent=True))
 
 
 def ask_kernel(signal_number: int = signal.SIGKILL) -> bool:

@@ -36,7 +36,7 @@ from .restarts.endings import Ending
 from .run_log import RunLog
 from .saving.data_order import model_vocab_size, refuse_other_data
 from .saving.kept_files import keep_source, keep_tokenizer
-from .saving.resume import restore_tracker, resume
+from .saving.resume import agree_on_start, restore_tracker, resume
 from .saving.saver import Exports, Saver
 from .saving.sources import NO_SOURCES, Sources
 from .shares.share_log import ShareLog
@@ -103,6 +103,8 @@ def _pretrain(arguments: Arguments, main_rank: bool, sources: Sources, exports: 
                 owner.acquire()
                 if not arguments.validation.skip_train:
                     record_running(options.save, arguments.progress[0])
+        agree_on_start(arguments)
+        with _reported_on_all_ranks(), _run_folder_reported(arguments):
             log = RunLog(process_groups.is_main(), options.save, arguments.logging)
         try:
             log.print(f"{arguments.world_size} rank(s) on {devices.describe()}")

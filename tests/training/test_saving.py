@@ -12,7 +12,7 @@ import pytest
 from mft_megatron.arguments.command import parse_arguments
 from mft_megatron.data.loading.dataset import PackedDataset
 from mft_megatron.errors import InputError
-from mft_megatron.exit_codes import STORAGE
+from mft_megatron.exit_codes import FAILED, STORAGE
 from mft_megatron.mcore.checkpointing import checkpoint
 from mft_megatron.mcore.checkpointing.writers.agreement import SaveError
 from mft_megatron.mcore.parallel import process_groups
@@ -28,7 +28,7 @@ from mft_megatron.training.saving import saver
 from mft_megatron.training.saving.attempts import LAST_WAITS, MOST_FAILURES, Attempts
 from mft_megatron.training.saving.kept_files import keep_tokenizer
 from mft_megatron.training.saving.removal import Removal
-from mft_megatron.training.saving.resume import restore_tracker, resume
+from mft_megatron.training.saving.resume import agree_on_start, restore_tracker, resume
 from mft_megatron.training.saving.saver import Saver
 from mft_megatron.training.saving.sources import Sources
 from tests.descriptions import description_of
@@ -218,6 +218,16 @@ def test_other_ranks_touch_nothing(job, monkeypatch):
     assert run.best() == 10
     record_best(run.folder, 30)  # as the main rank does
     assert run.step(30, best=True) == [10, 20, 30]
+
+
+def test_ranks_that_start_from_different_checkpoints_are_refused(job, monkeypatch):
+    run = job()
+    agree_on_start(run.arguments)
+    run.step(10, ending=True)
+    monkeypatch.setattr(process_groups, "of_all_ranks", lambda mine: [mine, mine, "iter_0000020"])
+    with pytest.raises(InputError, match=r"rank 0 starts from iter_0000010, rank 2 from iter_0000020: ") as refusal:
+        agree_on_start(job().arguments)
+    assert refusal.value.code == FAILED
 
 
 def test_a_lost_tracker_is_written_again(job, capsys):

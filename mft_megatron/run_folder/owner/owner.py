@@ -21,8 +21,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mft_megatron.errors import InputError
-from mft_megatron.exit_codes import OWNED
-from mft_megatron.run_folder.names import LOCK, OWNER
+from mft_megatron.exit_codes import FAILED, OWNED
+from mft_megatron.run_folder.names import LOCK, OWNER, TRACKER
 from mft_megatron.run_folder.replace_text import replace_text
 
 from .file_lock import Attempt, FileLock, Reach, reach_of_locks
@@ -67,7 +67,7 @@ class Owner:
         say: Callable[[str], None] = say_line,
         pace: Pace = PACE,
     ):
-        """Prepare; nothing is written.
+        """Prepare, before a checkpoint of the folder is chosen to start from; nothing is written.
 
         Args:
             folder: the run folder.
@@ -81,6 +81,7 @@ class Owner:
         self._mine: OwnerRecord | None = None
         self._ended, self._doubted = threading.Event(), False
         self._reach = Reach.UNKNOWN
+        self._newest = self._read_tracker()
 
     def __enter__(self) -> "Owner":
         return self
@@ -96,7 +97,8 @@ class Owner:
         """Become the owner of the folder, which is made if needed; waits for an owner that is about to end.
 
         Raises:
-            InputError: another process owns it, with the exit code OWNED.
+            InputError: another process owns it, with the exit code OWNED; or it has completed a checkpoint and ended
+                since this one looked for a checkpoint to start from.
             OSError: the folder cannot be written.
         """
         if self._mine is not None:
@@ -108,6 +110,13 @@ class Owner:
         except BaseException:
             self._lock.release()
             raise
+        if self._read_tracker() != self._newest:
+            self.release()
+            raise InputError(
+                f"{self._option} {self._folder}: the job before this one has completed a checkpoint since this one "
+                "started; start again, and it goes on from that",
+                code=FAILED,
+            )
         threading.Thread(target=self._beat, name="owner of the run folder", daemon=True).start()
 
     def refuse_if_lost(self) -> None:
@@ -265,6 +274,12 @@ class Owner:
             return parse(self._file.read_text(errors="replace"))
         except FileNotFoundError:
             return None
+
+    def _read_tracker(self) -> str:
+        try:
+            return (self._folder / TRACKER).read_text(errors="replace")
+        except (FileNotFoundError, NotADirectoryError):
+            return ""
 
     def _beat_of_file(self) -> int:
         # a file that is opened is asked for anew where machines cache what they know of files

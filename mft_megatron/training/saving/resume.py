@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import cast
 
 from mft_megatron.arguments.table import Arguments
+from mft_megatron.errors import InputError
+from mft_megatron.exit_codes import FAILED
 from mft_megatron.mcore.checkpointing import checkpoint
 from mft_megatron.mcore.checkpointing.load_weights import fill_weights
 from mft_megatron.mcore.checkpointing.weight_source import CheckpointSource
@@ -66,6 +68,25 @@ def resume(
     elif best is not None:
         log.print(f"the best evaluation so far was at step {best}; a checkpoint of it is in {path.parent} alone")
     return progress, state
+
+
+def agree_on_start(arguments: Arguments) -> None:
+    """Check that all ranks start from the same checkpoint; a collective.
+
+    Each looks for it by itself, and a job that is about to end may complete one meanwhile.
+
+    Raises:
+        InputError: they do not.
+    """
+    resume = arguments.resume
+    chosen = process_groups.of_all_ranks("no checkpoint" if resume is None else resume.path.name)
+    if len(set(chosen)) > 1:
+        other = next(rank for rank, name in enumerate(chosen) if name != chosen[0])
+        raise InputError(
+            f"rank 0 starts from {chosen[0]}, rank {other} from {chosen[other]}: a checkpoint was completed or removed "
+            "while the ranks started, or they do not see the same files; start again",
+            code=FAILED,
+        )
 
 
 def restore_tracker(folder: Path, arguments: Arguments, log: RunLog) -> None:

@@ -11,8 +11,8 @@ import time
 import pytest
 
 from mft_megatron.errors import InputError
-from mft_megatron.exit_codes import OWNED
-from mft_megatron.run_folder.names import LOCK, OWNER
+from mft_megatron.exit_codes import FAILED, OWNED
+from mft_megatron.run_folder.names import LOCK, OWNER, TRACKER
 from mft_megatron.run_folder.owner import owner as module
 from mft_megatron.run_folder.owner.file_lock import Attempt, FileLock, Reach
 from mft_megatron.run_folder.owner.owner import Owner, Pace, describe_owner
@@ -221,6 +221,17 @@ def test_a_record_that_somebody_removed_is_written_again(tmp_path, owner):
     (tmp_path / OWNER).unlink()
     one.refuse_if_lost()
     assert parse((tmp_path / OWNER).read_text()).pid == os.getpid()
+
+
+def test_a_checkpoint_that_was_completed_meanwhile_is_not_passed_over(tmp_path, owner):
+    before, after = owner(), owner()
+    (tmp_path / TRACKER).write_text("20\n")
+    with pytest.raises(InputError, match="completed a checkpoint since this one started; start again") as refusal:
+        before.acquire()
+    assert refusal.value.code == FAILED
+    assert not (tmp_path / OWNER).exists()
+    after._newest = "20\n"
+    after.acquire()
 
 
 def test_the_record_names_the_job():
