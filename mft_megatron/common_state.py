@@ -57,11 +57,34 @@ def _unpickle(file: Path | IO[bytes], name: str) -> object:
     """Unpickle what ``torch.save`` has written to ``file``; ``name`` says in messages where that is."""
     try:
         with zipfile.ZipFile(file) as archive:
+            _refuse_compressed(archive)
             member = next(member for member in archive.namelist() if member.endswith("/data.pkl"))
             with archive.open(member) as stream:
                 return InertUnpickler(stream).load()
     except Exception as error:  # a pickle can fail in any way
         raise _damaged(name, error) from None
+
+
+def refuse_compressed(path: Path) -> None:
+    """Check that the file ``common.pt`` of a checkpoint folder, if it is there, is no larger in memory than on disk.
+
+    Raises:
+        InputError: it is damaged, or compressed, which torch's are not.
+    """
+    file = path / COMMON
+    if not file.is_file():
+        return
+    try:
+        with zipfile.ZipFile(file) as archive:
+            _refuse_compressed(archive)
+    except Exception as error:  # a damaged archive can fail in any way
+        raise _damaged(str(file), error) from None
+
+
+def _refuse_compressed(archive: zipfile.ZipFile) -> None:
+    for member in archive.infolist():
+        if member.compress_type != zipfile.ZIP_STORED:
+            raise ValueError(f"{member.filename} in it is compressed")
 
 
 def _stored_object(path: Path) -> tuple[IO[bytes], str] | None:

@@ -8,7 +8,7 @@ import zipfile
 import pytest
 import torch
 
-from mft_megatron.common_state import read_args, read_common
+from mft_megatron.common_state import read_args, read_common, refuse_compressed
 from mft_megatron.convert.megatron.description import read_description
 from mft_megatron.errors import InputError
 from mft_megatron.run_folder.description import is_of_megatron
@@ -133,10 +133,12 @@ def _save_with_megatron(folder):
     """
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
     from torch.distributed.checkpoint import FileSystemReader
 
     from mft_megatron.mcore.platform import patched  # noqa: F401
 
+    filesystem_async._results_queue = None  # saves of this project need none
     torch.distributed.init_process_group("gloo")
     weight = ShardedTensor.from_rank_offsets("weight", torch.ones(2))
     dist_checkpointing.save(_state() | {"model": {"weight": weight}}, str(folder))
@@ -160,3 +162,12 @@ def test_megatron_core_writes_that_layout(tmp_path):
     of_real, of_made = read_common(real), read_common(made)
     assert (of_real["iteration"], len(of_real["args"].state)) == (7, len(SHAPE) + 1)
     assert repr(of_real["args"].state) == repr(of_made["args"].state)
+
+
+def test_a_compressed_file_is_refused(tmp_path):
+    """A few kilobytes of it can become gigabytes in memory."""
+    with zipfile.ZipFile(tmp_path / "common.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("common/data.pkl", pickle.dumps({"text": "x" * 1_000_000}))
+    for read in (read_common, refuse_compressed):
+        with pytest.raises(InputError, match=r"common\.pt: cannot be read \(common/data\.pkl in it is compressed\)"):
+            read(tmp_path)

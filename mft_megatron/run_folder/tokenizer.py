@@ -3,6 +3,8 @@
 import shutil
 from pathlib import Path
 
+from mft_megatron.parsing.links import refuse_odd_link
+
 # The files of a Hugging Face tokenizer; their folder may also hold a model.
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -26,6 +28,9 @@ def copy_tokenizer(model: Path, target: Path) -> bool:
 
     Returns:
         whether there were any files.
+
+    Raises:
+        InputError: one of them is a link to a file elsewhere.
     """
     folder = model if model.is_dir() else model.parent
     found = {name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()}
@@ -35,5 +40,6 @@ def copy_tokenizer(model: Path, target: Path) -> bool:
         return False
     target.mkdir(parents=True, exist_ok=True)
     for name, file in found.items():
+        refuse_odd_link(file)
         shutil.copyfile(file, target / name)
     return True

@@ -55,6 +55,8 @@ class RunLog:
             Path(folder).mkdir(parents=True, exist_ok=True)
             self._metrics = Path(folder) / METRICS
             self._file = RecordFile(self._metrics)
+            if self._file.cut_off:
+                self.print(f"note: {self._metrics}: the part of a line at its end is removed; its writer was killed")
             tensorboard_dir = tensorboard_dir or str(Path(folder) / TENSORBOARD)
         if tensorboard_dir is not None:
             self._board = Board(tensorboard_dir, options.tensorboard_queue_size)

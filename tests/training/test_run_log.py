@@ -59,6 +59,29 @@ def test_lines_are_appended(tmp_path):
     assert (tmp_path / "lines").read_text() == "before\nafter\n"
 
 
+@pytest.mark.parametrize("before", ["", '{"step": 1}\n', '{"step": 1}\n' * 20_000])
+@pytest.mark.parametrize("part", ['{"step": 2, "lo', '{"text": "' + "x" * 200_000, '"', "\x00" * 30])
+def test_a_part_of_a_line_that_a_killed_writer_left_is_removed(tmp_path, before, part):
+    (tmp_path / "lines").write_text(before + part)
+    file = RecordFile(tmp_path / "lines")
+    assert file.cut_off == len(part)
+    assert file.write('{"step": 2}') is None
+    assert (tmp_path / "lines").read_text() == before + '{"step": 2}\n'
+
+
+def test_a_last_line_that_lacks_only_its_end_is_kept(tmp_path):
+    (tmp_path / "lines").write_text('{"step": 1}\n{"step": 2}')
+    file = RecordFile(tmp_path / "lines")
+    assert (file.cut_off, file.write('{"step": 3}')) == (0, None)
+    assert [json.loads(line)["step"] for line in (tmp_path / "lines").read_text().splitlines()] == [1, 2, 3]
+
+
+def test_a_log_says_that_it_removed_a_part(tmp_path, capsys):
+    (tmp_path / METRICS).write_text('{"step')
+    RunLog(True, str(tmp_path)).close()
+    assert "metrics.jsonl: the part of a line at its end is removed; its writer was killed" in capsys.readouterr().out
+
+
 def test_what_is_lost_at_the_end_is_counted():
     file = RecordFile("/dev/full")
     for _ in range(2):

@@ -128,7 +128,7 @@ def _tokenizer(folder: Path) -> "tuple[ServedTokenizer | None, str]":
             warnings.simplefilter("ignore")
             from transformers import AutoTokenizer
 
-            tokenizer = AutoTokenizer.from_pretrained(folder)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             # of an empty vocabulary a text is nothing, or one unknown token
             if len(set(tokenizer(CHAT[0]["content"], add_special_tokens=False)["input_ids"])) < 2:
                 return None, "transformers loads one without a vocabulary; its files are incomplete"

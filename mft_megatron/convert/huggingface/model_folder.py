@@ -9,6 +9,7 @@ from mft_megatron.convert.huggingface.families.table import family_of, note_on_u
 from mft_megatron.errors import InputError
 from mft_megatron.parsing.git_lfs import refuse_pointer
 from mft_megatron.parsing.json_files import read_json_object
+from mft_megatron.parsing.links import refuse_odd_link
 from mft_megatron.run_folder.names import INFO, TRACKER
 from mft_megatron.run_folder.tokenizer import TOKENIZER_FILES
 
@@ -81,7 +82,7 @@ def kept_files(folder: Path) -> list[Path]:
     """Configurations, tokenizer, chat templates and licence of a model, in a fixed order.
 
     Raises:
-        InputError: one of them is a pointer of Git LFS.
+        InputError: one of them is a pointer of Git LFS, or a link to a file elsewhere.
     """
     files = [
         file
@@ -91,6 +92,7 @@ def kept_files(folder: Path) -> list[Path]:
     files += [file for file in sorted((folder / TEMPLATES).glob("*")) if file.is_file()]
     for file in files:
         refuse_pointer(file)
+        refuse_odd_link(file)
     return files
 
 

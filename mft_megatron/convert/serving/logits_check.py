@@ -93,7 +93,13 @@ def transformers_logits(folder: Path, dtype: str, texts: Iterable[Sequence[int]]
 
     logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype], attn_implementation="eager")
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=DTYPES[dtype],
+            attn_implementation="eager",
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
     except Exception as error:  # damaged files fail in many ways
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"--hf {folder}: transformers cannot load it ({reason}); mend the folder") from None

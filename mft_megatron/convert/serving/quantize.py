@@ -100,7 +100,7 @@ def quantize(source: Path, target: Path, method: str, texts: list[npt.NDArray[np
         raise InputError(f"{error}: run this tool in a separate environment, made with {ENVIRONMENT}") from None
     if method == "awq" and not torch.accelerator.is_available():
         raise InputError("--method awq: llmcompressor needs a GPU for it; run it where there is one, or take gptq")
-    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", trust_remote_code=False, use_safetensors=True)
     texts_1S = [torch.from_numpy(text)[None] for text in texts]
     rows = [{"input_ids": text_1S, "attention_mask": torch.ones_like(text_1S)} for text_1S in texts_1S]
     model = llmcompressor.oneshot(

@@ -15,7 +15,7 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
-from mft_megatron.common_state import COMMON, ENTRY, OBJECT
+from mft_megatron.common_state import COMMON, ENTRY, OBJECT, refuse_compressed
 from mft_megatron.errors import InputError
 from mft_megatron.run_folder.file_hash import FileHash, write_hashed
 from mft_megatron.run_folder.files import remedy
@@ -80,9 +80,10 @@ def require_common(path: Path, reader: TensorReader) -> None:
     """Refuse a checkpoint whose common state this release cannot read.
 
     Raises:
-        InputError: it is in neither form, or only in the object, and this release reads only the file.
+        InputError: it is compressed or in neither form, or only in the object, and this release reads only the file.
     """
     if (path / COMMON).is_file():
+        refuse_compressed(path)
         return
     if not reader.has_entry(ENTRY):
         raise InputError(f"{path}: {COMMON} is missing; the checkpoint is damaged; {remedy(path, INFO)}")

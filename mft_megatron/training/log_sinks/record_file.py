@@ -1,6 +1,7 @@
 """A file of lines that a run appends to, also while its disk takes nothing."""
 
 import contextlib
+import json
 import os
 from pathlib import Path
 
@@ -10,10 +11,11 @@ class RecordFile:
 
     Attributes:
         waiting: lines that are not in the file yet.
+        cut_off: bytes of a last line without its end, which a process that was killed had begun; it is removed.
     """
 
     def __init__(self, path: Path):
-        """Open ``path`` to append to it.
+        """Open ``path`` to append to it; a last line that is JSON only lacks its end, and gets it.
 
         Raises:
             OSError: it cannot be opened.
@@ -22,6 +24,7 @@ class RecordFile:
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         # length of the file without the line of which only a part was written
         self._whole: int | None = None
+        self.cut_off = self._end_last_line(path)
 
     def write(self, line: str) -> OSError | None:
         """Append the lines that wait, and this one; returns the error if it has to wait."""
@@ -36,6 +39,27 @@ class RecordFile:
         except OSError as at_close:  # network file systems report here what they could not write
             return at_close
         return error
+
+    def _end_last_line(self, path: Path) -> int:
+        """Remove a part of a line at the end of the file, which would make the next line unreadable, too."""
+        if not Path(path).is_file():  # a device
+            return 0
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            last = b""
+            while len(last) < size and b"\n" not in last:
+                length = min(size, max(2 * len(last), 1 << 16))
+                file.seek(size - length)
+                last = file.read(length)
+        last = last.rpartition(b"\n")[2]
+        try:
+            json.loads(last or "0")
+        except ValueError:
+            os.ftruncate(self._file, size - len(last))
+            return len(last)
+        if last:
+            os.write(self._file, b"\n")
+        return 0
 
     def _write_waiting(self) -> OSError | None:
         while self.waiting:

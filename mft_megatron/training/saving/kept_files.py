@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 from mft_megatron.arguments.table import Arguments
+from mft_megatron.parsing.links import refuse_odd_link
 from mft_megatron.run_folder.names import HUGGINGFACE, TOKENIZER
 from mft_megatron.run_folder.tokenizer import copy_tokenizer
 from mft_megatron.training.run_log import RunLog
@@ -21,6 +22,8 @@ def keep_source(folder: Path, arguments: Arguments, sources: Sources) -> None:
         return
     source = arguments.resume.path.parent / HUGGINGFACE
     if source.is_dir() and source.resolve() != target.resolve():
+        for file in source.rglob("*"):
+            refuse_odd_link(file)
         shutil.copytree(source, target, dirs_exist_ok=True)
 
 

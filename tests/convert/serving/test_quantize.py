@@ -97,7 +97,7 @@ class _Model:
 def asked(monkeypatch):
     """Replace the library by a stand-in; the arguments of its calls."""
     arguments = {}
-    loader = types.SimpleNamespace(from_pretrained=lambda folder, dtype: _Model())
+    loader = types.SimpleNamespace(from_pretrained=lambda folder, **options: _Model())
     modules = {
         "llmcompressor": {"oneshot": lambda **given: arguments.update(given) or given["model"]},
         "llmcompressor.modifiers": {},
