@@ -54,6 +54,10 @@ class NoticeBoard:
         texts = self._store.multi_get([self._notice(rank) for rank in ranks])
         return {rank: text.decode() for rank, text in zip(ranks, texts, strict=True)}
 
+    def complete(self) -> bool:
+        """Whether every rank has posted a notice."""
+        return bool(self._store.check([self._notice(rank) for rank in range(self._world_size)]))
+
     def agree(self, name: str, value: str) -> str:
         """Propose a value; returns the one that was proposed first, the same on all ranks."""
         found: bytes = self._store.compare_set(self._key(name), "", value)

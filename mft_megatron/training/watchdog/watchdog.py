@@ -17,7 +17,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 
 from mft_megatron import progress_marks
@@ -38,6 +38,8 @@ from .verdict import verdict
 
 # seconds from the alarm: for the reports of the others, until another rank speaks for rank 0, until the process ends
 GRACE, SUCCESSION, DEADLINE = 2.0, 2.7, 4.0
+# seconds that the rank that has spoken leaves the others
+FAREWELL = 0.4
 # the longest time between two looks at the marks, and between two notices of a rank that makes progress
 LONGEST_TICK, LONGEST_BEAT = 0.5, 10.0
 # this much of a limit without progress makes a rank look for an alarm of another one
@@ -77,6 +79,8 @@ class Watchdog:
         self._mark: Mark | None = None
         # seconds that this process, not counting time in which it was stopped, has made no progress
         self._idle = 0.0
+        # the first notices of all ranks, which say what process each is where the store has ended with one of them
+        self._first: dict[int, Notice] = {}
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -89,8 +93,12 @@ class Watchdog:
         self._over.set()
         self._thread.join()
         if error is not None and self._board is not None and self._board.connected:
-            self._post(LEFT, in_a_line(error), patience=0.5)
-            self._name_killed()
+            killed = self._killed()
+            if 0 not in killed:  # the store may have ended with rank 0
+                self._post(LEFT, in_a_line(error))
+            if killed and (0 in killed or self._agree(KILLED, str(self._rank)) == str(self._rank)):
+                places = "; ".join(f"{rank}: process {one.pid} on {one.host}" for rank, one in killed.items())
+                self._say(f"error: {ranks_text(killed)} ended without a message, as a killed process does ({places})")
         for errands in self._errands.values():
             errands.close(patience=0.1)
 
@@ -117,6 +125,8 @@ class Watchdog:
             if now - beaten >= self._beat:
                 beaten = now
                 self._post(RUNNING, patience=0)
+                if not self._first and self._ask(self._board.complete, 0.5):
+                    self._first = self._notices()
 
     def _end(self, position: Position, limit: float) -> None:
         """Report that this rank makes no progress, let one rank say which ones did not arrive, and end the process."""
@@ -145,7 +155,8 @@ class Watchdog:
             self._speak(position, folder, left)
         else:
             silent = (self._agree(SPOKEN, NOBODY) or NOBODY).split()
-            self._kill_stopped([int(rank) for rank in silent if rank != NOBODY])
+            ranks = [int(rank) for rank in silent if rank != NOBODY]
+            self._kill_stopped(self._notices(ranks).values() if ranks else ())
         self._errands["terminal"].run(lambda: (sys.stdout.flush(), sys.stderr.flush()), 0.2)
         self._leave(EXIT_CODE)
 
@@ -184,18 +195,17 @@ class Watchdog:
             time.sleep(0.1)
         return False
 
-    def _name_killed(self) -> None:
-        """Say which ranks of this machine were killed: the error of a rank that loses one does not say that."""
-        found = {rank: notice for rank, notice in self._notices().items() if notice.state == RUNNING}
-        killed = {rank: one for rank, one in found.items() if self._state(one) == process_state.GONE}
-        if not killed or self._agree(KILLED, str(self._rank)) != str(self._rank):
-            return
-        places = "; ".join(f"{rank}: process {one.pid}, last at {one.place}" for rank, one in killed.items())
-        self._say(f"error: {ranks_text(killed)} ended without a message, as a killed process does ({places})")
+    def _killed(self) -> dict[int, Notice]:
+        """Ranks of this machine whose process is gone and said nothing: the error of one that loses them says less."""
+        gone = {rank: one for rank, one in self._first.items() if self._state(one) == process_state.GONE}
+        if 0 in gone:  # others that ended could no longer say why
+            return {0: gone[0]}
+        said = self._notices(gone) if gone else {}
+        return {rank: one for rank, one in gone.items() if rank not in said or said[rank].state == RUNNING}
 
     def _speak(self, position: Position, folder: Path | None, left: Callable[[float], float]) -> None:
         """Say in one line which ranks did not arrive."""
-        notices = {**self._written(folder), **self._notices(), self._rank: self._notice(STALLED)}
+        notices = {**self._first, **self._written(folder), **self._notices(), self._rank: self._notice(STALLED)}
         states = {rank: state for rank, notice in notices.items() if (state := self._state(notice)) is not None}
         reason = verdict(notices, self._world_size, time.time(), states)
         where = f"; reports are in {folder}" if folder is not None else ""
@@ -209,11 +219,13 @@ class Watchdog:
             disk.run(lambda: record_outcome(run_folder, EXIT_CODE, line, step), min(left(DEADLINE), 0.5))
         silent = [rank for rank in range(self._world_size) if rank not in notices or notices[rank].state != STALLED]
         self._agree(SPOKEN, " ".join(map(str, silent)) or NOBODY)
-        self._kill_stopped(silent)
+        self._kill_stopped([notices[rank] for rank in silent if rank in notices])
+        if self._board is not None:  # the others see it before the store may end with this rank
+            time.sleep(FAREWELL)
 
     def _all_known(self, folder: Path | None) -> bool:
         """Whether each rank has reported, or is a process of this machine that cannot."""
-        found = self._notices() or self._written(folder)
+        found = {**self._first, **(self._notices() or self._written(folder))}
         unable = (process_state.STOPPED, process_state.GONE)
         known = [one for one in found.values() if one.state != RUNNING or self._state(one) in unable]
         return len(known) == self._world_size
@@ -262,9 +274,9 @@ class Watchdog:
             return None
         return process_state.state_of(notice.pid, notice.born)
 
-    def _kill_stopped(self, ranks: Collection[int]) -> None:
+    def _kill_stopped(self, notices: Iterable[Notice]) -> None:
         """Kill those of some ranks that a signal has stopped on this machine: they do not obey their launcher."""
-        for notice in self._notices(ranks).values() if ranks else ():
+        for notice in notices:
             if self._state(notice) == process_state.STOPPED:
                 with contextlib.suppress(OSError):
                     os.kill(notice.pid, signal.SIGKILL)

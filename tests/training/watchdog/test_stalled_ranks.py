@@ -6,6 +6,7 @@ import re
 import signal
 import time
 
+import pytest
 import torch
 
 from tests.ranks import ends_of_ranks
@@ -14,7 +15,7 @@ LIMIT = 1.0
 WORLD = 8
 
 
-def _steps(folder, what, stopped_rank):
+def _steps(folder, what, stopped_rank, world=WORLD):
     """Take steps of a collective each, under a watchdog; in step 4 something happens to one rank."""
     from pathlib import Path
 
@@ -29,13 +30,14 @@ def _steps(folder, what, stopped_rank):
     rank = int(os.environ["RANK"])
     if rank == 1:
         flight_recorder.keep(os.environ)
-    with watching(Limits(LIMIT, LIMIT), rank, WORLD, Path(folder) if folder else None, lambda: f"pipeline rank {rank}"):
+    with watching(Limits(LIMIT, LIMIT), rank, world, Path(folder) if folder else None, lambda: f"pipeline rank {rank}"):
         dist.init_process_group("gloo")
         for step in range(1, 10):
             progress_marks.mark_step(step, [2 * step, 2 * step + 1])
             progress_marks.mark("micro-batch", micro_batch=0, packs=[2 * step])
             if step == 4 and rank == stopped_rank:
-                Path(folder or ".", "when").write_text(str(time.time()))
+                if folder is not None:
+                    Path(folder, "when").write_text(str(time.time()))
                 what()
             dist.all_reduce(torch.zeros(1))
             progress_marks.mark("optimizer")
@@ -89,6 +91,16 @@ def test_a_stopped_rank_is_named_within_five_seconds(tmp_path):
     assert seconds < LIMIT + 5
 
 
+def test_a_stopped_rank_that_has_the_store(tmp_path):
+    """Rank 0 where srun or mpirun starts the ranks: reports in the run folder take the place of the notices."""
+    ends = ends_of_ranks(3, _steps, str(tmp_path), _stop, 0, 3, timeout=40)
+    (line,) = said(ends)
+    assert "rank 0 did not report (0: " in line
+    assert "stopped by a signal" in line
+    assert "; waiting: ranks 1-2 at step 4, micro-batch 0 for" in line
+    assert [code for code, _ in ends] == [-signal.SIGKILL, 12, 12]
+
+
 def test_a_rank_that_waits_elsewhere_did_not_arrive(tmp_path):
     ends = ends_of_ranks(WORLD, _steps, str(tmp_path), _stay, 3, timeout=40)
     (line,) = said(ends)
@@ -97,9 +109,13 @@ def test_a_rank_that_waits_elsewhere_did_not_arrive(tmp_path):
     assert [code for code, _ in ends] == [12] * WORLD
 
 
-def test_a_killed_rank_is_named():
-    ends = ends_of_ranks(WORLD, _steps, None, _kill, 2, timeout=40)
-    (line,) = said(ends)
-    assert "rank 2 ended without a message, as a killed process does (2: process " in line
-    assert ends[2][0] == -signal.SIGKILL
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_killed_rank_is_named(rank):
+    """Also rank 0, with which the store of the notices ends."""
+    ends = ends_of_ranks(4, _steps, None, _kill, rank, 4, timeout=40)
+    lines = said(ends)
+    assert len(lines) == 1 or rank == 0
+    for line in lines:
+        assert f"rank {rank} ended without a message, as a killed process does ({rank}: process " in line
+    assert ends[rank][0] == -signal.SIGKILL
     assert {code for code, _ in ends} == {1, -signal.SIGKILL}
