@@ -1,0 +1,18 @@
+"""Benchmarks of reliability run and write every number; their times are not tested."""
+
+import json
+
+import pytest
+
+from tests.ranks import run_tool
+
+
+@pytest.mark.smoke
+def test_watchdog(tmp_path):
+    file = tmp_path / "numbers.json"
+    words = ["--seconds", 0.3, "--micro-batches", 1, 4, "--step-seconds", 1, "--json", file]
+    process = run_tool("benchmarks/reliability/watchdog.py", *words)
+    assert process.returncode == 0, process.stderr
+    results = json.loads(file.read_text())["results"]
+    assert 0 < results["threads"] < results["of_a_step"]["1"]["1.0"] < results["of_a_step"]["4"]["1.0"]
+    assert "| 4 | " in process.stdout
