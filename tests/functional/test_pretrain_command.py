@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from mft_megatron.exit_codes import STORAGE
 from tests.batches import one_segment
 from tests.command_lines import SMALL
 from tests.descriptions import description_of, redescribe
@@ -315,17 +316,20 @@ def test_divergence_ends_the_run_without_saving(dataset_prefix, tmp_path):
     assert not list((tmp_path / "run").glob("iter_*"))
 
 
-def test_a_full_disk_is_one_line_and_the_run_resumes_from_the_checkpoint_before(run_folder, dataset_prefix, tmp_path):
-    """The files of the run fit, those of a checkpoint do not."""
+def test_a_disk_that_takes_no_checkpoint_is_one_line_before_anything_is_trained(run_folder, dataset_prefix, tmp_path):
+    """The files of the run fit, those of a checkpoint do not, which the rehearsal of a save finds."""
     folder = tmp_path / "run"
     shutil.copytree(run_folder, folder)
     words = [*RUN, "--data-path", dataset_prefix, "--load", folder, "--save", folder, "--train-iters", 6]
     with largest_file(200_000):
-        line = refusal(run_tool("pretrain_mft.py", *words))
-    assert f"error: {folder}/iter_0000006: cannot be written (File too large for the file system or for ulimit" in line
-    assert line.endswith("; the previous checkpoint is still the newest of the run")
+        process = run_tool("pretrain_mft.py", *words)
+    assert process.returncode == STORAGE
+    line = refusal(process)
+    assert f"error: {folder}: cannot be written in a rehearsal of a save (File too large for the file " in line
+    assert "nothing was trained" in line
     assert (folder / "latest_checkpointed_iteration.txt").read_text().strip() == "5"
-    assert records(folder, "train")[-1]["step"] == 6
+    assert records(folder, "train")[-1]["step"] == 5
+    assert not list(folder.glob(".saving*"))
 
 
 def damaged(run_folder, target, change):

@@ -48,7 +48,10 @@ def test_a_rehearsal_measures_and_leaves_nothing(dataset_prefix, tmp_path, optio
         assert size - 2 <= written <= size
         assert 0 < seconds < 30
         assert left == []
-        assert f"{tmp_path}: cannot be written in a rehearsal (the file system is read-only); " in said
+        assert (
+            f"{tmp_path}: cannot be written in a rehearsal of a save (the file system is read-only); nothing was"
+            in said
+        )
         assert code == STORAGE
     assert not list(tmp_path.glob(".saving*"))
 

@@ -36,18 +36,30 @@ def failure_of(write: Callable[[], object]) -> OSError | InputError | None:
     return None
 
 
-def on_main(path: Path, write: Callable[[], object], how: str = "") -> None:
+def on_main(path: Path, write: Callable[[], object], how: str = "", consequence: str | None = None) -> None:
     """Write on the main rank alone, while the others wait; a collective of all ranks.
+
+    Args:
+        path: a checkpoint, or what else is written.
+        write: writes it.
+        how: words that follow "cannot be written".
+        consequence: what becomes of the run; by default, which checkpoint is the newest.
 
     Raises:
         SaveError: it cannot be written; on every rank.
         InputError: as ``write``; on every rank.
     """
-    agree(path, failure_of(write) if process_groups.is_main() else None, how)
+    agree(path, failure_of(write) if process_groups.is_main() else None, how, consequence)
 
 
-def agree(path: Path, failure: Exception | None, how: str) -> None:
-    """Raise on every rank the first failure that a rank had in writing the checkpoint ``path``; a collective.
+def agree(path: Path, failure: Exception | None, how: str, consequence: str | None = None) -> None:
+    """Raise on every rank the first failure that a rank had in writing ``path``; a collective.
+
+    Args:
+        path: as in :func:`on_main`.
+        failure: this rank's.
+        how: as in :func:`on_main`.
+        consequence: as in :func:`on_main`.
 
     Raises:
         SaveError: there is one.
@@ -59,7 +71,7 @@ def agree(path: Path, failure: Exception | None, how: str) -> None:
     elif failure is not None:
         disk = disk_error(failure)
         why = reason(failure) if disk is None else explain(disk, path)
-        message = f"{path}: cannot be written{how} ({why}); {if_it_fails(path)}", STORAGE
+        message = f"{path}: cannot be written{how} ({why}); {consequence or if_it_fails(path)}", STORAGE
     if (first := process_groups.first_of_any_rank(message)) is not None:
         text, code = first
         raise SaveError(text, path) if code == STORAGE else InputError(text, code=code)

@@ -25,6 +25,8 @@ from .agreement import agree, failure_of, on_main, removed_after_error
 from .background import Background
 from .part_files import PartFile, write_files
 
+# how a rank cannot write, and what becomes of the run
+_IN_WORDS = (" in a rehearsal of a save", "nothing was trained: make room, or choose another --save")
 # tensors of a weight's states by kind of optimizer
 _STATES = {"adam": 2, "sgd": 1}
 # bytes that all ranks write together
@@ -80,11 +82,11 @@ def rehearse(folder: Path, size: int, in_background: bool) -> Rehearsal:
     write = functools.partial(write_files, [_file(unfinished, share)])
     start = time.perf_counter()
     with removed_after_error(unfinished):
-        on_main(folder, lambda: unfinished.mkdir(parents=True))
-        agree(folder, failure_of(lambda: Background(write).result() if in_background else write()), " in a rehearsal")
-        on_main(folder, lambda: sync_folder(unfinished), " in a rehearsal")
+        on_main(folder, lambda: unfinished.mkdir(parents=True), *_IN_WORDS)
+        agree(folder, failure_of(lambda: Background(write).result() if in_background else write()), *_IN_WORDS)
+        on_main(folder, lambda: sync_folder(unfinished), *_IN_WORDS)
     seconds = max(process_groups.of_all_ranks(time.perf_counter() - start))
-    on_main(folder, lambda: shutil.rmtree(unfinished), " in a rehearsal")
+    on_main(folder, lambda: shutil.rmtree(unfinished), *_IN_WORDS)
     return Rehearsal(share * ranks, seconds)
 
 
