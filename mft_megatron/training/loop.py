@@ -8,6 +8,7 @@ from mft_megatron.batch import StepPlan
 from mft_megatron.data.loading.dataset import PackedDataset
 from mft_megatron.data.loading.step_plan import plan_step
 from mft_megatron.losses.table import LOSSES
+from mft_megatron.mcore.checkpointing.finite import NotFiniteError
 from mft_megatron.mcore.model.parameters import weight_norm
 from mft_megatron.mcore.parallel import timeouts
 from mft_megatron.mcore.platform import devices
@@ -64,7 +65,12 @@ def train(
                 "usage": usage,
                 "shares": shares.state(),
             }
-            saver.save(trainer, progress, log, ending, best, state)
+            try:
+                saver.save(trainer, progress, log, ending, best, state)
+            except NotFiniteError as error:
+                why = f"step {progress.step}: {error.found} in it, so nothing is saved: training has diverged"
+                what = f"{why}. Lower --lr or --clip-grad or lengthen the warm-up"
+                raise diverged(arguments, what, bad_steps.proven) from error
 
     with exits, garbage, saver.completed_first():
         evaluation.begin(trainer, log, progress)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mft_megatron.exit_codes import DAMAGED, DIVERGED
+from mft_megatron.run_folder.found import latest_checkpoint
 from tests.parallel.run import arguments_for, info_of_step, plans_of, trainer_and_split
 from tests.ranks import run_on_ranks
 
@@ -73,7 +74,6 @@ def _spoil(prefix, options, world, folder, spoilt, unchecked):
     from mft_megatron.errors import InputError
     from mft_megatron.mcore.checkpointing import checkpoint
     from mft_megatron.mcore.parallel import process_groups
-    from mft_megatron.run_folder.found import latest_checkpoint
 
     arguments = arguments_for(prefix, options, world)
     said, loading = [], None
@@ -122,8 +122,7 @@ def test_a_state_that_is_not_finite_is_neither_saved_nor_loaded(dataset_prefix, 
     said, (newest, names), loading = outcomes[0]
     for one, expected in zip(said, spoilt.values(), strict=True):
         message, code, always = one
-        assert message.startswith(f"{tmp_path / 'iter_0000002'}: {expected} in it, and is not saved; training has ")
-        assert "the previous checkpoint is still the newest of the run" in message
+        assert message.startswith(f"{tmp_path / 'iter_0000002'}: {expected} in it, and is not saved; the previous ")
         assert (code, always) == (DIVERGED, False)
     assert newest == 1
     assert "iter_0000002" not in names
@@ -132,3 +131,36 @@ def test_a_state_that_is_not_finite_is_neither_saved_nor_loaded(dataset_prefix, 
         assert message.startswith(f"{tmp_path / 'iter_0000002'}: {list(spoilt.values())[-1]} in it, and every loss")
         assert message.endswith("take an earlier one with --ckpt-step")
         assert code == DAMAGED
+
+
+def _spoil_a_run(prefix, folder):
+    """Run with a checkpoint after each step, and a NaN in Adam's state after the third."""
+    from mft_megatron.errors import InputError
+    from mft_megatron.mcore.trainer import Trainer
+    from mft_megatron.training.pretrain import pretrain
+
+    train_step, steps = Trainer.train_step, []
+
+    def spoilt(self, *arguments):
+        report = train_step(self, *arguments)
+        steps.append(report.loss)
+        if len(steps) == 3:
+            _state(self, "exp_avg_sq", 1)[0] = NAN
+        return report
+
+    Trainer.train_step = spoilt
+    try:
+        pretrain(arguments_for(prefix, f"--save-interval 1 --save {folder}", 1))
+    except InputError as error:
+        return str(error), error.code, len(steps)
+
+
+def test_a_run_ends_with_advice_that_is_good(dataset_prefix, tmp_path):
+    """The checkpoint before is the newest, and its weights have had a finite loss."""
+    said, code, steps = run_on_ranks(1, _spoil_a_run, dataset_prefix, str(tmp_path))[0]
+    assert (code, steps) == (DIVERGED, 3)
+    assert said.startswith(
+        f"step 3: {SQUARES} of {FC2} [1] has NaN in it, so nothing is saved: training has diverged. "
+    )
+    assert said.endswith(f", and continue from {tmp_path / 'iter_0000002'} with --load {tmp_path}")
+    assert latest_checkpoint(tmp_path).info.iteration == 2

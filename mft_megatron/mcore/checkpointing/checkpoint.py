@@ -26,7 +26,7 @@ from mft_megatron import progress_marks
 from mft_megatron.arguments.groups.checkpointing import CheckpointArguments
 from mft_megatron.common_state import COMMON
 from mft_megatron.errors import InputError
-from mft_megatron.exit_codes import DAMAGED, DIVERGED
+from mft_megatron.exit_codes import DAMAGED
 from mft_megatron.lora import is_adapter
 from mft_megatron.losses.focal import TaskStatistics
 from mft_megatron.mcore.optim.checkpointed_state import restore, stored_state, wanted_state
@@ -45,6 +45,7 @@ from mft_megatron.run_folder.space import refuse_without_room
 
 from .common_state import if_it_fails, require_common, sharded_copy, write_common
 from .failures import agreed, reading_failed
+from .finite import NotFiniteError
 from .random_state import random_state, set_random_state, sharded_random_state
 from .save_plans import SavePlans
 from .shared_load import SharedLoad
@@ -121,14 +122,14 @@ class Writer:
 
         Raises:
             SaveError: this checkpoint, or the previous one in the background, could not be written; on every rank.
-            InputError: a weight or a state of the optimizer is not finite, and nothing is written; on every rank.
+            NotFiniteError: a weight or a state of the optimizer is not finite, and nothing is written; on every rank.
         """
         self.finish()
         progress_marks.mark("save", checkpoint=info.iteration)
         path = iteration_folder(folder, info.iteration)
         found = find_non_finite(trainer.chunks, trainer.optimizer, self._with_base)
         if found is not None:
-            raise InputError(_not_saved(path, found), code=DIVERGED)
+            raise NotFiniteError(f"{path}: {found} in it, and is not saved; {if_it_fails(path)}", found)
         unfinished = unfinished_folder(folder, info.iteration, self._job())
         with removed_after_error(unfinished), trainer.weights.whole(), _quiet():
             state = state_to_save(trainer, self._options, training_state, self._with_base)
@@ -250,14 +251,6 @@ def state_to_save(
     if options.save_rng:
         state["rng"] = sharded_random_state(random_state())
     return state
-
-
-def _not_saved(path: Path, found: str) -> str:
-    """Say in a line that a run is not saved, because of what :func:`.finite_states.find_non_finite` found."""
-    return (
-        f"{path}: {found} in it, and is not saved; training has diverged, and {if_it_fails(path)}. Lower --lr or "
-        "--clip-grad or lengthen the warm-up, and continue from there with --load"
-    )
 
 
 def _replicas() -> torch.distributed.ProcessGroup:

@@ -4,6 +4,19 @@ import torch
 from torch import Tensor
 
 from mft_megatron.errors import InputError
+from mft_megatron.exit_codes import DIVERGED
+
+
+class NotFiniteError(InputError):
+    """A weight or a state of the optimizer is not finite, on any rank, and nothing of the run is saved.
+
+    Attributes:
+        found: its name and what it has, to be followed by "in it".
+    """
+
+    def __init__(self, message: str, found: str):
+        super().__init__(message, code=DIVERGED)
+        self.found = found
 
 
 def non_finite(content: Tensor) -> str | None:
