@@ -75,7 +75,7 @@ def _read_yaml(path: str, text: str) -> list[Entry | Section]:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark is not None else ""
         raise InputError(f"{path}{line}: not YAML ({error.problem}); correct this line or the one before") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise InputError(f"{path}: not YAML ({str(error).splitlines()[0]})") from None
     if node is None:
         raise _no_mapping(path, "the file is empty")
@@ -116,6 +116,8 @@ def _read_json(path: str, text: str) -> list[Entry | Section]:
         raise _no_mapping(path, "the file is empty")
     try:
         content = json.loads(text, object_pairs_hook=_Pairs, parse_int=_Bare, parse_float=_Bare, parse_constant=_Bare)
+    except RecursionError:
+        raise InputError(f"--yaml-cfg {path}: nested too deeply; options are in sections at most") from None
     except json.JSONDecodeError as error:
         raise InputError(f"{path}:{error.lineno}: not JSON ({error.msg})") from None
     if not isinstance(content, _Pairs):

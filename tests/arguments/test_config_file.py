@@ -174,6 +174,14 @@ def test_json_is_refused_in_one_line(text, tmp_path):
         parse(f"--yaml-cfg {path}", base=without(text))
 
 
+@pytest.mark.parametrize(
+    ("name", "text"), [("x.yaml", "[" * 9000), ("x.yaml", "{a: " * 9000), ("x.json", "[" * 99_999)]
+)
+def test_nesting_without_end_is_one_line(name, text, tmp_path):
+    with refused(name, "recursion depth" if name == "x.yaml" else "nested too deeply"):
+        parse(f"--yaml-cfg {write(tmp_path, text, name)}")
+
+
 def test_json_with_tabs_and_every_kind(tmp_path):
     text = '{\n\t"seed": 7,\n\t"lr": 1e-4,\n\t"bf16": true,\n\t"save": null,\n\t"task_weights": ["a=1"]\n}'
     a = parse(f"--yaml-cfg {write(tmp_path, text, 'x.json')}", base=SHORT_RUN.replace("--lr 1e-3", ""))

@@ -120,7 +120,11 @@ def expand_path(path: Path, where: str) -> FoundFiles:
     Raises:
         InputError: there is no such path, the kind of the file is unknown, or the folder has no readable file.
     """
-    if path.is_dir():
+    try:
+        is_folder = path.is_dir()
+    except OSError as error:  # a name that is too long, for example
+        raise InputError(f"{where}: {str(path)[:80]}…: {error.strerror}") from None
+    if is_folder:
         return usable_files([path], where)
     if path.is_file():
         _check_kind(path, where)

@@ -227,3 +227,9 @@ def test_any_yaml_is_read_or_refused(tmp_path_factory, value):
         return
     assert tasks
     assert all(task.name == name and task.files for name, task in tasks.items())
+
+
+def test_a_name_that_no_file_can_have_is_refused(tmp_path):
+    (tmp_path / "tasks.yaml").write_text(f"long:\n  path: {'x' * 5000}\n")
+    with pytest.raises(InputError, match=r"tasks\.yaml:2: task long: .*x…: File name too long"):
+        read_task_file(tmp_path / "tasks.yaml")
