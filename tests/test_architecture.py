@@ -61,7 +61,7 @@ ORDER = {
     ),
     "arguments": (
         *("values", "groups", "stages|table|megatron_only|without_effect", "checks"),
-        "adapters|start|completion|config_syntax|config_file|notes|reference|command",
+        "adapters|auto_resume|start|completion|config_syntax|config_file|notes|reference|command",
     ),
     "losses": ("segments|supervision|focal|table|objective", "balancers"),
 }

@@ -30,6 +30,7 @@ from mft_megatron.options import Given, build_parser, fill, missing_option, pars
 from mft_megatron.run_folder.description import CheckpointInfo, CheckpointRef
 
 from .adapters import from_adapter, from_checkpoint
+from .auto_resume import continue_own_run
 from .completion import complete
 from .config_file import read_config_file
 from .megatron_only import MEGATRON_ONLY
@@ -120,7 +121,7 @@ def read_command_line(
     asked_for = set(given)
     path = given.pop("yaml_cfg", None)
     if path is None:
-        return CommandLine(given, asked_for)
+        return CommandLine(*continue_own_run(given, asked_for))
     of_file, effective = read_config_file(path, GROUPS, MEGATRON_ONLY)
     if not effective:
         defaults = {field.name: field.default for _, group in GROUPS for field in dataclasses.fields(group)}
@@ -128,7 +129,7 @@ def read_command_line(
     if any(name in given for name in LENGTHS):
         # the length of a run has two spellings, and the command line takes precedence
         of_file = {name: value for name, value in of_file.items() if name not in LENGTHS}
-    return CommandLine({**of_file, **given}, asked_for)
+    return CommandLine(*continue_own_run({**of_file, **given}, asked_for))
 
 
 def make_arguments(

@@ -176,9 +176,16 @@ class Arguments:
         """Whether a job that is started again finds that its run, in its own folder, has taken its last step."""
         if self.weights_alone or self.validation.skip_train or not self.in_own_folder:
             return False
+        if self.evaluation_due:
+            return False
         steps, consumed = self.progress
         ends_here = self.total_packs is None or consumed == self.total_packs
         return ends_here and steps == self.training.train_iters
+
+    @property
+    def evaluation_due(self) -> bool:
+        """Whether the run begins with an evaluation that a signal interrupted in the job before."""
+        return self.resume is not None and self.resume.info.evaluation_due and not self.weights_alone
 
     @property
     def in_own_folder(self) -> bool:

@@ -65,6 +65,10 @@ class CheckpointInfo:
         mft_normalization: ``--mft-normalization``; older checkpoints do not say, and it was global unless it was given.
         manifest: digest of the manifest, which has the hashes of all other files; empty where there is none, as in
             format versions before 4.
+        options: the options of the run that change its numbers, by field, with ``world_size``; empty where a
+            checkpoint does not say.
+        versions: releases of Python and of packages that may change numbers, by name; empty likewise.
+        evaluation_due: whether the evaluation of its step is still to be made, because a signal interrupted it.
         format_version: version of this format.
     """
 
@@ -95,6 +99,9 @@ class CheckpointInfo:
     order_version: int = 1
     mft_normalization: str = "global"
     manifest: str = ""
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    versions: dict[str, str] = dataclasses.field(default_factory=dict)
+    evaluation_due: bool = False
     format_version: int = FORMAT_VERSION
 
     @property

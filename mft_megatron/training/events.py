@@ -102,6 +102,13 @@ def _warning_text(warning: Mapping[str, Any]) -> str:
     return f"warning | reason {warning['reason']}" + (f" | tasks {', '.join(named)}" if tasks else "")
 
 
+def _load_text(load: Mapping[str, Any]) -> str:
+    words = [f"{name} {value}" for name, value in load.items() if name != "differs"]
+    if "differs" in load:
+        words.append(f"differs from the run that was saved: {'; '.join(load['differs'])}")
+    return " | ".join(["load", *words])
+
+
 _REASON = Field("reason", str, "why, with the option that decided it")
 EVENTS: Mapping[str, Event] = {
     "load": Event(
@@ -111,7 +118,9 @@ EVENTS: Mapping[str, Event] = {
             Field("finetune", bool, "whether only its weights are used, and training starts at step 0"),
             Field("adapter", str, "folder of the adapter in Hugging Face's format", optional=True),
             Field("base", str, "folder of the model that the adapters in path belong to", optional=True),
+            Field("differs", list, "what differs from the run that was saved, in words", optional=True),
         ),
+        _load_text,
     ),
     "save": Event(
         "a checkpoint is complete",

@@ -172,6 +172,50 @@ def test_a_run_that_begins_elsewhere_does_not_replace_checkpoints(tmp_path, word
     assert resumed(f"{command} --skip-train").validation.skip_train
 
 
+@pytest.mark.parametrize(
+    "first",
+    [
+        "",
+        "--load THEIRS",
+        "--load THEIRS --finetune",
+        "--load THEIRS --ckpt-step 5 --no-load-optim --no-load-rng",
+        "--pretrained-checkpoint THEIRS",
+        "--load OWN",
+    ],
+)
+def test_one_command_line_starts_a_run_and_continues_it(tmp_path, first):
+    theirs, own = checkpoint(tmp_path / "theirs", seed=3), tmp_path / "own"
+    words = first.replace("THEIRS", str(theirs)).replace("OWN", str(own))
+    before = (resumed if "THEIRS" in first else parse)(f"--auto-resume --save {own} {words}")
+    assert before.checkpoint.finetune == ("--finetune" in words)
+    assert before.checkpoint.load_optim == ("--no-load-optim" not in words)
+    assert (before.resume is None) == ("THEIRS" not in first)
+    checkpoint(own)
+    a = resumed(f"--auto-resume --save {own} {words}")
+    assert (a.resume.path, a.weights_alone, a.initialization.seed) == (own / "iter_0000005", False, 7)
+    assert (a.checkpoint.load, a.checkpoint.load_optim, a.checkpoint.load_rng) == (str(own), True, True)
+    if "THEIRS" in first and "--pretrained" not in words:
+        with refused(f"--save {own} holds the checkpoints of a run already"):
+            resumed(f"--save {own} {words}")
+
+
+def test_states_that_a_run_does_not_save_are_not_loaded_either(tmp_path):
+    folder = checkpoint(tmp_path, has_optimizer=False)
+    a = resumed(f"--auto-resume --save {folder} --no-save-optim --no-load-optim --no-load-rng")
+    assert (a.checkpoint.load_optim, a.checkpoint.load_rng) == (False, True)
+
+
+def test_a_run_without_a_folder_cannot_continue():
+    with refused("--auto-resume continues the run of the --save folder: give --save DIR"):
+        parse("--auto-resume")
+
+
+def test_a_run_that_was_left_before_its_last_evaluation_is_not_finished(tmp_path):
+    words = f"--load {checkpoint(tmp_path, evaluation_due=True)} --save {tmp_path} --train-iters 5"
+    assert not resumed(words).finished
+    assert not resumed(f"{words} --finetune").evaluation_due
+
+
 def test_a_restarted_job_recognises_its_folder_by_another_spelling(tmp_path):
     assert parse(f"--save {tmp_path}/run --load {tmp_path}/run/").resume is None
 

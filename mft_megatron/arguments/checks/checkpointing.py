@@ -14,6 +14,8 @@ def _saving_problem(a: Arguments) -> str | None:
     c = a.checkpoint
     if c.save is None and c.save_interval is not None:
         return "--save-interval without --save: give --save DIR"
+    if c.save is None and c.auto_resume:
+        return "--auto-resume continues the run of the --save folder: give --save DIR"
     if c.save is None and a.training.exit_interval is not None:
         return "--exit-interval without --save would lose the run: give --save DIR"
     if c.save is None and (a.training.exit_duration_in_mins is not None or a.training.exit_signal_handler):
@@ -77,7 +79,8 @@ def _loading_problem(a: Arguments) -> str | None:
 
 def _resuming_problem(a: Arguments, info: CheckpointInfo) -> str | None:
     c = a.checkpoint
-    if info.iteration >= a.training.train_iters and not (a.validation.skip_train or a.finished):
+    nothing_left = info.iteration >= a.training.train_iters and not a.evaluation_due
+    if nothing_left and not (a.validation.skip_train or a.finished):
         length = f"--train-iters {a.training.train_iters}: the checkpoint is already at iteration {info.iteration}"
         if a.epoch_packs is not None:
             length = (

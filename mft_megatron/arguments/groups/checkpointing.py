@@ -23,6 +23,13 @@ class CheckpointArguments:
         "iteration 0.",
         metavar="DIR",
     )
+    auto_resume: bool = option(
+        False,
+        "Continue from the newest complete checkpoint in the --save folder, if there is one; else start as the other "
+        "options say: --load of another folder, --finetune, --ckpt-step, --no-load-optim, --no-load-rng, "
+        "--hf-checkpoint and --pretrained-checkpoint then count for the first start alone. The same command line "
+        "starts a job and starts it again. Not Megatron's.",
+    )
     ckpt_step: int | None = option(
         None, "Load this iteration of the --load folder, not the newest.", at_least=0, metavar="ITERATION"
     )

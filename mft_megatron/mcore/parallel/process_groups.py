@@ -23,7 +23,7 @@ from mft_megatron.disk_errors import explain, named_file
 from mft_megatron.errors import InputError
 from mft_megatron.mcore.platform import devices
 
-from . import flight_recorder, teardown, timeouts
+from . import flight_recorder, rendezvous, teardown, timeouts
 
 T = TypeVar("T")
 
@@ -54,7 +54,8 @@ def process_groups(layout: DistributedArguments, seed: int) -> Iterator[None]:
             flight_recorder.keep(os.environ)
         for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
             os.environ.setdefault(name, value)
-        dist.init_process_group(devices.backend(layout.distributed_backend), timeout=timeout)
+        attempt = rendezvous.store_of_attempt(os.environ, timeout)
+        dist.init_process_group(devices.backend(layout.distributed_backend), timeout=timeout, **attempt)
     try:
         if started:
             _connect()

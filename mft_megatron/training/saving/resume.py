@@ -18,6 +18,7 @@ from mft_megatron.run_folder.replace_text import replace_text
 from mft_megatron.run_folder.retention import restore_best
 from mft_megatron.training.events import event_record
 from mft_megatron.training.progress import Progress
+from mft_megatron.training.restarts.differences import batch_explanation, differences
 from mft_megatron.training.run_log import RunLog
 
 from .run_state import RunState
@@ -57,10 +58,15 @@ def resume(
     progress = Progress()
     if not options.finetune:
         progress = Progress(info.iteration, info.consumed_samples, info.skipped_steps)
-    also = {"adapter": arguments.lora.hf_adapter} if arguments.starts_from_adapter else {}
+    also: dict[str, object] = {"adapter": arguments.lora.hf_adapter} if arguments.starts_from_adapter else {}
     if arguments.base is not None and arguments.base != arguments.resume:
         also["base"] = str(arguments.base.path)
+    differs = [] if options.finetune else differences(arguments, info)
+    if differs:
+        also["differs"] = differs
     log.write(event_record(progress, "load", path=str(path), finetune=options.finetune, **also))
+    if not options.finetune and (explanation := batch_explanation(arguments, info)):
+        log.print(explanation)
     best = state["stopping"]["run"]["step"] if "stopping" in state else None
     if options.save is not None and path.resolve().parent == Path(options.save).resolve():
         if process_groups.is_main():

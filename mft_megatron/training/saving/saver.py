@@ -28,6 +28,7 @@ from mft_megatron.run_folder.publishing import remove_leftovers
 from mft_megatron.run_folder.retention import not_kept, record_best, remove_checkpoint, superseded
 from mft_megatron.training.events import event_record
 from mft_megatron.training.progress import Progress
+from mft_megatron.training.restarts.differences import options_of, versions
 from mft_megatron.training.run_log import RunLog
 
 from .attempts import LAST_WAITS, Attempts
@@ -145,7 +146,7 @@ class Saver:
             return
         start, folder = time.perf_counter(), self._folder
         path = iteration_folder(folder, progress.step)
-        info = self._info(progress, ending, best)
+        info = self._info(progress, ending, best, evaluation_due=state.get("postponed", False))
 
         def when_complete() -> None:
             self._attempts.succeeded()
@@ -267,7 +268,7 @@ class Saver:
         interval = self._arguments.checkpoint.save_interval
         return ending or (interval is not None and step % interval == 0)
 
-    def _info(self, progress: Progress, ending: bool, best: bool) -> CheckpointInfo:
+    def _info(self, progress: Progress, ending: bool, best: bool, evaluation_due: bool = False) -> CheckpointInfo:
         a, ledger = self._arguments, self._dataset.ledger
         trained = trained_format(ledger)
         return CheckpointInfo(
@@ -301,6 +302,9 @@ class Saver:
             base_digest=self._base_digest,
             order_version=order_version(a, self._dataset),
             mft_normalization=a.multi_task.mft_normalization,
+            options=options_of(a),
+            versions=versions(),
+            evaluation_due=evaluation_due,
         )
 
 
