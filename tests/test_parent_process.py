@@ -126,3 +126,12 @@ def test_a_silent_process_holds_no_output():
     code = f"{TIED}; p.end_with_parent(silent=True); print('lost'); import sys; print('lost', file=sys.stderr)"
     process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (process.returncode, process.stdout, process.stderr) == (0, "", "")
+
+
+def test_an_export_ends_with_the_rank_that_started_it():
+    """The command looks at the parent that it is told of, which here is not its own."""
+    command = [sys.executable, "tools/convert_checkpoint.py", "--help"]
+    for parent, ends in ((os.getpid(), False), (os.getppid(), True)):
+        environment = {**os.environ, "MFT_END_WITH": str(parent)}
+        process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert (process.returncode != 0, "mcore-to-hf" not in process.stdout) == (ends, ends)

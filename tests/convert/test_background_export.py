@@ -35,6 +35,7 @@ if (checkpoint / "killed").exists():
 print("converted")
 print("note: the stop tokens differ")
 words = [direction, sys.argv[3], os.environ.get("RANK"), os.environ["CUDA_VISIBLE_DEVICES"]]
+assert int(os.environ["MFT_END_WITH"]) == os.getppid()
 os.makedirs(folder)
 pathlib.Path(folder, "words.json").write_text(json.dumps(words))
 """

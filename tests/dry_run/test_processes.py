@@ -9,6 +9,9 @@ import pytest
 from mft_megatron.dry_run.processes import RankError, run_in_processes
 from mft_megatron.errors import InputError
 
+# parents that a process was to end with
+WATCHED = []
+
 
 def square(rank):
     time.sleep(0.05 if rank == 1 else 0)
@@ -45,3 +48,12 @@ def test_errors_name_the_rank():
 def test_a_killed_process_is_named():
     with pytest.raises(InputError, match=r"--rank 4: its process ended .*exit code -9"):
         list(run_in_processes(killed, [4]))
+
+
+def parents_watched(rank):
+    return WATCHED
+
+
+def test_each_ends_with_the_process_that_started_it(monkeypatch):
+    monkeypatch.setattr("mft_megatron.parent_process.end_with_parent", lambda: WATCHED.append(os.getppid()))
+    assert list(run_in_processes(parents_watched, [0])) == [[os.getpid()]]
