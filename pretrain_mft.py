@@ -5,6 +5,7 @@
 See ``--help`` for all options, and README.md for a whole run.
 """
 
+import dataclasses
 import functools
 import os
 import sys
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from mft_megatron.convert.background_export import Exports
     from mft_megatron.convert.huggingface.weight_source import HuggingFaceSource
     from mft_megatron.convert.peft.weight_source import AdapterSource
+    from mft_megatron.run_folder.description import CheckpointRef
     from mft_megatron.run_folder.owner.owner import Owner
     from mft_megatron.training.restarts.endings import Ending
 
@@ -60,10 +62,16 @@ def run(command_line: "CommandLine", main_rank: bool, owner: "Owner") -> "Ending
 
     start, model, adapter = open_start(command_line)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    arguments = make_arguments(command_line, start, world_size, packed_lengths, training_packs)
-    if problem := check_trained_model(arguments):
-        raise InputError(problem)
-    train = functools.partial(start_training, arguments, main_rank, model, adapter, owner)
+
+    def arguments_from(checkpoint: "CheckpointRef | None") -> "Arguments":
+        from_it = dataclasses.replace(start, checkpoint=checkpoint)
+        arguments = make_arguments(command_line, from_it, world_size, packed_lengths, training_packs)
+        if problem := check_trained_model(arguments):
+            raise InputError(problem)
+        return arguments
+
+    arguments = arguments_from(start.checkpoint)
+    train = functools.partial(start_training, arguments, main_rank, model, adapter, owner, arguments_from)
     # A run that only evaluates saves nothing that could be exported.
     save, save_hf = arguments.checkpoint.save, arguments.checkpoint.save_hf
     if save is None or save_hf is None or arguments.validation.skip_train:
@@ -77,6 +85,7 @@ def start_training(
     model: "HuggingFaceSource | None",
     adapter: "AdapterSource | None",
     owner: "Owner",
+    arguments_from: "Callable[[CheckpointRef], Arguments]",
     exports: "Exports | None" = None,
 ) -> "Ending":
     """Train, unless the run is finished: a job in a chain that has nothing left to do has not failed."""
@@ -93,7 +102,7 @@ def start_training(
     from mft_megatron.training.pretrain import pretrain
     from mft_megatron.training.saving.sources import Sources
 
-    return pretrain(arguments, main_rank, Sources(model, adapter), exports, owner)
+    return pretrain(arguments, main_rank, Sources(model, adapter, arguments_from), exports, owner)
 
 
 def train_and_export(

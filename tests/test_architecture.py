@@ -28,7 +28,7 @@ ORDER = {
     "run_folder": (
         "names|publishing|space|replace_text|file_hash|manifest|files|content|configuration|tokenizer|outcome",
         "description",
-        "found",
+        "verification|found",
         "retention",
         "owner",
     ),

@@ -12,7 +12,7 @@ from mft_megatron.lora import Lora
 from mft_megatron.options import Given, spelling
 from mft_megatron.run_folder.content import content_digest
 from mft_megatron.run_folder.description import CheckpointInfo, CheckpointRef
-from mft_megatron.run_folder.found import checkpoint_of, latest_checkpoint
+from mft_megatron.run_folder.found import checkpoint_of, latest_checkpoint, newest_or_earlier
 from mft_megatron.run_folder.names import is_checkpoint
 
 
@@ -48,6 +48,8 @@ class Start:
 def find_checkpoint(options: CheckpointArguments) -> CheckpointRef | None:
     """Find the checkpoint of ``--load``, else of ``--pretrained-checkpoint``.
 
+    A damaged newest checkpoint of ``--load`` is passed over, and named in the result.
+
     Returns:
         ``None`` if neither is given, or if ``--load`` is the ``--save`` folder and has no checkpoint yet.
 
@@ -58,7 +60,7 @@ def find_checkpoint(options: CheckpointArguments) -> CheckpointRef | None:
     if options.hf_checkpoint is not None and pretrained is not None:
         raise InputError("--hf-checkpoint and --pretrained-checkpoint both say what to start from; leave one out")
     if load is not None and (is_checkpoint(load) or options.exit_on_missing_checkpoint or not _is_save_folder(options)):
-        return latest_checkpoint(load) if options.ckpt_step is None else checkpoint_of(load, options.ckpt_step)
+        return newest_or_earlier(load) if options.ckpt_step is None else checkpoint_of(load, options.ckpt_step)
     return _pretrained_checkpoint(pretrained) if pretrained is not None else None
 
 

@@ -69,6 +69,11 @@ def _owners(a: Arguments) -> list[tuple[str, object, str]]:
         ),
         ("save_hf", not validation.skip_train, "training, which --skip-train leaves out"),
         ("ckpt_step", checkpoint.load, "--load"),
+        (
+            "verify_checkpoint",
+            checkpoint.load or checkpoint.pretrained_checkpoint or checkpoint.auto_resume,
+            "a checkpoint of --load, --auto-resume or --pretrained-checkpoint",
+        ),
         ("exit_on_missing_checkpoint", checkpoint.load, "--load"),
         ("save_retain_interval", checkpoint.save_interval, "--save-interval"),
         ("keep_last", checkpoint.save, "--save"),

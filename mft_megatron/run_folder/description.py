@@ -117,10 +117,17 @@ class CheckpointInfo:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointRef:
-    """The folder and the description of a checkpoint, or of a Hugging Face model that is read like one."""
+    """The folder and the description of a checkpoint, or of a Hugging Face model that is read like one.
+
+    Attributes:
+        path: the folder.
+        info: the description.
+        instead_of: what is wrong with each newer checkpoint of the run folder, if this is not the newest.
+    """
 
     path: Path
     info: CheckpointInfo
+    instead_of: tuple[str, ...] = ()
 
 
 def read_info(path: Path, option: str = "--load") -> CheckpointInfo:

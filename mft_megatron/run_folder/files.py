@@ -4,6 +4,7 @@ The index ``.metadata`` says where in which ``.distcp`` file each slice is. Neit
 and no code in a checkpoint is executed.
 """
 
+import re
 import zipfile
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from mft_megatron.parsing.inert_pickle import InertUnpickler
 
 # Megatron-Core's file that says which kind of checkpoint it is
 FORMAT = "metadata.json"
+# copies under other names are not those of a run
+NAME = re.compile(r"iter_\d{7,}")
 
 
 def damage(path: Path) -> str | None:
@@ -52,7 +55,8 @@ def remedy(path: Path, description: str | None) -> str:
             not exist.
         description: a file that a whole checkpoint has besides those of its index, if any.
     """
-    others = sorted((other for other in path.parent.glob("iter_*") if other.is_dir() and other != path), reverse=True)
+    others = [other for other in path.parent.glob("iter_*") if NAME.fullmatch(other.name) and other.is_dir()]
+    others = sorted((other for other in others if other != path), reverse=True)
     for other in others:
         if (description is None or (other / description).is_file()) and damage(other) is None:
             step = other.name.removeprefix("iter_").lstrip("0") or "0"

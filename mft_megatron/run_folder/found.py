@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from mft_megatron.errors import InputError
-from mft_megatron.run_folder.files import remedy
+from mft_megatron.run_folder.files import NAME, remedy
 
-from .description import CheckpointRef, is_of_megatron, read_info
+from .description import CheckpointInfo, CheckpointRef, is_of_megatron, read_info
 from .manifest import DamagedCheckpointError
 from .names import BEST, INFO, TRACKER, complete_checkpoints, iteration_folder
 from .publishing import restore_replaced
@@ -21,7 +21,7 @@ def latest_checkpoint(folder: Path | str, option: str = "--load") -> CheckpointR
         InputError: there is none, or it is unfinished or has another format.
     """
     folder = Path(folder)
-    if folder.name.startswith("iter_") and folder.is_dir():
+    if _is_one_checkpoint(folder):
         return _described(folder, option)
     absent, otherwise = "no checkpoint was completed there", f"give a folder that --save wrote, or leave {option} out"
     return _named_checkpoint(folder, TRACKER, option, absent, otherwise)
@@ -38,6 +38,45 @@ def checkpoint_of(folder: Path | str, iteration: int, option: str = "--load") ->
         there = ", ".join(sorted(found.name for found in Path(folder).glob("iter_*"))) or "no checkpoint"
         raise InputError(f"{option} {folder} --ckpt-step {iteration}: {path} does not exist; there is {there}")
     return _described(path, option)
+
+
+def newest_or_earlier(folder: Path | str, option: str = "--load") -> CheckpointRef:
+    """Return the newest complete checkpoint in the run folder ``folder``, or an earlier one if it is damaged.
+
+    Of the newest one only the description is read. What is wrong with it is in ``instead_of`` of the result.
+
+    Raises:
+        InputError: there is none, or all are damaged, or the newest has another format.
+    """
+    folder = Path(folder)
+    try:
+        return latest_checkpoint(folder, option)
+    except DamagedCheckpointError as error:
+        if _is_one_checkpoint(folder) or not (folder / TRACKER).is_file():
+            raise
+        newest = iteration_folder(folder, int((folder / TRACKER).read_text()))
+        found = earlier_checkpoint(newest, (error.problem,))
+        if found is None:
+            raise
+        return found
+
+
+def earlier_checkpoint(path: Path, instead_of: tuple[str, ...]) -> CheckpointRef | None:
+    """Return the newest checkpoint of the same run folder with a lower iteration and a readable description.
+
+    Args:
+        path: folder of a damaged checkpoint; it need not exist.
+        instead_of: what is wrong with it and with those that are newer; what is wrong with others is added.
+    """
+    others = [other for other in path.parent.glob("iter_*") if NAME.fullmatch(other.name) and other.is_dir()]
+    for other in sorted((other for other in others if other.name < path.name), reverse=True):
+        try:
+            return CheckpointRef(other, _own_info(other), instead_of)
+        except DamagedCheckpointError as error:
+            instead_of = (*instead_of, error.problem)
+        except InputError as error:  # of another version or program
+            instead_of = (*instead_of, str(error))
+    return None
 
 
 def best_checkpoint(folder: Path | str, option: str = "--load") -> CheckpointRef:
@@ -105,8 +144,9 @@ def _named_checkpoint(folder: Path, file_name: str, option: str, absent: str, ot
         )
     path = iteration_folder(folder, int(text))
     if not path.is_dir() and not restore_replaced(path):
-        raise InputError(
-            f"{file} names iteration {text}, but {path} does not exist; correct the number in it; {remedy(path, INFO)}"
+        raise DamagedCheckpointError(
+            f"{file} names iteration {text}, but {path} does not exist",
+            f"correct the number in it; {remedy(path, INFO)}",
         )
     return _described(path, option)
 
@@ -118,6 +158,23 @@ def _described(path: Path, option: str) -> CheckpointRef:
         InputError: as :func:`read_info`.
     """
     try:
-        return CheckpointRef(path, read_info(path, option))
+        return CheckpointRef(path, _own_info(path, option))
     except DamagedCheckpointError as error:
-        raise InputError(f"{error}; {remedy(path, INFO)}") from None
+        raise DamagedCheckpointError(error.problem, remedy(path, INFO)) from None
+
+
+def _own_info(path: Path, option: str = "--load") -> CheckpointInfo:
+    """The description of the checkpoint ``path``, whose iteration is that of its folder unless it is renamed.
+
+    Raises:
+        InputError: as :func:`read_info`.
+        DamagedCheckpointError: it is the description of another iteration.
+    """
+    info = read_info(path, option)
+    if NAME.fullmatch(path.name) and path.name != iteration_folder(path.parent, info.iteration).name:
+        raise DamagedCheckpointError(f"{path}: its description is that of iteration {info.iteration}")
+    return info
+
+
+def _is_one_checkpoint(folder: Path) -> bool:
+    return folder.name.startswith("iter_") and folder.is_dir()

@@ -21,10 +21,15 @@ _ALGORITHM = "xxh3_128"
 
 
 class DamagedCheckpointError(InputError):
-    """A checkpoint is unfinished or damaged; another one may be whole."""
+    """A checkpoint is unfinished or damaged; another one may be whole.
 
-    def __init__(self, message: str):
-        super().__init__(message, code=DAMAGED)
+    Attributes:
+        problem: what is wrong, without what to do.
+    """
+
+    def __init__(self, problem: str, remedy: str = ""):
+        super().__init__(f"{problem}; {remedy}" if remedy else problem, code=DAMAGED)
+        self.problem = problem
 
 
 def write_manifest(path: Path, files: Mapping[str, FileHash]) -> str:

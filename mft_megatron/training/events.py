@@ -103,7 +103,7 @@ def _warning_text(warning: Mapping[str, Any]) -> str:
 
 
 def _load_text(load: Mapping[str, Any]) -> str:
-    words = [f"{name} {value}" for name, value in load.items() if name != "differs"]
+    words = [f"{name} {value}" for name, value in load.items() if name not in ("differs", "instead_of")]
     if "differs" in load:
         words.append(f"differs from the run that was saved: {'; '.join(load['differs'])}")
     return " | ".join(["load", *words])
@@ -119,6 +119,7 @@ EVENTS: Mapping[str, Event] = {
             Field("adapter", str, "folder of the adapter in Hugging Face's format", optional=True),
             Field("base", str, "folder of the model that the adapters in path belong to", optional=True),
             Field("differs", list, "what differs from the run that was saved, in words", optional=True),
+            Field("instead_of", list, "what is wrong with each newer checkpoint; else absent", optional=True),
         ),
         _load_text,
     ),

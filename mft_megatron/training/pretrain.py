@@ -2,7 +2,7 @@
 
 ::
 
-    data set (refused here if it is damaged) ─► process groups ─► trainer ─► [checkpoint] ─► loop
+    data set (refused here if it is damaged) ─► process groups ─► [whole checkpoint] ─► trainer ─► [load] ─► loop
 """
 
 import contextlib
@@ -39,6 +39,7 @@ from .saving.kept_files import keep_source, keep_tokenizer
 from .saving.resume import agree_on_start, restore_tracker, resume
 from .saving.saver import Exports, Saver
 from .saving.sources import NO_SOURCES, Sources
+from .saving.whole_start import start_from_whole
 from .shares.share_log import ShareLog
 from .task_weights import data_weights_text
 from .watchdog.limits import Limits
@@ -112,6 +113,10 @@ def _pretrain(arguments: Arguments, main_rank: bool, sources: Sources, exports: 
                 log.print("large data set: sizes of its files are checked, contents by tools/inspect_data.py --check")
             for line in filter(None, [environment.set_aside_attention(os.environ), *model_lines]):
                 log.print(line)
+            before, arguments = arguments, start_from_whole(arguments, sources.arguments_from, log)
+            if arguments != before:
+                check_data_of_model(arguments, dataset, main_rank)
+                evaluation = evaluation_of(arguments, dataset)
             trainer = Trainer(arguments, model_vocab_size(arguments, dataset), len(dataset.tasks))
             lines = [
                 _summary(arguments, dataset, trainer),

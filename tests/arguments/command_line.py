@@ -4,7 +4,7 @@ import dataclasses
 
 from mft_megatron.arguments.command import parse_arguments
 from mft_megatron.run_folder.description import CheckpointInfo, write_info
-from mft_megatron.run_folder.names import TRACKER
+from mft_megatron.run_folder.names import TRACKER, iteration_folder
 from tests.command_lines import SHORT_RUN, SMALL
 
 # SHORT_RUN without the shape of the model, which a checkpoint holds
@@ -38,8 +38,9 @@ def checkpoint(folder, **changes):
         seed=7,
         global_batch_size=2,
     )
-    path = folder / "iter_0000005"
+    info = dataclasses.replace(info, **changes)
+    path = iteration_folder(folder, info.iteration)
     path.mkdir(parents=True)
-    write_info(path, dataclasses.replace(info, **changes))
-    (folder / TRACKER).write_text("5\n")
+    write_info(path, info)
+    (folder / TRACKER).write_text(f"{info.iteration}\n")
     return folder

@@ -112,7 +112,6 @@ def _checked_dataset(folder):
 
 
 def _checkpoint(folder, tokenizer):
-    from mft_megatron.mcore.checkpointing.common_state import write_no_common
     from mft_megatron.mcore.checkpointing.tensor_writer import Weight, write_weights
     from mft_megatron.mcore.checkpointing.weight_source import WeightSlice
 
@@ -126,7 +125,6 @@ def _checkpoint(folder, tokenizer):
 
     slices = [WeightSlice("layers.w", (layer,), (0, 0), (3, 4)) for layer in range(2)]
     write_weights(path, {"layers.w": Weight("layers.w", (2, 3, 4), torch.float32)}, slices, Source(), 200)
-    write_no_common(path)
     info = CheckpointInfo(
         3, 24, {"num_layers": 2}, 99, {"type": "x"}, "a" * 64, 1, 8, layout={"tensor": 1, "device": "cpu"}
     )

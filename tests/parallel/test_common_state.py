@@ -27,7 +27,7 @@ def test_common_pt_is_always_written(saved):
     common = torch.load(latest_checkpoint(saved[0]).path / "common.pt", weights_only=True)
     assert common["optimizer"]["steps"] == 2
     assert common["scheduler"]["num_steps"] == 2
-    assert common.keys() == {"scheduler", "statistics", "training", "optimizer"}
+    assert common.keys() == {"scheduler", "statistics", "training", "optimizer", "description"}
 
 
 def test_without_common_pt(dataset_prefix, saved, tmp_path):
@@ -47,11 +47,11 @@ def _save_to_a_full_disk(prefix, options, folder):
     """Save a checkpoint where ``common.pt`` finds no space, as the main rank alone sees; return each rank's error."""
     import errno
 
-    def write(common, file):
+    def write(file, content):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(common_state, "_write", write)
+        monkeypatch.setattr(common_state, "write_hashed", write)
         with pytest.raises(InputError) as error:
             some_steps(prefix, options, 2, folder, 2, 3, 1)
     return str(error.value)

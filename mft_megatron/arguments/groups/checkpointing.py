@@ -3,6 +3,7 @@
 import dataclasses
 
 from mft_megatron.options import option
+from mft_megatron.run_folder.verification import AUTO, LEVELS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +30,14 @@ class CheckpointArguments:
         "options say: --load of another folder, --finetune, --ckpt-step, --no-load-optim, --no-load-rng, "
         "--hf-checkpoint and --pretrained-checkpoint then count for the first start alone. The same command line "
         "starts a job and starts it again. Not Megatron's.",
+    )
+    verify_checkpoint: str = option(
+        AUTO,
+        "Compare the files of a checkpoint with their sizes and hashes before it is loaded: full reads all of them, "
+        "auto up to 16 GiB for each rank and above that so many pieces at random, sizes none. A damaged newest "
+        "checkpoint of a --load folder is named, and the one before it loaded; one that is asked for by its iteration "
+        "is refused. Not Megatron's.",
+        choices=LEVELS,
     )
     ckpt_step: int | None = option(
         None, "Load this iteration of the --load folder, not the newest.", at_least=0, metavar="ITERATION"

@@ -15,6 +15,7 @@ from mft_megatron.run_folder.description import CheckpointInfo, write_info
 from mft_megatron.run_folder.manifest import write_manifest
 from mft_megatron.run_folder.names import HUGGINGFACE, TRACKER, iteration_folder
 from mft_megatron.run_folder.replace_text import replace_text
+from mft_megatron.run_folder.verification import DESCRIPTION, copied_description
 
 FILE_BYTES = 512 * 2**20
 
@@ -66,7 +67,8 @@ def write_checkpoint(
     with replacing(target) as partial:
         path = iteration_folder(partial, 0)
         path.mkdir()
-        files = write_weights(path, weights, slices, source, FILE_BYTES)
+        common: dict[str, object] = {DESCRIPTION: copied_description(info)}
+        files = write_weights(path, weights, slices, source, FILE_BYTES, common)
         keep(partial / HUGGINGFACE)
         write_info(path, dataclasses.replace(info, manifest=write_manifest(path, files)))
         replace_text(partial / TRACKER, "0\n")

@@ -42,6 +42,7 @@ from mft_megatron.run_folder.names import TRACKER, iteration_folder
 from mft_megatron.run_folder.publishing import new_token, publish, unfinished_folder
 from mft_megatron.run_folder.replace_text import replace_text
 from mft_megatron.run_folder.space import refuse_without_room
+from mft_megatron.run_folder.verification import DESCRIPTION, copied_description
 
 from .common_state import if_it_fails, require_common, sharded_copy, write_common
 from .failures import agreed, reading_failed
@@ -133,6 +134,7 @@ class Writer:
         unfinished = unfinished_folder(folder, info.iteration, self._job())
         with removed_after_error(unfinished), trainer.weights.whole(), _quiet():
             state = state_to_save(trainer, self._options, training_state, self._with_base)
+            state[DESCRIPTION] = copied_description(info)
             plans = self._plans_for(state)
 
             def begin() -> None:

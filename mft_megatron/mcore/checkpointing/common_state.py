@@ -47,7 +47,10 @@ def write_common(common: dict[str, Any], path: Path) -> FileHash:
     Raises:
         OSError: it cannot be written.
     """
-    return _write(common, path / COMMON)
+    # torch.save to a path would hide the OSError of a full disk
+    content = io.BytesIO()
+    torch.save(common, content)
+    return write_hashed(path / COMMON, content.getbuffer())
 
 
 def sharded_copy(common: dict[str, Any]) -> dict[str, ShardedObject]:
@@ -55,25 +58,6 @@ def sharded_copy(common: dict[str, Any]) -> dict[str, ShardedObject]:
     if not _READS_OBJECT:
         return {}
     return {OBJECT: ShardedObject(OBJECT, common, (1,), (0,), replica_id=torch.distributed.get_rank())}
-
-
-def write_no_common(path: Path) -> FileHash:
-    """Write the ``common.pt`` of a checkpoint that holds weights alone.
-
-    Returns:
-        size and hashes of the file.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    return _write({}, path / COMMON)
-
-
-def _write(common: dict[str, Any], file: Path) -> FileHash:
-    # torch.save to a path would hide the OSError of a full disk
-    content = io.BytesIO()
-    torch.save(common, content)
-    return write_hashed(file, content.getbuffer())
 
 
 def require_common(path: Path, reader: TensorReader) -> None:

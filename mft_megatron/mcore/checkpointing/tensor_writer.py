@@ -32,7 +32,7 @@ from mft_megatron.disk_errors import disk_error
 from mft_megatron.run_folder.file_hash import FileHash, hash_file
 from mft_megatron.run_folder.files import FORMAT
 
-from .common_state import write_no_common
+from .common_state import write_common
 from .finite import refuse_to_write
 from .weight_source import WeightSlice, WeightSource
 from .writers.hashed_files import HashedFileSystem
@@ -53,6 +53,7 @@ def write_weights(
     slices: Sequence[WeightSlice],
     source: WeightSource,
     file_bytes: int,
+    common: dict[str, object] | None = None,
 ) -> Mapping[str, FileHash]:
     """Write the checkpoint ``path``, an existing, empty folder.
 
@@ -62,6 +63,7 @@ def write_weights(
         slices: a partition of every weight, in the order in which they are read.
         source: the content of the slices, in their weight's dtype.
         file_bytes: bytes after which a new file is begun. Memory is that of one file's slices.
+        common: the common state: numbers, texts, lists and dicts; empty by default.
 
     Returns:
         size and hashes of the files by name.
@@ -84,7 +86,7 @@ def write_weights(
         except RuntimeError as error:
             # on a full disk torch.save raises its own error over the OSError that names the cause
             raise disk_error(error) or error from None
-    files[COMMON] = write_no_common(path)
+    files[COMMON] = write_common(common or {}, path)
     save_config(CheckpointingConfig("torch_dist", 1), str(path))
     files[FORMAT] = hash_file(path / FORMAT)
     chunks: dict[str, list[ChunkStorageMetadata]] = {name: [] for name in weights}

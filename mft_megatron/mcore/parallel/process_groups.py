@@ -219,6 +219,13 @@ def of_all_ranks(value: T) -> list[T]:
     return values
 
 
+def object_from_main(value: T) -> T:
+    """Send the main process's object, which can be pickled, to every process; returns it; a collective."""
+    values = [value]
+    dist.broadcast_object_list(values, src=0, device=devices.device())
+    return values[0]
+
+
 def broadcast_from_main(value: Tensor) -> Tensor:
     """Send the main process's CPU tensor, of any shape and dtype, to every process; returns it."""
     on_device = value.to(devices.device())

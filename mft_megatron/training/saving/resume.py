@@ -59,6 +59,8 @@ def resume(
     if not options.finetune:
         progress = Progress(info.iteration, info.consumed_samples, info.skipped_steps)
     also: dict[str, object] = {"adapter": arguments.lora.hf_adapter} if arguments.starts_from_adapter else {}
+    if arguments.resume.instead_of:
+        also["instead_of"] = list(arguments.resume.instead_of)
     if arguments.base is not None and arguments.base != arguments.resume:
         also["base"] = str(arguments.base.path)
     differs = [] if options.finetune else differences(arguments, info)

@@ -1,0 +1,1 @@
+"""Verification of a checkpoint's files by all ranks of a run."""
