@@ -115,6 +115,12 @@ def run_chain(
                 break
             phase = instants.phase_now(job.marks, reference.spans) if scenario.trains else instant.phase
             target = _kill(job, target, generator)
+            if scenario.restarts:
+                # torchrun starts the ranks again by itself
+                report.kills.append(Kill(target, instant, phase, 0.0))
+                if job.wait() != 0:
+                    report.problems.append(_failure(job, output))
+                break
             limit = GONE[target] + SLACK
             if target == "helper":
                 job.wait()

@@ -20,7 +20,7 @@ MODEL = (
 )
 # dropout is on, as it is by default
 RUN = (
-    "--data-path {data} --save {out}/run --load {out}/run --lr 1e-3 --log-interval 1 --micro-batch-size 1 "
+    "--data-path {data} --save {out}/run --auto-resume --lr 1e-3 --log-interval 1 --micro-batch-size 1 "
     "--global-batch-size 4 --mft-loss task-token --task-weights completion=2 --save-interval 2 --eval-interval 3 "
 )
 LENGTH = "--train-iters 14 "
@@ -72,7 +72,8 @@ class Scenario:
 SCENARIOS = {
     "one rank": Scenario(MODEL + RUN + LENGTH, targets=("all",)),
     "TP2 PP2": Scenario(
-        MODEL + RUN + LENGTH + "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --sequence-parallel",
+        MODEL + RUN.replace("--auto-resume", "--load {out}/run") + LENGTH
+        + "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --sequence-parallel",
         ranks=4,
     ),
     "async": Scenario(
@@ -93,6 +94,11 @@ SCENARIOS = {
         MODEL + RUN.replace("--task-weights completion=2 ", "") + LENGTH + "--task-balance famo",
         ranks=2,
     ),
+    "bad steps": Scenario(
+        MODEL + RUN + LENGTH + "--on-bad-step skip --loss-spike-factor 0.2 --loss-spike-window 16 --max-bad-steps 99 "
+        "--keep-last 2 --save-retain-interval 6",
+        targets=("all",),
+    ),
     "LoRA": Scenario(
         RUN + LENGTH + "--hf-checkpoint {model} --peft-type lora --lora-rank 4 --lora-dropout 0.1 --save-adapters-only "
         "--bf16",
@@ -104,6 +110,9 @@ SCENARIOS = {
         targets=("all", "helper"),
     ),
     "torchrun": Scenario(MODEL + RUN + LENGTH + "--async-save", ranks=2, forked=False, weight=2),
+    "torchrun --max-restarts": Scenario(
+        MODEL + RUN + LENGTH, ranks=2, forked=False, restarts=3, targets=("rank",)
+    ),
     "preprocessing": Scenario(
         "{tasks} --tokenizer-model {tokenizer} --chat-template chatml --seq-length 128 --split 80,20,0 --workers 2 "
         "--output-prefix {out}/set",
