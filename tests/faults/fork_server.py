@@ -33,6 +33,9 @@ GRACE = 30
 def main() -> Callable[[], None] | None:
     """Serve requests until stdin is closed; returns, in a child alone, what that child has to do."""
     processes.adopt_orphans()
+    # also where the harness is told to end, nothing of a job may be left
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
     import torch
     import torch._dynamo  # imported by the first optimizer otherwise
 
@@ -53,7 +56,9 @@ def main() -> Callable[[], None] | None:
         if requests in ready:
             line = sys.stdin.readline()
             if not line:
-                processes.kill(processes.descendants(os.getpid()))
+                while left := processes.descendants(os.getpid()):
+                    processes.kill(left)
+                    _reap()
                 return None
             request = json.loads(line)
             action = _digest if "digest" in request else _launch
@@ -62,6 +67,8 @@ def main() -> Callable[[], None] | None:
             elif _fork(request["output"]):
                 signal.set_wakeup_fd(-1)
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                signal.signal(signal.SIGINT, signal.default_int_handler)
                 os.close(wakeup), os.close(wakeup_writer)
                 return functools.partial(action, request)
 
@@ -110,8 +117,14 @@ def _start(request: dict) -> None:
             stdout=output,
             stderr=output,
             start_new_session=True,
+            preexec_fn=_answer_signals,  # this process has one thread
         )
     _answer(pid=process.pid)
+
+
+def _answer_signals() -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def _launch(request: dict) -> None:

@@ -8,6 +8,7 @@ import argparse
 import collections
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import threading
@@ -15,7 +16,7 @@ import time
 from pathlib import Path
 
 from tests.faults.chains import Kill, References, Report, remove, run_chain
-from tests.faults.jobs import fork_server
+from tests.faults.jobs import Server, fork_server
 from tests.faults.scenarios import SCENARIOS, Material
 
 
@@ -25,14 +26,18 @@ def main() -> int:
     names = [name for name in SCENARIOS if not options.only or name in options.only.split("; ")]
     if not names:
         sys.exit(f"--only {options.only}: there is {'; '.join(SCENARIOS)}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("the harness was told to end"))
     print(f"SEED={options.seed}: {options.kills} kills, {options.jobs} chains at once", flush=True)
     with tempfile.TemporaryDirectory(prefix="faults_") as folder:
         harness = Harness(Path(folder), names, options)
-        threads = [threading.Thread(target=harness.work) for _ in range(options.jobs)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        threads = [threading.Thread(target=harness.work, daemon=True) for _ in range(options.jobs)]
+        try:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        finally:
+            harness.close()
     return harness.summary()
 
 
@@ -45,12 +50,14 @@ class Harness:
         self._next = 0 if options.chain is None else options.chain
         self._reports: list[Report] = []
         self._failed: list[str] = []
+        self._servers: list[Server] = []
         self._shared: tuple[Material, References] | None = None
 
     def work(self) -> None:
         """Run chains until there were enough kills, or the time is over."""
         try:
             with fork_server() as server:
+                self._servers.append(server)
                 while (number := self._take()) is not None:
                     name, generator = self._plan(number)
                     material, references = self._prepared(server)
@@ -67,6 +74,11 @@ class Harness:
                     self._record(number, name, report, out)
         except BaseException as error:
             self._failed.append(f"the harness: {type(error).__name__}: {error}")
+
+    def close(self) -> None:
+        """End everything that was started."""
+        for server in self._servers:
+            server.close()
 
     def summary(self) -> int:
         """Print what was killed; returns the exit code."""
