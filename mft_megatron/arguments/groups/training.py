@@ -82,9 +82,9 @@ class TrainingArguments:
     )
     deterministic_mode: bool = option(
         False,
-        "On a GPU take algorithms that give the same bits in each run with the same parallel layout, also in backward "
-        "passes of attention, cuBLAS and NCCL; slower. An operation that has none ends the run. On the CPU every run "
-        "gives the same bits.",
+        "Take algorithms that give the same bits in each run with the same parallel layout, number of threads and "
+        "versions: of torch, and on a GPU also of attention's backward passes, cuBLAS, NCCL and Transformer Engine; "
+        "slower. An operation that has none ends the run.",
     )
     exit_duration_in_mins: float | None = option(
         None,

@@ -115,15 +115,21 @@ def use_device() -> None:
 
 
 def make_deterministic() -> None:
-    """Let this process compute the same bits in each run on a GPU, before it uses the GPU; on a CPU it does anyway.
+    """Let this process compute the same bits in each run, before it uses its device.
 
-    An operation that has no deterministic algorithm raises torch's RuntimeError, which names it.
+    On a CPU, too, torch has operations whose threads add in the order in which they come, such as writes that
+    accumulate by index. An operation that has no deterministic algorithm raises torch's RuntimeError, which names it.
+
+    Raises:
+        InputError: the environment asks for an algorithm of NCCL whose sums differ from run to run.
     """
     if HAS_CUDA:
         environment.allow_deterministic_algorithms_only(os.environ)
-        torch.use_deterministic_algorithms(True)
-        # no code here reads memory that was not written, so filling it would only cost time
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        # the first run of a shape would otherwise choose an algorithm by its time
+        torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True)
+    # no code here reads memory that was not written, so filling it would only cost time
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def synchronize() -> None:

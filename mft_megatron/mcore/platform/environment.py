@@ -4,6 +4,8 @@ import ctypes
 import warnings
 from collections.abc import MutableMapping
 
+from mft_megatron.errors import InputError
+
 CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 BLACKWELL = (10, 0)
 ATTENTION = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
@@ -61,7 +63,16 @@ def allow_deterministic_algorithms_only(environment: MutableMapping[str, str]) -
     """Let cuBLAS, NCCL and Transformer Engine take algorithms that give the same bits in each run.
 
     They read their variables when they are first used. Values of the user's for cuBLAS and NCCL stay.
+
+    Raises:
+        InputError: the user asks NCCL for sums in the order in which values arrive.
     """
+    algorithms = environment.get("NCCL_ALGO", "^NVLS")
+    if "NVLS" in algorithms.upper() and "^" not in algorithms:
+        raise InputError(
+            f"--deterministic-mode with NCCL_ALGO={algorithms} in the environment: the switches of NVLink sum in the "
+            "order in which values arrive; unset NCCL_ALGO, or leave the option out"
+        )
     environment.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # reductions in the switches of NVLink sum in the order in which values arrive
     environment.setdefault("NCCL_ALGO", "^NVLS,NVLSTree")

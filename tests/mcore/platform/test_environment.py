@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 
+from mft_megatron.errors import InputError
 from mft_megatron.mcore.platform import devices, environment
 
 
@@ -107,20 +108,29 @@ def test_connections_are_limited_before_cuda_is_asked_anything(monkeypatch):
 
 
 @pytest.mark.parametrize("has_cuda", [False, True])
-def test_deterministic_algorithms_on_a_gpu(monkeypatch, has_cuda):
+def test_deterministic_algorithms(monkeypatch, has_cuda):
+    """Torch's on both devices; the variables and cuDNN's choice on a GPU."""
     variables = {"NCCL_ALGO": "Ring", "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "1"}
     monkeypatch.setattr(devices, "HAS_CUDA", has_cuda)
     monkeypatch.setattr(os, "environ", variables)
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     try:
         devices.make_deterministic()
-        assert torch.are_deterministic_algorithms_enabled() == has_cuda
+        assert torch.are_deterministic_algorithms_enabled()
     finally:
         torch.use_deterministic_algorithms(False)
-    assert torch.utils.deterministic.fill_uninitialized_memory == (not has_cuda)
+    assert not torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.backends.cudnn.benchmark == (not has_cuda)
     changed = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"}
     expected = {"NCCL_ALGO": "Ring", "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "1"} | (changed if has_cuda else {})
     assert {name: variables.get(name) for name in changed | expected} == dict.fromkeys(changed) | expected
+
+
+@pytest.mark.parametrize("algorithms", ["NVLS", "Ring,NVLSTree", "nvls"])
+def test_sums_in_switches_are_refused_in_deterministic_mode(algorithms):
+    with pytest.raises(InputError, match=f"--deterministic-mode with NCCL_ALGO={algorithms} .*unset NCCL_ALGO"):
+        environment.allow_deterministic_algorithms_only({"NCCL_ALGO": algorithms})
 
 
 def test_choices_of_attention_in_the_environment_are_set_aside():
