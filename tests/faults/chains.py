@@ -115,7 +115,7 @@ def run_chain(
                 break
             phase = instants.phase_now(job.marks, reference.spans) if scenario.trains else instant.phase
             target = _kill(job, target, generator)
-            if scenario.restarts:
+            if scenario.restarts and target == "rank":
                 # torchrun starts the ranks again by itself
                 report.kills.append(Kill(target, instant, phase, 0.0))
                 if job.wait() != 0:
