@@ -58,7 +58,7 @@ def _owners(a: Arguments) -> list[tuple[str, object, str]]:
             "--early-stopping-patience, --task-early-stopping-patience or --save-best",
         ),
         ("loss_spike_window", a.bad_steps.loss_spike_factor, "--loss-spike-factor"),
-        ("max_bad_steps", a.bad_steps.on_bad_step != "stop", "--on-bad-step skip"),
+        ("max_bad_steps", a.bad_steps.on_bad_step != "stop", "--on-bad-step skip or rollback"),
         ("window_attn_skip_freq", network.window_size, "--window-size"),
         ("rotary_interleaved", rope, "--position-embedding-type rope"),
         ("rotary_seq_len_interpolation_factor", rope, "--position-embedding-type rope"),

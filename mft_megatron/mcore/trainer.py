@@ -237,6 +237,12 @@ class Trainer:
         self.statistics = self.objective.statistics_after(self.statistics, sums, samples_K)
         return report
 
+    def forget_progress(self) -> None:
+        """Begin to count slices and steps of the schedule anew, before a run that goes back loads a checkpoint."""
+        self.usage, self.left_out = UsageByEpoch(self.num_tasks), UsageByEpoch(self.num_tasks)
+        # Megatron-Core adds a checkpoint's steps to those that were taken
+        self.scheduler.num_steps = 0
+
     def leave_out(self, split: PackedSplit, plan: StepPlan) -> None:
         """Count a global batch as left out; nothing is computed.
 

@@ -11,6 +11,7 @@
     DIR/outcome.json                         how the newest start of the run ended
     DIR/owner.json, DIR/.owner.lock          the process that owns the folder, while there is one
     DIR/stalls/                              reports of hangs, a folder for each
+    DIR/left_out.json                        global batches that --on-bad-step rollback leaves out
     DIR/metrics.jsonl                        one JSON object per logged step, evaluation or event
     DIR/tensorboard/                         the same scalars
     DIR/tokenizer/                           the tokenizer's files, so that an export is complete
@@ -35,6 +36,7 @@ OWNER = "owner.json"
 LOCK = ".owner.lock"
 STALLS = "stalls"
 METRICS = "metrics.jsonl"
+LEFT_OUT = "left_out.json"
 TENSORBOARD = "tensorboard"
 TOKENIZER = "tokenizer"
 HUGGINGFACE = "huggingface"

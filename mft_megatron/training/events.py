@@ -169,6 +169,13 @@ EVENTS: Mapping[str, Event] = {
         ),
         _bad_step_text,
     ),
+    "rollback": Event(
+        "the run goes back to a checkpoint, because a step was bad; steps after it come again",
+        (
+            Field("path", str, "folder of the checkpoint"),
+            Field("from_step", int, "the bad step"),
+        ),
+    ),
     "warning": Event(
         "something deserves attention",
         (_REASON, Field("tasks", list, "names of the tasks concerned", optional=True)),

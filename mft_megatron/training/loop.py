@@ -51,6 +51,7 @@ def train(
         InputError: training diverged: a step was bad and --on-bad-step or --max-bad-steps ends the run, a validation
             loss is not finite, or gradients overflow at the lowest loss scale; or an epoch did not use the data as
             planned.
+        RollbackRequest: a step was bad, and the run is to go back to a checkpoint.
     """
     split, training, balance = dataset.split("train"), arguments.training, evaluation.balance
     exits, garbage = ExitConditions(arguments), GarbageCollection(training)
@@ -90,13 +91,22 @@ def train(
         while progress.step < training.train_iters and exit_reason is None:
             before, plan = progress, next_plan(dataset, arguments, progress)
             progress_marks.mark_step(progress.step + 1, plan.packs_G)
-            report = trainer.train_step(split, plan, balance.weight_K, bad_steps.judge)
+            consumed = plan.num_packs
+            plan, left_out = bad_steps.left_out.divide(split, plan, before.consumed_samples)
+            if left_out is not None:
+                trainer.leave_out(split, left_out)
+            report = None
+            if plan.num_packs:
+                report = trainer.train_step(split, plan, balance.weight_K, bad_steps.judge)
             timeouts.limit()
-            progress = before.after_step(plan.num_packs, skipped=report is None or not report.updated)
+            progress = before.after_step(consumed, skipped=report is None or not report.updated)
             progress_marks.mark("after the step")
             steps.count(progress, plan, report, followed=_other_work_follows(arguments, balance, progress.step))
             shares.count(plan, report)
-            bad_steps.after_step(trainer, log, progress, plan, report)
+            if report is not None and report.refused is not None:
+                progress_marks.mark("bad step")
+                saver.finish()  # so that the newest checkpoint can be named, or gone back to
+            bad_steps.after_step(trainer, log, before, progress, plan, report)
             if report is not None and report.overflow:
                 _refuse_lasting_overflow(arguments, progress, report.loss_scale, bad_steps.proven)
             saver.poll(progress, log)
@@ -176,12 +186,13 @@ class StepLogger:
         Args:
             progress: after the step.
             plan: of the step.
-            report: of the step; ``None`` where the batch had nothing to learn from.
+            report: of the step; ``None`` where the batch had nothing to learn from, or is left out.
             followed: whether other work than the next step follows, which the step's time must not contain.
         """
         if report is None:
             self._clock.exclude()
-            self._log.write(event_record(progress, "skip", reason="no supervised token of a weighted task"))
+            why = "no supervised token of a weighted task" if plan.num_packs else "its packs are left out"
+            self._log.write(event_record(progress, "skip", reason=why))
         elif report.overflow:
             self._clock.exclude()
             reason = "gradients overflow at the loss scale"

@@ -27,7 +27,8 @@ from mft_megatron.run_folder.outcome import record_running
 from mft_megatron.run_folder.owner.owner import Owner
 from mft_megatron.run_folder.replace_text import replace_text
 
-from .bad_steps.bad_steps import BadSteps
+from .bad_steps.bad_steps import BadSteps, RollbackRequest
+from .bad_steps.rollback import go_back
 from .epochs import EpochProof
 from .evaluation import Evaluation
 from .loop import train
@@ -137,15 +138,24 @@ def _pretrain(arguments: Arguments, main_rank: bool, sources: Sources, exports: 
             on_gpu = devices.HAS_CUDA
             for note in notes(arguments, dataset.split("train").num_packs, "valid" in dataset.splits, on_gpu):
                 log.print(f"note: {note}")
-            epochs = EpochProof(arguments, dataset)
-            epochs.load(state, log, progress)
-            shares = ShareLog(arguments, dataset)
-            shares.load(state, log, progress)
-            bad_steps = BadSteps(arguments, dataset)
-            bad_steps.load(state, progress)
             saver = Saver(arguments, dataset, exports, owner)
             saver.rehearse(trainer, log)
-            return train(arguments, dataset, trainer, evaluation, epochs, shares, bad_steps, saver, log, progress)
+            while True:
+                epochs, shares, bad_steps = (
+                    EpochProof(arguments, dataset),
+                    ShareLog(arguments, dataset),
+                    BadSteps(arguments, dataset),
+                )
+                for part in (epochs, shares, bad_steps):
+                    part.load(state, log, progress)
+                try:
+                    return train(
+                        arguments, dataset, trainer, evaluation, epochs, shares, bad_steps, saver, log, progress
+                    )
+                except RollbackRequest as request:
+                    progress, state = go_back(arguments, trainer, log, request)
+                evaluation = evaluation_of(arguments, dataset)
+                evaluation.load(state, log, progress)
         finally:
             log.close()
 

@@ -75,37 +75,60 @@ def index_of_planted(prefix):
 
 
 SKIP = "--on-bad-step skip --train-iters 3"
-LAYOUTS = ("TP2", "DP2 overlap", "CP2", "PP2 VPP2")
+BACK = "--on-bad-step rollback --save-interval 1 --train-iters 6 --attention-dropout 0.1 --hidden-dropout 0.1"
+LAYOUTS = ("DP2 overlap", "CP2", "PP2 VPP2")
 # name of the run: options, shape, ranks
 RUNS = {
     "stop": ("--save-interval 1", "llama", 1),
     "limit": ("--on-bad-step skip --max-bad-steps 1 --global-batch-size 34", "llama", 1),
-    "bf16": (f"{SKIP} --bf16 --attention-dropout 0.1", "tied", 1),
+    "back": (f"{BACK} --mft-loss focal-task", "tied", 1),
+    "again": ("--on-bad-step rollback --save-interval 1 --max-bad-steps 1 --global-batch-size 34", "llama", 1),
     **{layout: (f"{SKIP} {ParallelLayout(layout).options}", "deep", 2) for layout in LAYOUTS},
+}
+SLOW = {
+    "bf16": (f"{SKIP} --bf16 --attention-dropout 0.1", "tied", 1),
+    "TP2": (f"{SKIP} {ParallelLayout('TP2').options}", "deep", 2),
+    "back of two": (f"{BACK} --async-save {ParallelLayout('DP2 overlap').options}", "llama", 2),
 }
 
 
-@pytest.fixture(scope="module")
-def errors(prefix):
+def _made(prefix, runs):
     """Errors of each run, by its name; their folders are beside the data set."""
     found = {}
     for world_size in (1, 2):
-        names = [name for name, (_, _, ranks) in RUNS.items() if ranks == world_size]
+        names = [name for name, (_, _, ranks) in runs.items() if ranks == world_size]
         with reserved_ports(len(names)) as ports:
-            runs = [
-                (f"--save {prefix.parent / name.replace(' ', '')} {RUNS[name][0]}", RUNS[name][1], port)
+            given = [
+                (f"--save {prefix.parent / name.replace(' ', '')} {runs[name][0]}", runs[name][1], port)
                 for name, port in zip(names, ports, strict=True)
             ]
-            for of_rank in run_on_ranks(world_size, _run, str(prefix), runs, world_size):
+            for of_rank in run_on_ranks(world_size, _run, str(prefix), given, world_size):
                 for name, error in zip(names, of_rank, strict=True):
                     found.setdefault(name, []).append(error)
     return found
 
 
-@pytest.mark.parametrize("name", [name for name, (words, *_) in RUNS.items() if words.startswith(SKIP)])
+@pytest.fixture(scope="module")
+def errors(prefix):
+    return _made(prefix, RUNS)
+
+
+@pytest.mark.slow
+def test_on_more_layouts_and_in_16_bits(prefix, errors):
+    more = _made(prefix, SLOW)
+    for name in ("bf16", "TP2"):
+        _check_skipped(prefix, name, more[name], 1 if name == "bf16" else 2)
+    _check_back(prefix, "back of two", more["back of two"], SLOW["back of two"])
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_a_planted_sample_is_found_by_name_and_its_batches_are_left_out(prefix, errors, name):
+    _check_skipped(prefix, name, errors[name], 2)
+
+
+def _check_skipped(prefix, name, of_ranks, world_size):
     folder, index = prefix.parent / name.replace(" ", ""), index_of_planted(prefix)
-    assert errors[name] == [None] * RUNS[name][2]
+    assert of_ranks == [None] * world_size
     found = events(folder, "bad step")
     assert found
     for event in found:
@@ -152,13 +175,59 @@ def test_stopping_names_the_sample_and_the_checkpoint_to_go_on_from(prefix, erro
         assert line.endswith(continues)
 
 
+def test_a_run_that_goes_back_is_one_that_left_these_packs_out_from_the_start(prefix, errors):
+    """Another run reads the list of packs when it starts, as one that was killed after going back would."""
+    _check_back(prefix, "back", errors["back"], RUNS["back"])
+
+
+def _check_back(prefix, name, of_ranks, run):
+    words, shape, world_size = run
+    folder, other = prefix.parent / name.replace(" ", ""), prefix.parent / f"{name.replace(' ', '')}-other"
+    assert of_ranks == [None] * world_size
+    found, back = events(folder, "bad step"), events(folder, "rollback")
+    # the planted sample is in the first global batch, before any checkpoint, and once in each of the next epochs
+    assert [event["action"].split("/")[0] for event in found] == [
+        "its global batch is left out",
+        *["the run goes back to "] * len(back),
+    ]
+    assert back
+    for event, bad in zip(back, found[1:], strict=True):
+        assert (event["from_step"], event["step"]) == (bad["step"], bad["step"] - 1)
+    left_out = json.loads((folder / "left_out.json").read_text())
+    assert [batch["step"] for batch in left_out] == [event["from_step"] for event in back]
+    other.mkdir()
+    (other / "left_out.json").write_text((folder / "left_out.json").read_text())
+    with reserved_ports(1) as (port,):
+        run = (f"--save {other} {words}", shape, port)
+        assert run_on_ranks(world_size, _run, str(prefix), [run], world_size) == [[None]] * world_size
+    assert events(other, "rollback") == []
+    assert [event["step"] for event in events(other, "skip")] == [event["from_step"] for event in back]
+    for kind, names in (("train", ("loss", "grad_norm", "lr")), ("valid", ("loss", "token_loss"))):
+        ours, others = ({record["step"]: record for record in records(run, kind)} for run in (folder, other))
+        assert ours.keys() == others.keys()
+        assert [[ours[step][name] for name in names] for step in ours] == [
+            [others[step][name] for name in names] for step in ours
+        ]
+    ours, others = ({event["epoch"]: event["tasks"] for event in events(run, "epoch")} for run in (folder, other))
+    assert ours == others
+    assert any("left_out" in task for tasks in ours.values() for task in tasks.values())
+
+
+def test_a_run_goes_back_without_an_update_as_often_as_allowed(prefix, errors):
+    """Each batch is bad: the first is skipped, there being no checkpoint, and the second left out after a rollback."""
+    ((line, code),) = errors["again"]
+    assert code == 11
+    assert line.startswith(
+        "step 3: the loss is nan, rollback 2 since a checkpoint with a new update (--max-bad-steps 1)"
+    )
+
+
 def test_more_bad_steps_in_a_row_than_allowed_end_the_run(prefix, errors):
     """Each global batch holds every pack twice, and so the planted sample."""
     ((line, code),) = errors["limit"]
     assert code == 11
-    assert line.startswith(
-        "step 2: the loss is nan, bad step 2 in a row (--max-bad-steps 1); it updated nothing. Losses of 2 of"
-    )
+    assert line.startswith("step 2: the loss is nan, bad step 2 in a row (--max-bad-steps 1); it updated nothing. ")
+    assert "Losses of 2 of" in line
     actions = [event["action"] for event in events(prefix.parent / "limit", "bad step")]
     assert actions == ["its global batch is left out", "the run ends"]
 

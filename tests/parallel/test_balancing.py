@@ -101,7 +101,7 @@ def _run(prefix, extra, world_size, rising=None):
     for part in (evaluation, epochs, shares):
         part.load(state, log, progress)
     bad_steps, saver = BadSteps(arguments, dataset), Saver(arguments, dataset)
-    bad_steps.load(state, progress)
+    bad_steps.load(state, log, progress)
     train(arguments, dataset, trainer, evaluation, epochs, shares, bad_steps, saver, log, progress)
     return log, draws
 

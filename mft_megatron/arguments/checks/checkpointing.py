@@ -21,6 +21,11 @@ def _saving_problem(a: Arguments) -> str | None:
     if c.save is None and (a.training.exit_duration_in_mins is not None or a.training.exit_signal_handler):
         name = "--exit-signal-handler" if a.training.exit_signal_handler else "--exit-duration-in-mins"
         return f"{name} without --save would lose the run: give --save DIR"
+    if a.bad_steps.on_bad_step == "rollback" and (c.save is None or c.save_interval is None or not c.save_optim):
+        return (
+            "--on-bad-step rollback goes back to checkpoints of the run with their optimizer's states: give --save DIR "
+            "and --save-interval, without --no-save-optim, or take --on-bad-step skip"
+        )
     if c.save_retain_interval is not None:
         if c.save_interval is None:
             return f"--save-retain-interval {c.save_retain_interval} without --save-interval: give that, too"

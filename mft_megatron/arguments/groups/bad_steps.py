@@ -4,7 +4,7 @@ import dataclasses
 
 from mft_megatron.options import option
 
-ACTIONS = ("stop", "skip")
+ACTIONS = ("stop", "skip", "rollback")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,8 +16,9 @@ class BadStepArguments:
         "What becomes of a step whose loss, loss of a task or gradient norm is not finite, or jumps "
         "(--loss-spike-factor); it never updates anything. stop: the run ends, and names the samples with the "
         "largest losses and the last good checkpoint. skip: the global batch is left out, and training goes on. "
-        "Counts and digests of epochs say what was left out. With --fp16 gradients that overflow lower the loss scale "
-        "as ever.",
+        "rollback: training goes back to the last good checkpoint in --save, and leaves the batch out when it comes "
+        "again; before the first checkpoint it is skipped. Counts and digests of epochs say what was left out. With "
+        "--fp16 gradients that overflow lower the loss scale as ever.",
         choices=ACTIONS,
     )
     loss_spike_factor: float | None = option(
@@ -37,6 +38,7 @@ class BadStepArguments:
     )
     max_bad_steps: int = option(
         5,
-        "The most steps in a row that --on-bad-step skip leaves out; the run ends at the next one.",
+        "The most steps in a row that are skipped, and the most rollbacks until a checkpoint with a new update is "
+        "saved; the run ends at the next one.",
         at_least=1,
     )

@@ -2,11 +2,14 @@
 
 from pathlib import Path
 
+import torch
+
 from mft_megatron.arguments.table import Arguments
 from mft_megatron.errors import InputError
 from mft_megatron.exit_codes import DIVERGED
 from mft_megatron.mcore.parallel import process_groups
 from mft_megatron.run_folder.description import CheckpointRef, read_info
+from mft_megatron.run_folder.names import iteration_folder
 
 
 def last_checkpoint(folder: Path, most: int) -> CheckpointRef | None:
@@ -19,6 +22,20 @@ def last_checkpoint(folder: Path, most: int) -> CheckpointRef | None:
         if path.name == f"iter_{info.iteration:07d}" and info.iteration <= most:
             return CheckpointRef(path, info)
     return None
+
+
+def good_checkpoint(arguments: Arguments, most: int) -> CheckpointRef | None:
+    """The newest checkpoint of at most ``most`` steps in ``--save``, the same on every rank; a collective."""
+    folder = arguments.checkpoint.save
+    if folder is None:
+        return None
+    found = last_checkpoint(Path(folder), most) if process_groups.is_main() else None
+    step = -1 if found is None else found.info.iteration
+    step = int(process_groups.broadcast_from_main(torch.tensor([step])).item())
+    if step < 0:
+        return None
+    path = iteration_folder(Path(folder), step)
+    return CheckpointRef(path, read_info(path))
 
 
 def diverged(arguments: Arguments, what: str, most: int, options: str = "") -> InputError:
