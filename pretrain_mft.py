@@ -152,6 +152,5 @@ def open_exports(arguments: "Arguments", folder: Path) -> "Exports":
     return Exports(folder, Path(__file__).parent / "tools/convert_checkpoint.py", direction)
 
 
-# The guard matters: the checkpoint writer starts a process that imports this file again.
 if __name__ == "__main__":
     sys.exit(run_command(main, quiet=launcher.local_rank(os.environ) != 0))

@@ -1,8 +1,10 @@
 """--async-save: a checkpoint has the state at its save, becomes the newest when it is complete, and may fail alone."""
 
+import os
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from mft_megatron.run_folder.found import latest_checkpoint
 from tests.parallel.run import arguments_for, info_of_step, plans_of, trainer_and_split
@@ -47,6 +49,8 @@ def _save_twice(prefix, folder, world):
             writer.poll()
         facts.append(_newest(folder))
         writer.finish()
+        with pytest.raises(ChildProcessError):  # no process is left behind the rank
+            os.waitpid(-1, os.WNOHANG)
         return facts
 
 

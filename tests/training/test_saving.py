@@ -2,8 +2,10 @@
 
 import dataclasses
 import errno
+import functools
 import json
 import random
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,6 +34,7 @@ from mft_megatron.training.saving.resume import agree_on_start, restore_tracker,
 from mft_megatron.training.saving.saver import Saver
 from mft_megatron.training.saving.sources import Sources
 from tests.descriptions import description_of
+from tests.full_disk import largest_file
 
 
 @pytest.fixture
@@ -470,6 +473,15 @@ def test_a_best_that_cannot_be_recorded_ends_no_run(job, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "best: cannot be written: Input/output error" in out
     assert "best True" not in out.splitlines()[-1]
+
+
+def test_an_error_of_a_copy_names_what_was_written(job, tmp_path):
+    (tmp_path / "from").write_bytes(bytes(100))
+    job()
+    copy = functools.partial(shutil.copyfile, tmp_path / "from", tmp_path / "to")
+    with largest_file(50), pytest.raises(InputError) as error:
+        process_groups.write_on_main(tmp_path, copy, "nothing")
+    assert str(error.value).startswith(f"{tmp_path}/to: cannot be written: File too large")
 
 
 def test_the_schedule_of_attempts():
