@@ -31,6 +31,7 @@ ORDER = {
         "verification|found",
         "retention",
         "owner",
+        "inspection",
     ),
     "data": (
         "sample_slices|permutation|_sample_index|_mapped_files",

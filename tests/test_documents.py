@@ -31,7 +31,15 @@ SUBCOMMANDS = {
     ),
     "tools/verify.py": ("objective", "packs"),
 }
-TOOLS = ("preprocess_data", "pack_data", "inspect_data", "convert_checkpoint", "quantize_hf", "verify")
+TOOLS = (
+    "preprocess_data",
+    "pack_data",
+    "inspect_data",
+    "inspect_checkpoint",
+    "convert_checkpoint",
+    "quantize_hf",
+    "verify",
+)
 # Options of other programs that the documents name.
 FOREIGN = {
     "torchrun": "--nproc-per-node --standalone --nnodes --rdzv-id --rdzv-backend --rdzv-endpoint --max-restarts",

@@ -15,10 +15,11 @@ from mft_megatron.common_state import COMMON, INDEX, read_common
 from mft_megatron.disk_errors import explain
 from mft_megatron.errors import InputError
 
-from .description import CheckpointInfo
+from .description import CheckpointInfo, CheckpointRef
 from .file_hash import PIECE_BYTES, FileHash, Hasher, read_blocks
-from .files import FORMAT, damage
+from .files import FORMAT, damage, remedy
 from .manifest import DamagedCheckpointError, read_manifest
+from .names import INFO
 
 # values of --verify-checkpoint
 AUTO, FULL, SIZES, OFF = LEVELS = ("auto", "full", "sizes", "off")
@@ -188,6 +189,21 @@ def verify(path: Path, info: CheckpointInfo, level: str) -> str:
     if (problem := comparison.find_damage()) is not None:
         raise DamagedCheckpointError(f"{path}: {problem}")
     return comparison.describe(time.perf_counter() - start)
+
+
+def require_whole(checkpoint: CheckpointRef, level: str) -> str:
+    """Verify a checkpoint that a command reads, in this process alone.
+
+    Returns:
+        a line that says what was compared.
+
+    Raises:
+        InputError: it is damaged; names the newest whole one beside it.
+    """
+    try:
+        return verify(checkpoint.path, checkpoint.info, level)
+    except DamagedCheckpointError as error:
+        raise DamagedCheckpointError(error.problem, remedy(checkpoint.path, INFO)) from None
 
 
 def _short(value: object) -> str:

@@ -15,8 +15,9 @@ from mft_megatron.parsing.git_lfs import refuse_pointer
 from mft_megatron.run_folder.description import CheckpointRef
 from mft_megatron.run_folder.found import select_checkpoint
 from mft_megatron.run_folder.names import TOKENIZER
+from mft_megatron.run_folder.verification import require_whole
 
-from .options import best_of_load_option, exported_folder_option
+from .options import best_of_load_option, exported_folder_option, verify_option
 
 if TYPE_CHECKING:
     from mft_megatron.convert.serving.finding import Finding
@@ -42,6 +43,7 @@ class CheckOptions:
         metavar="CKPT",
     )
     best: bool = best_of_load_option()
+    verify_checkpoint: str = verify_option()
     data_path: str | None = option(
         None,
         "Data set of the training: prompts of its first samples, as a server sends them, must be the stored ids.",
@@ -107,6 +109,7 @@ def _checkpoint(options: CheckOptions) -> CheckpointRef | None:
         raise InputError(
             f"--load {options.load}: has adapters; merge them with merge-lora and check that folder, with --data-path"
         )
+    print(require_whole(selected, options.verify_checkpoint), flush=True)
     return selected
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from mft_megatron.options import option, read_options
 from mft_megatron.run_folder.found import refuse_adapters, select_checkpoint
+from mft_megatron.run_folder.verification import require_whole
 
 from .options import (
     best_option,
@@ -16,6 +17,7 @@ from .options import (
     save_option,
     shard_size_option,
     tokenizer_option,
+    verify_option,
 )
 
 
@@ -26,6 +28,7 @@ class ExportOptions:
 
     load: str = load_option()
     best: bool = best_option()
+    verify_checkpoint: str = verify_option()
     hf: str = new_folder_option()
     tokenizer_model: str | None = tokenizer_option()
     max_shard_size: str = shard_size_option()
@@ -63,6 +66,7 @@ def mcore_to_hf(command_line: Sequence[str]) -> None:
     options = read_options(ExportOptions, command_line, "convert_checkpoint.py mcore-to-hf")
     selected = select_checkpoint(options.load, options.best)
     refuse_adapters(selected)
+    print(require_whole(selected, options.verify_checkpoint), flush=True)
     shard_bytes = parse_size(options.max_shard_size)
     # importing torch takes seconds: refusals that need no torch come first
     from mft_megatron.convert.huggingface.model_export import export

@@ -12,8 +12,9 @@ from mft_megatron.run_folder.description import CheckpointRef
 from mft_megatron.run_folder.found import latest_checkpoint, select_checkpoint
 from mft_megatron.run_folder.names import is_checkpoint
 from mft_megatron.run_folder.tokenizer import TOKENIZER_FILES
+from mft_megatron.run_folder.verification import require_whole
 
-from .options import best_of_load_option, new_folder_option, parse_size, print_notes, shard_size_option
+from .options import best_of_load_option, new_folder_option, parse_size, print_notes, shard_size_option, verify_option
 
 if TYPE_CHECKING:
     from mft_megatron.convert.huggingface.stored_model import StoredModel
@@ -34,6 +35,7 @@ class MergeOptions:
         metavar="CKPT",
     )
     best: bool = best_of_load_option()
+    verify_checkpoint: str = verify_option()
     adapter: tuple[str, ...] | None = option(
         None,
         "PEFT folders to merge instead of --load's adapters; several are added. Needs --base.",
@@ -84,7 +86,9 @@ def merge_lora(command_line: Sequence[str]) -> None:
     options = read_options(MergeOptions, command_line, "convert_checkpoint.py merge-lora")
     shard_bytes = parse_size(options.max_shard_size)
     if options.load is not None and not options.adapter:
-        given = _of_checkpoint(select_checkpoint(options.load, options.best), options)
+        trained = select_checkpoint(options.load, options.best)
+        print(require_whole(trained, options.verify_checkpoint), flush=True)
+        given = _of_checkpoint(trained, options)
     elif options.load is None and options.adapter:
         given = _of_peft_folders(options.adapter, options)
     else:
@@ -115,7 +119,7 @@ def _of_checkpoint(trained: CheckpointRef, options: MergeOptions) -> _Merge:
         base = CheckpointModel(trained)
     else:
         folder = _folder_of_base(trained, options.base)
-        base = open_base(folder)
+        base = open_base(folder, options.verify_checkpoint)
         refuse_other_model(base, trained.info, f"--base {folder}")
     tokenizer = Path(options.tokenizer_model) if options.tokenizer_model else None
     return _Merge(base, {str(trained.path): adapter}, trained, tokenizer)
@@ -157,7 +161,7 @@ def _of_peft_folders(folders: Sequence[str], options: MergeOptions) -> _Merge:
     from mft_megatron.convert.peft.merge import open_base
     from mft_megatron.convert.peft.weight_source import AdapterSource
 
-    base = open_base(Path(options.base))
+    base = open_base(Path(options.base), options.verify_checkpoint)
     adapters = {folder: AdapterSource(folder, base.info) for folder in folders}
     if len(adapters) < len(folders):
         raise InputError("--adapter: a folder is named twice; name each once")

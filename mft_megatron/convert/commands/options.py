@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from mft_megatron.errors import InputError
 from mft_megatron.options import option
+from mft_megatron.run_folder.verification import AUTO, LEVELS
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -15,6 +16,16 @@ def load_option() -> str:
     """Declare ``--load``, the checkpoint to convert."""
     return option(
         None, "Run folder (its newest checkpoint is taken) or one iter_NNNNNNN folder.", metavar="CKPT", required=True
+    )
+
+
+def verify_option() -> str:
+    """Declare ``--verify-checkpoint`` for a command that reads a checkpoint."""
+    return option(
+        AUTO,
+        "Compare the checkpoint's files with their sizes and hashes first: full reads all, auto up to 16 GiB and "
+        "above that so many pieces at random, sizes none. A damaged checkpoint is refused.",
+        choices=LEVELS,
     )
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from mft_megatron.errors import InputError
 from mft_megatron.options import option, read_options
 from mft_megatron.run_folder.found import select_checkpoint
+from mft_megatron.run_folder.verification import require_whole
 
-from .options import best_option, load_option, new_folder_option, tokenizer_option
+from .options import best_option, load_option, new_folder_option, tokenizer_option, verify_option
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,6 +19,7 @@ class PeftOptions:
 
     load: str = load_option()
     best: bool = best_option()
+    verify_checkpoint: str = verify_option()
     hf: str = new_folder_option()
     base_model_name: str | None = option(
         None,
@@ -44,6 +46,7 @@ def lora_to_peft(command_line: Sequence[str]) -> None:
     """
     options = read_options(PeftOptions, command_line, "convert_checkpoint.py lora-to-peft")
     selected = select_checkpoint(options.load, options.best)
+    print(require_whole(selected, options.verify_checkpoint), flush=True)
     tokenizer = Path(options.tokenizer_model) if options.tokenizer_model else None
     from mft_megatron.convert.peft.adapter_export import export_adapter
 

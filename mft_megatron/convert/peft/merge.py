@@ -25,6 +25,7 @@ from mft_megatron.lora import Lora
 from mft_megatron.run_folder.description import CheckpointInfo, CheckpointRef
 from mft_megatron.run_folder.found import latest_checkpoint
 from mft_megatron.run_folder.names import is_checkpoint
+from mft_megatron.run_folder.verification import AUTO, require_whole
 
 from .adapted_weights import Factors
 
@@ -45,8 +46,12 @@ class Adapter(Protocol):
         """Read A [rank, in] and B [out, rank] of a Hugging Face weight; ``None`` if it has no adapter."""
 
 
-def open_base(path: Path) -> StoredModel:
+def open_base(path: Path, verify_checkpoint: str = AUTO) -> StoredModel:
     """Open the model of ``--base``: a Hugging Face folder, a run folder (its newest checkpoint) or one iter_NNNNNNN.
+
+    Args:
+        path: the folder.
+        verify_checkpoint: how a checkpoint is compared with its hashes.
 
     Raises:
         InputError: it is none of these, incomplete, or has adapters itself.
@@ -61,6 +66,7 @@ def open_base(path: Path) -> StoredModel:
     newest = latest_checkpoint(path, "--base")
     if newest.info.lora is not None:
         raise InputError(f"--base {newest.path}: has adapters itself; merge them first, with merge-lora --load")
+    print(require_whole(newest, verify_checkpoint), flush=True)
     return CheckpointModel(newest)
 
 

@@ -20,6 +20,7 @@ from mft_megatron.options import info_of, option, read_options
 from mft_megatron.run_folder.description import CheckpointRef
 from mft_megatron.run_folder.found import select_checkpoint
 from mft_megatron.run_folder.replace_text import replace_text
+from mft_megatron.run_folder.verification import AUTO, LEVELS, require_whole
 
 from .isolation import Bounds, RowReport, comparable_rows, compare_row
 from .report import HEADER, as_json, is_certified, legend, line, verdict
@@ -61,6 +62,9 @@ class PacksOptions:
         None, "The model: a run folder (its newest checkpoint), or one iter_NNNNNNN.", metavar="CKPT"
     )
     best: bool = option(False, "With --load: the best checkpoint of the run folder instead of the newest.")
+    verify_checkpoint: str = option(
+        AUTO, "With --load: as in training, compare the checkpoint's files with their hashes.", choices=LEVELS
+    )
     hf: str | None = option(
         None,
         "The model: a Hugging Face folder. With --load: the one that the checkpoint's adapters were trained with, "
@@ -103,6 +107,8 @@ def packs(command_line: Sequence[str]) -> int:
     options = read_options(PacksOptions, words, "verify.py packs", epilog=EXAMPLE)
     _refuse_options(options)
     checkpoint = None if options.load is None else select_checkpoint(options.load, options.best)
+    if checkpoint is not None:
+        print(require_whole(checkpoint, options.verify_checkpoint), flush=True)
     dataset = _open_data(options)
     chosen = list(itertools.islice(comparable_rows(dataset.split(options.split), options.seed), options.rows))
     if not chosen:
