@@ -30,3 +30,18 @@ def test_saves(tmp_path):
     assert 0 < blocked < complete
     assert "| plain copy | " in process.stdout
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_checks(tmp_path):
+    file = tmp_path / "numbers.json"
+    shape = "--num-layers 2 --hidden-size 64 --vocab-size 500 --seq-length 128 --rows 1 2 --repeat 2".split()
+    process = run_tool("benchmarks/reliability/checks.py", *shape, "--folder", tmp_path, "--json", file)
+    assert process.returncode == 0, process.stderr
+    results = json.loads(file.read_text())["results"]
+    # a weight has two states of Adam, of 4 bytes each, and is of 4 bytes, or of 2 with a main weight of 4
+    of_fp32, *of_bf16 = (numbers["bytes"] for numbers in results["states"].values())
+    assert len(of_bf16) == 2
+    assert all(numbers == of_fp32 * 14 // 12 for numbers in of_bf16)
+    assert all(f"| {precision} | " in process.stdout for precision in ("fp32", "--bf16"))
+    assert [numbers["tokens"] for numbers in results["micro_batches"]] == [128, 256]
+    assert all(numbers["wall"] > 0 for numbers in results["files"].values())
