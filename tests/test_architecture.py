@@ -27,7 +27,7 @@ FLOORS = {
 ORDER = {
     "run_folder": (
         "names|publishing|space|replace_text|file_hash|manifest|files|content|configuration|tokenizer|outcome",
-        "description",
+        "starts|description",
         "verification|found",
         "retention",
         "owner",

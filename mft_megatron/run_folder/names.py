@@ -9,6 +9,7 @@
     DIR/best_checkpointed_iteration.txt      iteration of the checkpoint with the best evaluation
     DIR/config.yaml                          the effective configuration
     DIR/outcome.json                         how the newest start of the run ended
+    DIR/starts.json                          the last starts, and how far each came
     DIR/owner.json, DIR/.owner.lock          the process that owns the folder, while there is one
     DIR/stalls/                              reports of hangs, a folder for each
     DIR/left_out.json                        global batches that --on-bad-step rollback leaves out
@@ -32,6 +33,7 @@ INFO = "mft_checkpoint.json"
 MANIFEST = "mft_manifest.json"
 CONFIG = "config.yaml"
 OUTCOME = "outcome.json"
+STARTS = "starts.json"
 OWNER = "owner.json"
 LOCK = ".owner.lock"
 STALLS = "stalls"

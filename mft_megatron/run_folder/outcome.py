@@ -22,6 +22,8 @@ from .names import OUTCOME
 from .replace_text import replace_text
 
 RUNNING = "running"
+# begins the reason of an outcome whose cause is in a rank that could not record one
+LOST_RANK = "another rank has ended"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Outcome:
         name: of the outcome, in :data:`.exit_codes.NAMES`, or :data:`RUNNING`.
         code: exit code, of :mod:`.exit_codes`; ``None`` while it is running.
         reason: why, in one line.
-        step: optimizer steps of the run, as far as the process that wrote it knew.
+        step: optimizer steps that the run has completed, as far as the process that wrote it knew.
         time: when it was written, in UTC (ISO 8601).
         host: machine of the process that wrote it.
         pid: that process.
@@ -71,9 +73,15 @@ def record_outcome(folder: Path | str, code: int, reason: str, step: int | None 
     _write(Path(folder), NAMES[code], code, reason, step)
 
 
-def record_running(folder: Path | str, step: int | None = None) -> None:
-    """Record that a start of the run is running; rank 0 calls it once it owns the run folder."""
-    _write(Path(folder), RUNNING, None, "running, or killed before it could say how it ended", step)
+def record_running(folder: Path | str, step: int, quiet: bool = False) -> None:
+    """Record that a start of the run is running; rank 0 calls it once it owns the run folder, and every minute.
+
+    Args:
+        folder: the run folder.
+        step: optimizer steps so far.
+        quiet: say nothing of a disk that does not take it.
+    """
+    _write(Path(folder), RUNNING, None, "running, or killed before it could say how it ended", step, quiet)
 
 
 def read_outcome(folder: Path | str) -> Outcome | None:
@@ -126,7 +134,7 @@ def _known(folder: Path) -> Outcome | None:
         return None
 
 
-def _write(folder: Path, name: str, code: int | None, reason: str, step: int | None) -> None:
+def _write(folder: Path, name: str, code: int | None, reason: str, step: int | None, quiet: bool = False) -> None:
     if not folder.is_dir():
         return
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -135,4 +143,6 @@ def _write(folder: Path, name: str, code: int | None, reason: str, step: int | N
     try:
         replace_text(folder / OUTCOME, json.dumps(dataclasses.asdict(outcome), indent=2) + "\n")
     except OSError as error:
+        if quiet:
+            return
         print(f"note: {folder / OUTCOME}: {explain(error, folder)}; the outcome is {name}", file=sys.stderr, flush=True)

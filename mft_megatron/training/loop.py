@@ -10,7 +10,7 @@ from mft_megatron.data.loading.step_plan import plan_step
 from mft_megatron.losses.table import LOSSES
 from mft_megatron.mcore.checkpointing.finite import NotFiniteError
 from mft_megatron.mcore.model.parameters import weight_norm
-from mft_megatron.mcore.parallel import timeouts
+from mft_megatron.mcore.parallel import process_groups, timeouts
 from mft_megatron.mcore.platform import devices
 from mft_megatron.mcore.trainer import StepReport, Trainer
 
@@ -24,7 +24,7 @@ from .exit_conditions import ExitConditions
 from .garbage_collection import GarbageCollection
 from .progress import Progress
 from .records import StepRecord, train_record
-from .restarts.endings import Ending
+from .restarts.endings import Ending, RunningRecord
 from .run_log import RunLog
 from .saving.data_order import order_version
 from .saving.run_state import RunState
@@ -85,6 +85,7 @@ def train(
             return Ending(progress.step)
         shares.expect(log, progress, balance.weight_K, order_version(arguments, dataset))
         steps = StepLogger(arguments, dataset, trainer, shares, log)
+        running = RunningRecord(arguments.checkpoint.save if process_groups.is_main() else None)
         exit_reason = exits.begin(trainer)
         if exit_reason is not None:
             log.write(event_record(progress, "exit", reason=exit_reason))
@@ -114,6 +115,7 @@ def train(
             epochs.after_step(trainer, log, before, progress)
             if balance.after_step(trainer, log, progress):
                 steps.count_draw()
+            running.after_step(progress.step)
             last = progress.step == training.train_iters
             exit_reason = exits.reason(progress.step, report)
             steps.write(progress, last)

@@ -23,9 +23,9 @@ from mft_megatron.mcore.platform import devices, environment
 from mft_megatron.mcore.trainer import Trainer
 from mft_megatron.run_folder.configuration import effective_configuration
 from mft_megatron.run_folder.names import CONFIG
-from mft_megatron.run_folder.outcome import record_running
 from mft_megatron.run_folder.owner.owner import Owner
 from mft_megatron.run_folder.replace_text import replace_text
+from mft_megatron.run_folder.starts import begin_start
 
 from .bad_steps.bad_steps import BadSteps, RollbackRequest
 from .bad_steps.rollback import go_back
@@ -33,6 +33,7 @@ from .epochs import EpochProof
 from .evaluation import Evaluation
 from .loop import train
 from .model_tokenizer import chat_format_line, check_model_tokenizer
+from .restarts.differences import digest_of_options
 from .restarts.endings import Ending
 from .run_log import RunLog
 from .saving.data_order import model_vocab_size, refuse_other_data
@@ -104,7 +105,7 @@ def _pretrain(arguments: Arguments, main_rank: bool, sources: Sources, exports: 
             if options.save is not None and process_groups.is_main():
                 owner.acquire()
                 if not arguments.validation.skip_train:
-                    record_running(options.save, arguments.progress[0])
+                    begin_start(options.save, arguments.progress[0], digest_of_options(arguments))
         agree_on_start(arguments)
         with _reported_on_all_ranks(), _run_folder_reported(arguments):
             log = RunLog(process_groups.is_main(), options.save, arguments.logging)

@@ -1,6 +1,7 @@
 """Differences between a run that resumes and the run that was saved: options, ranks and versions, in words."""
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
 import platform
@@ -46,6 +47,12 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def digest_of_options(arguments: Arguments) -> str:
+    """Digest of the options that change numbers and of the releases of packages, in hex."""
+    content = json.dumps([options_of(arguments), versions()], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def differences(arguments: Arguments, info: CheckpointInfo) -> list[str]:

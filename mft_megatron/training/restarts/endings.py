@@ -5,15 +5,25 @@ import dataclasses
 import functools
 import os
 import sys
+import time
 from collections.abc import Iterator
 
 from mft_megatron import exit_signals, progress_marks
 from mft_megatron.errors import InputError, exit_code, in_a_line
 from mft_megatron.exit_codes import FINISHED, LEFT
-from mft_megatron.run_folder.outcome import began_here, record_outcome
+from mft_megatron.run_folder.outcome import LOST_RANK, began_here, record_outcome, record_running
 from mft_megatron.run_folder.owner.owner import in_use
 
 from . import peers
+
+# words in errors of collectives whose other side is gone, of gloo and NCCL
+_OF_LOST_RANKS = (
+    *("Connection closed by peer", "Connection reset by peer", "Broken pipe"),
+    *("remote process exited", "failed to recv", "Connection refused"),
+)
+# phases of progress_marks after the update of a step
+_AFTER_STEPS = ("after the step", "evaluation", "save", "save in the background")
+_MINUTE = 60.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +57,37 @@ def errors_recorded(folder: str, main_rank: bool) -> Iterator[None]:
         # An error before this start owns the folder may be in a command line beside a run that goes on.
         mine = began_here(folder) or not in_use(folder)
         if mine and (main_rank or not shared):
-            reason = str(error) if isinstance(error, InputError) else in_a_line(error)
-            record_outcome(folder, code, reason, progress_marks.position().step)
+            record_outcome(folder, code, _reason(error), completed_steps())
         raise
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, InputError):
+        return str(error)
+    reason = in_a_line(error)
+    return f"{LOST_RANK}: {reason}" if any(words in reason for words in _OF_LOST_RANKS) else reason
+
+
+def completed_steps() -> int | None:
+    """Optimizer steps of the run that this process has completed; ``None`` before its first one."""
+    position = progress_marks.position()
+    if position.step is None:
+        return None
+    return position.step if position.mark.phase in _AFTER_STEPS else position.step - 1
+
+
+class RunningRecord:
+    """The record that the run is running, and how far it has come, on rank 0 of a run with a folder."""
+
+    def __init__(self, folder: str | None):
+        self._folder, self._written = folder, time.monotonic()
+
+    def after_step(self, step: int) -> None:
+        """Renew the record after ``step`` if it is a minute old."""
+        now = time.monotonic()
+        if self._folder is not None and now - self._written > _MINUTE:
+            self._written = now
+            record_running(self._folder, step, quiet=True)
 
 
 @contextlib.contextmanager
@@ -65,7 +103,7 @@ def supervised(folder: str | None, main_rank: bool) -> Iterator[None]:
         return
 
     def tell(code: int, reason: str) -> None:
-        record_outcome(folder, code, reason, progress_marks.position().step)
+        record_outcome(folder, code, reason, completed_steps())
         if main_rank:
             print(f"{reason}; nothing more is saved", file=sys.stderr, flush=True)
 

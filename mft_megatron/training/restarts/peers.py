@@ -7,10 +7,7 @@ from pathlib import Path
 import psutil
 
 from mft_megatron.exit_codes import FINISHED, LEFT
-from mft_megatron.run_folder.outcome import outcome_of_this_start
-
-# the reason of an outcome whose cause is in a rank that could not record one
-LOST_RANK = "another rank has ended"
+from mft_megatron.run_folder.outcome import LOST_RANK, outcome_of_this_start
 
 
 def lost(folder: Path | str | None, environment: Mapping[str, str]) -> str | None:
