@@ -5,6 +5,7 @@
 See ``--help`` for all options, and README.md for a whole run.
 """
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -60,6 +61,7 @@ def run(command_line: "CommandLine", main_rank: bool, owner: "Owner") -> "Ending
     from mft_megatron.convert.run_start import open_start
     from mft_megatron.data.loading.dataset import packed_lengths, training_packs
 
+    command_line = of_finished_run(command_line) or command_line
     start, model, adapter = open_start(command_line)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
 
@@ -77,6 +79,23 @@ def run(command_line: "CommandLine", main_rank: bool, owner: "Owner") -> "Ending
     if save is None or save_hf is None or arguments.validation.skip_train:
         return train()
     return train_and_export(arguments, Path(save), Path(save_hf), main_rank, owner, train)
+
+
+def of_finished_run(command_line: "CommandLine") -> "CommandLine | None":
+    """The command with its own folder to load, if its run is finished already; ``None`` for any other."""
+    from mft_megatron.arguments.command import make_arguments
+    from mft_megatron.convert.run_start import open_start
+    from mft_megatron.data.loading.dataset import packed_lengths, training_packs
+    from mft_megatron.training.restarts.finished import continued, is_over
+
+    again = continued(command_line)
+    # what cannot be read here is refused in what follows, or is of another run
+    with contextlib.suppress(InputError):
+        if again is not None:
+            world_size = int(os.environ.get("WORLD_SIZE", 1))
+            arguments = make_arguments(again, open_start(again)[0], world_size, packed_lengths, training_packs)
+            return again if is_over(arguments) else None
+    return None
 
 
 def start_training(

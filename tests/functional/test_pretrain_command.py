@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mft_megatron.exit_codes import STORAGE
+from mft_megatron.exit_codes import FINISHED, LEFT, STORAGE
 from tests.batches import one_segment
 from tests.command_lines import SMALL
 from tests.descriptions import description_of, redescribe
@@ -281,9 +281,9 @@ def test_one_process_without_torchrun_exits_and_restarts_with_the_same_command(d
     packs = json.loads(Path(f"{dataset_prefix}_dataset.json").read_text())["lengths"]["128"]["packs"]["train"]["packs"]
     run = " ".join(RUN).replace("--train-iters 5", f"--num-train-epochs {18.5 / packs} --lr-decay-iters 4").split()
     command = [*MODEL, *run, "--data-path", dataset_prefix, "--save", folder, "--load", folder, "--exit-interval", 3]
-    for expected in ("3", "5"):
+    for expected, code in (("3", LEFT), ("5", FINISHED)):
         process = run_tool("pretrain_mft.py", *command)
-        assert process.returncode == 0, process.stderr
+        assert process.returncode == code, process.stderr
         assert ": 19 packs, 5 steps" in process.stdout
         assert "note: --lr-decay-iters 4 and --min-lr 0: the last 1 of 5 steps change nothing" in process.stdout
         assert (folder / "latest_checkpointed_iteration.txt").read_text().strip() == expected
@@ -292,12 +292,15 @@ def test_one_process_without_torchrun_exits_and_restarts_with_the_same_command(d
     happened = [record["event"] for record in records(folder, "event")]
     assert [event for event in happened if event != "warning"] == ["save", "exit", "load", "save"]
     # a chain of jobs starts the finished one again, and only its export is left to do
-    process = run_forked("pretrain_mft.py", *command, "--save-hf", tmp_path / "hf")
+    first = [word for word in command if word != "--load"]
+    first.remove(folder)  # as if the run had been started without --load
+    process = run_forked("pretrain_mft.py", *first, "--save-hf", tmp_path / "hf")
     assert process.returncode == 0, process.stderr
     finished = f"{folder}: this run is finished, at iteration 5; train on with a larger --num-train-epochs"
     assert finished in process.stdout
     assert (tmp_path / "hf" / "iter_0000005" / "config.json").is_file()
     assert len(records(folder, "event")) == len(happened)
+    assert "holds the checkpoints of another run: add --load" in refused(*first, "--lr", "2e-3")
     assert "epochs already; raise it" in refused(*command, "--num-train-epochs", 18 / packs)
     assert "already at iteration 5; raise it" in refused(*RUN, "--data-path", dataset_prefix, "--load", folder)
 

@@ -75,6 +75,12 @@ def differences(arguments: Arguments, info: CheckpointInfo) -> list[str]:
     return found
 
 
+def same_options(arguments: Arguments, info: CheckpointInfo) -> bool:
+    """Whether a run has the options of the one that saved a checkpoint, which says them, on any number of ranks."""
+    now = {**options_of(arguments), "world_size": info.options.get("world_size")}
+    return bool(info.options) and not list(_differing_options(info.options, now, complete=True))
+
+
 def batch_explanation(arguments: Arguments, info: CheckpointInfo) -> str | None:
     """Explain what another batch size means for a run that resumes; ``None`` where it is the same."""
     now, before = options_of(arguments), info.options or _known_options(info)
