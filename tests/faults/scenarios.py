@@ -99,6 +99,10 @@ SCENARIOS = {
         "--keep-last 2 --save-retain-interval 6",
         targets=("all",),
     ),
+    "rollback": Scenario(
+        MODEL + RUN + LENGTH + "--on-bad-step rollback --loss-spike-factor 0.2 --loss-spike-window 16 --async-save",
+        targets=("all",),
+    ),
     "LoRA": Scenario(
         RUN + LENGTH + "--hf-checkpoint {model} --peft-type lora --lora-rank 4 --lora-dropout 0.1 --save-adapters-only "
         "--bf16",
