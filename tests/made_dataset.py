@@ -31,6 +31,7 @@ def write_dataset(
     weighted="",
     seed=5,
     planted=None,
+    garbled=None,
     **options,
 ):
     """Write the data set ``prefix`` and return its ledger.
@@ -47,6 +48,7 @@ def write_dataset(
         weighted: what has weights other than 1: "samples", "turns" (two in each sample), or both words.
         seed: of these weights.
         planted: task and number within it of the one sample whose third token is :data:`PLANTED`.
+        garbled: task and number within it of the one sample whose tokens are random bytes above 127.
         options: of :class:`PackingOptions`.
     """
     weights, texts = weights or {}, functions(longest or seq_length)
@@ -60,6 +62,8 @@ def write_dataset(
                 ids = np.frombuffer(text.encode(), np.uint8).astype(np.int32)
                 if planted == (name, number):
                     ids[2] = PLANTED
+                if garbled == (name, number):
+                    ids = np.random.default_rng(3).integers(128, 256, len(ids), dtype=np.int32)
                 mask = (np.arange(len(ids)) >= (0 if documents else len(ids) // 2)).astype(np.uint8)
                 sample_weights = token_weights = None
                 if "samples" in weighted:

@@ -312,3 +312,51 @@ def test_a_refused_step_leaves_no_trace_but_the_count_of_what_it_left_out(prefix
                 assert (bool(biases) and all(biases)) == ("expert-bias" in options)
                 assert used[0] == alone[0]
                 assert used[1] > alone[1] == 0
+
+
+@pytest.fixture(scope="module")
+def garbled(tmp_path_factory):
+    """A data set with a sample of random bytes, and the errors of runs that train on it."""
+    folder = tmp_path_factory.mktemp("garbled")
+    write_dataset(folder / "set", 128, longest=100, tasks={"completion": 1, "write": 2}, garbled=("write", 1))
+    spikes = "--on-bad-step skip --loss-spike-factor 6 --loss-spike-window 16 --lr 1e-2 --global-batch-size 4"
+    spikes = f"{spikes} --train-iters 30 --eval-interval 100"
+    lost = "--eval-interval 100 --save-interval 1"
+    words = [
+        f"--save {folder}/whole {spikes}",
+        f"--save {folder}/resumed --exit-interval 20 {spikes}",
+        f"--save {folder}/resumed --load {folder}/resumed {spikes}",
+        f"--save {folder}/lost --train-iters 2 {lost}",
+        f"--save {folder}/lost --load {folder}/lost --train-iters 6 --lr 1e30 --clip-grad 0 {lost}",
+    ]
+    with reserved_ports(len(words)) as ports:
+        runs = [(each, "llama", port) for each, port in zip(words, ports, strict=True)]
+        (errors,) = run_on_ranks(1, _run, str(folder / "set"), runs, 1)
+    return folder, errors
+
+
+def test_a_loss_that_jumps_names_the_garbled_sample_also_after_a_resume(garbled):
+    folder, errors = garbled
+    assert errors[:3] == [None] * 3
+    found = events(folder / "whole", "bad step")
+    assert found
+    kept = json.loads((folder / "set_dataset.json").read_text())["tasks"][0]["kept"]
+    for event in found:
+        assert event["reason"].startswith("the loss of task write is 5.")
+        assert event["samples"][0]["sample"] == kept + 1
+        assert event["slices"]["not_finite"] == 0
+    # the windows are part of the checkpoint
+    assert max(event["step"] for event in found) > 20
+    assert events(folder / "resumed", "bad step") == found
+
+
+def test_the_advice_names_the_last_checkpoint_whose_weights_had_a_finite_step(garbled):
+    folder, errors = garbled
+    line, code = errors[4]
+    assert code == 11
+    assert line.startswith(
+        "step 4: the gradient norm is nan; it updated nothing. Every sample of the batch has a finite"
+    )
+    assert (folder / "lost" / "iter_0000003").is_dir()
+    advice = f"continue from {folder}/lost/iter_0000002 with --load {folder}/lost --ckpt-step 2"
+    assert f"{advice}, since later ones have the weights that diverged" in line
