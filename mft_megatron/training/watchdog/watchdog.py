@@ -42,10 +42,13 @@ GRACE, SUCCESSION, DEADLINE = 2.0, 2.7, 4.0
 FAREWELL = 0.4
 # the longest time between two looks at the marks, and between two notices of a rank that makes progress
 LONGEST_TICK, LONGEST_BEAT = 0.5, 10.0
+# the same until this rank, and until every rank, has posted a notice: a rank may hang soon after the start
+FIRST_TICK, FIRST_BEAT = 0.05, 0.2
 # this much of a limit without progress makes a rank look for an alarm of another one
 SUSPICION = 0.5
 ALARM, FOLDER, SPEAKER, SPOKEN, KILLED = "alarm", "folder", "speaker", "spoken", "killed"
 NOBODY = "nobody"
+WITHOUT_MESSAGE = "ended without a message, as a killed process does"
 
 
 class Watchdog:
@@ -98,13 +101,14 @@ class Watchdog:
                 self._post(LEFT, in_a_line(error))
             if killed and (0 in killed or self._agree(KILLED, str(self._rank)) == str(self._rank)):
                 places = "; ".join(f"{rank}: process {one.pid} on {one.host}" for rank, one in killed.items())
-                self._say(f"error: {ranks_text(killed)} ended without a message, as a killed process does ({places})")
+                how = "have ended; one that printed no error was killed" if 0 in killed else WITHOUT_MESSAGE
+                self._say(f"error: {ranks_text(killed)} {how} ({places})")
         for errands in self._errands.values():
             errands.close(patience=0.1)
 
     def _watch(self) -> None:
         beaten, before = -self._beat, time.monotonic()
-        while not self._over.wait(self._tick):
+        while not self._over.wait(self._tick if self._board is None or self._board.connected else FIRST_TICK):
             now = time.monotonic()
             position = progress_marks.position()
             if position.mark is self._mark:
@@ -122,7 +126,7 @@ class Watchdog:
             if self._idle > SUSPICION * self._limits.shortest and self._ask(self._has(ALARM), 0.5):
                 self._end(position, limit)
                 return
-            if now - beaten >= self._beat:
+            if now - beaten >= (self._beat if self._first else min(self._beat, FIRST_BEAT)):
                 beaten = now
                 self._post(RUNNING, patience=0)
                 if not self._first and self._ask(self._board.complete, 0.5):
@@ -197,9 +201,10 @@ class Watchdog:
 
     def _killed(self) -> dict[int, Notice]:
         """Ranks of this machine whose process is gone and said nothing: the error of one that loses them says less."""
-        gone = {rank: one for rank, one in self._first.items() if self._state(one) == process_state.GONE}
-        if 0 in gone:  # others that ended could no longer say why
-            return {0: gone[0]}
+        known = self._first or self._notices()
+        gone = {rank: one for rank, one in known.items() if self._state(one) == process_state.GONE}
+        if 0 in gone:  # with the store: which of these have said why is not known
+            return gone
         said = self._notices(gone) if gone else {}
         return {rank: one for rank, one in gone.items() if rank not in said or said[rank].state == RUNNING}
 
