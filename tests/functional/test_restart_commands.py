@@ -2,11 +2,13 @@
 
 import json
 
+import pytest
+
 from mft_megatron import exit_codes
 from mft_megatron.run_folder.outcome import read_outcome
 from tests.command_lines import SMALL
-from tests.ranks import run_forked
-from tests.run_records import records
+from tests.ranks import ROOT, run_forked, torchrun
+from tests.run_records import events, records
 
 RUN = f"{SMALL} --micro-batch-size 1 --global-batch-size 2 --lr 1e-3 --log-interval 1 --eval-interval 2".split()
 
@@ -47,3 +49,52 @@ def test_a_run_that_gets_no_further_is_not_started_again(dataset_prefix, tmp_pat
     (tmp_path / "starts.json").unlink()
     process, outcome = run(dataset_prefix, tmp_path, *words)
     assert (process.returncode, *outcome[:2]) == (0, 0, 2), process.stderr
+
+
+FAILING = """
+import os, runpy, signal, sys
+
+sys.path.insert(0, {root!r})
+if __name__ == "__main__":
+    from mft_megatron.mcore.trainer import Trainer
+
+    train_step, steps = Trainer.train_step, []
+
+    def step(self, *arguments):
+        steps.append(1)
+        if len(steps) == 4 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if len(steps) == 3 and "SIGNAL_LAUNCHER" in os.environ and os.environ["RANK"] == "0":
+            os.kill(os.getppid(), signal.SIGTERM)
+        return train_step(self, *arguments)
+
+    Trainer.train_step = step
+    sys.argv[0] = {root!r} + "/pretrain_mft.py"
+    runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture
+def failing(tmp_path):
+    """A script that runs ``pretrain_mft.py``, of which rank 1 is killed in the fourth step of the first attempt."""
+    (tmp_path / "failing.py").write_text(FAILING.format(root=str(ROOT)))
+    return tmp_path / "failing.py"
+
+
+@pytest.mark.slow
+def test_torchrun_starts_the_ranks_again_and_they_go_on(dataset_prefix, tmp_path, failing):
+    words = ["--data-path", dataset_prefix, "--save", tmp_path / "run", "--auto-resume", "--train-iters", 5]
+    process = torchrun(2, "--max-restarts=1", failing, *RUN, *words, "--save-interval", 2)
+    assert process.returncode == 0, process.stderr
+    assert [(record["event"], record["step"]) for record in events(tmp_path / "run", "load")] == [("load", 2)]
+    assert read_outcome(tmp_path / "run").name == "finished"
+
+
+@pytest.mark.slow
+def test_a_signal_to_torchrun_saves_and_leaves(dataset_prefix, tmp_path, failing, monkeypatch):
+    monkeypatch.setenv("SIGNAL_LAUNCHER", "1")
+    words = ["--data-path", dataset_prefix, "--save", tmp_path / "run", "--auto-resume", "--train-iters", 50]
+    torchrun(2, failing, *RUN, *words)
+    outcome = read_outcome(tmp_path / "run")
+    assert (outcome.name, outcome.reason) == ("left", "a rank got SIGTERM")
+    assert (tmp_path / "run" / f"iter_{outcome.step:07}").is_dir()
