@@ -126,7 +126,7 @@ def test_on_the_same_layout_a_resumed_run_is_bit_equal(exact, name):
 QUICKLY = {"llama": ("MB2", "DP2", "CP2")}
 ALL = {
     "llama": ("TP2 SP", "PP2 VPP2", "DP2 overlap", "TP2 PP2", "CP2 TP2 SP", "PP2 DP2", "CP2 DP2", "DP4"),
-    "experts": ("MB2", "DP2 EP2 alltoall", "TP2 SP DP2 EP2 alltoall"),
+    "experts": ("MB2", "DP2 EP2 alltoall", "TP2 SP DP2 EP2 ETP1 alltoall"),
 }
 # the layout that saves
 WRITERS = {"llama": "TP2 SP", "experts": "MB1"}
