@@ -50,24 +50,23 @@ class BuildExtension(build_ext):
             )
 
 
+def extension(name, *sources):
+    """One of the modules in C++ of ``mft_megatron.data``, from its sources and the header of the last one."""
+    files = [f"csrc/{source}.cpp" for source in sources]
+    return Pybind11Extension(
+        f"mft_megatron.data.{name}",
+        files,
+        depends=[f"csrc/{sources[-1]}.hpp"],
+        cxx_std=17,
+        extra_compile_args=["-O3", "-Wall", "-Wextra", *FLAGS],
+        extra_link_args=FLAGS,
+    )
+
+
 setuptools.setup(
     ext_modules=[
-        Pybind11Extension(
-            "mft_megatron.data._sample_index",
-            ["csrc/bindings.cpp", "csrc/orders.cpp", "csrc/sample_index.cpp"],
-            depends=["csrc/sample_index.hpp"],
-            cxx_std=17,
-            extra_compile_args=["-O3", "-Wall", "-Wextra", *FLAGS],
-            extra_link_args=FLAGS,
-        ),
-        Pybind11Extension(
-            "mft_megatron.data._mapped_files",
-            ["csrc/mapped_files_bindings.cpp", "csrc/mapped_files.cpp"],
-            depends=["csrc/mapped_files.hpp"],
-            cxx_std=17,
-            extra_compile_args=["-O3", "-Wall", "-Wextra", *FLAGS],
-            extra_link_args=FLAGS,
-        ),
+        extension("_sample_index", "bindings", "orders", "sample_index"),
+        extension("_mapped_files", "mapped_files_bindings", "mapped_files"),
     ],
     cmdclass={"build_ext": BuildExtension},
 )

@@ -92,20 +92,6 @@ def enter(phase: Phase) -> None:
         _watch.enter(phase)
 
 
-@contextlib.contextmanager
-def shielded() -> Iterator[None]:
-    """Let processes that are started inside the block never see the watched signals, which a scheduler sends to all.
-
-    For helpers that a save needs, and that end with this process in another way.
-    """
-    blocked = _watch.numbers if _watch is not None else []
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 class _Watch:
     def __init__(self, before_leaving: BeforeLeaving, hopeless: Callable[[], str | None]):
         self._before_leaving, self._hopeless = before_leaving, hopeless
@@ -119,11 +105,6 @@ class _Watch:
         self._thread = threading.Thread(target=self._listen, name="exit signals", daemon=True)
         self._thread.start()
         multiprocessing.util.register_after_fork(self, _Watch._in_forked_process)
-
-    @property
-    def numbers(self) -> list[int]:
-        """The watched signals."""
-        return list(self._before)
 
     def add(self, names: Sequence[str]) -> None:
         """Watch these signals too."""
