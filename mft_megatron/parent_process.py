@@ -5,7 +5,6 @@ is started in their place, and hold its pipes open. So each asks the kernel to b
 do that, and looks every second in a thread whether the parent is still there, for what the kernel does not cover.
 """
 
-import contextlib
 import ctypes
 import os
 import signal
@@ -15,7 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mft_megatron import launcher
+from mft_megatron import launcher, process_table
 
 # the option of Linux's prctl that sets the signal a process gets when its parent ends
 _PR_SET_PDEATHSIG = 1
@@ -129,10 +128,8 @@ def _parent_of(process: int) -> int:
     """Process id of the parent of a process; 0 where it has ended or cannot be asked."""
     if process == os.getpid():
         return os.getppid()
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        # the name of the program, in parentheses, may contain anything
-        return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
-    return 0
+    entry = process_table.look_up(process)
+    return 0 if entry is None else entry.parent
 
 
 def _environment_of(process: int) -> list[bytes]:

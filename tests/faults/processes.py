@@ -7,6 +7,8 @@ import signal
 import time
 from pathlib import Path
 
+from mft_megatron import process_table
+
 PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -21,11 +23,9 @@ def parents() -> dict[int, int]:
     found = {}
     for entry in os.scandir("/proc"):
         if entry.name.isdigit():
-            with contextlib.suppress(OSError):
-                # the name in parentheses may contain anything, blanks too
-                state, parent = Path(entry.path, "stat").read_text().rpartition(")")[2].split()[:2]
-                if state not in "ZX":
-                    found[int(entry.name)] = int(parent)
+            process = process_table.look_up(int(entry.name))
+            if process is not None and not process.ended:
+                found[int(entry.name)] = process.parent
     return found
 
 
@@ -57,8 +57,8 @@ def describe(process: int) -> str:
     with contextlib.suppress(OSError):
         folder = Path("/proc", str(process))
         words = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-        state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
-        return f"{process} [{state}] {words[:160]}"
+        entry = process_table.look_up(process)
+        return f"{process} [{entry.state if entry else '?'}] {words[:160]}"
     return f"{process} (gone)"
 
 

@@ -1,6 +1,5 @@
 """The record of a run folder's owner, ``owner.json``: which process of which machine, and since when."""
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -9,6 +8,8 @@ import time
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
+
+from mft_megatron import process_table
 
 # variables with the number of a job, by scheduler
 _JOBS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID")
@@ -57,6 +58,7 @@ class OwnerRecord:
 
 def this_process(what: str, environment: Mapping[str, str] = os.environ) -> OwnerRecord:
     """Describe this process as an owner from now on."""
+    entry = process_table.look_up(os.getpid())
     return OwnerRecord(
         host=socket.gethostname(),
         pid=os.getpid(),
@@ -65,7 +67,7 @@ def this_process(what: str, environment: Mapping[str, str] = os.environ) -> Owne
         job=next((environment[name] for name in _JOBS if name in environment), ""),
         boot=_first_line(Path("/proc/sys/kernel/random/boot_id")),
         pid_namespace=_link(Path("/proc/self/ns/pid")),
-        started=start_of(os.getpid()) or 0,
+        started=0 if entry is None else entry.started,
         token=uuid.uuid4().hex,
     )
 
@@ -87,25 +89,16 @@ def is_running(record: OwnerRecord) -> bool:
     """Whether the process of a record with the same process ids as this one is running, or stopped, and not ended."""
     if record.pid <= 0:
         return False
-    started = start_of(record.pid)
-    if started is not None:
-        return started == record.started
+    entry = process_table.look_up(record.pid)
+    if entry is not None:
+        return entry.started == record.started and not entry.ended
     try:
         os.kill(record.pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:  # a process of another user, whom the machine hides
         return True
-    return not Path("/proc/self/stat").exists()  # a process that has ended, and that nobody has waited for
-
-
-def start_of(process: int) -> int | None:
-    """When a process started, in ticks of the kernel; ``None`` if it has ended or cannot be asked."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        # the name of the program, in parentheses, may contain anything
-        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-        return None if fields[0] in "ZX" else int(fields[19])
-    return None
+    return not process_table.is_shown()
 
 
 def _first_line(file: Path) -> str:

@@ -1,7 +1,8 @@
-"""The state of a process of this machine, as Linux's ``/proc`` shows it."""
+"""States of processes of this machine in words."""
 
 import os
-from pathlib import Path
+
+from mft_megatron import process_table
 
 STOPPED, GONE = "stopped by a signal", "gone"
 _STATES = {"T": STOPPED, "t": "stopped by a debugger", "D": "waits for a disk or a device", "Z": GONE, "X": GONE}
@@ -9,8 +10,8 @@ _STATES = {"T": STOPPED, "t": "stopped by a debugger", "D": "waits for a disk or
 
 def born(pid: int) -> int:
     """When a process began, in clock ticks since the start of the machine; 0 where that is not known."""
-    found = _fields(pid)
-    return int(found[19]) if found else 0
+    entry = process_table.look_up(pid)
+    return 0 if entry is None else entry.started
 
 
 def state_of(pid: int, since: int) -> str | None:
@@ -23,20 +24,12 @@ def state_of(pid: int, since: int) -> str | None:
     Returns:
         ``None`` for a process that runs or sleeps, and where nothing can be known.
     """
-    if not since or not Path("/proc/self/stat").exists():
+    if not since or not process_table.is_shown():
         return None
-    found = _fields(pid)
-    if not found or int(found[19]) != since:
+    entry = process_table.look_up(pid)
+    if entry is None or entry.started != since:
         return GONE
-    return _STATES.get(found[0])
-
-
-def _fields(pid: int) -> list[str]:
-    """Fields of ``/proc/PID/stat`` from the state on; empty if there is no such process."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (OSError, ValueError):
-        return []
+    return _STATES.get(entry.state)
 
 
 def this_process() -> tuple[int, int]:
