@@ -10,13 +10,14 @@ import json
 import os
 import socket
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from mft_megatron import utc
 from mft_megatron.disk_errors import explain
 from mft_megatron.errors import InputError
 from mft_megatron.exit_codes import FAILED, NAMES, OWNED
+from mft_megatron.parsing.typed_json import from_json, parse_json
 
 from .names import OUTCOME
 from .replace_text import replace_text
@@ -92,13 +93,13 @@ def read_outcome(folder: Path | str) -> Outcome | None:
     """
     file = Path(folder) / OUTCOME
     try:
-        content = json.loads(file.read_text())
-        outcome = Outcome(**content)
+        outcome = from_json(Outcome, parse_json(file))
+        utc.moment_of(outcome.time)
         if outcome.name != NAMES.get(-1 if outcome.code is None else outcome.code, RUNNING):
             raise ValueError(f"code {outcome.code} and name {outcome.name!r} differ")
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise InputError(f"{file}: not an outcome of a run ({error}); remove it, the next start writes it") from None
     return outcome
 
@@ -137,8 +138,7 @@ def _known(folder: Path) -> Outcome | None:
 def _write(folder: Path, name: str, code: int | None, reason: str, step: int | None, quiet: bool = False) -> None:
     if not folder.is_dir():
         return
-    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    reason = " ".join(reason.split())
+    now, reason = utc.text_of(utc.now()), " ".join(reason.split())
     outcome = Outcome(name, code, reason, step, now, socket.gethostname(), os.getpid(), start_name(os.environ))
     try:
         replace_text(folder / OUTCOME, json.dumps(dataclasses.asdict(outcome), indent=2) + "\n")

@@ -13,8 +13,10 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from mft_megatron import utc
 from mft_megatron.errors import InputError
 from mft_megatron.exit_codes import DAMAGED, DIVERGED, FAILED, NAMES, NO_PROGRESS, STALLED
+from mft_megatron.parsing.typed_json import from_json, parse_json
 
 from .names import STARTS
 from .outcome import LOST_RANK, read_outcome, record_running, start_name
@@ -65,9 +67,9 @@ def begin_start(folder: Path | str, step: int, options: str, now: datetime.datet
         InputError: the run does not get further, with the exit code NO_PROGRESS.
         OSError: the files cannot be written.
     """
-    folder, moment = Path(folder), now or datetime.datetime.now(datetime.timezone.utc)
+    folder, moment = Path(folder), now or utc.now()
     before = _ended(folder, _read(folder))
-    this = RunStart(start_name(os.environ), moment.strftime("%Y-%m-%dT%H:%M:%SZ"), step, options)
+    this = RunStart(start_name(os.environ), utc.text_of(moment), step, options)
     content = [dataclasses.asdict(one) for one in [*before, this][-_REMEMBERED:]]
     replace_text(folder / STARTS, json.dumps(content, indent=1) + "\n")
     record_running(folder, step)
@@ -105,7 +107,7 @@ def without_progress(starts: Sequence[RunStart], options: str) -> list[RunStart]
         if not of_its_own and one.code not in (None, FAILED):
             continue
         all_of_them.append(one)
-        if of_its_own or _moment(one.last_seen) - _moment(one.time) >= ENOUGH_TIME:
+        if of_its_own or utc.moment_of(one.last_seen) - utc.moment_of(one.time) >= ENOUGH_TIME:
             errors.append(one)
     if len(errors) >= ERRORS:
         return errors
@@ -131,13 +133,9 @@ def _ended(folder: Path, starts: list[RunStart]) -> list[RunStart]:
 def _read(folder: Path) -> list[RunStart]:
     """The starts that the file has; none where it is missing or damaged: it only ever ends a run that is stuck."""
     try:
-        starts = [RunStart(**one) for one in json.loads((folder / STARTS).read_text())]
-        for one in starts:
-            _moment(one.time)
+        starts = [from_json(RunStart, one) for one in parse_json(folder / STARTS)]
+        for moment in (moment for one in starts for moment in (one.time, one.last_seen) if moment):
+            utc.moment_of(moment)
         return starts
     except (OSError, ValueError, TypeError):
         return []
-
-
-def _moment(text: str) -> datetime.datetime:
-    return datetime.datetime.strptime(text, "%Y-%m-%dT%H:%M:%SZ")

@@ -71,7 +71,10 @@ def test_a_full_disk_is_a_line(tmp_path, monkeypatch, capsys):
     assert "the outcome is storage" in line
 
 
-@pytest.mark.parametrize("change", ["{", "[]", '{"name": "left"}', {"code": 2}, {"name": "running"}, {"more": 1}])
+@pytest.mark.parametrize(
+    "change",
+    ["{", "[]", '{"name": "left"}', {"code": 2}, {"name": "running"}, {"more": 1}, {"step": "7"}, {"time": "7"}],
+)
 def test_a_damaged_file_is_named(tmp_path, change):
     record_outcome(tmp_path, exit_codes.LEFT, "SIGTERM", 7)
     file = tmp_path / "outcome.json"

@@ -4,12 +4,12 @@ import dataclasses
 import json
 import os
 import socket
-import time
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
-from mft_megatron import process_table
+from mft_megatron import process_table, utc
+from mft_megatron.parsing.typed_json import from_json
 
 # variables with the number of a job, by scheduler
 _JOBS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID")
@@ -62,7 +62,7 @@ def this_process(what: str, environment: Mapping[str, str] = os.environ) -> Owne
     return OwnerRecord(
         host=socket.gethostname(),
         pid=os.getpid(),
-        since=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        since=utc.text_of(utc.now()),
         what=what,
         job=next((environment[name] for name in _JOBS if name in environment), ""),
         boot=_first_line(Path("/proc/sys/kernel/random/boot_id")),
@@ -76,11 +76,7 @@ def parse(text: str) -> OwnerRecord:
     """Read a record; of one that is damaged, or has only been begun, nothing but that there is one is known."""
     try:
         content = json.loads(text)
-        record = OwnerRecord(**{field.name: content[field.name] for field in dataclasses.fields(OwnerRecord)})
-        numbers = (record.pid, record.started)
-        if any(type(value) is not (int if value in numbers else str) for value in dataclasses.astuple(record)):
-            raise ValueError
-        return record
+        return from_json(OwnerRecord, {field.name: content[field.name] for field in dataclasses.fields(OwnerRecord)})
     except (ValueError, KeyError, TypeError, RecursionError):
         return OwnerRecord(host="", pid=0, since="an unknown time", what="something", token="damaged")
 
