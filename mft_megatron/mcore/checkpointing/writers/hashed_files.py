@@ -1,4 +1,8 @@
-"""The file system of torch's checkpoint writers, with files that are hashed while they are written."""
+"""The file system of torch's checkpoint writers, with files that are hashed while they are written.
+
+torch synchronises the index of a checkpoint while its bytes are still in the process's buffer, so here each file is
+synchronised when it is complete.
+"""
 
 import contextlib
 import os
@@ -23,7 +27,7 @@ class HashedFileSystem(FileSystem):
 
     @contextlib.contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[object]:  # type: ignore[override]
-        """Open a file."""
+        """Open a file; one that was written is on the disk when the block ends."""
         if mode != "wb":
             with super().create_stream(path, mode) as stream:
                 yield stream
@@ -31,6 +35,8 @@ class HashedFileSystem(FileSystem):
         buffer, file = create_hashed(path)
         with buffer:
             yield buffer
+            buffer.flush()
+            os.fsync(file.fileno())
         self._files[Path(path).name] = file.result()
 
     def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
