@@ -4,17 +4,16 @@ The index ``.metadata`` says where in which ``.distcp`` file each slice is. Neit
 and no code in a checkpoint is executed.
 """
 
-import re
 import zipfile
 from pathlib import Path
 
 from mft_megatron.common_state import COMMON, INDEX
 from mft_megatron.parsing.inert_pickle import InertUnpickler
 
+from .names import checkpoint_folders
+
 # Megatron-Core's file that says which kind of checkpoint it is
 FORMAT = "metadata.json"
-# copies under other names are not those of a run
-NAME = re.compile(r"iter_\d{7,}")
 
 
 def damage(path: Path) -> str | None:
@@ -55,9 +54,8 @@ def remedy(path: Path, description: str | None) -> str:
             not exist.
         description: a file that a whole checkpoint has besides those of its index, if any.
     """
-    others = [other for other in path.parent.glob("iter_*") if NAME.fullmatch(other.name) and other.is_dir()]
-    others = sorted((other for other in others if other != path), reverse=True)
-    for other in others:
+    others = [other for other in checkpoint_folders(path.parent) if other != path]
+    for other in reversed(others):
         if (description is None or (other / description).is_file()) and damage(other) is None:
             step = other.name.removeprefix("iter_").lstrip("0") or "0"
             return f"{other.name} is whole: give {other} instead, or with --load in training --ckpt-step {step}"

@@ -1,13 +1,22 @@
 """Checkpoints of a run folder: the newest, the best, or that of an iteration."""
 
+import contextlib
 from pathlib import Path
 
 from mft_megatron.errors import InputError
-from mft_megatron.run_folder.files import NAME, remedy
 
 from .description import CheckpointInfo, CheckpointRef, is_of_megatron, read_info
+from .files import remedy
 from .manifest import DamagedCheckpointError
-from .names import BEST, INFO, TRACKER, complete_checkpoints, iteration_folder
+from .names import (
+    BEST,
+    INFO,
+    TRACKER,
+    checkpoint_folders,
+    complete_checkpoints,
+    is_iteration_folder,
+    iteration_folder,
+)
 from .publishing import restore_replaced
 
 # digits of an iteration; more are damage
@@ -68,8 +77,7 @@ def earlier_checkpoint(path: Path, instead_of: tuple[str, ...]) -> CheckpointRef
         path: folder of a damaged checkpoint; it need not exist.
         instead_of: what is wrong with it and with those that are newer; what is wrong with others is added.
     """
-    others = [other for other in path.parent.glob("iter_*") if NAME.fullmatch(other.name) and other.is_dir()]
-    for other in sorted((other for other in others if other.name < path.name), reverse=True):
+    for other in (other for other in reversed(checkpoint_folders(path.parent)) if other.name < path.name):
         try:
             return CheckpointRef(other, _own_info(other), instead_of)
         except DamagedCheckpointError as error:
@@ -77,6 +85,15 @@ def earlier_checkpoint(path: Path, instead_of: tuple[str, ...]) -> CheckpointRef
         except InputError as error:  # of another version or program
             instead_of = (*instead_of, str(error))
     return None
+
+
+def described_checkpoints(folder: Path) -> list[CheckpointRef]:
+    """All checkpoints in the run folder ``folder`` with a readable description of their own, oldest first."""
+    found = []
+    for path in checkpoint_folders(folder):
+        with contextlib.suppress(InputError):  # unfinished, damaged, or written by another program
+            found.append(CheckpointRef(path, _own_info(path)))
+    return found
 
 
 def best_checkpoint(folder: Path | str, option: str = "--load") -> CheckpointRef:
@@ -171,7 +188,7 @@ def _own_info(path: Path, option: str = "--load") -> CheckpointInfo:
         DamagedCheckpointError: it is the description of another iteration.
     """
     info = read_info(path, option)
-    if NAME.fullmatch(path.name) and path.name != iteration_folder(path.parent, info.iteration).name:
+    if is_iteration_folder(path) and path.name != iteration_folder(path.parent, info.iteration).name:
         raise DamagedCheckpointError(f"{path}: its description is that of iteration {info.iteration}")
     return info
 

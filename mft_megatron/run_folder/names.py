@@ -25,6 +25,7 @@ A checkpoint gets its name when all of it is on the disk. The description is its
 checkpoint. The files that name a checkpoint are written after it, and the checkpoints that they name are never removed.
 """
 
+import re
 from pathlib import Path
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -42,6 +43,8 @@ LEFT_OUT = "left_out.json"
 TENSORBOARD = "tensorboard"
 TOKENIZER = "tokenizer"
 HUGGINGFACE = "huggingface"
+# copies under other names are not checkpoints of the run
+_CHECKPOINT = re.compile(r"iter_\d{7,}")
 
 
 def iteration_folder(folder: Path, iteration: int) -> Path:
@@ -55,6 +58,17 @@ def is_checkpoint(folder: Path | str) -> bool:
     return folder.name.startswith("iter_") or (folder / TRACKER).exists() or bool(complete_checkpoints(folder))
 
 
+def is_iteration_folder(path: Path) -> bool:
+    """Whether a path has the name of an :func:`iteration_folder`."""
+    return _CHECKPOINT.fullmatch(path.name) is not None
+
+
+def checkpoint_folders(folder: Path) -> list[Path]:
+    """Folders of a run folder that have the names of checkpoints, complete or not, in the order of their iterations."""
+    found = [path for path in folder.glob("iter_*") if is_iteration_folder(path) and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("iter_")))
+
+
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints in a run folder, whatever its files say of them, in the order of their names."""
-    return sorted(file.parent for file in folder.glob(f"iter_*/{INFO}"))
+    """The complete checkpoints in a run folder, whatever its files say of them, in the order of their iterations."""
+    return [path for path in checkpoint_folders(folder) if (path / INFO).is_file()]

@@ -3,10 +3,8 @@
 import shutil
 from pathlib import Path
 
-from mft_megatron.errors import InputError
-
 from .description import CheckpointRef, read_info
-from .found import best_checkpoint, latest_checkpoint
+from .found import best_checkpoint, described_checkpoints, latest_checkpoint
 from .names import BEST, iteration_folder
 from .publishing import set_aside
 from .replace_text import replace_text
@@ -58,7 +56,7 @@ def not_kept(folder: Path, last: int | None, interval: int | None) -> list[Path]
 
 
 def _unnamed(folder: Path) -> list[CheckpointRef]:
-    """Complete checkpoints of the run in ``folder`` except the newest and the best, in the order of their names."""
+    """Complete checkpoints of the run in ``folder`` except the newest and the best, oldest first."""
     named = [latest_checkpoint(folder).path]
     if (folder / BEST).is_file():
         named.append(best_checkpoint(folder).path)
@@ -66,19 +64,8 @@ def _unnamed(folder: Path) -> list[CheckpointRef]:
 
 
 def _complete(folder: Path) -> list[CheckpointRef]:
-    """Complete checkpoints of the run in ``folder``, in the order of their names; no links and no copies."""
-    found = []
-    for path in sorted(folder.glob("iter_*")):
-        if path.is_symlink() or not path.is_dir():
-            continue
-        try:
-            info = read_info(path)
-        except InputError:  # unfinished, or written by another program
-            continue
-        # A copy that the user made under another name has the iteration of its original.
-        if path == iteration_folder(folder, info.iteration):
-            found.append(CheckpointRef(path, info))
-    return found
+    """Complete checkpoints of the run in ``folder``, oldest first; no links, whose content may not be its own."""
+    return [found for found in described_checkpoints(folder) if not found.path.is_symlink()]
 
 
 def remove_checkpoint(path: Path) -> None:

@@ -126,8 +126,8 @@ def _ended(folder: Path, starts: list[RunStart]) -> list[RunStart]:
     if outcome is None or outcome.start != last.start:
         return [*others, dataclasses.replace(last, reached=max(last.reached, last.step), last_seen=last.time)]
     reached = max(last.step, outcome.step or 0)
-    end = {"code": outcome.code, "reason": outcome.reason, "reached": reached, "last_seen": outcome.time}
-    return [*others, dataclasses.replace(last, **end)]
+    ended = dataclasses.replace(last, code=outcome.code, reason=outcome.reason, reached=reached, last_seen=outcome.time)
+    return [*others, ended]
 
 
 def _read(folder: Path) -> list[RunStart]:

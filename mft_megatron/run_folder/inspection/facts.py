@@ -10,7 +10,7 @@ from mft_megatron.errors import InputError
 from mft_megatron.parsing.inert_pickle import InertUnpickler
 from mft_megatron.run_folder.description import CheckpointInfo, read_info
 from mft_megatron.run_folder.manifest import DamagedCheckpointError, read_manifest
-from mft_megatron.run_folder.names import BEST, INFO, MANIFEST, TRACKER, iteration_folder
+from mft_megatron.run_folder.names import BEST, INFO, MANIFEST, TRACKER, checkpoint_folders, iteration_folder
 from mft_megatron.run_folder.outcome import read_outcome
 from mft_megatron.run_folder.owner.owner import describe_owner
 from mft_megatron.run_folder.verification import verify
@@ -83,7 +83,7 @@ def run_facts(folder: Path, level: str) -> tuple[Facts, list[Checkpoint]]:
     Raises:
         InputError: there is no checkpoint in it.
     """
-    paths = sorted(path for path in folder.glob("iter_*") if path.is_dir() and not path.is_symlink())
+    paths = [path for path in checkpoint_folders(folder) if not path.is_symlink()]
     if not paths:
         raise InputError(f"{folder}: no checkpoint is there; give a folder that --save wrote, or one iter_ folder")
     checkpoints = []

@@ -9,19 +9,17 @@ from mft_megatron.errors import InputError
 from mft_megatron.exit_codes import DIVERGED
 from mft_megatron.mcore.parallel import process_groups
 from mft_megatron.run_folder.description import CheckpointRef, read_info
+from mft_megatron.run_folder.found import described_checkpoints
 from mft_megatron.run_folder.names import iteration_folder
 
 
 def last_checkpoint(folder: Path, most: int) -> CheckpointRef | None:
     """The newest complete checkpoint of at most ``most`` steps in a run folder; ``None`` if there is none."""
-    for path in sorted(folder.glob("iter_*"), reverse=True):
-        try:
-            info = read_info(path)
-        except InputError:  # unfinished or damaged
-            continue
-        if path.name == f"iter_{info.iteration:07d}" and info.iteration <= most:
-            return CheckpointRef(path, info)
-    return None
+    return max(
+        (found for found in described_checkpoints(folder) if found.info.iteration <= most),
+        key=lambda found: found.info.iteration,
+        default=None,
+    )
 
 
 def good_checkpoint(arguments: Arguments, most: int) -> CheckpointRef | None:
