@@ -19,7 +19,11 @@ exit "$RETURNS"
 """
 PROGRAMS = {
     "srun": SRUN,
-    "scontrol": '#!/bin/bash\n[ "$1" = show ] && echo node1 && exit; echo "scontrol $@" >> "$LOG"\n',
+    "scontrol": """#!/bin/bash
+[ "$1" = show ] && echo node1 && exit
+echo "scontrol $@" >> "$LOG"
+exit "${SCONTROL_RETURNS:-0}"
+""",
     # tools/inspect_checkpoint.py DIR --outcome
     "python": '#!/bin/bash\nexit "$(cat "$2/outcome.json")"\n',
 }
@@ -57,14 +61,15 @@ def test_the_outcome_decides_and_not_what_the_launcher_returns(job, tmp_path, la
     assert requeued(tmp_path) == (code in (exit_codes.FAILED, exit_codes.LEFT, exit_codes.STALLED))
     called = (tmp_path / "log").read_text()
     assert f"pretrain_mft.py --save {tmp_path}/run --auto-resume --lr 1" in called
-    assert ("--rdzv-endpoint node1:29500" in called) == (launcher == "torchrun")
+    assert ("--rdzv-endpoint node1:20007" in called) == (launcher == "torchrun")
 
 
 @pytest.mark.parametrize(("launcher", "returns", "code"), [("srun", 2, 2), ("srun", 1, 1), ("torchrun", 1, 2)])
 def test_an_outcome_of_an_earlier_start_does_not_count(job, tmp_path, launcher, returns, code):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "outcome.json").write_text("10")
-    os.utime(tmp_path / "run" / "outcome.json", (1, 1))
+    # the clock of a file system may be ahead
+    os.utime(tmp_path / "run" / "outcome.json", (4e9, 4e9))
     process = job("", returns, LAUNCHER=launcher)
     process.communicate(timeout=30)
     assert (process.returncode, requeued(tmp_path)) == (code, code == 1)
@@ -76,13 +81,23 @@ def test_the_number_of_starts_is_bounded(job, tmp_path):
     assert (process.returncode, requeued(tmp_path)) == (1, False)
 
 
-def test_the_script_outlives_the_signal_that_ends_the_job(job, tmp_path):
+def test_a_job_that_slurm_ends_is_not_put_back(job, tmp_path):
     process = job(10, returns=0, RUN_FIRST="sleep 1")
     while not (tmp_path / "log").exists():
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=30)
-    assert (process.returncode, requeued(tmp_path)) == (10, True)
+    assert b"Slurm ends the job" in process.communicate(timeout=30)[0]
+    assert (process.returncode, requeued(tmp_path)) == (10, False)
+
+
+def test_each_node_has_one_torchrun_also_where_the_job_has_a_task_for_each_gpu(job, tmp_path):
+    job(0, returns=0, LAUNCHER="torchrun", SLURM_NTASKS="16", SLURM_CPUS_PER_TASK="6").communicate(timeout=30)
+    assert "--ntasks=2 --ntasks-per-node=1 --cpus-per-task=48 " in (tmp_path / "log").read_text()
+
+
+def test_a_job_that_cannot_be_put_back_says_so(job, tmp_path):
+    process = job(1, SCONTROL_RETURNS="1")
+    assert b"does not put the job back" in process.communicate(timeout=30)[0]
 
 
 def test_an_unknown_launcher_is_refused(job, tmp_path):

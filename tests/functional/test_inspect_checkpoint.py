@@ -1,15 +1,17 @@
 """``tools/inspect_checkpoint.py`` shows checkpoints and run folders, and finds damage."""
 
+import dataclasses
 import json
 import shutil
 
 import pytest
 
 from mft_megatron.errors import InputError
-from mft_megatron.exit_codes import DAMAGED, DIVERGED, FAILED, FINISHED
+from mft_megatron.exit_codes import DAMAGED, DIVERGED, FAILED, FINISHED, OWNED
 from mft_megatron.run_folder.inspection.command import inspect_checkpoint
-from mft_megatron.run_folder.names import INFO
+from mft_megatron.run_folder.names import INFO, OWNER
 from mft_megatron.run_folder.outcome import record_outcome, record_running
+from mft_megatron.run_folder.owner.record import this_process
 from mft_megatron.run_folder.retention import record_best
 from tests.ranks import run_tool
 from tests.saved_checkpoints import write_small
@@ -97,12 +99,25 @@ def test_json_has_everything(run):
 
 
 def test_the_outcome_is_the_exit_code(run, capsys):
-    with pytest.raises(InputError, match="no run has recorded an outcome"):
+    with pytest.raises(InputError, match="no run has recorded an outcome there; give a run folder"):
         shown(capsys, run, "--outcome")
     record_running(run, 3)
     assert shown(capsys, run, "--outcome")[0] == FAILED
     record_outcome(run, DIVERGED, "loss is NaN", 30)
     assert shown(capsys, run, "--outcome") == (DIVERGED, ["diverged: loss is NaN"])
+    code, lines = shown(capsys, run, "--outcome", "--json")
+    facts = json.loads("\n".join(lines))
+    assert (code, facts["name"], facts["step"], facts["exit_code"]) == (DIVERGED, "diverged", 30, DIVERGED)
+
+
+def test_a_run_that_goes_on_in_another_job_is_not_a_start_that_was_killed(run, capsys, monkeypatch):
+    record_running(run, 3)
+    (run / OWNER).write_text(json.dumps(dataclasses.asdict(this_process("training", {"SLURM_JOB_ID": "7"}))))
+    for job, code in (("7", FAILED), ("8", OWNED)):
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+        assert shown(capsys, run, "--outcome")[0] == code
+    monkeypatch.delenv("SLURM_JOB_ID")
+    assert shown(capsys, run, "--outcome")[0] == FAILED
 
 
 def test_what_cannot_be_inspected_is_refused(run, tmp_path, capsys):

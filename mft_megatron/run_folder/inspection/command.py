@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mft_megatron.errors import InputError
-from mft_megatron.exit_codes import DAMAGED, FAILED, FINISHED
+from mft_megatron.exit_codes import DAMAGED, FAILED, FINISHED, NAMES, OWNED
 from mft_megatron.options import option, read_options
 from mft_megatron.run_folder.outcome import read_outcome
+from mft_megatron.run_folder.owner.owner import owner_in_another_job
 from mft_megatron.run_folder.verification import AUTO, LEVELS, SIZES
 
 from .facts import checkpoint_facts, run_facts
@@ -32,7 +33,9 @@ class InspectOptions:
     )
     json: bool = option(False, "Print everything as one JSON object.")
     outcome: bool = option(
-        False, "Print how the newest start of the run in DIR ended, and exit with its code: for job scripts."
+        False,
+        "Print how the newest start of the run in DIR ended, and exit with its code: for job scripts. A start that was "
+        "killed before it could say how it ended has code 1; one that runs in another job than the command has 16.",
     )
 
 
@@ -53,7 +56,7 @@ def inspect_checkpoint(command_line: Sequence[str]) -> int:
     if not folder.is_dir():
         raise InputError(f"{folder}: is no folder; give a folder that --save wrote, or one iter_ folder")
     if options.outcome:
-        return _print_outcome(folder)
+        return _print_outcome(folder, options.json)
     if folder.name.startswith("iter_"):
         checkpoints = [checkpoint_facts(folder, options.verify or AUTO)]
         facts, lines = checkpoints[0].facts(), describe_checkpoint(checkpoints[0])
@@ -66,10 +69,22 @@ def inspect_checkpoint(command_line: Sequence[str]) -> int:
     return DAMAGED if any(checkpoint.damage is not None for checkpoint in checkpoints) else FINISHED
 
 
-def _print_outcome(folder: Path) -> int:
-    """Print the outcome of a run; returns its exit code, or that of a failure where the run has not ended."""
+def _print_outcome(folder: Path, as_json: bool) -> int:
+    """Print the outcome of a run.
+
+    Returns:
+        its exit code; where the run has not ended, that of a failure, or of a folder that another job owns.
+
+    Raises:
+        InputError: none was recorded.
+    """
     outcome = read_outcome(folder)
     if outcome is None:
-        raise InputError(f"{folder}: no run has recorded an outcome there")
-    print(f"{outcome.name}: {outcome.reason}")
-    return FAILED if outcome.code is None else outcome.code
+        raise InputError(f"{folder}: no run has recorded an outcome there; give a run folder, which --save wrote")
+    code, line = outcome.code, f"{outcome.name}: {outcome.reason}"
+    if code is None:
+        code, owner = FAILED, owner_in_another_job(folder)
+        if owner is not None:
+            code, line = OWNED, f"{NAMES[OWNED]}: {owner}"
+    print(json.dumps({**dataclasses.asdict(outcome), "exit_code": code}, indent=2) if as_json else line)
+    return code

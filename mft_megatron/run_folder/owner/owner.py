@@ -343,6 +343,16 @@ def in_use(folder: Path | str) -> bool:
     return is_running(record) if record.same_processes(this_process("")) else silent < PACE.silence
 
 
+def owner_in_another_job(folder: Path | str) -> str | None:
+    """Say which other job of the scheduler owns a run folder; ``None`` if none, or if this process is in no job."""
+    try:
+        record = parse((Path(folder) / OWNER).read_text(errors="replace"))
+    except OSError:
+        return None
+    job = this_process("").job
+    return record.describe() if job and record.job and record.job != job else None
+
+
 def describe_owner(folder: Path | str) -> str | None:
     """Say who owns a run folder, for people; ``None`` without an owner. Whether it still runs is not always known.
 
