@@ -104,7 +104,7 @@ def test_the_outcome_is_the_exit_code(run, capsys):
     record_running(run, 3)
     assert shown(capsys, run, "--outcome")[0] == FAILED
     record_outcome(run, DIVERGED, "loss is NaN", 30)
-    assert shown(capsys, run, "--outcome") == (DIVERGED, ["diverged: loss is NaN"])
+    assert shown(capsys, run, "--outcome") == (DIVERGED, ["diverged at step 30: loss is NaN"])
     code, lines = shown(capsys, run, "--outcome", "--json")
     facts = json.loads("\n".join(lines))
     assert (code, facts["name"], facts["step"], facts["exit_code"]) == (DIVERGED, "diverged", 30, DIVERGED)

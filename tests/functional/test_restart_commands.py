@@ -39,6 +39,7 @@ def test_a_run_that_gets_no_further_is_not_started_again(dataset_prefix, tmp_pat
     words = ["--auto-resume", "--train-iters", 2]
     process, _ = run(dataset_prefix, tmp_path, *words, "--exit-interval", 1)
     assert process.returncode == exit_codes.LEFT, process.stderr
+    assert "no complete checkpoint is there, so the run starts at step 0" in process.stdout
     (start,) = json.loads((tmp_path / "starts.json").read_text())
     failed = {**start, "code": exit_codes.FAILED, "reason": "a fault", "reached": 1, "last_seen": start["time"]}
     (tmp_path / "starts.json").write_text(json.dumps([failed] * 3 + [start]))

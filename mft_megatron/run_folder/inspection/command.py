@@ -81,7 +81,8 @@ def _print_outcome(folder: Path, as_json: bool) -> int:
     outcome = read_outcome(folder)
     if outcome is None:
         raise InputError(f"{folder}: no run has recorded an outcome there; give a run folder, which --save wrote")
-    code, line = outcome.code, f"{outcome.name}: {outcome.reason}"
+    step = "" if outcome.step is None else f" at step {outcome.step}"
+    code, line = outcome.code, f"{outcome.name}{step}: {outcome.reason}"
     if code is None:
         code, owner = FAILED, owner_in_another_job(folder)
         if owner is not None:

@@ -41,6 +41,8 @@ def resume(
     """
     state: RunState = {}
     if arguments.resume is None:
+        if arguments.checkpoint.auto_resume or arguments.checkpoint.load is not None:
+            log.print(f"{arguments.checkpoint.save}: no complete checkpoint is there, so the run starts at step 0")
         return Progress(), state
     sources.check(arguments)
     path, info = arguments.resume.path, arguments.resume.info
