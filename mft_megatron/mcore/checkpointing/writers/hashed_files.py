@@ -12,6 +12,7 @@ from pathlib import Path
 from torch.distributed.checkpoint.filesystem import FileSystem
 
 from mft_megatron.run_folder.file_hash import FileHash, create_hashed
+from mft_megatron.run_folder.publishing import sync_file
 
 
 class HashedFileSystem(FileSystem):
@@ -35,8 +36,7 @@ class HashedFileSystem(FileSystem):
         buffer, file = create_hashed(path)
         with buffer:
             yield buffer
-            buffer.flush()
-            os.fsync(file.fileno())
+        sync_file(Path(path))
         self._files[Path(path).name] = file.result()
 
     def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
