@@ -15,7 +15,7 @@ from mft_megatron.run_folder.description import CheckpointInfo, read_info, write
 from mft_megatron.run_folder.found import best_checkpoint, latest_checkpoint
 from mft_megatron.run_folder.names import BEST, INFO, TRACKER, is_checkpoint, iteration_folder
 from mft_megatron.run_folder.replace_text import replace_text
-from mft_megatron.run_folder.retention import record_best, remove_checkpoint, superseded
+from mft_megatron.run_folder.retention import not_kept, record_best, remove_checkpoint, restore_best, superseded
 from tests.descriptions import description_of
 
 
@@ -115,6 +115,17 @@ def test_only_checkpoints_saved_as_the_best_are_superseded(tmp_path):
     record_best(tmp_path, 20)
     assert latest_checkpoint(tmp_path).info.iteration == 60
     assert superseded(tmp_path) == [iteration_folder(tmp_path, iteration) for iteration in (10, 50)]
+
+
+def test_a_damaged_best_checkpoint_is_none_and_keeps_no_run_from_going_on(tmp_path):
+    paths = [checkpoint(tmp_path, iteration, best=True) for iteration in (10, 20, 30, 40)]
+    restore_best(tmp_path, 20)
+    assert best_checkpoint(tmp_path).path == paths[1]
+    assert not_kept(tmp_path, 1, None) == [paths[0], paths[2]]
+    (paths[1] / INFO).write_text("{")
+    assert not_kept(tmp_path, 1, None) == [paths[0], paths[2]]
+    restore_best(tmp_path, 20)
+    assert not (tmp_path / BEST).exists()
 
 
 def test_other_files_and_folders_are_never_superseded(tmp_path):

@@ -1,10 +1,14 @@
 """Checkpoints of a run that are kept: the best is recorded, and those that need not be kept are removed."""
 
+import contextlib
 import shutil
 from pathlib import Path
 
+from mft_megatron.errors import InputError
+
 from .description import CheckpointRef, read_info
 from .found import best_checkpoint, described_checkpoints, latest_checkpoint
+from .manifest import DamagedCheckpointError
 from .names import BEST, iteration_folder
 from .publishing import set_aside
 from .replace_text import replace_text
@@ -18,13 +22,14 @@ def record_best(folder: Path, iteration: int) -> None:
 def restore_best(folder: Path, iteration: int | None) -> None:
     """Record the checkpoint of ``iteration`` as the best again, for a run that resumes from an earlier iteration.
 
-    If it does not exist, or was not saved as the best, the run has no best checkpoint.
+    If it does not exist, is damaged or was not saved as the best, the run has no best checkpoint.
     """
     if iteration is not None:
         path = iteration_folder(folder, iteration)
-        if path.is_dir() and read_info(path).best:
-            record_best(folder, iteration)
-            return
+        with contextlib.suppress(InputError):
+            if path.is_dir() and read_info(path).best:
+                record_best(folder, iteration)
+                return
     (folder / BEST).unlink(missing_ok=True)
 
 
@@ -59,7 +64,8 @@ def _unnamed(folder: Path) -> list[CheckpointRef]:
     """Complete checkpoints of the run in ``folder`` except the newest and the best, oldest first."""
     named = [latest_checkpoint(folder).path]
     if (folder / BEST).is_file():
-        named.append(best_checkpoint(folder).path)
+        with contextlib.suppress(DamagedCheckpointError):  # none that is complete
+            named.append(best_checkpoint(folder).path)
     return [found for found in _complete(folder) if found.path not in named]
 
 

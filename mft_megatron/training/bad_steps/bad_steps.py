@@ -144,7 +144,7 @@ class BadSteps:
         losses = losses_of_batch(trainer, self._split, plan)
         innocent = self.judge.jumped or losses.blames_samples
         most = before.step if innocent else self.proven
-        target, ends = self._decide(most, innocent)
+        target, ends = self._decide(most, innocent, log)
         action = "its global batch is left out" if target is None else f"the run goes back to {target.path}"
         slices = {"all": losses.slices, "not_finite": losses.not_finite}
         details = {"packs": plan.num_packs, "samples": list(losses.worst), "slices": slices}
@@ -167,12 +167,13 @@ class BadSteps:
             self.left_out.add(progress.step, before.consumed_samples, packs, step, report.refused)
             raise RollbackRequest(target, progress.step)
 
-    def _decide(self, most: int, innocent: bool) -> tuple[CheckpointRef | None, str | None]:
+    def _decide(self, most: int, innocent: bool, log: RunLog) -> tuple[CheckpointRef | None, str | None]:
         """Decide what becomes of a bad step; a collective.
 
         Args:
             most: steps of the newest checkpoint that is good.
             innocent: whether the weights are good, so that leaving the batch out is enough.
+            log: takes lines about checkpoints.
 
         Returns:
             the checkpoint to go back to, if any; and why the run ends, in words that follow the reason of the bad step,
@@ -182,7 +183,7 @@ class BadSteps:
         if options.on_bad_step == "stop":
             return None, ""
         if options.on_bad_step == "rollback":
-            target = good_checkpoint(self._arguments, most)
+            target = good_checkpoint(self._arguments, most, log.print)
             if target is not None:
                 # checkpoints from here on have the weights of the last update that the target has
                 since = min(self._last_update, target.info.iteration)

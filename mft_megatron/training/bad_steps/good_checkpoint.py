@@ -1,16 +1,16 @@
 """The newest checkpoint that a diverged run can continue from, and the error that names it."""
 
+from collections.abc import Callable
 from pathlib import Path
-
-import torch
 
 from mft_megatron.arguments.table import Arguments
 from mft_megatron.errors import InputError
 from mft_megatron.exit_codes import DIVERGED
+from mft_megatron.mcore.checkpointing.integrity.shared_verification import verify
 from mft_megatron.mcore.parallel import process_groups
-from mft_megatron.run_folder.description import CheckpointRef, read_info
+from mft_megatron.run_folder.description import CheckpointRef
 from mft_megatron.run_folder.found import described_checkpoints
-from mft_megatron.run_folder.names import iteration_folder
+from mft_megatron.run_folder.manifest import DamagedCheckpointError
 
 
 def last_checkpoint(folder: Path, most: int) -> CheckpointRef | None:
@@ -22,18 +22,27 @@ def last_checkpoint(folder: Path, most: int) -> CheckpointRef | None:
     )
 
 
-def good_checkpoint(arguments: Arguments, most: int) -> CheckpointRef | None:
-    """The newest checkpoint of at most ``most`` steps in ``--save``, the same on every rank; a collective."""
+def good_checkpoint(arguments: Arguments, most: int, say: Callable[[str], None]) -> CheckpointRef | None:
+    """The newest whole checkpoint of at most ``most`` steps in ``--save``, the same on every rank; a collective.
+
+    Args:
+        arguments: of the run.
+        most: steps.
+        say: takes a line for each checkpoint that is compared with its hashes, as before a load.
+    """
     folder = arguments.checkpoint.save
-    if folder is None:
-        return None
-    found = last_checkpoint(Path(folder), most) if process_groups.is_main() else None
-    step = -1 if found is None else found.info.iteration
-    step = int(process_groups.broadcast_from_main(torch.tensor([step])).item())
-    if step < 0:
-        return None
-    path = iteration_folder(Path(folder), step)
-    return CheckpointRef(path, read_info(path))
+    while folder is not None:
+        found = last_checkpoint(Path(folder), most) if process_groups.is_main() else None
+        found = process_groups.object_from_main(found)
+        if found is None:
+            return None
+        try:
+            say(verify(found.path, found.info, arguments.checkpoint.verify_checkpoint))
+            return found
+        except DamagedCheckpointError as error:
+            say(f"damaged: {error.problem}")
+            most = found.info.iteration - 1
+    return None
 
 
 def diverged(arguments: Arguments, what: str, most: int, options: str = "") -> InputError:

@@ -73,8 +73,8 @@ def resume(
         log.print(explanation)
     best = state["stopping"]["run"]["step"] if "stopping" in state else None
     if options.save is not None and path.resolve().parent == Path(options.save).resolve():
-        if process_groups.is_main():
-            restore_best(Path(options.save), best)
+        folder = Path(options.save)
+        process_groups.write_on_main(folder, lambda: restore_best(folder, best), "nothing was trained")
     elif best is not None:
         log.print(f"the best evaluation so far was at step {best}; a checkpoint of it is in {path.parent} alone")
     return progress, state

@@ -323,7 +323,12 @@ def remove_exported(options: CheckpointArguments, spared: Collection[Path]) -> N
     """Remove checkpoints that were kept only until their export, after the last one of a run, except ``spared``."""
     last, interval = options.keep_last, options.save_retain_interval
     if options.save is not None and options.save_hf_interval is not None:
-        for path in (path for path in not_kept(Path(options.save), last, interval) if path not in spared):
+        try:
+            paths = not_kept(Path(options.save), last, interval)
+        except InputError as error:  # likewise
+            print(f"{options.save}: nothing is removed ({error})", flush=True)
+            return
+        for path in (path for path in paths if path not in spared):
             try:
                 remove_checkpoint(path)
             except OSError as error:  # the run and its exports are complete
