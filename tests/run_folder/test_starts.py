@@ -84,7 +84,7 @@ def test_a_run_that_gets_no_further_is_stopped_and_says_why(tmp_path, monkeypatc
             begin_start(tmp_path, 1000, "options", moment)
         assert caught.value.code == exit_codes.NO_PROGRESS
         text = str(caught.value)
-        assert "2 starts in a row completed no new step (the run had completed 1003)" in text
+        assert "2 starts in a row completed no new step (the run had completed step 1003)" in text
         assert "2026-01-01T00:03:00Z, ended as failed: RuntimeError: loss is not there" in text
         assert read_outcome(tmp_path).name == "running"
         record_outcome(tmp_path, caught.value.code, text)
