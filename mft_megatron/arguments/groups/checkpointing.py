@@ -10,7 +10,11 @@ from mft_megatron.run_folder.verification import AUTO, LEVELS
 class CheckpointArguments:
     """Megatron-Core distributed checkpoints: any parallel layout loads what another one wrote."""
 
-    save: str | None = option(None, "Run folder: checkpoints, metrics, configuration.", metavar="DIR")
+    save: str | None = option(
+        None,
+        "Run folder: checkpoints, metrics, configuration, and outcome.json, which has the exit code of the newest start and its reason.",
+        metavar="DIR",
+    )
     save_interval: int | None = option(
         None,
         "Save after this many steps; the last step is always saved.",
