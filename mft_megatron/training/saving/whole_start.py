@@ -75,8 +75,8 @@ def _whole(checkpoint: CheckpointRef, level: str, may_be_earlier: bool, log: Run
         earlier = process_groups.object_from_main(earlier)
         if earlier is None:
             raise InputError(
-                f"{problem}; no checkpoint in {checkpoint.path.parent} is whole: restore one from a copy, or start the run "
-                "again with another --save folder",
+                f"{problem}; no checkpoint in {checkpoint.path.parent} is whole: restore one from a copy, or "
+                "start the run again with another --save folder",
                 code=DAMAGED,
             )
         for problem in earlier.instead_of[len(problems) :]:
