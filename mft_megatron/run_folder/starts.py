@@ -79,9 +79,9 @@ def begin_start(folder: Path | str, step: int, options: str, now: datetime.datet
         how = "killed" if last.code is None else NAMES[last.code]
         raise InputError(
             f"{folder}: {len(fruitless)} starts in a row completed no new step (the run had completed step "
-            f"{last.reached}); the last one, of {last.time}, ended as {how}: {last.reason or 'it said nothing'}. Mend the cause; with "
-            "other options or releases of packages starts count anew, and so they do when you remove "
-            f"{folder / STARTS}",
+            f"{last.reached}); the last one, of {last.time}, ended as {how}: {last.reason or 'it said nothing'}. "
+            "Mend the cause; with other options or releases of packages starts count anew, and so they do when you "
+            f"remove {folder / STARTS}",
             code=NO_PROGRESS,
         )
 

@@ -12,8 +12,8 @@ class CheckpointArguments:
 
     save: str | None = option(
         None,
-        "Run folder: checkpoints, metrics, configuration, and outcome.json, which has the exit code of the newest start "
-        "and its reason.",
+        "Run folder: checkpoints, metrics, configuration, and outcome.json, which has the exit code of the newest "
+        "start and its reason.",
         metavar="DIR",
     )
     save_interval: int | None = option(
