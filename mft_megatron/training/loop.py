@@ -106,7 +106,7 @@ def train(
             shares.count(plan, report)
             if report is not None and report.refused is not None:
                 progress_marks.mark("bad step")
-                saver.finish()  # so that the newest checkpoint can be named, or gone back to
+                saver.complete(progress, log)  # so that it can be named, or gone back to
             bad_steps.after_step(trainer, log, before, progress, plan, report)
             if report is not None and report.overflow:
                 _refuse_lasting_overflow(arguments, progress, report.loss_scale, bad_steps.proven)

@@ -145,7 +145,7 @@ def _pretrain(arguments: Arguments, main_rank: bool, sources: Sources, exports: 
                 epochs, shares, bad_steps = (
                     EpochProof(arguments, dataset),
                     ShareLog(arguments, dataset),
-                    BadSteps(arguments, dataset),
+                    BadSteps(arguments, dataset, saver.of_this_run),
                 )
                 for part in (epochs, shares, bad_steps):
                     part.load(state, log, progress)
@@ -155,6 +155,7 @@ def _pretrain(arguments: Arguments, main_rank: bool, sources: Sources, exports: 
                     )
                 except RollbackRequest as request:
                     progress, state = go_back(arguments, trainer, log, request)
+                    saver.go_back(progress.step)
                 evaluation = evaluation_of(arguments, dataset)
                 evaluation.load(state, log, progress)
         finally:

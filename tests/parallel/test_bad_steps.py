@@ -314,6 +314,49 @@ def test_a_refused_step_leaves_no_trace_but_the_count_of_what_it_left_out(prefix
                 assert used[1] > alone[1] == 0
 
 
+def _gone_back(prefix, folder, cases):
+    """In each case, a step after a load of a checkpoint from before the first update, and the same of another model."""
+    import os
+
+    import numpy as np
+
+    from mft_megatron.mcore.checkpointing import checkpoint
+    from mft_megatron.mcore.parallel import process_groups
+    from mft_megatron.mcore.trainer import Trainer
+    from mft_megatron.run_folder.description import CheckpointInfo
+    from tests.parallel.run import open_dataset, plans_of
+
+    found = []
+    for number, (options, port) in enumerate(cases):
+        os.environ["MASTER_PORT"] = str(port)
+        arguments = arguments_for(prefix, options, 1)
+        split = open_dataset(arguments).split("train")
+        with process_groups.process_groups(arguments.distributed, 1):
+            first, second = plans_of(split, 1, 2)
+            of_models = []
+            for goes_back in (True, False):
+                trainer = Trainer(arguments, split.dataset.vocab_size, 2)
+                if goes_back:
+                    info = CheckpointInfo(1, 8, {}, 1, {}, "", 1, 8, layout=process_groups.parallel_layout())
+                    path = checkpoint.save(folder / str(number), trainer, info, arguments.checkpoint)
+                    trainer.train_step(split, first, np.ones(2))
+                    trainer.forget_progress()
+                    checkpoint.load(path, trainer, info, arguments.checkpoint)
+                reports = [trainer.train_step(split, second, np.ones(2)) for _ in range(3)]
+                of_models.append([(report.loss, report.grad_norm, report.learning_rate) for report in reports])
+            found.append(of_models)
+    return found
+
+
+def test_going_back_to_before_the_first_update_forgets_the_optimizer_states(prefix, tmp_path):
+    """An fp16 run has such checkpoints: its first steps overflow until the loss scale is small enough."""
+    options = ("", "--fp16 --initial-loss-scale 1024", "--bf16 --use-distributed-optimizer", "--optimizer sgd")
+    with reserved_ports(len(options)) as ports:
+        cases = list(zip(options, ports, strict=True))
+        (found,) = run_on_ranks(1, _gone_back, str(prefix), tmp_path, cases)
+    assert [back == alone for back, alone in found] == [True] * len(options)
+
+
 @pytest.fixture(scope="module")
 def garbled(tmp_path_factory):
     """A data set with a sample of random bytes, and the errors of runs that train on it."""

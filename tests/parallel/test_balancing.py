@@ -100,7 +100,8 @@ def _run(prefix, extra, world_size, rising=None):
     epochs, shares = EpochProof(arguments, dataset), ShareLog(arguments, dataset)
     for part in (evaluation, epochs, shares):
         part.load(state, log, progress)
-    bad_steps, saver = BadSteps(arguments, dataset), Saver(arguments, dataset)
+    saver = Saver(arguments, dataset)
+    bad_steps = BadSteps(arguments, dataset, saver.of_this_run)
     bad_steps.load(state, log, progress)
     train(arguments, dataset, trainer, evaluation, epochs, shares, bad_steps, saver, log, progress)
     return log, draws

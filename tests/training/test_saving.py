@@ -448,6 +448,37 @@ def test_a_run_whose_saves_all_fail_ends(job, monkeypatch):
     assert len(disk.attempts) == MOST_FAILURES
 
 
+def test_a_background_save_that_fails_before_a_bad_step_does_not_end_the_run(job, monkeypatch, capsys):
+    run = job("--save-interval 20")
+
+    def fail(writer):
+        raise SaveError(f"{run.folder}: cannot be written in the background", run.folder)
+
+    monkeypatch.setattr(checkpoint.Writer, "finish", fail)
+    run.saver.complete(Progress(25, 25), run.log)
+    assert "step 25 | save failed" in capsys.readouterr().out
+    assert run.saver.due(27, False)
+
+
+def test_checkpoints_of_another_past_are_told_from_those_of_the_run(job):
+    """A run goes back to its own alone: those after the one that it resumed from are of the run before."""
+    run = job("--save-interval 5")
+    for step in (10, 20, 30):
+        run.step(step)
+
+    def own(saver):
+        return [step for step in (10, 20, 30, 40) if saver.of_this_run(step)]
+
+    assert own(run.saver) == [10, 20, 30]
+    again = job("--ckpt-step 20 --save-interval 5")
+    assert own(again.saver) == [10, 20]
+    again.step(40)
+    assert own(again.saver) == [10, 20, 40]
+    again.step(30)
+    again.saver.go_back(20)
+    assert own(again.saver) == [10, 20]
+
+
 def test_the_last_save_of_a_run_is_tried_again_at_once_and_then_it_ends(job, monkeypatch):
     run, disk = job(), FullDisk(monkeypatch)
     with pytest.raises(InputError, match=r"the disk is full\); it was the last of the run") as error:

@@ -80,6 +80,8 @@ def restore(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
     """Copy the loaded state into the optimizer, after the weights were loaded."""
     _restore_scale(optimizer, state["loss_scale"])
     if not state["steps"]:
+        for part in parts_of(optimizer):
+            _forget(part)
         optimizer.reload_model_params()
         return
     for number, part in enumerate(parts_of(optimizer)):
@@ -238,6 +240,19 @@ def _allocate(part: MegatronOptimizer, steps: int) -> None:
                 inner.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         if not isinstance(inner, torch.optim.Optimizer) or type(inner).__module__.split(".")[0] != "torch":
             group["step"] = steps
+
+
+def _forget(part: MegatronOptimizer) -> None:
+    """Let an optimizer have no states, as before its first step; it may have stepped since the checkpoint was saved."""
+    inner = part.optimizer
+    if isinstance(inner, HybridDeviceOptimizer) and inner.state:
+        for one in inner.sub_optimizers:
+            one.state.clear()
+        inner._sync_sub_optimizers_state_to_hdo()
+    else:
+        inner.state.clear()
+    for group in inner.param_groups:
+        group.pop("step", None)
 
 
 def _allocate_other_dtypes(inner: Any) -> None:

@@ -9,6 +9,7 @@
 """
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypedDict
 
@@ -67,12 +68,14 @@ class BadSteps:
         left_out: packs that are left out of the plans of steps.
     """
 
-    def __init__(self, arguments: Arguments, dataset: PackedDataset):
+    def __init__(self, arguments: Arguments, dataset: PackedDataset, of_this_run: Callable[[int], bool]):
         """
         Args:
             arguments: of the run.
             dataset: that it trains on.
+            of_this_run: whether the checkpoint of so many steps in ``--save`` is of this run's own past.
         """
+        self._of_this_run = of_this_run
         self._arguments, self._split = arguments, dataset.split("train")
         self._options = arguments.bad_steps
         self.judge = StepJudge(self._options, dataset.tasks)
@@ -183,7 +186,7 @@ class BadSteps:
         if options.on_bad_step == "stop":
             return None, ""
         if options.on_bad_step == "rollback":
-            target = good_checkpoint(self._arguments, most, log.print)
+            target = good_checkpoint(self._arguments, most, self._of_this_run, log.print)
             if target is not None:
                 # checkpoints from here on have the weights of the last update that the target has
                 since = min(self._last_update, target.info.iteration)

@@ -8,31 +8,47 @@ from mft_megatron.errors import InputError
 from mft_megatron.exit_codes import DIVERGED
 from mft_megatron.mcore.checkpointing.integrity.shared_verification import verify
 from mft_megatron.mcore.parallel import process_groups
-from mft_megatron.run_folder.description import CheckpointRef
+from mft_megatron.run_folder.description import CheckpointInfo, CheckpointRef
 from mft_megatron.run_folder.found import described_checkpoints
 from mft_megatron.run_folder.manifest import DamagedCheckpointError
 
 
-def last_checkpoint(folder: Path, most: int) -> CheckpointRef | None:
-    """The newest complete checkpoint of at most ``most`` steps in a run folder; ``None`` if there is none."""
-    return max(
-        (found for found in described_checkpoints(folder) if found.info.iteration <= most),
-        key=lambda found: found.info.iteration,
-        default=None,
-    )
+def last_checkpoint(
+    folder: Path, most: int, accepts: Callable[[CheckpointInfo], bool] = lambda info: True
+) -> CheckpointRef | None:
+    """The newest complete checkpoint of at most ``most`` steps in a run folder; ``None`` if there is none.
+
+    Args:
+        folder: the run folder.
+        most: steps.
+        accepts: whether a checkpoint with this description is wanted.
+    """
+    found = (one for one in described_checkpoints(folder) if one.info.iteration <= most and accepts(one.info))
+    return max(found, key=lambda one: one.info.iteration, default=None)
 
 
-def good_checkpoint(arguments: Arguments, most: int, say: Callable[[str], None]) -> CheckpointRef | None:
-    """The newest whole checkpoint of at most ``most`` steps in ``--save``, the same on every rank; a collective.
+def good_checkpoint(
+    arguments: Arguments, most: int, of_this_run: Callable[[int], bool], say: Callable[[str], None]
+) -> CheckpointRef | None:
+    """The newest whole checkpoint of at most ``most`` steps that a run can go back to; a collective.
 
     Args:
         arguments: of the run.
         most: steps.
+        of_this_run: whether the checkpoint of so many steps in ``--save`` is of this run's own past; one of another
+            past may have the weights because of which the user resumed from before it.
         say: takes a line for each checkpoint that is compared with its hashes, as before a load.
+
+    Returns:
+        the checkpoint, the same on every rank; ``None`` without one.
     """
     folder = arguments.checkpoint.save
+
+    def accepts(info: CheckpointInfo) -> bool:
+        return info.has_optimizer and not info.is_converted and of_this_run(info.iteration)
+
     while folder is not None:
-        found = last_checkpoint(Path(folder), most) if process_groups.is_main() else None
+        found = last_checkpoint(Path(folder), most, accepts) if process_groups.is_main() else None
         found = process_groups.object_from_main(found)
         if found is None:
             return None

@@ -80,6 +80,22 @@ class Saver:
         self._writer = checkpoint.Writer(arguments.checkpoint, arguments.saves_base, self._owner.refuse_if_lost)
         self._attempts = Attempts(arguments.checkpoint.save_interval)
         self._removal = Removal()
+        # steps of checkpoints in the run folder that are of this run's past: all until where it resumed, and its own
+        continues = arguments.resume is not None and arguments.in_own_folder and not arguments.weights_alone
+        self._resumed = arguments.resume.info.iteration if arguments.resume is not None and continues else -1
+        self._saved: set[int] = set()
+
+    def of_this_run(self, step: int) -> bool:
+        """Whether the checkpoint of ``step`` in the run folder is of this run's past.
+
+        One of a step after that from which the run resumed may be of another one, until the run has saved it anew.
+        """
+        return step <= self._resumed or step in self._saved
+
+    def go_back(self, step: int) -> None:
+        """The run went back to ``step``: later checkpoints are no longer of its past."""
+        self._resumed = min(self._resumed, step)
+        self._saved = {saved for saved in self._saved if saved <= step}
 
     def rehearse(self, trainer: Trainer, log: RunLog) -> None:
         """Remove what dead jobs have left in the run folder, and measure what a save costs; a collective of all ranks.
@@ -150,6 +166,7 @@ class Saver:
 
         def when_complete() -> None:
             self._attempts.succeeded()
+            self._saved.add(progress.step)
             seconds = round(time.perf_counter() - start, 3)
             also = {"best": True} if best and self._record_best(folder, progress, log) else {}
             log.write(event_record(progress, "save", path=str(path), seconds=seconds, **also))
@@ -182,6 +199,14 @@ class Saver:
             log.print(line)
         for details in self._exports.poll() if self._exports is not None else ():
             log.write(event_record(progress, "export failed" if "failed" in details else "export", **details))
+
+    def complete(self, progress: Progress, log: RunLog) -> None:
+        """Wait for a checkpoint that is being written in the background; one that fails counts, and the run goes on.
+
+        Raises:
+            InputError: it cannot be written, and the run gives up; on every rank.
+        """
+        self._tried(self._writer.finish, progress, log)
 
     def finish(self) -> None:
         """Wait for a checkpoint that is being written in the background, and complete it."""
