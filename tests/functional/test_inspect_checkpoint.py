@@ -102,7 +102,8 @@ def test_the_outcome_is_the_exit_code(run, capsys):
     with pytest.raises(InputError, match="no run has recorded an outcome there; give a run folder"):
         shown(capsys, run, "--outcome")
     record_running(run, 3)
-    assert shown(capsys, run, "--outcome")[0] == FAILED
+    killed = ["running, or killed before it could say how it ended; at step 3 or later"]
+    assert shown(capsys, run, "--outcome") == (FAILED, killed)
     record_outcome(run, DIVERGED, "loss is NaN", 30)
     assert shown(capsys, run, "--outcome") == (DIVERGED, ["diverged at step 30: loss is NaN"])
     code, lines = shown(capsys, run, "--outcome", "--json")

@@ -85,6 +85,7 @@ def _print_outcome(folder: Path, as_json: bool) -> int:
     code, line = outcome.code, f"{outcome.name}{step}: {outcome.reason}"
     if code is None:
         code, owner = FAILED, owner_in_another_job(folder)
+        line = f"{outcome.reason}{step and f';{step} or later'}"
         if owner is not None:
             code, line = OWNED, f"{NAMES[OWNED]}: {owner}"
     print(json.dumps({**dataclasses.asdict(outcome), "exit_code": code}, indent=2) if as_json else line)

@@ -113,8 +113,9 @@ def supervised(folder: str | None, main_rank: bool) -> Iterator[None]:
 
 
 def left_before_the_export(ending: Ending) -> Ending:
-    """The ending of a run that a signal ended before the exports of its checkpoints were complete."""
+    """Say, and return, that a signal ended a run before the exports of its checkpoints were complete; on rank 0."""
     left = ending.left or "a signal during the export; the training is complete"
+    print(f"--save-hf: a signal came before the export at step {ending.step}; the next start makes it", flush=True)
     return dataclasses.replace(ending, left=left, hurried=True)
 
 
