@@ -76,6 +76,13 @@ def test_one_checkpoint(run, capsys):
     assert "11 files, 0.00 GB: 5 weights, 0 optimizer states, 0 objects" in text
     assert "not of the checkpoint: notes.txt" in text
     assert "written on: world 4, tensor 2, data 2" in text
+    for level, state in (
+        ("sizes", "no damage found (not all bytes were read)"),
+        ("off", "not looked at (--verify off)"),
+    ):
+        code, lines = shown(capsys, path, "--verify", level)
+        assert (code, lines[0]) == (FINISHED, f"{path}: {state}")
+        assert f"(--verify {level})" in lines[-1]
     change_byte(path / "__0_0.distcp")
     code, lines = shown(capsys, path)
     assert code == DAMAGED

@@ -35,7 +35,9 @@ def describe_checkpoint(checkpoint: Checkpoint) -> Iterator[str]:
     if checkpoint.unlisted:
         yield f"  not of the checkpoint: {', '.join(checkpoint.unlisted)}"
     if checkpoint.compared:
-        yield f"  {checkpoint.compared.removeprefix(f'{checkpoint.path}: ')}"
+        compared = checkpoint.compared.removeprefix(f"{checkpoint.path}: ")
+        # the option of runs has another name here
+        yield f"  {compared.replace('--verify-checkpoint', '--verify')}"
 
 
 def describe_run(run: Facts, checkpoints: Sequence[Checkpoint]) -> Iterator[str]:
@@ -75,4 +77,6 @@ def _state(checkpoint: Checkpoint) -> str:
         return f"damaged: {checkpoint.damage.removeprefix(f'{checkpoint.path}: ')}"
     if checkpoint.info is not None and not checkpoint.info.manifest:
         return "no hashes"
+    if "were not compared" in checkpoint.compared:
+        return "not looked at (--verify off)"
     return "whole" if ": whole: " in checkpoint.compared else "no damage found (not all bytes were read)"
