@@ -79,15 +79,15 @@ def test_the_newest_whole_checkpoint_is_named(tmp_path):
     paths = [whole(tmp_path, iteration) for iteration in (5, 10, 20, 30, 40)]
     newest = paths[-1]
     assert remedy(newest, INFO) == (
-        f"iter_0000030 is whole: give {paths[3]} instead, or with --load in training --ckpt-step 30"
+        f"iter_0000030 has all its files: give {paths[3]} instead, or with --load in training --ckpt-step 30"
     )
     harm(paths[3], "an end")
     (paths[2] / INFO).unlink()  # a save that was never finished
-    assert remedy(newest, INFO).startswith("iter_0000010 is whole: give /")
-    assert remedy(newest, None).startswith("iter_0000020 is whole: give /")
+    assert remedy(newest, INFO).startswith("iter_0000010 has all its files: give /")
+    assert remedy(newest, None).startswith("iter_0000020 has all its files: give /")
     for path in paths[:2]:
         harm(path, "a file")
-    assert remedy(newest, INFO) == "none of the other checkpoints beside it is whole"
+    assert remedy(newest, INFO) == "none of the other checkpoints beside it has all its files"
     for path in paths[:-1]:
         shutil.rmtree(path)
     assert remedy(newest, INFO) == "there is no other checkpoint beside it"
@@ -121,7 +121,7 @@ def test_a_newest_checkpoint_that_cannot_be_loaded_names_the_one_before(tmp_path
         with pytest.raises(InputError) as caught:
             call()
         line = str(caught.value)
-        there = f"{whole_one} is whole: give {tmp_path / whole_one} instead"
+        there = f"{whole_one} has all its files: give {tmp_path / whole_one} instead"
         assert line.endswith(f"{UNUSABLE[case]}; {there}, or with --load in training --ckpt-step {int(whole_one[5:])}")
         assert "\n" not in line
     assert checkpoint_of(tmp_path, 5).path == latest_checkpoint(before).path == before

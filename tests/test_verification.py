@@ -169,7 +169,7 @@ def test_a_damaged_description_of_the_newest_is_named_and_the_one_before_found(t
         lambda: newest_or_earlier(paths[3]),
         lambda: checkpoint_of(tmp_path, 40),
     ):
-        with pytest.raises(DamagedCheckpointError, match="iter_0000020 is whole: give"):
+        with pytest.raises(DamagedCheckpointError, match="iter_0000020 has all its files: give"):
             call()
     shutil.rmtree(paths[3])
     assert newest_or_earlier(tmp_path).path == paths[1]

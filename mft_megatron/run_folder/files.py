@@ -47,7 +47,7 @@ def damage(path: Path) -> str | None:
 
 
 def remedy(path: Path, description: str | None) -> str:
-    """The sentence that names the newest whole checkpoint beside a damaged one, and how to load it.
+    """The sentence that names the newest checkpoint beside a damaged one that has all its files, and how to load it.
 
     Args:
         path: folder of the damaged checkpoint, ``iter_NNNNNNN`` in a run folder, or a file beside it; it need
@@ -58,5 +58,11 @@ def remedy(path: Path, description: str | None) -> str:
     for other in reversed(others):
         if (description is None or (other / description).is_file()) and damage(other) is None:
             step = other.name.removeprefix("iter_").lstrip("0") or "0"
-            return f"{other.name} is whole: give {other} instead, or with --load in training --ckpt-step {step}"
-    return "none of the other checkpoints beside it is whole" if others else "there is no other checkpoint beside it"
+            return (
+                f"{other.name} has all its files: give {other} instead, or with --load in training --ckpt-step {step}"
+            )
+    return (
+        "none of the other checkpoints beside it has all its files"
+        if others
+        else "there is no other checkpoint beside it"
+    )
