@@ -108,10 +108,13 @@ def start_training(
     exports: "Exports | None" = None,
 ) -> "Ending":
     """Train, unless the run is finished: a job in a chain that has nothing left to do has not failed."""
+    from mft_megatron.run_folder.verification import require_whole
     from mft_megatron.training.restarts.endings import Ending
 
     if arguments.finished:
         if main_rank:
+            if arguments.resume is not None:  # not one that was damaged since
+                print(require_whole(arguments.resume, arguments.checkpoint.verify_checkpoint), flush=True)
             print(
                 f"{arguments.checkpoint.save}: this run is finished, at iteration {arguments.training.train_iters}; "
                 f"train on with a larger {'--train-iters' if arguments.total_packs is None else '--num-train-epochs'}",

@@ -71,3 +71,13 @@ def test_a_damaged_checkpoint_that_is_asked_for_is_refused(run):
     [line] = again.stderr.splitlines()
     assert line.startswith(f"error: {folder}/iter_0000001: its file __0_0.distcp is damaged: bytes 0 to ")
     assert line.endswith(f"give {folder}/iter_0000004 instead, or with --load in training --ckpt-step 4")
+
+
+def test_a_finished_run_whose_last_checkpoint_was_damaged_since_has_not_ended_well(run):
+    folder, start = run
+    change_byte(iteration_folder(folder, 4) / "__1_0.distcp")
+    again = start("--load", folder, "--train-iters", "4")
+    assert again.returncode == DAMAGED
+    [line] = again.stderr.splitlines()
+    assert line.startswith(f"error: {folder}/iter_0000004: its file __1_0.distcp is damaged: bytes 0 to ")
+    assert f"iter_0000003 has all its files: give {folder}/iter_0000003 instead" in line
