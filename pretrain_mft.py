@@ -142,7 +142,7 @@ def train_and_export(
     from mft_megatron import exit_signals
     from mft_megatron.convert.huggingface.model_export import refuse_export
     from mft_megatron.training.restarts.endings import left_before_the_export
-    from mft_megatron.training.saving.saver import remove_exported
+    from mft_megatron.training.saving.removal import remove_exported
 
     options, resume = arguments.checkpoint, arguments.resume
     refuse_export(arguments.network, resume is not None and resume.info.from_hugging_face)

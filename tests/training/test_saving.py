@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from mft_megatron.arguments.command import parse_arguments
+from mft_megatron.arguments.groups.checkpointing import CheckpointArguments
 from mft_megatron.data.loading.dataset import PackedDataset
 from mft_megatron.errors import InputError
 from mft_megatron.exit_codes import FAILED, STORAGE
@@ -26,7 +27,7 @@ from mft_megatron.run_folder.replace_text import replace_text
 from mft_megatron.run_folder.retention import record_best
 from mft_megatron.training.progress import Progress
 from mft_megatron.training.run_log import RunLog
-from mft_megatron.training.saving import saver
+from mft_megatron.training.saving import description, saver
 from mft_megatron.training.saving.attempts import LAST_WAITS, MOST_FAILURES, Attempts
 from mft_megatron.training.saving.kept_files import keep_tokenizer
 from mft_megatron.training.saving.removal import Removal
@@ -168,13 +169,13 @@ def test_the_best_checkpoint_stays_until_a_better_one_is_there(job, capsys):
 def test_a_checkpoint_says_what_its_data_were_trained_with(job):
     """An export writes the template and the stop tokens that are recorded here."""
     run = job()
-    ledger = run.saver._dataset.ledger
+    ledger = run.saver._describer._dataset.ledger
     first, second = (task.name for task in ledger.tasks[:2])
     sources = [
         {"name": "chatml", "source": "{{ c }}", "tasks": [first]},
         {"name": "own", "source": "{{ o }}", "tasks": [second]},
     ]
-    run.saver._dataset.ledger = dataclasses.replace(
+    run.saver._describer._dataset.ledger = dataclasses.replace(
         ledger,
         tasks=[dataclasses.replace(task, chats=number) for number, task in enumerate(ledger.tasks)],
         chat_template={"name": "chatml", "fingerprint": "0", "stop_token_ids": [5, 9], "sources": sources},
@@ -264,7 +265,7 @@ def interrupt(monkeypatch, where):
     elif where == "before the best is recorded":
         monkeypatch.setattr(saver, "record_best", killed)
     elif where == "before the removal":
-        monkeypatch.setattr(saver, "superseded", killed)
+        monkeypatch.setattr("mft_megatron.training.saving.removal.superseded", killed)
     else:
         monkeypatch.setattr("mft_megatron.training.saving.removal.set_aside", lambda path: killed(set_aside(path)))
 
@@ -398,7 +399,7 @@ def test_adapters_name_their_model_by_its_whole_path(job, tmp_path, monkeypatch)
     words = "--data-path data --seq-length 128 --micro-batch-size 2 --train-iters 10 --lr 1e-3 --save other --load run"
     arguments = parse_arguments(f"{words} --finetune --peft-type lora --save-adapters-only".split())
     assert arguments.base.path == Path("run/iter_0000001")
-    assert saver._base_of_adapters(arguments)[0] == str(tmp_path / "run" / "iter_0000001")
+    assert description._base_of_adapters(arguments)[0] == str(tmp_path / "run" / "iter_0000001")
 
 
 class FullDisk:
@@ -556,17 +557,18 @@ def test_checkpoints_of_an_abandoned_future_are_left_alone(job):
     run = job("--save-interval 10 --keep-last 1")
     for step in (10, 20, 30):
         iteration_folder(run.folder, step).mkdir(parents=True)
-        write_info(iteration_folder(run.folder, step), run.saver._info(Progress(step, step), False, False))
+        info = run.saver._describer.describe(Progress(step, step), best=False, asked_for=True, evaluation_due=False)
+        write_info(iteration_folder(run.folder, step), info)
     assert run.step(15, ending=True) == [15, 20, 30]
     assert run.step(40) == [40]
 
 
 def test_files_are_removed_behind_the_run(tmp_path):
     folders = [iteration_folder(tmp_path, number) for number in range(3)]
-    removal = Removal()
+    removal = Removal(CheckpointArguments())
     for folder in folders:
         folder.mkdir()
-        removal.add(folder)
+        removal._add(folder)
         assert not folder.exists()
     removal.finish()
     assert list(tmp_path.iterdir()) == []

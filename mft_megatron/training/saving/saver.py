@@ -1,18 +1,13 @@
 """Checkpoints of a run: when they are saved, and which are kept."""
 
 import contextlib
-import dataclasses
-import os
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from mft_megatron.arguments.groups.checkpointing import CheckpointArguments
 from mft_megatron.arguments.table import Arguments
-from mft_megatron.data.chat_templates.trained_format import trained_format
 from mft_megatron.data.loading.dataset import PackedDataset
-from mft_megatron.disk_errors import explain
 from mft_megatron.errors import InputError
 from mft_megatron.exit_codes import STORAGE
 from mft_megatron.mcore.checkpointing import checkpoint
@@ -20,19 +15,16 @@ from mft_megatron.mcore.checkpointing.writers.agreement import SaveError
 from mft_megatron.mcore.checkpointing.writers.rehearsal import bytes_of_save, rehearse
 from mft_megatron.mcore.parallel import process_groups
 from mft_megatron.mcore.trainer import Trainer
-from mft_megatron.run_folder.content import content_digest
-from mft_megatron.run_folder.description import CheckpointInfo
 from mft_megatron.run_folder.names import iteration_folder
 from mft_megatron.run_folder.owner.owner import Owner
 from mft_megatron.run_folder.publishing import remove_leftovers
-from mft_megatron.run_folder.retention import not_kept, record_best, remove_checkpoint, superseded
+from mft_megatron.run_folder.retention import record_best
 from mft_megatron.training.events import event_record
 from mft_megatron.training.progress import Progress
-from mft_megatron.training.restarts.differences import options_of, versions
 from mft_megatron.training.run_log import RunLog
 
 from .attempts import LAST_WAITS, Attempts
-from .data_order import model_vocab_size, order_version
+from .description import Describer
 from .removal import Removal
 from .run_state import RunState
 
@@ -73,13 +65,12 @@ class Saver:
         """
         self._owner = owner or Owner(arguments.checkpoint.save or ".")
         self._arguments = arguments
-        self._dataset = dataset
         self._exports = exports
         self._folder = None if arguments.checkpoint.save is None else Path(arguments.checkpoint.save)
-        self._base, self._base_digest = _base_of_adapters(arguments)
+        self._describer = Describer(arguments, dataset)
         self._writer = checkpoint.Writer(arguments.checkpoint, arguments.saves_base, self._owner.refuse_if_lost)
         self._attempts = Attempts(arguments.checkpoint.save_interval)
-        self._removal = Removal()
+        self._removal = Removal(arguments.checkpoint)
         # steps of checkpoints in the run folder that are of this run's past: all until where it resumed, and its own
         continues = arguments.resume is not None and arguments.in_own_folder and not arguments.weights_alone
         self._resumed = arguments.resume.info.iteration if arguments.resume is not None and continues else -1
@@ -162,7 +153,8 @@ class Saver:
             return
         start, folder = time.perf_counter(), self._folder
         path = iteration_folder(folder, progress.step)
-        info = self._info(progress, ending, best, evaluation_due=state.get("postponed", False))
+        asked_for = self._asked_for(progress.step, ending) or self._attempts.due(progress.step)
+        info = self._describer.describe(progress, best, asked_for, evaluation_due=state.get("postponed", False))
 
         def when_complete() -> None:
             self._attempts.succeeded()
@@ -173,7 +165,8 @@ class Saver:
             if self._exports is not None and self._to_export(progress.step):
                 self._exports.add(path)
             if process_groups.is_main():
-                self._remove_old(folder, best, progress, log)
+                waiting = self._exports.waiting if self._exports is not None else ()
+                self._removal.remove_old(folder, best, waiting, progress, log)
 
         def write() -> None:
             self._writer.save(folder, trainer, info, dict(state), when_complete)
@@ -262,29 +255,6 @@ class Saver:
             return False
         return True
 
-    def _remove_old(self, folder: Path, best: bool, progress: Progress, log: RunLog) -> None:
-        """Remove the checkpoints that are not to be kept now that a newer one is complete, on the main rank alone."""
-        last, interval = self._arguments.checkpoint.keep_last, self._arguments.checkpoint.save_retain_interval
-        options = [f"--keep-last {last}"] * (last is not None)
-        options += [f"--save-retain-interval {interval}"] * (interval is not None)
-        try:
-            if best:
-                self._remove(superseded(folder), "no longer the best checkpoint", progress, log)
-            self._remove(not_kept(folder, last, interval), f"not kept by {' and '.join(options)}", progress, log)
-        except (OSError, InputError) as error:  # the run goes on without it, and every other rank does
-            log.print(f"{folder}: nothing is removed ({error})")
-
-    def _remove(self, paths: Sequence[Path], reason: str, progress: Progress, log: RunLog) -> None:
-        """Remove checkpoints; one that is still to be exported is removed with a later one."""
-        waiting = self._exports.waiting if self._exports is not None else ()
-        for path in (path for path in paths if path not in waiting):
-            try:
-                self._removal.add(path)
-            except OSError as error:  # failing to delete an old checkpoint must not stop training
-                log.print(f"{path} is {reason} and cannot be removed ({explain(error, path)}); remove it")
-            else:
-                log.write(event_record(progress, "remove", path=str(path), reason=reason))
-
     def _to_export(self, step: int) -> bool:
         interval = self._arguments.checkpoint.save_hf_interval
         return interval is not None and step % interval == 0
@@ -292,69 +262,3 @@ class Saver:
     def _asked_for(self, step: int, ending: bool) -> bool:
         interval = self._arguments.checkpoint.save_interval
         return ending or (interval is not None and step % interval == 0)
-
-    def _info(self, progress: Progress, ending: bool, best: bool, evaluation_due: bool = False) -> CheckpointInfo:
-        a, ledger = self._arguments, self._dataset.ledger
-        trained = trained_format(ledger)
-        return CheckpointInfo(
-            iteration=progress.step,
-            consumed_samples=progress.consumed_samples,
-            skipped_steps=progress.skipped_steps,
-            architecture=dataclasses.asdict(a.network),
-            vocab_size=model_vocab_size(a, self._dataset),
-            tokenizer={
-                **dataclasses.asdict(ledger.tokenizer),
-                "stop_token_ids": ledger.chat_template["stop_token_ids"],
-                **({} if trained is None else {"chat_template": dataclasses.asdict(trained)}),
-            },
-            dataset_hash=self._dataset.dataset_hash,
-            seed=a.initialization.seed,
-            global_batch_size=a.training.global_batch_size,
-            has_optimizer=a.checkpoint.save_optim,
-            has_rng=a.checkpoint.save_rng,
-            precision=a.precision.name,
-            optimizer=a.optimizer_states,
-            distributed_optimizer=a.distributed.use_distributed_optimizer,
-            decoupled_lr=a.learning_rate.decoupled_lr is not None,
-            layout=process_groups.parallel_layout(),
-            best=best,
-            asked_for=self._asked_for(progress.step, ending) or self._attempts.due(progress.step),
-            source=a.resume.info.source if a.resume is not None else "",
-            lora=a.adapters.as_dict() if a.adapters is not None else None,
-            peft_type=a.lora.peft_type,
-            has_base=a.saves_base,
-            base=self._base,
-            base_digest=self._base_digest,
-            order_version=order_version(a, self._dataset),
-            mft_normalization=a.multi_task.mft_normalization,
-            options=options_of(a),
-            versions=versions(),
-            evaluation_due=evaluation_due,
-        )
-
-
-def _base_of_adapters(arguments: Arguments) -> tuple[str, str]:
-    """The folder of the model that a run's adapters belong to, and its digest if checkpoints do not hold the model.
-
-    Both are empty for a run without adapters, or with a model of its own.
-    """
-    if arguments.adapters is None or arguments.resume is None:
-        return "", ""
-    folder = os.path.abspath(arguments.base.path) if arguments.base is not None else arguments.resume.info.base
-    return folder, "" if arguments.saves_base else content_digest(Path(folder))
-
-
-def remove_exported(options: CheckpointArguments, spared: Collection[Path]) -> None:
-    """Remove checkpoints that were kept only until their export, after the last one of a run, except ``spared``."""
-    last, interval = options.keep_last, options.save_retain_interval
-    if options.save is not None and options.save_hf_interval is not None:
-        try:
-            paths = not_kept(Path(options.save), last, interval)
-        except InputError as error:  # likewise
-            print(f"{options.save}: nothing is removed ({error})", flush=True)
-            return
-        for path in (path for path in paths if path not in spared):
-            try:
-                remove_checkpoint(path)
-            except OSError as error:  # the run and its exports are complete
-                print(f"{path} is exported and cannot be removed ({explain(error, path)}); remove it", flush=True)
