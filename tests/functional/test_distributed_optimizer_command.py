@@ -63,8 +63,8 @@ def test_overflows_saves_in_the_background_and_resumes(dataset_prefix, tmp_path)
 @pytest.mark.parametrize(
     ("scale", "remedy"),
     [
-        (["--initial-loss-scale", 2**40, "--min-loss-scale", 2**39, "--hysteresis", 1], "lower --lr"),
-        pytest.param(["--loss-scale", 2**39], "lower --loss-scale", marks=pytest.mark.slow),
+        (["--initial-loss-scale", 2**40, "--min-loss-scale", 2**39, "--hysteresis", 1], "Lower --lr"),
+        pytest.param(["--loss-scale", 2**39], "Lower --loss-scale", marks=pytest.mark.slow),
     ],
 )
 def test_a_scale_that_cannot_be_lowered_ends_the_run(dataset_prefix, tmp_path, scale, remedy):

@@ -156,6 +156,7 @@ def _run(prefix, extra, world_size, fault=None):
     from mft_megatron.errors import InputError
     from mft_megatron.mcore.parallel import process_groups
     from mft_megatron.mcore.trainer import Trainer
+    from mft_megatron.training.bad_steps.bad_steps import BadSteps
     from mft_megatron.training.epochs import EpochProof
     from mft_megatron.training.evaluation import Evaluation
     from mft_megatron.training.loop import train as train_loop
@@ -174,10 +175,11 @@ def _run(prefix, extra, world_size, fault=None):
         if fault == "older checkpoint":
             state.pop("usage")
         shares, saver = ShareLog(arguments, dataset), Saver(arguments, dataset)
-        for part in (evaluation, epochs, shares):
+        bad_steps = BadSteps(arguments, dataset)
+        for part in (evaluation, epochs, shares, bad_steps):
             part.load(state, log, progress)
         try:
-            train_loop(arguments, dataset, trainer, evaluation, epochs, shares, saver, log, progress)
+            train_loop(arguments, dataset, trainer, evaluation, epochs, shares, bad_steps, saver, log, progress)
         except InputError as error:
             return str(error)
         return log

@@ -56,7 +56,7 @@ class PackingOptions:
             InputError: the entry holds other fields or values than these options.
         """
         try:
-            options = from_json(cls, {**entry.options, "packer": entry.packer})
+            options = from_json(cls, {**entry.options, "packer": entry.packer, "split": entry.options.get("split")})
             choices = {"overlong": OVERLONG, "padding_mode": PADDING_MODES, "packing": PACKINGS, "packer": PACKERS}
             for name, known in choices.items():
                 if getattr(options, name) not in known:

@@ -107,8 +107,9 @@ def test_weights_that_are_not_finite_are_named(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"linear_fc1.weight \[1\] would have NaN in it, .* nothing is written"):
         write_weights(tmp_path, planned, slices, content, 200)
     monkeypatch.setattr(tensor_writer, "refuse_to_write", lambda *arguments: None)
-    write_weights(tmp_path, planned, slices, content, 200)
-    source = CheckpointSource(tmp_path, CheckpointInfo(1, 0, {}, 5, {}, "", 1, 8))
+    (tmp_path / "foreign").mkdir()
+    write_weights(tmp_path / "foreign", planned, slices, content, 200)
+    source = CheckpointSource(tmp_path / "foreign", CheckpointInfo(1, 0, {}, 5, {}, "", 1, 8))
     source.read(WeightSlice(LAYERS, (0,), (0, 0), (4, 6)))
     with pytest.raises(InputError, match=r"linear_fc1.weight \[1\] has NaN in it, and every loss would be NaN; take"):
         source.read(WeightSlice(LAYERS, (1,), (0, 0), (1, 1)))
