@@ -20,6 +20,7 @@ from mft_megatron.batch import StepPlan
 from mft_megatron.data.loading.dataset import PackedSplit
 from mft_megatron.errors import InputError
 from mft_megatron.mcore.parallel import process_groups
+from mft_megatron.parsing.typed_json import from_json
 from mft_megatron.run_folder.names import LEFT_OUT
 from mft_megatron.run_folder.replace_text import replace_text
 
@@ -76,8 +77,8 @@ class LeftOut:
         found = [LeftOutBatch(**cast(dict[str, Any], batch)) for batch in stored]
         if text is not None:
             try:
-                found += [LeftOutBatch(**batch) for batch in json.loads(text)]
-            except (ValueError, TypeError) as error:
+                found += [from_json(LeftOutBatch, batch) for batch in json.loads(text)]
+            except (ValueError, TypeError, RecursionError) as error:
                 raise InputError(
                     f"{self._folder}/{LEFT_OUT}: no list of left-out batches ({error}); remove it, and batches that "
                     "were bad are trained on again"
@@ -128,7 +129,7 @@ class LeftOut:
 
     def _read(self) -> str | None:
         file = None if self._folder is None else self._folder / LEFT_OUT
-        return file.read_text() if file is not None and file.exists() else None
+        return file.read_text(errors="replace") if file is not None and file.exists() else None
 
 
 def _only(split: PackedSplit, plan: StepPlan, rows_G: np.ndarray) -> StepPlan:

@@ -77,8 +77,11 @@ def test_the_list_is_that_of_the_file_and_the_checkpoint_without_other_streams(t
     assert [batch["stream"] for batch in json.loads((tmp_path / "left_out.json").read_text())] == ["one", "one", "two"]
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", '[{"first": 1}]', "3"])
+WRONG = '[{"first": "1", "packs": 2, "step": 3, "checkpoint": 4, "reason": "nan", "stream": "one"}]'
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", '[{"first": 1}]', "3", "\xff", WRONG])
 def test_a_damaged_list_is_refused(tmp_path, text):
-    (tmp_path / "left_out.json").write_text(text)
+    (tmp_path / "left_out.json").write_bytes(text.encode("latin-1"))
     with refused("left_out.json: no list of left-out batches", "remove it"):
         LeftOut(tmp_path, "one").load([])
