@@ -100,7 +100,7 @@ def publish(unfinished: Path, path: Path) -> None:
             raise
     sync_folder(path.parent)
     if replaces:
-        shutil.rmtree(old, ignore_errors=True)  # what stays is a leftover, and removed as such later
+        _remove(old)
 
 
 def set_aside(path: Path) -> Path:
@@ -158,6 +158,15 @@ def remove_leftovers(folder: Path) -> list[Path]:
         if not path.exists():
             removed.append(path)
     return removed
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder, or the link to one that was put elsewhere; what stays of a folder is a leftover, tried again."""
+    if path.is_symlink():
+        with contextlib.suppress(OSError):
+            path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _sync(path: Path, ignored: tuple[int, ...]) -> None:

@@ -145,6 +145,20 @@ def test_killed_at_any_call_the_newest_and_the_best_are_whole(run, monkeypatch, 
 
 
 @pytest.mark.parametrize("exchanges", [True, False])
+def test_a_link_to_a_checkpoint_elsewhere_is_replaced_and_the_checkpoint_stays(run, tmp_path, monkeypatch, exchanges):
+    folder, elsewhere = run(0), tmp_path / "elsewhere"
+    iteration_folder(folder, 10).rename(elsewhere)
+    iteration_folder(folder, 10).symlink_to(elsewhere)
+    there = sorted(elsewhere.iterdir())
+    with monkeypatch.context() as patch:
+        SystemCalls(patch, exchanges=exchanges)
+        write(folder, 10, "new")
+    assert read(folder, TRACKER) == "new"
+    assert hidden(folder) == []
+    assert sorted(elsewhere.iterdir()) == there != []
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
 def test_a_disk_that_fails_at_any_call_leaves_the_previous_checkpoint_and_nothing_else(
     run, monkeypatch, number, exchanges
