@@ -59,6 +59,9 @@ def train(
     def save(ending: bool) -> None:
         best = evaluation.is_best(progress)
         if saver.due(progress.step, ending, best):
+            if bad_steps.doubted and not ending:
+                log.print(f"step {progress.step}: not saved, since the weights may be to blame for the bad step")
+                return
             usage = epochs.state(trainer, progress)
             state: RunState = {
                 **evaluation.state(),

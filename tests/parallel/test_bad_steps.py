@@ -371,6 +371,7 @@ def garbled(tmp_path_factory):
         f"--save {folder}/resumed --load {folder}/resumed {spikes}",
         f"--save {folder}/lost --train-iters 2 {lost}",
         f"--save {folder}/lost --load {folder}/lost --train-iters 6 --lr 1e30 --clip-grad 0 {lost}",
+        f"--save {folder}/dead --train-iters 6 --lr 1e30 --clip-grad 0 --on-bad-step skip --max-bad-steps 2 {lost}",
     ]
     with reserved_ports(len(words)) as ports:
         runs = [(each, "llama", port) for each, port in zip(words, ports, strict=True)]
@@ -403,3 +404,13 @@ def test_the_advice_names_the_last_checkpoint_whose_weights_had_a_finite_step(ga
     assert (folder / "lost" / "iter_0000003").is_dir()
     advice = f"continue from {folder}/lost/iter_0000002 with --load {folder}/lost --ckpt-step 2"
     assert f"{advice}, since later ones have the weights that diverged" in line
+
+
+def test_weights_that_are_to_blame_for_bad_steps_are_not_saved(garbled):
+    """Their checkpoints would push good ones out of --keep-last."""
+    folder, errors = garbled
+    line, code = errors[5]
+    assert code == 11
+    assert "bad step 3 in a row" in line
+    assert [event["step"] for event in events(folder / "dead", "bad step")] == [2, 3, 4]
+    assert sorted(path.name for path in (folder / "dead").glob("iter_*")) == ["iter_0000001"]

@@ -83,6 +83,7 @@ class BadSteps:
         stream = f"data set {dataset.dataset_hash}, seed {seed}, order {order_version(arguments, dataset)}"
         self.left_out = LeftOut(None if folder is None else Path(folder), stream)
         self._in_a_row, self._last_update = 0, 0
+        self._doubted = False
 
     def load(self, state: BadStepState, log: RunLog, progress: Progress) -> None:
         """Continue from a checkpoint's state and the run folder, as far as they have one; a collective."""
@@ -114,6 +115,11 @@ class BadSteps:
         """Steps of the newest weights that have had a finite loss in a step."""
         return self._last_update - 1
 
+    @property
+    def doubted(self) -> bool:
+        """Whether the last step was bad, and the weights are to blame: a checkpoint of them is none to go on from."""
+        return self._doubted
+
     def after_step(
         self,
         trainer: Trainer,
@@ -140,12 +146,13 @@ class BadSteps:
         if report is None or report.overflow:
             return
         if report.refused is None:
-            self._in_a_row, self._last_update = 0, progress.step
+            self._in_a_row, self._last_update, self._doubted = 0, progress.step, False
             self.judge.accept()
             return
         self._in_a_row += 1
         losses = losses_of_batch(trainer, self._split, plan)
         innocent = self.judge.jumped or losses.blames_samples
+        self._doubted = not innocent
         most = before.step if innocent else self.proven
         target, ends = self._decide(most, innocent, log)
         action = "its global batch is left out" if target is None else f"the run goes back to {target.path}"
