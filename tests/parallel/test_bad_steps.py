@@ -228,6 +228,7 @@ def test_more_bad_steps_in_a_row_than_allowed_end_the_run(prefix, errors):
     assert code == 11
     assert line.startswith("step 2: the loss is nan, bad step 2 in a row (--max-bad-steps 1); it updated nothing. ")
     assert "Losses of 2 of" in line
+    assert "If they are bad, raise --max-bad-steps; else lower --lr" in line
     actions = [event["action"] for event in events(prefix.parent / "limit", "bad step")]
     assert actions == ["its global batch is left out", "the run ends"]
 

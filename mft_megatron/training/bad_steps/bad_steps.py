@@ -213,4 +213,6 @@ class BadSteps:
         named = samples_text(losses.worst, {"all": losses.slices, "not_finite": losses.not_finite})
         packs = ",".join(str(pack) for pack in dict.fromkeys(sample["pack"] for sample in suspects(losses.worst)))
         look = f"tools/inspect_data.py {self._split.dataset.prefix} --packs {packs} shows them"
-        return f"{named[0].upper()}{named[1:]}; {look}. If they are bad, leave the batch out; else lower --lr"
+        stops = self._options.on_bad_step == "stop"
+        remedy = "leave the batch out (--on-bad-step skip)" if stops else "raise --max-bad-steps"
+        return f"{named[0].upper()}{named[1:]}; {look}. If they are bad, {remedy}; else lower --lr"
