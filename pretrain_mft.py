@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 def main() -> int | None:
     """Check every option first; only then load torch and start process groups."""
     parent_process.end_with_launcher(os.environ)
+    from mft_megatron.arguments.auto_resume import advice_of_own_run
     from mft_megatron.arguments.command import read_command_line
     from mft_megatron.arguments.groups.checkpointing import CheckpointArguments
     from mft_megatron.arguments.groups.dry_run import DRY_RUN, DryRunArguments, refuse_without_dry_run
@@ -49,7 +50,8 @@ def main() -> int | None:
     save = command_line.group(CheckpointArguments).save
     # a run that only evaluates has no outcome
     folder = None if command_line.group(ValidationArguments).skip_train else save
-    with Owner(save or ".") as owner, supervised(folder, main_rank):
+    advice = advice_of_own_run(command_line.given)
+    with Owner(save or ".") as owner, supervised(folder, main_rank), advice:
         ending = run(command_line, main_rank, owner)
         return exit_code_of(ending, folder, main_rank)
 

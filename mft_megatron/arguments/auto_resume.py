@@ -1,7 +1,9 @@
 """``--auto-resume``: one command line that starts a run and, where the run has a checkpoint, continues it."""
 
-from collections.abc import Set
+import contextlib
+from collections.abc import Iterator, Set
 
+from mft_megatron.errors import InputError
 from mft_megatron.options import Given
 from mft_megatron.run_folder.names import is_checkpoint
 
@@ -30,3 +32,24 @@ def continue_own_run(given: Given, asked_for: Set[str]) -> tuple[Given, Set[str]
     set_aside = {*_OF_THE_START, *states}
     kept = {name: value for name, value in given.items() if name not in set_aside}
     return {**kept, "load": save}, asked_for - set_aside
+
+
+@contextlib.contextmanager
+def advice_of_own_run(given: Given) -> Iterator[None]:
+    """Complete the advice of an error in the block by what ``--auto-resume`` has to do with it.
+
+    Args:
+        given: options of the command line, by field, of :func:`continue_own_run`.
+
+    Raises:
+        InputError: with the advice, where it names options that a run in its own folder sets aside.
+    """
+    try:
+        yield
+    except InputError as error:
+        save = given.get("save")
+        continues = given.get("auto_resume") and save is not None and given.get("load") == save
+        if not continues or not any(option in str(error) for option in ("--finetune", "--no-load-optim")):
+            raise
+        advice = f"--auto-resume sets that aside: give --load {save} in its place, with --finetune also another --save"
+        raise InputError(f"{error} ({advice})", error.always, error.code) from None

@@ -6,9 +6,11 @@ import shutil
 
 import pytest
 
-from mft_megatron.arguments.command import parse_arguments
+from mft_megatron.arguments.auto_resume import advice_of_own_run
+from mft_megatron.arguments.command import parse_arguments, read_command_line
 from mft_megatron.arguments.groups.checkpointing import CheckpointArguments
 from mft_megatron.arguments.start import Start
+from mft_megatron.errors import InputError
 from mft_megatron.run_folder.description import CheckpointInfo
 from mft_megatron.run_folder.names import INFO, TRACKER
 from tests.arguments.command_line import WITHOUT_SHAPE, checkpoint, parse, resumed
@@ -296,3 +298,16 @@ def test_a_model_in_the_current_folder_is_a_model():
     ref = Start(hf_model=info).resume(CheckpointArguments(hf_checkpoint=""))
     assert ref is not None
     assert ref.info is info
+
+
+def test_advice_that_auto_resume_would_set_aside_says_so(tmp_path):
+    folder = checkpoint(tmp_path, precision="fp32", optimizer="adam")
+    for words, text in {
+        f"--auto-resume --save {folder} --bf16": f"(--auto-resume sets that aside: give --load {folder} in its place",
+        f"--load {folder} --save {folder} --bf16": "continue with --no-load-optim or --finetune",
+    }.items():
+        given = read_command_line(f"{WITHOUT_SHAPE} {words}".split()).given
+        with pytest.raises(InputError) as caught, advice_of_own_run(given):
+            resumed(words)
+        assert text in str(caught.value)
+        assert str(caught.value).endswith(")") == ("--auto-resume" in words)
