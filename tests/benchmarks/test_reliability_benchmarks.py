@@ -7,7 +7,6 @@ import pytest
 from tests.ranks import run_tool
 
 
-@pytest.mark.smoke
 def test_watchdog(tmp_path):
     file = tmp_path / "numbers.json"
     words = ["--seconds", 0.3, "--micro-batches", 1, 4, "--step-seconds", 1, "--json", file]

@@ -76,7 +76,7 @@ def index_of_planted(prefix):
 
 SKIP = "--on-bad-step skip --train-iters 3"
 BACK = "--on-bad-step rollback --save-interval 1 --train-iters 6 --attention-dropout 0.1 --hidden-dropout 0.1"
-LAYOUTS = ("DP2 overlap", "CP2", "PP2 VPP2")
+LAYOUTS, SLOW_LAYOUTS = ("DP2 overlap", "PP2 VPP2"), ("CP2", "TP2")
 # name of the run: options, shape, ranks
 RUNS = {
     "stop": ("--save-interval 1", "llama", 1),
@@ -87,7 +87,7 @@ RUNS = {
 }
 SLOW = {
     "bf16": (f"{SKIP} --bf16 --attention-dropout 0.1", "tied", 1),
-    "TP2": (f"{SKIP} {ParallelLayout('TP2').options}", "deep", 2),
+    **{layout: (f"{SKIP} {ParallelLayout(layout).options}", "deep", 2) for layout in SLOW_LAYOUTS},
     "back of two": (f"{BACK} --async-save {ParallelLayout('DP2 overlap').options}", "llama", 2),
 }
 
@@ -116,8 +116,10 @@ def errors(prefix):
 @pytest.mark.slow
 def test_on_more_layouts_and_in_16_bits(prefix, errors):
     more = _made(prefix, SLOW)
-    for name in ("bf16", "TP2"):
-        _check_skipped(prefix, name, more[name], 1 if name == "bf16" else 2)
+    _check_skipped(prefix, "bf16", more["bf16"], 1)
+    for layout in SLOW_LAYOUTS:
+        _check_skipped(prefix, layout, more[layout], 2)
+    _check_same_steps(prefix, (*LAYOUTS, *SLOW_LAYOUTS))
     _check_back(prefix, "back of two", more["back of two"], SLOW["back of two"])
 
 
@@ -149,8 +151,12 @@ def _check_skipped(prefix, name, of_ranks, world_size):
 
 
 def test_the_order_of_bad_steps_and_losses_do_not_depend_on_the_layout(prefix, errors):
+    _check_same_steps(prefix, LAYOUTS)
+
+
+def _check_same_steps(prefix, layouts):
     of_layouts = []
-    for layout in LAYOUTS:
+    for layout in layouts:
         folder = prefix.parent / layout.replace(" ", "")
         steps = records(folder, "train")
         of_layouts.append(([event["step"] for event in events(folder, "bad step")], [step["loss"] for step in steps]))

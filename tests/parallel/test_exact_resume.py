@@ -20,7 +20,7 @@ STEPS, SAVED = 6, 3
 RUN = "--log-interval 1 --eval-interval 2 --eval-iters 1 --save-interval 3 --lr-decay-style cosine --min-lr 1e-4"
 SIZES = "--global-batch-size 4 --micro-batch-size 1"
 # of the tests of every change; the others run in `make test-all`
-QUICK = ("bf16", "in the background", "LoRA", "ramp-up", "larger", "after a ramp-up")
+QUICK = ("bf16", "in the background", "ramp-up", "larger")
 DROPOUT = "--hidden-dropout 0.1 --attention-dropout 0.1"
 # options and shape of runs of six steps on one rank, resumed after the third
 EXACT = {
