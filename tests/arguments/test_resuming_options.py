@@ -143,7 +143,7 @@ def test_another_precision_needs_another_optimizer(tmp_path):
 
 def test_the_folder_of_another_run_is_not_overwritten(tmp_path):
     folder = checkpoint(tmp_path)
-    with refused("holds the checkpoints of another run: add --load"):
+    with refused(" or --auto-resume to continue it, or name another folder"):
         parse(f"--save {folder}")
     assert resumed(f"--save {folder}/ --load {folder}").resume is not None
 

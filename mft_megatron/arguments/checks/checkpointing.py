@@ -55,8 +55,8 @@ def _folder_problem(a: Arguments) -> str | None:
         return None
     if load is None:
         return (
-            f"--save {save} holds the checkpoints of another run: add --load {save} to continue it, or name another "
-            "folder"
+            f"--save {save} holds the checkpoints of another run: add --load {save} or --auto-resume to continue it, "
+            "or name another folder"
         )
     if a.resume is None or a.in_own_folder or a.validation.skip_train:
         return None
