@@ -54,6 +54,9 @@ def test_the_newest_whole_checkpoint_is_taken_and_the_damaged_ones_are_named(run
     assert len(damaged) == 2
     assert f"{folder}/iter_0000001 is the newest whole checkpoint; the run starts from it" in lines
     assert any(line.startswith(f"{folder}/iter_0000001: whole: its ") for line in lines)
+    [later] = [line for line in lines if "later checkpoints are there" in line]
+    assert later.startswith(f"{folder}: the run goes on from step 1; ")
+    assert later.endswith(" until it comes to their steps: iter_0000003")
     loaded = events(folder, "load")
     assert [(event["step"], event["path"]) for event in loaded] == [(1, f"{folder}/iter_0000001")]
     assert len(loaded[0]["instead_of"]) == 2

@@ -13,6 +13,7 @@ from mft_megatron.mcore.checkpointing.load_weights import fill_weights
 from mft_megatron.mcore.checkpointing.weight_source import CheckpointSource
 from mft_megatron.mcore.parallel import process_groups
 from mft_megatron.mcore.trainer import Trainer
+from mft_megatron.run_folder.found import described_checkpoints
 from mft_megatron.run_folder.names import TRACKER
 from mft_megatron.run_folder.replace_text import replace_text
 from mft_megatron.run_folder.retention import restore_best
@@ -75,6 +76,8 @@ def resume(
     if options.save is not None and path.resolve().parent == Path(options.save).resolve():
         folder = Path(options.save)
         process_groups.write_on_main(folder, lambda: restore_best(folder, best), "nothing was trained")
+        if process_groups.is_main() and not options.finetune:
+            _name_later(folder, info.iteration, log)
     elif best is not None:
         log.print(f"the best evaluation so far was at step {best}; a checkpoint of it is in {path.parent} alone")
     return progress, state
@@ -105,3 +108,15 @@ def restore_tracker(folder: Path, arguments: Arguments, log: RunLog) -> None:
         path = arguments.resume.path
         log.print(f"{folder}: {TRACKER}, which names the newest checkpoint, is missing; it is {path.name} from now on")
         replace_text(folder / TRACKER, f"{arguments.resume.info.iteration}\n")
+
+
+def _name_later(folder: Path, iteration: int, log: RunLog) -> None:
+    """Print a line about checkpoints of a run folder after the one that the run goes on from, if there are any."""
+    later: list[str] = []
+    with contextlib.suppress(OSError):
+        later = sorted(found.path.name for found in described_checkpoints(folder) if found.info.iteration > iteration)
+    if later:
+        log.print(
+            f"{folder}: the run goes on from step {iteration}; later checkpoints are there, which are left alone until "
+            f"it comes to their steps: {', '.join(later)}"
+        )
