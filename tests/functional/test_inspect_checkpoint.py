@@ -129,7 +129,10 @@ def test_a_run_that_goes_on_in_another_job_is_not_a_start_that_was_killed(run, c
 
 
 def test_what_cannot_be_inspected_is_refused(run, tmp_path, capsys):
-    with pytest.raises(InputError, match="no checkpoint is there"):
+    with pytest.raises(InputError, match="no checkpoint is there; give a folder"):
+        shown(capsys, tmp_path)
+    record_outcome(tmp_path, DIVERGED, "loss is NaN", 2)
+    with pytest.raises(InputError, match="no checkpoint is there; --outcome says"):
         shown(capsys, tmp_path)
     with pytest.raises(InputError, match="is no folder"):
         shown(capsys, tmp_path / "nothing")

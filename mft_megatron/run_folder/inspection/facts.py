@@ -85,7 +85,9 @@ def run_facts(folder: Path, level: str) -> tuple[Facts, list[Checkpoint]]:
     """
     paths = [path for path in checkpoint_folders(folder) if not path.is_symlink()]
     if not paths:
-        raise InputError(f"{folder}: no checkpoint is there; give a folder that --save wrote, or one iter_ folder")
+        ended = read_outcome(folder) is not None
+        remedy = "--outcome says how its run ended" if ended else "give a folder that --save wrote, or one iter_ folder"
+        raise InputError(f"{folder}: no checkpoint is there; {remedy}")
     checkpoints = []
     for path in paths:
         try:
