@@ -33,12 +33,14 @@ from .epochs import EpochProof
 from .evaluation import Evaluation
 from .loop import train
 from .model_tokenizer import chat_format_line, check_model_tokenizer
+from .progress import Progress
 from .restarts.differences import digest_of_options
 from .restarts.endings import Ending
 from .run_log import RunLog
 from .saving.data_order import model_vocab_size, refuse_other_data
 from .saving.kept_files import keep_source, keep_tokenizer
 from .saving.resume import agree_on_start, restore_tracker, resume
+from .saving.run_state import RunState
 from .saving.saver import Exports, Saver
 from .saving.sources import NO_SOURCES, Sources
 from .saving.whole_start import start_from_whole
@@ -74,10 +76,10 @@ def pretrain(
         InputError: the data set, the tokenizer, the weights or the checkpoint cannot be used, training diverged, or
             another run owns the run folder.
     """
-    if owner is None:
-        with Owner(arguments.checkpoint.save or ".") as owner, _watched(arguments):
-            return _pretrain(arguments, main_rank, sources, exports, owner)
-    with _watched(arguments):
+    with contextlib.ExitStack() as stack:
+        if owner is None:
+            owner = stack.enter_context(Owner(arguments.checkpoint.save or "."))
+        stack.enter_context(_watched(arguments))
         return _pretrain(arguments, main_rank, sources, exports, owner)
 
 
@@ -141,25 +143,34 @@ def _pretrain(arguments: Arguments, main_rank: bool, sources: Sources, exports: 
                 log.print(f"note: {note}")
             saver = Saver(arguments, dataset, exports, owner)
             saver.rehearse(trainer, log)
-            while True:
-                epochs, shares, bad_steps = (
-                    EpochProof(arguments, dataset),
-                    ShareLog(arguments, dataset),
-                    BadSteps(arguments, dataset, saver.of_this_run),
-                )
-                for part in (epochs, shares, bad_steps):
-                    part.load(state, log, progress)
-                try:
-                    return train(
-                        arguments, dataset, trainer, evaluation, epochs, shares, bad_steps, saver, log, progress
-                    )
-                except RollbackRequest as request:
-                    progress, state = go_back(arguments, trainer, log, request)
-                    saver.go_back(progress.step)
-                evaluation = evaluation_of(arguments, dataset)
-                evaluation.load(state, log, progress)
+            return _train(arguments, dataset, trainer, evaluation, saver, log, progress, state)
         finally:
             log.close()
+
+
+def _train(
+    arguments: Arguments,
+    dataset: PackedDataset,
+    trainer: Trainer,
+    evaluation: Evaluation,
+    saver: Saver,
+    log: RunLog,
+    progress: Progress,
+    state: RunState,
+) -> Ending:
+    """Train from ``progress`` on, and after each rollback from the checkpoint that the run went back to."""
+    while True:
+        epochs, shares = EpochProof(arguments, dataset), ShareLog(arguments, dataset)
+        bad_steps = BadSteps(arguments, dataset, saver.of_this_run)
+        for part in (epochs, shares, bad_steps):
+            part.load(state, log, progress)
+        try:
+            return train(arguments, dataset, trainer, evaluation, epochs, shares, bad_steps, saver, log, progress)
+        except RollbackRequest as request:
+            progress, state = go_back(arguments, trainer, log, request)
+            saver.go_back(progress.step)
+        evaluation = evaluation_of(arguments, dataset)
+        evaluation.load(state, log, progress)
 
 
 def open_dataset(arguments: Arguments, main_rank: bool) -> tuple[PackedDataset, bool]:

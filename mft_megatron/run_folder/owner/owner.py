@@ -26,6 +26,7 @@ from mft_megatron.run_folder.names import LOCK, OWNER, TRACKER
 from mft_megatron.run_folder.replace_text import replace_text
 
 from .file_lock import Attempt, FileLock, Reach, reach_of_locks
+from .observation import Observation
 from .record import OwnerRecord, is_running, parse, this_process
 
 
@@ -158,7 +159,7 @@ class Owner:
         self._lock.release()
 
     def _become_owner(self) -> None:
-        watch = _Watch()
+        watch = Observation()
         while True:
             attempt = self._lock.acquire()
             record = self._read()
@@ -189,7 +190,7 @@ class Owner:
                 f"in {OWNER}, and one that ends without a word is taken over after {self._pace.silence:g} s"
             )
 
-    def _judge(self, record: OwnerRecord | None, attempt: Attempt, watch: "_Watch") -> str | None:
+    def _judge(self, record: OwnerRecord | None, attempt: Attempt, watch: Observation) -> str | None:
         """Say why the owner is gone; ``None`` while that is not known.
 
         Raises:
@@ -225,7 +226,7 @@ class Owner:
         self._say_waiting(watch, record, f"{pace.silence:g} s for a sign of life")
         return None
 
-    def _say_waiting(self, watch: "_Watch", record: OwnerRecord, what: str) -> None:
+    def _say_waiting(self, watch: Observation, record: OwnerRecord, what: str) -> None:
         """Say once that, and for what, this process waits."""
         if watch.announces(min(1.0, self._pace.patience / 2)):
             self._say(f"{self._option} {self._folder}: in use by {record.describe()}; waiting up to {what}")
@@ -297,35 +298,6 @@ class Owner:
                     self._doubted = True
                     return
                 os.utime(self._file)
-
-
-class _Watch:
-    """Observations of an owner since it was seen first."""
-
-    def __init__(self) -> None:
-        self._token: str | None = ""
-        self._beat, self._said = 0, False
-        self._since = time.monotonic()
-        self.beaten = False
-
-    @property
-    def seconds(self) -> float:
-        """Seconds since this owner was seen first."""
-        return time.monotonic() - self._since
-
-    def see(self, record: OwnerRecord | None, beat: int) -> None:
-        """Look at the record and the time of the last beat, in nanoseconds."""
-        token = None if record is None else record.token
-        if token != self._token:
-            self._token, self._beat, self._since, self.beaten = token, beat, time.monotonic(), False
-        self.beaten = self.beaten or beat != self._beat
-
-    def announces(self, seconds: float) -> bool:
-        """Whether this is the first call so many seconds after an owner was seen first."""
-        if self._said or self.seconds < seconds:
-            return False
-        self._said = True
-        return True
 
 
 def _as_text(record: OwnerRecord) -> str:
