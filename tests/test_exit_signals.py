@@ -15,7 +15,7 @@ import os, signal, sys, threading, time
 from mft_megatron import exit_signals
 from mft_megatron.exit_signals import Phase, watched
 
-exit_signals.SAME_REQUEST, exit_signals.GRACE = 0.3, 0.6
+exit_signals.SAME_REQUEST, exit_signals.GRACE = 0.3, 1.5
 def tell(code, reason):
     print(code, reason, flush=True)
 def hang():

@@ -12,7 +12,12 @@ from mft_megatron.convert.commands.huggingface import mcore_to_hf
 from mft_megatron.convert.huggingface.families.llama import LLAMA
 from mft_megatron.errors import InputError
 from mft_megatron.run_folder.description import CheckpointInfo, read_info, write_info
-from mft_megatron.run_folder.found import best_checkpoint, latest_checkpoint
+from mft_megatron.run_folder.found import (
+    best_checkpoint,
+    described_checkpoints,
+    earlier_checkpoint,
+    latest_checkpoint,
+)
 from mft_megatron.run_folder.names import BEST, INFO, TRACKER, is_checkpoint, iteration_folder
 from mft_megatron.run_folder.replace_text import replace_text
 from mft_megatron.run_folder.retention import not_kept, record_best, remove_checkpoint, restore_best, superseded
@@ -227,3 +232,14 @@ def test_a_small_file_is_replaced_or_as_it_was(tmp_path, monkeypatch, fault):
     assert caught.value.filename == str(file)
     assert [path.name for path in tmp_path.iterdir()] == ["tracker"]
     assert file.read_text() == "5\n"
+
+
+def test_checkpoints_are_in_the_order_of_their_iterations(tmp_path):
+    """Names of more than seven digits sort otherwise as text."""
+    steps = (30, 9_999_999, 10_000_000)
+    for step in reversed(steps):
+        checkpoint(tmp_path, step)
+    assert [found.info.iteration for found in described_checkpoints(tmp_path)] == list(steps)
+    for step, before in zip(steps[1:], steps, strict=False):
+        assert earlier_checkpoint(iteration_folder(tmp_path, step), ()).info.iteration == before
+    assert earlier_checkpoint(iteration_folder(tmp_path, steps[0]), ()) is None

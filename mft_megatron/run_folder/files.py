@@ -10,7 +10,7 @@ from pathlib import Path
 from mft_megatron.common_state import COMMON, INDEX
 from mft_megatron.parsing.inert_pickle import InertUnpickler
 
-from .names import checkpoint_folders
+from .names import checkpoint_folders, iteration_of
 
 # Megatron-Core's file that says which kind of checkpoint it is
 FORMAT = "metadata.json"
@@ -57,7 +57,7 @@ def remedy(path: Path, description: str | None) -> str:
     others = [other for other in checkpoint_folders(path.parent) if other != path]
     for other in reversed(others):
         if (description is None or (other / description).is_file()) and damage(other) is None:
-            step = other.name.removeprefix("iter_").lstrip("0") or "0"
+            step = iteration_of(other)
             return (
                 f"{other.name} has all its files: give {other} instead, or with --load in training --ckpt-step {step}"
             )

@@ -16,6 +16,7 @@ from .names import (
     complete_checkpoints,
     is_iteration_folder,
     iteration_folder,
+    iteration_of,
 )
 from .publishing import restore_replaced
 
@@ -77,7 +78,8 @@ def earlier_checkpoint(path: Path, instead_of: tuple[str, ...]) -> CheckpointRef
         path: folder of a damaged checkpoint; it need not exist.
         instead_of: what is wrong with it and with those that are newer; what is wrong with others is added.
     """
-    for other in (other for other in reversed(checkpoint_folders(path.parent)) if other.name < path.name):
+    limit = iteration_of(path) if is_iteration_folder(path) else 0
+    for other in (other for other in reversed(checkpoint_folders(path.parent)) if iteration_of(other) < limit):
         try:
             return CheckpointRef(other, _own_info(other), instead_of)
         except DamagedCheckpointError as error:

@@ -63,10 +63,15 @@ def is_iteration_folder(path: Path) -> bool:
     return _CHECKPOINT.fullmatch(path.name) is not None
 
 
+def iteration_of(path: Path) -> int:
+    """The iteration in the name of a checkpoint's folder."""
+    return int(path.name.removeprefix("iter_"))
+
+
 def checkpoint_folders(folder: Path) -> list[Path]:
     """Folders of a run folder that have the names of checkpoints, complete or not, in the order of their iterations."""
     found = [path for path in folder.glob("iter_*") if is_iteration_folder(path) and path.is_dir()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("iter_")))
+    return sorted(found, key=iteration_of)
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
