@@ -98,6 +98,7 @@ class _Watch:
         self._phase, self._first = Phase.START, 0.0
         self._before: dict[int, Any] = {}
         self.received: str | None = None
+        self._interrupted = False
         self._pipe = os.pipe()
         for end in self._pipe:
             os.set_blocking(end, False)
@@ -116,7 +117,7 @@ class _Watch:
         """Enter a phase; see :func:`enter`."""
         self._phase = phase
         if phase is Phase.AFTER and self.received is not None:
-            raise LeaveNow
+            self._interrupt()
 
     def close(self) -> None:
         """Give every signal back the handler that it had."""
@@ -137,10 +138,14 @@ class _Watch:
             signal.signal(number, signal.SIG_IGN)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        first = self.received is None
+        # the thread may have noted this signal already
         self._note(number)
-        if first and self._phase is Phase.AFTER:
-            raise LeaveNow
+        if self._phase is Phase.AFTER and not self._interrupted:
+            self._interrupt()
+
+    def _interrupt(self) -> NoReturn:
+        self._interrupted = True
+        raise LeaveNow
 
     def _note(self, number: int) -> None:
         if self.received is None:

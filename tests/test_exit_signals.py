@@ -105,6 +105,21 @@ def test_after_the_last_step_a_signal_is_obeyed_at_once_and_files_are_removed():
     assert end(process) == (0, "cleaned up\n")
 
 
+def test_after_the_last_step_a_signal_that_the_thread_sees_first_is_obeyed_too():
+    process = start("""
+        with watched(before_leaving=tell):
+            exit_signals.enter(Phase.AFTER)
+            exit_signals._watch._note(signal.SIGUSR1)
+            try:
+                print("ready", flush=True)
+                time.sleep(60)
+            except exit_signals.LeaveNow:
+                print("cleaned up")
+    """)
+    process.send_signal(signal.SIGUSR1)
+    assert end(process) == (0, "cleaned up\n")
+
+
 def test_a_signal_of_the_steps_is_obeyed_when_they_are_over():
     process = start("""
         with watched(before_leaving=tell):
