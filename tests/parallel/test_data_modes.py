@@ -175,7 +175,7 @@ def _run(prefix, extra, world_size, fault=None):
         if fault == "older checkpoint":
             state.pop("usage")
         shares, saver = ShareLog(arguments, dataset), Saver(arguments, dataset)
-        bad_steps = BadSteps(arguments, dataset)
+        bad_steps = BadSteps(arguments, dataset, saver.of_this_run)
         for part in (evaluation, epochs, shares, bad_steps):
             part.load(state, log, progress)
         try:

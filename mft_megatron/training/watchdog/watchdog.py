@@ -152,8 +152,8 @@ class Watchdog:
             name = agreed or self._errands["disk"].run(lambda: reports.folder_name(run_folder), 0.5) or name
             folder = run_folder / STALLS / name
             notice = self._notice(STALLED).as_text()
-            self._errands["disk"].run(lambda: reports.write_report(folder, self._rank, text, notice), 0.5)
-            self._errands["disk"].run(lambda: self._write_trace(folder), 0.5)
+            self._errands["disk"].run(lambda: reports.write_report(folder, self._rank, text, notice), left(GRACE) / 2)
+            self._errands["disk"].run(lambda: self._write_trace(folder), left(GRACE))
         self._say(f"{title} ({main_line()[0]})" if folder is not None else text)
         if self._speaks(folder, left):
             self._speak(position, folder, left)
