@@ -238,7 +238,7 @@ class Trainer:
         return report
 
     def forget_progress(self) -> None:
-        """Begin to count slices and steps of the schedule anew, before a run that goes back loads a checkpoint."""
+        """Begin to count slices and steps of the schedule again, before a run that goes back loads a checkpoint."""
         self.usage, self.left_out = UsageByEpoch(self.num_tasks), UsageByEpoch(self.num_tasks)
         # Megatron-Core adds a checkpoint's steps to those that were taken
         self.scheduler.num_steps = 0

@@ -80,8 +80,8 @@ def begin_start(folder: Path | str, step: int, options: str, now: datetime.datet
         raise InputError(
             f"{folder}: {len(fruitless)} starts in a row completed no new step (the run had completed step "
             f"{last.reached}); the last one, of {last.time}, ended as {how}: {last.reason or 'it said nothing'}. "
-            "Mend the cause; with other options or releases of packages starts count anew, and so they do when you "
-            f"remove {folder / STARTS}",
+            "Mend the cause; starts are counted from 0 with other options or releases of packages, and after removing "
+            f"{folder / STARTS}",
             code=NO_PROGRESS,
         )
 

@@ -15,7 +15,7 @@ from tests.faults.scenarios import Material, Scenario
 
 # Seconds within which nothing may be left of a job. torchrun gives ranks 30 s to end after one of them failed.
 GONE = {"all": 10, "launcher": 10, "rank": 35, "helper": 35}
-# What a loaded machine may add.
+# Seconds that a loaded machine may add.
 SLACK = 5
 
 

@@ -283,7 +283,7 @@ class Owner:
             return ""
 
     def _beat_of_file(self) -> int:
-        # a file that is opened is asked for anew where machines cache what they know of files
+        # a file that is opened is asked for again where machines cache what they know of files
         try:
             with open(self._file, "rb") as file:
                 return os.fstat(file.fileno()).st_mtime_ns

@@ -47,12 +47,12 @@ class OwnerRecord:
         return f"{self.what} on {self.host or 'an unknown machine'}, {job}process {self.pid}, since {self.since}"
 
     def same_processes(self, other: "OwnerRecord") -> bool:
-        """Whether both count process ids in the same set: on one machine that has not been started anew."""
+        """Whether both count process ids in the same set: on one machine that has not been started again."""
         names = ("host", "boot", "pid_namespace")
         return all(getattr(self, name) == getattr(other, name) for name in names)
 
     def same_machine(self, other: "OwnerRecord") -> bool:
-        """Whether both are on one machine that has not been started anew."""
+        """Whether both are on one machine that has not been started again."""
         return (self.host, self.boot) == (other.host, other.boot)
 
 

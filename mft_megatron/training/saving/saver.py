@@ -79,7 +79,7 @@ class Saver:
     def of_this_run(self, step: int) -> bool:
         """Whether the checkpoint of ``step`` in the run folder is of this run's past.
 
-        One of a step after that from which the run resumed may be of another one, until the run has saved it anew.
+        One of a step after that from which the run resumed may be of another one, until the run has saved it again.
         """
         return step <= self._resumed or step in self._saved
 
