@@ -91,25 +91,12 @@ def test_a_step_that_cannot_end_is_not_waited_for():
     assert end(process) == (exit_codes.FAILED, "1 another rank has ended\n")
 
 
-def test_after_the_last_step_a_signal_is_obeyed_at_once_and_files_are_removed():
-    process = start("""
+@pytest.mark.parametrize("noted", ["", "exit_signals._watch._note(signal.SIGUSR1)"], ids=["", "the thread is first"])
+def test_after_the_last_step_a_signal_is_obeyed_at_once_and_files_are_removed(noted):
+    process = start(f"""
         with watched(before_leaving=tell):
             exit_signals.enter(Phase.AFTER)
-            try:
-                print("ready", flush=True)
-                time.sleep(60)
-            except exit_signals.LeaveNow:
-                print("cleaned up")
-    """)
-    process.send_signal(signal.SIGUSR1)
-    assert end(process) == (0, "cleaned up\n")
-
-
-def test_after_the_last_step_a_signal_that_the_thread_sees_first_is_obeyed_too():
-    process = start("""
-        with watched(before_leaving=tell):
-            exit_signals.enter(Phase.AFTER)
-            exit_signals._watch._note(signal.SIGUSR1)
+            {noted}
             try:
                 print("ready", flush=True)
                 time.sleep(60)

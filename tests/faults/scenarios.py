@@ -9,9 +9,9 @@ import json
 import shutil
 from pathlib import Path
 
-from tests import source_code
 from tests.faults.jobs import Command, Server, run
 from tests.made_tokenizer import write_tokenizer
+from tests.task_records import task_records
 
 MODEL = (
     "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --group-query-attention --num-query-groups 2 --swiglu "
@@ -142,20 +142,6 @@ SCENARIOS = {
         done="exists already",
     ),
 }  # fmt: skip
-
-
-def task_records(count: int) -> dict[str, list[dict]]:
-    """Records of four tasks of very different size, each in another format."""
-    code = [text for text in source_code.functions(seed=14, count=count) if 60 < len(text) < 260]
-    return {
-        "completion": [{"prompt": text[:40], "completion": text[40:]} for text in code],
-        "explain": [
-            {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": text.split("(")[0]}]}
-            for text in code[::2]
-        ],
-        "write": [{"instruction": text.split("\n")[0], "input": "", "output": text} for text in code[::6]],
-        "read": [{"text": text} for text in code[::15]],
-    }
 
 
 class Material:
